@@ -1,0 +1,59 @@
+# Two commands do everything on a machine with Python, git and make:
+#   make demo   environment, offline data, one 60 s experiment and its summary
+#   make test   environment and the whole test suite
+# UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
+
+SHELL := /bin/sh
+CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3.10 python3 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
+	&& command -v "$$p" && break; done)
+RUN := .venv/bin/python
+# MLX runs on Linux too, where the tests cover it; on a Mac it is there anyway.
+comma := ,
+TEST_EXTRAS := $(if $(filter Linux,$(shell uname -s)),test$(comma)mlx-cpu,test)
+
+.PHONY: demo test test-slow clean
+
+demo: .venv/installed
+	$(RUN) prepare.py --dataset stdlib
+	AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=60 $(RUN) train.py
+
+test: .venv/installed-test
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: .venv/installed-test
+	$(RUN) -m pytest
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/installed: .venv/created
+	$(call install,.)
+	touch $@
+
+.venv/installed-test: .venv/created
+	$(call install,.[$(TEST_EXTRAS)])
+	touch $@ .venv/installed
+
+# A PyTorch that came with the system (a Jetson's, say) is used and never replaced: the environment sees it, and the
+# pin is left out of the constraints.
+.venv/created: pyproject.toml constraints.txt
+ifeq ($(UV),1)
+	@command -v uv >/dev/null || { echo "UV=1 needs uv: https://docs.astral.sh/uv"; exit 1; }
+	uv venv --allow-existing .venv $(if $(PYTHON),--python $(PYTHON))
+	cp constraints.txt .venv/constraints.txt
+else
+	@test -n "$(PYTHON)" || { echo "No Python from 3.10 up with venv and pip was found. Install one (Debian, Ubuntu:" \
+		"sudo apt install python3-venv python3-pip; Mac: brew install python), or use uv: make UV=1 $(MAKECMDGOALS)"; exit 1; }
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv && grep -v '^torch' constraints.txt > .venv/constraints.txt; \
+	else $(PYTHON) -m venv .venv && cp constraints.txt .venv/constraints.txt; fi
+endif
+	touch $@
+
+ifeq ($(UV),1)
+install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt '$(1)'
+else
+install = $(RUN) -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt '$(1)'
+endif
