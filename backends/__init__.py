@@ -1,0 +1,37 @@
+"""Picks the backend for this machine. What a backend is: `interface.py`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+
+from backends.interface import Backend, BackendError
+
+# In the order tried on machines where more than one could run.
+NAMES = ("mlx", "sdpa")
+
+
+def load(name: str | None = None, precision: str | None = None, compiled: bool | None = None) -> Backend:
+    """The backend `name`, else the one `AUTORESEARCH_BACKEND` names, else the best that works here.
+
+    Args:
+        precision: "float32", "bfloat16" or "float16" to compute in, instead of the one found by trial.
+        compiled: whether to compile the step; by default wherever the framework's compiler works.
+
+    Raises:
+        BackendError: it can't run here; the message says why and what to do.
+    """
+    name = name or os.environ.get("AUTORESEARCH_BACKEND") or best()
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)} (AUTORESEARCH_BACKEND), "
+                           "or set none to take the best that works here")
+    return importlib.import_module(f"backends.{name}").open_backend(precision, compiled)
+
+
+def best() -> str:
+    """MLX on Apple Silicon, where it is the faster one; PyTorch elsewhere."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64" and importlib.util.find_spec("mlx"):
+        return "mlx"
+    return "sdpa"

@@ -1,0 +1,225 @@
+"""The contract between `train.py` and a framework: what a backend offers, whatever it is built on.
+
+`train.py` holds the whole search space and imports no framework. It reaches arrays only through what is stated here,
+so that the same file trains on every backend. A new platform is a new folder that provides a `Backend` and passes
+`tests/backends/`.
+
+On arrays themselves `train.py` uses operators, `.shape`, `.ndim`, `.dtype`, `.reshape` and basic slicing. Everything
+else differs silently between frameworks (`split`, `repeat`, `std`, `max(axis=)`, `transpose`, boolean indexing), so it
+goes through `ops`; `python -m backends.surface train.py` names the lines that don't.
+
+## nn
+
+    Module                   subclasses define `forward`; calling the module calls it
+    Linear(n_in, n_out)      y = x @ weight.T, no bias; `weight` has shape (n_out, n_in)
+    Embedding(n, dim)        float32 `weight` of shape (n, dim); the rows looked up are cast to the compute precision
+    ModuleList(modules)      indexed and iterated; names "blocks.0.…"
+    ModuleDict({name: ...})  indexed by name; `in`, `.items()`; a purely numeric key is an error
+    Parameter(shape)         a float32 array of zeros to be trained
+
+Parameter names are dotted paths, the same on every backend. Masters are float32; a parameter read in `forward` arrives
+in the compute precision, because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and becomes float32
+in MLX.
+
+## ops
+
+Functions under their Python Array API names, with `axis=` and `keepdims=` keywords; `OPS` below lists them. Those that
+the Array API does not have:
+
+    attention(q, k, v, window)   q (B, T, H, D), k and v (B, T, H_kv, D) with H a multiple of H_kv; query i sees keys j
+                                 with i - window <= j <= i, `None` for all j <= i; scaled by D^-1/2; (B, T, H, D)
+    rope(x, base)                rotary embedding of x (B, T, H, D): halves split, position on axis 1, frequencies
+                                 base^(-2i/D); y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin (Su et al. 2021,
+                                 arXiv:2104.09864, with the rotation's sign turned as the original project has it)
+    rms_norm(x)                  x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32, no weight
+    softcapped_cross_entropy(hidden, weight, targets, softcap, reduction)
+                                 nats of targets (B, T) under softmax(softcap * tanh(hidden @ weight.T / softcap)), from
+                                 hidden (B, T, C) and weight (V, C); `softcap=None` for none; "mean" and "sum" give a
+                                 float32 scalar, "none" (B, T). Works over chunks of tokens: no float32 logits of the
+                                 whole batch are held
+    relu, gelu (exact, erf), silu, sigmoid, softmax(x, axis)
+    normal-sized helpers: compute(x) casts to the compute precision, float32(x) to float32
+
+## Trainer(model, loss, optimizer)
+
+`loss(model, x, y)` gives a scalar. `optimizer` is a list of groups:
+
+    dict(names=["blocks.0.mlp.c_fc.weight", ...],   which parameters, each in exactly one group
+         init=lambda param: {...},                  param's state: a dict of arrays
+         update=lambda param, grad, state, hyper: (param, state),   a pure function; all arrays float32
+         stack=False,                               True: equal shapes are stacked on a new leading axis
+         hyper=dict(lr=..., ...))                   float32 scalars, which may change at each step
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+# What `ops` offers, so that one list serves the checker, the tests and the reader.
+ARRAY_API = """
+abs add arange astype broadcast_to clip concat cos cumulative_sum divide equal exp expand_dims full greater
+greater_equal less less_equal log logical_and logical_not logical_or matmul matrix_transpose max maximum mean min
+minimum multiply negative ones ones_like permute_dims pow reshape sigmoid sign sin sqrt square squeeze stack std
+subtract sum take tan tanh tril triu var where zeros zeros_like
+""".split()
+TRANSFORMER = """
+attention compute float32 gelu relu rms_norm rope rsqrt silu softcapped_cross_entropy softmax stop_gradient
+""".split()
+OPS = sorted(ARRAY_API + TRANSFORMER)
+
+
+class BackendError(RuntimeError):
+    """A backend that cannot run here; the message says why and what to install or set."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run executes on, as measured when the backend was loaded.
+
+    Attributes:
+        name: as the vendor writes it, e.g. "NVIDIA H200".
+        slug: `name` in lower case with dashes, and memory, e.g. "nvidia-h200-141gb": a tag, never a switch.
+        kind: "cpu", "cuda", "mps" (PyTorch) or "metal", "cpu", "cuda" (MLX).
+        memory: bytes the device has.
+        precision: "bfloat16", "float16" or "float32", the fastest that gave right products in a trial.
+        peak_flops: matrix-product rate measured in that precision, FLOP/s.
+        versions: of the framework and what it runs on.
+        notes: what was tried and chosen, one line each, for the run's log.
+    """
+
+    name: str
+    slug: str
+    kind: str
+    memory: int
+    precision: str
+    peak_flops: float
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Trainer(abc.ABC):
+    """Accumulates gradients and applies the optimizer's update rules; compiled where the framework compiles.
+
+    In half precision (float16) it scales the loss dynamically and leaves out a step whose gradients overflow.
+    """
+
+    @abc.abstractmethod
+    def __init__(self, model, loss, optimizer: list[dict]): ...
+
+    @abc.abstractmethod
+    def backward(self, x: np.ndarray, y: np.ndarray, scale: float = 1.0):
+        """Adds the gradient of `scale * loss(model, x, y)` to what is accumulated.
+
+        Args:
+            x, y: int32 tokens and targets, shape (B, T).
+            scale: 1 / number of batches accumulated, for the mean over them.
+
+        Returns:
+            The loss before scaling: a scalar on the device; `float(loss)` waits for it.
+        """
+
+    @abc.abstractmethod
+    def step(self, schedule: list[dict[str, float]]) -> None:
+        """Applies each group's update with `schedule[i]` as its `hyper` values, and clears the gradients."""
+
+    @abc.abstractmethod
+    def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were."""
+
+    @abc.abstractmethod
+    def gradients(self) -> dict[str, np.ndarray]:
+        """The accumulated gradients by parameter name, float32."""
+
+
+class Backend(abc.ABC):
+    """One framework on one device. `backends.load()` gives the one for this machine.
+
+    Attributes:
+        name: "sdpa", "mlx", ...
+        nn, ops: the namespaces described at the head of this file.
+        Trainer: the class described above.
+        device: what was found and measured.
+    """
+
+    name: str
+    nn: SimpleNamespace
+    ops: Any
+    Trainer: type[Trainer]
+    device: Device
+
+    @abc.abstractmethod
+    def logits(self, model, tokens: np.ndarray) -> np.ndarray:
+        """The model's logits, float32 (B, T, V), for int32 tokens (B, T). The evaluator probes a few rows with it."""
+
+    @abc.abstractmethod
+    def losses(self, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Nats of each target, float32 (B, T): the model sees only `tokens`, log-softmax and gather are done here.
+
+        The fixed half of the evaluator: `model(tokens)` gives logits (B, T, V) in any precision; they are taken to
+        float32 a few rows at a time.
+        """
+
+    @abc.abstractmethod
+    def weights(self, model) -> dict[str, np.ndarray]:
+        """The float32 masters by name, copied to host memory."""
+
+    @abc.abstractmethod
+    def set_weights(self, model, weights: dict[str, np.ndarray]) -> None:
+        """Replaces every master. Raises ValueError naming any parameter missing, unknown or of another shape."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Returns once the device has done everything asked of it."""
+
+    @abc.abstractmethod
+    def peak_memory(self) -> int:
+        """The most bytes in use at once since the process started."""
+
+    @abc.abstractmethod
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether this error means that a batch did not fit."""
+
+    def save(self, model, path: str | Path) -> None:
+        """Writes the masters as safetensors under the shared names; any backend's `load` reads them."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        save_file(self.weights(model), temporary)
+        temporary.replace(path)  # a killed run leaves the old file or the new one, never half of one
+
+    def load(self, model, path: str | Path) -> None:
+        """Reads what `save` wrote, on this backend or another."""
+        from safetensors.numpy import load_file
+
+        self.set_weights(model, load_file(path))
+
+
+def check_weights(expected: dict[str, tuple[int, ...]], weights: dict[str, np.ndarray]) -> None:
+    """Raises ValueError that names every parameter missing from `weights`, unknown to the model, or misshapen."""
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in expected]
+    problems += [f"{name} has shape {weights[name].shape}, the model wants {shape}"
+                 for name, shape in expected.items() if name in weights and weights[name].shape != tuple(shape)]
+    if problems:
+        raise ValueError("weights do not fit the model: " + "; ".join(problems))
+
+
+def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
+    """Raises ValueError when a group lacks a key or a parameter is in no group, in two, or unknown."""
+    for i, group in enumerate(optimizer):
+        if missing := {"names", "init", "update", "stack", "hyper"} - group.keys():
+            raise ValueError(f"optimizer group {i} lacks {sorted(missing)}")
+    grouped = [name for group in optimizer for name in group["names"]]
+    problems = [f"{name} is in no group" for name in names if name not in grouped]
+    problems += [f"{name} is not a parameter of the model" for name in grouped if name not in names]
+    problems += [f"{name} is in two groups" for name in sorted({n for n in grouped if grouped.count(n) > 1})]
+    if problems:
+        raise ValueError("optimizer groups do not match the model: " + "; ".join(problems))

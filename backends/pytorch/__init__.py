@@ -1,0 +1,1 @@
+"""What the `cuda` and `sdpa` backends share: everything but the choice of kernels."""

@@ -1,0 +1,13 @@
+"""What this process computes on. Set once, by `open_backend`; read by `nn`, `ops` and the trainer."""
+
+import torch
+
+device = torch.device("cpu")
+dtype = torch.float32  # the compute precision; master weights are always float32
+compiled = False  # whether torch.compile works here and pays
+attention = {"full": "sdpa_mask", "window": "sdpa_mask"}  # which implementation, by kind of window
+
+
+def maybe_compile(function):
+    """`function` compiled for fixed shapes where that works here, else as it is."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function

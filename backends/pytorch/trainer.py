@@ -1,0 +1,134 @@
+"""Gradient accumulation and the optimizer's step on PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from backends import interface
+from backends.pytorch import runtime
+
+
+class Trainer(interface.Trainer):
+    def __init__(self, model, loss, optimizer):
+        self.model = model
+        self._named = dict(model.named_parameters())
+        interface.check_optimizer(optimizer, list(self._named))
+        self._eager_loss, self._loss = loss, runtime.maybe_compile(loss)
+        self._apply = runtime.maybe_compile(_apply)
+        self._optimizer = optimizer
+        with torch.no_grad():
+            self._buckets = [_Bucket(i, group, [self._named[name] for name in names])
+                             for i, group in enumerate(optimizer) for names in self._split(group)]
+        self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
+
+    def _split(self, group) -> list[list[str]]:
+        """The group's names by shape where they are stacked, else one by one."""
+        if not group["stack"]:
+            return [[name] for name in group["names"]]
+        by_shape = {}
+        for name in group["names"]:
+            by_shape.setdefault(self._named[name].shape, []).append(name)
+        return list(by_shape.values())
+
+    def backward(self, x, y, scale=1.0):
+        loss = self._loss(self.model, to_device(x), to_device(y))
+        (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def step(self, schedule):
+        for parameter in self._named.values():
+            if parameter.grad is None:  # not used by this loss: a gradient of zero, as on every other backend
+                parameter.grad = torch.zeros_like(parameter)
+        # Scalars on the host are arguments of the compiled kernels, not constants: a new value compiles nothing.
+        scalars = [{name: torch.tensor(float(value)) for name, value in hyper.items()} for hyper in schedule]
+        unscale, finite = self._scaler.inspect(self._named.values()) if self._scaler else (None, None)
+        for bucket in self._buckets:
+            grads = [parameter.grad for parameter in bucket.parameters]
+            self._apply(bucket.update, bucket.stack, bucket.parameters, grads, bucket.state, scalars[bucket.group],
+                        unscale, finite)
+        if self._scaler:
+            self._scaler.adjust(finite)
+        self._clear()
+
+    def warm_up(self, x, y):
+        with torch.no_grad():  # one row without a graph first: makes the tables and masks a trace can't make
+            self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
+        kept = [tensor.detach().clone() for tensor in self._everything()]
+        self.backward(x, y)
+        self.step([group["hyper"] for group in self._optimizer])
+        with torch.no_grad():
+            for tensor, value in zip(self._everything(), kept):
+                tensor.copy_(value)
+
+    def gradients(self):
+        unscale = 1 / self._scaler.scale if self._scaler else 1.0
+        return {name: np.zeros(p.shape, np.float32) if p.grad is None else (p.grad * unscale).cpu().numpy()
+                for name, p in self._named.items()}
+
+    def _everything(self):
+        """All that a step changes, in a fixed order."""
+        yield from self._named.values()
+        for bucket in self._buckets:
+            yield from bucket.state.values()
+        if self._scaler:
+            yield from (self._scaler.scale, self._scaler.good_steps)
+
+    def _clear(self):
+        for parameter in self._named.values():
+            parameter.grad = None
+
+
+class _Bucket:
+    """Parameters updated by one call of their group's rule: one alone, or several of a shape, stacked."""
+
+    def __init__(self, group_index, group, parameters):
+        self.group, self.update, self.stack, self.parameters = group_index, group["update"], group["stack"], parameters
+        self.state = dict(group["init"](torch.stack(parameters) if self.stack else parameters[0]))
+
+
+def _apply(update, stack, parameters, grads, state, hyper, unscale, finite):
+    """Runs one update rule and writes its results in place, so that a compiled step needs no second copy."""
+    parameter = torch.stack(parameters) if stack else parameters[0]
+    grad = torch.stack(grads) if stack else grads[0]
+    if unscale is not None:
+        grad = grad * unscale
+    new_parameter, new_state = update(parameter, grad, state, hyper)
+    if finite is not None:  # an overflow in half precision: everything stays as it was
+        new_parameter = torch.where(finite, new_parameter, parameter)
+        new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}
+    for target, value in zip(parameters, new_parameter.unbind() if stack else [new_parameter]):
+        target.copy_(value)
+    for name, target in state.items():
+        target.copy_(new_state[name])
+
+
+class _LossScaler:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740), without waiting for the device."""
+
+    FIRST, GROWTH_INTERVAL = 2.0**16, 200
+
+    def __init__(self):
+        self.scale = torch.tensor(self.FIRST, device=runtime.device)
+        self.good_steps = torch.zeros((), device=runtime.device)
+
+    def inspect(self, parameters):
+        """What to multiply gradients by, and whether all of them are finite (a boolean on the device)."""
+        finite = torch.stack([parameter.grad.isfinite().all() for parameter in parameters]).all()
+        return 1 / self.scale, finite
+
+    def adjust(self, finite):
+        """Halves the scale after an overflow, doubles it after 200 good steps."""
+        self.good_steps.copy_(torch.where(finite, self.good_steps + 1, 0))
+        grown = torch.where(self.good_steps >= self.GROWTH_INTERVAL, self.scale * 2, self.scale)
+        self.scale.copy_(torch.where(finite, grown, self.scale / 2))
+        self.good_steps.copy_(torch.where(self.good_steps >= self.GROWTH_INTERVAL, 0, self.good_steps))
+
+
+def to_device(tokens: np.ndarray) -> torch.Tensor:
+    """Host tokens on the device; from pinned memory, so that the copy waits for nothing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(tokens))
+    if runtime.device.type == "cuda":
+        return tensor.pin_memory().to(runtime.device, non_blocking=True)
+    return tensor.to(runtime.device)

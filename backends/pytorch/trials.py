@@ -1,0 +1,35 @@
+"""Remembers what was tried on this machine, so that a night of restarts tries it once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def remember(key: str, trial):
+    """The result of `trial()`, JSON values only: run once per key, then read from disk.
+
+    A second run that picked another attention kernel because the machine was busy would compute other numbers than the
+    first, so the choice is kept until the key (device, framework version, precision) changes.
+    """
+    path = Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch") / "trials.json"
+    known = _read(path)
+    if key not in known:
+        result = trial()
+        known = {**_read(path), key: result}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(path)
+        except OSError:  # a read-only home only means that the trial is repeated
+            pass
+    return known[key]
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

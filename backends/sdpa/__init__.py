@@ -1,0 +1,17 @@
+"""Everything PyTorch runs on but Hopper: gaming GPUs, Jetson, ROCm, Apple's MPS and plain CPUs, with stock kernels."""
+
+from __future__ import annotations
+
+from backends.interface import BackendError
+
+
+def open_backend(precision: str | None = None, compiled: bool | None = None):
+    """The backend on this machine's best PyTorch device. Raises BackendError where PyTorch is missing or unusable."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise BackendError(f"PyTorch can't be imported ({error}): pip install torch "
+                           "(https://pytorch.org/get-started/locally tells the build for your GPU)") from error
+    from backends.pytorch.backend import open_backend
+
+    return open_backend("sdpa", precision, compiled)
