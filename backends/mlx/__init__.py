@@ -1,0 +1,27 @@
+"""MLX: Apple Silicon first; the same code runs on MLX's CPU and CUDA builds. Contract: `backends/interface.py`."""
+
+from __future__ import annotations
+
+from backends.interface import Backend, BackendError
+
+
+def open_backend(precision: str | None = None, compiled: bool | None = None) -> Backend:
+    """The MLX backend on this machine's GPU, or its CPU where there is none.
+
+    Args:
+        precision: "float32", "bfloat16" or "float16"; None takes the best that a short trial finds.
+        compiled: whether to compile the step; None does where that pays, on a GPU.
+
+    Raises:
+        BackendError: MLX is not installed, is too old, or cannot use the device or precision asked for.
+    """
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            f"the mlx backend needs MLX, which can't be imported ({error}). On a Mac with Apple Silicon: pip install "
+            'mlx. On Linux: pip install "mlx[cpu]", or "mlx[cuda13]" for an NVIDIA GPU.'
+        ) from error
+    from backends.mlx.backend import MlxBackend
+
+    return MlxBackend(precision, compiled)

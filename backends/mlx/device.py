@@ -1,0 +1,163 @@
+"""What MLX runs on here, and the precision it is fastest in, found by trial."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from backends.interface import BackendError, Device
+
+# In order of preference: one that comes later has to be clearly faster, because it keeps fewer digits or, float16,
+# a smaller range.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+CLEARLY = 1.1
+TRIAL_SECONDS = 0.01  # for one product, by which it is large enough to be timed
+
+
+def open_device(precision: str | None = None) -> Device:
+    """Chooses GPU or CPU (`AUTORESEARCH_DEVICE=cpu`), makes it MLX's default, and measures it."""
+    if precision is not None and precision not in TOLERANCE:
+        raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(TOLERANCE)}")
+    kind = _choose_kind()
+    mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
+    rates, notes = _try_precisions([precision] if precision else list(TOLERANCE))
+    if not rates:
+        raise BackendError(f"MLX gives wrong products on this device in {precision or 'every precision'}: "
+                           + "; ".join(notes))
+    chosen = precision or _prefer(rates)
+    name, memory = _name(kind), _memory(kind)
+    return Device(name=name, slug=_slug(kind, name, memory), kind=kind, memory=memory, precision=chosen,
+                  peak_flops=rates[chosen][0], versions=_versions(),
+                  notes=(*notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
+
+
+def _choose_kind() -> str:
+    available = "metal" if mx.metal.is_available() else "cuda" if _has_cuda() else "cpu"
+    wanted = os.environ.get("AUTORESEARCH_DEVICE") or available
+    if wanted not in ("cpu", available):
+        raise BackendError(f"AUTORESEARCH_DEVICE={wanted}, but MLX offers {available} here: set cpu, or nothing")
+    return wanted
+
+
+def _has_cuda() -> bool:
+    return hasattr(mx, "cuda") and mx.cuda.is_available()
+
+
+def _try_precisions(names: list[str]) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """For each precision that is right: its product rate (FLOP/s) and the rate of an MLP; and a note on each."""
+    rates, notes = {}, []
+    for name in names:
+        error = _product_error(getattr(mx, name))
+        if not error <= TOLERANCE[name]:  # so written that NaN is refused
+            notes.append(f"{name}: wrong, relative error of a product {error:.1e}")
+            continue
+        rates[name] = _rates(getattr(mx, name))
+        notes.append(f"{name}: product {rates[name][0] / 1e9:.0f} GFLOP/s, MLP {rates[name][1] / 1e9:.0f} GFLOP/s")
+    return rates, notes
+
+
+def _prefer(rates: dict[str, tuple[float, float]]) -> str:
+    """By the MLP, which moves activations too: there, half precision pays even where its products are no faster."""
+    best = None
+    for name, (_, rate) in rates.items():
+        if best is None or rate > CLEARLY * rates[best][1]:
+            best = name
+    return best
+
+
+def _product_error(dtype: mx.Dtype, n: int = 96) -> float:
+    a, b = np.random.default_rng(0).standard_normal((2, n, n), dtype=np.float32)
+    try:
+        product = np.array((mx.array(a).astype(dtype) @ mx.array(b).astype(dtype)).astype(mx.float32))
+    except RuntimeError:  # no kernel for this precision
+        return float("inf")
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    return float(np.linalg.norm(product - exact) / np.linalg.norm(exact))
+
+
+def _rates(dtype: mx.Dtype) -> tuple[float, float]:
+    """FLOP/s of a product of two (n, n) matrices, and of two with a squared ReLU and a norm between them."""
+
+    def mlp(x):
+        return mx.fast.rms_norm(mx.square(mx.maximum(x @ x, 0)), None, 1e-6) @ x
+
+    n = 128
+    while True:
+        x = mx.random.normal((n, n)).astype(dtype)
+        seconds = _seconds(mx.matmul, x, x)
+        if seconds >= TRIAL_SECONDS or n >= 8192:
+            return 2 * n**3 / seconds, 4 * n**3 / _seconds(mlp, x)
+        n *= 2
+
+
+def _seconds(function, *arrays, repeats: int = 3) -> float:
+    """The shortest of a few calls, after one that may have to load or build kernels."""
+    mx.eval(function(*arrays))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(function(*arrays))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _name(kind: str) -> str:
+    name = _device_info().get("device_name") or ""
+    if platform.system() == "Darwin" and not name.startswith("Apple M"):
+        name = _sysctl("machdep.cpu.brand_string") or name
+    return name or _linux_cpu_model() or platform.processor() or platform.machine()
+
+
+def _memory(kind: str) -> int:
+    info = _device_info()
+    if kind != "cpu" and (size := info.get("memory_size") or info.get("total_memory")):
+        return int(size)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _device_info() -> dict:
+    """What MLX says of its default device; older versions have it for Metal only."""
+    ask = getattr(mx, "device_info", None) or (mx.metal.device_info if mx.metal.is_available() else dict)
+    return dict(ask())
+
+
+def _sysctl(key: str) -> str:
+    try:
+        done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=5, check=False)
+        return done.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _linux_cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found.group(1).strip() if found else ""
+
+
+def _slug(kind: str, name: str, memory: int) -> str:
+    """For example "apple-m4-16gb", "nvidia-h200-140gb", "cpu-amd-epyc-2c-24gb"."""
+    parts = [name, f"{round(memory / 2**30)}gb"]
+    if kind == "cpu":
+        parts = ["cpu", name, f"{os.cpu_count()}c", parts[1]]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"mlx": mx.__version__, "python": platform.python_version(), "system": platform.platform(terse=True)}
+    for package in ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return versions
