@@ -1,0 +1,448 @@
+"""Modules, names, weights, the evaluator's functions and the Trainer: what every backend has to do alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import backends
+from backends.interface import BackendError
+from tests.backends import support, tiny
+from tests.backends.reference import token_losses
+
+# --- modules and weights
+
+
+def test_parameter_names_and_their_order(backend):
+    assert list(backend.weights(tiny.build(backend))) == tiny.NAMES
+
+
+def test_shapes(backend):
+    shapes = {name: weight.shape for name, weight in backend.weights(tiny.build(backend)).items()}
+    assert shapes["blocks.1.c_fc.weight"] == (2 * tiny.WIDTH, tiny.WIDTH)  # (n_out, n_in)
+    assert shapes["blocks.0.attn.c_k.weight"] == (tiny.WIDTH // 2, tiny.WIDTH)
+    assert shapes["wte.weight"] == (tiny.VOCABULARY, tiny.WIDTH)
+    assert shapes["scale"] == (tiny.LAYERS,)
+
+
+def test_parameters_start_at_zero(backend):
+    assert not support.numpy(backend, backend.nn.Linear(3, 2).weight).any()
+    assert not support.numpy(backend, backend.nn.Embedding(3, 2).weight).any()
+
+
+def test_initial_bytes(backend):
+    model = tiny.build(backend, seed=5)
+    rng = np.random.default_rng(5)
+    found = backend.weights(model)
+    for name in sorted(found):
+        assert found[name].dtype == np.float32
+        assert found[name].tobytes() == (0.1 * rng.standard_normal(found[name].shape, dtype=np.float32)).tobytes()
+
+
+def test_weights_are_copies(backend):
+    model = tiny.build(backend)
+    backend.weights(model)["scale"][:] = 7
+    given = backend.weights(model)
+    backend.set_weights(model, given)
+    kept = given["scale"].copy()
+    given["scale"][:] = 7
+    np.testing.assert_array_equal(backend.weights(model)["scale"], kept)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("blocks.0.c_fc.weight"), r"missing blocks\.0\.c_fc\.weight"),
+    (lambda w: w.update(extra=np.zeros(3, np.float32)), "unknown extra"),
+    (lambda w: w.update(scale=np.zeros((1, 2), np.float32)), r"scale has shape \(1, 2\)"),
+])
+def test_set_weights_names_what_does_not_fit(backend, change, message):
+    model = tiny.build(backend)
+    before, changed = backend.weights(model), backend.weights(model)
+    changed["lm_head.weight"] = changed["lm_head.weight"] + 1
+    change(changed)
+    with pytest.raises(ValueError, match=message):
+        backend.set_weights(model, changed)
+    for name, weight in backend.weights(model).items():
+        np.testing.assert_array_equal(weight, before[name])
+
+
+@pytest.mark.parametrize("key", ["0", "12"])
+def test_module_dict_refuses_numeric_keys(backend, key):
+    with pytest.raises(ValueError, match=key):
+        backend.nn.ModuleDict({key: backend.nn.Linear(1, 1)})
+
+
+def test_module_containers(backend):
+    nn = backend.nn
+    first, second = nn.Linear(1, 1), nn.Linear(1, 2)
+    listed, named = nn.ModuleList([first, second]), nn.ModuleDict({"a": first, "b": second})
+    assert (len(listed), listed[0], listed[-1], list(listed)) == (2, first, second, [first, second])
+    assert ("a" in named, "c" in named, named["b"]) == (True, False, second)
+    assert dict(named.items()) == {"a": first, "b": second}
+
+
+def test_module_needs_its_init(backend):
+    class Forgetful(backend.nn.Module):
+        def __init__(self):
+            self.inner = backend.nn.Linear(1, 1)
+
+    with pytest.raises(AttributeError):
+        Forgetful()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_parameters_are_read_in_the_compute_precision(low, precision):
+    backend = low(precision)
+    nn, read = backend.nn, {}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.wte, self.head = nn.Parameter((2,)), nn.Embedding(5, 4), nn.Linear(4, 5)
+
+        def forward(self, tokens):
+            x = self.wte(tokens)
+            out = self.head(x * self.scale[0])
+            cast = backend.ops.compute(backend.ops.float32(x))
+            read.update(scale=self.scale, tied=self.wte.weight, row=x, out=out, number=2.5 * x, cast=cast)
+            return out
+
+    model = Model()
+    logits = backend.logits(model, np.zeros((1, 3), np.int32))
+    assert {name: support.kind(x) for name, x in read.items()} == dict.fromkeys(read, precision)
+    assert logits.dtype == np.float32
+    assert {weight.dtype for weight in backend.weights(model).values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_masters_keep_what_half_precision_would_lose(low, precision):
+    backend = low(precision)
+    model = support.holder(backend, value=np.float32([1 + 2.0**-20]))
+    ops = backend.ops
+    trainer = backend.Trainer(model, lambda m, x, y: ops.sum(ops.float32(m.value)) * 0.25, [tiny.descent(["value"])])
+    trainer.backward(support.TOKENS, support.TOKENS)
+    trainer.step([{"lr": 2.0**-20}])
+    np.testing.assert_array_equal(backend.weights(model)["value"], np.float32([1 + 2.0**-20 - 2.0**-22]))
+
+
+def test_save_and_load(backend, tmp_path):
+    model, other = tiny.build(backend, seed=3), tiny.build(backend, seed=4)
+    backend.save(model, tmp_path / "folder" / "weights.safetensors")
+    backend.load(other, tmp_path / "folder" / "weights.safetensors")
+    for name, weight in backend.weights(model).items():
+        assert backend.weights(other)[name].tobytes() == weight.tobytes()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("source", backends.NAMES)
+@pytest.mark.parametrize("target", backends.NAMES)
+def test_weights_and_losses_cross_backends(source, target, tmp_path):
+    if source == target:
+        pytest.skip("needs two backends")
+    one, two = support.opened(source, "float32"), support.opened(target, "float32")
+    model, other = tiny.build(one, seed=3), tiny.build(two, seed=4)
+    one.save(model, tmp_path / "weights.safetensors")
+    two.load(other, tmp_path / "weights.safetensors")
+    for name, weight in one.weights(model).items():
+        assert two.weights(other)[name].tobytes() == weight.tobytes()
+    x, y = tiny.batch()
+    np.testing.assert_allclose(two.losses(other, x, y), one.losses(model, x, y), rtol=2e-5, atol=2e-6)
+
+
+# --- what the evaluator asks
+
+
+def test_losses_are_log_softmax_of_logits(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    logits, losses = backend.logits(model, x), backend.losses(model, x, y)
+    assert (logits.shape, logits.dtype) == ((*x.shape, tiny.VOCABULARY), np.float32)
+    assert (losses.shape, losses.dtype) == (x.shape, np.float32)
+    np.testing.assert_allclose(losses, token_losses(logits, y), rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_large_logits_are_finite(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    weights = backend.weights(model)
+    weights["lm_head.weight"] *= 1e4
+    backend.set_weights(model, weights)
+    assert np.isfinite(backend.losses(model, x, y)).all()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_losses_of_half_precision_are_taken_in_float32(low, precision):
+    backend = low(precision)
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    np.testing.assert_allclose(backend.losses(model, x, y), token_losses(backend.logits(model, x), y), rtol=1e-5,
+                               atol=1e-5)
+
+
+def test_training_loss_is_the_mean_of_losses(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    trainer = tiny.trainer(backend, model)
+    assert float(trainer.backward(x, y, scale=0.25)) == pytest.approx(backend.losses(model, x, y).mean(), rel=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    np.testing.assert_allclose(backend.losses(model, x[:1], y[:1]), backend.losses(model, x, y)[:1], rtol=1e-5)
+
+
+def test_device(backend):
+    device = backend.device
+    assert device.name and device.slug == device.slug.lower() and " " not in device.slug
+    assert device.precision == "float32" and device.memory > 2**28 and device.peak_flops > 1e8
+    assert device.versions and any("float32" in note for note in device.notes)
+
+
+def test_peak_memory_and_synchronize(backend):
+    tiny.trainer(backend, tiny.build(backend)).backward(*tiny.batch())
+    backend.synchronize()
+    assert backend.peak_memory() > 100_000  # the masters alone are more
+
+
+@pytest.mark.parametrize("error, answer", [(MemoryError(), True), (RuntimeError("CUDA out of memory"), True),
+                                           (RuntimeError("shapes differ"), False), (ValueError("memory"), False)])
+def test_out_of_memory_is_told_apart(backend, error, answer):
+    assert backend.is_out_of_memory(error) is answer
+
+
+def test_unknown_backend():
+    with pytest.raises(BackendError, match="choose one of"):
+        backends.load("abacus")
+
+
+# --- the Trainer
+
+
+def relative(found, wanted):
+    return np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-12)
+
+
+def test_gradient_of_the_whole_model(backend):
+    """Along a random direction in all parameters, by differences of the evaluator's losses; float32, so not far."""
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    trainer, weights = tiny.trainer(backend, model), backend.weights(model)
+    trainer.backward(x, y)
+    gradients, draw, step = trainer.gradients(), np.random.default_rng(0).standard_normal, 3e-3
+    direction = {name: gradients[name] / np.linalg.norm(gradients[name]) + 0.1 * draw(weights[name].shape)
+                 for name in tiny.NAMES}
+    values = []
+    for sign in (1, -1):
+        backend.set_weights(model, {name: weight + np.float32(sign * step * direction[name])
+                                    for name, weight in weights.items()})
+        values.append(backend.losses(model, x, y).mean(dtype=np.float64))
+    slope = sum(float((gradients[name] * direction[name]).sum()) for name in weights)
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-2)
+
+
+def test_gradients_are_complete_and_cleared(backend):
+    model = tiny.build(backend)
+    trainer = tiny.trainer(backend, model)
+    assert not any(gradient.any() for gradient in trainer.gradients().values())
+    trainer.backward(*tiny.batch())
+    gradients = trainer.gradients()
+    assert {name: (g.shape, g.dtype) for name, g in gradients.items()} == {
+        name: (w.shape, np.dtype(np.float32)) for name, w in backend.weights(model).items()}
+    assert all(gradient.any() for gradient in gradients.values())
+    trainer.step(tiny.schedule([tiny.adam(backend, []), tiny.descent([])]))
+    assert not any(gradient.any() for gradient in trainer.gradients().values())
+
+
+def test_unused_parameter_has_a_zero_gradient(backend):
+    model = support.holder(backend, used=np.ones(3), unused=np.ones(2))
+    trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.used * m.used),
+                              [tiny.descent(["used", "unused"])])
+    trainer.backward(support.TOKENS, support.TOKENS)
+    assert {name: list(values) for name, values in trainer.gradients().items()} == {"used": [2] * 3, "unused": [0] * 2}
+    trainer.step([{"lr": 0.5}])
+    assert {name: list(values) for name, values in backend.weights(model).items()} == {"used": [0] * 3,
+                                                                                      "unused": [1] * 2}
+
+
+def test_accumulation_equals_one_large_batch(backend):
+    x, y = tiny.batch(rows=6)
+    whole, parts = tiny.build(backend), tiny.build(backend)
+    optimizer = [tiny.descent(tiny.NAMES)]
+    one, many = tiny.trainer(backend, whole, optimizer), tiny.trainer(backend, parts, optimizer)
+    loss = float(one.backward(x, y))
+    losses = [float(many.backward(x[i : i + 2], y[i : i + 2], scale=1 / 3)) for i in (0, 2, 4)]
+    assert np.mean(losses) == pytest.approx(loss, rel=1e-5)
+    for name, gradient in one.gradients().items():
+        assert relative(many.gradients()[name], gradient) < 1e-5, name
+    one.step([{"lr": 0.1}])
+    many.step([{"lr": 0.1}])
+    for name, weight in backend.weights(whole).items():
+        assert relative(backend.weights(parts)[name], weight) < 1e-6, name
+
+
+def test_step_applies_the_rule_with_the_schedules_values(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    blocks, rest = [n for n in tiny.NAMES if n.startswith("blocks")], [n for n in tiny.NAMES if n[:6] != "blocks"]
+    trainer = tiny.trainer(backend, model, [tiny.descent(blocks, stack=True), tiny.descent(rest)])
+    for rates in ((0.1, 0.0), (0.02, 0.3)):
+        before = backend.weights(model)
+        trainer.backward(x, y)
+        gradients = trainer.gradients()
+        trainer.step([{"lr": rate} for rate in rates])
+        for name, weight in backend.weights(model).items():
+            wanted = before[name] - rates[name in rest] * gradients[name]
+            np.testing.assert_allclose(weight, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_training_lowers_the_loss(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    optimizer = [tiny.adam(backend, [n for n in tiny.NAMES if n != "scale"], stack=True), tiny.descent(["scale"])]
+    trainer, losses = tiny.trainer(backend, model, optimizer), []
+    for _ in range(20):
+        losses.append(float(trainer.backward(x, y)))
+        trainer.step(tiny.schedule(optimizer))
+    assert losses[-1] < losses[0] / 2
+
+
+def trained(backend, optimizer, steps=3, warm=False):
+    """Weights after a few steps with changing rates, of a fresh model."""
+    model = tiny.build(backend)
+    trainer = tiny.trainer(backend, model, optimizer)
+    if warm:
+        trainer.warm_up(*tiny.batch(seed=99))
+    for step in range(steps):
+        trainer.backward(*tiny.batch(seed=step))
+        trainer.step(tiny.schedule(optimizer, 1 / (1 + step)))
+    return backend.weights(model)
+
+
+def test_stacked_equals_one_by_one(backend):
+    stacked = trained(backend, [tiny.adam(backend, tiny.NAMES, stack=True)])
+    single = trained(backend, [tiny.adam(backend, tiny.NAMES, stack=False)])
+    for name in tiny.NAMES:
+        np.testing.assert_allclose(stacked[name], single[name], rtol=1e-5, atol=1e-6)
+
+
+def test_stack_adds_a_leading_axis_even_over_one(backend):
+    seen = []
+
+    def init(param):
+        seen.append(tuple(param.shape))
+        return {}
+
+    group = {**tiny.descent(["b", "a", "c"], stack=True), "init": init}
+    model = support.holder(backend, a=np.ones((2, 3)), b=np.ones((2, 3)), c=np.ones(4))
+    backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.a), [group])
+    assert sorted(seen) == [(1, 4), (2, 2, 3)]
+
+
+def test_warm_up_leaves_no_trace(backend):
+    optimizer = [tiny.adam(backend, tiny.NAMES, stack=True)]
+    cold, warm = trained(backend, optimizer), trained(backend, optimizer, warm=True)
+    for name in tiny.NAMES:
+        np.testing.assert_array_equal(cold[name], warm[name])
+
+
+def test_warm_up_leaves_no_gradient(backend):
+    trainer = tiny.trainer(backend, tiny.build(backend))
+    trainer.warm_up(*tiny.batch())
+    assert not any(gradient.any() for gradient in trainer.gradients().values())
+
+
+def compilations(name: str, calls: list) -> int:
+    """How often a function that appends to `calls` was compiled. MLX runs its Python only when tracing it; PyTorch
+    replays such effects at every call, and counts its graphs."""
+    if name == "mlx":
+        return len(calls)
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_rates_change_without_recompiling(name):
+    support.needs_compiler()
+    backend, calls = support.opened(name, "float32", compiled=True), []
+    before = compilations(name, calls)
+
+    def update(param, grad, state, hyper):
+        if name == "mlx":
+            calls.append(1)
+        return param - hyper["lr"] * grad, {"last": grad}
+
+    group = {**tiny.descent(["a", "b", "c"], stack=True), "update": update,
+             "init": lambda param: {"last": backend.ops.zeros_like(param)}}
+    model = support.holder(backend, a=np.ones((2, 3)), b=np.ones((2, 3)), c=np.ones(4))
+    trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.a * m.b) + backend.ops.sum(m.c), [group])
+    compiled = []
+    for rate in (0.1, 0.2, 0.05, 0.0, 1):
+        trainer.backward(support.TOKENS, support.TOKENS)
+        trainer.step([{"lr": rate}])
+        compiled.append(compilations(name, calls))
+    assert compiled[0] > before and compiled[1:] == compiled[:1] * 4
+    assert backend.weights(model)["c"][0] == pytest.approx(1 - 1.35)  # and each rate had its effect
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda groups: groups[0]["names"].remove("wte.weight"), r"wte\.weight is in no group"),
+    (lambda groups: groups[0]["names"].append("wpe.weight"), r"wpe\.weight is not a parameter"),
+    (lambda groups: groups[1]["names"].append("wte.weight"), r"wte\.weight is in two groups"),
+    (lambda groups: groups[1].pop("init"), r"group 1 lacks \['init'\]"),
+])
+def test_optimizer_errors(backend, change, message):
+    optimizer = [tiny.descent([n for n in tiny.NAMES if n != "scale"]), tiny.descent(["scale"])]
+    change(optimizer)
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(backend, tiny.build(backend), optimizer)
+
+
+# --- half precision
+
+
+@pytest.mark.parametrize("precision, tolerance", [("bfloat16", 5e-2), ("float16", 1e-2)])
+def test_half_precision_gradients_are_near_float32s(request, low, precision, tolerance):
+    name = request.node.callspec.params["low"]
+    x, y = tiny.batch(rows=2)
+
+    def run(backend):
+        trainer = tiny.trainer(backend, tiny.build(backend))
+        return float(trainer.backward(x, y)), trainer.gradients()
+
+    exact_loss, exact = run(support.opened(name, "float32"))
+    loss, found = run(low(precision))
+    assert loss == pytest.approx(exact_loss, rel=tolerance)
+    for parameter, gradient in exact.items():
+        assert relative(found[parameter], gradient) < tolerance, parameter
+
+
+def test_float16_skips_an_overflowing_step_and_recovers(low):
+    """From 2^16 the loss scale must fall until 40 times it is finite in float16 again: several steps change nothing."""
+    backend, seen = low("float16"), []
+    model = support.holder(backend, value=np.ones(2))
+
+    def update(param, grad, state, hyper):  # the state is seen through the weights: a skipped step must not count
+        return param - hyper["lr"] * (grad + 1000 * state["steps"]), {"steps": state["steps"] + 1}
+
+    group = {**tiny.descent(["value"]), "update": update,
+             "init": lambda param: {"steps": backend.ops.zeros_like(param)}}
+    trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.value * 40), [group])
+    for _ in range(12):
+        trainer.backward(support.TOKENS, support.TOKENS)
+        trainer.step([{"lr": 2.0**-10}])
+        seen.append(backend.weights(model)["value"][0])
+    skipped = seen.count(1.0)
+    assert 0 < skipped < 10 and np.isfinite(seen).all()
+    taken = np.cumsum([2.0**-10 * (40 + 1000 * step) for step in range(12 - skipped)])
+    np.testing.assert_allclose(seen[skipped:], 1 - taken, rtol=1e-3)
+
+
+def test_float16_warm_up_restores_the_loss_scale(low):
+    """An overflow in warm-up halves the scale; afterwards as many steps must be skipped as without it."""
+    backend = low("float16")
+
+    def skipped(warm):
+        model = support.holder(backend, value=np.ones(2))
+        trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.value * 40), [tiny.descent(["value"])])
+        if warm:
+            trainer.warm_up(support.TOKENS, support.TOKENS)
+        for step in range(12):
+            trainer.backward(support.TOKENS, support.TOKENS)
+            trainer.step([{"lr": 2.0**-10}])
+            if backend.weights(model)["value"][0] != 1:
+                return step
+
+    assert skipped(warm=True) == skipped(warm=False) > 0
