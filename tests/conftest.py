@@ -1,0 +1,41 @@
+"""Fixtures for all tests: a home of their own, and a small prepared dataset."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from texts import sentences
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import prepare  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def isolated_home(tmp_path, monkeypatch) -> Path:
+    """No test sees the user's data, profile or settings."""
+    for name in ("DATA", "BUDGET", "RESULT", "SEED", "PROFILE"):
+        monkeypatch.delenv(f"AUTORESEARCH_{name}", raising=False)
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory) -> Path:
+    """An `AUTORESEARCH_HOME` whose current dataset is `tiny`: 300 generated text files, seconds to build."""
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "text").mkdir()
+    for i in range(300):
+        (root / "text" / f"{i}.txt").write_text(sentences(i, 60 + i % 37))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_HOME", str(root / "home"))
+        assert prepare.main(["--dataset", str(root / "text"), "--name", "tiny"]) == 0
+    return root / "home"
+
+
+@pytest.fixture
+def tiny_data(tiny_home, monkeypatch) -> prepare.Data:
+    """The dataset `tiny`, opened; a few hundred tokens of vocabulary and a few validation rows."""
+    with monkeypatch.context() as patch:
+        patch.setenv("AUTORESEARCH_HOME", str(tiny_home))
+        return prepare.open_data("tiny")

@@ -1,0 +1,371 @@
+"""The clock and the evaluator: what they measure, and every kind of model they refuse."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from fakes import Backend, Bigram, OutOfMemory, nats
+
+import prepare
+from prepare import Clock, DataError, Diverged, Invalid, Loader, evaluate_bpb, report
+
+
+@pytest.fixture
+def model(tiny_data):
+    rows = np.stack(list(prepare.pack(tiny_data.batches()))[:40])
+    return Bigram(tiny_data).train(rows)
+
+
+@pytest.fixture
+def run(tiny_data):
+    """A run that has just begun: backend, model, loader, clock."""
+    backend, model = Backend(), Bigram(tiny_data)
+    with Loader(tiny_data, 2) as loader:
+        yield backend, model, loader, Clock(backend, model, loader, seconds=100)
+
+
+@pytest.fixture
+def result(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "out" / "result.json"))
+    return lambda: json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+# ---- the score ----
+
+
+def test_bits_per_byte_by_hand(tiny_data, model):
+    x, y = prepare.inputs_and_targets(tiny_data.validation_rows[:3])
+    total = size = 0
+    for inputs, targets in zip(x, y, strict=True):
+        for token, target in zip(inputs.tolist(), targets.tolist(), strict=True):
+            if target < tiny_data.bos:
+                logits = model.table[token].astype(np.float64)
+                total += math.log(np.exp(logits).sum()) - logits[target]
+                size += len(tiny_data.tokenizer.decode_single_token_bytes(target))
+    bpb = evaluate_bpb(Backend(), model, tiny_data, count=3)
+    assert bpb == pytest.approx(total / size / math.log(2), rel=1e-6)
+    assert bpb < 0.7 * evaluate_bpb(Backend(), Bigram(tiny_data), tiny_data, count=3)
+
+
+def test_score_does_not_depend_on_the_batch_size(tiny_data, model):
+    scores = [evaluate_bpb(Backend(), model, tiny_data, batch_size=size) for size in (1, 3, 8)]
+    assert max(scores) - min(scores) < 1e-9
+
+
+def test_held_out_rows_and_count(tiny_data, model):
+    assert evaluate_bpb(Backend(), model, tiny_data, "held_out") != evaluate_bpb(Backend(), model, tiny_data)
+    assert evaluate_bpb(Backend(), model, tiny_data, count=1) != evaluate_bpb(Backend(), model, tiny_data, count=2)
+    with pytest.raises(DataError, match="rows asked for"):
+        evaluate_bpb(Backend(), model, tiny_data, count=10**6)
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_data, model):
+    backend = Backend(fits=1)
+    assert evaluate_bpb(backend, model, tiny_data) == pytest.approx(evaluate_bpb(Backend(), model, tiny_data))
+    with pytest.raises(OutOfMemory):
+        evaluate_bpb(Backend(fits=0), model, tiny_data)
+
+
+def test_other_errors_are_not_taken_for_memory(tiny_data):
+    class Broken:
+        def losses(self, tokens, targets):
+            raise KeyError("bug")
+
+    with pytest.raises(KeyError, match="bug"):
+        evaluate_bpb(Backend(), Broken(), tiny_data)
+
+
+# ---- models that are refused ----
+
+
+class Altered(Bigram):
+    """A trained bigram whose logits or losses a test changes."""
+
+    def __init__(self, model, logits=None, losses=None):
+        self.table, self.calls = model.table, 0
+        if logits:
+            self.change = logits
+        if losses:
+            self.losses = lambda tokens, targets: losses(self, tokens, targets)
+
+    def __call__(self, tokens):
+        self.calls += 1
+        out = self.table[tokens].astype(np.float32)
+        return self.change(self, out, tokens) if hasattr(self, "change") else out
+
+
+def sees_target(model, logits, tokens):
+    """Off by one: position t sees token t + 1."""
+    ahead = np.roll(tokens, -1, axis=1)
+    logits[np.arange(len(tokens))[:, None], np.arange(tokens.shape[1]), ahead] += 1.0
+    return logits
+
+
+def sees_the_mean(model, logits, tokens):
+    """Pools over the whole row, a little."""
+    return logits + 0.2 * model.table[tokens].mean(axis=1, keepdims=True)
+
+
+def sees_far_ahead(model, logits, tokens):
+    return logits + 0.1 * model.table[np.roll(tokens, -300, axis=1)]
+
+
+def sees_neighbours(model, logits, tokens):
+    """As a normalisation over the batch does."""
+    return logits * (1 + 0.1 * (tokens.mean() / 100 - 1))
+
+
+def forgets(model, logits, tokens):
+    """Dropout left on."""
+    return logits * np.random.default_rng(model.calls).choice([0.9, 1.1], logits.shape)
+
+
+def sees_one_neighbour(model, logits, tokens):
+    return logits + 0.05 * model.table[np.roll(tokens, 1, axis=0)]
+
+
+@pytest.mark.parametrize("change, reason", [
+    (sees_target, "looks ahead"), (sees_the_mean, "looks ahead"), (sees_far_ahead, "looks ahead"),
+    (sees_neighbours, "neighbours|looks ahead"), (sees_one_neighbour, "neighbours|looks ahead"), (forgets, "two calls"),
+    (lambda m, logits, t: logits[..., :-1], "logits have shape"),
+    (lambda m, logits, t: np.where(t[..., None] == t[0, 5], np.nan, logits), "not finite"),
+])  # fmt: skip
+def test_refused_logits(tiny_data, model, change, reason):
+    with pytest.raises(Invalid, match=reason):
+        evaluate_bpb(Backend(), Altered(model, logits=change), tiny_data)
+
+
+def test_row_mixing_in_the_batch_is_named(tiny_data, model):
+    """A neighbour that the look-ahead probe does not change is found by the probe for neighbours."""
+    first = lambda m, logits, tokens: logits + 0.3 * m.table[np.roll(tokens, 1, axis=0)[:, :1]]  # noqa: E731
+    rows = lambda m, logits, tokens: logits * (1 + 0.1 * np.arange(len(tokens)))[:, None, None]  # noqa: E731
+    for change in (rows, first):
+        try:
+            evaluate_bpb(Backend(), Altered(model, logits=change), tiny_data)
+        except Invalid as error:
+            assert "neighbours" in str(error) and "nats" in str(error)
+        else:
+            assert change is first, "BOS begins every row, so this model can't differ"
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.999, 1.01])
+def test_losses_that_do_not_come_from_probabilities(tiny_data, model, factor):
+    scaled = lambda m, x, y: nats(m.table[x], y) * np.float32(factor)  # noqa: E731
+    with pytest.raises(Invalid, match="not normalised.*average"):
+        evaluate_bpb(Backend(), Altered(model, losses=scaled), tiny_data)
+
+
+def test_losses_of_another_shape(tiny_data, model):
+    with pytest.raises(Invalid, match="losses have shape"):
+        evaluate_bpb(Backend(), Altered(model, losses=lambda m, x, y: np.zeros(len(x), np.float32)), tiny_data)
+
+
+def test_nan_beyond_the_probed_rows(tiny_data, model):
+    last = tiny_data.validation_rows[tiny_data.eval_rows - 1, :-1]
+
+    def losses(m, x, y):
+        return np.where((x == last).all(axis=1, keepdims=True), np.float32(np.inf), nats(m.table[x], y))
+
+    assert tiny_data.eval_rows > prepare.PROBE_ROWS
+    with pytest.raises(Invalid, match="not finite: 2048 of"):
+        evaluate_bpb(Backend(), Altered(model, losses=losses), tiny_data)
+
+
+@pytest.mark.parametrize("size", [1e-3, 5e-4])
+def test_rounding_passes(tiny_data, model, size):
+    """Kernels that don't repeat their bits move losses by about 1e-3: no reason to refuse."""
+
+    def losses(m, x, y):
+        m.calls += 1
+        return nats(m.table[x], y) + np.random.default_rng(m.calls).normal(0, size, y.shape).astype(np.float32)
+
+    assert evaluate_bpb(Backend(), Altered(model, losses=losses), tiny_data) > 0
+
+
+def test_bf16_rounding_of_losses_passes(tiny_data, model):
+    """Losses rounded to 8 bits: single tokens are off by percents, their mean is not."""
+
+    def losses(m, x, y):
+        return (nats(m.table[x], y).view(np.uint32) + 0x8000 & 0xFFFF0000).view(np.float32)
+
+    assert evaluate_bpb(Backend(), Altered(model, losses=losses), tiny_data) > 0
+
+
+# ---- the clock ----
+
+
+def test_warm_start(tiny_data, model, result):
+    with Loader(tiny_data, 2) as loader:
+        with pytest.raises(Invalid, match=r"warm start: .* \d\.\d+ nats, chance"):
+            Clock(Backend(), model, loader)
+        with pytest.raises(Invalid, match="before a Clock"):
+            next(loader)
+    assert result()["status"] == "invalid"
+
+
+def test_untrained_nan(tiny_data):
+    class Nan(Bigram):
+        def __call__(self, tokens):
+            return super().__call__(tokens) * np.float32(np.nan)
+
+    with Loader(tiny_data, 2) as loader, pytest.raises(Invalid, match="not finite"):
+        Clock(Backend(), Nan(tiny_data), loader)
+
+
+def test_time_runs_from_the_first_batch(run):
+    backend, model, loader, clock = run
+    time.sleep(0.05)
+    assert clock.elapsed == clock.progress == 0 and not clock.finished
+    next(loader)
+    time.sleep(0.02)
+    seconds = clock.tick(5.0)
+    assert 0.02 <= seconds <= clock.elapsed and clock.steps == 1 and backend.synchronized == 1
+    before = clock.elapsed
+    next(loader)
+    assert clock.elapsed >= before and clock.tick(5.0) <= clock.elapsed - before + 0.01
+    assert 0 < clock.progress < 1
+    clock.stop()
+    stopped = clock.elapsed
+    time.sleep(0.01)
+    clock.stop()
+    assert clock.elapsed == stopped
+
+
+def test_budget_ends_the_loop(tiny_data, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", "0.2")
+    backend, model = Backend(), Bigram(tiny_data)
+    with Loader(tiny_data, 1) as loader:
+        clock = Clock(backend, model, loader)
+        while not clock.finished:
+            next(loader)
+            time.sleep(0.01)
+            clock.tick(5.0)
+        assert clock.progress == 1.0 and clock.steps == loader.batches
+        assert evaluate_bpb(backend, model, tiny_data, clock=clock) == clock.val_bpb
+
+
+def test_tick_before_the_first_batch(run):
+    with pytest.raises(RuntimeError, match="before the first batch"):
+        run[3].tick(5.0)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 100.5])
+def test_divergence(run, result, loss):
+    next(run[2])
+    with pytest.raises(Diverged, match="at step 1"):
+        run[3].tick(loss)
+    assert result()["status"] == "crash" and "at step 1" in result()["reason"] and result()["num_steps"] == 1
+
+
+def test_no_training_after_the_evaluation(run, tiny_data, result):
+    backend, model, loader, clock = run
+    next(loader)
+    clock.tick(5.0)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    with pytest.raises(Invalid, match="after the evaluation"):
+        next(loader)
+    assert result()["status"] == "invalid"
+
+
+def test_a_run_is_scored_once(run, tiny_data):
+    backend, model, loader, clock = run
+    next(loader)
+    evaluate_bpb(backend, model, tiny_data, "held_out", clock=clock)
+    with pytest.raises(Invalid, match="scored once"):
+        evaluate_bpb(backend, model, tiny_data, clock=clock)
+
+
+def test_training_on_one_batch_far_beyond_the_budget(run, tiny_data):
+    backend, model, loader, clock = run
+    next(loader)
+    clock.started -= 102
+    with pytest.raises(Invalid, match="training went on for 102"):
+        evaluate_bpb(backend, model, tiny_data, clock=clock)
+
+
+def test_a_slow_last_step_is_allowed(run, tiny_data):
+    backend, model, loader, clock = run
+    next(loader)
+    clock.started -= 102
+    clock.longest = 3.0
+    next(loader)
+    assert evaluate_bpb(backend, model, tiny_data, clock=clock) > 0
+
+
+# ---- weights and report ----
+
+
+def test_weights_are_saved_before_anything_else(run, tiny_data, isolated_home):
+    backend, model, loader, clock = run
+    next(loader)
+    backend.calls.clear()
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    assert backend.calls[0] == "save" and (isolated_home / "last" / "weights.safetensors").exists()
+
+
+def test_weights_lie_beside_the_result_also_of_a_refused_model(run, tiny_data, result, tmp_path):
+    backend, model, loader, clock = run
+    next(loader)
+    model.table[:] = np.nan
+    with pytest.raises(Invalid, match="not finite"):
+        evaluate_bpb(backend, model, tiny_data, clock=clock)
+    assert (tmp_path / "out" / "result.safetensors").exists()
+    assert result()["status"] == "invalid" and "not finite" in result()["reason"]
+    assert result()["total_tokens_M"] == 2 * 2048 / 1e6
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        report(clock, num_params=1, flops_per_token=1, depth=1)
+
+
+def test_report(run, tiny_data, result, capsys):
+    backend, model, loader, clock = run
+    next(loader)
+    clock.tick(5.0)
+    bpb = evaluate_bpb(backend, model, tiny_data, clock=clock)
+    facts = report(clock, num_params=11_500_000, flops_per_token=1000, depth=4, speed=0.98, seed=3)
+    lines = capsys.readouterr().out.splitlines()
+    keys = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M
+    depth device backend eval data tokens_per_second val_rows epochs budget_seconds speed seed""".split()
+    assert lines[0] == "---" and [line.split(":")[0] for line in lines[1:-1]] == keys
+    assert lines[1] == f"val_bpb:          {bpb:.6f}" and lines[8] == "num_params_M:     11.5"
+    assert lines[9] == "depth:            4" and lines[10] == "device:           fake-1gb"
+    assert "trial" in lines[-1]
+    written = result()
+    assert written["status"] == "ok" and written["val_bpb"] == bpb and written["seed"] == 3
+    assert written["val_rows"] == tiny_data.eval_rows and written["eval"] == tiny_data.eval_tag
+    assert written["tokens_per_second"] == pytest.approx(2 * 2048 / written["training_seconds"])
+    assert written["mfu_percent"] == pytest.approx(100 * 1000 * written["tokens_per_second"] / 1e9)
+    assert written["total_seconds"] >= written["training_seconds"]
+    assert facts["val_bpb"] == bpb and set(written) == {"status", *facts}
+
+
+def test_report_of_a_full_budget_without_a_known_peak(tiny_data, result, capsys):
+    backend, model = Backend(peak_flops=None), Bigram(tiny_data)
+    with Loader(tiny_data, 2) as loader:
+        clock = Clock(backend, model, loader)
+        next(loader)
+        evaluate_bpb(backend, model, tiny_data, clock=clock)
+        report(clock, num_params=1, flops_per_token=1, depth=1)
+    text = capsys.readouterr().out
+    assert "budget_seconds" not in text and "trial" not in text and "mfu_percent:      nan" in text
+    assert result()["mfu_percent"] is None and result()["budget_seconds"] == 300
+
+
+def test_result_on_a_full_disk(tmp_path):
+    code = """
+import resource, prepare
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+try:
+    prepare.write_json(Path("result.json"), {"status": "ok", "val_bpb": 1.0})
+except prepare.DataError as error:
+    print(error)
+"""
+    root = str(prepare.__file__).rpartition("/")[0]
+    ended = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n{code}"], cwd=tmp_path,
+                           capture_output=True, text=True)  # fmt: skip
+    assert "could not write result.json" in ended.stdout and not (tmp_path / "result.json").exists()
+    assert not list(tmp_path.glob("*.tmp"))
