@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
-import subprocess
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from backends import machine
 from backends.interface import BackendError, Device
 
 # In order of preference: one that comes later has to be clearly faster, because it keeps fewer digits or, float16,
@@ -33,8 +31,8 @@ def open_device(precision: str | None = None) -> Device:
         raise BackendError(f"MLX gives wrong products on this device in {precision or 'every precision'}: "
                            + "; ".join(notes))
     chosen = precision or _prefer(rates)
-    name, memory = _name(kind), _memory(kind)
-    return Device(name=name, slug=_slug(kind, name, memory), kind=kind, memory=memory, precision=chosen,
+    name, memory = _name(), _memory(kind)
+    return Device(name=name, slug=machine.slug(name, memory, cpu=kind == "cpu"), kind=kind, memory=memory, precision=chosen,
                   peak_flops=rates[chosen][0], versions=_versions(),
                   notes=(*notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
 
@@ -109,11 +107,9 @@ def _seconds(function, *arrays, repeats: int = 3) -> float:
     return min(times)
 
 
-def _name(kind: str) -> str:
+def _name() -> str:
     name = _device_info().get("device_name") or ""
-    if platform.system() == "Darwin" and not name.startswith("Apple M"):
-        name = _sysctl("machdep.cpu.brand_string") or name
-    return name or _linux_cpu_model() or platform.processor() or platform.machine()
+    return name if name.startswith(("Apple M", "NVIDIA")) else machine.processor_name()
 
 
 def _memory(kind: str) -> int:
@@ -127,30 +123,6 @@ def _device_info() -> dict:
     """What MLX says of its default device; older versions have it for Metal only."""
     ask = getattr(mx, "device_info", None) or (mx.metal.device_info if mx.metal.is_available() else dict)
     return dict(ask())
-
-
-def _sysctl(key: str) -> str:
-    try:
-        done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=5, check=False)
-        return done.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _linux_cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return ""
-    return found.group(1).strip() if found else ""
-
-
-def _slug(kind: str, name: str, memory: int) -> str:
-    """For example "apple-m4-16gb", "nvidia-h200-140gb", "cpu-amd-epyc-2c-24gb"."""
-    parts = [name, f"{round(memory / 2**30)}gb"]
-    if kind == "cpu":
-        parts = ["cpu", name, f"{os.cpu_count()}c", parts[1]]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
 def _versions() -> dict[str, str]:

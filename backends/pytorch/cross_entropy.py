@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from backends.pytorch import runtime
-
 # Logits in one chunk. On a GPU large products fill the chip; on a CPU a chunk should stay near its cache.
 CHUNK = {"cpu": 2**21}
 CHUNK_ELSEWHERE = 2**28

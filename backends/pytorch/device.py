@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
-import re
 import shutil
 import subprocess
 import time
@@ -14,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from backends import machine
 from backends.interface import BackendError
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -62,29 +60,9 @@ def identify(device: torch.device) -> tuple[str, str, int]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
-        return name, _slug(name, memory), memory
-    memory = psutil.virtual_memory().total
-    name = processor_name()
-    if device.type == "mps":
-        return name, _slug(name, memory), memory
-    return name, _slug(f"cpu {name} {os.cpu_count()}c", memory), memory
-
-
-def processor_name() -> str:
-    """The CPU's (on a Mac: the chip's) marketing name."""
-    try:
-        if platform.system() == "Darwin":
-            return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True,
-                                  timeout=10).stdout.strip() or "Apple"
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return match.group(1).strip() if match else platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
-def _slug(name: str, memory: int) -> str:
-    name = re.sub(r"\((r|tm)\)|processor|cpu @.*|\d+-core", " ", name.lower())
-    return "-".join(re.findall(r"[a-z0-9.]+", name)) + f"-{math.ceil(memory / 2**30)}gb"
+    else:
+        name, memory = machine.processor_name(), psutil.virtual_memory().total
+    return name, machine.slug(name, memory, cpu=device.type == "cpu"), memory
 
 
 def measure_precisions(device: torch.device) -> dict[str, float | str]:
