@@ -34,21 +34,27 @@ the Array API does not have:
     rms_norm(x)                  x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32, no weight
     softcapped_cross_entropy(hidden, weight, targets, softcap, reduction)
                                  nats of targets (B, T) under softmax(softcap * tanh(hidden @ weight.T / softcap)), from
-                                 hidden (B, T, C) and weight (V, C); `softcap=None` for none; "mean" and "sum" give a
-                                 float32 scalar, "none" (B, T). Works over chunks of tokens: no float32 logits of the
+                                 hidden (B, T, C) and weight (V, C); `softcap=None` for none; float32: "mean" and "sum"
+                                 give a scalar, "none" (B, T). Works over chunks of tokens: no float32 logits of the
                                  whole batch are held
     relu, gelu (exact, erf), silu, sigmoid, softmax(x, axis)
     normal-sized helpers: compute(x) casts to the compute precision, float32(x) to float32
 
+Where the Array API leaves a choice, or not every framework follows it: `std` and `var` have correction=0; `full` gives
+float32; `tril` and `triu` take `k=`, `clip` takes `min=` and `max=`; `maximum`, `minimum`, `where` and the comparisons
+accept a number as their last operand.
+
 ## Trainer(model, loss, optimizer)
 
-`loss(model, x, y)` gives a scalar. `optimizer` is a list of groups:
+`loss(model, x, y)` returns a float32 scalar. `optimizer` is a list of groups:
 
     dict(names=["blocks.0.mlp.c_fc.weight", ...],   which parameters, each in exactly one group
          init=lambda param: {...},                  param's state: a dict of arrays
          update=lambda param, grad, state, hyper: (param, state),   a pure function; all arrays float32
-         stack=False,                               True: equal shapes are stacked on a new leading axis
+         stack=False,                               True: equal shapes are stacked on a new leading axis, one alone too
          hyper=dict(lr=..., ...))                   float32 scalars, which may change at each step
+
+A parameter that the loss doesn't use has a gradient of zero, and is updated with it.
 """
 
 from __future__ import annotations
@@ -72,6 +78,7 @@ TRANSFORMER = """
 attention compute float32 gelu relu rms_norm rope rsqrt silu softcapped_cross_entropy softmax stop_gradient
 """.split()
 OPS = sorted(ARRAY_API + TRANSFORMER)
+NN = ("Embedding", "Linear", "Module", "ModuleDict", "ModuleList", "Parameter")  # and what `nn` offers
 
 
 class BackendError(RuntimeError):
@@ -126,7 +133,12 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def step(self, schedule: list[dict[str, float]]) -> None:
-        """Applies each group's update with `schedule[i]` as its `hyper` values, and clears the gradients."""
+        """Applies each group's update with `schedule[i]` as its `hyper` values, and clears the gradients.
+
+        Raises:
+            ValueError: the schedule's keys are not those of the groups' `hyper`.
+            RuntimeError: there was no `backward` since the last step.
+        """
 
     @abc.abstractmethod
     def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -223,3 +235,12 @@ def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
     problems += [f"{name} is in two groups" for name in sorted({n for n in grouped if grouped.count(n) > 1})]
     if problems:
         raise ValueError("optimizer groups do not match the model: " + "; ".join(problems))
+
+
+def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:
+    """Raises what `Trainer.step` says it raises."""
+    wanted, given = [sorted(group["hyper"]) for group in optimizer], [sorted(hyper) for hyper in schedule]
+    if given != wanted:
+        raise ValueError(f"the schedule gives {given}; the optimizer's groups have {wanted}")
+    if not has_gradients:
+        raise RuntimeError("step() needs the gradients of at least one backward()")

@@ -32,8 +32,8 @@ def open_device(precision: str | None = None) -> Device:
                            + "; ".join(notes))
     chosen = precision or _prefer(rates)
     name, memory = _name(), _memory(kind)
-    return Device(name=name, slug=machine.slug(name, memory, cpu=kind == "cpu"), kind=kind, memory=memory, precision=chosen,
-                  peak_flops=rates[chosen][0], versions=_versions(),
+    return Device(name=name, slug=machine.slug(name, memory, cpu=kind == "cpu"), kind=kind, memory=memory,
+                  precision=chosen, peak_flops=rates[chosen][0], versions=_versions(),
                   notes=(*notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
 
 

@@ -48,10 +48,8 @@ class Trainer(interface.Trainer):
         return loss
 
     def step(self, schedule: list[dict[str, float]]) -> None:
-        self._check_schedule(schedule)
+        interface.check_step(self._optimizer, schedule, bool(self._gradients))
         gradients, self._gradients = self._gradients, {}
-        if not gradients:
-            raise RuntimeError("step() needs the gradients of at least one backward()")
         guard = (self._loss_scale.value, _all_finite(gradients)) if self._loss_scale else ()
         hypers = [{name: mx.array(value, dtype=mx.float32) for name, value in hyper.items()} for hyper in schedule]
         for unit in self._units:
@@ -105,11 +103,6 @@ class Trainer(interface.Trainer):
             masters = [self._parameters[name].value for name in names]
             units.append(Unit(index, names, update, group["init"](mx.stack(masters) if group["stack"] else masters[0])))
         return units
-
-    def _check_schedule(self, schedule: list[dict[str, float]]) -> None:
-        wanted = [sorted(group["hyper"]) for group in self._optimizer]
-        if (given := [sorted(hyper) for hyper in schedule]) != wanted:
-            raise ValueError(f"the schedule gives {given}; the optimizer's groups have {wanted}")
 
 
 @dataclass

@@ -136,12 +136,15 @@ def reference(q, k, v, window):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+LONG_ENOUGH_MS = 300  # in all, for timing: a call this slow (half precision that a CPU emulates) is timed once
+
+
 def trial(synchronize, shape=(1, 2048, 2, 128), repeats=5) -> dict[str, dict[str, float | str]]:
     """Runs every implementation, forward and backward, for a full and a half window.
 
     Returns:
-        By kind of window ("full", "window"), by implementation: milliseconds (median of `repeats`), or why it can't
-        be used.
+        By kind of window ("full", "window"), by implementation: milliseconds (median of up to `repeats`), or why it
+        can't be used.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(shape, generator=generator).to(runtime.device, runtime.dtype) for _ in range(4))
@@ -160,7 +163,7 @@ def trial(synchronize, shape=(1, 2048, 2, 128), repeats=5) -> dict[str, dict[str
                 results[kind][name] = _median_ms(
                     lambda: _with_gradients(compiled, q, k, v, window, upstream), synchronize, repeats)
             except Exception as error:  # a candidate may fail in any way its kernel can; it is then no candidate
-                results[kind][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+                results[kind][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     return results
 
 
@@ -188,10 +191,10 @@ def _error(a, b):
 
 def _median_ms(function, synchronize, repeats):
     times = []
-    for _ in range(repeats):
+    while len(times) < repeats and sum(times) < LONG_ENOUGH_MS:
         synchronize()
         start = time.perf_counter()
         function()
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[repeats // 2]
+    return sorted(times)[len(times) // 2]

@@ -39,7 +39,7 @@ class PyTorchBackend(interface.Backend):
         parameters = dict(model.named_parameters())
         interface.check_weights({name: tuple(p.shape) for name, p in parameters.items()}, weights)
         for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(weights[name], np.float32)))
+            parameter.copy_(torch.from_numpy(np.array(weights[name], np.float32, order="C")))
 
     def synchronize(self):
         devices.synchronize(runtime.device)

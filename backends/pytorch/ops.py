@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import (abs, add, arange as _arange, broadcast_to, clip, concat, cos, cumsum as cumulative_sum,  # noqa: F401
-                   divide, eq as equal, exp, full as _full, greater, greater_equal, less, less_equal, log, logical_and,
-                   logical_not, logical_or, matmul, mean, multiply, negative, ones as _ones, ones_like, permute as
-                   permute_dims, pow, relu, reshape, rsqrt, sigmoid, sign, sin, softmax, sqrt, square, squeeze, stack,
-                   subtract, sum, tan, tanh, tril as _tril, triu as _triu, unsqueeze as expand_dims, where, zeros as _zeros, zeros_like)
+from torch import (abs, add, broadcast_to, clip, concat, cos, cumsum as cumulative_sum, divide, eq as equal,  # noqa: F401
+                   exp, greater, greater_equal, less, less_equal, log, logical_and, logical_not, logical_or, matmul,
+                   mean, multiply, negative, ones_like, permute as permute_dims, pow, relu, reshape, rsqrt, sigmoid,
+                   sign, sin, softmax, sqrt, square, squeeze, stack, subtract, sum, tan, tanh,
+                   unsqueeze as expand_dims, where, zeros_like)
 from torch.nn.functional import gelu, silu  # noqa: F401
 
 from backends.pytorch import runtime
@@ -41,20 +41,20 @@ def stop_gradient(x):
 
 
 def zeros(shape):
-    return _zeros(shape, device=runtime.device)
+    return torch.zeros(shape, device=runtime.device)
 
 
 def ones(shape):
-    return _ones(shape, device=runtime.device)
+    return torch.ones(shape, device=runtime.device)
 
 
 def full(shape, value):
-    return _full(shape, value, dtype=torch.float32, device=runtime.device)
+    return torch.full(shape, value, dtype=torch.float32, device=runtime.device)
 
 
 def arange(start, stop=None, step=1):
     start, stop = (0, start) if stop is None else (start, stop)
-    return _arange(start, stop, step, device=runtime.device)
+    return torch.arange(start, stop, step, device=runtime.device)
 
 
 def matrix_transpose(x):
@@ -62,11 +62,11 @@ def matrix_transpose(x):
 
 
 def tril(x, k=0):
-    return _tril(x, diagonal=k)
+    return torch.tril(x, diagonal=k)
 
 
 def triu(x, k=0):
-    return _triu(x, diagonal=k)
+    return torch.triu(x, diagonal=k)
 
 
 def max(x, axis=None, keepdims=False):  # PyTorch's own gives indices too
@@ -109,8 +109,26 @@ def rms_norm(x):
 
 def rope(x, base):
     """Rotary position embedding of x (B, T, H, D); position on axis 1, halves split."""
-    cosines, sines = _rotation(x.shape[1], x.shape[3] // 2, base)
-    first, second = x[..., : x.shape[3] // 2], x[..., x.shape[3] // 2 :]
+    return _Rotate.apply(x, *_rotation(x.shape[1], x.shape[3] // 2, base))
+
+
+class _Rotate(torch.autograd.Function):
+    """Its gradient is the rotation back. Derived from slices and `cat` it would be sums of padded halves instead, at
+    three times the cost."""
+
+    @staticmethod
+    def forward(ctx, x, cosines, sines):
+        ctx.save_for_backward(cosines, sines)
+        return _rotate(x, cosines, sines)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        cosines, sines = ctx.saved_tensors
+        return _rotate(upstream, cosines, -sines), None, None
+
+
+def _rotate(x, cosines, sines):
+    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     return torch.cat([first * cosines + second * sines, second * cosines - first * sines], -1)
 
 

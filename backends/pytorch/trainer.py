@@ -38,6 +38,7 @@ class Trainer(interface.Trainer):
 
     @torch.no_grad()
     def step(self, schedule):
+        interface.check_step(self._optimizer, schedule, any(p.grad is not None for p in self._named.values()))
         for parameter in self._named.values():
             if parameter.grad is None:  # not used by this loss: a gradient of zero, as on every other backend
                 parameter.grad = torch.zeros_like(parameter)
@@ -56,11 +57,21 @@ class Trainer(interface.Trainer):
         with torch.no_grad():  # one row without a graph first: makes the tables and masks a trace can't make
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
-        self.backward(x, y)
-        self.step([group["hyper"] for group in self._optimizer])
+        try:
+            self._once(x, y)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # train.py uses what can't be traced, or the compiler fails on this device: slow is better than not at all.
+            print(f"this step does not compile and runs uncompiled, slower: {str(error).strip().splitlines()[0]}")
+            self._loss, self._apply = self._eager_loss, _apply
+            self._clear()
+            self._once(x, y)
         with torch.no_grad():
             for tensor, value in zip(self._everything(), kept):
                 tensor.copy_(value)
+
+    def _once(self, x, y):
+        self.backward(x, y)
+        self.step([group["hyper"] for group in self._optimizer])
 
     def gradients(self):
         unscale = 1 / self._scaler.scale if self._scaler else 1.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.backends import tiny
 
 TOKENS = np.zeros((1, 1), np.int32)  # for a trainer whose loss looks at parameters only
 
-HOME = os.environ.get("AUTORESEARCH_HOME")  # of whoever runs the tests: trials of this machine are remembered there
+HOME = tempfile.TemporaryDirectory(prefix="autoresearch-")  # for a session of tests: it tries each precision once
 _opened: dict[str, tuple[tuple, Backend]] = {}  # the last of each name: opening another may change a whole process
 
 
@@ -23,10 +23,7 @@ def opened(name: str, precision: str, compiled: bool = False) -> Backend:
     asked = precision, compiled
     if name not in _opened or _opened[name][0] != asked:
         with pytest.MonkeyPatch.context() as patch:
-            if HOME is None:
-                patch.delenv("AUTORESEARCH_HOME", raising=False)
-            else:
-                patch.setenv("AUTORESEARCH_HOME", HOME)
+            patch.setenv("AUTORESEARCH_HOME", HOME.name)
             try:
                 _opened[name] = asked, backends.load(name, precision, compiled)
             except BackendError as error:

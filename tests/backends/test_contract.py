@@ -65,6 +65,12 @@ def test_set_weights_names_what_does_not_fit(backend, change, message):
         np.testing.assert_array_equal(weight, before[name])
 
 
+def test_a_parameter_may_be_a_scalar(backend):
+    model = support.holder(backend, temperature=2.5)
+    assert backend.weights(model)["temperature"].shape == ()
+    assert float(backend.ops.square(model.temperature)) == 6.25
+
+
 @pytest.mark.parametrize("key", ["0", "12"])
 def test_module_dict_refuses_numeric_keys(backend, key):
     with pytest.raises(ValueError, match=key):
@@ -388,6 +394,26 @@ def test_optimizer_errors(backend, change, message):
     change(optimizer)
     with pytest.raises(ValueError, match=message):
         tiny.trainer(backend, tiny.build(backend), optimizer)
+
+
+@pytest.mark.parametrize("schedule", [[{"rate": 0.1}], [{}], [{"lr": 0.1, "rate": 0.1}], [], [{"lr": 0.1}] * 2])
+def test_schedule_must_fit_the_groups(backend, schedule):
+    trainer = tiny.trainer(backend, tiny.build(backend), [tiny.descent(tiny.NAMES)])
+    trainer.backward(*tiny.batch())
+    with pytest.raises(ValueError, match=r"\['lr'\]"):
+        trainer.step(schedule)
+
+
+def test_a_step_needs_gradients(backend):
+    model = support.holder(backend, value=np.ones(2))
+    trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.value), [tiny.descent(["value"])])
+    trainer.warm_up(support.TOKENS, support.TOKENS)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"backward\(\)"):
+            trainer.step([{"lr": 0.1}])
+        trainer.backward(support.TOKENS, support.TOKENS)
+        trainer.step([{"lr": 0.1}])
+    np.testing.assert_allclose(backend.weights(model)["value"], 0.8, rtol=1e-6)
 
 
 # --- half precision

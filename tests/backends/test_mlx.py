@@ -86,13 +86,6 @@ def test_accumulation_does_not_grow_memory(mlx):
     assert max(active() for _ in range(6)) <= second + 100_000
 
 
-def test_schedule_must_fit_the_groups(mlx):
-    trainer = tiny.trainer(mlx, tiny.build(mlx), [tiny.descent(tiny.NAMES)])
-    trainer.backward(*tiny.batch())
-    with pytest.raises(ValueError, match=r"\['lr'\]"):
-        trainer.step([{"rate": 0.1}])
-
-
 def test_parameters_cannot_be_overwritten_by_values(mlx):
     model = tiny.build(mlx)
     with pytest.raises(TypeError, match="scale"):

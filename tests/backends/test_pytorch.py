@@ -1,0 +1,139 @@
+"""How the PyTorch backends find out what this machine can do."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from backends.interface import BackendError  # noqa: E402
+from backends.pytorch import attention, device, runtime, trainer, trials  # noqa: E402
+from tests.backends import tiny  # noqa: E402
+from tests.backends.support import opened  # noqa: E402
+
+
+@pytest.fixture
+def backend():
+    return opened("sdpa", "float32")
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("AUTORESEARCH_DEVICE", raising=False)
+
+
+def put_nvidia_smi(folder, monkeypatch, script):
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch, without_cuda):
+    put_nvidia_smi(tmp_path, monkeypatch, "echo NVIDIA GeForce RTX 3090")
+    with pytest.raises(BackendError, match="RTX 3090 is here, but PyTorch .* cannot use it.*AUTORESEARCH_DEVICE=cpu"):
+        device.pick()
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
+    assert device.pick() == torch.device("cpu")
+
+
+def test_a_driver_without_a_gpu_is_no_error(tmp_path, monkeypatch, without_cuda):
+    put_nvidia_smi(tmp_path, monkeypatch, "echo No devices were found; exit 6")
+    assert device.pick() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "tpu", "cuda:7"])
+def test_a_device_that_is_not_there(monkeypatch, without_cuda, wanted):
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", wanted)
+    with pytest.raises(BackendError, match=f"AUTORESEARCH_DEVICE={wanted}: PyTorch .* has here only cpu"):
+        device.pick()
+
+
+@pytest.mark.parametrize("rates, chosen", [
+    ({"bfloat16": 9e12, "float16": 10e12, "float32": 1e12}, "bfloat16"),
+    ({"bfloat16": 2e12, "float16": 10e12, "float32": 1e12}, "float16"),
+    ({"bfloat16": 2e9, "float16": "wrong: relative error 1", "float32": 2e11}, "float32"),
+])
+def test_precision_goes_to_the_fastest_that_is_right(rates, chosen):
+    assert device.choose_precision(rates) == chosen
+
+
+def test_no_right_precision_is_an_error():
+    with pytest.raises(BackendError, match="no precision"):
+        device.choose_precision({"float32": "wrong: relative error 1"})
+
+
+def test_wrong_products_are_not_usable(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.matmul(a, b) * (1 if a.dtype == torch.float32
+                                                                                       else 1.1))
+    rates = device.measure_precisions(torch.device("cpu"))
+    assert isinstance(rates["float32"], float) and rates["bfloat16"].startswith("wrong: relative error 1.0e-01")
+
+
+def test_wrong_and_failing_attention_is_not_chosen(backend, monkeypatch):
+    def off_by_one(q, k, v, window):
+        return attention.sdpa_mask(q, k, v, None if window is None else window + 1)
+
+    def broken(q, k, v, window):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", {"off_by_one": off_by_one, "broken": broken,
+                                                       "sdpa_mask": attention.sdpa_mask})
+    results = attention.trial(backend.synchronize, shape=(1, 64, 2, 32), repeats=1)
+    assert results["window"]["off_by_one"].startswith("wrong: relative error")
+    assert results["full"]["broken"] == "RuntimeError: no kernel image is available"
+    assert attention.choose(results)["window"] == "sdpa_mask"
+
+
+def test_nothing_right_is_an_error():
+    with pytest.raises(RuntimeError, match="no attention implementation is right"):
+        attention.choose({"full": {"sdpa_mask": "wrong: relative error 1"}})
+
+
+@pytest.mark.parametrize("name", ["sdpa_causal", "sdpa_blocks", "sdpa_mask"])
+@pytest.mark.parametrize("window", [None, 0, 5, 300])
+def test_every_implementation_agrees_with_the_definition(backend, monkeypatch, name, window):
+    if name == "sdpa_causal" and window is not None:
+        pytest.skip("is_causal knows no window")
+    q, k, v = (torch.randn(2, 600, heads, 16) for heads in (4, 2, 2))
+    found = attention.IMPLEMENTATIONS[name](q, k, v, window)
+    assert torch.allclose(found, attention.reference(q, k, v, window), atol=1e-5)
+
+
+def test_a_trial_is_remembered_and_survives_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    assert trials.remember("a", lambda: 1) == 1 and trials.remember("a", lambda: 2) == 1
+    assert trials.remember("b", lambda: 3) == 3
+    assert json.loads((tmp_path / "trials.json").read_text()) == {"a": 1, "b": 3}
+    (tmp_path / "trials.json").write_text("{")
+    assert trials.remember("a", lambda: 4) == 4
+
+
+def test_a_home_that_cannot_be_written_only_repeats_the_trial(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "file" / "home"))
+    assert trials.remember("a", lambda: 1) == 1 and trials.remember("a", lambda: 2) == 2
+
+
+def test_without_a_compiler_it_says_why(monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("Cannot find a working triton installation\nmore")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    assert device.compiler_works(torch.device("cpu")) == "RuntimeError: Cannot find a working triton installation"
+
+
+def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "compiled", True)
+
+    def loss(model, x, y):
+        torch._dynamo.graph_break()  # what a .item() in train.py does
+        return tiny.loss(backend)(model, x, y)
+
+    model = tiny.build(backend)
+    trained = trainer.Trainer(model, loss, [tiny.descent(backend.weights(model))])
+    x, y = tiny.batch()
+    trained.warm_up(x, y)
+    assert "does not compile" in capsys.readouterr().out
+    assert float(trained.backward(x, y)) > 0
