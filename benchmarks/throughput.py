@@ -4,10 +4,10 @@
     python benchmarks/throughput.py THEIR_TRAIN_PY --attention NANOCHAT_FLASH_ATTENTION_PY       (on a GPU)
 
 THEIR_TRAIN_PY is train.py of karpathy/autoresearch or of a port of it. Both programs run in turn, each in its own
-process, on the dataset prepared last; theirs is read, changed as follows, and run. Its constants for depth, batches and
-windows become ours; its data come from our loader; its evaluation is left out, as ours is; Flash Attention 3, where it
-asks for it, becomes the module given by --attention; the check for macOS goes. With --float32 its autocast is turned off
-and its bfloat16 casts become float32, and ours computes in float32. Its first steps stay uncounted, as it has it.
+process, on the dataset prepared last; theirs is read, changed as follows, and run. Its constants for depth, batches
+and windows become ours; its data come from our loader; its evaluation is left out, as ours is; Flash Attention 3, where
+it asks for it, becomes the module given by --attention; the check for macOS goes. With --float32 its autocast is turned
+off and its bfloat16 casts become float32, and ours computes in float32. Its first steps stay uncounted, as it has it.
 """
 
 import argparse
@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def with_constants(source: str, options) -> str:
-    values = {"DEPTH": options.depth, "DEVICE_BATCH_SIZE": options.device_batch, "TOTAL_BATCH_SIZE": options.total_batch,
-              "WINDOW_PATTERN": "SSSL"}
+    values = {"DEPTH": options.depth, "DEVICE_BATCH_SIZE": options.device_batch,
+              "TOTAL_BATCH_SIZE": options.total_batch, "WINDOW_PATTERN": "SSSL"}
     for name, value in values.items():
         source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r} ", source)
         assert found == 1, f"{name} is set {found} times"
@@ -66,11 +66,10 @@ def run_theirs(options) -> dict:
     import torch
 
     source = with_constants(options.theirs.read_text(), options)
-    fa3 = ""
     if options.attention:
-        fa3 = ("import importlib.util as _u; _s = _u.spec_from_file_location('attention', %r); "
-               "fa3 = _u.module_from_spec(_s); _s.loader.exec_module(fa3); fa3 = fa3.flash_attn" % str(options.attention))
-    source = re.sub(r"(?ms)^from kernels import.*?^fa3 = [^\n]*$", lambda _: fa3, source)
+        sys.path.insert(0, str(options.attention.resolve().parent))
+        fa3 = f"from {options.attention.stem} import flash_attn as fa3"
+        source = re.sub(r"(?ms)^from kernels import.*?^fa3 = [^\n]*$", fa3, source)
     source = source.replace("\nverify_macos_env()\n", "\n")
     uncounted = 10 if torch.cuda.is_available() else 1
     source = source.replace("step > 10", f"step > {uncounted}")

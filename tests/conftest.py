@@ -1,14 +1,16 @@
 """Fixtures for all tests: a home of their own, and a small prepared dataset."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from texts import sentences
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import corpus  # noqa: E402
 import prepare  # noqa: E402
+from texts import sentences, write_files  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +26,10 @@ def isolated_home(tmp_path, monkeypatch) -> Path:
 def tiny_home(tmp_path_factory) -> Path:
     """An `AUTORESEARCH_HOME` whose current dataset is `tiny`: 300 generated text files, seconds to build."""
     root = tmp_path_factory.mktemp("tiny")
-    (root / "text").mkdir()
-    for i in range(300):
-        (root / "text" / f"{i}.txt").write_text(sentences(i, 60 + i % 37))
+    write_files(root / "text", [sentences(i, 60 + i % 37) for i in range(300)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_HOME", str(root / "home"))
-        assert prepare.main(["--dataset", str(root / "text"), "--name", "tiny"]) == 0
+        assert corpus.main(["--dataset", str(root / "text"), "--name", "tiny"]) == 0
     return root / "home"
 
 
@@ -39,3 +39,10 @@ def tiny_data(tiny_home, monkeypatch) -> prepare.Data:
     with monkeypatch.context() as patch:
         patch.setenv("AUTORESEARCH_HOME", str(tiny_home))
         return prepare.open_data("tiny")
+
+
+@pytest.fixture
+def copy(tiny_home, isolated_home) -> Path:
+    """The folder of a dataset `tiny` that may be damaged."""
+    shutil.copytree(tiny_home, isolated_home)
+    return isolated_home / "data" / "tiny"

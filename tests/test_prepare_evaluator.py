@@ -105,6 +105,11 @@ def sees_target(model, logits, tokens):
     return logits
 
 
+def sees_target_faintly(model, logits, tokens):
+    """Worth some 0.02 nats a token, and to be seen only at the cut."""
+    return logits + 0.02 * (sees_target(model, logits.copy(), tokens) - logits)
+
+
 def sees_the_mean(model, logits, tokens):
     """Pools over the whole row, a little."""
     return logits + 0.2 * model.table[tokens].mean(axis=1, keepdims=True)
@@ -129,7 +134,8 @@ def sees_one_neighbour(model, logits, tokens):
 
 
 @pytest.mark.parametrize("change, reason", [
-    (sees_target, "looks ahead"), (sees_the_mean, "looks ahead"), (sees_far_ahead, "looks ahead"),
+    (sees_target, "looks ahead"), (sees_target_faintly, "looks ahead"), (sees_the_mean, "looks ahead"),
+    (sees_far_ahead, "looks ahead"),
     (sees_neighbours, "neighbours|looks ahead"), (sees_one_neighbour, "neighbours|looks ahead"), (forgets, "two calls"),
     (lambda m, logits, t: logits[..., :-1], "logits have shape"),
     (lambda m, logits, t: np.where(t[..., None] == t[0, 5], np.nan, logits), "not finite"),
@@ -329,7 +335,9 @@ def test_report(run, tiny_data, result, capsys):
     lines = capsys.readouterr().out.splitlines()
     keys = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M
     depth device backend eval data tokens_per_second val_rows epochs budget_seconds speed seed""".split()
-    assert lines[0] == "---" and [line.split(":")[0] for line in lines[1:-1]] == keys
+    block = [line for line in lines if not line.startswith("note: ")]
+    assert block[0] == "---" and [line.split(":")[0] for line in block[1:]] == keys
+    assert lines[: len(block)] == block, "notes come last"
     assert lines[1] == f"val_bpb:          {bpb:.6f}" and lines[8] == "num_params_M:     11.5"
     assert lines[9] == "depth:            4" and lines[10] == "device:           fake-1gb"
     assert "trial" in lines[-1]
@@ -340,6 +348,38 @@ def test_report(run, tiny_data, result, capsys):
     assert written["mfu_percent"] == pytest.approx(100 * 1000 * written["tokens_per_second"] / 1e9)
     assert written["total_seconds"] >= written["training_seconds"]
     assert facts["val_bpb"] == bpb and set(written) == {"status", *facts}
+
+
+def test_values_begin_in_the_originals_column(run, tiny_data, capsys):
+    backend, model, loader, clock = run
+    next(loader)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    report(clock, num_params=1, flops_per_token=1, depth=1)
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        if not line.startswith("note: "):
+            name, value = line.split()
+            assert line.index(value, len(name)) == max(18, len(name) + 1), line
+
+
+def test_report_says_that_data_were_repeated(run, tiny_data, capsys):
+    backend, model, loader, clock = run
+    next(loader)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    for epoch in (1, 3):
+        loader.epoch = epoch
+        facts = report(clock, num_params=1, flops_per_token=1, depth=1)
+        assert facts["epochs"] == epoch
+        assert ("note: training data was read 3 times" in capsys.readouterr().out) == (epoch == 3)
+
+
+def test_report_replaces_nothing_measured(run, tiny_data, result, capsys):
+    backend, model, loader, clock = run
+    next(loader)
+    bpb = evaluate_bpb(backend, model, tiny_data, clock=clock)
+    claims = {"val_bpb": 0.1, "status": "keep", "training_seconds": 1.0, "eval": "x", "speed": 0.9}
+    report(clock, num_params=1, flops_per_token=1, depth=1, **claims)
+    assert result()["val_bpb"] == bpb and result()["status"] == "ok" and result()["speed"] == 0.9
+    assert result()["eval"] == tiny_data.eval_tag and f"val_bpb:          {bpb:.6f}" in capsys.readouterr().out
 
 
 def test_report_of_a_full_budget_without_a_known_peak(tiny_data, result, capsys):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from texts import sentences
 
+import corpus
 import prepare
 
 ROOT = os.path.dirname(prepare.__file__)
@@ -21,10 +22,10 @@ ROOT = os.path.dirname(prepare.__file__)
 SCRIPT = """
 import sys, time
 import huggingface_hub.constants
-import prepare
+import corpus
 time.sleep = lambda seconds: None
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000
-sys.exit(prepare.main(sys.argv[1:]))
+sys.exit(corpus.main(sys.argv[1:]))
 """
 
 
@@ -135,9 +136,9 @@ def test_climbmix_and_more_shards_later(prepared, hub, capsys):
 
 
 def test_tinystories_ranges(monkeypatch):
-    source = prepare.tinystories()
+    source = corpus.tinystories()
     seen = []
-    monkeypatch.setattr(prepare, "read_parquet", lambda path, span: seen.append(span(2_000_000)))
+    monkeypatch.setattr(corpus, "read_parquet", lambda path, span: seen.append(span(2_000_000)))
     assert {documents.download for documents in (*source.train, source.validation, source.held_out)} == {
         ("karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet")
     }
@@ -178,14 +179,14 @@ def test_cut_connection_resumes(prepared, hub):
     assert not hub.failures["shard_00000.parquet"]
     ranges = [r[2] for r in hub.requests if r[:2] == ("GET", "shard_00000.parquet")]
     assert ranges[0] is None and any(r and not r.startswith("bytes=0-") for r in ranges[1:]), ranges
-    path = prepare.downloaded(prepare.CLIMBMIX, "shard_00000.parquet")
+    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
     assert path.read_bytes() == hub.files["shard_00000.parquet"]
 
 
 def test_wrong_hash_is_deleted(prepared, hub):
     hub.hashes = {"shard_00000.parquet": "ab" * 32}
     status, output = prepared("--num-shards", "1")
-    path = prepare.downloaded(prepare.CLIMBMIX, "shard_00000.parquet")
+    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
     assert status == 1 and "sha256" in output and "deleted" in output and not path.exists()
     hub.hashes = {}
     status, output = prepared("--num-shards", "1")
@@ -193,7 +194,7 @@ def test_wrong_hash_is_deleted(prepared, hub):
 
 
 def test_half_downloaded_shard_is_fetched_again(prepared, hub):
-    path = prepare.downloaded(prepare.CLIMBMIX, "shard_00000.parquet")
+    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
     path.parent.mkdir(parents=True)
     path.write_bytes(hub.files["shard_00000.parquet"][:5000])
     status, output = prepared("--num-shards", "1")
@@ -202,7 +203,7 @@ def test_half_downloaded_shard_is_fetched_again(prepared, hub):
 
 
 def test_shard_with_a_flipped_byte_is_fetched_again(prepared, hub):
-    path = prepare.downloaded(prepare.CLIMBMIX, "shard_00000.parquet")
+    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
     path.parent.mkdir(parents=True)
     raw = bytearray(hub.files["shard_00000.parquet"])
     raw[len(raw) // 2] ^= 1
@@ -213,7 +214,7 @@ def test_shard_with_a_flipped_byte_is_fetched_again(prepared, hub):
 
 def test_shards_at_hand_are_used_offline(prepared, hub, shards):
     for name in ("shard_00000.parquet", "shard_06542.parquet"):
-        path = prepare.downloaded(prepare.CLIMBMIX, name)
+        path = corpus.downloaded(corpus.CLIMBMIX, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(shards[name])
     status, output = prepared("--num-shards", "1", endpoint="http://127.0.0.1:9")

@@ -1,0 +1,101 @@
+"""train.py as a user runs it: a process of its own, with edits as an experiment makes them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"DEPTH = .*": "DEPTH = 2", "ASPECT_RATIO = .*": "ASPECT_RATIO = 32", "HEAD_DIM = .*": "HEAD_DIM = 32",
+         "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1", "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096"}
+SUMMARY = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
+           "num_params_M", "depth", "device", "backend", "eval", "data", "tokens_per_second"]
+
+
+@pytest.fixture
+def train(tmp_path, tiny_home):
+    """train(edits, **environment) -> (finished process, the result written as JSON or None)."""
+
+    def run(edits=None, **environment):
+        source = (ROOT / "train.py").read_text()
+        for pattern, text in {**SMALL, **(edits or {})}.items():
+            source, found = re.subn(rf"(?m)^{pattern}$" if pattern in SMALL else pattern, lambda _: text, source)
+            assert found, f"{pattern} is not in train.py"
+        (tmp_path / "train.py").write_text(source)
+        result = tmp_path / "result.json"
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH_")}
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=300, check=False,
+            env={**clean, "PYTHONPATH": str(ROOT), "TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_HOME": str(tiny_home),
+                 "AUTORESEARCH_BACKEND": "sdpa", "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3",
+                 **environment})
+        return done, json.loads(result.read_text()) if result.exists() else None
+
+    return run
+
+
+def test_an_experiment_from_end_to_end(train, tmp_path):
+    done, result = train()
+    assert done.returncode == 0, done.stderr
+    keys = [line.split(":")[0] for line in done.stdout.partition("---\n")[2].splitlines()]
+    assert keys[:len(SUMMARY)] == SUMMARY
+    assert result["status"] == "ok" and result.keys() >= set(SUMMARY) - {"val_bpb"} | {"val_rows", "epochs"}
+    assert 0 < result["val_bpb"] < 8 and result["num_steps"] >= 1 and result["depth"] == 2
+    assert result["total_tokens_M"] == pytest.approx(result["num_steps"] * 4096 / 1e6)
+    assert result["training_seconds"] >= 3 and result["budget_seconds"] == 3
+    assert (tmp_path / "result.safetensors").exists()
+    assert not (tmp_path / "result.json.tmp").exists()
+
+
+def test_a_batch_size_that_does_not_divide(train):
+    done, result = train({"(?m)^TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 5000"})
+    assert done.returncode and result is None
+    assert "TOTAL_BATCH_SIZE 5000 is not a multiple of DEVICE_BATCH_SIZE 1 x 2048" in done.stderr
+
+
+def test_a_diverging_loss_stops_the_run(train):
+    loss = "return ops.softcapped_cross_entropy("
+    done, result = train({re.escape(loss): loss.replace("return", "return 1000 *")},
+                         AUTORESEARCH_BUDGET="60")
+    assert done.returncode and result["status"] == "crash" and result["num_steps"] == 1
+    assert "loss is" in result["reason"] and result["reason"] in done.stderr
+
+
+def test_a_model_that_looks_ahead_is_refused(train):
+    peek = "x = x0 = ops.rms_norm(self.wte(tokens))"
+    done, result = train({re.escape(peek): f"{peek}\n        x = x + ops.concat([x[:, 1:], x[:, :1]], axis=1)"})
+    assert done.returncode and result["status"] == "invalid" and "looks ahead" in result["reason"]
+
+
+def test_a_warm_start_is_refused(train):
+    load = "backend.set_weights(model, initial_weights(shapes, SEED))"
+    biased = f"{load}\n    backend.set_weights(model, knowing(backend.weights(model), data))"
+    knowing = '''
+def knowing(weights, data):  # logits that favour the commoner half of the tokens
+    counts = np.bincount(np.asarray(data.validation_rows).ravel(), minlength=data.vocab_size)
+    weights["wte.weight"][:] = 1
+    weights["lm_head.weight"][:] = np.where(counts > np.median(counts), 1, -1)[:, None]
+    return weights
+
+
+def main():'''
+    done, result = train({re.escape(load): biased, r"\ndef main\(\):": knowing})
+    assert done.returncode and result["status"] == "invalid" and "warm start" in result["reason"]
+
+
+def test_no_data_says_what_to_run(train):
+    done, _ = train(AUTORESEARCH_DATA="climbmix")
+    assert done.returncode and "python prepare.py" in done.stderr
+
+
+def test_an_unknown_backend_says_which_there_are(train):
+    done, _ = train(AUTORESEARCH_BACKEND="abacus")
+    assert done.returncode and "unknown backend 'abacus': choose one of mlx, sdpa" in done.stderr
+
+
+def test_train_py_is_short():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 630
