@@ -136,35 +136,57 @@ def reference(q, k, v, window):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+# A call shorter than this is mostly the host's work, which tells nothing of the kernel; more rows make it longer.
+SHORTEST_MS, MOST_ROWS = 4, 128
 LONG_ENOUGH_MS = 300  # in all, for timing: a call this slow (half precision that a CPU emulates) is timed once
 
 
-def trial(synchronize, shape=(1, 2048, 2, 128), repeats=5) -> dict[str, dict[str, float | str]]:
+def trial(synchronize, memory: int, shape=(2048, 4, 128), repeats=5) -> dict[str, dict[str, float | str]]:
     """Runs every implementation, forward and backward, for a full and a half window.
+
+    Each is compared with the reference on one row, and timed on as many as the device takes a few milliseconds for.
+
+    Args:
+        memory: bytes of the device; a mask's T x T scores in float32 may take an eighth of it.
+        shape: T, H, D of one row.
 
     Returns:
         By kind of window ("full", "window"), by implementation: milliseconds (median of up to `repeats`), or why it
         can't be used.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, upstream = (torch.randn(shape, generator=generator).to(runtime.device, runtime.dtype) for _ in range(4))
-    results = {}
-    for kind, window in (("full", None), ("window", shape[1] // 2)):
-        wanted = _with_gradients(reference, q, k, v, window, upstream)
+    length, heads, _ = shape
+    most = max(1, min(MOST_ROWS, memory // 8 // (heads * length**2 * 4)))
+    rows = _rows_worth_timing(shape, most, synchronize)
+    one_row, results = _inputs(1, shape), {}
+    for kind, window in (("full", None), ("window", length // 2)):
+        wanted = _with_gradients(reference, one_row, window)
         results[kind] = {}
         for name, function in IMPLEMENTATIONS.items():
             try:
-                function(q[:1], k[:1], v[:1], window)  # makes masks outside the graph
-                compiled = runtime.maybe_compile(function) if function is flex else function
-                error = max(_error(a, b) for a, b in zip(_with_gradients(compiled, q, k, v, window, upstream), wanted))
+                function(*one_row[:3], window)  # makes masks outside the graph
+                runs = runtime.maybe_compile(function) if function is flex else function
+                error = max(map(_error, _with_gradients(runs, one_row, window), wanted))
                 if not error < TOLERANCE[runtime.dtype]:
                     results[kind][name] = f"wrong: relative error {error:.1e}"
-                    continue
-                results[kind][name] = _median_ms(
-                    lambda: _with_gradients(compiled, q, k, v, window, upstream), synchronize, repeats)
+                else:
+                    results[kind][name] = _milliseconds(runs, _inputs(rows, shape), window, synchronize, repeats)
             except Exception as error:  # a candidate may fail in any way its kernel can; it is then no candidate
                 results[kind][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     return results
+
+
+def _inputs(rows: int, shape):
+    """q, k, v and the gradient of the output, each (rows, T, H, D)."""
+    generator = torch.Generator().manual_seed(0)
+    row = [torch.randn((1, *shape), generator=generator).to(runtime.device, runtime.dtype) for _ in range(4)]
+    return [x.repeat(rows, 1, 1, 1) for x in row]
+
+
+def _rows_worth_timing(shape, most: int, synchronize) -> int:
+    rows = 1
+    while 2 * rows <= most and _milliseconds(sdpa_mask, _inputs(rows, shape), None, synchronize, 2) < SHORTEST_MS:
+        rows *= 2
+    return rows
 
 
 def choose(results: dict[str, dict[str, float | str]]) -> dict[str, str]:
@@ -178,23 +200,24 @@ def choose(results: dict[str, dict[str, float | str]]) -> dict[str, str]:
     return chosen
 
 
-def _with_gradients(function, q, k, v, window, upstream):
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = function(*leaves, window)
-    out.backward(upstream.to(out.dtype))
-    return [out.detach(), *(x.grad for x in leaves)]
+def _with_gradients(function, inputs, window):
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out = function(q, k, v, window)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].to(out.dtype))]
 
 
 def _error(a, b):
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def _median_ms(function, synchronize, repeats):
+def _milliseconds(function, inputs, window, synchronize, repeats) -> float:
+    """Forward and backward, the median of a few calls after one that may compile."""
+    _with_gradients(function, inputs, window)
     times = []
     while len(times) < repeats and sum(times) < LONG_ENOUGH_MS:
         synchronize()
         start = time.perf_counter()
-        function()
+        _with_gradients(function, inputs, window)
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return sorted(times)[len(times) // 2]

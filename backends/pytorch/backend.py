@@ -79,9 +79,8 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
     if runtime.compiled:  # the optimizer's one step function is compiled once per rule and shape
         torch._dynamo.config.cache_size_limit = 256
 
-    shape = (1, 2048, 2, 128) if runtime.device.type == "cpu" else (8, 2048, 4, 128)
     tried = trials.remember(f"{key} {precision} {'compiled' if runtime.compiled else 'eager'}: attention",
-                            lambda: attention.trial(lambda: devices.synchronize(runtime.device), shape))
+                            lambda: attention.trial(lambda: devices.synchronize(runtime.device), memory))
     runtime.attention = attention.choose(tried)
 
     rate = rates[precision] if not isinstance(rates[precision], str) else None

@@ -46,11 +46,10 @@ def nvidia_gpu() -> str | None:
         try:
             listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
                                     text=True, timeout=20)
-            if listed.returncode == 0 and listed.stdout.strip():
-                return listed.stdout.splitlines()[0].strip()
+            return listed.stdout.splitlines()[0].strip() if listed.returncode == 0 and listed.stdout.strip() else None
         except (OSError, subprocess.TimeoutExpired):
-            pass
-    if Path("/proc/driver/nvidia/version").exists():
+            return None
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")):  # a container without the driver's tools
         return "An NVIDIA GPU"
     return "An NVIDIA Jetson" if Path("/etc/nv_tegra_release").exists() else None
 

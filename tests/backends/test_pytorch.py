@@ -80,10 +80,25 @@ def test_wrong_and_failing_attention_is_not_chosen(backend, monkeypatch):
 
     monkeypatch.setattr(attention, "IMPLEMENTATIONS", {"off_by_one": off_by_one, "broken": broken,
                                                        "sdpa_mask": attention.sdpa_mask})
-    results = attention.trial(backend.synchronize, shape=(1, 64, 2, 32), repeats=1)
+    results = attention.trial(backend.synchronize, 2**30, shape=(64, 2, 32), repeats=1)
     assert results["window"]["off_by_one"].startswith("wrong: relative error")
     assert results["full"]["broken"] == "RuntimeError: no kernel image is available"
     assert attention.choose(results)["window"] == "sdpa_mask"
+
+
+def test_short_calls_are_timed_on_more_rows_within_the_memory(backend, monkeypatch):
+    calls = []
+
+    def recording(function, inputs, window, synchronize, repeats):
+        calls.append(len(inputs[0]))
+        return 0.5 * len(inputs[0])
+
+    monkeypatch.setattr(attention, "_milliseconds", recording)
+    attention.trial(backend.synchronize, 2**40, shape=(64, 2, 32))
+    assert max(calls) == 8  # 4 ms
+    calls.clear()
+    attention.trial(backend.synchronize, 8 * 2 * 64**2 * 4 * 3, shape=(64, 2, 32))  # room for 3 rows' scores
+    assert max(calls) == 2
 
 
 def test_nothing_right_is_an_error():
