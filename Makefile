@@ -37,23 +37,23 @@ clean:
 	touch $@ .venv/installed
 
 # A PyTorch that came with the system (a Jetson's, say) is used and never replaced: the environment sees it, and the
-# pin is left out of the constraints.
+# pins of it and of the numpy it was built for are left out of the constraints.
 .venv/created: pyproject.toml constraints.txt
 ifeq ($(UV),1)
 	@command -v uv >/dev/null || { echo "UV=1 needs uv: https://docs.astral.sh/uv"; exit 1; }
-	uv venv --allow-existing .venv $(if $(PYTHON),--python $(PYTHON))
-	cp constraints.txt .venv/constraints.txt
 else
 	@test -n "$(PYTHON)" || { echo "No Python from 3.10 up with venv and pip was found. Install one (Debian, Ubuntu:" \
 		"sudo apt install python3-venv python3-pip; Mac: brew install python), or use uv: make UV=1 $(MAKECMDGOALS)"; exit 1; }
-	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-		$(PYTHON) -m venv --system-site-packages .venv && grep -v '^torch' constraints.txt > .venv/constraints.txt; \
-	else $(PYTHON) -m venv .venv && cp constraints.txt .venv/constraints.txt; fi
 endif
+	if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; then \
+		$(create) --system-site-packages && grep -v -e '^torch' -e '^numpy' constraints.txt > .venv/constraints.txt; \
+	else $(create) && cp constraints.txt .venv/constraints.txt; fi
 	touch $@
 
 ifeq ($(UV),1)
+create = uv venv --quiet --allow-existing .venv $(if $(PYTHON),--python $(PYTHON))
 install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt '$(1)'
 else
+create = $(PYTHON) -m venv .venv
 install = $(RUN) -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt '$(1)'
 endif

@@ -47,6 +47,7 @@ from prepare import (
     DataError,
     damage,
     digest_of,
+    disk_full,
     home,
     load_tokenizer,
     pack,
@@ -326,7 +327,7 @@ def on_hub(repository: str, name: str, span=all_rows, key: str = "all") -> Docum
 
 
 def retrying(action: Callable, what: str, attempts: int = 5):
-    """Calls the hub, again after 1, 2, 4, 8 s when it is busy or the connection breaks."""
+    """Calls the hub, again after 1, 2, 4, 8 s when it is busy or the connection breaks; a full disk ends it at once."""
     for attempt in range(attempts):
         try:
             return action()
@@ -334,6 +335,8 @@ def retrying(action: Callable, what: str, attempts: int = 5):
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", 500)
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            if disk_full(error) or disk_full(error.__cause__):
+                raise DataError(f"no room for {what} under {home()} ({reason}); make room on that disk") from error
             if status < 500 and status not in (408, 429):
                 raise DataError(f"the hub has no {what} for us: {reason}; check the name and HF_ENDPOINT") from error
         if attempt + 1 < attempts:

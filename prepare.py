@@ -13,6 +13,7 @@ Datasets are folders under `AUTORESEARCH_HOME`/data, and data/current names the 
 (python prepare.py --help) this file prepares one; corpus.py does the work, and says there what a dataset consists of.
 """
 
+import errno
 import gc
 import hashlib
 import json
@@ -49,11 +50,8 @@ FORMAT = 1  # of the files on disk
 
 
 class Stop(SystemExit):
-    """Ends the process with exit status 1 and the reason as its last line, such as "Invalid: the model looks ahead".
-
-    Caught like any exception, and `str(error)` is the reason. Being a SystemExit it shows no traceback, whoever runs
-    train.py, and an `except Exception` there does not swallow it.
-    """
+    """Ends the process with exit status 1 and the reason, `str(error)`, as its last line: "Invalid: it looks ahead".
+    Being a SystemExit it shows no traceback, and an `except Exception` in train.py does not swallow it."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -87,19 +85,35 @@ def budget() -> float:
 
 # ---- Files: written whole or not at all, known by the manifest ----
 
+def disk_full(error: BaseException) -> bool:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or bool(re.search("No space left|requested and .* written", str(error)))  # safetensors; numpy
+
+
 @contextmanager
-def whole(path: Path):
-    """A binary file to write that appears at `path` complete or, on any failure, not at all (DataError: disk full)."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def writing(path: Path):
+    """Makes the folder of `path`; what goes wrong with the disk meanwhile becomes a DataError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"could not write {path} ({error}); make room on that disk and run the same again") from error
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or disk_full(error)):
+            raise
+        advice = "; make room on that disk and run the same again" if disk_full(error) else ""
+        raise DataError(f"could not write {path} ({error}){advice}") from error
+
+
+@contextmanager
+def whole(path: Path):
+    """A binary file to write that appears at `path` complete or, on any failure, not at all (see `writing`)."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -134,7 +148,7 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a dataset. DataError if it is missing, unreadable or another dataset's."""
     path, again = folder / "manifest.json", f"run: python prepare.py --dataset {folder.name}"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"there is no dataset {folder.name} in {folder.parent}; {again}") from None
     except (ValueError, OSError) as error:
@@ -165,7 +179,7 @@ def tags(manifest: dict) -> dict:
 
 def read_tokens(folder: Path) -> list[bytes]:
     """The bytes of each token in order of rank, specials left out."""
-    return [bytes.fromhex(token) for token in json.loads((folder / "tokenizer.json").read_text())["tokens"]]
+    return [bytes.fromhex(token) for token in json.loads((folder / "tokenizer.json").read_bytes())["tokens"]]
 
 
 def load_tokenizer(folder: Path):
@@ -184,8 +198,7 @@ class Data:
         vocab_size, bos: number of tokens; the token each document begins with.
         token_bytes: int32 (vocab_size,), bytes of text in each token, 0 for specials.
         eval_tag, data_tag: scores compare within one eval tag; equal data tags, equal training documents.
-        eval_rows: rows that a score uses, the first of those stored.
-        validation_rows, held_out_rows: uint16 (N, 2049), memory-mapped.
+        validation_rows, held_out_rows: uint16 (N, 2049), memory-mapped; a score uses the first `eval_rows`.
         train: per shard (tokens, lengths, batches), flat arrays (see corpus.py).
     """
 
@@ -223,12 +236,14 @@ class Data:
 def open_data(name: str | None = None) -> Data:
     """Opens a prepared dataset: `name`, else `AUTORESEARCH_DATA`, else the one prepared last.
 
-    Raises DataError if it is missing, or a file is not as the manifest says; the message has the command to run.
-    """
+    A run begins here, so an older result where `AUTORESEARCH_RESULT` points is removed: a run that crashes leaves none.
+    Raises DataError if the dataset is missing, or a file not as the manifest says; the message has what to run."""
+    if (result := result_path()) and result.is_file():
+        result.unlink()
     current = home() / "data" / "current"
     name = name or os.environ.get("AUTORESEARCH_DATA")
     if not name and current.is_file():
-        name = current.read_text().strip()
+        name = current.read_text(encoding="utf-8").strip()
     if not name:
         raise DataError("no dataset is prepared yet; run: python prepare.py (offline: --dataset stdlib)")
     folder = home() / "data" / name
@@ -268,8 +283,7 @@ def pack(batches: Iterable[tuple[np.ndarray, list[int]]]) -> Iterator[np.ndarray
         row, filled = np.empty(ROW, np.uint16), 0
         while filled < ROW:
             while waiting < BUFFER_DOCUMENTS and (batch := next(batches, None)) is not None:
-                tokens, sizes = batch
-                start = 0
+                (tokens, sizes), start = batch, 0
                 for length in sizes:
                     if length not in shelf:
                         insort(lengths, length)
@@ -293,7 +307,6 @@ def pack(batches: Iterable[tuple[np.ndarray, list[int]]]) -> Iterator[np.ndarray
 
 class Loader(Iterator, AbstractContextManager):
     """Endless iterator over training batches (x, y), fresh int32 (batch_size, 2048) each, packed ahead on a thread.
-
     The first batch needs a `Clock`, which also ends the supply.
 
     Attributes:
@@ -307,8 +320,7 @@ class Loader(Iterator, AbstractContextManager):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.data, self.batch_size = data, batch_size
         self.batches = self.rows = self.tokens = 0
-        self.epoch, self.waited = 1, 0.0
-        self.clock = None  # set by the Clock
+        self.epoch, self.waited, self.clock = 1, 0.0, None  # the Clock sets itself
         self._rows = pack(self._endless())
         self._packing_epoch, self._closed = 0, False
         self._thread = ThreadPoolExecutor(1, "loader")
@@ -338,8 +350,7 @@ class Loader(Iterator, AbstractContextManager):
         self.batches += 1
         self.rows += self.batch_size
         self.tokens += self.batch_size * MAX_SEQ_LEN
-        if self.clock is not None:
-            self.clock.start()
+        self.clock.start()
         return x, y
 
     def close(self) -> None:
@@ -358,7 +369,7 @@ class Clock:
 
     Attributes:
         seconds: of training allowed, `budget()` by default.
-        steps: number of `tick` calls; longest: seconds that the longest took.
+        steps, longest: number of `tick` calls; seconds the longest took. in_step: has had a batch since the last tick.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
     """
 
@@ -366,12 +377,12 @@ class Clock:
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
         self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
-        self.steps, self.longest = 0, 0.0
+        self.steps, self.longest, self.in_step = 0, 0.0, False
         self.evaluated, self.val_bpb, self.val_rows = False, None, None
         with recorded(self):
-            tokens, targets = inputs_and_targets(loader.data.validation_rows[:PROBE_ROWS])
-            untrained = float(losses(backend, model, tokens, targets).mean(dtype=np.float64))
-            chance = math.log(loader.data.vocab_size)
+            rows = loader.data.validation_rows
+            values = halving(backend, PROBE_ROWS, lambda n: losses(backend, model, *inputs_and_targets(rows[:n])))
+            untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
             if untrained < 0.95 * chance:
                 raise Invalid(f"warm start: the untrained model's loss is {untrained:.3f} nats, chance {chance:.3f}")
         loader.clock = self
@@ -382,22 +393,22 @@ class Clock:
         """Called by the loader with each batch; the first one starts the clock."""
         if self.started is None:
             self.started = self.ticked = time.perf_counter()
+        self.in_step = True
 
     def tick(self, loss: float) -> float:
         """Ends a step: waits for the device and returns the seconds since the last tick (or the start).
-
-        Raises Diverged if `loss` is not finite, or above 100.
-        """
+        Raises Diverged if `loss` is not finite, or above twice chance: first steps are above chance by little."""
         if self.started is None:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
         self.backend.synchronize()
         now = time.perf_counter()
         seconds, self.ticked = now - self.ticked, now
-        self.steps += 1
+        self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
         with recorded(self):
-            if not math.isfinite(loss) or loss > 100:
-                raise Diverged(f"the loss is {loss} at step {self.steps}")
+            limit = 2 * math.log(self.loader.data.vocab_size)
+            if not (math.isfinite(loss) and loss <= limit):
+                raise Diverged(f"the loss is {loss} at step {self.steps}; at most {limit:.1f} is allowed")
         return seconds
 
     @property
@@ -431,9 +442,11 @@ def admit(clock: Clock | None) -> None:
             raise Invalid("a training batch was asked for before a Clock checked the untrained model")
         if clock.stopped is not None:
             raise Invalid("a training batch was asked for after the evaluation")
-        # A step that begins in time may end late; whoever goes on after that has stopped looking at the clock.
-        elapsed = clock.elapsed
-        limit = clock.seconds + 2 * clock.longest + 1
+        # A step that begins in time may end late, however slow it is; to begin another after that is to ignore the
+        # clock. So is never to tick: a single step may not outlast the budget (in short trials, the standard one).
+        elapsed, limit = clock.elapsed, clock.seconds + clock.longest + 1
+        if elapsed > limit and clock.in_step:
+            limit = clock.ticked - clock.started + max(clock.seconds, TIME_BUDGET) + 1
         if elapsed > limit:
             raise Invalid(f"training went on for {elapsed:.1f} s; a budget of {clock.seconds:g} s allows {limit:.1f}")
 
@@ -446,10 +459,8 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
     Special tokens count in neither sum. The first `count` rows are scored, `data.eval_rows` by default, `batch_size` at
     once or fewer if they don't fit; the score does not depend on it. With the `clock` of a training run, the run ends
     here: its time stops, and the weights are saved before anything can go wrong, beside `AUTORESEARCH_RESULT` with
-    suffix .safetensors, else as last/weights.safetensors.
-
-    Raises Invalid if the model must not be scored (see `probe`) or this run was before, DataError if rows are missing.
-    """
+    suffix .safetensors, else as last/weights.safetensors. It is scored over the standard rows, the default.
+    Raises Invalid if the model or run must not be scored, DataError if rows are missing or weights can't be saved."""
     with recorded(clock):
         if clock is not None:
             if clock.evaluated:
@@ -457,41 +468,49 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
             clock.stop()
             clock.evaluated = True
             weights = (result_path() or home() / "last" / "weights").with_suffix(".safetensors")
-            weights.parent.mkdir(parents=True, exist_ok=True)
-            backend.save(model, weights)
+            with writing(weights):
+                backend.save(model, weights)
+            if rows != "validation" or count is not None:
+                raise Invalid("a run is scored over the standard rows; leave out `rows` and `count` beside a clock")
         stored = {"validation": data.validation_rows, "held_out": data.held_out_rows}[rows]
         count = data.eval_rows if count is None else count
         if not 1 <= count <= len(stored):
             raise DataError(f"{count} {rows} rows asked for, {len(stored)} are stored; prepare more text")
         bpb = score(backend, model, data, stored[:count], batch_size)
-    if clock is not None and rows == "validation":
+    if clock is not None:
         clock.val_bpb, clock.val_rows = bpb, count
     return bpb
 
 
 def score(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> float:
-    """Probes the model, then sums over all rows; a batch that runs out of memory is halved."""
-    total_nats, total_bytes = 0.0, 0
-    done, probed = 0, False
+    """Probes the model with the first rows, then sums over all."""
+    halving(backend, PROBE_ROWS, lambda n: probe(backend, model, *inputs_and_targets(rows[:n]), data.vocab_size))
+    total_nats, total_bytes, done = 0.0, 0, 0
+
+    def batch(size):
+        tokens, targets = inputs_and_targets(rows[done : done + size])
+        return targets, losses(backend, model, tokens, targets)
+
     while done < len(rows):
-        tokens, targets = inputs_and_targets(rows[done : done + batch_size])
-        try:
-            if not probed:
-                probe(backend, model, tokens[:PROBE_ROWS], targets[:PROBE_ROWS], data.vocab_size)
-                probed = True
-            nats = losses(backend, model, tokens, targets)
-        except Exception as error:
-            if batch_size == 1 or not backend.is_out_of_memory(error):
-                raise
-            batch_size //= 2
-            continue  # the traceback, and with it the arrays that did not fit, is gone by the next try
+        targets, nats = halving(backend, batch_size, batch)
         sizes = data.token_bytes[targets]
         total_nats += float(nats.sum(where=sizes > 0, dtype=np.float64))
         total_bytes += int(sizes.sum(dtype=np.int64))
-        done += len(tokens)
+        done, batch_size = done + len(targets), len(targets)  # what fitted
     if total_bytes == 0:
         raise DataError("the rows hold no text, only special tokens; prepare another dataset")
     return total_nats / total_bytes / math.log(2)
+
+
+def halving(backend, size: int, action):
+    """action(size), or with half of it and so on while memory runs out."""
+    while True:
+        try:
+            return action(size)
+        except Exception as error:
+            if size == 1 or not backend.is_out_of_memory(error):
+                raise
+        size //= 2  # the traceback, and with it the arrays that did not fit, is gone by now
 
 
 def losses(backend, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -507,9 +526,7 @@ def losses(backend, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarra
 
 def probe(backend, model, tokens: np.ndarray, targets: np.ndarray, vocab_size: int) -> None:
     """Refuses a model whose losses (B, T) are not those of a causal language model, each row by itself.
-
-    All calls have the same shape, so that the same kernels run.
-    """
+    All calls have the same shape, so that the same kernels run."""
     B, T = tokens.shape
     values = losses(backend, model, tokens, targets)
     again = losses(backend, model, tokens, targets)
@@ -544,11 +561,8 @@ def probe(backend, model, tokens: np.ndarray, targets: np.ndarray, vocab_size: i
 
 
 def require_equal(expected, actual, complaint: str, mean_allowed: float = 2e-3, worst_allowed: float = 0.1) -> None:
-    """Refuses losses that should be equal and are not, in nats.
-
-    By default as far apart as a kernel may be that sums in another order from call to call or place to place; what
-    stays below can't have won more than 2e-3 nats per token, which is below 1e-3 bits per byte.
-    """
+    """Refuses losses that should be equal and are not, in nats. By default they may be as far apart as of a kernel
+    that sums in another order from call to call; less can't have won more than 2e-3 nats a token, 1e-3 bits a byte."""
     difference = np.abs(actual.astype(np.float64) - expected)
     mean, worst = difference.mean(), difference.max()
     if not (mean <= mean_allowed and worst <= worst_allowed):
@@ -587,8 +601,7 @@ def recorded(clock: Clock | None):
     except (Invalid, Diverged) as error:
         if path := result_path():
             status = "invalid" if isinstance(error, Invalid) else "crash"
-            facts = measured(clock) if clock else {}
-            write_json(path, {"status": status, "reason": str(error), **facts})
+            write_json(path, {"status": status, "reason": str(error), **(measured(clock) if clock else {})})
         raise
 
 
@@ -607,10 +620,8 @@ def measured(clock: Clock) -> dict:
 
 def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int, **extra) -> dict:
     """Prints the summary block, the original's lines first, and writes it as JSON where `AUTORESEARCH_RESULT` points.
-
     `mfu_percent` is relative to the rate of matrix products measured on this device; nan (JSON: null) where unknown.
-    `extra` follows in both. Notes tell of repeated data, and of a trial: a budget other than `TIME_BUDGET`.
-    """
+    `extra` follows in both. Notes tell of repeated data, and of a trial: a budget other than `TIME_BUDGET`."""
     if clock.val_bpb is None:
         raise RuntimeError("nothing to report yet: call evaluate_bpb(..., clock=clock) on the validation rows first")
     facts = {"status": "ok", "val_bpb": clock.val_bpb, "val_rows": clock.val_rows, **measured(clock)}
@@ -619,7 +630,6 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
     facts |= {"mfu_percent": mfu, "num_params_M": num_params / 1e6, "depth": depth}
     extra = {name: value for name, value in extra.items() if name not in facts}  # what was measured stays
     facts |= extra
-
     formats = SUMMARY | ({"budget_seconds": "g"} if trial else {}) | dict.fromkeys(extra, "")
     print("---")
     for name, form in formats.items():

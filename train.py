@@ -20,10 +20,10 @@ nn, ops = backend.nn, backend.ops
 # Hyperparameters: edit these directly
 # ---------------------------------------------------------------------------------------------------------------------
 
-ON_GPU = backend.device.kind != "cpu"
+PEAK = backend.device.peak_flops or 0  # of matrix products, FLOP/s, as measured on this device
 
 # Model
-DEPTH = 8 if ON_GPU else 4  # transformer layers; width follows
+DEPTH = 8 if PEAK > 2e13 else 4  # transformer layers; width follows
 ASPECT_RATIO = 64           # width per layer, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128
 KV_RATIO = 1                # query heads that share one key and value head
@@ -34,9 +34,10 @@ SOFTCAP = 15                # logits stay within ± this
 VALUE_GATE_CHANNELS = 32    # channels of the residual stream that gate the value embeddings
 
 # Batches
-# Rows of MAX_SEQ_LEN tokens per forward and backward pass: on a GPU a safe one per GiB, a power of two up to 128.
-DEVICE_BATCH_SIZE = 2 ** min(7, int(math.log2(backend.device.memory / 2**30))) if ON_GPU else 2
-TOTAL_BATCH_SIZE = 2**19 if ON_GPU else 2**13  # tokens per optimizer step
+TOTAL_BATCH_SIZE = 2**19 if PEAK > 2e14 else 2**16 if PEAK > 2e13 else 2**13  # tokens per optimizer step
+# Rows of MAX_SEQ_LEN tokens per forward and backward pass: on a GPU a safe one per GiB, a power of two.
+ROWS_THAT_FIT = 2 if backend.device.kind == "cpu" else 2 ** int(math.log2(max(1, backend.device.memory / 2**30)))
+DEVICE_BATCH_SIZE = min(ROWS_THAT_FIT, TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
 
 # Optimizer
 MATRIX_LR = 0.04            # Muon, every matrix inside the blocks
@@ -290,11 +291,10 @@ def optimizer_groups(shapes):
 
 def schedule(groups, progress, step):
     """Each group's hyperparameters at this step, for `progress` from 0 to 1 through the time budget."""
+    multiplier = 1.0
     if progress < WARMUP_RATIO:
         multiplier = progress / WARMUP_RATIO
-    elif progress < 1 - WARMDOWN_RATIO:
-        multiplier = 1.0
-    else:
+    elif progress > 1 - WARMDOWN_RATIO:
         cooldown = (1 - progress) / WARMDOWN_RATIO
         multiplier = cooldown + (1 - cooldown) * FINAL_LR_FRACTION
     warm = min(step / MOMENTUM_STEPS, 1)
@@ -341,11 +341,11 @@ def main():
     clock = prepare.Clock(backend, model, loader)
     smooth_loss = None
     while not clock.finished:
-        loss = 0.0
+        progress, loss = clock.progress, 0.0  # before the work: some devices return from it late, others at once
         for _ in range(accumulation):
             x, y = next(loader)
             loss = loss + trainer.backward(x, y, 1 / accumulation) / accumulation
-        trainer.step(schedule(groups, clock.progress, clock.steps))
+        trainer.step(schedule(groups, progress, clock.steps))
         loss = float(loss)
         seconds = clock.tick(loss)
         smooth_loss = loss if smooth_loss is None else 0.9 * smooth_loss + 0.1 * loss

@@ -38,7 +38,7 @@ the Array API does not have:
                                  give a scalar, "none" (B, T). Works over chunks of tokens: no float32 logits of the
                                  whole batch are held
     relu, gelu (exact, erf), silu, sigmoid, softmax(x, axis)
-    normal-sized helpers: compute(x) casts to the compute precision, float32(x) to float32
+    compute(x), float32(x)       x in the compute precision, in float32
 
 Where the Array API leaves a choice, or not every framework follows it: `std` and `var` have correction=0; `full` gives
 float32; `tril` and `triu` take `k=`, `clip` takes `min=` and `max=`; `maximum`, `minimum`, `where` and the comparisons

@@ -372,17 +372,18 @@ def main() -> int:
     decided, beyond = 0, 0
     print("                        | apart by                       same              decided\n"
           "state progress     loss |      loss  gradient    update  gradient all elem.  otherwise")
-    with prepare.Loader(data, options.rows, "held_out") as loader:
-        for i in range(options.states):
-            progress, step = i / options.states, i * train.MOMENTUM_STEPS // options.states
-            here, loss = at_one_state(train, trainer, model, original, groups, next(loader), progress, step)
-            findings += [(quantity, value, f"state {i} {name}") for quantity, values in here.items()
-                         for name, value in values.items()]
-            decided += sum(here["elements decided"].values())
-            beyond += sum(value > LIMITS["update"] for value in here["update of all elements"].values())
-            worst = {quantity: max(values.values()) for quantity, values in here.items()}
-            print(f"{i:5d} {100 * progress:6.0f} % {loss:8.4f} |" + "".join(f" {worst[key]:9.1e}" for key in SHOWN)
-                  + f" {sum(here['elements decided'].values()):4d}", flush=True)
+    for i in range(options.states):
+        rows = data.held_out_rows[np.arange(i * options.rows, (i + 1) * options.rows) % len(data.held_out_rows)]
+        progress, step = i / options.states, i * train.MOMENTUM_STEPS // options.states
+        batch = prepare.inputs_and_targets(rows)
+        here, loss = at_one_state(train, trainer, model, original, groups, batch, progress, step)
+        findings += [(quantity, value, f"state {i} {name}") for quantity, values in here.items()
+                     for name, value in values.items()]
+        decided += sum(here["elements decided"].values())
+        beyond += sum(value > LIMITS["update"] for value in here["update of all elements"].values())
+        worst = {quantity: max(values.values()) for quantity, values in here.items()}
+        print(f"{i:5d} {100 * progress:6.0f} % {loss:8.4f} |" + "".join(f" {worst[key]:9.1e}" for key in SHOWN)
+              + f" {sum(here['elements decided'].values()):4d}", flush=True)
     share = decided / (options.states * matrix_elements)
     findings.append(("decay decided otherwise", share, f"{decided} of {options.states} x {matrix_elements:,} elements"))
     print(f"with the {decided} elements decided otherwise, {beyond} of {options.states * len(shapes)} updates are "

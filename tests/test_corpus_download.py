@@ -1,5 +1,6 @@
 """Downloads against a hub of our own: a server in a thread, reached through HF_ENDPOINT, that fails in every way."""
 
+import errno
 import hashlib
 import http.server
 import json
@@ -135,10 +136,8 @@ def test_climbmix_and_more_shards_later(prepared, hub, capsys):
     assert status == 0 and "all was there and whole" in output and not hub.requests
 
 
-def test_tinystories_ranges(monkeypatch):
+def test_tinystories_ranges():
     source = corpus.tinystories()
-    seen = []
-    monkeypatch.setattr(corpus, "read_parquet", lambda path, span: seen.append(span(2_000_000)))
     assert {documents.download for documents in (*source.train, source.validation, source.held_out)} == {
         ("karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet")
     }
@@ -165,6 +164,21 @@ def test_busy_for_ever(prepared, hub):
     status, output = prepared("--num-shards", "1")
     assert status == 1 and "could not download" in output and "--dataset stdlib" in output and "503" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("cause", [False, True])
+def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, isolated_home, cause):
+    calls = []
+    monkeypatch.setattr(corpus.time, "sleep", calls.append)
+
+    def download():
+        calls.append("download")
+        full = OSError(errno.ENOSPC, "No space left on device")
+        raise RuntimeError("xet failed") from full if cause else full
+
+    with pytest.raises(prepare.DataError, match="no room for shard.*make room") as caught:
+        corpus.retrying(download, "shard")
+    assert calls == ["download"] and str(isolated_home) in str(caught.value) and "hub" not in str(caught.value)
 
 
 def test_unreachable(prepared):

@@ -1,5 +1,6 @@
 """Datasets as a run opens them: that they are whole, and what is said when they are not."""
 
+import errno
 import json
 import os
 import subprocess
@@ -35,6 +36,29 @@ def test_names_select_datasets(tmp_path, monkeypatch):
     assert prepare.open_data().name == "two" and prepare.open_data("one").name == "one"
     monkeypatch.setenv("AUTORESEARCH_DATA", "one")
     assert prepare.open_data().name == "one" and prepare.open_data("two").name == "two"
+
+
+def test_opening_removes_an_older_result(copy, tmp_path, monkeypatch):
+    """Also when there are no data to open; what is not a file stays."""
+    path = tmp_path / "result.json"
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(path))
+    for _ in range(2):
+        path.write_text("{}", encoding="utf-8")
+        prepare.open_data("tiny")
+        assert not path.exists()
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError):
+        prepare.open_data("nowhere")
+    assert not path.exists()
+    monkeypatch.setenv("AUTORESEARCH_RESULT", os.devnull)
+    prepare.open_data("tiny")
+    assert os.path.exists(os.devnull)
+
+
+def test_nothing_is_read_in_the_locales_encoding(copy):
+    code = "import warnings, prepare; warnings.simplefilter('error', EncodingWarning); print(prepare.open_data().name)"
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == "tiny"
 
 
 # ---- damage ----
@@ -111,6 +135,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path, *tmp_path.glob("home")]
+
+
+@pytest.mark.parametrize("number, full", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_room_is_asked_for_only_on_a_full_disk(tmp_path, number, full):
+    with pytest.raises(DataError, match="could not write") as caught, prepare.whole(tmp_path / "file"):
+        raise OSError(number, os.strerror(number))
+    assert ("make room" in str(caught.value)) == full and os.strerror(number) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e999"])

@@ -1,5 +1,6 @@
 """The clock and the evaluator: what they measure, and every kind of model they refuse."""
 
+import errno
 import json
 import math
 import subprocess
@@ -68,6 +69,15 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_data, model):
     assert evaluate_bpb(backend, model, tiny_data) == pytest.approx(evaluate_bpb(Backend(), model, tiny_data))
     with pytest.raises(OutOfMemory):
         evaluate_bpb(Backend(fits=0), model, tiny_data)
+
+
+@pytest.mark.parametrize("fits, probed", [(10**9, prepare.PROBE_ROWS), (3, 2)])
+def test_rows_that_are_probed_do_not_depend_on_the_batch_size(tiny_data, model, fits, probed):
+    backend = Backend(fits=fits)
+    evaluate_bpb(backend, model, tiny_data, batch_size=1)
+    calls = [size for size in backend.calls if size <= fits]
+    assert calls == [probed] * (len(calls) - tiny_data.eval_rows) + [1] * tiny_data.eval_rows
+    assert len(calls) == tiny_data.eval_rows + prepare.CUTS + 3
 
 
 def test_other_errors_are_not_taken_for_memory(tiny_data):
@@ -150,12 +160,8 @@ def test_row_mixing_in_the_batch_is_named(tiny_data, model):
     first = lambda m, logits, tokens: logits + 0.3 * m.table[np.roll(tokens, 1, axis=0)[:, :1]]  # noqa: E731
     rows = lambda m, logits, tokens: logits * (1 + 0.1 * np.arange(len(tokens)))[:, None, None]  # noqa: E731
     for change in (rows, first):
-        try:
+        with pytest.raises(Invalid, match="neighbours.*nats"):
             evaluate_bpb(Backend(), Altered(model, logits=change), tiny_data)
-        except Invalid as error:
-            assert "neighbours" in str(error) and "nats" in str(error)
-        else:
-            assert change is first, "BOS begins every row, so this model can't differ"
 
 
 @pytest.mark.parametrize("factor", [0.9, 0.999, 1.01])
@@ -259,12 +265,14 @@ def test_tick_before_the_first_batch(run):
         run[3].tick(5.0)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 100.5])
-def test_divergence(run, result, loss):
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 2.01])
+def test_divergence(run, tiny_data, result, loss):
+    chance = math.log(tiny_data.vocab_size)
     next(run[2])
-    with pytest.raises(Diverged, match="at step 1"):
-        run[3].tick(loss)
-    assert result()["status"] == "crash" and "at step 1" in result()["reason"] and result()["num_steps"] == 1
+    run[3].tick(1.99 * chance)
+    with pytest.raises(Diverged, match=f"at step 2; at most {2 * chance:.1f}"):
+        run[3].tick(loss * chance)
+    assert result()["status"] == "crash" and "at step 2" in result()["reason"] and result()["num_steps"] == 2
 
 
 def test_no_training_after_the_evaluation(run, tiny_data, result):
@@ -280,16 +288,25 @@ def test_no_training_after_the_evaluation(run, tiny_data, result):
 def test_a_run_is_scored_once(run, tiny_data):
     backend, model, loader, clock = run
     next(loader)
-    evaluate_bpb(backend, model, tiny_data, "held_out", clock=clock)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
     with pytest.raises(Invalid, match="scored once"):
         evaluate_bpb(backend, model, tiny_data, clock=clock)
+
+
+@pytest.mark.parametrize("other", [{"rows": "held_out"}, {"count": 1}])
+def test_a_run_is_scored_over_the_standard_rows(run, tiny_data, result, other):
+    backend, model, loader, clock = run
+    next(loader)
+    with pytest.raises(Invalid, match="standard rows"):
+        evaluate_bpb(backend, model, tiny_data, clock=clock, **other)
+    assert clock.val_bpb is None and result()["status"] == "invalid"
 
 
 def test_training_on_one_batch_far_beyond_the_budget(run, tiny_data):
     backend, model, loader, clock = run
     next(loader)
-    clock.started -= 102
-    with pytest.raises(Invalid, match="training went on for 102"):
+    clock.started = clock.ticked = clock.started - 302
+    with pytest.raises(Invalid, match="training went on for 302"):
         evaluate_bpb(backend, model, tiny_data, clock=clock)
 
 
@@ -298,6 +315,7 @@ def test_a_slow_last_step_is_allowed(run, tiny_data):
     next(loader)
     clock.started -= 102
     clock.longest = 3.0
+    clock.in_step = False
     next(loader)
     assert evaluate_bpb(backend, model, tiny_data, clock=clock) > 0
 
@@ -311,6 +329,19 @@ def test_weights_are_saved_before_anything_else(run, tiny_data, isolated_home):
     backend.calls.clear()
     evaluate_bpb(backend, model, tiny_data, clock=clock)
     assert backend.calls[0] == "save" and (isolated_home / "last" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("No space left (os error 28)")])
+def test_no_room_for_the_weights(run, tiny_data, monkeypatch, error):
+    backend, model, loader, clock = run
+    next(loader)
+
+    def save(model, path):
+        raise error
+
+    monkeypatch.setattr(backend, "save", save)
+    with pytest.raises(DataError, match="could not write .*weights.safetensors.*make room"):
+        evaluate_bpb(backend, model, tiny_data, clock=clock)
 
 
 def test_weights_lie_beside_the_result_also_of_a_refused_model(run, tiny_data, result, tmp_path):

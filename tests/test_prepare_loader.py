@@ -17,6 +17,7 @@ class FakeClock:
 
     started = stopped = None
     elapsed, seconds, longest, steps = 0.0, 1e9, 0.0, 0
+    in_step = False
 
     def start(self):
         pass
@@ -152,15 +153,14 @@ def test_same_rows_whatever_the_batch_size(tiny_data):
     assert (rows(1) == rows(8)).all() and (rows(1) == rows(24)).all()
 
 
-def test_epochs_are_counted(tiny_data):
-    one_pass = sum(len(tokens) for tokens, *_ in tiny_data.train) // 2049
-    with Loader(tiny_data, 1) as loader:
+def test_epochs_are_counted():
+    """A pass of 1280 documents of a row each: its last refill is taken in when 280 left the buffer of 1000."""
+    data = FakeData([])
+    data.batches = lambda: ((np.full(128 * 2049, BOS, np.uint16), [2049] * 128) for _ in range(10))
+    with Loader(data, 1) as loader:
         loader.clock = FakeClock()
-        next(loader)
-        assert loader.epoch == 1 + (sum(len(x[1]) for x in tiny_data.train) < 1000) * (loader.epoch - 1)
-        for _ in range(3 * one_pass):
-            next(loader)
-        assert loader.epoch >= 3
+        epochs = [next(loader) and loader.epoch for _ in range(283)]
+    assert epochs == [1] * 281 + [2] * 2
 
 
 def test_no_training_batch_without_a_clock(tiny_data):
@@ -207,9 +207,30 @@ def test_a_batch_size_that_is_not_positive(tiny_data, batch_size):
 def test_clock_refuses_a_late_batch(tiny_data):
     from fakes import Backend, Bigram
 
+    def later(seconds):
+        clock.started, clock.ticked = clock.started - seconds, clock.ticked - seconds
+
     with Loader(tiny_data, 2) as loader:
         clock = Clock(Backend(), Bigram(tiny_data), loader, seconds=0.01)
         next(loader)
-        clock.started -= 1.5
+        later(200)  # a slow first step that takes several batches
+        next(loader)
+        clock.tick(5.0)
+        next(loader)  # as a loop that takes its next batch before it looks at the clock
+        clock.tick(5.0)
+        later(clock.longest + 1)
         with pytest.raises(Invalid, match="training went on for"):
+            next(loader)
+
+
+def test_clock_refuses_a_step_without_end(tiny_data):
+    from fakes import Backend, Bigram
+
+    with Loader(tiny_data, 2) as loader:
+        clock = Clock(Backend(), Bigram(tiny_data), loader, seconds=1000)
+        next(loader)
+        clock.started = clock.ticked = clock.started - 990
+        next(loader)
+        clock.started = clock.ticked = clock.started - 12
+        with pytest.raises(Invalid, match="training went on for 1002"):
             next(loader)

@@ -1,5 +1,6 @@
 """train.py as a user runs it: a process of its own, with edits as an experiment makes them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+BACKEND = "sdpa" if importlib.util.find_spec("torch") else "mlx"
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"DEPTH = .*": "DEPTH = 2", "ASPECT_RATIO = .*": "ASPECT_RATIO = 32", "HEAD_DIM = .*": "HEAD_DIM = 32",
          "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1", "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096"}
@@ -31,7 +33,7 @@ def train(tmp_path, tiny_home):
         done = subprocess.run(
             [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=300, check=False,
             env={**clean, "PYTHONPATH": str(ROOT), "TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_HOME": str(tiny_home),
-                 "AUTORESEARCH_BACKEND": "sdpa", "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3",
+                 "AUTORESEARCH_BACKEND": BACKEND, "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3",
                  **environment})
         return done, json.loads(result.read_text()) if result.exists() else None
 
@@ -48,7 +50,11 @@ def test_an_experiment_from_end_to_end(train, tmp_path):
     assert result["total_tokens_M"] == pytest.approx(result["num_steps"] * 4096 / 1e6)
     assert result["training_seconds"] >= 3 and result["budget_seconds"] == 3
     assert (tmp_path / "result.safetensors").exists()
-    assert not (tmp_path / "result.json.tmp").exists()
+
+
+def test_no_warm_down_at_all(train):
+    done, result = train({"(?m)^WARMDOWN_RATIO = .*": "WARMDOWN_RATIO = 0.0"})
+    assert done.returncode == 0 and result["status"] == "ok", done.stderr
 
 
 def test_a_batch_size_that_does_not_divide(train):

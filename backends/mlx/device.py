@@ -10,7 +10,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from backends import machine
+from backends import machine, trials
 from backends.interface import BackendError, Device
 
 # In order of preference: one that comes later has to be clearly faster, because it keeps fewer digits or, float16,
@@ -26,13 +26,14 @@ def open_device(precision: str | None = None) -> Device:
         raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(TOLERANCE)}")
     kind = _choose_kind()
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
-    rates, notes = _try_precisions([precision] if precision else list(TOLERANCE))
-    if not rates:
+    name, memory = _name(), _memory(kind)
+    slug = machine.slug(name, memory, cpu=kind == "cpu")
+    rates, notes = trials.remember(f"{slug} mlx {mx.__version__} {kind}: precision", _try_precisions)
+    if not rates or (precision and precision not in rates):
         raise BackendError(f"MLX gives wrong products on this device in {precision or 'every precision'}: "
                            + "; ".join(notes))
     chosen = precision or _prefer(rates)
-    name, memory = _name(), _memory(kind)
-    return Device(name=name, slug=machine.slug(name, memory, cpu=kind == "cpu"), kind=kind, memory=memory,
+    return Device(name=name, slug=slug, kind=kind, memory=memory,
                   precision=chosen, peak_flops=rates[chosen][0], versions=_versions(),
                   notes=(*notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
 
@@ -49,10 +50,10 @@ def _has_cuda() -> bool:
     return hasattr(mx, "cuda") and mx.cuda.is_available()
 
 
-def _try_precisions(names: list[str]) -> tuple[dict[str, tuple[float, float]], list[str]]:
+def _try_precisions() -> tuple[dict[str, tuple[float, float]], list[str]]:
     """For each precision that is right: its product rate (FLOP/s) and the rate of an MLP; and a note on each."""
     rates, notes = {}, []
-    for name in names:
+    for name in TOLERANCE:
         error = _product_error(getattr(mx, name))
         if not error <= TOLERANCE[name]:  # so written that NaN is refused
             notes.append(f"{name}: wrong, relative error of a product {error:.1e}")

@@ -1,1 +1,1 @@
-"""What the `cuda` and `sdpa` backends share: everything but the choice of kernels."""
+"""PyTorch behind the contract: what every backend built on it shares."""

@@ -171,7 +171,7 @@ def trial(synchronize, memory: int, shape=(2048, 4, 128), repeats=5) -> dict[str
                 else:
                     results[kind][name] = _milliseconds(runs, _inputs(rows, shape), window, synchronize, repeats)
             except Exception as error:  # a candidate may fail in any way its kernel can; it is then no candidate
-                results[kind][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+                results[kind][name] = runtime.first_line(error)
     return results
 
 
@@ -189,11 +189,11 @@ def _rows_worth_timing(shape, most: int, synchronize) -> int:
     return rows
 
 
-def choose(results: dict[str, dict[str, float | str]]) -> dict[str, str]:
-    """The fastest implementation that was right, by kind of window."""
+def choose(results: dict[str, dict[str, float | str]], compiled: bool = True) -> dict[str, str]:
+    """The fastest implementation that was right, by kind of window; without a compiler, of those that need none."""
     chosen = {}
     for kind, by_name in results.items():
-        right = {name: ms for name, ms in by_name.items() if not isinstance(ms, str)}
+        right = {name: ms for name, ms in by_name.items() if not isinstance(ms, str) and (compiled or name != "flex")}
         if not right:
             raise RuntimeError(f"no attention implementation is right on this device: {by_name}")
         chosen[kind] = min(right, key=right.get)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 
 import numpy as np
 import psutil
 import torch
 
-from backends import interface
-from backends.pytorch import attention, nn, ops, runtime, trials
+from backends import interface, trials
+from backends.pytorch import attention, nn, ops, runtime
 from backends.pytorch import device as devices
 from backends.pytorch.trainer import Trainer, to_device
 
@@ -56,8 +58,7 @@ class PyTorchBackend(interface.Backend):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def is_out_of_memory(self, error):
-        return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error)))
+        return runtime.is_out_of_memory(error)
 
 
 def open_backend(name: str, precision: str | None = None, compiled: bool | None = None) -> PyTorchBackend:
@@ -69,19 +70,30 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
         versions["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
     key = " ".join([slug, str(runtime.device), *(f"{k} {v}" for k, v in versions.items())])
 
-    rates = trials.remember(f"{key}: precision", lambda: devices.measure_precisions(runtime.device))
+    rates = trials.remember(f"{key}: precision", lambda: devices.measure_precisions(runtime.device),
+                            _no_shortage)
     precision = precision or devices.choose_precision(rates)
     runtime.dtype = devices.PRECISIONS[precision]
 
-    if compiled is None:
-        compiled = trials.remember(f"{key}: compiler", lambda: devices.compiler_works(runtime.device))
+    if compiled is None and os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        compiled = "is turned off by TORCH_COMPILE_DISABLE"
+    elif compiled is None:
+        compiled = trials.remember(f"{key}: compiler", lambda: devices.compiler_works(runtime.device),
+                                   lambda result: result is True)
     runtime.compiled = compiled is True
     if runtime.compiled:  # the optimizer's one step function is compiled once per rule and shape
         torch._dynamo.config.cache_size_limit = 256
 
     tried = trials.remember(f"{key} {precision} {'compiled' if runtime.compiled else 'eager'}: attention",
-                            lambda: attention.trial(lambda: devices.synchronize(runtime.device), memory))
-    runtime.attention = attention.choose(tried)
+                            lambda: attention.trial(lambda: devices.synchronize(runtime.device), memory), _no_shortage)
+    runtime.attention, runtime.uncompiled_attention = attention.choose(tried), attention.choose(tried, compiled=False)
+
+    # On a GPU large products fill the chip; with its gradient and a copy a chunk takes a 32nd of the memory at most. On
+    # a CPU it should stay near the cache.
+    runtime.logits_at_once = 2**21 if runtime.device.type == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
+    if runtime.device.type == "cuda":  # the trials' memory is not the run's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     rate = rates[precision] if not isinstance(rates[precision], str) else None
     notes = (f"precision {precision}: " + ", ".join(f"{k} {_rate(v)}" for k, v in rates.items()),
@@ -90,6 +102,11 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
              "compiled" if runtime.compiled else f"eager: torch.compile {compiled or 'was not asked for'}")
     return PyTorchBackend(name, interface.Device(title, slug, runtime.device.type, memory, precision, rate, versions,
                                                  notes))
+
+
+def _no_shortage(results: dict) -> bool:
+    """Whether a trial found what will hold: not that something else had filled the memory."""
+    return "OutOfMemory" not in str(results)
 
 
 def _rate(value: float | str) -> str:

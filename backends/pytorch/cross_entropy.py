@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-# Logits in one chunk. On a GPU large products fill the chip; on a CPU a chunk should stay near its cache.
-CHUNK = {"cpu": 2**21}
-CHUNK_ELSEWHERE = 2**28
+from backends.pytorch import runtime
 
 
 def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean"):
@@ -25,7 +23,7 @@ def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="m
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: choose mean, sum or none")
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    size = max(1, CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE) // weight.shape[0])
+    size = max(1, runtime.logits_at_once // weight.shape[0])
     if reduction == "none":  # each token's weight is known only in the backward pass: the head is multiplied again
         chunks = [checkpoint(_token_losses, h, weight, t, softcap, use_reentrant=False)
                   for h, t in zip(rows.split(size), labels.split(size))]

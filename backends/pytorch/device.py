@@ -13,7 +13,9 @@ import torch
 
 from backends import machine
 from backends.interface import BackendError
+from backends.pytorch import runtime
 
+GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -27,7 +29,7 @@ def pick() -> torch.device:
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if wanted:
         kind, _, index = wanted.partition(":")
-        if kind not in available or (index and int(index) >= torch.cuda.device_count()):
+        if kind not in available or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
             raise BackendError(f"AUTORESEARCH_DEVICE={wanted}: PyTorch {torch.__version__} has here only "
                                f"{', '.join(available)}")
         return torch.device(wanted)
@@ -46,10 +48,11 @@ def nvidia_gpu() -> str | None:
         try:
             listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
                                     text=True, timeout=20)
-            return listed.stdout.splitlines()[0].strip() if listed.returncode == 0 and listed.stdout.strip() else None
+            if listed.returncode == 0 and listed.stdout.strip():
+                return listed.stdout.splitlines()[0].strip()
         except (OSError, subprocess.TimeoutExpired):
-            return None
-    if any(Path("/proc/driver/nvidia/gpus").glob("*")):  # a container without the driver's tools
+            pass
+    if any(GPUS_OF_THE_DRIVER.glob("*")):  # a container without the driver's tools, or tools of another version
         return "An NVIDIA GPU"
     return "An NVIDIA Jetson" if Path("/etc/nv_tegra_release").exists() else None
 
@@ -80,7 +83,7 @@ def measure_precisions(device: torch.device) -> dict[str, float | str]:
                 continue
             results[name] = 6 * size**3 / _seconds_per_layer(x, y, device)
         except Exception as error:  # whatever a driver raises, this precision is not for this device
-            results[name] = f"{type(error).__name__}: {str(error)[:120]}"
+            results[name] = runtime.first_line(error)
     return results
 
 
@@ -118,9 +121,11 @@ def synchronize(device: torch.device) -> None:
 
 def compiler_works(device: torch.device) -> str | bool:
     """True, or why torch.compile does not work here (no Triton, no C++ compiler, an old driver)."""
+    if device.type == "mps":
+        return "is a prototype on MPS"
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda t: (t * 2).relu().sum(), fullgraph=True)(x).backward()
         return bool(torch.equal(x.grad, torch.full_like(x, 2))) or "wrong result"
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        return runtime.first_line(error)

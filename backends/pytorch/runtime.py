@@ -6,8 +6,20 @@ device = torch.device("cpu")
 dtype = torch.float32  # the compute precision; master weights are always float32
 compiled = False  # whether torch.compile works here and pays
 attention = {"full": "sdpa_mask", "window": "sdpa_mask"}  # which implementation, by kind of window
+uncompiled_attention = attention  # the same, for when a step turns out not to compile
+logits_at_once = 2**21  # of the cross-entropy's chunks, in float32
 
 
 def maybe_compile(function):
     """`function` compiled for fixed shapes where that works here, else as it is."""
     return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+
+
+def first_line(error: Exception) -> str:
+    """For a note or a log: the error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error)))

@@ -59,9 +59,13 @@ class Trainer(interface.Trainer):
         kept = [tensor.detach().clone() for tensor in self._everything()]
         try:
             self._once(x, y)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except Exception as error:
+            if not runtime.compiled or runtime.is_out_of_memory(error):
+                raise
             # train.py uses what can't be traced, or the compiler fails on this device: slow is better than not at all.
-            print(f"this step does not compile and runs uncompiled, slower: {str(error).strip().splitlines()[0]}")
+            # What is wrong with train.py itself will be raised again.
+            print(f"this step does not compile and runs uncompiled, slower: {runtime.first_line(error)}")
+            runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
             self._loss, self._apply = self._eager_loss, _apply
             self._clear()
             self._once(x, y)
@@ -118,7 +122,7 @@ def _apply(update, stack, parameters, grads, state, hyper, unscale, finite):
 class _LossScaler:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740), without waiting for the device."""
 
-    FIRST, GROWTH_INTERVAL = 2.0**16, 200
+    FIRST, LARGEST, GROWTH_INTERVAL = 2.0**16, 2.0**24, 200
 
     def __init__(self):
         self.scale = torch.tensor(self.FIRST, device=runtime.device)
@@ -132,8 +136,8 @@ class _LossScaler:
     def adjust(self, finite):
         """Halves the scale after an overflow, doubles it after 200 good steps."""
         self.good_steps.copy_(torch.where(finite, self.good_steps + 1, 0))
-        grown = torch.where(self.good_steps >= self.GROWTH_INTERVAL, self.scale * 2, self.scale)
-        self.scale.copy_(torch.where(finite, grown, self.scale / 2))
+        grown = torch.where(self.good_steps >= self.GROWTH_INTERVAL, (self.scale * 2).clamp(max=self.LARGEST), self.scale)
+        self.scale.copy_(torch.where(finite, grown, (self.scale / 2).clamp(min=1)))
         self.good_steps.copy_(torch.where(self.good_steps >= self.GROWTH_INTERVAL, 0, self.good_steps))
 
 

@@ -1,4 +1,4 @@
-"""Everything PyTorch runs on but Hopper: gaming GPUs, Jetson, ROCm, Apple's MPS and plain CPUs, with stock kernels."""
+"""Everything PyTorch runs on, with its own kernels: NVIDIA and AMD GPUs, Jetson, Apple's MPS and plain CPUs."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """How the PyTorch backends find out what this machine can do."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from backends import trials  # noqa: E402
 from backends.interface import BackendError  # noqa: E402
-from backends.pytorch import attention, device, runtime, trainer, trials  # noqa: E402
+from backends.pytorch import attention, device, runtime, trainer  # noqa: E402
 from tests.backends import tiny  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
 
@@ -21,6 +23,7 @@ def backend():
 def without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(device, "GPUS_OF_THE_DRIVER", Path("/none"))
     monkeypatch.delenv("AUTORESEARCH_DEVICE", raising=False)
 
 
@@ -41,6 +44,14 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch, withou
 def test_a_driver_without_a_gpu_is_no_error(tmp_path, monkeypatch, without_cuda):
     put_nvidia_smi(tmp_path, monkeypatch, "echo No devices were found; exit 6")
     assert device.pick() == torch.device("cpu")
+
+
+def test_tools_of_another_version_than_the_driver_hide_no_gpu(tmp_path, monkeypatch, without_cuda):
+    put_nvidia_smi(tmp_path, monkeypatch, "echo Driver/library version mismatch; exit 18")
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr(device, "GPUS_OF_THE_DRIVER", tmp_path / "gpus")
+    with pytest.raises(BackendError, match="An NVIDIA GPU is here"):
+        device.pick()
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "tpu", "cuda:7"])
@@ -101,6 +112,12 @@ def test_short_calls_are_timed_on_more_rows_within_the_memory(backend, monkeypat
     assert max(calls) == 2
 
 
+def test_without_a_compiler_flex_is_not_chosen():
+    results = {"window": {"flex": 1.0, "sdpa_mask": 2.0}}
+    assert attention.choose(results) == {"window": "flex"}
+    assert attention.choose(results, compiled=False) == {"window": "sdpa_mask"}
+
+
 def test_nothing_right_is_an_error():
     with pytest.raises(RuntimeError, match="no attention implementation is right"):
         attention.choose({"full": {"sdpa_mask": "wrong: relative error 1"}})
@@ -125,6 +142,12 @@ def test_a_trial_is_remembered_and_survives_a_damaged_file(tmp_path, monkeypatch
     assert trials.remember("a", lambda: 4) == 4
 
 
+def test_a_passing_failure_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    assert trials.remember("a", lambda: "no compiler", lambda result: result is True) == "no compiler"
+    assert trials.remember("a", lambda: True, lambda result: result is True) is True
+
+
 def test_a_home_that_cannot_be_written_only_repeats_the_trial(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "file" / "home"))
@@ -141,6 +164,7 @@ def test_without_a_compiler_it_says_why(monkeypatch):
 
 def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "compiled", True)
+    monkeypatch.setattr(runtime, "attention", runtime.attention)  # what the fallback changes is put back
 
     def loss(model, x, y):
         torch._dynamo.graph_break()  # what a .item() in train.py does
@@ -150,5 +174,5 @@ def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, c
     trained = trainer.Trainer(model, loss, [tiny.descent(backend.weights(model))])
     x, y = tiny.batch()
     trained.warm_up(x, y)
-    assert "does not compile" in capsys.readouterr().out
+    assert "does not compile" in capsys.readouterr().out and not runtime.compiled
     assert float(trained.backward(x, y)) > 0

@@ -7,16 +7,19 @@ import os
 from pathlib import Path
 
 
-def remember(key: str, trial):
+def remember(key: str, trial, lasting=lambda result: True):
     """The result of `trial()`, JSON values only: run once per key, then read from disk.
 
     A second run that picked another attention kernel because the machine was busy would compute other numbers than the
-    first, so the choice is kept until the key (device, framework version, precision) changes.
+    first, so the choice is kept until the key (device, framework version, precision) changes. A result that is
+    not `lasting` is not kept: a full GPU or a missing compiler may be mended by the next run.
     """
-    path = Path(os.environ.get("AUTORESEARCH_HOME") or Path.home() / ".cache" / "autoresearch") / "trials.json"
+    path = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser() / "trials.json"
     known = _read(path)
     if key not in known:
         result = trial()
+        if not lasting(result):
+            return result
         known = {**_read(path), key: result}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
