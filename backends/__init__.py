@@ -9,7 +9,7 @@ import platform
 
 from backends.interface import Backend, BackendError
 
-# In the order tried on machines where more than one could run.
+# What may be asked for; `best` says what is taken unasked.
 NAMES = ("mlx", "sdpa")
 
 

@@ -244,3 +244,11 @@ def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_grad
         raise ValueError(f"the schedule gives {given}; the optimizer's groups have {wanted}")
     if not has_gradients:
         raise RuntimeError("step() needs the gradients of at least one backward()")
+
+
+def updated_together(group: dict, shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """The group's names as its update rule gets them: those of a shape together where they are stacked, else singly."""
+    together: dict[tuple, list[str]] = {}
+    for name in group["names"]:
+        together.setdefault(tuple(shapes[name]) if group["stack"] else (name,), []).append(name)
+    return list(together.values())

@@ -94,12 +94,10 @@ class Trainer(interface.Trainer):
 
     def _split(self, index: int, group: dict) -> list[Unit]:
         """A group as units: one for each shape when stacked, else one for each parameter."""
-        by_shape: dict[tuple, list[str]] = {}
-        for name in group["names"]:
-            by_shape.setdefault(self._parameters[name].value.shape if group["stack"] else (name,), []).append(name)
+        shapes = {name: parameter.value.shape for name, parameter in self._parameters.items()}
         update = self._maybe_compile(_updater(group["update"], group["stack"]))
         units = []
-        for names in by_shape.values():
+        for names in interface.updated_together(group, shapes):
             masters = [self._parameters[name].value for name in names]
             units.append(Unit(index, names, update, group["init"](mx.stack(masters) if group["stack"] else masters[0])))
         return units

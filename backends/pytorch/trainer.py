@@ -17,19 +17,11 @@ class Trainer(interface.Trainer):
         self._eager_loss, self._loss = loss, runtime.maybe_compile(loss)
         self._apply = runtime.maybe_compile(_apply)
         self._optimizer = optimizer
+        shapes = {name: parameter.shape for name, parameter in self._named.items()}
         with torch.no_grad():
-            self._buckets = [_Bucket(i, group, [self._named[name] for name in names])
-                             for i, group in enumerate(optimizer) for names in self._split(group)]
+            self._buckets = [_Bucket(i, group, [self._named[name] for name in names]) for i, group in
+                             enumerate(optimizer) for names in interface.updated_together(group, shapes)]
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
-
-    def _split(self, group) -> list[list[str]]:
-        """The group's names by shape where they are stacked, else one by one."""
-        if not group["stack"]:
-            return [[name] for name in group["names"]]
-        by_shape = {}
-        for name in group["names"]:
-            by_shape.setdefault(self._named[name].shape, []).append(name)
-        return list(by_shape.values())
 
     def backward(self, x, y, scale=1.0):
         loss = self._loss(self.model, to_device(x), to_device(y))
@@ -99,7 +91,8 @@ class _Bucket:
     """Parameters updated by one call of their group's rule: one alone, or several of a shape, stacked."""
 
     def __init__(self, group_index, group, parameters):
-        self.group, self.update, self.stack, self.parameters = group_index, group["update"], group["stack"], parameters
+        self.group, self.parameters = group_index, parameters
+        self.update, self.stack = group["update"], group["stack"]
         self.state = dict(group["init"](torch.stack(parameters) if self.stack else parameters[0]))
 
 
