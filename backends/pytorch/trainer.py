@@ -129,9 +129,10 @@ class _LossScaler:
     def adjust(self, finite):
         """Halves the scale after an overflow, doubles it after 200 good steps."""
         self.good_steps.copy_(torch.where(finite, self.good_steps + 1, 0))
-        grown = torch.where(self.good_steps >= self.GROWTH_INTERVAL, (self.scale * 2).clamp(max=self.LARGEST), self.scale)
+        grow = self.good_steps >= self.GROWTH_INTERVAL
+        grown = torch.where(grow, (self.scale * 2).clamp(max=self.LARGEST), self.scale)
         self.scale.copy_(torch.where(finite, grown, (self.scale / 2).clamp(min=1)))
-        self.good_steps.copy_(torch.where(self.good_steps >= self.GROWTH_INTERVAL, 0, self.good_steps))
+        self.good_steps.copy_(torch.where(grow, 0, self.good_steps))
 
 
 def to_device(tokens: np.ndarray) -> torch.Tensor:
