@@ -46,7 +46,7 @@ accept a number as their last operand.
 
 ## Trainer(model, loss, optimizer)
 
-`loss(model, x, y)` returns a float32 scalar. `optimizer` is a list of groups:
+`loss(model, x, y)` returns a float32 scalar, a mean over rows. `optimizer` is a list of groups:
 
     dict(names=["blocks.0.mlp.c_fc.weight", ...],   which parameters, each in exactly one group
          init=lambda param: {...},                  param's state: a dict of arrays
@@ -113,13 +113,16 @@ class Device:
 class Trainer(abc.ABC):
     """Accumulates gradients and applies the optimizer's update rules; compiled where the framework compiles.
 
-    In half precision (float16) it scales the loss dynamically and leaves out a step whose gradients overflow.
+    In half precision (float16) it scales the loss dynamically and leaves out a step whose gradients overflow. A batch
+    too large for the memory goes through in parts, which `warm_up` finds. A backend fills in `accumulate`, `rehearse`,
+    `step`, `gradients` and `is_out_of_memory`.
     """
+
+    _rows_at_once: int | None = None  # None: the whole batch
 
     @abc.abstractmethod
     def __init__(self, model, loss, optimizer: list[dict]): ...
 
-    @abc.abstractmethod
     def backward(self, x: np.ndarray, y: np.ndarray, scale: float = 1.0):
         """Adds the gradient of `scale * loss(model, x, y)` to what is accumulated.
 
@@ -130,6 +133,42 @@ class Trainer(abc.ABC):
         Returns:
             The loss before scaling: a scalar on the device; `float(loss)` waits for it.
         """
+        rows, loss = self._rows_at_once or len(x), 0.0
+        if len(x) <= rows:
+            return self.accumulate(x, y, scale)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            share = len(x[part]) / len(x)
+            loss = loss + share * self.accumulate(x[part], y[part], scale * share)
+        return loss
+
+    def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were.
+
+        When the memory is too small for it, it is halved, said, and tried again; `backward` then takes batches in parts
+        of what fitted. The loss has to be a mean over rows.
+        """
+        rows = len(x)
+        while True:
+            try:
+                self.rehearse(x[:rows], y[:rows])
+                break
+            except Exception as error:
+                if rows == 1 or not self.is_out_of_memory(error):
+                    raise
+            # Out here the traceback, and with it what did not fit, is gone. Parts should be equal: each size compiles.
+            fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
+            print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
+            rows = fewer
+        self._rows_at_once = rows
+
+    @abc.abstractmethod
+    def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
+        """`backward` for rows that go through at once."""
+
+    @abc.abstractmethod
+    def rehearse(self, x: np.ndarray, y: np.ndarray) -> None:
+        """One `accumulate` and one `step`, finished, and undone, also when they fail."""
 
     @abc.abstractmethod
     def step(self, schedule: list[dict[str, float]]) -> None:
@@ -141,12 +180,13 @@ class Trainer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were."""
-
-    @abc.abstractmethod
     def gradients(self) -> dict[str, np.ndarray]:
         """The accumulated gradients by parameter name, float32."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def is_out_of_memory(error: BaseException) -> bool:
+        """Whether this error means that a batch did not fit."""
 
 
 class Backend(abc.ABC):

@@ -13,7 +13,7 @@ import pytest
 
 import backends
 from tests.backends.reference import Reference, token_losses
-from tests.backends.support import array, numpy, opened
+from tests.backends.support import array, kind, numpy, opened
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 TALL, WIDE, SQUARE = (24, 8), (8, 24), (16, 16)
@@ -23,7 +23,10 @@ reference = Reference()
 @pytest.fixture(params=backends.NAMES)
 def train(request, monkeypatch):
     """train.py on each backend present, in float32 and not compiled; at the CPU's size on every machine."""
-    backend = opened(request.param, "float32")
+    return loaded(opened(request.param, "float32"), monkeypatch)
+
+
+def loaded(backend, monkeypatch):
     monkeypatch.setattr(backends, "load", lambda: backend)
     spec = importlib.util.spec_from_file_location("train_here", TRAIN)
     module = importlib.util.module_from_spec(spec)
@@ -295,3 +298,20 @@ def test_flops_per_token(train):
     shapes = {name: weight.shape for name, weight in train.backend.weights(model).items()}
     matrices = 4 * 12 * 256**2 + 2 * 2 * 32 + 8192 * 256  # blocks, gates, head
     assert train.flops_per_token(model, shapes) == 6 * matrices + 12 * 256 * (3 * 1024 + 2048) == 47_186_688
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_the_residual_stream_stays_in_the_compute_precision(name, monkeypatch):
+    """A float32 scalar times a bfloat16 array is float32 on MLX: one such factor would slow down all after it."""
+    train, seen = loaded(opened(name, "bfloat16"), monkeypatch), []
+    forward = train.Block.forward
+
+    def watched(self, x, value_embedding):
+        out = forward(self, x, value_embedding)
+        seen.extend([kind(x), kind(out), *([] if value_embedding is None else [kind(value_embedding)])])
+        return out
+
+    monkeypatch.setattr(train.Block, "forward", watched)
+    model = train.GPT(train.DEPTH, 50)
+    hidden = model.hidden(train.ops.astype(train.ops.zeros((1, 8)), train.ops.arange(1).dtype))
+    assert seen == ["bfloat16"] * (2 * train.DEPTH + train.DEPTH // 2) and kind(hidden) == "bfloat16"

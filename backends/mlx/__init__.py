@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from backends.interface import Backend, BackendError
 
 
@@ -15,6 +18,11 @@ def open_backend(precision: str | None = None, compiled: bool | None = None) -> 
     Raises:
         BackendError: MLX is not installed, is too old, or cannot use the device or precision asked for.
     """
+    # Settings that MLX reads once. Float32 products, else made of 10-bit mantissas on CUDA and on the newest Macs, stay
+    # exact; and on CUDA fewer operations in flight hold less: 6.5 instead of 11.0 GB on an H200, no slower.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    if sys.platform != "darwin":
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:

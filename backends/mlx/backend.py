@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 
-from backends import interface
-from backends.mlx import nn, ops
-from backends.mlx.device import open_device
+from backends import interface, trials
+from backends.mlx import attention, nn, ops
+from backends.mlx.device import is_out_of_memory, open_device, working_set
 from backends.mlx.trainer import Trainer, compiling_pays
 
 
@@ -17,13 +19,15 @@ class MlxBackend(interface.Backend):
     name = "mlx"
 
     def __init__(self, precision: str | None = None, compiled: bool | None = None):
-        self.device = open_device(precision)
-        dtype = getattr(mx, self.device.precision)
-        self.nn = nn.namespace(dtype)
-        self.ops = ops.namespace(dtype)
+        device = open_device(precision)
+        dtype = getattr(mx, device.precision)
         compiled = compiling_pays() if compiled is None else compiled
-        self.Trainer = type("Trainer", (Trainer,), {"compiled": compiled})
-        mx.clear_cache()  # of the trial's matrices
+        by_kind, notes = _attention(device, dtype)
+        self.device = dataclasses.replace(device, notes=(*device.notes, *notes))
+        self.nn = nn.namespace(dtype)
+        self.ops = ops.namespace(dtype, by_kind, device.memory)
+        self.Trainer = type("Trainer", (Trainer,), {"compiled": compiled, "working_set": working_set(device)})
+        mx.clear_cache()  # of the trials' arrays
         mx.reset_peak_memory()
 
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
@@ -49,11 +53,25 @@ class MlxBackend(interface.Backend):
         return mx.get_peak_memory()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """MLX has no error class of its own; these are what its allocators and the drivers say."""
-        signs = ("unable to allocate", "attempting to allocate", "out of memory", "outofmemory", "insufficient memory",
-                 "memoryallocation", "bad_alloc")
-        return isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs))
+        return is_out_of_memory(error)
+
+
+def _attention(device: interface.Device, dtype: mx.Dtype) -> tuple[dict[str, str], list[str]]:
+    """The implementation to use for each kind of window, and a note on each, by a trial that is made once."""
+    key = f"{device.slug} mlx {mx.__version__} {device.kind} {device.precision}: attention"
+    # On its CPU MLX takes seconds for a row of 2048 tokens: there a shorter one has to do.
+    shape = {"shape": (1024, 1, 64)} if device.kind == "cpu" else {}
+    tried = trials.remember(
+        key, lambda: attention.trial(dtype, device.memory, compiling_pays(), **shape),
+        lasting=lambda tried: not any(is_out_of_memory(RuntimeError(found)) for by_name in tried.values()
+                                      for found in by_name.values() if isinstance(found, str)))
+    chosen = attention.choose(tried, device.memory)
+
+    def tell(found) -> str:
+        return found if isinstance(found, str) else f"{found[0]:.1f} ms, {found[1] / 2**20:.0f} MiB a row"
+
+    return chosen, [f"attention ({kind} window): {chosen[kind]}, of " + ", ".join(
+        f"{name} {tell(found)}" for name, found in by_name.items()) for kind, by_name in tried.items()]
 
 
 def _row_losses(logits: mx.array, targets: mx.array) -> np.ndarray:

@@ -26,6 +26,8 @@ def open_device(precision: str | None = None) -> Device:
         raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(TOLERANCE)}")
     kind = _choose_kind()
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
+    if kind == "metal":
+        _limit_memory(int(_device_info()["max_recommended_working_set_size"]))
     name, memory = _name(), _memory(kind)
     slug = machine.slug(name, memory, cpu=kind == "cpu")
     rates, notes = trials.remember(f"{slug} mlx {mx.__version__} {kind}: precision", _try_precisions)
@@ -35,7 +37,20 @@ def open_device(precision: str | None = None) -> Device:
     chosen = precision or _prefer(rates)
     return Device(name=name, slug=slug, kind=kind, memory=memory,
                   precision=chosen, peak_flops=rates[chosen][0], versions=_versions(),
-                  notes=(*notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
+                  notes=(*_warnings(kind), *notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
+
+
+def working_set(device: Device) -> int | None:
+    """Bytes that a program should use at most on a Mac's GPU, beyond which the system swaps; None elsewhere."""
+    return int(_device_info()["max_recommended_working_set_size"]) if device.kind == "metal" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """MLX has no error class of its own; these are what its allocators and the drivers say."""
+    signs = ("unable to allocate", "attempting to allocate", "out of memory", "outofmemory", "insufficient memory",
+             "memoryallocation", "bad_alloc")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs))
 
 
 def _choose_kind() -> str:
@@ -48,6 +63,27 @@ def _choose_kind() -> str:
 
 def _has_cuda() -> bool:
     return hasattr(mx, "cuda") and mx.cuda.is_available()
+
+
+def _warnings(kind: str) -> list[str]:
+    """What to say of a CPU that nobody asked for."""
+    if kind != "cpu" or os.environ.get("AUTORESEARCH_DEVICE") == "cpu":
+        return []
+    return ["WARNING: MLX has neither Metal nor CUDA here and runs on the CPU, many times slower. For an NVIDIA GPU "
+            'install "mlx[cuda13]"; on a CPU PyTorch is faster: AUTORESEARCH_BACKEND=sdpa']
+
+
+def _limit_memory(recommended: int) -> None:
+    """Keeps a Mac from swapping, which costs more than any allocation.
+
+    By default MLX goes up to 1.5 times the working set that Metal recommends, and keeps as much in freed buffers.
+    """
+    mx.set_memory_limit(recommended)
+    mx.set_cache_limit(recommended // 2)
+    try:
+        mx.set_wired_limit(recommended)  # what is resident is not compressed or paged out between steps
+    except (RuntimeError, ValueError):  # before macOS 15
+        pass
 
 
 def _try_precisions() -> tuple[dict[str, tuple[float, float]], list[str]]:
@@ -76,7 +112,9 @@ def _product_error(dtype: mx.Dtype, n: int = 96) -> float:
     a, b = np.random.default_rng(0).standard_normal((2, n, n), dtype=np.float32)
     try:
         product = np.array((mx.array(a).astype(dtype) @ mx.array(b).astype(dtype)).astype(mx.float32))
-    except RuntimeError:  # no kernel for this precision
+    except RuntimeError as error:  # no kernel for this precision
+        if is_out_of_memory(error):
+            raise  # of this moment, not of the device
         return float("inf")
     exact = a.astype(np.float64) @ b.astype(np.float64)
     return float(np.linalg.norm(product - exact) / np.linalg.norm(exact))
@@ -97,7 +135,7 @@ def _rates(dtype: mx.Dtype) -> tuple[float, float]:
         n *= 2
 
 
-def _seconds(function, *arrays, repeats: int = 3) -> float:
+def _seconds(function, *arrays, repeats: int = 7) -> float:
     """The shortest of a few calls, after one that may have to load or build kernels."""
     mx.eval(function(*arrays))
     times = []

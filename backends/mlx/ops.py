@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 
 from backends.interface import OPS, BackendError
+from backends.mlx import cross_entropy
+from backends.mlx.attention import IMPLEMENTATIONS
 
-LOGITS_AT_ONCE = 2**23  # the cross-entropy's float32 logits held at a time: 32 MiB, 1024 tokens of vocabulary 8192
 RMS_EPSILON = 2.0**-23
 
 
-def namespace(precision: mx.Dtype) -> SimpleNamespace:
-    """Every name of `interface.OPS`; `compute` casts to `precision`.
+def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> SimpleNamespace:
+    """Every name of `interface.OPS`.
+
+    Args:
+        precision: what `compute` casts to.
+        attention: names of `attention.IMPLEMENTATIONS` by kind of window, "full" and "window".
+        memory: bytes of the device, by which the cross-entropy is cut in chunks.
 
     Raises:
         BackendError: this MLX lacks some of them.
     """
-    own = (attention, clip, float32, full, gelu, relu, rms_norm, rope, silu, softcapped_cross_entropy, softmax, std,
-           var)
+    own = (clip, float32, full, gelu, relu, rms_norm, rope, silu, softmax, std, var)
     functions = {function.__name__: function for function in own}
     functions["compute"] = lambda x: x.astype(precision)
+    functions["attention"] = attention_by(attention)
+    functions["softcapped_cross_entropy"] = cross_entropy.by_memory(memory)
     if missing := [name for name in OPS if name not in functions and not hasattr(mx, name)]:
         raise BackendError(f"this MLX is too old ({mx.__version__} lacks {', '.join(missing)}): pip install -U mlx")
     return SimpleNamespace(**{name: functions.get(name) or getattr(mx, name) for name in OPS})
@@ -86,74 +93,13 @@ def _rotations(length: int, size: int, base: float) -> tuple[mx.array, mx.array]
     return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
 
 
-def attention(q, k, v, window=None):
-    """q (B, T, H, D), k and v (B, T, H_kv, D) to (B, T, H, D); query i sees keys i - window to i, None: all up to i."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    length = q.shape[2]
-    mask = "causal" if window is None or window >= length - 1 else _window_mask(length, window)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[3] ** -0.5, mask=mask).swapaxes(1, 2)
+def attention_by(chosen: dict[str, str]):
+    """The contract's `attention`, by these implementations: names in `attention.IMPLEMENTATIONS` by kind of window."""
 
+    def attention(q, k, v, window=None):
+        """q (B, T, H, D), k and v (B, T, H_kv, D) to (B, T, H, D); query i sees keys i - window to i, None: up to i."""
+        window = None if window is None or window >= q.shape[1] - 1 else window
+        by = IMPLEMENTATIONS[chosen["full" if window is None else "window"]]
+        return by(*(x.swapaxes(1, 2) for x in (q, k, v)), window).swapaxes(1, 2)
 
-@lru_cache(maxsize=16)
-def _window_mask(length: int, window: int) -> mx.array:
-    """True where query (row) may see key (column): (T, T)."""
-    back = np.arange(length)[:, None] - np.arange(length)
-    return mx.array((back >= 0) & (back <= window))
-
-
-def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean"):
-    """Nats of targets (B, T), from hidden (B, T, C) and weight (V, C). See `backends/interface.py`."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction {reduction!r}: choose "mean", "sum" or "none"')
-    losses = _token_losses(softcap)(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
-    return {"mean": mx.mean, "sum": mx.sum, "none": lambda x: x.reshape(targets.shape)}[reduction](losses)
-
-
-@cache
-def _token_losses(softcap: float | None):
-    """Float32 losses (N,) of hidden (N, C), weight (V, C) and targets (N,); their gradient recomputes the logits."""
-
-    @mx.custom_function
-    def losses(hidden, weight, targets):
-        parts = []
-        for chunk in _chunks(len(targets), len(weight)):
-            logits = _capped_logits(_after(hidden[chunk], parts[-1:]), weight, softcap)
-            right = mx.take_along_axis(logits, targets[chunk][:, None], axis=1)[:, 0]
-            parts.append(mx.logsumexp(logits, axis=1) - right)
-        return mx.concatenate(parts)
-
-    @losses.vjp
-    def gradients(inputs, cotangent, _):
-        hidden, weight, targets = inputs
-        # Losses' gradients are about 1 / tokens, too small for float16: products see them relative to their largest.
-        unit = mx.max(mx.abs(cotangent))
-        relative = cotangent / mx.where(unit == 0, 1.0, unit)
-        to_hidden, to_weight = [], mx.zeros(weight.shape, dtype=mx.float32)
-        for chunk in _chunks(len(targets), len(weight)):
-            rows = _after(hidden[chunk], [*to_hidden[-1:], to_weight])
-            logits = _capped_logits(rows, weight, softcap)
-            errors = mx.softmax(logits, axis=1) - (mx.arange(len(weight)) == targets[chunk][:, None])
-            if softcap is not None:
-                errors = errors * (1 - mx.square(logits / softcap))
-            errors = (errors * relative[chunk][:, None]).astype(hidden.dtype)
-            to_hidden.append((float32(errors @ weight) * unit).astype(hidden.dtype))
-            to_weight = to_weight + float32(errors.T @ rows)
-        return mx.concatenate(to_hidden), (to_weight * unit).astype(weight.dtype), mx.zeros_like(targets)
-
-    return losses
-
-
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, start + rows) for start in range(0, tokens, rows)]
-
-
-def _capped_logits(hidden, weight, softcap):
-    logits = float32(hidden @ weight.T)
-    return logits if softcap is None else softcap * mx.tanh(logits / softcap)
-
-
-def _after(x, earlier: list[mx.array]):
-    """x, once `earlier` is computed. Without this order the lazy graph holds several chunks' logits: 4 times the memory
-    with 16 chunks."""
-    return mx.depends([x], earlier)[0] if earlier else x
+    return attention

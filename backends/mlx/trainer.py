@@ -13,13 +13,16 @@ import numpy as np
 from mlx.utils import tree_map
 
 from backends import interface
+from backends.mlx.device import is_out_of_memory
 from backends.mlx.nn import named_parameters, substituted
 
 
 class Trainer(interface.Trainer):
     """See `backends/interface.py`."""
 
+    is_out_of_memory = staticmethod(is_out_of_memory)
     compiled = True  # whether to compile; the backend sets it
+    working_set: int | None = None  # bytes that it should use at most; None for no limit
 
     def __init__(self, model, loss, optimizer: list[dict]):
         self._parameters = named_parameters(model)
@@ -31,7 +34,7 @@ class Trainer(interface.Trainer):
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
         self._in_flight = None
 
-    def backward(self, x: np.ndarray, y: np.ndarray, scale: float = 1.0):
+    def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
         factor = mx.array(scale, dtype=mx.float32)
         if self._loss_scale:
             factor = factor * self._loss_scale.value
@@ -62,21 +65,35 @@ class Trainer(interface.Trainer):
             self._loss_scale.adjust(guard[1])
         mx.async_eval(self._everything())
 
-    def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
+    def rehearse(self, x: np.ndarray, y: np.ndarray) -> None:
         # Arrays are never changed in place, so keeping the old ones is a snapshot.
         masters, states = self._masters(), [unit.state for unit in self._units]
         gradients, loss_scale = self._gradients, self._loss_scale and self._loss_scale.state
         self._gradients = {}
-        self.backward(x, y)
-        self.step([group["hyper"] for group in self._optimizer])
-        mx.eval(self._everything())
-        for name, parameter in self._parameters.items():
-            parameter.value = masters[name]
-        for unit, state in zip(self._units, states):
-            unit.state = state
-        self._gradients = gradients
-        if self._loss_scale:
-            self._loss_scale.state = loss_scale
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        try:
+            self.accumulate(x, y, 1.0)
+            self.step([group["hyper"] for group in self._optimizer])
+            mx.eval(self._everything())
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.value = masters[name]
+            for unit, state in zip(self._units, states):
+                unit.state = state
+            self._gradients, self._in_flight = gradients, None
+            if self._loss_scale:
+                self._loss_scale.state = loss_scale
+        self._check_working_set(len(x))
+
+    def _check_working_set(self, rows: int) -> None:
+        """A Mac's GPU shares its memory with everything else: what is too large for it doesn't fail, but swaps."""
+        if self.working_set is None or (peak := mx.get_peak_memory()) <= self.working_set:
+            return
+        found = f"{rows} rows take {peak / 1e9:.1f} GB of the {self.working_set / 1e9:.1f} GB this GPU should use"
+        if rows > 1:
+            raise MemoryError(found)
+        print(f"{found}; it will swap. A smaller DEPTH in train.py fits.", flush=True)
 
     def gradients(self) -> dict[str, np.ndarray]:
         unscale = 1 / self._loss_scale.value if self._loss_scale else 1.0

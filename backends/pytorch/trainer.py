@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from backends import interface
+from backends.pytorch import device as devices
 from backends.pytorch import runtime
 
 
@@ -23,7 +24,9 @@ class Trainer(interface.Trainer):
                              enumerate(optimizer) for names in interface.updated_together(group, shapes)]
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
 
-    def backward(self, x, y, scale=1.0):
+    is_out_of_memory = staticmethod(runtime.is_out_of_memory)
+
+    def accumulate(self, x, y, scale):
         loss = self._loss(self.model, to_device(x), to_device(y))
         (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
         return loss.detach()
@@ -45,7 +48,10 @@ class Trainer(interface.Trainer):
             self._scaler.adjust(finite)
         self._clear()
 
-    def warm_up(self, x, y):
+    def rehearse(self, x, y):
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         with torch.no_grad():  # one row without a graph first: makes the tables and masks a trace can't make
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
@@ -61,13 +67,16 @@ class Trainer(interface.Trainer):
             self._loss, self._apply = self._eager_loss, _apply
             self._clear()
             self._once(x, y)
-        with torch.no_grad():
-            for tensor, value in zip(self._everything(), kept):
-                tensor.copy_(value)
+        finally:
+            self._clear()
+            with torch.no_grad():
+                for tensor, value in zip(self._everything(), kept):
+                    tensor.copy_(value)
 
     def _once(self, x, y):
-        self.backward(x, y)
+        self.accumulate(x, y, 1.0)
         self.step([group["hyper"] for group in self._optimizer])
+        devices.synchronize(runtime.device)  # an error of the device belongs here
 
     def gradients(self):
         unscale = 1 / self._scaler.scale if self._scaler else 1.0

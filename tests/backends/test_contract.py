@@ -265,7 +265,7 @@ def test_unused_parameter_has_a_zero_gradient(backend):
 
 
 def test_accumulation_equals_one_large_batch(backend):
-    x, y = tiny.batch(rows=6)
+    x, y = tiny.batch(rows=8)
     whole, parts = tiny.build(backend), tiny.build(backend)
     optimizer = [tiny.descent(tiny.NAMES)]
     one, many = tiny.trainer(backend, whole, optimizer), tiny.trainer(backend, parts, optimizer)
@@ -347,6 +347,53 @@ def test_warm_up_leaves_no_gradient(backend):
     trainer = tiny.trainer(backend, tiny.build(backend))
     trainer.warm_up(*tiny.batch())
     assert not any(gradient.any() for gradient in trainer.gradients().values())
+
+
+@pytest.mark.parametrize("fits", [1, 2, 4])
+def test_a_batch_too_large_is_halved_said_and_carried_on(backend, monkeypatch, capsys, fits):
+    """8 rows go through as 2 x 4, 4 x 2 or 8 x 1, and the gradients are those of the whole batch."""
+    x, y = tiny.batch(rows=8)
+    whole, model = tiny.trainer(backend, tiny.build(backend)), tiny.build(backend)
+    parts, before = tiny.trainer(backend, model), backend.weights(model)
+    wanted = float(whole.backward(x, y, scale=0.5))
+    sizes, accumulate = [], parts.accumulate
+
+    def too_large(x, y, scale):
+        if len(x) > fits:
+            raise MemoryError
+        sizes.append(len(x))
+        return accumulate(x, y, scale)
+
+    monkeypatch.setattr(parts, "accumulate", too_large)
+    parts.warm_up(x, y)
+    assert f"going on with {fits} at a time" in capsys.readouterr().out
+    for name, weight in backend.weights(model).items():
+        np.testing.assert_array_equal(weight, before[name])
+    assert float(parts.backward(x, y, scale=0.5)) == pytest.approx(wanted, rel=1e-6)
+    assert sizes == [fits] + [fits] * (8 // fits)  # one to warm up
+    for name, gradient in whole.gradients().items():
+        np.testing.assert_allclose(parts.gradients()[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_that_does_not_fit_is_an_error(backend, monkeypatch):
+    trainer = tiny.trainer(backend, tiny.build(backend))
+
+    def too_large(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(trainer, "accumulate", too_large)
+    with pytest.raises(MemoryError, match="no room"):
+        trainer.warm_up(*tiny.batch(rows=4))
+
+
+def test_an_error_in_warm_up_is_not_taken_for_memory(backend):
+    model = tiny.build(backend)
+    trainer = backend.Trainer(model, lambda m, x, y: m.no_such_parameter, [tiny.descent(tiny.NAMES)])
+    before = backend.weights(model)
+    with pytest.raises(AttributeError, match="no_such_parameter"):
+        trainer.warm_up(*tiny.batch())
+    for name, weight in backend.weights(model).items():
+        np.testing.assert_array_equal(weight, before[name])
 
 
 def compilations(name: str, calls: list) -> int:

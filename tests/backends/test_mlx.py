@@ -10,8 +10,11 @@ import pytest
 import backends
 from backends.interface import BackendError
 from tests.backends import support, tiny
+from tests.backends.reference import Reference
 
 mx = pytest.importorskip("mlx.core")
+
+from backends.mlx import attention, cross_entropy  # noqa: E402
 
 
 @pytest.fixture
@@ -62,15 +65,18 @@ def test_compiled_gradients_equal_eager_ones():
 
 
 def test_cross_entropy_holds_few_chunks_of_logits(mlx, monkeypatch):
-    monkeypatch.setattr("backends.mlx.ops.LOGITS_AT_ONCE", 2**16)
-    hidden, weight = mx.random.normal((4, 256, 8)), mx.random.normal((1024, 8))
-    targets = mx.zeros((4, 256), dtype=mx.int32)
+    hidden, weight = mx.random.normal((4, 1024, 8)), mx.random.normal((1024, 8))
+    targets = mx.zeros((4, 1024), dtype=mx.int32)
     mx.eval(hidden, weight, targets)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(mx.grad(lambda h, w: mlx.ops.softcapped_cross_entropy(h, w, targets, 15.0, "mean"), argnums=(0, 1))(
-        hidden, weight))
-    assert mx.get_peak_memory() - before < 4 * 256 * 1024 * 4  # one float32 array of all logits; the graph has ten
+
+    def peak(chunk):
+        monkeypatch.setattr("backends.mlx.cross_entropy.SMALLEST_CHUNK", chunk)
+        losses, before = cross_entropy.by_memory(0), mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda h, w: losses(h, w, targets, 15.0, "mean"), argnums=(0, 1))(hidden, weight))
+        return mx.get_peak_memory() - before
+
+    assert peak(2**18) < peak(2**22) / 4  # 16 chunks of logits instead of one
 
 
 def test_accumulation_does_not_grow_memory(mlx):
@@ -151,6 +157,27 @@ def test_a_precision_with_wrong_products_is_refused(mlx, monkeypatch):
         device.open_device("bfloat16")
 
 
+def test_a_mac_without_bfloat16_gets_another_precision(isolated_home, monkeypatch):
+    """MLX then has no kernel for it, and raises."""
+    from backends.mlx import device
+
+    class NoKernel:
+        def __init__(self, array):
+            self.array = array
+
+        def astype(self, dtype):
+            if dtype == mx.bfloat16:
+                raise RuntimeError("[metal::Device] Unable to load kernel steel_gemm_bfloat16")
+            return self.array.astype(dtype)
+
+    real = mx.array
+    monkeypatch.setattr(device.mx, "array", lambda *a, **k: NoKernel(real(*a, **k)))
+    monkeypatch.setattr(device, "_rates", lambda dtype: (1e9, {mx.float32: 1e9, mx.float16: 2e9}[dtype]))
+    found = device.open_device()
+    assert found.precision == "float16"
+    assert any("bfloat16: wrong" in note for note in found.notes)
+
+
 def test_missing_mlx_says_what_to_install(monkeypatch):
     real = builtins.__import__
 
@@ -174,3 +201,137 @@ def test_unknown_device(monkeypatch, variable, message):
 def test_unknown_precision(mlx):
     with pytest.raises(BackendError, match="float8"):
         backends.load("mlx", "float8")
+
+
+def test_a_trial_that_lacks_memory_is_not_remembered(isolated_home, monkeypatch):
+    from backends.mlx import device
+
+    def full(*_):
+        raise RuntimeError("[malloc] Unable to allocate 36864 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device.mx, "array", full)
+        with pytest.raises(RuntimeError, match="Unable to allocate"):
+            device.open_device()
+    assert device.open_device().precision in device.TOLERANCE
+
+
+# --- a Mac's memory
+
+
+class Metal:
+    """What MLX is asked and told on a Mac with 8 GB, in place of `mlx.core`."""
+
+    recommended = 5_726_631_936
+
+    def __init__(self, monkeypatch, wired=None):
+        self.set, self.wired = {}, wired
+        for name in ("memory", "cache", "wired"):
+            monkeypatch.setattr(mx, f"set_{name}_limit", lambda limit, name=name: self.limit(name, limit))
+
+    def limit(self, name, limit):
+        if name == "wired" and self.wired:
+            raise self.wired
+        self.set[name] = limit
+
+
+@pytest.mark.parametrize("wired", [None, ValueError("needs macOS 15")])
+def test_memory_is_limited_to_what_metal_recommends(monkeypatch, wired):
+    from backends.mlx import device
+
+    metal = Metal(monkeypatch, wired)
+    device._limit_memory(metal.recommended)
+    assert metal.set.pop("wired", None) == (None if wired else metal.recommended)
+    assert metal.set == {"memory": metal.recommended, "cache": metal.recommended // 2}
+
+
+def test_a_batch_beyond_the_working_set_is_halved(mlx, monkeypatch, capsys):
+    """Metal does not fail there, but swaps: so the peak is looked at."""
+    trainer, peaks = tiny.trainer(mlx, tiny.build(mlx)), iter([9e9, 6e9, 4e9])
+    trainer.working_set = 5_000_000_000
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: next(peaks))
+    trainer.warm_up(*tiny.batch(rows=8))
+    assert "8 rows at once do not fit" in (out := capsys.readouterr().out) and "going on with 2 at a time" in out
+    assert trainer._rows_at_once == 2
+
+
+def test_one_row_beyond_the_working_set_is_said(mlx, monkeypatch, capsys):
+    trainer = tiny.trainer(mlx, tiny.build(mlx))
+    trainer.working_set = 5_000_000_000
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 6e9)
+    trainer.warm_up(*tiny.batch(rows=1))
+    assert "6.0 GB of the 5.0 GB" in (out := capsys.readouterr().out) and "smaller DEPTH" in out
+
+
+def test_a_cpu_that_nobody_asked_for_is_warned_of(monkeypatch):
+    from backends.mlx import device
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_has_cuda", lambda: False)
+    monkeypatch.delenv("AUTORESEARCH_DEVICE", raising=False)
+    before = mx.default_device()
+    try:
+        found = device.open_device("float32")
+        assert found.kind == "cpu" and "neither Metal nor CUDA" in found.notes[0] and "mlx[cuda13]" in found.notes[0]
+        monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
+        assert not any("WARNING" in note for note in device.open_device("float32").notes)
+    finally:
+        mx.set_default_device(before)
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [None, 3, 8, 13])
+@pytest.mark.parametrize("length, kv_heads", [(29, 2), (16, 4), (5, 1)])
+def test_each_attention_over_blocks(mlx, monkeypatch, name, window, length, kv_heads):
+    """Blocks of 8 queries, the last one shorter, windows shorter, as long and longer than a block."""
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    rng = np.random.default_rng(0)
+    q, k, v, w = (rng.standard_normal((2, length, heads, 4), dtype=np.float32).swapaxes(1, 2)
+                  for heads in (4, kv_heads, kv_heads, 4))
+    if window is not None and window >= length:
+        pytest.skip("a window this long is none")
+    found = attention._with_gradients(attention.IMPLEMENTATIONS[name], [mx.array(x) for x in (q, k, v, w)], window)
+    out = Reference().attention(*(x.swapaxes(1, 2).astype(np.float64) for x in (q, k, v)), window)
+    np.testing.assert_allclose(np.array(found[0]).swapaxes(1, 2), out, rtol=1e-5, atol=1e-6)
+    wanted = attention._with_gradients(attention.reference, [mx.array(x) for x in (q, k, v, w)], window)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_attention_keeps_less(mlx):
+    inputs = attention._inputs(1, (1024, 2, 16), mx.float32)
+    needed = {name: attention._needed(function, inputs, None) for name, function in attention.IMPLEMENTATIONS.items()}
+    assert needed["recomputed"] < 0.7 * min(needed["blocks"], needed["fused"])
+
+
+def test_a_wrong_attention_is_not_chosen(mlx, monkeypatch):
+    def careless(q, k, v, window):  # forgets the window
+        return attention.recomputed(q, k, v, None)
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "careless", careless)
+    tried = attention.trial(mx.float32, 2**33, False, shape=(64, 1, 8))
+    assert isinstance(tried["full"]["careless"], list) and "wrong" in tried["window"]["careless"]
+    assert attention.choose({"window": {name: found if isinstance(found, str) else [1e9, 0] for name, found in
+                                        tried["window"].items()}}, 2**33)["window"] != "careless"
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("memory, wanted", [(8 * GIB, "recomputed"), (64 * GIB, "blocks")])
+def test_probabilities_are_kept_only_where_memory_is_plenty(memory, wanted):
+    found = {"fused": [9.0, 900 * 2**20], "recomputed": [5.0, 100 * 2**20], "blocks": [4.0, 400 * 2**20]}
+    assert attention.choose({"full": found}, memory) == {"full": wanted}
+
+
+def test_recomputed_attention_is_preferred_to_one_hardly_faster():
+    found = {"recomputed": [5.0, 100], "blocks": [4.8, 400]}
+    assert attention.choose({"full": found}, 64 * GIB) == {"full": "recomputed"}
+
+
+def test_no_right_attention_is_an_error():
+    with pytest.raises(BackendError, match="no attention"):
+        attention.choose({"full": {"fused": "wrong: relative error 1.0e+00"}}, 8 * GIB)
