@@ -68,6 +68,10 @@ def model_width(depth):
     return -(-depth * ASPECT_RATIO // HEAD_DIM) * HEAD_DIM
 
 
+def kv_heads(width):
+    return max(1, width // HEAD_DIM // KV_RATIO)
+
+
 def has_value_embedding(layer, depth):
     """Every other layer, the last included."""
     return layer % 2 == (depth - 1) % 2
@@ -86,7 +90,7 @@ class Attention(nn.Module):
         super().__init__()
         self.window = window
         self.n_head = width // HEAD_DIM
-        self.n_kv_head = self.n_head // KV_RATIO
+        self.n_kv_head = kv_heads(width)
         self.c_q = nn.Linear(width, self.n_head * HEAD_DIM)
         self.c_k = nn.Linear(width, self.n_kv_head * HEAD_DIM)
         self.c_v = nn.Linear(width, self.n_kv_head * HEAD_DIM)
@@ -135,7 +139,7 @@ class GPT(nn.Module):
         gated = [has_value_embedding(i, depth) for i in range(depth)]
         self.wte = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList([Block(width, windows[i], gated[i]) for i in range(depth)])
-        self.value_embeds = nn.ModuleDict({f"layer{i}": nn.Embedding(vocab_size, width // KV_RATIO)
+        self.value_embeds = nn.ModuleDict({f"layer{i}": nn.Embedding(vocab_size, kv_heads(width) * HEAD_DIM)
                                            for i in range(depth) if gated[i]})
         self.resid_lambdas = nn.Parameter((depth,))  # how much of the residual stream each layer receives,
         self.x0_lambdas = nn.Parameter((depth,))     # and how much of the normalised token embedding

@@ -277,6 +277,13 @@ def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
         raise ValueError("optimizer groups do not match the model: " + "; ".join(problems))
 
 
+def check_heads(query_heads: int, key_heads: int) -> None:
+    """Raises ValueError unless each key and value head serves the same number of query heads."""
+    if not key_heads or query_heads % key_heads:
+        raise ValueError(f"attention with {query_heads} query heads and {key_heads} key and value heads: the first has "
+                         "to be a multiple of the second")
+
+
 def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:
     """Raises what `Trainer.step` says it raises."""
     wanted, given = [sorted(group["hyper"]) for group in optimizer], [sorted(hyper) for hyper in schedule]

@@ -32,7 +32,7 @@ def train(tmp_path, tiny_home):
         clean = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH_")}
         done = subprocess.run(
             [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=300, check=False,
-            env={**clean, "PYTHONPATH": str(ROOT), "TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_HOME": str(tiny_home),
+            env={**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")]), "TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_HOME": str(tiny_home),
                  "AUTORESEARCH_BACKEND": BACKEND, "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3",
                  **environment})
         return done, json.loads(result.read_text()) if result.exists() else None

@@ -315,3 +315,12 @@ def test_the_residual_stream_stays_in_the_compute_precision(name, monkeypatch):
     model = train.GPT(train.DEPTH, 50)
     hidden = model.hidden(train.ops.astype(train.ops.zeros((1, 8)), train.ops.arange(1).dtype))
     assert seen == ["bfloat16"] * (2 * train.DEPTH + train.DEPTH // 2) and kind(hidden) == "bfloat16"
+
+
+@pytest.mark.parametrize("depth, ratio, heads", [(4, 2, 1), (6, 2, 1), (2, 4, 1)])
+def test_grouped_heads_at_every_depth(train, depth, ratio, heads):
+    """Three heads share one key and value head at depth 6, and one head can't be shared any further."""
+    train.DEPTH, train.KV_RATIO, train.ASPECT_RATIO, train.HEAD_DIM, train.VALUE_GATE_CHANNELS = depth, ratio, 8, 16, 8
+    model = train.GPT(depth, 50)
+    assert train.kv_heads(train.model_width(depth)) == heads
+    assert train.backend.logits(model, np.zeros((1, 5), np.int32)).shape == (1, 5, 50)

@@ -17,7 +17,10 @@ from backends.interface import BackendError, Device
 # a smaller range.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 CLEARLY = 1.1
-TRIAL_SECONDS = 0.01  # for one product, by which it is large enough to be timed
+# n and calls in a row. The same for every precision and long enough that another program's turns on the GPU, which
+# delay any call by as much, don't hide the difference.
+TRIAL_SIZES = {"cpu": (256, 1), "gpu": (4096, 10)}
+LONG_ENOUGH = 1.0  # seconds in all
 
 
 def open_device(precision: str | None = None) -> Device:
@@ -121,29 +124,29 @@ def _product_error(dtype: mx.Dtype, n: int = 96) -> float:
 
 
 def _rates(dtype: mx.Dtype) -> tuple[float, float]:
-    """FLOP/s of a product of two (n, n) matrices, and of two with a squared ReLU and a norm between them."""
+    """FLOP/s of products of (n, n) matrices, and of pairs of them with a squared ReLU and a norm between."""
+    n, calls = TRIAL_SIZES["cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"]
+    x = (mx.random.normal((n, n)) * n**-0.5).astype(dtype)
 
-    def mlp(x):
-        return mx.fast.rms_norm(mx.square(mx.maximum(x @ x, 0)), None, 1e-6) @ x
+    def product(y):
+        return y @ x
 
-    n = 128
-    while True:
-        x = mx.random.normal((n, n)).astype(dtype)
-        seconds = _seconds(mx.matmul, x, x)
-        if seconds >= TRIAL_SECONDS or n >= 8192:
-            return 2 * n**3 / seconds, 4 * n**3 / _seconds(mlp, x)
-        n *= 2
+    def mlp(y):
+        return mx.fast.rms_norm(mx.square(mx.maximum(y @ x, 0)), None, 1e-6) @ x
+
+    return tuple(2 * products * n**3 / _seconds(layer, x, calls) for products, layer in ((1, product), (2, mlp)))
 
 
-def _seconds(function, *arrays, repeats: int = 7) -> float:
-    """The shortest of a few calls, after one that may have to load or build kernels."""
-    mx.eval(function(*arrays))
+def _seconds(layer, x: mx.array, calls: int, repeats: int = 7) -> float:
+    """For one call of a layer in a chain of several: the shortest of a few, after one that may build kernels."""
     times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mx.eval(function(*arrays))
-        times.append(time.perf_counter() - start)
-    return min(times)
+    while len(times) <= repeats and sum(times) < LONG_ENOUGH:
+        start, y = time.perf_counter(), x
+        for _ in range(calls):
+            y = layer(y)
+        mx.eval(y)
+        times.append((time.perf_counter() - start))
+    return min(times[1:] or times) / calls
 
 
 def _name() -> str:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 
-from backends.interface import OPS, BackendError
+from backends.interface import OPS, BackendError, check_heads
 from backends.mlx import cross_entropy
 from backends.mlx.attention import IMPLEMENTATIONS
 
@@ -98,6 +98,7 @@ def attention_by(chosen: dict[str, str]):
 
     def attention(q, k, v, window=None):
         """q (B, T, H, D), k and v (B, T, H_kv, D) to (B, T, H, D); query i sees keys i - window to i, None: up to i."""
+        check_heads(q.shape[2], k.shape[2])
         window = None if window is None or window >= q.shape[1] - 1 else window
         by = IMPLEMENTATIONS[chosen["full" if window is None else "window"]]
         return by(*(x.swapaxes(1, 2) for x in (q, k, v)), window).swapaxes(1, 2)

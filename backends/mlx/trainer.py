@@ -76,6 +76,9 @@ class Trainer(interface.Trainer):
             self.accumulate(x, y, 1.0)
             self.step([group["hyper"] for group in self._optimizer])
             mx.eval(self._everything())
+        except RuntimeError:
+            mx.synchronize()  # work that was queued before it failed must not run later, over other arrays' memory
+            raise
         finally:
             for name, parameter in self._parameters.items():
                 parameter.value = masters[name]

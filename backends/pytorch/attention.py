@@ -11,11 +11,13 @@ import time
 import torch
 import torch.nn.functional as F
 
+from backends import interface
 from backends.pytorch import runtime
 
 
 def attention(q, k, v, window=None):
     """Query i sees keys j with i - window <= j <= i; scaled by D^-1/2; (B, T, H, D)."""
+    interface.check_heads(q.shape[2], k.shape[2])
     if window is not None and window >= q.shape[1] - 1:
         window = None
     return IMPLEMENTATIONS[runtime.attention["full" if window is None else "window"]](q, k, v, window)

@@ -23,6 +23,7 @@ class Trainer(interface.Trainer):
             self._buckets = [_Bucket(i, group, [self._named[name] for name in names]) for i, group in
                              enumerate(optimizer) for names in interface.updated_together(group, shapes)]
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
+        self._clear()  # gradients live in the parameters: an earlier trainer's are none of this one's
 
     is_out_of_memory = staticmethod(runtime.is_out_of_memory)
 

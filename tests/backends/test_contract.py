@@ -265,7 +265,7 @@ def test_unused_parameter_has_a_zero_gradient(backend):
 
 
 def test_accumulation_equals_one_large_batch(backend):
-    x, y = tiny.batch(rows=8)
+    x, y = tiny.batch(rows=6)
     whole, parts = tiny.build(backend), tiny.build(backend)
     optimizer = [tiny.descent(tiny.NAMES)]
     one, many = tiny.trainer(backend, whole, optimizer), tiny.trainer(backend, parts, optimizer)
@@ -336,11 +336,21 @@ def test_stack_adds_a_leading_axis_even_over_one(backend):
     assert sorted(seen) == [(1, 4), (2, 2, 3)]
 
 
+def test_a_trainer_starts_without_another_ones_gradients(backend):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    tiny.trainer(backend, model).backward(x, y)
+    second, alone = tiny.trainer(backend, model), tiny.trainer(backend, tiny.build(backend))
+    second.backward(x, y)
+    alone.backward(x, y)
+    for name, gradient in alone.gradients().items():
+        np.testing.assert_allclose(second.gradients()[name], gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_warm_up_leaves_no_trace(backend):
     optimizer = [tiny.adam(backend, tiny.NAMES, stack=True)]
     cold, warm = trained(backend, optimizer), trained(backend, optimizer, warm=True)
-    for name in tiny.NAMES:
-        np.testing.assert_array_equal(cold[name], warm[name])
+    for name in tiny.NAMES:  # an embedding's gradient is summed in any order on some GPUs; a trace would be 1e-2
+        np.testing.assert_allclose(cold[name], warm[name], rtol=1e-5, atol=1e-6)
 
 
 def test_warm_up_leaves_no_gradient(backend):

@@ -248,6 +248,14 @@ def check_gradients(backend, function, rtol=2e-4, **values):
         np.testing.assert_allclose(found[name], wanted[name], rtol=rtol, atol=rtol * np.abs(wanted[name]).max() + 1e-6)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(3, 2), (2, 0), (1, 2)])
+def test_attention_refuses_heads_that_do_not_divide(backend, normal, heads, kv_heads):
+    q, k = support.array(backend, normal(1, 4, heads, 8)), support.array(backend, normal(1, 4, 2, 8))
+    k = k[:, :, :kv_heads]
+    with pytest.raises(ValueError, match=f"{heads} query heads and {kv_heads} key and value heads"):
+        backend.ops.attention(q, k, k, None)
+
+
 @pytest.mark.parametrize("window", [None, 0, 2, 9])
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_attention_gradient(backend, normal, window, kv_heads):

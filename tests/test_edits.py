@@ -1,0 +1,252 @@
+"""Edits of train.py are portable: every patch in tests/edits trains, and trains alike, on every backend.
+
+A patch is what an experiment leaves behind: `git diff -U1 train.py`. Two backends are compared from the same weights,
+none of them zero (with projections of zero some gradients are rounding noise, which the optimizers blow up), on the
+same rows, in float32.
+"""
+
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+import test_train
+
+import backends
+import prepare
+from backends import surface
+from tests.backends.support import opened
+
+ROOT = Path(__file__).resolve().parents[1]
+EDITS = sorted(path.stem for path in (ROOT / "tests" / "edits").glob("*.patch"))
+ROWS, LENGTH, STEPS = 2, 64, 6
+PREFIXES = (1, 7, LENGTH)
+NOISE = 0.1  # standard deviation of what is added to the initial weights
+
+# How far apart two backends may be. In brackets, what MLX and PyTorch on one CPU came to, the worst of all edits.
+SAME_GRADIENT = 5e-5  # of a parameter's, relative to its norm or 1e-4 of the whole gradient's (1.2e-5)
+SAME_LOSS = 1e-4      # of each step, relative (3e-6)
+SAME_WEIGHTS = 1e-2   # of a parameter after all steps, relative to the way it went (2e-3)
+OTHER_LOSS = 1e-2     # an edit changes the loss of some step by more than this, relative (at least 4e-2)
+
+
+class Run(NamedTuple):
+    """Some steps of training, and the logits afterwards."""
+
+    gradients: dict[str, np.ndarray]  # of the first step
+    losses: np.ndarray
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+    logits: dict[int, np.ndarray]  # of the rows' first tokens, by how many
+
+
+def patched(edit: str, source: str) -> str:
+    """The text of train.py, `source`, with this edit applied."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder).resolve() / "train.py"
+        path.write_text(source, encoding="utf-8")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        # Within a repository git would pass over a file that is not where the patch says, and call that success.
+        environment["GIT_CEILING_DIRECTORIES"] = str(path.parents[1])
+        done = subprocess.run(["git", "apply", str(ROOT / "tests" / "edits" / f"{edit}.patch")], cwd=path.parent,
+                              env=environment, capture_output=True, text=True, check=False)
+        result = path.read_text(encoding="utf-8")
+    if done.returncode or result == source:
+        pytest.fail(f"tests/edits/{edit}.patch does not apply to train.py any more. Rebase the patch: make its edit in "
+                    f"train.py, `git diff -U1 train.py > tests/edits/{edit}.patch`, take the edit out.\n{done.stderr}")
+    return result
+
+
+def source_of(edit: str | None) -> str:
+    """train.py, edited."""
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    return patched(edit, source) if edit else source
+
+
+def shrunk(source: str) -> str:
+    """train.py at test_train.py's small sizes."""
+    for pattern, text in test_train.SMALL.items():
+        source, found = re.subn(f"(?m)^{pattern}$", text, source)
+        assert found, f"{pattern} is not in train.py"
+    return source
+
+
+def executed(source: str, backend) -> ModuleType:
+    """This train.py as a module on `backend`, for rows of LENGTH tokens."""
+    module = ModuleType("train_here")
+    with mock.patch.object(backends, "load", lambda: backend), mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH):
+        exec(compile(source, "train.py", "exec"), vars(module))
+    return module
+
+
+def initialised(train, vocab_size):
+    """(model, initial weights) of this train.py."""
+    model = train.GPT(train.DEPTH, vocab_size)
+    shapes = {name: weight.shape for name, weight in train.backend.weights(model).items()}
+    weights = train.initial_weights(shapes, 42)
+    train.backend.set_weights(model, weights)
+    return model, weights
+
+
+@contextmanager
+def one_thread():
+    """For PyTorch: where another process keeps a core busy, two threads wait for each other 100 times as long as these
+    small matrices take."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
+    try:
+        if torch:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_home):
+    """(x, y, size of the vocabulary): a few rows of real tokens, int32 (ROWS, LENGTH)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_HOME", str(tiny_home))
+        data = prepare.open_data("tiny")
+    tokens = np.array(data.held_out_rows[:ROWS, :LENGTH + 1], np.int32)
+    return tokens[:, :-1].copy(), tokens[:, 1:].copy(), data.vocab_size
+
+
+@pytest.fixture(scope="module")
+def trained(rows):
+    """trained(edit, name of a backend) -> Run; each once. Skips the test if that backend can't run."""
+    runs = {}
+    x, y, vocab_size = rows
+
+    def train_here(edit, name):
+        backend = opened(name, "float32")
+        if (edit, name) not in runs:
+            with one_thread():
+                runs[edit, name] = run(executed(shrunk(source_of(edit)), backend))
+        return runs[edit, name]
+
+    def run(train):
+        backend = train.backend
+        model, before = initialised(train, vocab_size)
+        rng = np.random.default_rng(0)
+        before = {name: weight + NOISE * rng.standard_normal(weight.shape, np.float32)
+                  for name, weight in before.items()}
+        backend.set_weights(model, before)
+        groups = train.optimizer_groups({name: weight.shape for name, weight in before.items()})
+        trainer = backend.Trainer(model, train.training_loss, groups)
+        losses, gradients = [], None
+        for step in range(STEPS):
+            losses.append(float(trainer.backward(x, y)))
+            gradients = gradients or trainer.gradients()
+            trainer.step(train.schedule(groups, 0.0, step))
+        logits = {length: backend.logits(model, x[:, :length].copy()) for length in PREFIXES}
+        return Run(gradients, np.array(losses), before, backend.weights(model), logits)
+
+    return train_here
+
+
+def norm(x) -> float:
+    return float(np.linalg.norm(np.asarray(x, np.float64)))
+
+
+def apart(one, other) -> float:
+    """The largest relative difference of two curves."""
+    return np.abs(one / other - 1).max()
+
+
+# ---- Every edit ----
+
+def test_there_are_edits():
+    assert len(EDITS) >= 6
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_keeps_to_the_surface(edit):
+    assert surface.check(source_of(edit)) == []
+
+
+def test_a_patch_that_does_not_apply_asks_to_be_rebased():
+    source = source_of(None).replace("ops.square(ops.relu(", "ops.square(ops.silu(")
+    with pytest.raises(pytest.fail.Exception, match=r"gelu.patch does not apply .* Rebase (?s:.*)error: "):
+        patched("gelu", source)
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_learns(trained, edit, name):
+    losses = trained(edit, name).losses
+    assert np.isfinite(losses).all() and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_changes_something(trained, edit, name):
+    assert apart(trained(edit, name).losses, trained(None, name).losses) > OTHER_LOSS
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_looks_only_back(trained, edit, name):
+    """Logits don't depend on the tokens that follow, and the first position does without any before it."""
+    logits = trained(edit, name).logits
+    for length in PREFIXES:
+        np.testing.assert_allclose(logits[length], logits[LENGTH][:, :length], atol=1e-4)
+
+
+@pytest.mark.parametrize("one, other", list(itertools.combinations(backends.NAMES, 2)))
+@pytest.mark.parametrize("edit", EDITS)
+def test_backends_agree(trained, edit, one, other):
+    ours, theirs = trained(edit, one), trained(edit, other)
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    whole = norm([norm(gradient) for gradient in ours.gradients.values()])
+    for name, gradient in ours.gradients.items():
+        assert norm(gradient) > 0, name
+        assert norm(gradient - theirs.gradients[name]) <= SAME_GRADIENT * max(norm(gradient), 1e-4 * whole), name
+    assert apart(ours.losses, theirs.losses) < SAME_LOSS
+    for name, after in ours.after.items():
+        assert norm(after - theirs.after[name]) <= SAME_WEIGHTS * norm(after - ours.before[name]), name
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_starts_as_it_should_at_real_sizes(rows, edit, name):
+    """The evaluator wants of an untrained model that every token is about as likely."""
+    x, y, vocab_size = rows
+    train = executed(source_of(edit), opened(name, "float32"))
+    train.DEPTH = 4  # what a CPU takes, on every machine
+    with one_thread():
+        model, weights = initialised(train, vocab_size)
+        losses = train.backend.losses(model, x, y)
+    assert losses.mean() == pytest.approx(math.log(vocab_size), rel=0.02)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    matrices = sum(weight.size for name, weight in weights.items() if name.endswith(".weight"))
+    assert train.flops_per_token(model, shapes) > 2 * matrices
+
+
+# ---- As a user runs them ----
+
+train = test_train.train  # the fixture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", ["adamw", "smear"])
+def test_an_experiment_from_end_to_end_on_mlx(train, tmp_path, monkeypatch, edit):
+    opened("mlx", "float32")  # skips where it can't run
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "train.py").write_text(source_of(edit), encoding="utf-8")
+    monkeypatch.setattr(test_train, "ROOT", tmp_path / "tree")  # where the fixture takes train.py from
+    done, result = train(AUTORESEARCH_BACKEND="mlx", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    assert done.returncode == 0, done.stderr
+    assert result["status"] == "ok" and result["backend"] == "mlx" and result["num_steps"] >= 1
+    assert 0 < result["val_bpb"] < 8
