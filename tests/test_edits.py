@@ -245,8 +245,9 @@ def test_an_experiment_from_end_to_end_on_mlx(train, tmp_path, monkeypatch, edit
     opened("mlx", "float32")  # skips where it can't run
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "train.py").write_text(source_of(edit), encoding="utf-8")
+    path = test_train.python_path()
     monkeypatch.setattr(test_train, "ROOT", tmp_path / "tree")  # where the fixture takes train.py from
-    done, result = train(AUTORESEARCH_BACKEND="mlx", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done, result = train(AUTORESEARCH_BACKEND="mlx", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert result["status"] == "ok" and result["backend"] == "mlx" and result["num_steps"] >= 1
     assert 0 < result["val_bpb"] < 8

@@ -18,6 +18,11 @@ SUMMARY = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_
            "num_params_M", "depth", "device", "backend", "eval", "data", "tokens_per_second"]
 
 
+def python_path() -> str:
+    """This checkout before whatever else is searched for modules."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 @pytest.fixture
 def train(tmp_path, tiny_home):
     """train(edits, **environment) -> (finished process, the result written as JSON or None)."""
@@ -32,9 +37,9 @@ def train(tmp_path, tiny_home):
         clean = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH_")}
         done = subprocess.run(
             [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=300, check=False,
-            env={**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")]), "TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_HOME": str(tiny_home),
-                 "AUTORESEARCH_BACKEND": BACKEND, "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3",
-                 **environment})
+            env={**clean, "PYTHONPATH": python_path(), "TORCH_COMPILE_DISABLE": "1",
+                 "AUTORESEARCH_HOME": str(tiny_home), "AUTORESEARCH_BACKEND": BACKEND,
+                 "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3", **environment})
         return done, json.loads(result.read_text()) if result.exists() else None
 
     return run
