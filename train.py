@@ -150,7 +150,8 @@ class GPT(nn.Module):
         x = x0 = ops.rms_norm(self.wte(tokens))
         resid_lambdas, x0_lambdas = self.resid_lambdas, self.x0_lambdas
         for i, block in enumerate(self.blocks):
-            x = resid_lambdas[i] * x + x0_lambdas[i] * x0
+            # `multiply` and not *: on some devices it sums the gradients of these scalars more exactly.
+            x = ops.multiply(resid_lambdas[i], x) + ops.multiply(x0_lambdas[i], x0)
             layer = f"layer{i}"
             x = block(x, self.value_embeds[layer](tokens) if layer in self.value_embeds else None)
         return ops.rms_norm(x)

@@ -168,7 +168,7 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def rehearse(self, x: np.ndarray, y: np.ndarray) -> None:
-        """One `accumulate` and one `step`, finished, and undone, also when they fail."""
+        """Two of `accumulate` and one `step`, finished, and undone, also when they fail."""
 
     @abc.abstractmethod
     def step(self, schedule: list[dict[str, float]]) -> None:
@@ -231,7 +231,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def peak_memory(self) -> int:
-        """The most bytes in use at once since the process started."""
+        """The most bytes in use at once since the last `warm_up`, or the start where a peak can't be forgotten."""
 
     @abc.abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:

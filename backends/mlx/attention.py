@@ -22,7 +22,10 @@ def fused(q, k, v, window):
     """MLX's own kernel, also where MLX would rather not use it (training on Metal). A window saves it nothing."""
     # A mask in the arrays' own precision is used as it is; a boolean one would be made into B x H x T x T numbers.
     mask = "causal" if window is None else _bias(slice(0, q.shape[2]), slice(0, q.shape[2]), window, q.dtype)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[3] ** -0.5, mask=mask, **_forced())
+    try:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[3] ** -0.5, mask=mask, force_fused=True)
+    except ValueError:  # it has none for this size of head, say; this is known before anything is computed
+        return recomputed(q, k, v, window)
 
 
 def blocks(q, k, v, window):
@@ -107,20 +110,14 @@ def _band(queries: int, keys: int, ahead: int, window: int | None) -> mx.array:
     return mx.array(np.where(visible, 0, -np.inf).astype(np.float32))
 
 
+def forget() -> None:
+    """Lets go of the masks made so far."""
+    _band.cache_clear()
+
+
 def after(x: mx.array, earlier: list[mx.array]) -> mx.array:
     """x, once `earlier` is computed: a lazy graph without this order holds the temporaries of several blocks."""
     return mx.depends([x], earlier)[0] if earlier else x
-
-
-@cache
-def _forced() -> dict[str, bool]:
-    """What makes MLX use its fused kernel, where this version can be told to and this device has one."""
-    x = mx.zeros((1, 1, 128, 128), dtype=mx.float16)
-    try:
-        mx.eval(mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, mask="causal", force_fused=True))
-    except (TypeError, ValueError, RuntimeError):  # an older version; no kernel on this device
-        return {}
-    return {"force_fused": True}
 
 
 # --- The trial -------------------------------------------------------------------------------------------------------

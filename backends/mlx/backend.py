@@ -27,7 +27,8 @@ class MlxBackend(interface.Backend):
         self.nn = nn.namespace(dtype)
         self.ops = ops.namespace(dtype, by_kind, device.memory)
         self.Trainer = type("Trainer", (Trainer,), {"compiled": compiled, "working_set": working_set(device)})
-        mx.clear_cache()  # of the trials' arrays
+        attention.forget()  # the trial's masks
+        mx.clear_cache()
         mx.reset_peak_memory()
 
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:

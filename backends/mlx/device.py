@@ -49,7 +49,10 @@ def working_set(device: Device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """MLX has no error class of its own; these are what its allocators and the drivers say."""
+    """MLX has no error class of its own; these are what its allocators and the drivers say.
+
+    Its CPU build says nothing: there an array too large ends the process.
+    """
     signs = ("unable to allocate", "attempting to allocate", "out of memory", "outofmemory", "insufficient memory",
              "memoryallocation", "bad_alloc")
     return isinstance(error, MemoryError) or (
@@ -65,7 +68,7 @@ def _choose_kind() -> str:
 
 
 def _has_cuda() -> bool:
-    return hasattr(mx, "cuda") and mx.cuda.is_available()
+    return mx.cuda.is_available()
 
 
 def _warnings(kind: str) -> list[str]:
@@ -79,14 +82,11 @@ def _warnings(kind: str) -> list[str]:
 def _limit_memory(recommended: int) -> None:
     """Keeps a Mac from swapping, which costs more than any allocation.
 
-    By default MLX goes up to 1.5 times the working set that Metal recommends, and keeps as much in freed buffers.
+    By default MLX goes up to 1.5 times the working set that Metal recommends.
     """
     mx.set_memory_limit(recommended)
     mx.set_cache_limit(recommended // 2)
-    try:
-        mx.set_wired_limit(recommended)  # what is resident is not compressed or paged out between steps
-    except (RuntimeError, ValueError):  # before macOS 15
-        pass
+    mx.set_wired_limit(recommended)  # what is resident is not paged out between steps; nothing before macOS 15
 
 
 def _try_precisions() -> tuple[dict[str, tuple[float, float]], list[str]]:
@@ -140,13 +140,13 @@ def _rates(dtype: mx.Dtype) -> tuple[float, float]:
 def _seconds(layer, x: mx.array, calls: int, repeats: int = 7) -> float:
     """For one call of a layer in a chain of several: the shortest of a few, after one that may build kernels."""
     times = []
-    while len(times) <= repeats and sum(times) < LONG_ENOUGH:
+    while len(times) < 3 or (len(times) <= repeats and sum(times) < LONG_ENOUGH):
         start, y = time.perf_counter(), x
         for _ in range(calls):
             y = layer(y)
         mx.eval(y)
         times.append((time.perf_counter() - start))
-    return min(times[1:] or times) / calls
+    return min(times[1:]) / calls
 
 
 def _name() -> str:
@@ -162,9 +162,7 @@ def _memory(kind: str) -> int:
 
 
 def _device_info() -> dict:
-    """What MLX says of its default device; older versions have it for Metal only."""
-    ask = getattr(mx, "device_info", None) or (mx.metal.device_info if mx.metal.is_available() else dict)
-    return dict(ask())
+    return dict(mx.device_info())
 
 
 def _versions() -> dict[str, str]:

@@ -27,8 +27,8 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> Si
     Raises:
         BackendError: this MLX lacks some of them.
     """
-    own = (clip, float32, full, gelu, relu, rms_norm, rope, silu, softmax, std, var)
-    functions = {function.__name__: function for function in own}
+    own = (clip, float32, full, gelu, multiply, relu, rms_norm, rope, silu, softmax, std, var)
+    functions = {function.__name__: function for function in own} | {"sum": mx_sum, "mean": mean}
     functions["compute"] = lambda x: x.astype(precision)
     functions["attention"] = attention_by(attention)
     functions["softcapped_cross_entropy"] = cross_entropy.by_memory(memory)
@@ -49,12 +49,48 @@ def full(shape, fill_value, dtype=mx.float32):
     return mx.full(shape, fill_value, dtype=dtype)
 
 
-def std(x, axis=None, correction=0, keepdims=False):
-    return mx.std(x, axis=axis, keepdims=keepdims, ddof=correction)
+def _axis_by_axis(reduce):
+    """`reduce` over one axis after another, the last one first: over several at once MLX's CPU adds up one element
+    after another, and half a million float32 terms lose four digits."""
+
+    def reduced(x, axis=None, keepdims=False):
+        axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+        for one in sorted((a % x.ndim for a in axes), reverse=True):
+            x = reduce(x, axis=one, keepdims=keepdims)
+        return x
+
+    return reduced
+
+
+mx_sum, mean = _axis_by_axis(mx.sum), _axis_by_axis(mx.mean)
 
 
 def var(x, axis=None, correction=0, keepdims=False):
-    return mx.var(x, axis=axis, keepdims=keepdims, ddof=correction)
+    squares = mx.square(x - mean(x, axis=axis, keepdims=True))
+    variance = mean(squares, axis=axis, keepdims=keepdims)
+    return variance * (x.size / (x.size - correction * variance.size)) if correction else variance
+
+
+def std(x, axis=None, correction=0, keepdims=False):
+    return mx.sqrt(var(x, axis=axis, correction=correction, keepdims=keepdims))
+
+
+def multiply(a, b):
+    """On the CPU the gradient of a scalar factor, a sum over all that it multiplies, also goes axis by axis."""
+    if mx.default_device() == mx.Device(mx.cpu) and getattr(a, "ndim", 1) == 0 and getattr(b, "ndim", 0) > 1:
+        return _scaled(a, b)
+    return mx.multiply(a, b)
+
+
+@mx.custom_function
+def _scaled(factor, x):
+    return factor * x
+
+
+@_scaled.vjp
+def _scaled_gradients(inputs, cotangent, _):
+    factor, x = inputs
+    return mx_sum(cotangent * x).astype(factor.dtype), (cotangent * factor).astype(x.dtype)
 
 
 def relu(x):

@@ -33,6 +33,8 @@ class Trainer(interface.Trainer):
         self._loss_scale = LossScale() if model.precision == mx.float16 else None
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
         self._in_flight = None
+        # Not left to be computed with the first step: if that one fails, they would be marked as computed.
+        mx.eval([unit.state for unit in self._units])
 
     def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
         factor = mx.array(scale, dtype=mx.float32)
@@ -66,14 +68,15 @@ class Trainer(interface.Trainer):
         mx.async_eval(self._everything())
 
     def rehearse(self, x: np.ndarray, y: np.ndarray) -> None:
-        # Arrays are never changed in place, so keeping the old ones is a snapshot.
+        # Arrays that are computed never change, so keeping the old ones is a snapshot.
         masters, states = self._masters(), [unit.state for unit in self._units]
         gradients, loss_scale = self._gradients, self._loss_scale and self._loss_scale.state
         self._gradients = {}
         mx.clear_cache()
         mx.reset_peak_memory()
         try:
-            self.accumulate(x, y, 1.0)
+            for _ in range(2):  # from the second on, gradients are held beside a pass
+                self.accumulate(x, y, 0.5)
             self.step([group["hyper"] for group in self._optimizer])
             mx.eval(self._everything())
         except RuntimeError:
@@ -88,6 +91,7 @@ class Trainer(interface.Trainer):
             if self._loss_scale:
                 self._loss_scale.state = loss_scale
         self._check_working_set(len(x))
+        mx.reset_peak_memory()  # what is reported is the training's
 
     def _check_working_set(self, rows: int) -> None:
         """A Mac's GPU shares its memory with everything else: what is too large for it doesn't fail, but swaps."""

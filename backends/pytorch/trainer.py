@@ -52,12 +52,26 @@ class Trainer(interface.Trainer):
     def rehearse(self, x, y):
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         with torch.no_grad():  # one row without a graph first: makes the tables and masks a trace can't make
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
         try:
+            if not self._compiles(x, y):
+                self._clear()
+                self._once(x, y)
+        finally:
+            self._clear()
+            with torch.no_grad():
+                for tensor, value in zip(self._everything(), kept):
+                    tensor.copy_(value)
+            if runtime.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # what is reported is the training's
+
+    def _compiles(self, x, y) -> bool:
+        """Tries a step; if it does not compile, turns to uncompiled ones."""
+        try:
             self._once(x, y)
+            return True
         except Exception as error:
             if not runtime.compiled or runtime.is_out_of_memory(error):
                 raise
@@ -66,16 +80,11 @@ class Trainer(interface.Trainer):
             print(f"this step does not compile and runs uncompiled, slower: {runtime.first_line(error)}")
             runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
             self._loss, self._apply = self._eager_loss, _apply
-            self._clear()
-            self._once(x, y)
-        finally:
-            self._clear()
-            with torch.no_grad():
-                for tensor, value in zip(self._everything(), kept):
-                    tensor.copy_(value)
+            return False
 
     def _once(self, x, y):
-        self.accumulate(x, y, 1.0)
+        for _ in range(2):  # from the second on, gradients are held beside a pass
+            self.accumulate(x, y, 0.5)
         self.step([group["hyper"] for group in self._optimizer])
         devices.synchronize(runtime.device)  # an error of the device belongs here
 

@@ -380,9 +380,31 @@ def test_a_batch_too_large_is_halved_said_and_carried_on(backend, monkeypatch, c
     for name, weight in backend.weights(model).items():
         np.testing.assert_array_equal(weight, before[name])
     assert float(parts.backward(x, y, scale=0.5)) == pytest.approx(wanted, rel=1e-6)
-    assert sizes == [fits] + [fits] * (8 // fits)  # one to warm up
+    assert sizes == [fits] * (2 + 8 // fits)  # two to warm up
     for name, gradient in whole.gradients().items():
         np.testing.assert_allclose(parts.gradients()[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_that_does_not_fit_leaves_no_trace(backend, monkeypatch):
+    """It fails after work was done and queued: weights and optimizer state must be those of the start."""
+    optimizer = [tiny.adam(backend, tiny.NAMES, stack=True)]
+    model, failures = tiny.build(backend), [MemoryError, MemoryError]
+    trainer = tiny.trainer(backend, model, optimizer)
+    step = trainer.step
+
+    def too_large(schedule):
+        step(schedule)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(trainer, "step", too_large)
+    trainer.warm_up(*tiny.batch(rows=4))
+    for i in range(3):
+        trainer.backward(*tiny.batch(seed=i))
+        trainer.step(tiny.schedule(optimizer, 1 / (1 + i)))
+    wanted = trained(backend, optimizer)
+    for name, weight in backend.weights(model).items():
+        np.testing.assert_allclose(weight, wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_row_that_does_not_fit_is_an_error(backend, monkeypatch):

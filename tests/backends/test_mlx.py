@@ -53,9 +53,15 @@ def test_compiled_gradients_equal_eager_ones():
     def gradients(compiled):
         mlx = support.opened("mlx", "float32", compiled)
         ops = mlx.ops
-        trainer = mlx.Trainer(tiny.build(mlx), lambda m, x, y: ops.softcapped_cross_entropy(
-            ops.rope(m.wte(x)[:, :, None], 100.0)[:, :, 0], m.lm_head.weight, y, 15.0, "mean"),
-            [tiny.descent(tiny.NAMES, stack=True)])
+        head = lambda x: x[:, :, None]  # noqa: E731
+
+        def loss(m, x, y):
+            x = m.wte(x)
+            q, k = (head(ops.rope(head(t), 100.0)[:, :, 0]) for t in (x, m.blocks[0].attn.c_q(x)))
+            mixed = ops.attention(q, k, head(x), 3) + ops.attention(q, k, head(x), None)
+            return ops.softcapped_cross_entropy(mixed[:, :, 0], m.lm_head.weight, y, 15.0, "mean")
+
+        trainer = mlx.Trainer(tiny.build(mlx), loss, [tiny.descent(tiny.NAMES, stack=True)])
         trainer.backward(*tiny.batch())
         return trainer.gradients()
 
@@ -159,8 +165,14 @@ def test_a_precision_with_wrong_products_is_refused(mlx, monkeypatch):
         device.open_device("bfloat16")
 
 
-def test_a_mac_without_bfloat16_gets_another_precision(isolated_home, monkeypatch):
-    """MLX then has no kernel for it, and raises."""
+def test_a_mac_that_emulates_bfloat16_gets_another_precision(isolated_home, monkeypatch):
+    from backends.mlx import device
+
+    monkeypatch.setattr(device, "_rates", lambda dtype: (1e9, {mx.float32: 1e9, mx.bfloat16: 3e8}.get(dtype, 2e9)))
+    assert device.open_device().precision == "float16"
+
+
+def test_a_precision_whose_kernels_fail_is_left_out(isolated_home, monkeypatch):
     from backends.mlx import device
 
     class NoKernel:
@@ -193,10 +205,9 @@ def test_missing_mlx_says_what_to_install(monkeypatch):
         backends.load("mlx")
 
 
-@pytest.mark.parametrize("variable, message", [("abacus", "AUTORESEARCH_DEVICE=abacus")])
-def test_unknown_device(monkeypatch, variable, message):
-    monkeypatch.setenv("AUTORESEARCH_DEVICE", variable)
-    with pytest.raises(BackendError, match=message):
+def test_unknown_device(monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "abacus")
+    with pytest.raises(BackendError, match="AUTORESEARCH_DEVICE=abacus"):
         backends.load("mlx", "float32")
 
 
@@ -226,25 +237,18 @@ class Metal:
 
     recommended = 5_726_631_936
 
-    def __init__(self, monkeypatch, wired=None):
-        self.set, self.wired = {}, wired
+    def __init__(self, monkeypatch):
+        self.set = {}
         for name in ("memory", "cache", "wired"):
-            monkeypatch.setattr(mx, f"set_{name}_limit", lambda limit, name=name: self.limit(name, limit))
-
-    def limit(self, name, limit):
-        if name == "wired" and self.wired:
-            raise self.wired
-        self.set[name] = limit
+            monkeypatch.setattr(mx, f"set_{name}_limit", lambda limit, name=name: self.set.update({name: limit}))
 
 
-@pytest.mark.parametrize("wired", [None, ValueError("needs macOS 15")])
-def test_memory_is_limited_to_what_metal_recommends(monkeypatch, wired):
+def test_memory_is_limited_to_what_metal_recommends(monkeypatch):
     from backends.mlx import device
 
-    metal = Metal(monkeypatch, wired)
+    metal = Metal(monkeypatch)
     device._limit_memory(metal.recommended)
-    assert metal.set.pop("wired", None) == (None if wired else metal.recommended)
-    assert metal.set == {"memory": metal.recommended, "cache": metal.recommended // 2}
+    assert metal.set == {"memory": metal.recommended, "cache": metal.recommended // 2, "wired": metal.recommended}
 
 
 def test_a_batch_beyond_the_working_set_is_halved(mlx, monkeypatch, capsys):
@@ -295,10 +299,7 @@ def test_each_attention_over_blocks(mlx, monkeypatch, name, window, length, kv_h
                   for heads in (4, kv_heads, kv_heads, 4))
     if window is not None and window >= length:
         pytest.skip("a window this long is none")
-    try:
-        found = attention._with_gradients(attention.IMPLEMENTATIONS[name], [mx.array(x) for x in (q, k, v, w)], window)
-    except ValueError as error:
-        pytest.skip(str(error))  # this GPU's fused kernel takes half precision only
+    found = attention._with_gradients(attention.IMPLEMENTATIONS[name], [mx.array(x) for x in (q, k, v, w)], window)
     out = Reference().attention(*(x.swapaxes(1, 2).astype(np.float64) for x in (q, k, v)), window)
     np.testing.assert_allclose(np.array(found[0]).swapaxes(1, 2), out, rtol=1e-5, atol=1e-6)
     wanted = attention._with_gradients(attention.reference, [mx.array(x) for x in (q, k, v, w)], window)
@@ -310,6 +311,17 @@ def test_recomputed_attention_keeps_less(mlx):
     inputs = attention._inputs(1, (1024, 2, 16), mx.float32)
     needed = [attention._needed(function, inputs, None) for function in (attention.recomputed, attention.blocks)]
     assert needed[0] < 0.7 * needed[1]
+
+
+def test_a_head_without_a_fused_kernel_is_computed_in_blocks(mlx, monkeypatch):
+    """An edit may change HEAD_DIM after `fused` was chosen for another."""
+    def refuses(*args, **kwargs):
+        raise ValueError("force_fused=True but no fused kernel is available")
+
+    inputs = attention._inputs(1, (16, 2, 8), mx.float32)
+    wanted = attention.recomputed(*inputs[:3], 3)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", refuses)
+    np.testing.assert_array_equal(np.array(attention.fused(*inputs[:3], 3)), np.array(wanted))
 
 
 def test_a_wrong_attention_is_not_chosen(mlx, monkeypatch):
