@@ -40,14 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import backends  # noqa: E402
 import prepare  # noqa: E402
+from apart import (  # noqa: E402
+    STEP_LIMITS, Step, add_options, norm, open_train, optimizer_state, perturbed, schedule_by_name, steps_apart,
+    verdict, walk)
 
-# Relative differences. "update" leaves out the elements for which cautious decay was decided otherwise, at an update of
-# zero (see `updates_apart`); their share has a limit of its own, the size of rounding in an update.
-LIMITS = {"initial weights": 2e-2, "hyperparameters": 1e-6, "loss": 1e-5, "gradient": 1e-5, "update": 1e-4,
-          "update, same gradient": 1e-4, "decay decided otherwise": 1e-5, "evaluate_bpb": 1e-5}
-SHOWN = ("loss", "gradient", "update", "update, same gradient", "update of all elements")
+LIMITS = {"initial weights": 2e-2, "hyperparameters": 1e-6, **STEP_LIMITS, "evaluate_bpb": 1e-5}
 
 
 # ---- The original ----
@@ -198,67 +196,17 @@ def original_bpb(module, losses, rows: np.ndarray, token_bytes: np.ndarray) -> f
     return module.evaluate_bpb(losses, None, 1)
 
 
-# ---- Ours ----
-
-def open_train():
-    """train.py on the sdpa backend in float32, not compiled."""
-    load = backends.load
-    with mock.patch.object(backends, "load", lambda: load("sdpa", "float32", compiled=False)):
-        import train
-    return train
-
-
-def optimizer_state(trainer) -> dict[str, dict[str, torch.Tensor]]:
-    """Each parameter's share of the trainer's state, copied."""
-    names, state = {id(parameter): name for name, parameter in trainer._named.items()}, {}
-    for bucket in trainer._buckets:
-        for i, parameter in enumerate(bucket.parameters):
-            state[names[id(parameter)]] = {key: (value[i] if bucket.stack else value).clone()
-                                           for key, value in bucket.state.items()}
-    return state
-
-
 # ---- Comparison ----
-
-def norm(x) -> float:
-    return float(np.linalg.norm(np.asarray(x, np.float64)))
-
-
-def updates_apart(before, ours, theirs, decays) -> tuple[dict, dict, dict]:
-    """Per parameter, the difference of both updates relative to the norm of ours: of all elements; without those for
-    which cautious decay was decided otherwise; and how many these are.
-
-    Such an element is left where it was by one side (to 1e-4 of the updates' root mean square), and decayed by exactly
-    its share by the other.
-    """
-    whole, rest, decided = {}, {}, {}
-    for name in before:
-        one, other = (after[name].astype(np.float64) - before[name] for after in (ours, theirs))
-        apart, rounding = np.abs(one - other), 1e-4 * norm(one) / math.sqrt(one.size)
-        low, high = np.minimum(np.abs(one), np.abs(other)), np.maximum(np.abs(one), np.abs(other))
-        decay = decays[name] * np.abs(before[name])
-        edge = (decay > 0) & (apart > rounding) & (low <= rounding) & (np.abs(high - decay) <= rounding)
-        whole[name], rest[name] = norm(apart) / norm(one), norm(apart[~edge]) / norm(one)
-        decided[name] = int(edge.sum())
-    return whole, rest, decided
-
-
-def gradients_apart(ours, theirs) -> dict[str, float]:
-    """Per parameter, relative to its norm or 1e-4 of the whole gradient's, whichever is larger."""
-    whole = norm([norm(gradient) for gradient in ours.values()])
-    return {name: norm(ours[name].astype(np.float64) - theirs[name]) / max(norm(ours[name]), 1e-4 * whole)
-            for name in ours}
-
 
 def at_one_state(train, trainer, model, original, groups, batch, progress: float, step: int) -> tuple:
     """One step of both from our state: (quantity -> parameter -> how far apart, our loss)."""
     backend = train.backend
-    before, state, schedule = backend.weights(model), optimizer_state(trainer), train.schedule(groups, progress, step)
-    hypers = {name: hyper for group, hyper in zip(groups, schedule, strict=True) for name in group["names"]}
+    before, state = backend.weights(model), optimizer_state(trainer)
+    hypers = schedule_by_name(train, groups, progress, step)
 
     loss = float(trainer.backward(*batch))
     gradients = trainer.gradients()
-    trainer.step(schedule)
+    trainer.step(train.schedule(groups, progress, step))
     after = backend.weights(model)
 
     original.copy_state(before, state)
@@ -267,26 +215,11 @@ def at_one_state(train, trainer, model, original, groups, batch, progress: float
     original.copy_state(before, state)
     after_same_gradient = original.step(progress, step, gradients)
 
-    decays = {name: decay_rate(hypers[name], before[name].shape) for name in before}
-    whole, rest, decided = updates_apart(before, after, their_after, decays)
-    _, rest_same, _ = updates_apart(before, after, after_same_gradient, decays)
-    for name in (name for name in rest if rest[name] > LIMITS["update"]):
-        apart, size = np.abs(after[name].astype(np.float64) - their_after[name]), np.abs(gradients[name])
-        at = np.unravel_index(apart.argmax(), apart.shape)
-        share, gradient = (apart[at] / norm(apart)) ** 2, size[at] / np.sqrt(np.mean(size[size > 0] ** 2))
-        print(f"      update of {name} {rest[name]:.1e} apart: {100 * share:.0f} % of the square is one element, whose "
-              f"gradient is {gradient:.1e} of their root mean square")
-    return {"loss": {"": abs(loss - their_loss) / loss},
-            "gradient": gradients_apart(gradients, their_gradients),
-            "update": rest, "update, same gradient": rest_same, "update of all elements": whole,
-            "elements decided": decided,
-            "hyperparameters": {f"{name} {key}": abs(value - original.hyper(name)[key]) / max(abs(value), 1e-12)
-                                for name, hyper in hypers.items() for key, value in hyper.items()}}, loss
-
-
-def decay_rate(hyper: dict[str, float], shape) -> float:
-    """How much of a weight one step's decay takes: tall matrices have larger steps."""
-    return hyper["lr"] * hyper["weight_decay"] * (max(1.0, shape[0] / shape[1]) ** 0.5 if len(shape) == 2 else 1.0)
+    here = steps_apart(before, hypers, Step(loss, gradients, after), Step(their_loss, their_gradients, their_after),
+                       (after, after_same_gradient))
+    here["hyperparameters"] = {f"{name} {key}": abs(value - original.hyper(name)[key]) / max(abs(value), 1e-12)
+                               for name, hyper in hypers.items() for key, value in hyper.items()}
+    return here, loss
 
 
 def what_is_drawn_or_counted(train, model, shapes, original) -> dict[str, float]:
@@ -327,34 +260,17 @@ def bpb_apart(options, train, model, trainer, original, data) -> float:
     return abs(by_our_bytes / ours - 1)
 
 
-def verdict(findings: list[tuple[str, float, str]]) -> bool:
-    """Prints the worst of each quantity; whether all are within their limits."""
-    print(f"\n{'quantity':<24} {'worst':>8} {'limit':>8}  where")
-    passed = True
-    for quantity, limit in LIMITS.items():
-        found = [(value, where) for name, value, where in findings if name == quantity]
-        value, where = max(found, key=lambda item: math.inf if math.isnan(item[0]) else item[0])
-        beyond = sum(not v <= limit for v, _ in found)
-        passed &= not beyond
-        print(f"{quantity:<24} {value:8.1e} {limit:8.0e}  {where}" + f"  FAIL: {beyond} of {len(found)}" * bool(beyond))
-    return passed
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     option = parser.add_argument
     option("original", type=Path, help="folder with the original's train.py and prepare.py")
-    option("--states", type=int, default=20)
-    option("--rows", type=int, default=1, help="rows of 2048 tokens in each state's batch")
-    option("--eval-rows", type=int, default=16, help="validation rows that both evaluate")
-    option("--noise", type=float, default=0.02, help="standard deviation of the perturbation of the first state")
     option("--own-rotary", action="store_true", help="leave the original its rotary angles in float32")
     options = parser.parse_args()
 
-    started, train, data = time.time(), open_train(), prepare.open_data()
+    started, train, data = time.time(), open_train("sdpa"), prepare.open_data()
     backend, model = train.backend, train.GPT(train.DEPTH, data.vocab_size)
-    weights, rng = backend.weights(model), np.random.default_rng(0)
-    shapes = {name: weight.shape for name, weight in weights.items()}
+    shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
     groups = train.optimizer_groups(shapes)
     eps = {name: group["hyper"]["eps"] for group in groups for name in group["names"] if name.endswith("_lambdas")}
     torch.manual_seed(0)  # of the original's initial weights
@@ -365,33 +281,14 @@ def main() -> int:
 
     findings = [("initial weights", value, name)
                 for name, value in what_is_drawn_or_counted(train, model, shapes, original).items()]
-    backend.set_weights(model, {name: weight + options.noise * rng.standard_normal(weight.shape, np.float32)
-                                for name, weight in train.initial_weights(shapes, seed=42).items()})
+    backend.set_weights(model, perturbed(train.initial_weights(shapes, seed=42), options.noise))
     trainer = backend.Trainer(model, train.training_loss, groups)
-    matrix_elements = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks."))
-    decided, beyond = 0, 0
-    print("                        | apart by                       same              decided\n"
-          "state progress     loss |      loss  gradient    update  gradient all elem.  otherwise")
-    for i in range(options.states):
-        rows = data.held_out_rows[np.arange(i * options.rows, (i + 1) * options.rows) % len(data.held_out_rows)]
-        progress, step = i / options.states, i * train.MOMENTUM_STEPS // options.states
-        batch = prepare.inputs_and_targets(rows)
-        here, loss = at_one_state(train, trainer, model, original, groups, batch, progress, step)
-        findings += [(quantity, value, f"state {i} {name}") for quantity, values in here.items()
-                     for name, value in values.items()]
-        decided += sum(here["elements decided"].values())
-        beyond += sum(value > LIMITS["update"] for value in here["update of all elements"].values())
-        worst = {quantity: max(values.values()) for quantity, values in here.items()}
-        print(f"{i:5d} {100 * progress:6.0f} % {loss:8.4f} |" + "".join(f" {worst[key]:9.1e}" for key in SHOWN)
-              + f" {sum(here['elements decided'].values()):4d}", flush=True)
-    share = decided / (options.states * matrix_elements)
-    findings.append(("decay decided otherwise", share, f"{decided} of {options.states} x {matrix_elements:,} elements"))
-    print(f"with the {decided} elements decided otherwise, {beyond} of {options.states * len(shapes)} updates are "
-          "beyond their limit")
+    findings += walk(options, train, data, shapes,
+                     lambda *where: at_one_state(train, trainer, model, original, groups, *where))
     bpb = bpb_apart(options, train, model, trainer, original, data)
     findings.append(("evaluate_bpb", bpb, "same weights, rows, bytes"))
 
-    passed = verdict(findings)
+    passed = verdict(findings, LIMITS)
     print(f"{'PASS' if passed else 'FAIL'} in {time.time() - started:.0f} s")
     return int(not passed)
 
