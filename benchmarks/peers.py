@@ -1,0 +1,220 @@
+"""The public trainers that throughput.py compares with: one function for each family runs such a file, changed in
+memory, on our data, and returns what it measured. `trainer` picks the function by looking at the source.
+
+Everywhere the data come from our loader. What a file prints and how it trains stay as they are, and so do its kernels,
+but for what is said at each function. Rates leave out the first steps, in which things are compiled.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import prepare  # noqa: E402
+from loader import our_batches  # noqa: E402
+
+
+def trainer(options):
+    """The function that runs the file `options.theirs`: function(options) -> results."""
+    source = options.theirs.read_text()
+    if "import mlx" not in source:
+        return run_torch
+    return run_parameter_golf if "class Hyperparameters" in source else run_autoresearch_mlx
+
+
+def with_constants(source: str, options) -> str:
+    values = {"DEPTH": options.depth, "DEVICE_BATCH_SIZE": options.device_batch,
+              "TOTAL_BATCH_SIZE": options.total_batch, "WINDOW_PATTERN": options.windows}
+    for name, value in values.items():
+        source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r} ", source)
+        assert found == 1, f"{name} is set {found} times"
+    return source
+
+
+def execute(name: str, source: str, **variables):
+    """The source as an imported module, which finds `variables` set.
+    It has to be registered: torch.compile looks a function's globals up by their module's name."""
+    module = sys.modules[name] = types.ModuleType(name)
+    vars(module).update(variables)
+    exec(compile(source, f"{name}.py", "exec"), vars(module))
+    return module
+
+
+def stub(data, seconds: float, array, evaluate):
+    """What a train.py imports from its own prepare.py, over our data.
+
+    Args:
+        array: makes a tensor of theirs from int32 numpy (B, T).
+        evaluate: stands for its evaluate_bpb(model, tokenizer, batch_size).
+    """
+    class Tokenizer:
+        from_directory = classmethod(lambda cls: cls())
+        get_vocab_size = lambda self: data.vocab_size  # noqa: E731
+
+    def make_dataloader(tokenizer, batch_size, length, split):
+        loader = our_batches(data, batch_size)
+        for x, y in loader:
+            yield array(x), array(y), loader.epoch
+
+    return types.SimpleNamespace(MAX_SEQ_LEN=prepare.MAX_SEQ_LEN, TIME_BUDGET=seconds, Tokenizer=Tokenizer,
+                                 make_dataloader=make_dataloader, evaluate_bpb=evaluate)
+
+
+# ---- PyTorch: karpathy/autoresearch and its ports ----
+
+def run_torch(options) -> dict:
+    """Flash Attention 3, where it asks for it, becomes the module given by --attention; the check for macOS goes.
+    With --float32 autocast is turned off and bfloat16 casts become float32."""
+    import torch
+
+    source = with_constants(options.theirs.read_text(), options)
+    if options.attention:
+        sys.path.insert(0, str(options.attention.resolve().parent))
+        fa3 = f"from {options.attention.stem} import flash_attn as fa3"
+        source = re.sub(r"(?ms)^from kernels import.*?^fa3 = [^\n]*$", fa3, source)
+    source = source.replace("\nverify_macos_env()\n", "\n")
+    uncounted = 10 if torch.cuda.is_available() else 1
+    source = source.replace("step > 10", f"step > {uncounted}")
+    if options.float32:
+        source = re.sub(r"torch\.amp\.autocast\([^)]*\)", "__import__('contextlib').nullcontext()", source)
+        source = source.replace("torch.bfloat16", "torch.float32").replace(".bfloat16()", ".float()")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sys.modules["prepare"] = stub(prepare.open_data(), options.seconds,
+                                  array=lambda x: torch.from_numpy(x).to(device).long(),
+                                  evaluate=lambda *_: float("nan"))
+    theirs = execute("theirs", source)
+    counted = theirs.step - uncounted - 1
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_peak()
+    return dict(tokens_per_second=counted * options.total_batch / theirs.total_training_time, steps=theirs.step,
+                gigabytes=memory / 1e9)
+
+
+def own_peak() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- MLX ----
+
+def run_autoresearch_mlx(options) -> dict:
+    """train.py of trevin-creator/autoresearch-mlx: ours in shape, but for windows that are one token narrower, and
+    AdamW for every parameter."""
+    import mlx.core as mx
+
+    data, measured = prepare.open_data(), {}
+    scored = mlx_scorer(data)
+
+    def evaluate(model, *_) -> float:
+        measured.update(gigabytes=mx.get_peak_memory() / 1e9)  # before the evaluation
+        if options.score:
+            measured.update(scored(model))
+        return measured.get("val_bpb", float("nan"))
+
+    sys.modules["prepare"] = stub(data, options.seconds, mx.array, evaluate)
+    theirs = execute("theirs", with_constants(mlx_source(options), options))
+    counted = theirs.step - theirs.STARTUP_EXCLUDE_STEPS
+    return dict(tokens_per_second=counted * options.total_batch / theirs.total_training_time, steps=theirs.step,
+                seconds=theirs.total_training_time, **measured)
+
+
+class Trained(Exception):
+    """Ends parameter-golf's main() where training has ended: its int8 export and evaluation are not of interest."""
+
+
+def run_parameter_golf(options) -> dict:
+    """train_gpt_mlx.py of openai/parameter-golf at our layers, width, heads, MLP, vocabulary and batches.
+
+    What stays different: a tied head and no value embeddings, so fewer parameters to update; skips from the first
+    half of the layers to the second; Muon without variance reduction, on one matrix after the other, in float32. Its
+    own compilation steps come before its clock. Environment variables it knows and that are not set here reach it:
+    MLX_EAGER_EVAL=0, say, which it advises where there is memory enough (by default it evaluates after every pass).
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    data, models, times = prepare.open_data(), [], {}
+    width, rows = -(-options.depth * 64 // 128) * 128, options.device_batch
+    per_pass = rows * prepare.MAX_SEQ_LEN
+    scored = mlx_scorer(data)
+
+    class Batches:
+        def __init__(self, *_, **__):
+            self.batches = our_batches(data, rows)
+
+        def next_batch(self, tokens, length):
+            assert (tokens, length) == (per_pass, prepare.MAX_SEQ_LEN)
+            return tuple(map(mx.array, next(self.batches)))
+
+    def heard(message, **to):
+        """Its print: the log has its times, at each step "step:1/9 ... train_time:20ms ...", or the words in the other
+        order when it stops."""
+        print(message, **to)
+        step, time = (re.search(rf"\b{word}:(\d+)", str(message)) for word in ("step", "train_time"))
+        if step and time:
+            times[int(step[1])] = int(time[1]) / 1000
+        if str(message).startswith("stopping_early"):
+            raise Trained
+
+    def made(**shape):
+        models.append(build(**shape))
+        return models[-1]
+
+    def logits(tokens):
+        model = models[-1]
+        hidden = model(tokens)
+        return model.softcap(hidden @ model.tok_emb.weight.astype(hidden.dtype).T)  # as its loss has it
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(
+            NUM_LAYERS=options.depth, MODEL_DIM=width, NUM_HEADS=width // 128, NUM_KV_HEADS=width // 128, MLP_MULT=4,
+            VOCAB_SIZE=data.vocab_size, TRAIN_SEQ_LEN=prepare.MAX_SEQ_LEN, TRAIN_BATCH_TOKENS=options.total_batch,
+            GRAD_ACCUM_STEPS=options.total_batch // per_pass, MLX_MAX_MICROBATCH_TOKENS=per_pass, WARMUP_STEPS=2,
+            VAL_BATCH_SIZE=options.total_batch, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=1, ITERATIONS=10**9,
+            MAX_WALLCLOCK_SECONDS=options.seconds, OUT_DIR=folder)
+        os.environ.update({name: str(value) for name, value in settings.items()})
+        tokenizer = types.SimpleNamespace(vocab_size=lambda: data.vocab_size)
+        sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=lambda model_file: tokenizer)
+        theirs = execute("theirs", mlx_source(options), __file__=str(options.theirs), print=heard)
+        build, theirs.GPT, theirs.TokenLoader = theirs.GPT, made, Batches
+        theirs.validate_dataset_tokenizer_pair = lambda *_: (data.name, len(data.train), None)
+        theirs.load_validation_tokens = lambda _, length: data.validation_rows[0].astype(np.int32)
+        lengths, never = data.token_bytes.astype(np.int16), np.zeros(data.vocab_size, bool)
+        theirs.build_sentencepiece_luts = lambda *_: (lengths, never, never)
+        try:
+            theirs.main()
+        except Trained:
+            pass
+    gigabytes, steps = mx.get_peak_memory() / 1e9, max(times)
+    if steps < 2:
+        raise SystemExit("no step was counted: give it more --seconds")
+    # Its optimizer, which the compilation steps leave out, runs first in step 1.
+    rate = (steps - 1) * options.total_batch / (times[steps] - times[1])
+    return dict(tokens_per_second=rate, steps=steps, seconds=times[steps], gigabytes=gigabytes,
+                **(scored(logits) if options.score else {}))
+
+
+def mlx_source(options) -> str:
+    source = options.theirs.read_text()
+    return source.replace("mx.bfloat16", "mx.float32") if options.float32 else source
+
+
+def mlx_scorer(data):
+    """A function that scores a model of theirs, called with tokens (B, T) for logits, as ours is scored: by the same
+    evaluator, with the same log-softmax, on the same rows. To be made before theirs is given a stub for prepare.py."""
+    from backends.mlx.backend import MlxBackend
+
+    class Evaluating(MlxBackend):
+        """What the evaluator asks of the backend needs none of the trials that opening it makes."""
+
+        def __init__(self):
+            pass
+
+    def scored(model) -> dict:
+        return dict(val_bpb=prepare.evaluate_bpb(Evaluating(), model, data), eval=data.eval_tag, data=data.data_tag)
+
+    return scored
