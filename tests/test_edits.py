@@ -38,7 +38,7 @@ NOISE = 0.1  # standard deviation of what is added to the initial weights
 SAME_GRADIENT = 5e-5  # of a parameter's, relative to its norm or 1e-4 of the whole gradient's (1.2e-5)
 SAME_LOSS = 1e-4      # of each step, relative (3e-6)
 SAME_WEIGHTS = 1e-2   # of a parameter after all steps, relative to the way it went (2e-3)
-OTHER_LOSS = 1e-2     # an edit changes the loss of some step by more than this, relative (at least 4e-2)
+OTHER_LOSS = 3e-3     # an edit changes the loss of some step by more than this, relative (at least 9.8e-3)
 
 
 class Run(NamedTuple):
