@@ -17,9 +17,9 @@ Cautious decay is all or nothing by the sign of an update. About one in a millio
 side may take the decay and the other not, which alone puts a matrix's update 1e-3 apart. These elements are counted,
 and left out of the comparison; the column "all elem." shows the updates with them.
 
-AdamW's first steps on an embedding row have the size of the rate however small the gradient: an element whose gradient
-is mere rounding can put an update beyond its limit (seen once in 640, at one thread). That counts as a failure here;
-"same gradient", where both optimizers get ours, tells it from a difference between them.
+AdamW's first steps on an embedding row have the size of the rate however small the gradient. Elements whose gradient is
+mere rounding, so that both sides' differ by more than a tenth, are treated in the same way. "Same gradient", where both
+optimizers get ours, needs no such exception.
 """
 
 import argparse
