@@ -33,8 +33,8 @@ class Trainer(interface.Trainer):
         self._loss_scale = LossScale() if model.precision == mx.float16 else None
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
         self._in_flight = None
-        # Not left to be computed with the first step: if that one fails, they would be marked as computed.
-        mx.eval([unit.state for unit in self._units])
+        # Zeros are not left to be computed with the first step: if it fails, they would pass for computed.
+        mx.eval(self._everything())
 
     def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
         factor = mx.array(scale, dtype=mx.float32)
@@ -79,7 +79,7 @@ class Trainer(interface.Trainer):
                 self.accumulate(x, y, 0.5)
             self.step([group["hyper"] for group in self._optimizer])
             mx.eval(self._everything())
-        except RuntimeError:
+        except Exception:
             mx.synchronize()  # work that was queued before it failed must not run later, over other arrays' memory
             raise
         finally:
