@@ -21,11 +21,11 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
+from peers import execute  # beside this file
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 MACS = (8, 16, 24, 64)  # GiB of unified memory
 SHARE = 0.8  # of the free memory, for a batch that fits
@@ -45,8 +45,7 @@ def measure(depth: int, rows: int, precision: str) -> int:
     backends.load = lambda: backend
     source, found = re.subn(r"(?m)^DEPTH = [^#\n]*", f"DEPTH = {depth} ", (ROOT / "train.py").read_text())
     assert found == 1
-    train = types.ModuleType("train")
-    exec(compile(source, "train.py", "exec"), train.__dict__)
+    train = execute("train", source)
 
     model = train.GPT(depth, 8192)
     shapes = {name: weight.shape for name, weight in backend.weights(model).items()}

@@ -26,7 +26,7 @@ class MlxBackend(interface.Backend):
         self.device = dataclasses.replace(device, notes=(*device.notes, *notes))
         self.nn = nn.namespace(dtype)
         self.ops = ops.namespace(dtype, by_kind, device.memory)
-        self.Trainer = type("Trainer", (Trainer,), {"compiled": compiled, "working_set": working_set(device)})
+        self.Trainer = type("Trainer", (Trainer,), {"compiled": compiled, "working_set": working_set(device.kind)})
         attention.forget()  # the trial's masks
         mx.clear_cache()
         mx.reset_peak_memory()

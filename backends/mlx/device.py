@@ -29,8 +29,8 @@ def open_device(precision: str | None = None) -> Device:
         raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(TOLERANCE)}")
     kind = _choose_kind()
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
-    if kind == "metal":
-        _limit_memory(int(_device_info()["max_recommended_working_set_size"]))
+    if recommended := working_set(kind):
+        _limit_memory(recommended)
     name, memory = _name(), _memory(kind)
     slug = machine.slug(name, memory, cpu=kind == "cpu")
     rates, notes = trials.remember(f"{slug} mlx {mx.__version__} {kind}: precision", _try_precisions)
@@ -43,9 +43,9 @@ def open_device(precision: str | None = None) -> Device:
                   notes=(*_warnings(kind), *notes, f"precision {chosen}, {'asked for' if precision else 'by trial'}"))
 
 
-def working_set(device: Device) -> int | None:
+def working_set(kind: str) -> int | None:
     """Bytes that a program should use at most on a Mac's GPU, beyond which the system swaps; None elsewhere."""
-    return int(_device_info()["max_recommended_working_set_size"]) if device.kind == "metal" else None
+    return int(_device_info()["max_recommended_working_set_size"]) if kind == "metal" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -145,7 +145,7 @@ def _seconds(layer, x: mx.array, calls: int, repeats: int = 7) -> float:
         for _ in range(calls):
             y = layer(y)
         mx.eval(y)
-        times.append((time.perf_counter() - start))
+        times.append(time.perf_counter() - start)
     return min(times[1:]) / calls
 
 
