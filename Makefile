@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python, git and make:
-#   make demo   environment, offline data, one 60 s experiment and its summary
+#   make demo   environment, offline data, a quick calibration, one 60 s experiment and its summary
 #   make test   environment and the whole test suite
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
@@ -17,6 +17,7 @@ TEST_EXTRAS := $(if $(filter Linux,$(shell uname -s)),test$(comma)mlx-cpu,test)
 
 demo: .venv/installed
 	$(RUN) prepare.py --dataset stdlib
+	$(RUN) -m calibration --quick
 	AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=60 $(RUN) train.py
 
 test: .venv/installed-test

@@ -583,7 +583,8 @@ def probability_mass(logits: np.ndarray, targets: np.ndarray, values: np.ndarray
 SUMMARY = {
     "val_bpb": ".6f", "training_seconds": ".1f", "total_seconds": ".1f", "peak_vram_mb": ".1f", "mfu_percent": ".2f",
     "total_tokens_M": ".1f", "num_steps": "d", "num_params_M": ".1f", "depth": "d",
-    "device": "s", "backend": "s", "eval": "s", "data": "s", "tokens_per_second": ".0f", "val_rows": "d", "epochs": "d",
+    "device": "s", "backend": "s", "profile": "s", "eval": "s", "data": "s", "tokens_per_second": ".0f",
+    "val_rows": "d", "epochs": "d", "speed": ".2f",
 }  # fmt: skip
 
 
@@ -614,33 +615,35 @@ def measured(clock: Clock) -> dict:
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,
         "tokens_per_second": loader.tokens / seconds if seconds else 0.0,
         "device": backend.device.slug, "backend": backend.name,
+        "profile": backend.device.profile or "none", "speed": backend.device.speed,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag,
     }  # fmt: skip
 
 
 def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int, **extra) -> dict:
     """Prints the summary block, the original's lines first, and writes it as JSON where `AUTORESEARCH_RESULT` points.
-    `mfu_percent` is relative to the rate of matrix products measured on this device; nan (JSON: null) where unknown.
+    `mfu_percent` is relative to the rate of matrix products measured on this device, `speed` is how that rate is now
+    relative to calibration's; nan (JSON: null) where unknown.
     `extra` follows in both. Notes tell of repeated data, and of a trial: a budget other than `TIME_BUDGET`."""
     if clock.val_bpb is None:
         raise RuntimeError("nothing to report yet: call evaluate_bpb(..., clock=clock) on the validation rows first")
     facts = {"status": "ok", "val_bpb": clock.val_bpb, "val_rows": clock.val_rows, **measured(clock)}
     peak, trial = clock.backend.device.peak_flops, clock.seconds != TIME_BUDGET
-    mfu = 100 * flops_per_token * facts["tokens_per_second"] / peak if peak else math.nan
+    mfu = 100 * flops_per_token * facts["tokens_per_second"] / peak if peak else None
     facts |= {"mfu_percent": mfu, "num_params_M": num_params / 1e6, "depth": depth}
     extra = {name: value for name, value in extra.items() if name not in facts}  # what was measured stays
     facts |= extra
     formats = SUMMARY | ({"budget_seconds": "g"} if trial else {}) | dict.fromkeys(extra, "")
     print("---")
     for name, form in formats.items():
-        print(f"{name + ':':<17} {facts[name]:{form}}")
+        print(f"{name + ':':<17} {math.nan if facts[name] is None else facts[name]:{form}}")
     if facts["epochs"] > 1:
         size = sum(len(tokens) for tokens, _, _ in clock.loader.data.train)
         print(f"note: training data was read {facts['epochs']} times; one pass has {size / 1e6:.1f} M tokens")
     if trial:
         print(f"note: a trial of {clock.seconds:g} s, never to be compared with a run of {TIME_BUDGET} s")
     if path := result_path():
-        write_json(path, {**facts, "mfu_percent": mfu if peak else None})
+        write_json(path, facts)
     return facts
 
 

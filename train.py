@@ -11,33 +11,32 @@ import os
 import numpy as np
 
 import backends
+import calibration
 import prepare
 
-backend = backends.load()
+defaults = calibration.defaults()  # sizes that suit this device, as `python -m calibration` measured it
+backend = backends.load(calibrated=defaults.calibrated)
 nn, ops = backend.nn, backend.ops
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hyperparameters: edit these directly
 # ---------------------------------------------------------------------------------------------------------------------
 
-PEAK = backend.device.peak_flops or 0  # of matrix products, FLOP/s, as measured on this device
-
 # Model
-DEPTH = 8 if PEAK > 2e13 else 4  # transformer layers; width follows
+DEPTH = defaults.depth      # transformer layers; width follows
 ASPECT_RATIO = 64           # width per layer, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128
 KV_RATIO = 1                # query heads that share one key and value head
-WINDOW_PATTERN = "SSSL"     # by layer: S = SHORT_WINDOW, L = full; the last layer is always full
+WINDOW_PATTERN = defaults.window_pattern  # "SSSL", by layer: S = SHORT_WINDOW, L = full; the last is always full
 SHORT_WINDOW = prepare.MAX_SEQ_LEN // 2
 ROPE_BASE = 10000
 SOFTCAP = 15                # logits stay within ± this
 VALUE_GATE_CHANNELS = 32    # channels of the residual stream that gate the value embeddings
 
 # Batches
-TOTAL_BATCH_SIZE = 2**19 if PEAK > 2e14 else 2**16 if PEAK > 2e13 else 2**13  # tokens per optimizer step
-# Rows of MAX_SEQ_LEN tokens per forward and backward pass: on a GPU a safe one per GiB, a power of two.
-ROWS_THAT_FIT = 2 if backend.device.kind == "cpu" else 2 ** int(math.log2(max(1, backend.device.memory / 2**30)))
-DEVICE_BATCH_SIZE = min(ROWS_THAT_FIT, TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
+TOTAL_BATCH_SIZE = defaults.total_batch_size  # tokens per optimizer step
+# Rows of MAX_SEQ_LEN tokens per forward and backward pass.
+DEVICE_BATCH_SIZE = min(defaults.device_batch_size, TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
 
 # Optimizer
 MATRIX_LR = 0.04            # Muon, every matrix inside the blocks
@@ -326,7 +325,7 @@ def main():
         raise SystemExit(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE "
                          f"{DEVICE_BATCH_SIZE} x {prepare.MAX_SEQ_LEN} tokens: change one of them in train.py")
     print(f"device {backend.device.name} | backend {backend.name} | data {data.name}")
-    for note in backend.device.notes:
+    for note in (*defaults.notes, *backend.device.notes):
         print(note)
 
     loader = prepare.Loader(data, DEVICE_BATCH_SIZE)  # packs rows in the background from here on

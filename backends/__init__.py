@@ -7,27 +7,38 @@ import importlib.util
 import os
 import platform
 
-from backends.interface import Backend, BackendError
+from backends.interface import Backend, BackendError, Calibrated, Hardware
 
 # What may be asked for; `best` says what is taken unasked.
 NAMES = ("mlx", "sdpa")
 
 
-def load(name: str | None = None, precision: str | None = None, compiled: bool | None = None) -> Backend:
+def load(name: str | None = None, precision: str | None = None, compiled: bool | None = None,
+         calibrated: Calibrated | None = None) -> Backend:
     """The backend `name`, else the one `AUTORESEARCH_BACKEND` names, else the best that works here.
 
     Args:
         precision: "float32", "bfloat16" or "float16" to compute in, instead of the one found by trial.
         compiled: whether to compile the step; by default wherever the framework's compiler works.
+        calibrated: what calibration found; without it, precision and attention are found by trial, once.
 
     Raises:
         BackendError: it can't run here; the message says why and what to do.
     """
+    return _module(name).open_backend(precision, compiled, calibrated)
+
+
+def identify(name: str | None = None) -> Hardware:
+    """What `load` would run on: device, memory and versions. Measures nothing. Raises BackendError as `load` does."""
+    return _module(name).identify()
+
+
+def _module(name: str | None):
     name = name or os.environ.get("AUTORESEARCH_BACKEND") or best()
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)} (AUTORESEARCH_BACKEND), "
                            "or set none to take the best that works here")
-    return importlib.import_module(f"backends.{name}").open_backend(precision, compiled)
+    return importlib.import_module(f"backends.{name}")
 
 
 def best() -> str:

@@ -63,9 +63,12 @@ import abc
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from backends.bench import Bench
 
 # What `ops` offers, so that one list serves the checker, the tests and the reader.
 ARRAY_API = """
@@ -86,27 +89,62 @@ class BackendError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Device:
-    """What a run executes on, as measured when the backend was loaded.
+class Hardware:
+    """What a run executes on, before anything is measured: `backends.identify()`.
 
     Attributes:
+        backend: the name of the backend that would run on it.
         name: as the vendor writes it, e.g. "NVIDIA H200".
         slug: `name` in lower case with dashes, and memory, e.g. "nvidia-h200-141gb": a tag, never a switch.
         kind: "cpu", "cuda", "mps" (PyTorch) or "metal", "cpu", "cuda" (MLX).
         memory: bytes the device has.
-        precision: "bfloat16", "float16" or "float32", the fastest that gave right products in a trial.
-        peak_flops: matrix-product rate measured in that precision, FLOP/s.
         versions: of the framework and what it runs on.
-        notes: what was tried and chosen, one line each, for the run's log.
     """
 
+    backend: str
     name: str
     slug: str
     kind: str
     memory: int
-    precision: str
-    peak_flops: float
     versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found out about a device, so that a run need not try it again.
+
+    Attributes:
+        profile: the calibration's own tag.
+        precision, attention: what to compute in and with; `attention` by kind of window.
+        product_rate, square: FLOP/s of (square, square) products in that precision: the peak that `mfu` is relative to,
+            and what tells a later run whether the device is as fast as it was.
+    """
+
+    profile: str
+    precision: str
+    attention: dict[str, str]
+    product_rate: float
+    square: int
+
+
+@dataclass(frozen=True)
+class Device(Hardware):
+    """The same, as measured when the backend was loaded or by calibration.
+
+    Attributes:
+        precision: "bfloat16", "float16" or "float32", the fastest that gave right products in a trial.
+        peak_flops: matrix-product rate measured in that precision, FLOP/s.
+        compiled: whether the step is compiled.
+        profile: tag of the calibration that this was taken from, or None.
+        speed: of products at the start of this run, relative to the calibration's; None without one.
+        notes: what was tried and chosen, one line each, for the run's log.
+    """
+
+    precision: str = "float32"
+    peak_flops: float | None = None
+    compiled: bool = False
+    profile: str | None = None
+    speed: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -118,7 +156,7 @@ class Trainer(abc.ABC):
     `step`, `gradients` and `is_out_of_memory`.
     """
 
-    _rows_at_once: int | None = None  # None: the whole batch
+    rows_at_once: int | None = None  # None: the whole batch
 
     @abc.abstractmethod
     def __init__(self, model, loss, optimizer: list[dict]): ...
@@ -133,7 +171,7 @@ class Trainer(abc.ABC):
         Returns:
             The loss before scaling: a scalar on the device; `float(loss)` waits for it.
         """
-        rows, loss = self._rows_at_once or len(x), 0.0
+        rows, loss = self.rows_at_once or len(x), 0.0
         if len(x) <= rows:
             return self.accumulate(x, y, scale)
         for start in range(0, len(x), rows):
@@ -160,7 +198,7 @@ class Trainer(abc.ABC):
             fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
             rows = fewer
-        self._rows_at_once = rows
+        self.rows_at_once = rows
 
     @abc.abstractmethod
     def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
@@ -197,6 +235,7 @@ class Backend(abc.ABC):
         nn, ops: the namespaces described at the head of this file.
         Trainer: the class described above.
         device: what was found and measured.
+        bench: work to measure it with.
     """
 
     name: str
@@ -204,6 +243,7 @@ class Backend(abc.ABC):
     ops: Any
     Trainer: type[Trainer]
     device: Device
+    bench: Bench
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
@@ -234,8 +274,12 @@ class Backend(abc.ABC):
         """The most bytes in use at once since the last `warm_up`, or the start where a peak can't be forgotten."""
 
     @abc.abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that a run could have on this device now."""
+
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether this error means that a batch did not fit."""
+        return self.Trainer.is_out_of_memory(error)
 
     def save(self, model, path: str | Path) -> None:
         """Writes the masters as safetensors under the shared names; any backend's `load` reads them."""

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 
 import backends
+import calibration
 import prepare
 
 # Relative differences of one step. "update" leaves out the elements for which cautious decay was decided otherwise, at
@@ -40,7 +41,9 @@ def open_train(name: str) -> ModuleType:
     path, load = Path(__file__).resolve().parents[1] / "train.py", backends.load
     spec = importlib.util.spec_from_file_location(f"train_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(backends, "load", lambda: load(name, "float32", compiled=False)):
+    sizes = calibration.Defaults(4, 2, 2**13, "SSSL")
+    with (mock.patch.object(backends, "load", lambda **_: load(name, "float32", compiled=False)),
+          mock.patch.object(calibration, "defaults", lambda: sizes)):
         spec.loader.exec_module(module)
     return module
 

@@ -37,12 +37,13 @@ def measure(depth: int, rows: int, precision: str) -> int:
 
     import backends
     import prepare
-    from backends.mlx import attention, cross_entropy
+    from backends import bench
+    from backends.mlx import cross_entropy
 
     cross_entropy.SHARE_OF_MEMORY = 2**60
-    attention.choose = lambda *_: {"full": "recomputed", "window": "recomputed"}
+    bench.choose_attention = lambda *_: {"full": "recomputed", "window": "recomputed"}
     backend = backends.load("mlx", precision, compiled=False)
-    backends.load = lambda: backend
+    backends.load = lambda **_: backend
     source, found = re.subn(r"(?m)^DEPTH = [^#\n]*", f"DEPTH = {depth} ", (ROOT / "train.py").read_text())
     assert found == 1
     train = execute("train", source)

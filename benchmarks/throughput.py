@@ -40,7 +40,7 @@ def run_ours(options) -> dict:
 
     if options.float32:
         backend = backends.load(precision="float32")
-        backends.load = lambda *_: backend
+        backends.load = lambda **_: backend
     result, evaluate_bpb = {}, prepare.evaluate_bpb
 
     def finish(backend, model, data, clock, **how):

@@ -24,6 +24,7 @@ import pytest
 import test_train
 
 import backends
+import calibration
 import prepare
 from backends import surface
 from tests.backends.support import opened
@@ -85,7 +86,9 @@ def shrunk(source: str) -> str:
 def executed(source: str, backend) -> ModuleType:
     """This train.py as a module on `backend`, for rows of LENGTH tokens."""
     module = ModuleType("train_here")
-    with mock.patch.object(backends, "load", lambda: backend), mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH):
+    sizes = calibration.Defaults(4, 2, 2**13, "SSSL")
+    with (mock.patch.object(backends, "load", lambda **_: backend), mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH),
+          mock.patch.object(calibration, "defaults", lambda: sizes)):
         exec(compile(source, "train.py", "exec"), vars(module))
     return module
 
@@ -228,7 +231,6 @@ def test_starts_as_it_should_at_real_sizes(rows, edit, name):
     """The evaluator wants of an untrained model that every token is about as likely."""
     x, y, vocab_size = rows
     train = executed(source_of(edit), opened(name, "float32"))
-    train.DEPTH = 4  # what a CPU takes, on every machine
     with one_thread():
         model, weights = initialised(train, vocab_size)
         losses = train.backend.losses(model, x, y)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import backends
+import calibration
 from tests.backends.reference import Reference, token_losses
 from tests.backends.support import array, kind, numpy, opened
 
@@ -27,11 +28,11 @@ def train(request, monkeypatch):
 
 
 def loaded(backend, monkeypatch):
-    monkeypatch.setattr(backends, "load", lambda: backend)
+    monkeypatch.setattr(backends, "load", lambda **_: backend)
+    monkeypatch.setattr(calibration, "defaults", lambda: calibration.Defaults(4, 2, 2**13, "SSSL"))
     spec = importlib.util.spec_from_file_location("train_here", TRAIN)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.DEPTH = 4
     return module
 
 

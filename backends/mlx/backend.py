@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import mlx.core as mx
 import numpy as np
 
+from backends import bench as benches
 from backends import interface, trials
-from backends.mlx import attention, nn, ops
-from backends.mlx.device import is_out_of_memory, open_device, working_set
+from backends.interface import BackendError
+from backends.mlx import device as devices
+from backends.mlx import nn, ops
+from backends.mlx.bench import Bench
 from backends.mlx.trainer import Trainer, compiling_pays
 
 
@@ -18,18 +19,41 @@ class MlxBackend(interface.Backend):
 
     name = "mlx"
 
-    def __init__(self, precision: str | None = None, compiled: bool | None = None):
-        device = open_device(precision)
-        dtype = getattr(mx, device.precision)
+    def __init__(self, precision: str | None = None, compiled: bool | None = None,
+                 calibrated: interface.Calibrated | None = None):
+        if precision not in (None, *devices.PRECISIONS):
+            raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(devices.PRECISIONS)}")
+        hardware = devices.identify()
         compiled = compiling_pays() if compiled is None else compiled
-        by_kind, notes = _attention(device, dtype)
-        self.device = dataclasses.replace(device, notes=(*device.notes, *notes))
-        self.nn = nn.namespace(dtype)
-        self.ops = ops.namespace(dtype, by_kind, device.memory)
-        self.Trainer = type("Trainer", (Trainer,), {"compiled": compiled, "working_set": working_set(device.kind)})
-        attention.forget()  # the trial's masks
-        mx.clear_cache()
-        mx.reset_peak_memory()
+        key, notes = f"{hardware.slug} mlx {mx.__version__} {hardware.kind}", devices.warnings(hardware.kind)
+        if calibrated and precision not in (None, calibrated.precision):
+            calibrated = None  # of use only as a whole
+        if calibrated:
+            precision, peak, by_kind = calibrated.precision, calibrated.product_rate, calibrated.attention
+        else:
+            tried = trials.remember(f"{key}: products", lambda: benches.try_precisions(Bench(hardware.memory)),
+                                    benches.lasts)
+            rates, asked = benches.products(tried), precision is not None
+            precision = precision or benches.choose_precision(tried)
+            if isinstance(peak := rates[precision], str):
+                raise BackendError(f"MLX can't compute in {precision} on this device: {peak}")
+            notes += [", ".join(f"{name} {benches.rate(found)}" for name, found in rates.items()),
+                      f"precision {precision}, {'asked for' if asked else 'by trial'}"]
+        self.bench = Bench(hardware.memory, getattr(mx, precision), compiled)
+        if not calibrated:
+            tried = trials.remember(f"{key} {precision}: attention seconds",
+                                    lambda: benches.try_attention(self.bench, precision), benches.lasts)
+            by_kind = benches.choose_attention(tried, hardware.memory)
+        notes.append("attention: " + ", ".join(f"{kind} {found}" for kind, found in by_kind.items()))
+        speed = calibrated and benches.speed(self.bench, calibrated)
+        self.device = interface.Device(**vars(hardware), precision=precision, peak_flops=peak,
+                                       compiled=compiled, speed=speed,
+                                       profile=calibrated and calibrated.profile, notes=tuple(notes))
+        self.nn = nn.namespace(self.bench.dtype)
+        self.ops = ops.namespace(self.bench.dtype, by_kind, hardware.memory)
+        self.Trainer = type("Trainer", (Trainer,),
+                            {"compiled": compiled, "working_set": devices.working_set(hardware.kind)})
+        self.bench.forget()
 
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
         return np.array(model(mx.array(tokens)).astype(mx.float32))
@@ -53,26 +77,8 @@ class MlxBackend(interface.Backend):
     def peak_memory(self) -> int:
         return mx.get_peak_memory()
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        return is_out_of_memory(error)
-
-
-def _attention(device: interface.Device, dtype: mx.Dtype) -> tuple[dict[str, str], list[str]]:
-    """The implementation to use for each kind of window, and a note on each, by a trial that is made once."""
-    key = f"{device.slug} mlx {mx.__version__} {device.kind} {device.precision}: attention"
-    # On its CPU MLX takes seconds for a row of 2048 tokens: there a shorter one has to do.
-    shape = {"shape": (1024, 1, 64)} if device.kind == "cpu" else {}
-    tried = trials.remember(
-        key, lambda: attention.trial(dtype, device.memory, compiling_pays(), **shape),
-        lasting=lambda tried: not any(is_out_of_memory(RuntimeError(found)) for by_name in tried.values()
-                                      for found in by_name.values() if isinstance(found, str)))
-    chosen = attention.choose(tried, device.memory)
-
-    def tell(found) -> str:
-        return found if isinstance(found, str) else f"{found[0]:.1f} ms, {found[1] / 2**20:.0f} MiB a row"
-
-    return chosen, [f"attention ({kind} window): {chosen[kind]}, of " + ", ".join(
-        f"{name} {tell(found)}" for name, found in by_name.items()) for kind, by_name in tried.items()]
+    def free_memory(self) -> int:
+        return devices.free_memory(self.device.kind)
 
 
 def _row_losses(logits: mx.array, targets: mx.array) -> np.ndarray:

@@ -1,12 +1,10 @@
-"""Causal attention, full or with a sliding window: the implementations PyTorch offers, and the trial between them.
+"""Causal attention, full or with a sliding window: the implementations that PyTorch offers.
 
-Which one is right and fast differs by device, build and version, so each is run here against a float32 reference
-before it may be chosen. All take q (B, T, H, D), k and v (B, T, H_kv, D) and a window (None: full).
+Which one is right and fast differs by device, build and version, so each is tried against `reference` before it may be
+chosen (backends/bench.py). All take q (B, T, H, D), k and v (B, T, H_kv, D) and a window (None: full).
 """
 
 from __future__ import annotations
-
-import time
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +82,14 @@ def flex(q, k, v, window):
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
 
 
+def reference(q, k, v, window):
+    """The definition, in float32 on whatever device: T x T scores, masked."""
+    q, k, v = _heads_first(q.float(), k.float(), v.float())
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~_visible(0, q.shape[2], 0, window, q.device), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
 IMPLEMENTATIONS = {f.__name__: f for f in (varlen, flex, sdpa_causal, sdpa_blocks, sdpa_mask)}
 
 _block_masks = {}
@@ -121,105 +127,3 @@ def _heads_first(q, k, v):
 def _repeat_heads(x, heads):
     """Grouped-query attention: each key and value head serves `heads / H_kv` query heads that follow one another."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
-
-
-# --- The trial -------------------------------------------------------------------------------------------------------
-
-# Relative error, ‖out - reference‖ / ‖reference‖, that rounding of inputs and outputs explains.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-
-
-def reference(q, k, v, window):
-    """The definition, in float32 on whatever device: T x T scores, masked."""
-    heads, length = q.shape[2], q.shape[1]
-    q, k, v = (x.float().transpose(1, 2) for x in (q, _repeat_heads(k, heads), _repeat_heads(v, heads)))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~_visible(0, length, 0, window, q.device), float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2)
-
-
-# A call shorter than this is mostly the host's work, which tells nothing of the kernel; more rows make it longer.
-SHORTEST_MS, MOST_ROWS = 4, 128
-LONG_ENOUGH_MS = 300  # in all, for timing: a call this slow (half precision that a CPU emulates) is timed once
-
-
-def trial(synchronize, memory: int, shape=(2048, 4, 128), repeats=5) -> dict[str, dict[str, float | str]]:
-    """Runs every implementation, forward and backward, for a full and a half window.
-
-    Each is compared with the reference on one row, and timed on as many as the device takes a few milliseconds for.
-
-    Args:
-        memory: bytes of the device; a mask's T x T scores in float32 may take an eighth of it.
-        shape: T, H, D of one row.
-
-    Returns:
-        By kind of window ("full", "window"), by implementation: milliseconds (median of up to `repeats`), or why it
-        can't be used.
-    """
-    length, heads, _ = shape
-    most = max(1, min(MOST_ROWS, memory // 8 // (heads * length**2 * 4)))
-    rows = _rows_worth_timing(shape, most, synchronize)
-    one_row, results = _inputs(1, shape), {}
-    for kind, window in (("full", None), ("window", length // 2)):
-        wanted = _with_gradients(reference, one_row, window)
-        results[kind] = {}
-        for name, function in IMPLEMENTATIONS.items():
-            try:
-                function(*one_row[:3], window)  # makes masks outside the graph
-                runs = runtime.maybe_compile(function) if function is flex else function
-                error = max(map(_error, _with_gradients(runs, one_row, window), wanted))
-                if not error < TOLERANCE[runtime.dtype]:
-                    results[kind][name] = f"wrong: relative error {error:.1e}"
-                else:
-                    results[kind][name] = _milliseconds(runs, _inputs(rows, shape), window, synchronize, repeats)
-            except Exception as error:  # a candidate may fail in any way its kernel can; it is then no candidate
-                results[kind][name] = runtime.first_line(error)
-    return results
-
-
-def _inputs(rows: int, shape):
-    """q, k, v and the gradient of the output, each (rows, T, H, D)."""
-    generator = torch.Generator().manual_seed(0)
-    row = [torch.randn((1, *shape), generator=generator).to(runtime.device, runtime.dtype) for _ in range(4)]
-    return [x.repeat(rows, 1, 1, 1) for x in row]
-
-
-def _rows_worth_timing(shape, most: int, synchronize) -> int:
-    rows = 1
-    while 2 * rows <= most and _milliseconds(sdpa_mask, _inputs(rows, shape), None, synchronize, 2) < SHORTEST_MS:
-        rows *= 2
-    return rows
-
-
-def choose(results: dict[str, dict[str, float | str]], compiled: bool = True) -> dict[str, str]:
-    """The fastest implementation that was right, by kind of window; without a compiler, of those that need none."""
-    chosen = {}
-    for kind, by_name in results.items():
-        right = {name: ms for name, ms in by_name.items() if not isinstance(ms, str) and (compiled or name != "flex")}
-        if not right:
-            raise RuntimeError(f"no attention implementation is right on this device: {by_name}")
-        chosen[kind] = min(right, key=right.get)
-    return chosen
-
-
-def _with_gradients(function, inputs, window):
-    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    out = function(q, k, v, window)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3].to(out.dtype))]
-
-
-def _error(a, b):
-    return float((a.float() - b.float()).norm() / b.float().norm())
-
-
-def _milliseconds(function, inputs, window, synchronize, repeats) -> float:
-    """Forward and backward, the median of a few calls after one that may compile."""
-    _with_gradients(function, inputs, window)
-    times = []
-    while len(times) < repeats and sum(times) < LONG_ENOUGH_MS:
-        synchronize()
-        start = time.perf_counter()
-        _with_gradients(function, inputs, window)
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[len(times) // 2]

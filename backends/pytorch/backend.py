@@ -10,17 +10,19 @@ import numpy as np
 import psutil
 import torch
 
+from backends import bench as benches
 from backends import interface, trials
-from backends.pytorch import attention, nn, ops, runtime
 from backends.pytorch import device as devices
+from backends.pytorch import nn, ops, runtime
+from backends.pytorch.bench import Bench
 from backends.pytorch.trainer import Trainer, to_device
 
 
 class PyTorchBackend(interface.Backend):
     nn, ops, Trainer = nn, ops, Trainer
 
-    def __init__(self, name: str, device: interface.Device):
-        self.name, self.device = name, device
+    def __init__(self, device: interface.Device, bench: Bench):
+        self.name, self.device, self.bench = device.backend, device, bench
 
     @torch.no_grad()
     def logits(self, model, tokens):
@@ -57,22 +59,32 @@ class PyTorchBackend(interface.Backend):
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def is_out_of_memory(self, error):
-        return runtime.is_out_of_memory(error)
+    def free_memory(self):
+        return devices.free_memory(runtime.device)
 
 
-def open_backend(name: str, precision: str | None = None, compiled: bool | None = None) -> PyTorchBackend:
-    """Finds the device, tries what it can do (or remembers it), and sets `runtime` for this process."""
+def identify(name: str) -> interface.Hardware:
+    device = devices.pick()
+    return interface.Hardware(name, *_named(device), devices.versions(device))
+
+
+def open_backend(name: str, precision: str | None = None, compiled: bool | None = None,
+                 calibrated: interface.Calibrated | None = None) -> PyTorchBackend:
+    """Finds the device, takes what calibration found out about it, tries the rest (or remembers it), and sets `runtime`
+    for this process."""
     runtime.device = devices.pick()
-    title, slug, memory = devices.identify(runtime.device)
-    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    if runtime.device.type == "cuda":
-        versions["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
+    title, slug, kind, memory = _named(runtime.device)
+    versions, bench = devices.versions(runtime.device), Bench(runtime.device, memory)
     key = " ".join([slug, str(runtime.device), *(f"{k} {v}" for k, v in versions.items())])
-
-    rates = trials.remember(f"{key}: precision", lambda: devices.measure_precisions(runtime.device),
-                            _no_shortage)
-    precision = precision or devices.choose_precision(rates)
+    if calibrated and precision not in (None, calibrated.precision):
+        calibrated = None  # of use only as a whole
+    notes, peak = [], calibrated and calibrated.product_rate
+    if calibrated is None:
+        tried = trials.remember(f"{key}: products", lambda: benches.try_precisions(bench), benches.lasts)
+        precision, rates = precision or benches.choose_precision(tried), benches.products(tried)
+        peak = None if isinstance(rates[precision], str) else rates[precision]
+        notes.append(f"precision {precision}: " + ", ".join(f"{k} {benches.rate(v)}" for k, v in rates.items()))
+    precision = precision or calibrated.precision
     runtime.dtype = devices.PRECISIONS[precision]
 
     if compiled is None and os.environ.get("TORCH_COMPILE_DISABLE") == "1":
@@ -84,30 +96,32 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
     if runtime.compiled:  # the optimizer's one step function is compiled once per rule and shape
         torch._dynamo.config.cache_size_limit = 256
 
-    tried = trials.remember(f"{key} {precision} {'compiled' if runtime.compiled else 'eager'}: attention",
-                            lambda: attention.trial(lambda: devices.synchronize(runtime.device), memory), _no_shortage)
-    runtime.attention, runtime.uncompiled_attention = attention.choose(tried), attention.choose(tried, compiled=False)
+    if calibrated:
+        runtime.attention = calibrated.attention
+        runtime.uncompiled_attention = {kind: "sdpa_mask" if found == "flex" else found
+                                        for kind, found in calibrated.attention.items()}
+        if not runtime.compiled:
+            runtime.attention = runtime.uncompiled_attention
+    else:
+        tried = trials.remember(f"{key} {precision} {'compiled' if runtime.compiled else 'eager'}: attention seconds",
+                                lambda: benches.try_attention(bench, precision), benches.lasts)
+        runtime.attention = benches.choose_attention(tried, memory)
+        runtime.uncompiled_attention = benches.choose_attention(tried, memory, compiled=False)
 
     # On a GPU large products fill the chip; with its gradient and a copy a chunk takes a 32nd of the memory at most. On
     # a CPU it should stay near the cache.
-    runtime.logits_at_once = 2**21 if runtime.device.type == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
-    if runtime.device.type == "cuda":  # the trials' memory is not the run's
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    runtime.logits_at_once = 2**21 if kind == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
+    speed = calibrated and benches.speed(bench, calibrated)
+    bench.forget()
 
-    rate = rates[precision] if not isinstance(rates[precision], str) else None
-    notes = (f"precision {precision}: " + ", ".join(f"{k} {_rate(v)}" for k, v in rates.items()),
-             "attention " + ", ".join(f"{kind} {name} ({tried[kind][name]:.1f} ms)"
-                                      for kind, name in runtime.attention.items()),
-             "compiled" if runtime.compiled else f"eager: torch.compile {compiled or 'was not asked for'}")
-    return PyTorchBackend(name, interface.Device(title, slug, runtime.device.type, memory, precision, rate, versions,
-                                                 notes))
+    notes += ["attention: " + ", ".join(f"{kind} {found}" for kind, found in runtime.attention.items()),
+              "compiled" if runtime.compiled else f"eager: torch.compile {compiled or 'was not asked for'}"]
+    device = interface.Device(name, title, slug, kind, memory, versions, precision, peak, runtime.compiled,
+                              calibrated and calibrated.profile, speed, tuple(notes))
+    return PyTorchBackend(device, bench)
 
 
-def _no_shortage(results: dict) -> bool:
-    """Whether a trial found what will hold: not that something else had filled the memory."""
-    return "OutOfMemory" not in str(results)
-
-
-def _rate(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value / 1e12:.3g} TFLOP/s"
+def _named(device: torch.device) -> tuple[str, str, str, int]:
+    """(name, slug, kind, bytes of memory)"""
+    title, slug, memory = devices.identify(device)
+    return title, slug, device.type, memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import psutil
@@ -59,57 +59,36 @@ def nvidia_gpu() -> str | None:
 
 def identify(device: torch.device) -> tuple[str, str, int]:
     """(name, slug, bytes of memory), e.g. ("NVIDIA H200", "nvidia-h200-141gb", 150_000_000_000)."""
+    if device.type != "cuda":
+        name, memory = machine.processor_name(), machine.installed_memory()
+        return name, machine.slug(name, memory, cpu=device.type == "cpu"), psutil.virtual_memory().total
+    if board := machine.jetson():  # whose GPU has no memory of its own
+        return board, machine.slug(board, machine.installed_memory()), psutil.virtual_memory().total
+    properties = torch.cuda.get_device_properties(device)
+    memory = machine.nvidia_memory(uuid(device), device.index or 0) if torch.version.cuda else None
+    return properties.name, machine.slug(properties.name, memory or properties.total_memory), properties.total_memory
+
+
+def uuid(device: torch.device) -> str | None:
+    """A GPU's own identifier, where this PyTorch tells it."""
+    found = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return str(found) if found else None
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
-    else:
-        name, memory = machine.processor_name(), psutil.virtual_memory().total
-    return name, machine.slug(name, memory, cpu=device.type == "cpu"), memory
+        found["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
+    return found
 
 
-def measure_precisions(device: torch.device) -> dict[str, float | str]:
-    """Matrix-product rate in FLOP/s of each precision whose product is right here, or why it isn't usable."""
-    results = {}
-    size = 512 if device.type == "cpu" else 4096
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
-    wanted = a[:64] @ b
-    for name, dtype in PRECISIONS.items():
-        try:
-            x, y = a.to(device, dtype), b.to(device, dtype)
-            error = float(((x @ y)[:64].float().cpu() - wanted).norm() / wanted.norm())
-            if not error < {"float32": 1e-3}.get(name, 1e-2):
-                results[name] = f"wrong: relative error {error:.1e}"
-                continue
-            results[name] = 6 * size**3 / _seconds_per_layer(x, y, device)
-        except Exception as error:  # whatever a driver raises, this precision is not for this device
-            results[name] = runtime.first_line(error)
-    return results
-
-
-def choose_precision(rates: dict[str, float | str]) -> str:
-    """The fastest usable precision; float16, which overflows, only where it is 1.2 times bfloat16 or better."""
-    usable = {name: rate for name, rate in rates.items() if not isinstance(rate, str)}
-    if not usable:
-        raise BackendError(f"no precision gives right matrix products on this device: {rates}")
-    handicapped = {name: rate / (1.2 if name == "float16" else 1.0) for name, rate in usable.items()}
-    return max(handicapped, key=handicapped.get)
-
-
-def _seconds_per_layer(x, y, device, repeats=10):
-    """The three products of a linear layer (forward and the two of its gradient): the shortest of some repeats, because
-    what else the machine does only makes them longer."""
-    inner, times = (1 if device.type == "cpu" else 10), []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(inner):
-            x @ y.T, x @ y, x.T @ y
-        synchronize(device)
-        times.append((time.perf_counter() - start) / inner)
-        if times[-1] > 0.5:  # a precision this slow is not going to be chosen
-            break
-    return min(times)
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run can have now. Of memory that a GPU shares with the system, what is free includes caches."""
+    if device.type == "cuda" and not getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return min(machine.available_memory(), torch.mps.recommended_max_memory())
+    return machine.available_memory()
 
 
 def synchronize(device: torch.device) -> None:

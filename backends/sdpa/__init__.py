@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from backends.interface import BackendError
+from backends.interface import BackendError, Calibrated, Hardware
 
 
-def open_backend(precision: str | None = None, compiled: bool | None = None):
+def open_backend(precision: str | None = None, compiled: bool | None = None, calibrated: Calibrated | None = None):
     """The backend on this machine's best PyTorch device. Raises BackendError where PyTorch is missing or unusable."""
+    return _backend().open_backend("sdpa", precision, compiled, calibrated)
+
+
+def identify() -> Hardware:
+    """The device that `open_backend` would take; it raises as that does."""
+    return _backend().identify("sdpa")
+
+
+def _backend():
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise BackendError(f"PyTorch can't be imported ({error}): pip install torch "
                            "(https://pytorch.org/get-started/locally tells the build for your GPU)") from error
-    from backends.pytorch.backend import open_backend
+    from backends.pytorch import backend
 
-    return open_backend("sdpa", precision, compiled)
+    return backend

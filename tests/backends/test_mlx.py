@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import backends
+from backends import bench
 from backends.interface import BackendError
 from tests.backends import support, tiny
 from tests.backends.reference import Reference
@@ -15,6 +16,8 @@ from tests.backends.reference import Reference
 mx = pytest.importorskip("mlx.core")
 
 from backends.mlx import attention, cross_entropy  # noqa: E402
+from backends.mlx import bench as mlx_bench  # noqa: E402
+from backends.mlx.bench import Bench  # noqa: E402
 
 
 @pytest.fixture
@@ -140,56 +143,27 @@ def test_loss_scale_grows_after_enough_good_steps(mlx):
     assert float(scale.value) == 1  # and never less
 
 
-@pytest.mark.parametrize("rates, wanted", [
-    ({"float32": 1.0, "bfloat16": 1.05, "float16": 1.05}, "float32"),  # nothing gained
-    ({"float32": 1.0, "bfloat16": 1.9, "float16": 2.0}, "bfloat16"),
-    ({"float32": 1.0, "bfloat16": 0.2, "float16": 1.8}, "float16"),  # no bfloat16 in hardware
-    ({"bfloat16": 1.0}, "bfloat16"),
-])
-def test_prefers_digits_and_range_unless_clearly_slower(mlx, rates, wanted):
-    from backends.mlx.device import _prefer
-
-    assert _prefer({name: (1.0, rate) for name, rate in rates.items()}) == wanted
-
-
-def test_a_precision_with_wrong_products_is_refused(mlx, monkeypatch):
-    from backends.mlx import device
-
-    right = device._product_error
-    monkeypatch.setattr(device, "_product_error", lambda dtype: 0.5 if dtype == mx.bfloat16 else right(dtype))
-    monkeypatch.setattr(device, "_rates", lambda dtype: (1e9, 9e9 if dtype == mx.bfloat16 else 1e9))
-    found = device.open_device()
+def test_a_precision_with_wrong_products_is_refused(mlx, isolated_home, monkeypatch):
+    right = Bench.product_error
+    monkeypatch.setattr(Bench, "product_error",
+                        lambda self, precision: 0.5 if precision == "bfloat16" else right(self, precision))
+    found = backends.load("mlx").device
     assert found.precision == "float32"
-    assert any("bfloat16: wrong" in note for note in found.notes)
-    with pytest.raises(BackendError, match="bfloat16"):
-        device.open_device("bfloat16")
+    assert any("bfloat16 wrong: relative error 5.0e-01" in note for note in found.notes)
+    with pytest.raises(BackendError, match="can't compute in bfloat16"):
+        backends.load("mlx", "bfloat16")
 
 
-def test_a_mac_that_emulates_bfloat16_gets_another_precision(isolated_home, monkeypatch):
-    from backends.mlx import device
+def test_a_precision_whose_kernels_fail_is_left_out(mlx, isolated_home, monkeypatch):
+    def no_kernel(self, precision, *_):
+        raise RuntimeError("[metal::Device] Unable to load kernel steel_gemm_float16")
 
-    monkeypatch.setattr(device, "_rates", lambda dtype: (1e9, {mx.float32: 1e9, mx.bfloat16: 3e8}.get(dtype, 2e9)))
-    assert device.open_device().precision == "float16"
-
-
-def test_a_precision_whose_kernels_fail_is_left_out(isolated_home, monkeypatch):
-    from backends.mlx import device
-
-    class NoKernel:
-        def __init__(self, array):
-            self.array = array
-
-        def astype(self, dtype):
-            if dtype == mx.bfloat16:
-                raise RuntimeError("[metal::Device] Unable to load kernel steel_gemm_bfloat16")
-            return self.array.astype(dtype)
-
-    real = mx.array
-    monkeypatch.setattr(device.mx, "array", lambda *a, **k: NoKernel(real(*a, **k)))
-    monkeypatch.setattr(device, "_rates", lambda dtype: (1e9, {mx.float32: 1e9, mx.float16: 2e9}[dtype]))
-    found = device.open_device()
-    assert found.precision == "float16"
-    assert any("bfloat16: wrong" in note for note in found.notes)
+    real = Bench.mlp
+    monkeypatch.setattr(Bench, "mlp", lambda self, precision, n: (no_kernel if precision == "float16" else real)(
+        self, precision, n))
+    tried = bench.try_precisions(Bench(2**33), repeats=2)
+    assert tried["float16"] == "RuntimeError: [metal::Device] Unable to load kernel steel_gemm_float16"
+    assert tried["float32"]["mlp"] > 0
 
 
 def test_missing_mlx_says_what_to_install(monkeypatch):
@@ -216,17 +190,15 @@ def test_unknown_precision(mlx):
         backends.load("mlx", "float8")
 
 
-def test_a_trial_that_lacks_memory_is_not_remembered(isolated_home, monkeypatch):
-    from backends.mlx import device
-
+def test_a_trial_that_lacks_memory_is_not_remembered(mlx, isolated_home, monkeypatch):
     def full(*_):
         raise RuntimeError("[malloc] Unable to allocate 36864 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(device.mx, "array", full)
-        with pytest.raises(RuntimeError, match="Unable to allocate"):
-            device.open_device()
-    assert device.open_device().precision in device.TOLERANCE
+        patch.setattr(Bench, "product_error", full)
+        with pytest.raises(BackendError, match="out of memory"):
+            backends.load("mlx")
+    assert backends.load("mlx").device.precision in bench.PRECISIONS
 
 
 # --- a Mac's memory
@@ -258,7 +230,7 @@ def test_a_batch_beyond_the_working_set_is_halved(mlx, monkeypatch, capsys):
     monkeypatch.setattr(mx, "get_peak_memory", lambda: next(peaks))
     trainer.warm_up(*tiny.batch(rows=8))
     assert "8 rows at once do not fit" in (out := capsys.readouterr().out) and "going on with 2 at a time" in out
-    assert trainer._rows_at_once == 2
+    assert trainer.rows_at_once == 2
 
 
 def test_one_row_beyond_the_working_set_is_said(mlx, monkeypatch, capsys):
@@ -299,18 +271,18 @@ def test_each_attention_over_blocks(mlx, monkeypatch, name, window, length, kv_h
                   for heads in (4, kv_heads, kv_heads, 4))
     if window is not None and window >= length:
         pytest.skip("a window this long is none")
-    found = attention._with_gradients(attention.IMPLEMENTATIONS[name], [mx.array(x) for x in (q, k, v, w)], window)
+    found = mlx_bench._with_gradients(attention.IMPLEMENTATIONS[name], [mx.array(x) for x in (q, k, v, w)], window)
     out = Reference().attention(*(x.swapaxes(1, 2).astype(np.float64) for x in (q, k, v)), window)
     np.testing.assert_allclose(np.array(found[0]).swapaxes(1, 2), out, rtol=1e-5, atol=1e-6)
-    wanted = attention._with_gradients(attention.reference, [mx.array(x) for x in (q, k, v, w)], window)
+    wanted = mlx_bench._with_gradients(attention.reference, [mx.array(x) for x in (q, k, v, w)], window)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-6)
 
 
 def test_recomputed_attention_keeps_less(mlx):
-    inputs = attention._inputs(1, (1024, 2, 16), mx.float32)
-    needed = [attention._needed(function, inputs, None) for function in (attention.recomputed, attention.blocks)]
-    assert needed[0] < 0.7 * needed[1]
+    small = Bench(2**33, mx.float32, compiled=False)
+    small.attention_shape = 1024, 2, 16
+    assert 0 < small.attention_bytes("recomputed", None) < 0.7 * small.attention_bytes("blocks", None)
 
 
 def test_a_head_without_a_fused_kernel_is_computed_in_blocks(mlx, monkeypatch):
@@ -318,10 +290,10 @@ def test_a_head_without_a_fused_kernel_is_computed_in_blocks(mlx, monkeypatch):
     def refuses(*args, **kwargs):
         raise ValueError("force_fused=True but no fused kernel is available")
 
-    inputs = attention._inputs(1, (16, 2, 8), mx.float32)
-    wanted = attention.recomputed(*inputs[:3], 3)
+    inputs = [mx.random.normal((1, 2, 16, 8)) for _ in range(3)]
+    wanted = attention.recomputed(*inputs, 3)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", refuses)
-    np.testing.assert_array_equal(np.array(attention.fused(*inputs[:3], 3)), np.array(wanted))
+    np.testing.assert_array_equal(np.array(attention.fused(*inputs, 3)), np.array(wanted))
 
 
 def test_a_wrong_attention_is_not_chosen(mlx, monkeypatch):
@@ -329,26 +301,8 @@ def test_a_wrong_attention_is_not_chosen(mlx, monkeypatch):
         return attention.recomputed(q, k, v, None)
 
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "careless", careless)
-    tried = attention.trial(mx.float32, 2**33, False, shape=(64, 1, 8))
-    assert isinstance(tried["full"]["careless"], list) and "wrong" in tried["window"]["careless"]
-    assert attention.choose({"window": {name: found if isinstance(found, str) else [1e9, 0] for name, found in
-                                        tried["window"].items()}}, 2**33)["window"] != "careless"
-
-
-GIB = 2**30
-
-
-@pytest.mark.parametrize("memory, wanted", [(8 * GIB, "recomputed"), (64 * GIB, "blocks")])
-def test_probabilities_are_kept_only_where_memory_is_plenty(memory, wanted):
-    found = {"fused": [9.0, 900 * 2**20], "recomputed": [5.0, 100 * 2**20], "blocks": [4.0, 400 * 2**20]}
-    assert attention.choose({"full": found}, memory) == {"full": wanted}
-
-
-def test_recomputed_attention_is_preferred_to_one_hardly_faster():
-    found = {"recomputed": [5.0, 100], "blocks": [4.8, 400]}
-    assert attention.choose({"full": found}, 64 * GIB) == {"full": "recomputed"}
-
-
-def test_no_right_attention_is_an_error():
-    with pytest.raises(BackendError, match="no attention"):
-        attention.choose({"full": {"fused": "wrong: relative error 1.0e+00"}}, 8 * GIB)
+    small = Bench(2**33, mx.float32, compiled=False)
+    small.attention_shape, small.attentions = (64, 1, 8), tuple(attention.IMPLEMENTATIONS)
+    tried = bench.try_attention(small, "float32")
+    assert tried["full"]["careless"]["both"] and "wrong" in tried["window"]["careless"]
+    assert bench.choose_attention(tried, 2**33)["window"] != "careless"

@@ -7,9 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from backends import trials  # noqa: E402
+from backends import bench, trials  # noqa: E402
 from backends.interface import BackendError  # noqa: E402
 from backends.pytorch import attention, device, runtime, trainer  # noqa: E402
+from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends import tiny  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
 
@@ -61,25 +62,11 @@ def test_a_device_that_is_not_there(monkeypatch, without_cuda, wanted):
         device.pick()
 
 
-@pytest.mark.parametrize("rates, chosen", [
-    ({"bfloat16": 9e12, "float16": 10e12, "float32": 1e12}, "bfloat16"),
-    ({"bfloat16": 2e12, "float16": 10e12, "float32": 1e12}, "float16"),
-    ({"bfloat16": 2e9, "float16": "wrong: relative error 1", "float32": 2e11}, "float32"),
-])
-def test_precision_goes_to_the_fastest_that_is_right(rates, chosen):
-    assert device.choose_precision(rates) == chosen
-
-
-def test_no_right_precision_is_an_error():
-    with pytest.raises(BackendError, match="no precision"):
-        device.choose_precision({"float32": "wrong: relative error 1"})
-
-
-def test_wrong_products_are_not_usable(monkeypatch):
+def test_wrong_products_are_not_usable(backend, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.matmul(a, b) * (1 if a.dtype == torch.float32
                                                                                        else 1.1))
-    rates = device.measure_precisions(torch.device("cpu"))
-    assert isinstance(rates["float32"], float) and rates["bfloat16"].startswith("wrong: relative error 1.0e-01")
+    tried = bench.try_precisions(backend.bench, repeats=2)
+    assert tried["float32"]["product"] > 0 and tried["bfloat16"].startswith("wrong: relative error 1.0e-01")
 
 
 def test_wrong_and_failing_attention_is_not_chosen(backend, monkeypatch):
@@ -91,36 +78,12 @@ def test_wrong_and_failing_attention_is_not_chosen(backend, monkeypatch):
 
     monkeypatch.setattr(attention, "IMPLEMENTATIONS", {"off_by_one": off_by_one, "broken": broken,
                                                        "sdpa_mask": attention.sdpa_mask})
-    results = attention.trial(backend.synchronize, 2**30, shape=(64, 2, 32), repeats=1)
+    small = Bench(torch.device("cpu"), 2**30)
+    small.attention_shape, small.attentions = (64, 2, 32), tuple(attention.IMPLEMENTATIONS)
+    results = bench.try_attention(small, "float32", repeats=1)
     assert results["window"]["off_by_one"].startswith("wrong: relative error")
     assert results["full"]["broken"] == "RuntimeError: no kernel image is available"
-    assert attention.choose(results)["window"] == "sdpa_mask"
-
-
-def test_short_calls_are_timed_on_more_rows_within_the_memory(backend, monkeypatch):
-    calls = []
-
-    def recording(function, inputs, window, synchronize, repeats):
-        calls.append(len(inputs[0]))
-        return 0.5 * len(inputs[0])
-
-    monkeypatch.setattr(attention, "_milliseconds", recording)
-    attention.trial(backend.synchronize, 2**40, shape=(64, 2, 32))
-    assert max(calls) == 8  # 4 ms
-    calls.clear()
-    attention.trial(backend.synchronize, 8 * 2 * 64**2 * 4 * 3, shape=(64, 2, 32))  # room for 3 rows' scores
-    assert max(calls) == 2
-
-
-def test_without_a_compiler_flex_is_not_chosen():
-    results = {"window": {"flex": 1.0, "sdpa_mask": 2.0}}
-    assert attention.choose(results) == {"window": "flex"}
-    assert attention.choose(results, compiled=False) == {"window": "sdpa_mask"}
-
-
-def test_nothing_right_is_an_error():
-    with pytest.raises(RuntimeError, match="no attention implementation is right"):
-        attention.choose({"full": {"sdpa_mask": "wrong: relative error 1"}})
+    assert bench.choose_attention(results, 2**30)["window"] == "sdpa_mask"
 
 
 @pytest.mark.parametrize("name", ["sdpa_causal", "sdpa_blocks", "sdpa_mask"])

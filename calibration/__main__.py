@@ -1,0 +1,72 @@
+"""The command: `python -m calibration [--quick] [--fresh] | show [--json] [PROFILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import backends
+from backends.interface import BackendError
+from calibration import measure, profile, show
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m calibration", description=(
+        "Measures this device, and scales train.py's defaults to it. Takes up to ten minutes; an interrupted one goes "
+        "on where it was."))
+    parser.add_argument("--quick", action="store_true", help="a minute instead of ten, and a rougher profile")
+    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted calibration found")
+    commands = parser.add_subparsers(dest="command")
+    shown = commands.add_parser("show", help="print the profile of this device")
+    shown.add_argument("--json", action="store_true", help="as it is in the file")
+    shown.add_argument("profile", nargs="?", type=Path, help="another profile, such as one of calibration/profiles")
+    options = parser.parse_args(arguments)
+    try:
+        return show_profile(options) if options.command else calibrate(options)
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    effort = measure.QUICK if options.quick else measure.FULL
+    console = Console()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+                  TextColumn("{task.fields[left]}"), console=console, transient=True) as bar:
+        task = bar.add_task("starting", left="")
+
+        def progress(text: str, left: float) -> None:
+            left = f"about {max(left, 5) / 60:.1f} min left"
+            bar.update(task, description=text, left=left)
+            if not console.is_terminal:
+                console.print(f"{text} ({left})", highlight=False)
+
+        measurement = measure.Measurement(effort, progress, options.fresh)
+        if measurement.found.keys() - measurement.sort.keys():
+            console.print("going on with an interrupted calibration (--fresh starts again)")
+        found = measurement.run()
+    print(show.text(found, measurement.hardware))
+    print(f"\nwritten to {measurement.path}; train.py takes its defaults from it")
+    return 0
+
+
+def show_profile(options: argparse.Namespace) -> int:
+    hardware = None if options.profile else backends.identify()
+    path = options.profile or profile.path_of(hardware)
+    if not options.profile and not path.exists():
+        raise profile.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profile.AGAIN}")
+    found = profile.read(path, hardware)
+    print(json.dumps(found, indent=1) if options.json else show.text(found, hardware))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

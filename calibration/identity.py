@@ -1,0 +1,149 @@
+"""What machine this is, as its system and its vendor's tools tell. Where one is missing, less is known, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import psutil
+
+from backends import machine
+from backends.interface import Hardware
+
+# NVML's reasons for lower clocks that are not the owner's own setting or an idle GPU (nvml.h, clocks event reasons).
+THROTTLED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal limit (software)",
+                0x40: "thermal limit (hardware)", 0x80: "power brake"}
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+AMDGPU = Path("/sys/module/amdgpu/version")
+
+
+def describe(hardware: Hardware) -> dict:
+    """Facts about the machine: os, processor, cores, memory, power, driver, throttled; and `unknown`, a list of what
+    could not be found out, with the reason."""
+    facts = {
+        "name": hardware.name, "kind": hardware.kind, "memory": hardware.memory, "os": operating_system(),
+        "processor": machine.processor_name(), "cores": os.cpu_count(),
+        "physical_cores": psutil.cpu_count(logical=False), "system_memory": machine.installed_memory(),
+        "power": power_source(), "board": machine.jetson(),
+    }  # fmt: skip
+    facts |= of_device(hardware)
+    unknown = facts.pop("unknown", [])
+    unknown += [f"{name}: the system does not tell" for name in ("physical_cores", "power") if facts[name] is None]
+    return {name: value for name, value in facts.items() if value is not None} | {"unknown": unknown}
+
+
+def operating_system() -> str:
+    """Like "Linux 6.8.0 (Ubuntu 24.04 LTS)"; a Linux inside Windows is called WSL."""
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    name = f"{platform.system()} {platform.release()}"
+    if platform.system() == "Linux":
+        try:
+            name += f" ({platform.freedesktop_os_release()['PRETTY_NAME']})"
+        except (OSError, KeyError):
+            pass
+        if "microsoft" in platform.release().lower():
+            name = name.replace("Linux", "WSL", 1)
+    return name
+
+
+def power_source() -> str | None:
+    """ "mains" or "battery", or None where that can't be told; a machine without a battery runs on mains."""
+    try:
+        battery = psutil.sensors_battery()
+    except Exception:  # psutil passes on what the system's files make it raise
+        return None
+    if battery is None:
+        return "mains"
+    return {True: "mains", False: "battery"}.get(battery.power_plugged)
+
+
+def of_device(hardware: Hardware) -> dict:
+    """driver, throttled (why, or False), other_processes on it: as far as the vendor's tool tells."""
+    if hardware.kind == "metal" or hardware.kind == "mps":
+        return _apple()
+    if hardware.kind == "cuda":
+        if "hip" in hardware.versions.get("cuda", ""):
+            return _amd()
+        return _nvidia()
+    return _processor()
+
+
+def _nvidia() -> dict:
+    with machine.nvml() as library:
+        handle = library and machine.nvidia_handle(library)
+        if not handle:
+            return {"unknown": ["driver, throttled: NVIDIA's management library (NVML) does not answer"]}
+        found, unknown = {}, []
+
+        def ask(name, question):
+            try:
+                found[name] = question()
+            except Exception as error:  # each answer is optional: NVML raises by card, driver and permission
+                unknown.append(f"{name}: NVML says {error}")
+
+        ask("driver", lambda: _text(library.nvmlSystemGetDriverVersion()))
+        ask("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)))
+        ask("power_limit_watts", lambda: library.nvmlDeviceGetPowerManagementLimit(handle) / 1000)
+        ask("temperature", lambda: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))
+        ask("other_processes", lambda: len([p for p in library.nvmlDeviceGetComputeRunningProcesses(handle)
+                                            if p.pid != os.getpid()]))
+        return found | {"unknown": unknown}
+
+
+def _text(value) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _reasons(mask: int) -> str | bool:
+    return ", ".join(text for bit, text in THROTTLED_BY.items() if mask & bit) or False
+
+
+def _amd() -> dict:
+    try:
+        return {"driver": f"amdgpu {AMDGPU.read_text().strip()}", "unknown": ["throttled: ROCm is not asked"]}
+    except OSError:
+        return {"unknown": ["driver: the kernel's own amdgpu has no version", "throttled: ROCm is not asked"]}
+
+
+def _apple() -> dict:
+    found = {"unknown": []}
+    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", machine.asked("pmset", "-g", "therm"))
+    if limit:
+        found["throttled"] = f"speed limited to {limit.group(1)} %" if int(limit.group(1)) < 100 else False
+    else:
+        found["unknown"].append("throttled: pmset has no record")
+    try:
+        displays = json.loads(machine.asked("system_profiler", "SPDisplaysDataType", "-json"))["SPDisplaysDataType"]
+        found["gpu_cores"] = int(displays[0]["sppci_cores"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        found["unknown"].append("gpu_cores: system_profiler does not tell")
+    return found
+
+
+def _processor() -> dict:
+    """Of a CPU: a governor or limit that keeps it below its highest frequency."""
+    try:
+        limit, highest = (int((CPUFREQ / name).read_text()) for name in ("scaling_max_freq", "cpuinfo_max_freq"))
+        governor = (CPUFREQ / "scaling_governor").read_text().strip()
+    except (OSError, ValueError):
+        return {"unknown": ["throttled: this system does not tell its frequency (as in most virtual machines)"]}
+    slow = [f"limited to {limit / highest:.0%} of its frequency"] * (limit < highest)
+    hardware_decides = (CPUFREQ / "energy_performance_preference").exists()  # "powersave" is then its usual mode
+    slow += ["governor powersave"] * (governor == "powersave" and not hardware_decides)
+    return {"throttled": ", ".join(slow) or False}
+
+
+def warnings(facts: dict) -> list[str]:
+    """What of these facts makes measurements less than the device can do."""
+    said = []
+    if facts.get("power") == "battery":
+        said.append("running on battery: most laptops are slower so; plug it in and calibrate again")
+    if facts.get("throttled"):
+        said.append(f"the device is throttled: {facts['throttled']}")
+    if facts.get("other_processes"):
+        said.append(f"{facts['other_processes']} other processes use the device")
+    return said

@@ -1,0 +1,270 @@
+"""From measurements to the defaults of `train.py`: what is a good experiment on this device.
+
+The reasoning, in the order in which it is applied.
+
+**Precision** is what an MLP ran fastest in; half precision has to be clearly faster. **Attention** is the fastest
+implementation that matched the reference; one that keeps more in memory has to be clearly faster.
+
+**Window**: a short window attends to less, so it has to save time. It is used (`SSSL`) only where attention to half the
+row takes at most 0.8 of the time of full attention; else every layer is full (`L`). On an H200 without Flash Attention
+3 it takes longer, and `L` was better by 0.002 bits per byte.
+
+**Depth** (width follows) decides how many tokens the time budget can buy. A model too large sees too few of them, one
+too small can't use them. What is held against the tokens D is FLOPs per token, as N = FLOPs / 6: the parameters that a
+token passes through, attention's work included. A depth's D / N falls steeply with depth, and the depth whose D / N is
+nearest to TOKENS_PER_PARAMETER, on a logarithmic scale, is taken. That number was found by full runs at the two ends of
+the range: it is the ratio at which depth 2 on a 2-core CPU and depth 10 on an H200 stand, both better than their
+neighbours (benchmarks/README.md). It is far below the 20 of Hoffmann et al. 2022 (arXiv:2203.15556), because most of
+so small a model's parameters are embeddings, which cost no FLOPs.
+
+**Total batch**: learning rates are the same everywhere, so the batch sets the noise of a step. The best ones measured
+are 2^14 tokens where a run reads 6.5 M tokens and 2^17 where it reads 300 M: the root of the tokens, rounded to a power
+of two, and never so much that the schedule has fewer than LEAST_STEPS steps.
+
+**Device batch**: the fewest rows that reach 97 % of the best tokens/s, so that memory is left for what an experiment
+may add. A batch **fits** when its peak is at most 80 % of the memory that was free and its tokens/s are not below a
+smaller batch's: memory that the system shares is swapped before it runs out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from prepare import MAX_SEQ_LEN, TIME_BUDGET
+
+LADDER = (*range(1, 11), 12, 14, 16, 20, 24, 32)  # depths that are considered
+TOKENS_PER_PARAMETER = 2.5
+BATCH_AT, BATCH_TOKENS, BATCH_EXPONENT = 3e8, 2**17, 0.5  # tokens of a run, its best batch, and how that grows
+LEAST_STEPS = 300
+WINDOW_SAVES = 0.8
+ENOUGH_SPEED = 0.97
+SHARE_OF_MEMORY = 0.8
+SLOWER = 0.95  # below this share of a smaller batch's tokens/s, memory is being swapped
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults of `train.py`.
+
+    Attributes:
+        depth, window_pattern: of the model.
+        device_batch_size: rows per pass. total_batch_size: tokens per optimizer step.
+        precision, attention: of the backend; None where nothing was measured: it then tries.
+    """
+
+    depth: int
+    device_batch_size: int
+    total_batch_size: int
+    window_pattern: str
+    precision: str | None = None
+    attention: dict[str, str] | None = None
+
+
+# Without measurements: small enough for any device that is of use here.
+SAFE = Settings(depth=2, device_batch_size=2, total_batch_size=2**13, window_pattern="L")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short run of `train.py`: what it was asked for, and what it found (None until then).
+
+    Attributes:
+        tokens_per_second: {"median", "low", "high", "n"} over steps.
+        peak_memory, free_memory: bytes at its peak, and before it started.
+        flops_per_token, num_params: as `train.py` reports them.
+        failed: why there are no such numbers.
+    """
+
+    depth: int
+    rows: int
+    total_batch_size: int
+    window_pattern: str
+    precision: str
+    tokens_per_second: dict | None = None
+    peak_memory: int | None = None
+    free_memory: int | None = None
+    flops_per_token: float | None = None
+    num_params: int | None = None
+    failed: str | None = None
+
+    @property
+    def rate(self) -> float:
+        return self.tokens_per_second["median"]
+
+    @property
+    def ratio(self) -> float:
+        """Tokens that the budget buys for each parameter a token passes through."""
+        return self.rate * TIME_BUDGET / (self.flops_per_token / 6)
+
+
+def window_pattern(attention: dict, chosen: dict[str, str]) -> tuple[str, str]:
+    """("SSSL" or "L", why), from what `bench.try_attention` found."""
+    full, window = (attention[kind][chosen[kind]]["both"]["median"] for kind in ("full", "window"))
+    saves = window / full <= WINDOW_SAVES
+    return ("SSSL" if saves else "L",
+            f"half a row takes {window / full:.2f} of the time of a whole one ({WINDOW_SAVES} or less would pay)")
+
+
+def fitting(trials: list[Trial]) -> list[Trial]:
+    """Those trials whose batch fits, by rows."""
+    fit = []
+    for trial in sorted((t for t in trials if t.failed is None), key=lambda t: t.rows):
+        in_memory = trial.peak_memory <= SHARE_OF_MEMORY * trial.free_memory
+        if in_memory and all(trial.rate >= SLOWER * smaller.rate for smaller in fit):
+            fit.append(trial)
+    return fit
+
+
+def at(trials: list[Trial], depth: int) -> list[Trial]:
+    return [trial for trial in trials if trial.depth == depth]
+
+
+def best_rows(trials: list[Trial]) -> Trial | None:
+    """Of one depth's trials that fit: the fewest rows that are nearly as fast as any."""
+    fit = fitting(trials)
+    enough = ENOUGH_SPEED * max((trial.rate for trial in fit), default=0)
+    return next((trial for trial in fit if trial.rate >= enough), None)
+
+
+def best_depth(trials: list[Trial]) -> Trial | None:
+    """The trial at the depth that the rule takes, with its best rows."""
+    candidates = [best for depth in LADDER if (best := best_rows(at(trials, depth)))]
+    return min(candidates, key=lambda t: abs(math.log(t.ratio / TOKENS_PER_PARAMETER)), default=None)
+
+
+def total_batch(tokens: float) -> int:
+    """Tokens per optimizer step, for a run that reads so many."""
+    best = BATCH_TOKENS * (tokens / BATCH_AT) ** BATCH_EXPONENT
+    most = math.floor(math.log2(max(1, tokens / LEAST_STEPS)))
+    return 2 ** max(int(math.log2(MAX_SEQ_LEN)), min(round(math.log2(best)), most))
+
+
+def scale(measured: dict) -> tuple[Settings, list[str]]:
+    """The defaults, and why.
+
+    Args:
+        measured: "attention" as `bench.try_attention` has it, but with medians and their spread for lists of seconds;
+            "chosen", what the trials computed it with; and "trials" of `Trial`.
+
+    Raises:
+        ValueError: no trial fits: the message says what the smallest one needed.
+    """
+    trials, attention = measured["trials"], measured["chosen"]
+    best = best_depth(trials)
+    if best is None:
+        raise ValueError(nothing_fits(trials))
+    _, why = window_pattern(measured["attention"], attention)
+    tokens = best.rate * TIME_BUDGET
+    total = total_batch(tokens)
+    rows = min(best.rows, total // MAX_SEQ_LEN)
+    neighbours = ", ".join(f"{t.depth}: {t.ratio:.3g}" for depth in LADDER if (t := best_rows(at(trials, depth))))
+    reasons = [
+        f"precision {best.precision}: the fastest that is right",
+        f"window {best.window_pattern}: attention to {why}",
+        f"depth {best.depth}: {tokens / 1e6:.3g} M tokens in {TIME_BUDGET} s are {best.ratio:.3g} for each of "
+        f"{best.flops_per_token / 6e6:.3g} M parameters that a token passes through, nearest to "
+        f"{TOKENS_PER_PARAMETER:g} (by depth: {neighbours})",
+        f"total batch {total}: {tokens / total:.0f} steps",
+        f"device batch {rows}: {best.rate:,.0f} tokens/s with {best.peak_memory / 1e9:.2f} GB at the peak, of "
+        f"{best.free_memory / 1e9:.2f} GB that were free",
+    ]
+    return Settings(best.depth, rows, total, best.window_pattern, best.precision, attention), reasons
+
+
+def nothing_fits(trials: list[Trial]) -> str:
+    smallest = min(trials, key=lambda t: (t.depth, t.rows), default=None)
+    if smallest is None:
+        return "nothing was tried yet"
+    found = smallest.failed or (f"needs {smallest.peak_memory / 1e9:.2f} GB of the {smallest.free_memory / 1e9:.2f} GB "
+                                f"that are free, more than {SHARE_OF_MEMORY:.0%}")
+    return (f"not even depth {smallest.depth} with {smallest.rows} rows of {MAX_SEQ_LEN} tokens runs on this device: "
+            f"{found}. Close what else uses its memory and calibrate again; or lower MAX_SEQ_LEN in prepare.py")
+
+
+def medians(tried: dict) -> dict:
+    """What `bench.choose_attention` reads, from times with their spread."""
+    return {kind: {name: found if isinstance(found, str) else found | {"both": [found["both"]["median"]]}
+                   for name, found in by_name.items()} for kind, by_name in tried.items()}
+
+
+# --- What to try next ------------------------------------------------------------------------------------------------
+
+def start(product_rate: float, free: int) -> tuple[int, int, int]:
+    """(depth, rows, total batch) of the first trial: small for what the device seems to be."""
+    sizes = (2, 2, 2**14) if product_rate < 2e12 else (4, 4, 2**15) if product_rate < 5e13 else (8, 16, 2**17)
+    depth, rows, total = sizes
+    affordable = max(1, int(free / 2**30 / depth * 4))  # a row of depth 8 takes half a GiB, and there is a fixed part
+    return depth, 2 ** int(math.log2(min(rows, affordable))), total
+
+
+def wanted(trials: list[Trial], first: tuple[int, int, int]) -> tuple[int, int] | None:
+    """(depth, rows) of the trial that the decision most needs, or None when it is made: first depths, until the ratio
+    is bracketed; then more rows, while they fit and help."""
+    if not trials:
+        return first[:2]
+    usable = {t.depth: t for depth in LADDER if (t := best_rows(at(trials, depth)))}
+    tried = {trial.depth for trial in trials}
+    if not usable:  # smaller, until something runs
+        smallest = min(trials, key=lambda t: (t.depth, t.rows))
+        if smallest.rows > 1:
+            return smallest.depth, 1
+        below = [depth for depth in LADDER if depth < smallest.depth]
+        return (below[-1], 1) if below else None
+    best = best_depth(trials)
+    step = _step(best, tried)
+    if step is not None:
+        rows = best.rows if step < best.depth else max(1, min(best.rows, _rows_predicted(best, step)))
+        return step, rows
+    return _more_rows(at(trials, best.depth))
+
+
+def _step(best: Trial, tried: set[int]) -> int | None:
+    """The depth to try beside the best: towards the wanted ratio, by leaps while that is far; None when both
+    neighbours on the ladder are known, or can't be better."""
+    here = LADDER.index(best.depth)
+    aim = best.depth * (best.ratio / TOKENS_PER_PARAMETER) ** 0.2  # D / N falls with the fifth power of depth, or so
+    if best.ratio > TOKENS_PER_PARAMETER:
+        above = [d for d in LADDER[here + 1:]]
+        beyond = [d for d in above if d in tried]
+        if beyond and beyond[0] == above[0]:
+            return None
+        choices = [d for d in above if not beyond or d < beyond[0]]
+    else:
+        below = [d for d in LADDER[:here]]
+        beyond = [d for d in below if d in tried]
+        if beyond and beyond[-1] == below[-1]:
+            return None
+        choices = [d for d in below if not beyond or d > beyond[-1]]
+    return min(choices, key=lambda d: abs(math.log(d / aim)), default=None)
+
+
+def _rows_predicted(trial: Trial, depth: int) -> int:
+    """Rows of a deeper model that should fit: what a row takes grows with depth and width, so with depth squared."""
+    grown = trial.peak_memory * (depth / trial.depth) ** 2
+    fits = SHARE_OF_MEMORY * trial.free_memory / grown * trial.rows
+    return 2 ** int(math.log2(fits)) if fits >= 1 else 1
+
+
+def _more_rows(trials: list[Trial]) -> tuple[int, int] | None:
+    """Twice the most rows so far, if they should fit, could be used, and the last doubling helped."""
+    known = sorted(trials, key=lambda t: t.rows)
+    last = known[-1]
+    if last.failed or last not in fitting(trials):
+        return None
+    if len(known) > 1 and last.rate * ENOUGH_SPEED < known[-2].rate:
+        return None
+    rows = 2 * last.rows
+    if rows * MAX_SEQ_LEN > total_batch(last.rate * TIME_BUDGET):
+        return None
+    return (last.depth, rows) if predicted_peak(known, rows) <= SHARE_OF_MEMORY * last.free_memory else None
+
+
+def predicted_peak(trials: list[Trial], rows: int) -> float:
+    """Bytes, by the line through the last two trials of a depth; from one alone, as if all of it were rows."""
+    *_, last = trials
+    if len(trials) == 1:
+        return last.peak_memory * rows / last.rows
+    before = trials[-2]
+    slope = max(0, (last.peak_memory - before.peak_memory) / (last.rows - before.rows))
+    return last.peak_memory + slope * (rows - last.rows)

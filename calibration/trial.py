@@ -1,0 +1,100 @@
+"""One short run of the real train.py in this process: how fast it is, and what memory it takes.
+
+    python -m calibration.trial RESULT.json SECONDS
+
+`AUTORESEARCH_PROFILE` names the sizes to try. Around train.py stand random tokens instead of a dataset, a clock that
+notes each step and stops early, and no evaluation.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+import prepare
+from backends import interface
+from calibration.profile import TRAIN
+
+FEWEST, MOST = 3, 40  # steps that are timed; the first one more is not
+LONGEST = 20  # times the seconds asked for, when steps are slow
+
+
+class Tokens:
+    """A dataset of random tokens with the frequencies of words, where `prepare.open_data` gives a real one."""
+
+    name, eval_rows, vocab_size, bos = "random", 8, prepare.VOCAB_SIZE, 0
+    eval_tag = data_tag = "random"
+
+    def __init__(self):
+        self._rng = np.random.default_rng(0)
+        frequencies = 1 / np.arange(1, self.vocab_size + 1)  # Zipf's law
+        self._cumulative = np.cumsum(frequencies / frequencies.sum())
+        self.validation_rows = self.held_out_rows = self._draw(self.eval_rows * prepare.ROW).reshape(-1, prepare.ROW)
+        self.train = [(self._draw(2**22), None, None)]
+
+    def _draw(self, count):
+        drawn = np.searchsorted(self._cumulative, self._rng.random(count))
+        return np.minimum(drawn, self.vocab_size - 1).astype(np.uint16)
+
+    def batches(self):
+        """Documents of 512 tokens, in batches of 128."""
+        tokens = self.train[0][0]
+        for start in range(0, len(tokens), 2**16):
+            yield tokens[start : start + 2**16], [512] * 128
+
+
+class Clock(prepare.Clock):
+    """Notes each step's seconds; ends after a few seconds of them."""
+
+    def __init__(self, backend, model, loader, seconds):
+        super().__init__(backend, model, loader, LONGEST * seconds)
+        self.enough, self.took = seconds, []
+
+    def tick(self, loss):
+        self.took.append(super().tick(loss))
+        return self.took[-1]
+
+    @property
+    def finished(self):
+        counted = len(self.took) - 1
+        return counted >= MOST or counted >= FEWEST and self.elapsed >= self.enough or super().finished
+
+
+def main(result: Path, seconds: float) -> None:
+    noted = {}
+    warm_up = interface.Trainer.warm_up
+
+    def watched(trainer, x, y):
+        warm_up(trainer, x, y)
+        noted["rows_at_once"] = trainer.rows_at_once
+
+    def report(clock, *, num_params, flops_per_token, **_):
+        tokens = clock.loader.tokens / clock.steps
+        prepare.write_json(result, {
+            "tokens_per_second": [tokens / took for took in clock.took[1:]], "peak_memory": clock.backend.peak_memory(),
+            "num_params": num_params, "flops_per_token": flops_per_token, **noted,
+            "start_seconds": clock.began - psutil.Process().create_time(),
+        })
+
+    def evaluate(backend, model, data, clock, **_):
+        clock.stop()
+        shapes = {weight.shape for weight in backend.weights(model).values()}
+        noted["matrices"] = sorted(shape for shape in shapes if len(shape) == 2)
+
+    def clock(backend, model, loader):
+        made = Clock(backend, model, loader, seconds)
+        made.began = time.time()
+        return made
+
+    interface.Trainer.warm_up = watched
+    prepare.open_data, prepare.Clock, prepare.evaluate_bpb, prepare.report = Tokens, clock, evaluate, report
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

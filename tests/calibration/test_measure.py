@@ -1,0 +1,297 @@
+"""A calibration from end to end: on a device that is made up, and once with the real train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import backends
+import calibration
+from backends import bench
+from backends.interface import Device, Hardware
+from calibration import __main__ as command
+from calibration import measure, profile, rule
+from tests.calibration.devices import GIB, M4, RTX_3090, spread
+
+HARDWARE = Hardware("sdpa", "NVIDIA GeForce RTX 3090", "nvidia-rtx-3090-24gb", "cuda", 24 * GIB, {"torch": "2.13.0"})
+
+
+class Bench(bench.Bench):
+    """Calls that take as long as their FLOPs on a device of 1 TFLOP/s, by a clock that only they move."""
+
+    size, attentions, memory = 256, ("sdpa_causal", "flex"), 24 * GIB
+    now = 0.0
+
+    def _work(self, seconds):
+        def work(calls):
+            Bench.now += calls * seconds
+        return work
+
+    def product_error(self, precision):
+        return 1e-6
+
+    def product(self, precision, m, k, n):
+        return self._work(2 * m * k * n / {"float32": 2e11, "bfloat16": 1e12, "float16": 1e12}[precision])
+
+    def mlp(self, precision, n):
+        return self.product(precision, n, n, 2 * n)
+
+    def copy(self, size):
+        return self._work(2 * size / 1e11)
+
+    def attention_error(self, name, window):
+        return 1e-6 if name == "flex" or window is None else 0.5
+
+    def attention(self, name, window, rows, backward):
+        return self._work((3 if backward else 1) * rows * (1e-3 if window is None else 0.6e-3))
+
+    def is_out_of_memory(self, error):
+        return isinstance(error, MemoryError)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A made-up GPU; `device.simulated` says what train.py does on it, `device.tried` what was tried."""
+    here = SimpleNamespace(simulated=RTX_3090, tried=[], loaded=[])
+
+    def load(precision=None, compiled=None, **_):
+        here.loaded.append(precision)
+        found = Device(**vars(HARDWARE), precision=precision or "bfloat16", peak_flops=1e12, compiled=True)
+        return SimpleNamespace(device=found, bench=Bench(), free_memory=lambda: int(here.simulated.free))
+
+    def run(self, trial, attention):
+        here.tried.append((trial.depth, trial.rows))
+        found = here.simulated.run(trial.depth, trial.rows)
+        fields = "tokens_per_second peak_memory free_memory flops_per_token num_params failed".split()
+        return {name: getattr(found, name) for name in fields} | {"matrices": [[64 * trial.depth, 64 * trial.depth]]}
+
+    monkeypatch.setattr(backends, "identify", lambda: HARDWARE)
+    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(measure.Measurement, "_try", run)
+    real = bench.seconds
+    monkeypatch.setattr(bench, "seconds", lambda work, *a, **k: real(work, *a, **{**k, "clock": lambda: Bench.now}))
+    return here
+
+
+def test_a_calibration_writes_a_sound_profile(device):
+    said = []
+    measurement = measure.Measurement(measure.FULL, lambda text, left: said.append((text, left)))
+    found = measurement.run()
+    assert profile.read(profile.path_of(HARDWARE), HARDWARE) == json.loads(json.dumps(found))
+    assert not measurement.partial.exists() and found["warnings"] == []
+    assert found["products"]["rates"]["bfloat16"]["median"] == pytest.approx(1e12, rel=1e-3)
+    assert found["products"]["rates"]["float32"]["median"] == pytest.approx(2e11, rel=1e-3)
+    assert found["bandwidth"]["median"] == pytest.approx(1e11, rel=1e-3)
+    assert found["attention"]["window"]["sdpa_causal"] == "wrong: relative error 5.0e-01"
+    assert found["attention"]["full"]["flex"]["forward"]["median"] * 3 == pytest.approx(
+        found["attention"]["full"]["flex"]["both"]["median"], rel=1e-3)
+    assert found["model_products"][0]["rate"]["median"] == pytest.approx(1e12, rel=1e-3)
+    assert [(trial["depth"], trial["rows"]) for trial in found["trials"]] == device.tried
+    assert any("train.py at depth" in text for text, _ in said) and all(left > 0 for _, left in said)
+    defaults = calibration.defaults()
+    assert defaults.depth == found["settings"]["depth"] and defaults.precision == "bfloat16"
+    assert defaults.attention == {"full": "sdpa_causal", "window": "flex"} and defaults.window_pattern == "SSSL"
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_killed_calibration_goes_on_where_it_was(device, monkeypatch, after):
+    whole = measure.Measurement(measure.FULL).run()
+    tried = list(device.tried)
+    device.tried.clear()
+    profile.path_of(HARDWARE).unlink()
+    alive = measure.Measurement._try
+
+    def killed(self, trial, attention):
+        if len(device.tried) == after:
+            raise KeyboardInterrupt
+        return alive(self, trial, attention)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.Measurement, "_try", killed)
+        with pytest.raises(KeyboardInterrupt):
+            measure.Measurement(measure.FULL).run()
+    assert not profile.path_of(HARDWARE).exists()
+    monkeypatch.setattr(bench, "try_precisions", None)  # not again
+    again = measure.Measurement(measure.FULL).run()
+    assert device.tried == tried and again["settings"] == whole["settings"]
+
+
+def test_what_an_interrupted_calibration_of_another_kind_left_is_not_used(device):
+    measurement = measure.Measurement(measure.FULL)
+    measurement.found["free_memory"] = 1
+    measurement._keep()
+    assert "free_memory" in measure.Measurement(measure.FULL).found
+    assert "free_memory" not in measure.Measurement(measure.QUICK).found
+    assert "free_memory" not in measure.Measurement(measure.FULL, fresh=True).found
+    measurement.partial.write_text('{"format"')
+    assert "free_memory" not in measure.Measurement(measure.FULL).found
+
+
+def test_another_program_on_the_device_is_seen_in_the_spread_and_said(device, monkeypatch):
+    alive = measure.Measurement._try
+
+    def disturbed(self, trial, attention):
+        found = alive(self, trial, attention)
+        rate = found["tokens_per_second"]["median"]
+        return found | {"tokens_per_second": {"median": rate, "low": rate / 2, "high": 1.1 * rate, "n": 5}}
+
+    monkeypatch.setattr(measure.Measurement, "_try", disturbed)
+    warnings = measure.Measurement(measure.FULL).run()["warnings"]
+    assert any("train.py at depth" in text and "is another program using the device" in text for text in warnings)
+
+
+def test_memory_that_runs_out_leads_to_smaller_defaults(device):
+    device.simulated = dataclasses.replace(M4, free=1.0 * GIB, a_row=30)
+    found = measure.Measurement(measure.FULL).run()
+    assert found["trials"][0]["failed"] == "out of memory"
+    assert found["settings"]["depth"] < found["trials"][0]["depth"]
+
+
+def test_a_device_on_which_nothing_runs(device):
+    device.simulated = dataclasses.replace(M4, free=0.1 * GIB)
+    with pytest.raises(measure.CalibrationError, match="not even depth 1 with 1 rows .* out of memory"):
+        measure.Measurement(measure.FULL).run()
+    assert not profile.path_of(HARDWARE).exists()
+
+
+def test_when_time_is_up_it_says_what_was_left_out(device, monkeypatch):
+    monkeypatch.setattr(measure.Measurement, "spent", property(lambda self: 410.0 + 20 * len(device.tried)))
+    found = measure.Measurement(measure.FULL).run()
+    assert len(found["trials"]) == 1 and "no time was left to try depth" in found["cut_short"]
+
+
+def test_a_precision_remembered_from_a_busier_hour_is_not_kept(device, monkeypatch):
+    monkeypatch.setattr(bench, "choose_precision", lambda tried: "float16")
+    assert measure.Measurement(measure.FULL).run()["settings"]["precision"] == "float16"
+    assert device.loaded == [None, "float16"]
+
+
+def test_measurements_that_cannot_be_are_refused(device, monkeypatch):
+    monkeypatch.setattr(measure.Measurement, "_bandwidth", lambda self: spread(float("inf")))
+    with pytest.raises(measure.CalibrationError, match="can't be true: bandwidth is .* --fresh"):
+        measure.Measurement(measure.FULL).run()
+
+
+def test_rounds_of_a_measurement_become_one():
+    def one(median, low, high, n):
+        return {"median": median, "low": low, "high": high, "n": n}
+
+    first = {"a": one(2.0, 1.0, 3.0, 3), "b": ["text", one(1.0, 1.0, 1.0, 1)], "c": 5}
+    later = {"a": one(4.0, 3.5, 5.0, 1), "b": ["text", one(2.0, 2.0, 2.0, 1)], "d": one(1.0, 1.0, 1.0, 1)}
+    assert measure.merged(first, later) == {"a": one(2.5, 1.0, 5.0, 4), "b": ["text", one(1.5, 1.0, 2.0, 2)], "c": 5,
+                                            "d": one(1.0, 1.0, 1.0, 1)}
+
+
+@pytest.mark.parametrize("stderr, status, reason", [
+    ("torch.OutOfMemoryError: CUDA out of memory.", 1, "out of memory"), ("", -9, "killed by signal 9"),
+    ("Traceback\nValueError: no", 1, "ValueError: no"), ("", 3, "exit status 3")])
+def test_why_a_trial_failed(stderr, status, reason):
+    assert measure.why(SimpleNamespace(stderr=stderr, returncode=status)).startswith(reason)
+
+
+def test_a_trial_sees_no_settings_of_the_users(monkeypatch):
+    for name in ("SEED", "BUDGET", "RESULT", "DATA", "DEVICE"):
+        monkeypatch.setenv(f"AUTORESEARCH_{name}", "1")
+    found = measure.environment(AUTORESEARCH_PROFILE="p")
+    assert {name for name in found if name.startswith("AUTORESEARCH_")} == {
+        "AUTORESEARCH_HOME", "AUTORESEARCH_DEVICE", "AUTORESEARCH_PROFILE"}
+
+
+# --- the command
+
+
+def test_show(device, capsys):
+    found = measure.Measurement(measure.FULL).run()
+    assert command.main(["show"]) == 0
+    text = capsys.readouterr().out
+    for part in ("nvidia-rtx-3090-24gb with sdpa", profile.tag(found), "matrix products", "bfloat16: 1 TFLOP/s ± 0%",
+                 "memory bandwidth: 100 GB/s", "* flex", "wrong: relative error", "train.py for a few seconds",
+                 f"depth: {found['settings']['depth']}", "because"):
+        assert part in text
+    assert "STALE" not in text and "WARNING" not in text
+    assert command.main(["show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
+
+
+def test_show_names_what_is_stale(device, capsys, monkeypatch):
+    measure.Measurement(measure.FULL).run()
+    monkeypatch.setattr(profile, "baseline", lambda: "another")
+    monkeypatch.setattr(backends, "identify", lambda: dataclasses.replace(HARDWARE, versions={"torch": "2.14"}))
+    command.main(["show"])
+    text = capsys.readouterr().out
+    assert "STALE: made with torch 2.13.0, here is 2.14" in text and "STALE: made for another train.py" in text
+
+
+def test_show_before_a_calibration(device):
+    with pytest.raises(profile.ProfileError, match="is not calibrated; run: python -m calibration"):
+        command.main(["show"])
+
+
+def test_the_command_calibrates_and_prints(device, capsys):
+    assert command.main([]) == 0
+    text = capsys.readouterr().out
+    assert "min left)" in text and "defaults" in text and str(profile.path_of(HARDWARE)) in text
+
+
+def test_the_command_goes_on_after_an_interruption(device, capsys, monkeypatch):
+    def interrupted(self, trial, attention):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.Measurement, "_try", interrupted)
+        assert command.main([]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert command.main([]) == 0
+    assert "going on with an interrupted calibration" in capsys.readouterr().out
+
+
+# --- the real train.py
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """What `_try` needs of a Measurement, on this machine; quick, with a rate of products made up."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("AUTORESEARCH_BACKEND", "sdpa")
+    measurement = measure.Measurement(measure.QUICK)
+    measurement.backend = SimpleNamespace(free_memory=lambda: 8 * GIB)
+    measurement.found["round"] = {"products": {"square": 256, "rates": {"float32": spread(1e11)}}}
+    return measurement
+
+
+ATTENTION = {"full": "sdpa_causal", "window": "sdpa_blocks"}
+
+
+def test_a_trial_runs_the_real_train_py(real):
+    found = real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)
+    assert found.get("failed") is None
+    trial = rule.Trial(1, 1, 4096, "L", "float32", **{name: value for name, value in found.items()
+                                                      if name != "matrices"})
+    assert trial.rate > 0 and trial.tokens_per_second["n"] >= 3 and trial.peak_memory > 2**27
+    assert [8192, 128] in found["matrices"] and [512, 128] in found["matrices"]
+    assert trial.num_params > 2e6 and trial.flops_per_token == 6 * (12 * 128**2 + 8192 * 128 + 32) + 12 * 128 * 2048
+
+
+def test_a_trial_that_fails_says_why(real, monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text("raise ValueError('an edit')\n")
+    monkeypatch.setattr(profile, "TRAIN", tmp_path / "train.py")
+    monkeypatch.setenv("PYTHONPATH", str(measure.Path(measure.__file__).resolve().parents[1]))
+    sub = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **k: sub(
+        [command[0], "-c", "import sys, runpy\nfrom pathlib import Path\nfrom calibration import trial\n"
+         f"trial.TRAIN = Path({str(tmp_path / 'train.py')!r})\ntrial.main(Path(sys.argv[1]), 1.0)", *command[3:]], **k))
+    found = real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)
+    assert found["failed"] == "ValueError: an edit" and found["free_memory"] == 8 * GIB
+
+
+@pytest.mark.slow
+def test_a_quick_calibration_of_this_machine(isolated_home):
+    done = subprocess.run([sys.executable, "-m", "calibration", "--quick"], cwd=profile.TRAIN.parent, timeout=300,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "defaults" in done.stdout and len(list((isolated_home / "profiles").glob("*.json"))) == 1
