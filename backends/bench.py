@@ -26,7 +26,7 @@ ATTENTION_SHAPE = 2048, 4, 128  # T, H, D of one row
 KINDS = {"full": None, "window": 0.5}  # of attention: the window as a share of the row
 ROWS, LAYERS = 8, 8  # of the model for which attention's memory is reckoned
 # A shorter call is mostly the host's work, which tells nothing of the kernel; more rows make it longer.
-SHORTEST, MOST_ROWS = 0.004, 128
+SHORTEST, MOST_ROWS, MOST_CALLS = 0.004, 128, 1000
 
 
 class Bench(abc.ABC):
@@ -101,8 +101,8 @@ def seconds(work: Work, repeats: int = 7, at_least: float = SHORTEST, enough: fl
         took = (clock() - start) / calls
         if not 0 < took < math.inf:
             continue  # the clock jumped
-        if not times and took * calls < at_least:
-            calls = min(1000, max(2 * calls, math.ceil(at_least / took)))
+        if not times and took * calls < at_least and calls < MOST_CALLS:
+            calls = min(MOST_CALLS, max(2 * calls, math.ceil(at_least / took)))
             continue  # too short to be believed
         times.append(took)
         spent = sum(times) * calls
@@ -232,9 +232,13 @@ def product_rates(bench: Bench, precision: str, n: int, repeats: int = 9, enough
     return [2 * n**3 / took for took in seconds(bench.product(precision, n, n, n), repeats, enough=enough)]
 
 
-def speed(bench: Bench, calibrated) -> float:
-    """How fast products are now, relative to when the device was calibrated: less when it is throttled or busy."""
-    rates = product_rates(bench, calibrated.precision, calibrated.square)
+def speed(bench: Bench, calibrated) -> float | None:
+    """How fast products are now, relative to when the device was calibrated: less when it is throttled or busy. None
+    where they can't be tried, as in a memory that is nearly full: the run goes on all the same."""
+    try:
+        rates = product_rates(bench, calibrated.precision, calibrated.square)
+    except Exception:
+        return None
     return statistics.median(rates) / calibrated.product_rate
 
 

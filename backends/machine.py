@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import psutil
 
 MEMORY_BLOCKS = Path("/sys/devices/system/memory")
 DEVICE_TREE = Path("/proc/device-tree/model")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def asked(*command: str) -> str:
@@ -64,9 +65,27 @@ def available_memory() -> int:
     """Bytes that a program can have now without swapping: what is free, within the limit of a container."""
     available = psutil.virtual_memory().available
     try:
-        return min(available, int(CGROUP_LIMIT.read_text()))
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # A cache of files counts as used, and is given up when asked for.
+        files = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        return min(available, limit - used + (int(files.group(1)) if files else 0))
     except (OSError, ValueError):  # none, or "max"
         return available
+
+
+def peak_resident() -> int:
+    """The most bytes of memory this process has had. On Linux not by getrusage, which begins with the parent's."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found.group(1)) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def main() -> None:
             if result["status"] == "ok":
                 row += [f"{result['val_bpb']:.6f}", f"{result['tokens_per_second']:,.0f}",
                         f"{result['total_tokens_M']:.2f}", result["num_steps"], f"{result['mfu_percent']:.1f}",
-                        f"{result['speed']:.2f}", f"{result['peak_vram_mb'] / 953.67:.2f}"]
+                        f"{result['speed'] or 0:.2f}", f"{result['peak_vram_mb'] / 953.67:.2f}"]
             else:
                 row += [result.get("reason", result["status"])]
             print("| " + " | ".join(map(str, row)) + " |", flush=True)

@@ -74,7 +74,8 @@ def of_device(hardware: Hardware) -> dict:
 
 def _nvidia() -> dict:
     with machine.nvml() as library:
-        handle = library and machine.nvidia_handle(library)
+        index = os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2]  # "cuda:1"
+        handle = library and machine.nvidia_handle(library, index=int(index or 0))
         if not handle:
             return {"unknown": ["driver, throttled: NVIDIA's management library (NVML) does not answer"]}
         found, unknown = {}, []
@@ -89,8 +90,9 @@ def _nvidia() -> dict:
         ask("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)))
         ask("power_limit_watts", lambda: library.nvmlDeviceGetPowerManagementLimit(handle) / 1000)
         ask("temperature", lambda: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))
-        ask("other_processes", lambda: len([p for p in library.nvmlDeviceGetComputeRunningProcesses(handle)
-                                            if p.pid != os.getpid()]))
+        if platform.system() != "Windows":  # where NVML counts the desktop's
+            ask("other_processes", lambda: len([p for p in library.nvmlDeviceGetComputeRunningProcesses(handle)
+                                                if p.pid != os.getpid()]))
         return found | {"unknown": unknown}
 
 
@@ -131,7 +133,7 @@ def _processor() -> dict:
         governor = (CPUFREQ / "scaling_governor").read_text().strip()
     except (OSError, ValueError):
         return {"unknown": ["throttled: this system does not tell its frequency (as in most virtual machines)"]}
-    slow = [f"limited to {limit / highest:.0%} of its frequency"] * (limit < highest)
+    slow = [f"limited to {limit / highest:.0%} of its frequency"] if limit < highest else []
     hardware_decides = (CPUFREQ / "energy_performance_preference").exists()  # "powersave" is then its usual mode
     slow += ["governor powersave"] * (governor == "powersave" and not hardware_decides)
     return {"throttled": ", ".join(slow) or False}

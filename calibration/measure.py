@@ -27,7 +27,7 @@ LARGEST_SQUARE, SQUARE_SECONDS = 8192, 0.05  # of the products that set the peak
 COPIED = 2**28  # bytes, or a 32nd of the memory
 SMALLEST_MATRIX = 2**12  # a weight with fewer elements is no matter of matrix products
 SCATTER = 0.15  # half the range of repeats over their median, beyond which something else was using the device
-OTHER_SECONDS = 15  # what a calibration takes beside its trials, for the estimate of time left
+TRIAL_TIMEOUT = 300  # seconds, of which compiling may take a hundred
 
 
 class CalibrationError(prepare.Stop):
@@ -89,7 +89,7 @@ class Measurement:
         self.effort, self.progress = effort, progress
         self.hardware = backends.identify()
         self.path = profile.path_of(self.hardware)
-        self.partial = self.path.with_suffix(".partial.json")
+        self.partial = self.path.with_suffix(".json.partial")
         self.begun = time.monotonic()
         self.sort = {"format": profile.FORMAT, "device": self.hardware.slug, "backend": self.hardware.backend,
                      "versions": self.hardware.versions, "train": profile.baseline(), "effort": effort.name}
@@ -127,16 +127,24 @@ class Measurement:
             CalibrationError: nothing runs here, or what was measured can't be.
         """
         found, left = self.found, self.effort.limit - self.spent
-        self.step("machine", "what this machine is", left, lambda: identity.describe(self.hardware))
-        self.backend = backends.load(compiled=None if self.effort.compiled else False)
+        self.progress("what this machine is", left)
+        found["machine"] = identity.describe(self.hardware)  # now, also when an earlier calibration goes on
+        # MLX compiles in no time, and has no switch that a trial would see.
+        compiled = None if self.effort.compiled or self.hardware.backend == "mlx" else False
+        self.backend = backends.load(compiled=compiled)
         device, bench_ = self.backend.device, self.backend.bench
         found["compiled"] = device.compiled
         self.step("free_memory", "free memory", left, self.backend.free_memory)
         tried = self.step("precisions", "precisions", left, lambda: bench.try_precisions(bench_, self.effort.repeats))
         precision = bench.choose_precision(tried)
         if precision != device.precision:  # what was remembered from a busier hour
-            self.backend = backends.load(precision=precision, compiled=None if self.effort.compiled else False)
-        self.step("round", "matrix products, memory bandwidth, attention", left, lambda: self._round(tried, precision))
+            self.backend = backends.load(precision=precision, compiled=compiled)
+        try:
+            self.step("round", "matrix products, memory bandwidth, attention", left,
+                      lambda: self._round(tried, precision))
+        except Exception as error:  # whatever a framework raises
+            raise CalibrationError(f"measuring this device failed: {bench.reason(bench_, error)}. If its memory is "
+                                   "full, close what uses it; then calibrate again") from error
         self._trials(tried, precision)
         return self._finish()
 
@@ -152,6 +160,14 @@ class Measurement:
         self.backend.bench.forget()
         return found
 
+    def _another_round(self, tried: dict, precision: str) -> None:
+        """What a later round adds; if it fails, the earlier ones stand."""
+        try:
+            self.found["round"] = merged(self.found["round"], self._round(tried, precision))
+        except Exception as error:  # memory that something else has taken meanwhile
+            self.progress(f"measuring once more failed: {bench.reason(self.backend.bench, error)}", 5.0)
+        self._keep()
+
     def _square(self, precision: str) -> int:
         """The size of products that keeps the device busy."""
         if "round" in self.found:
@@ -165,7 +181,7 @@ class Measurement:
         return square
 
     def _products(self, tried: dict, precision: str) -> dict:
-        """Rates of square products in each usable precision."""
+        """Rates of square products in each usable precision; of smaller ones in one too slow for them."""
         square, rates = self._square(precision), {}
         for name, found in tried.items():
             n = square if not isinstance(found, str) and found["product"] * SQUARE_SECONDS * 8 > 2 * square**3 else 512
@@ -217,14 +233,22 @@ class Measurement:
             start = time.monotonic()
             best = rule.best_depth(known)  # whose batch the optimizer's work is to be spread over as in a whole run
             total = rule.total_batch(best.rate * prepare.TIME_BUDGET) if best else first[2]
-            trial = Trial(depth, rows, max(total, rows * prepare.MAX_SEQ_LEN), pattern, precision)
+            same = rule.at(known, depth)  # trials of one depth have one batch, so that rows are all that differs
+            total = max(same[0].total_batch_size if same else total, rows * prepare.MAX_SEQ_LEN)
+            trial = Trial(depth, rows, total, pattern, precision)
             self._record(trial, self._try(trial, chosen))
-            self.found["round"] = merged(self.found["round"], self._round(tried, precision))
-            self._keep()
+            failed = self._known()[-1].failed
+            if failed and "memory" not in failed and "not done" not in failed:
+                self.partial.unlink(missing_ok=True)
+                raise CalibrationError(f"train.py does not run here: {failed}. Mend that, and calibrate again")
+            self._another_round(tried, precision)
             took = time.monotonic() - start
-        known = self._known()
-        if not rule.best_depth(known):
-            raise CalibrationError(rule.nothing_fits(known))
+        best = rule.best_depth(self._known())
+        if not best:
+            self.partial.unlink(missing_ok=True)  # what is free may be more the next time
+            raise CalibrationError(rule.nothing_fits(self._known()))
+        if sizes(best) not in self.found["round"].get("model_products", {}):  # killed before it was measured
+            self._another_round(tried, precision)
 
     def _chosen(self, precision: str) -> tuple[dict[str, str], str]:
         """Attention and window pattern of the trials: settled before them, so that they compare."""
@@ -247,17 +271,20 @@ class Measurement:
             asked, result = Path(folder) / "profile.json", Path(folder) / "result.json"
             prepare.write_json(asked, {**self.sort, "made": "a trial", "settings": asdict(settings),
                                        "products": self.found["round"]["products"], "trials": []})
-            done = subprocess.run(
-                [sys.executable, "-m", "calibration.trial", str(result), str(self.effort.trial_seconds)],
-                cwd=profile.TRAIN.parent, capture_output=True, text=True, errors="replace", check=False,
-                env=environment(AUTORESEARCH_PROFILE=str(asked), AUTORESEARCH_BACKEND=self.hardware.backend,
-                                **{} if self.effort.compiled else {"TORCH_COMPILE_DISABLE": "1"}))
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "calibration.trial", str(result), str(self.effort.trial_seconds)],
+                    cwd=profile.TRAIN.parent, capture_output=True, text=True, errors="replace", check=False,
+                    timeout=TRIAL_TIMEOUT,
+                    env=environment(AUTORESEARCH_PROFILE=str(asked), AUTORESEARCH_BACKEND=self.hardware.backend,
+                                    **{} if self.effort.compiled else {"TORCH_COMPILE_DISABLE": "1"}))
+            except subprocess.TimeoutExpired:  # memory that is swapped, most likely
+                return {"free_memory": free, "failed": f"not done after {TRIAL_TIMEOUT} s"}
             if done.returncode or not result.exists():
                 return {"free_memory": free, "failed": why(done)}
             found = json.loads(result.read_text())
         if found.pop("rows_at_once") < trial.rows:
             return {"free_memory": free, "failed": "out of memory"}
-        found.pop("start_seconds")
         return found | {"free_memory": free, "tokens_per_second": spread(found["tokens_per_second"])}
 
     # --- The profile ---
@@ -268,7 +295,7 @@ class Measurement:
         found |= {name: value for name, value in self.found["round"].items() if name != "rows"}
         settings, reasons = rule.scale({"chosen": self.found["chosen"][0], "attention": found["attention"],
                                         "trials": self._known()})
-        found["model_products"] = found["model_products"][sizes(rule.best_depth(self._known()))]
+        found["model_products"] = found.get("model_products", {}).get(sizes(rule.best_depth(self._known())), [])
         result = {**found, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(self.spent, 1),
                   "settings": asdict(settings), "reasons": reasons}
         result["warnings"] = identity.warnings(found["machine"]) + unsteady(result)
@@ -291,7 +318,7 @@ def why(done: subprocess.CompletedProcess) -> str:
     """Why a trial failed, in a line."""
     if "out of memory" in done.stderr.lower() or "OutOfMemory" in done.stderr or "MemoryError" in done.stderr:
         return "out of memory"
-    if done.returncode < 0:
+    if done.returncode in (-9, -6):  # by the system; by MLX on a CPU, which has no other way to say so
         return f"killed by signal {-done.returncode}: most likely out of memory"
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     return (lines or [f"exit status {done.returncode}"])[-1].strip()[:200]

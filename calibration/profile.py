@@ -66,9 +66,11 @@ def read(path: Path, hardware: Hardware | None = None) -> dict:
 def impossible(found: dict) -> str | None:
     """What is wrong with a profile's values, or None."""
     try:
-        for name in ("device", "backend", "made"):
+        for name in ("device", "backend", "made", "train"):
             if not (isinstance(found[name], str) and found[name]):
                 return f"{name} is {found[name]!r}"
+        if not isinstance(found["versions"], dict):
+            return f"versions are {found['versions']!r}"
         settings = Settings(**found["settings"])
         sizes = settings.depth, settings.device_batch_size, settings.total_batch_size
         if not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -85,8 +87,12 @@ def impossible(found: dict) -> str | None:
             return f"there is no rate of products in {settings.precision}"
         if problem := _impossible_spread(found, ""):
             return problem
-        for trial in found["trials"]:
-            Trial(**trial)
+        for kind, name in settings.attention.items() if "attention" in found else ():
+            if not isinstance(found["attention"][kind][name], dict):
+                return f"attention {name} is chosen, and was {found['attention'][kind][name]}"
+        for trial in trials(found):
+            if not trial.failed and min(trial.flops_per_token, trial.peak_memory, trial.free_memory, trial.rate) <= 0:
+                return f"a trial at depth {trial.depth} has {trial}"
     except (KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -13,9 +13,9 @@ row takes at most 0.8 of the time of full attention; else every layer is full (`
 too small can't use them. What is held against the tokens D is FLOPs per token, as N = FLOPs / 6: the parameters that a
 token passes through, attention's work included. A depth's D / N falls steeply with depth, and the depth whose D / N is
 nearest to TOKENS_PER_PARAMETER, on a logarithmic scale, is taken. That number was found by full runs at the two ends of
-the range: it is the ratio at which depth 2 on a 2-core CPU and depth 10 on an H200 stand, both better than their
-neighbours (benchmarks/README.md). It is far below the 20 of Hoffmann et al. 2022 (arXiv:2203.15556), because most of
-so small a model's parameters are embeddings, which cost no FLOPs.
+the range: it lies between the ratios of depth 2 on a 2-core CPU and depth 10 on an H200, both better than half and
+twice as deep (benchmarks/README.md). Hoffmann et al. 2022 (arXiv:2203.15556) found 20 for models a thousand times as
+large, tuned at each size; here N also counts attention and a head that is a third of a small model.
 
 **Total batch**: learning rates are the same everywhere, so the batch sets the noise of a step. The best ones measured
 are 2^14 tokens where a run reads 6.5 M tokens and 2^17 where it reads 300 M: the root of the tokens, rounded to a power
@@ -194,7 +194,7 @@ def start(product_rate: float, free: int) -> tuple[int, int, int]:
     """(depth, rows, total batch) of the first trial: small for what the device seems to be."""
     sizes = (2, 2, 2**14) if product_rate < 2e12 else (4, 4, 2**15) if product_rate < 5e13 else (8, 16, 2**17)
     depth, rows, total = sizes
-    affordable = max(1, int(free / 2**30 / depth * 4))  # a row of depth 8 takes half a GiB, and there is a fixed part
+    affordable = max(1, int(4 * free / 2**30 / depth))  # four times what a row of depth 8 takes, for what is fixed
     return depth, 2 ** int(math.log2(min(rows, affordable))), total
 
 
@@ -208,14 +208,16 @@ def wanted(trials: list[Trial], first: tuple[int, int, int]) -> tuple[int, int] 
     if not usable:  # smaller, until something runs
         smallest = min(trials, key=lambda t: (t.depth, t.rows))
         if smallest.rows > 1:
-            return smallest.depth, 1
+            return smallest.depth, smallest.rows // 2
         below = [depth for depth in LADDER if depth < smallest.depth]
         return (below[-1], 1) if below else None
     best = best_depth(trials)
-    step = _step(best, tried)
-    if step is not None:
-        rows = best.rows if step < best.depth else max(1, min(best.rows, _rows_predicted(best, step)))
-        return step, rows
+    for depth in tried - usable.keys():  # a neighbour that had too many rows is worth another try
+        fewest = min(trial.rows for trial in at(trials, depth))
+        if fewest > 1 and abs(LADDER.index(depth) - LADDER.index(best.depth)) == 1:
+            return depth, fewest // 2
+    if (step := _step(best, tried)) is not None:
+        return step, min(best.rows, _rows_predicted(best, step)) if step > best.depth else best.rows
     return _more_rows(at(trials, best.depth))
 
 
@@ -229,7 +231,7 @@ def _step(best: Trial, tried: set[int]) -> int | None:
         beyond = [d for d in above if d in tried]
         if beyond and beyond[0] == above[0]:
             return None
-        choices = [d for d in above if not beyond or d < beyond[0]]
+        choices = [d for d in above if (not beyond or d < beyond[0]) and _rows_predicted(best, d)]
     else:
         below = [d for d in LADDER[:here]]
         beyond = [d for d in below if d in tried]
@@ -239,32 +241,40 @@ def _step(best: Trial, tried: set[int]) -> int | None:
     return min(choices, key=lambda d: abs(math.log(d / aim)), default=None)
 
 
+BYTES_PER_PARAMETER = 20  # weights, gradients, the optimizer's state, and copies of them during a step
+
+
+def _fixed(trial: Trial) -> float:
+    """Bytes of a trial's peak that more rows do not add to."""
+    return min(BYTES_PER_PARAMETER * trial.num_params, trial.peak_memory / 2)
+
+
 def _rows_predicted(trial: Trial, depth: int) -> int:
-    """Rows of a deeper model that should fit: what a row takes grows with depth and width, so with depth squared."""
-    grown = trial.peak_memory * (depth / trial.depth) ** 2
-    fits = SHARE_OF_MEMORY * trial.free_memory / grown * trial.rows
-    return 2 ** int(math.log2(fits)) if fits >= 1 else 1
+    """Rows of a deeper model that should fit, a power of two or 0: what a row takes grows with depth and width, so with
+    depth squared, and parameters with its third power."""
+    growth, fixed = depth / trial.depth, _fixed(trial)
+    row = (trial.peak_memory - fixed) / trial.rows * growth**2
+    fits = (SHARE_OF_MEMORY * trial.free_memory - fixed * growth**3) / row
+    return 2 ** int(math.log2(fits)) if fits >= 1 else 0
 
 
 def _more_rows(trials: list[Trial]) -> tuple[int, int] | None:
-    """Twice the most rows so far, if they should fit, could be used, and the last doubling helped."""
-    known = sorted(trials, key=lambda t: t.rows)
-    last = known[-1]
-    if last.failed or last not in fitting(trials):
-        return None
-    if len(known) > 1 and last.rate * ENOUGH_SPEED < known[-2].rate:
-        return None
-    rows = 2 * last.rows
-    if rows * MAX_SEQ_LEN > total_batch(last.rate * TIME_BUDGET):
-        return None
-    return (last.depth, rows) if predicted_peak(known, rows) <= SHARE_OF_MEMORY * last.free_memory else None
+    """Twice the most rows that fit, if they are not known to be too many, should fit and could be used, and the last
+    doubling helped."""
+    fit = fitting(trials)
+    last, rows = fit[-1], 2 * fit[-1].rows
+    helped = len(fit) == 1 or last.rate * ENOUGH_SPEED >= fit[-2].rate
+    used = rows * MAX_SEQ_LEN <= total_batch(last.rate * TIME_BUDGET)
+    fits = predicted_peak(fit, rows) <= SHARE_OF_MEMORY * last.free_memory
+    new = rows not in [trial.rows for trial in trials]
+    return (last.depth, rows) if helped and used and fits and new else None
 
 
 def predicted_peak(trials: list[Trial], rows: int) -> float:
-    """Bytes, by the line through the last two trials of a depth; from one alone, as if all of it were rows."""
+    """Bytes, by the line through the last two trials of a depth; from one alone, with the fixed part as parameters."""
     *_, last = trials
     if len(trials) == 1:
-        return last.peak_memory * rows / last.rows
+        return _fixed(last) + (last.peak_memory - _fixed(last)) * rows / last.rows
     before = trials[-2]
     slope = max(0, (last.peak_memory - before.peak_memory) / (last.rows - before.rows))
     return last.peak_memory + slope * (rows - last.rows)

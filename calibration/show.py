@@ -15,8 +15,10 @@ def text(found: dict, hardware=None) -> str:
     lines = [f"{found['device']} with {found['backend']}: profile {profile.tag(found)}, {found['effort']}, "
              f"{found['made']}, took {found['seconds']:.0f} s"]
     if hardware:
-        reasons = profile.stale(found, hardware, profile.baseline())
-        lines += [f"STALE: {reason}" for reason in reasons]
+        lines += [f"STALE: {reason}" for reason in profile.stale(found, hardware)]
+        if found["train"] != profile.baseline():
+            lines.append("measured with another train.py than is here now: no matter while experiments edit it; before "
+                         "a session that starts from this one, calibrate again")
     lines += [f"WARNING: {warning}" for warning in found.get("warnings", [])]
     lines += ["", "machine"] + [f"  {name.replace('_', ' ')}: {_fact(name, value)}" for name, value in machine.items()
                                 if name != "unknown"]

@@ -8,14 +8,15 @@ notes each step and stops early, and no evaluation.
 
 from __future__ import annotations
 
+import functools
+import os
 import runpy
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 
+import calibration
 import prepare
 from backends import interface
 from calibration.profile import TRAIN
@@ -53,9 +54,11 @@ class Clock(prepare.Clock):
 
     def __init__(self, backend, model, loader, seconds):
         super().__init__(backend, model, loader, LONGEST * seconds)
-        self.enough, self.took = seconds, []
+        self.enough, self.took, self.parent = seconds, [], os.getppid()
 
     def tick(self, loss):
+        if os.getppid() != self.parent:  # it was killed, and the next one is not to be disturbed
+            raise SystemExit("the calibration that started this trial is gone")
         self.took.append(super().tick(loss))
         return self.took[-1]
 
@@ -73,26 +76,24 @@ def main(result: Path, seconds: float) -> None:
         warm_up(trainer, x, y)
         noted["rows_at_once"] = trainer.rows_at_once
 
-    def report(clock, *, num_params, flops_per_token, **_):
+    def report(clock, *, num_params, flops_per_token, depth, **_):
+        if (depth, clock.loader.batch_size) != (asked.depth, asked.device_batch_size):
+            raise SystemExit("train.py does not take its sizes from the profile: calibrate with an unedited train.py")
         tokens = clock.loader.tokens / clock.steps
         prepare.write_json(result, {
-            "tokens_per_second": [tokens / took for took in clock.took[1:]], "peak_memory": clock.backend.peak_memory(),
-            "num_params": num_params, "flops_per_token": flops_per_token, **noted,
-            "start_seconds": clock.began - psutil.Process().create_time(),
-        })
+            "tokens_per_second": [tokens / took for took in clock.took[1:] or clock.took],
+            "peak_memory": clock.backend.peak_memory(), "num_params": num_params, "flops_per_token": flops_per_token,
+            **noted})
 
     def evaluate(backend, model, data, clock, **_):
         clock.stop()
         shapes = {weight.shape for weight in backend.weights(model).values()}
         noted["matrices"] = sorted(shape for shape in shapes if len(shape) == 2)
 
-    def clock(backend, model, loader):
-        made = Clock(backend, model, loader, seconds)
-        made.began = time.time()
-        return made
-
+    asked = calibration.defaults()
     interface.Trainer.warm_up = watched
-    prepare.open_data, prepare.Clock, prepare.evaluate_bpb, prepare.report = Tokens, clock, evaluate, report
+    prepare.open_data, prepare.evaluate_bpb, prepare.report = Tokens, evaluate, report
+    prepare.Clock = functools.partial(Clock, seconds=seconds)
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 
 import numpy as np
-import psutil
 import torch
 
 from backends import bench as benches
-from backends import interface, trials
+from backends import interface, machine, trials
 from backends.pytorch import device as devices
 from backends.pytorch import nn, ops, runtime
 from backends.pytorch.bench import Bench
@@ -53,11 +51,7 @@ class PyTorchBackend(interface.Backend):
             return torch.cuda.max_memory_allocated(runtime.device)
         if runtime.device.type == "mps":
             return torch.mps.driver_allocated_memory()  # Metal keeps no peak; the allocator gives little back
-        if sys.platform == "win32":
-            return psutil.Process().memory_info().peak_wset
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return machine.peak_resident()
 
     def free_memory(self):
         return devices.free_memory(runtime.device)

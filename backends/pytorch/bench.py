@@ -56,7 +56,9 @@ class Bench(bench.Bench):
         self._known = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
 
     def _repeated(self, call) -> bench.Work:
         def work(calls):

@@ -68,10 +68,12 @@ def test_where_linux_does_not_tell_the_total_counts(monkeypatch, tmp_path):
 
 
 def test_a_containers_limit_bounds_what_is_available(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert machine.available_memory() <= psutil.virtual_memory().total
     (tmp_path / "memory.max").write_text("1000000\n")
-    assert machine.available_memory() == 1_000_000
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
+    assert machine.available_memory() == 500_000
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.available_memory() > 1_000_000
 

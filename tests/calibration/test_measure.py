@@ -187,6 +187,22 @@ def test_rounds_of_a_measurement_become_one():
                                             "d": one(1.0, 1.0, 1.0, 1)}
 
 
+def test_a_trial_that_hangs_is_given_up(real, monkeypatch):
+    def hangs(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)["failed"] == "not done after 300 s"
+
+
+def test_after_a_failure_it_starts_again(device):
+    device.simulated = dataclasses.replace(M4, free=0.1 * GIB)
+    with pytest.raises(measure.CalibrationError):
+        measure.Measurement(measure.FULL).run()
+    device.simulated = M4
+    assert measure.Measurement(measure.FULL).run()["settings"]["depth"] >= 2
+
+
 @pytest.mark.parametrize("stderr, status, reason", [
     ("torch.OutOfMemoryError: CUDA out of memory.", 1, "out of memory"), ("", -9, "killed by signal 9"),
     ("Traceback\nValueError: no", 1, "ValueError: no"), ("", 3, "exit status 3")])
@@ -224,7 +240,7 @@ def test_show_names_what_is_stale(device, capsys, monkeypatch):
     monkeypatch.setattr(backends, "identify", lambda: dataclasses.replace(HARDWARE, versions={"torch": "2.14"}))
     command.main(["show"])
     text = capsys.readouterr().out
-    assert "STALE: made with torch 2.13.0, here is 2.14" in text and "STALE: made for another train.py" in text
+    assert "STALE: made with torch 2.13.0, here is 2.14" in text and "measured with another train.py" in text
 
 
 def test_show_before_a_calibration(device):

@@ -27,7 +27,9 @@ def good():
         "train": profile.baseline(), "effort": "full", "made": "2026-11-21T12:00:00Z", "seconds": 300.0,
         "machine": {"os": "Linux", "unknown": []}, "settings": copy.deepcopy(SETTINGS), "reasons": ["measured"],
         "products": {"square": 8192, "rates": {"bfloat16": spread(6e13), "float16": "wrong: relative error 1"}},
-        "bandwidth": spread(9e11), "attention": {}, "model_products": [],
+        "bandwidth": spread(9e11), "model_products": [],
+        "attention": {"full": {"sdpa_causal": {"both": spread(2e-3)}},
+                      "window": {"flex": {"both": spread(1e-3)}, "varlen": "wrong"}},
         "trials": [profile.as_json(RTX_3090.run(5, 8))],
     }
 
@@ -126,6 +128,11 @@ def change(where, value):
     (change("trials.0.spare", 1), "spare"),
     (change("products.square", 0), "no rate of products"),
     (change("device", ""), "device is ''"),
+    (change("versions", KeyError), "versions"),
+    (change("train", None), "train is None"),
+    (change("settings.attention.window", "varlen"), "attention varlen is chosen, and was wrong"),
+    (change("settings.attention.window", "unheard"), "unheard"),
+    (change("trials.0.flops_per_token", 0), "a trial at depth 5"),
     (change("trials", KeyError), "trials"),
 ])
 def test_impossible_values(here, good, damage, complaint):
