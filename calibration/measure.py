@@ -299,6 +299,7 @@ class Measurement:
         result = {**found, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(self.spent, 1),
                   "settings": asdict(settings), "reasons": reasons}
         result["warnings"] = identity.warnings(found["machine"]) + unsteady(result)
+        result["trials"] = drifting(result)
         if problem := profile.impossible(result):
             raise CalibrationError(f"what was measured can't be true: {problem}. Run it again with --fresh; if that "
                                    f"says the same, please report it with the file {self.partial}")
@@ -322,6 +323,19 @@ def why(done: subprocess.CompletedProcess) -> str:
         return f"killed by signal {-done.returncode}: most likely out of memory"
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     return (lines or [f"exit status {done.returncode}"])[-1].strip()[:200]
+
+
+def drifting(found: dict) -> list[dict]:
+    """The trials, each with at least the spread that products had over the minutes: a trial is made once, and another
+    calibration makes it in another minute."""
+    drift = scatter(found["products"]["rates"][found["settings"]["precision"]])
+
+    def widened(one):
+        low, high = (float(f"{side * one['median']:.5g}") for side in (1 - drift, 1 + drift))
+        return {**one, "low": min(low, one["low"]), "high": max(high, one["high"])}
+
+    return [trial if "failed" in trial else {**trial, "tokens_per_second": widened(trial["tokens_per_second"])}
+            for trial in found["trials"]]
 
 
 def sizes(trial: Trial) -> str:

@@ -15,7 +15,7 @@ class Backend:
     name = "fake"
 
     def __init__(self, fits=10**9, peak_flops=1e9):
-        self.device = SimpleNamespace(slug="fake-1gb", name="Fake", peak_flops=peak_flops)
+        self.device = SimpleNamespace(slug="fake-1gb", name="Fake", peak_flops=peak_flops, profile="abc", speed=0.9)
         self.fits, self.calls, self.synchronized = fits, [], 0
 
     def synchronize(self):

@@ -362,10 +362,10 @@ def test_report(run, tiny_data, result, capsys):
     next(loader)
     clock.tick(5.0)
     bpb = evaluate_bpb(backend, model, tiny_data, clock=clock)
-    facts = report(clock, num_params=11_500_000, flops_per_token=1000, depth=4, speed=0.98, seed=3)
+    facts = report(clock, num_params=11_500_000, flops_per_token=1000, depth=4, seed=3)
     lines = capsys.readouterr().out.splitlines()
     keys = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M
-    depth device backend eval data tokens_per_second val_rows epochs budget_seconds speed seed""".split()
+    depth device backend profile eval data tokens_per_second val_rows epochs speed budget_seconds seed""".split()
     block = [line for line in lines if not line.startswith("note: ")]
     assert block[0] == "---" and [line.split(":")[0] for line in block[1:]] == keys
     assert lines[: len(block)] == block, "notes come last"
@@ -373,6 +373,7 @@ def test_report(run, tiny_data, result, capsys):
     assert lines[9] == "depth:            4" and lines[10] == "device:           fake-1gb"
     assert "trial" in lines[-1]
     written = result()
+    assert (written["profile"], written["speed"]) == ("abc", 0.9)
     assert written["status"] == "ok" and written["val_bpb"] == bpb and written["seed"] == 3
     assert written["val_rows"] == tiny_data.eval_rows and written["eval"] == tiny_data.eval_tag
     assert written["tokens_per_second"] == pytest.approx(2 * 2048 / written["training_seconds"])
@@ -407,14 +408,16 @@ def test_report_replaces_nothing_measured(run, tiny_data, result, capsys):
     backend, model, loader, clock = run
     next(loader)
     bpb = evaluate_bpb(backend, model, tiny_data, clock=clock)
-    claims = {"val_bpb": 0.1, "status": "keep", "training_seconds": 1.0, "eval": "x", "speed": 0.9}
+    claims = {"val_bpb": 0.1, "status": "keep", "training_seconds": 1.0, "eval": "x", "profile": "x", "speed": 2.0}
     report(clock, num_params=1, flops_per_token=1, depth=1, **claims)
     assert result()["val_bpb"] == bpb and result()["status"] == "ok" and result()["speed"] == 0.9
+    assert result()["profile"] == "abc"
     assert result()["eval"] == tiny_data.eval_tag and f"val_bpb:          {bpb:.6f}" in capsys.readouterr().out
 
 
 def test_report_of_a_full_budget_without_a_known_peak(tiny_data, result, capsys):
     backend, model = Backend(peak_flops=None), Bigram(tiny_data)
+    backend.device.profile = backend.device.speed = None
     with Loader(tiny_data, 2) as loader:
         clock = Clock(backend, model, loader)
         next(loader)
@@ -423,6 +426,7 @@ def test_report_of_a_full_budget_without_a_known_peak(tiny_data, result, capsys)
     text = capsys.readouterr().out
     assert "budget_seconds" not in text and "trial" not in text and "mfu_percent:      nan" in text
     assert result()["mfu_percent"] is None and result()["budget_seconds"] == 300
+    assert "speed:            nan" in text and result()["speed"] is None and result()["profile"] == "none"
 
 
 def test_result_on_a_full_disk(tmp_path):

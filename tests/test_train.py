@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"DEPTH = .*": "DEPTH = 2", "ASPECT_RATIO = .*": "ASPECT_RATIO = 32", "HEAD_DIM = .*": "HEAD_DIM = 32",
          "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1", "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096"}
 SUMMARY = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
-           "num_params_M", "depth", "device", "backend", "eval", "data", "tokens_per_second"]
+           "num_params_M", "depth", "device", "backend", "profile", "eval", "data", "tokens_per_second"]
 
 
 def python_path() -> str:

@@ -177,6 +177,19 @@ def test_measurements_that_cannot_be_are_refused(device, monkeypatch):
         measure.Measurement(measure.FULL).run()
 
 
+def test_a_trials_spread_is_at_least_the_drift_of_the_products():
+    def found(high):
+        rates = {"bfloat16": {"median": 10.0, "low": 8.0, "high": high, "n": 9}}
+        trial = {"tokens_per_second": {"median": 100.0, "low": 90.0, "high": 130.0, "n": 5}}
+        return {"settings": {"precision": "bfloat16"}, "products": {"rates": rates},
+                "trials": [trial, {"failed": "no"}]}
+
+    trial, failed = measure.drifting(found(12.0))
+    assert trial["tokens_per_second"] == {"median": 100.0, "low": 80.0, "high": 130.0, "n": 5}
+    assert failed == {"failed": "no"}
+    assert measure.drifting(found(8.0))[0]["tokens_per_second"]["low"] == 90.0
+
+
 def test_rounds_of_a_measurement_become_one():
     def one(median, low, high, n):
         return {"median": median, "low": low, "high": high, "n": n}
