@@ -219,6 +219,11 @@ def reason(bench: Bench, error: Exception) -> str:
     """Why something can't be used: the first line of what was raised."""
     if bench.is_out_of_memory(error):
         return "out of memory"
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """For a note or a log: the error's type and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
 
 

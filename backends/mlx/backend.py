@@ -21,8 +21,8 @@ class MlxBackend(interface.Backend):
 
     def __init__(self, precision: str | None = None, compiled: bool | None = None,
                  calibrated: interface.Calibrated | None = None):
-        if precision not in (None, *devices.PRECISIONS):
-            raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(devices.PRECISIONS)}")
+        if precision not in (None, *benches.PRECISIONS):
+            raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(benches.PRECISIONS)}")
         hardware = devices.identify()
         compiled = compiling_pays() if compiled is None else compiled
         key, notes = f"{hardware.slug} mlx {mx.__version__} {hardware.kind}", devices.warnings(hardware.kind)

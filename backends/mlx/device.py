@@ -11,8 +11,6 @@ import mlx.core as mx
 from backends import machine
 from backends.interface import BackendError, Hardware
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-
 
 def identify() -> Hardware:
     """Chooses GPU or CPU (`AUTORESEARCH_DEVICE=cpu`) and makes it MLX's default."""

@@ -11,9 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from backends import machine
+from backends import bench, machine
 from backends.interface import BackendError
-from backends.pytorch import runtime
 
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -107,4 +106,4 @@ def compiler_works(device: torch.device) -> str | bool:
         torch.compile(lambda t: (t * 2).relu().sum(), fullgraph=True)(x).backward()
         return bool(torch.equal(x.grad, torch.full_like(x, 2))) or "wrong result"
     except Exception as error:
-        return runtime.first_line(error)
+        return bench.first_line(error)

@@ -15,11 +15,6 @@ def maybe_compile(function):
     return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
 
 
-def first_line(error: Exception) -> str:
-    """For a note or a log: the error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error)))

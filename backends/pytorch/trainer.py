@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from backends import interface
+from backends import bench, interface
 from backends.pytorch import device as devices
 from backends.pytorch import runtime
 
@@ -77,7 +77,7 @@ class Trainer(interface.Trainer):
                 raise
             # train.py uses what can't be traced, or the compiler fails on this device: slow is better than not at all.
             # What is wrong with train.py itself will be raised again.
-            print(f"this step does not compile and runs uncompiled, slower: {runtime.first_line(error)}")
+            print(f"this step does not compile and runs uncompiled, slower: {bench.first_line(error)}")
             runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
             self._loss, self._apply = self._eager_loss, _apply
             return False
