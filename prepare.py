@@ -114,8 +114,23 @@ def whole(path: Path):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder as durable as what they name; a system that can't open folders does so by itself."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # a file system that can't
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -200,6 +215,9 @@ class Data:
         eval_tag, data_tag: scores compare within one eval tag; equal data tags, equal training documents.
         validation_rows, held_out_rows: uint16 (N, 2049), memory-mapped; a score uses the first `eval_rows`.
         train: per shard (tokens, lengths, batches), flat arrays (see corpus.py).
+        train_tokens: in one pass over the documents.
+
+    Rows and shards are announced when they are read (`sys.audit`): a guarded run reads them through this file only.
     """
 
     def __init__(self, folder: Path, manifest: dict):
@@ -212,10 +230,28 @@ class Data:
         def array(name):  # a plain view of the mapped file: slicing np.memmap itself takes several times as long
             return np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
 
-        self.validation_rows, self.held_out_rows = array("validation.npy"), array("held_out.npy")
         shards = sorted(stem for stem in manifest["parts"] if stem.startswith("train_"))
         kinds = ("tokens", "lengths", "batches")
-        self.train = [tuple(array(f"{shard}.{kind}.npy") for kind in kinds) for shard in shards]
+        self._stored = {
+            "validation": array("validation.npy"), "held_out": array("held_out.npy"),
+            "train": [tuple(array(f"{shard}.{kind}.npy") for kind in kinds) for shard in shards],
+        }  # fmt: skip
+        self.train_tokens = sum(len(tokens) for tokens, _, _ in self._stored["train"])
+
+    @property
+    def validation_rows(self) -> np.ndarray:
+        sys.audit("autoresearch.rows", "validation")
+        return self._stored["validation"]
+
+    @property
+    def held_out_rows(self) -> np.ndarray:
+        sys.audit("autoresearch.rows", "held_out")
+        return self._stored["held_out"]
+
+    @property
+    def train(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        sys.audit("autoresearch.rows", "train")
+        return self._stored["train"]
 
     @cached_property
     def tokenizer(self):
@@ -370,6 +406,7 @@ class Clock:
     Attributes:
         seconds: of training allowed, `budget()` by default.
         steps, longest: number of `tick` calls; seconds the longest took. in_step: has had a batch since the last tick.
+        ticks: at each tick, seconds since the start and tokens handed out so far.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
     """
 
@@ -377,9 +414,10 @@ class Clock:
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
         self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
-        self.steps, self.longest, self.in_step = 0, 0.0, False
+        self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
         self.evaluated, self.val_bpb, self.val_rows = False, None, None
         with recorded(self):
+            sys.audit("autoresearch.clock", self, backend)
             rows = loader.data.validation_rows
             values = halving(backend, PROBE_ROWS, lambda n: losses(backend, model, *inputs_and_targets(rows[:n])))
             untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
@@ -391,6 +429,8 @@ class Clock:
 
     def start(self) -> None:
         """Called by the loader with each batch; the first one starts the clock."""
+        with recorded(self):
+            sys.audit("autoresearch.batch", self)
         if self.started is None:
             self.started = self.ticked = time.perf_counter()
         self.in_step = True
@@ -401,10 +441,12 @@ class Clock:
         if self.started is None:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
         self.backend.synchronize()
+        sys.audit("autoresearch.tick", self)
         now = time.perf_counter()
         seconds, self.ticked = now - self.ticked, now
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
+        self.ticks.append((now - self.started, self.loader.tokens))
         with recorded(self):
             limit = 2 * math.log(self.loader.data.vocab_size)
             if not (math.isfinite(loss) and loss <= limit):
@@ -442,13 +484,20 @@ def admit(clock: Clock | None) -> None:
             raise Invalid("a training batch was asked for before a Clock checked the untrained model")
         if clock.stopped is not None:
             raise Invalid("a training batch was asked for after the evaluation")
-        # A step that begins in time may end late, however slow it is; to begin another after that is to ignore the
-        # clock. So is never to tick: a single step may not outlast the budget (in short trials, the standard one).
-        elapsed, limit = clock.elapsed, clock.seconds + clock.longest + 1
-        if elapsed > limit and clock.in_step:
-            limit = clock.ticked - clock.started + max(clock.seconds, TIME_BUDGET) + 1
-        if elapsed > limit:
-            raise Invalid(f"training went on for {elapsed:.1f} s; a budget of {clock.seconds:g} s allows {limit:.1f}")
+        under_way = clock.ticked - clock.started if clock.in_step else None
+        require_time(clock.seconds, clock.elapsed, clock.longest, under_way)
+
+
+def require_time(seconds: float, elapsed: float, longest: float, under_way: float | None) -> None:
+    """Refuses more training than a budget of `seconds` allows, given the longest step so far and when, counted from
+    the start, the step under way began (None between steps)."""
+    # A step that begins in time may end late, however slow it is; to begin another after that is to ignore the clock.
+    # So is never to tick: a single step may not outlast the budget (in short trials, the standard one).
+    limit = seconds + longest + 1
+    if elapsed > limit and under_way is not None:
+        limit = under_way + max(seconds, TIME_BUDGET) + 1
+    if elapsed > limit:
+        raise Invalid(f"training went on for {elapsed:.1f} s; a budget of {seconds:g} s allows {limit:.1f}")
 
 
 # ---- Evaluation ----
@@ -462,6 +511,7 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
     suffix .safetensors, else as last/weights.safetensors. It is scored over the standard rows, the default.
     Raises Invalid if the model or run must not be scored, DataError if rows are missing or weights can't be saved."""
     with recorded(clock):
+        sys.audit("autoresearch.evaluate", clock, backend)
         if clock is not None:
             if clock.evaluated:
                 raise Invalid("this run was evaluated before; a run is scored once")
@@ -479,13 +529,27 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
         bpb = score(backend, model, data, stored[:count], batch_size)
     if clock is not None:
         clock.val_bpb, clock.val_rows = bpb, count
+        sys.audit("autoresearch.scored", clock, bpb)
     return bpb
 
 
 def score(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> float:
-    """Probes the model with the first rows, then sums over all."""
+    """Probes the model with the first rows, then scores all: bits per byte."""
+    return bits_per_byte(*score_rows(backend, model, data, rows, batch_size))
+
+
+def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
+    """From nats and bytes of each row. DataError if there is no text."""
+    if sizes.sum() == 0:
+        raise DataError("the rows hold no text, only special tokens; prepare another dataset")
+    return float(nats.sum() / sizes.sum() / math.log(2))
+
+
+def score_rows(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probes the model with the first rows; then nats and bytes of the targets of each row, float64 (N,) both. Special
+    tokens count in neither."""
     halving(backend, PROBE_ROWS, lambda n: probe(backend, model, *inputs_and_targets(rows[:n]), data.vocab_size))
-    total_nats, total_bytes, done = 0.0, 0, 0
+    row_nats, row_bytes, done = np.zeros(len(rows)), np.zeros(len(rows)), 0
 
     def batch(size):
         tokens, targets = inputs_and_targets(rows[done : done + size])
@@ -493,13 +557,11 @@ def score(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> floa
 
     while done < len(rows):
         targets, nats = halving(backend, batch_size, batch)
-        sizes = data.token_bytes[targets]
-        total_nats += float(nats.sum(where=sizes > 0, dtype=np.float64))
-        total_bytes += int(sizes.sum(dtype=np.int64))
+        sizes, of = data.token_bytes[targets], slice(done, done + len(targets))
+        row_nats[of] = nats.sum(axis=1, where=sizes > 0, dtype=np.float64)
+        row_bytes[of] = sizes.sum(axis=1, dtype=np.int64)
         done, batch_size = done + len(targets), len(targets)  # what fitted
-    if total_bytes == 0:
-        raise DataError("the rows hold no text, only special tokens; prepare another dataset")
-    return total_nats / total_bytes / math.log(2)
+    return row_nats, row_bytes
 
 
 def halving(backend, size: int, action):
@@ -600,6 +662,7 @@ def recorded(clock: Clock | None):
     try:
         yield
     except (Invalid, Diverged) as error:
+        sys.audit("autoresearch.refused", type(error).__name__, str(error))
         if path := result_path():
             status = "invalid" if isinstance(error, Invalid) else "crash"
             write_json(path, {"status": status, "reason": str(error), **(measured(clock) if clock else {})})
@@ -614,10 +677,20 @@ def measured(clock: Clock) -> dict:
         "budget_seconds": clock.seconds, "peak_vram_mb": backend.peak_memory() / 2**20,
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,
         "tokens_per_second": loader.tokens / seconds if seconds else 0.0,
+        "tokens_per_second_last_quarter": last_quarter(clock),
         "device": backend.device.slug, "backend": backend.name,
         "profile": backend.device.profile or "none", "speed": backend.device.speed,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag,
     }  # fmt: skip
+
+
+def last_quarter(clock: Clock) -> float:
+    """Tokens per second from the last tick within the first three quarters of the training time to the last tick: a
+    device that throttles, or that something else uses too, falls behind there."""
+    ticks = [(0.0, 0), *clock.ticks]
+    end, tokens = ticks[-1]
+    begin, before = next(tick for tick in reversed(ticks) if tick[0] <= 0.75 * end)
+    return (tokens - before) / (end - begin) if end > begin else 0.0
 
 
 def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int, **extra) -> dict:
@@ -625,12 +698,13 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
     `mfu_percent` is relative to the rate of matrix products measured on this device, `speed` is how that rate is now
     relative to calibration's; nan (JSON: null) where unknown.
     `extra` follows in both. Notes tell of repeated data, and of a trial: a budget other than `TIME_BUDGET`."""
+    sys.audit("autoresearch.report", clock)
     if clock.val_bpb is None:
         raise RuntimeError("nothing to report yet: call evaluate_bpb(..., clock=clock) on the validation rows first")
     facts = {"status": "ok", "val_bpb": clock.val_bpb, "val_rows": clock.val_rows, **measured(clock)}
     peak, trial = clock.backend.device.peak_flops, clock.seconds != TIME_BUDGET
     mfu = 100 * flops_per_token * facts["tokens_per_second"] / peak if peak else None
-    facts |= {"mfu_percent": mfu, "num_params_M": num_params / 1e6, "depth": depth}
+    facts |= {"mfu_percent": mfu, "num_params_M": num_params / 1e6, "depth": depth, "flops_per_token": flops_per_token}
     extra = {name: value for name, value in extra.items() if name not in facts}  # what was measured stays
     facts |= extra
     formats = SUMMARY | ({"budget_seconds": "g"} if trial else {}) | dict.fromkeys(extra, "")
@@ -638,8 +712,8 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
     for name, form in formats.items():
         print(f"{name + ':':<17} {math.nan if facts[name] is None else facts[name]:{form}}")
     if facts["epochs"] > 1:
-        size = sum(len(tokens) for tokens, _, _ in clock.loader.data.train)
-        print(f"note: training data was read {facts['epochs']} times; one pass has {size / 1e6:.1f} M tokens")
+        size = clock.loader.data.train_tokens / 1e6
+        print(f"note: training data was read {facts['epochs']} times; one pass has {size:.1f} M tokens")
     if trial:
         print(f"note: a trial of {clock.seconds:g} s, never to be compared with a run of {TIME_BUDGET} s")
     if path := result_path():

@@ -60,6 +60,7 @@ A parameter that the loss doesn't use has a gradient of zero, and is updated wit
 from __future__ import annotations
 
 import abc
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,7 +293,8 @@ class Backend(abc.ABC):
         temporary.replace(path)  # a killed run leaves the old file or the new one, never half of one
 
     def load(self, model, path: str | Path) -> None:
-        """Reads what `save` wrote, on this backend or another."""
+        """Reads what `save` wrote, on this backend or another. It is announced: a guarded run starts from nothing."""
+        sys.audit("autoresearch.load", str(path))
         from safetensors.numpy import load_file
 
         self.set_weights(model, load_file(path))

@@ -57,6 +57,20 @@ def test_score_does_not_depend_on_the_batch_size(tiny_data, model):
     assert max(scores) - min(scores) < 1e-9
 
 
+def test_nats_and_bytes_of_each_row(tiny_data, model):
+    """Their sums are the score; a row's do not depend on the batch it is in."""
+    rows = tiny_data.validation_rows[: tiny_data.eval_rows]
+    nats, sizes = prepare.score_rows(Backend(), model, tiny_data, rows, 2)
+    assert nats.dtype == sizes.dtype == np.float64 and nats.shape == sizes.shape == (len(rows),)
+    assert prepare.bits_per_byte(nats, sizes) == evaluate_bpb(Backend(), model, tiny_data, batch_size=3)
+    alone = [prepare.score_rows(Backend(), model, tiny_data, rows[i : i + 1], 1) for i in range(len(rows))]
+    assert nats == pytest.approx(np.concatenate([one for one, _ in alone]))
+    text = [tiny_data.tokenizer.decode_bytes([t for t in row[1:].tolist() if t < tiny_data.bos]) for row in rows]
+    assert sizes.tolist() == [len(one) for one in text]
+    with pytest.raises(DataError, match="no text"):
+        prepare.bits_per_byte(np.ones(2), np.zeros(2))
+
+
 def test_held_out_rows_and_count(tiny_data, model):
     assert evaluate_bpb(Backend(), model, tiny_data, "held_out") != evaluate_bpb(Backend(), model, tiny_data)
     assert evaluate_bpb(Backend(), model, tiny_data, count=1) != evaluate_bpb(Backend(), model, tiny_data, count=2)
@@ -382,6 +396,43 @@ def test_report(run, tiny_data, result, capsys):
     assert facts["val_bpb"] == bpb and set(written) == {"status", *facts}
 
 
+@pytest.mark.parametrize("ticks, rate", [
+    ([], 0.0), ([(2.0, 100)], 50.0),  # one step is all there is
+    ([(t / 10, 100 * t) for t in range(1, 101)], 1000.0),
+    ([(1.0, 100), (2.0, 200), (3.0, 300), (4.0, 350)], 50.0), ([(1.0, 100), (9.0, 200), (10.0, 500)], 400 / 9),
+])  # fmt: skip
+def test_tokens_per_second_of_the_last_quarter(run, tiny_data, ticks, rate):
+    clock = run[3]
+    clock.ticks = ticks
+    assert prepare.measured(clock)["tokens_per_second_last_quarter"] == pytest.approx(rate)
+
+
+def test_ticks_are_noted(run):
+    _, _, loader, clock = run
+    for _ in range(2):
+        next(loader)
+        clock.tick(5.0)
+    (first, one), (second, two) = clock.ticks
+    assert 0 < first < second <= clock.elapsed and (one, two) == (2 * 2048, 4 * 2048)
+
+
+def test_what_is_announced(run, tiny_data, monkeypatch):
+    """By `sys.audit`, for the guard of a run: each step of it, and every reading of rows."""
+    backend, model, loader, clock = run
+    told = []
+    monkeypatch.setattr(prepare.sys, "audit", lambda event, *_: told.append(event.partition(".")[2]))
+    next(loader)
+    clock.tick(5.0)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    report(clock, num_params=1, flops_per_token=1, depth=1)
+    assert [event for event in told if event != "rows"] == ["batch", "tick", "evaluate", "scored", "report"]
+    told.clear()
+    with pytest.raises(Invalid):
+        evaluate_bpb(backend, model, tiny_data, clock=clock)
+    tiny_data.validation_rows, tiny_data.held_out_rows, tiny_data.train
+    assert told == ["evaluate", "refused", "rows", "rows", "rows"]
+
+
 def test_values_begin_in_the_originals_column(run, tiny_data, capsys):
     backend, model, loader, clock = run
     next(loader)
@@ -427,6 +478,17 @@ def test_report_of_a_full_budget_without_a_known_peak(tiny_data, result, capsys)
     assert "budget_seconds" not in text and "trial" not in text and "mfu_percent:      nan" in text
     assert result()["mfu_percent"] is None and result()["budget_seconds"] == 300
     assert "speed:            nan" in text and result()["speed"] is None and result()["profile"] == "none"
+
+
+def test_what_is_written_whole_is_durable_by_name_too(tmp_path, monkeypatch):
+    """The file is flushed before it gets its name, and then the folder."""
+    done, real = [], (prepare.os.fsync, prepare.os.replace)
+    monkeypatch.setattr(prepare.os, "fsync", lambda file: done.append(
+        "folder" if prepare.Path(f"/dev/fd/{file}").is_dir() else "file") or real[0](file))
+    monkeypatch.setattr(prepare.os, "replace", lambda *names: done.append("name") or real[1](*names))
+    prepare.write_json(tmp_path / "a" / "result.json", {})
+    assert done == ["file", "name", "folder"]
+    prepare.sync_folder(tmp_path / "none")
 
 
 def test_result_on_a_full_disk(tmp_path):
