@@ -1,0 +1,7 @@
+"""What stops a command of the lab."""
+
+from prepare import Stop
+
+
+class LabError(Stop):
+    """The lab refuses; the reason says what to do."""
