@@ -1,0 +1,379 @@
+"""What an exported session consists of, and what is refused in one from elsewhere. Nothing of it is ever executed.
+
+    session.json         what was pinned at its start, and which changes were kept
+    results.tsv          the ledger, with all columns of ledger.py
+    results.tsv.damaged  lines of it that could not be read
+    profile.json         the device's calibration
+    train.py             what the session began with
+    patches/NNNN-*       the kept changes of train.py, each on top of the one before
+    rows/NNNN.npz        nats and bytes of each row that a run's weights were scored on
+    README.md            the same for people
+    MANIFEST.json        size and sha256 of each of these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lab import ledger
+from lab.errors import LabError
+
+FORMAT = 1
+NAME = re.compile(r"(session|profile|MANIFEST)\.json|results\.tsv(\.damaged)?|README\.md|train\.py"
+                  r"|patches/[0-9]{4}-[a-z0-9-]{1,50}\.patch|rows/[0-9]{4,9}\.npz")
+FOLDERS = ("patches", "rows")
+MOST_FILES, MOST_BYTES, MOST_OF_A_PATCH = 5000, 2**28, 2**20  # of a train.py, too
+LOSSES = ("val_nats", "val_bytes", "held_nats", "held_bytes")  # per row, as a run's folder has them
+MOST_LOSSES = 2**24  # bytes of one run's
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")  # of a session; of a device too: they name folders
+TEXTS = ("device", "tag", "branch", "backend", "dataset", "eval", "data", "profile", "made", "commit", "python")
+
+HUNK = re.compile(r"@@ -[0-9]{1,7}(?:,([0-9]{1,7}))? \+[0-9]{1,7}(?:,([0-9]{1,7}))? @@( .*)?\r?")
+HEAD = re.compile(r"(diff --git a/train\.py b/train\.py\n)?(index [0-9a-f]{4,64}\.\.[0-9a-f]{4,64}( 100(644|755))?\n)?"
+                  r"--- a/train\.py\n\+\+\+ b/train\.py\n")
+
+
+class Wrong(ValueError):
+    """What is wrong with an exported session, beginning with the file's name."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A change that a session kept.
+
+    Attributes:
+        number: of the experiment. commit, parent: of the change and of what it was made on.
+        patch_text: a unified diff of train.py.
+    """
+
+    number: int
+    commit: str
+    parent: str
+    patch_text: str
+    description: str
+
+
+@dataclass
+class Bundle:
+    """A session, wherever it was run.
+
+    Attributes:
+        session: at least the names in TEXTS, "budget" (seconds or None) and "versions"; empty where unknown.
+        rows: of the ledger. set_aside: lines of it that could not be read, as text.
+        kept: in order. profile: None where only a ledger is known.
+        base: the train.py that the session began with, byte for byte; None where only a ledger is known.
+        losses: by run, arrays of float64 by the names in LOSSES.
+    """
+
+    session: dict
+    rows: list[dict]
+    kept: list[Kept] = field(default_factory=list)
+    profile: dict | None = None
+    base: bytes | None = None
+    losses: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    set_aside: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.session['device']}/{self.session['tag']}"
+
+
+# --- To files ---
+
+def files_of(bundle: Bundle) -> dict[str, bytes]:
+    """The files of an exported session by name; equal sessions give equal files."""
+    patches = [f"patches/{place:04d}-{slug(kept.description)}.patch" for place, kept in enumerate(bundle.kept, 1)]
+    told = [{"number": kept.number, "commit": kept.commit, "parent": kept.parent, "description": kept.description,
+             "patch": patch} for kept, patch in zip(bundle.kept, patches)]
+    own = dict.fromkeys(name for row in bundle.rows for name in row if name not in ledger.EMPTY)
+    files = {"session.json": _json({**bundle.session, "format": FORMAT, "kept": told}),
+             "results.tsv": ledger.dumps(bundle.rows, (*ledger.COLUMNS, *own))}
+    if bundle.set_aside:
+        files["results.tsv.damaged"] = bundle.set_aside.encode(errors="replace")
+    if bundle.base is not None:
+        files["train.py"] = bundle.base
+    if bundle.profile is not None:
+        files["profile.json"] = _json(bundle.profile)
+    files |= {patch: kept.patch_text.encode() for kept, patch in zip(bundle.kept, patches)}
+    files |= {f"rows/{run:04d}.npz": _packed(losses) for run, losses in sorted(bundle.losses.items())}
+    files["README.md"] = readme(bundle, patches).encode(errors="replace")
+    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    return files | {"MANIFEST.json": _json({"format": FORMAT, "files": manifest})}
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name."""
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-") or "unnamed"
+
+
+def _json(content: dict) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def _packed(losses: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **losses)
+    return buffer.getvalue()
+
+
+def readme(bundle: Bundle, patches: list[str]) -> str:
+    """A session for people, as Markdown."""
+    session, rows = bundle.session, bundle.rows
+    scores = [row["val_bpb"] for row in rows if row["val_bpb"] is not None and row["status"] == "keep"]
+    statuses = ", ".join(f"{count} {_cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
+    facts = [("device", session["device"]), ("backend", session["backend"]), ("begun", session["made"]),
+             ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
+             ("dataset", session["dataset"]), ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
+             ("profile", session["profile"]), ("versions", ", ".join(
+                 f"{name} {version}" for name, version in session.get("versions", {}).items())),
+             ("runs", f"{len(rows)}: {statuses}"),
+             ("val_bpb of what was kept", f"first {scores[0]:.6f}, lowest {min(scores):.6f}" if scores else "")]
+    lines = [f"# Session {bundle.session['tag']} on {bundle.session['device']}", "",
+             "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
+             "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(text)} |" for name, text in facts if text]
+    if bundle.kept:
+        lines += ["", "## Kept changes, each on top of the one before", "",
+                  "| | experiment | commit | val_bpb | what | patch |", "|---|---|---|---|---|---|"]
+    for place, (kept, patch) in enumerate(zip(bundle.kept, patches), 1):
+        of = [row["val_bpb"] for row in rows if row["commit"] == kept.commit and row["val_bpb"] is not None]
+        score = f"{math.fsum(of) / len(of):.6f}" if of else ""
+        cells = place, kept.number, kept.commit, score, kept.description
+        lines.append("".join(f"| {_cell(cell)} " for cell in cells) + f"| {patch} |")
+    return "\n".join([*lines, "", READING])
+
+
+READING = """## Reading it
+
+`python -m lab import`, with the path of this folder or archive, checks it and puts it beside your own sessions; nothing
+in it is executed. results.tsv is the ledger, a row for each run; train.py is what the session began with; rows/ has the
+losses of each validation and held-out row for runs whose weights were scored again; profile.json is the device's
+calibration; MANIFEST.json has the sha256 of each file.
+"""
+
+
+def _cell(text: str) -> str:
+    """Text in a table of Markdown, as it is: no markup, no links."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)
+
+
+# --- From files ---
+
+def verified(files: dict[str, bytes]) -> Bundle:
+    """The session that files by name are an export of. Wrong, with the file and the reason, if they are none."""
+    for name in files:
+        check_name(name)
+    for name in ("MANIFEST.json", "session.json", "results.tsv"):
+        if name not in files:
+            raise Wrong(f"{name} is missing")
+    _check_manifest(files)
+    session = _session(files["session.json"])
+    rows = _rows(files["results.tsv"], session["device"])
+    kept = _kept(session.pop("kept"), files)
+    profile = _profile(files["profile.json"], session) if "profile.json" in files else None
+    losses, runs = {}, {row["run"] for row in rows}
+    for name in (name for name in files if name.startswith("rows/")):
+        run = int(name[5:-4])
+        if run not in runs or name != f"rows/{run:04d}.npz":
+            raise Wrong(f"{name} is of no run in results.tsv")
+        losses[run] = unpacked(name, files[name])
+    for name in ("README.md", "results.tsv.damaged"):
+        _text(name, files.get(name, b""))
+    if (base := files.get("train.py")) and len(base) > MOST_OF_A_PATCH:
+        raise Wrong(f"train.py has {len(base):,} bytes; it has at most {MOST_OF_A_PATCH:,}")
+    return Bundle(session, rows, kept, profile, base, losses, files.get("results.tsv.damaged", b"").decode())
+
+
+def check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise Wrong(f"{name[:200]!r} is no part of an exported session")
+
+
+def _check_manifest(files: dict[str, bytes]) -> None:
+    manifest = _read_json("MANIFEST.json", files["MANIFEST.json"])
+    known = manifest.get("files")
+    if not isinstance(known, dict):
+        raise Wrong("MANIFEST.json lists no files")
+    if extra := sorted(files.keys() - known.keys() - {"MANIFEST.json"}):
+        raise Wrong(f"{extra[0]} is not in MANIFEST.json")
+    for name, facts in known.items():
+        if name not in files:
+            raise Wrong(f"{name[:200]!r}, which MANIFEST.json lists, is missing")
+        if facts != {"size": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}:
+            raise Wrong(f"{name} is damaged: it is not what MANIFEST.json says")
+
+
+def _read_json(name: str, data: bytes, version: int = FORMAT) -> dict:
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        found = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise Wrong(f"{name} is no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise Wrong(f"{name} holds no object")
+    if (its := found.get("format")) != version:
+        newer = isinstance(its, int) and its > version
+        raise Wrong(f"{name} is of format {str(its)[:20]}, and this is {version}" + "; update this project" * newer)
+    return found
+
+
+def _session(data: bytes) -> dict:
+    session = _read_json("session.json", data)
+    for name in TEXTS:
+        text = session.get(name)
+        if not (isinstance(text, str) and len(text) <= 200 and text.isprintable()):
+            raise Wrong(f"session.json has {name} {str(text)[:100]!r}")
+    for name in ("device", "tag"):
+        if not is_tag(session[name]):
+            raise Wrong(f"session.json has {name} {session[name]!r}, which can't name a folder")
+    budget, versions = session.get("budget"), session.get("versions")
+    if not (budget is None or type(budget) in (int, float) and 0 < budget < 1e9):
+        raise Wrong(f"session.json has budget {str(budget)[:100]!r}")
+    if not (isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())):
+        raise Wrong(f"session.json has versions {str(versions)[:100]!r}")
+    if not isinstance(session.get("kept"), list):
+        raise Wrong("session.json does not say what was kept")
+    return session
+
+
+def is_tag(text: str) -> bool:
+    return bool(TAG.fullmatch(text)) and ".." not in text and not text.endswith((".", ".lock"))
+
+
+def _rows(data: bytes, device: str) -> list[dict]:
+    try:
+        found = ledger.parse(data)
+    except LabError as error:
+        raise Wrong(str(error)) from None
+    if found.set_aside:
+        raise Wrong(f"results.tsv, line {found.set_aside[0].line}: {found.set_aside[0].why}")
+    if missing := [name for name in ledger.COLUMNS if name not in found.columns]:
+        raise Wrong(f"results.tsv has no column {missing[0]}")
+    if others := {row["device"] for row in found.rows} - {device}:
+        raise Wrong(f"results.tsv has rows of {sorted(others)[0][:100]!r}, the session is of {device}")
+    return found.rows
+
+
+def _kept(told: list, files: dict[str, bytes]) -> list[Kept]:
+    kinds = {"number": int, "commit": str, "parent": str, "description": str, "patch": str}
+    kept, patches = [], []
+    for facts in told:
+        if not (isinstance(facts, dict) and facts.keys() == kinds.keys()
+                and all(type(facts[name]) is kind for name, kind in kinds.items())
+                and all(re.fullmatch("[0-9A-Za-z]{0,64}", facts[name]) for name in ("commit", "parent"))):
+            raise Wrong(f"session.json has a kept change {str(facts)[:100]}")
+        name = facts.pop("patch")
+        if not name.startswith(f"patches/{len(kept) + 1:04d}-") or name not in files:
+            raise Wrong(f"{name[:100]!r}, a patch that session.json lists, is missing or out of order")
+        patches.append(name)
+        kept.append(Kept(patch_text=check_patch(name, files[name]), **facts))
+    if extra := sorted({name for name in files if name.startswith("patches/")} - set(patches)):
+        raise Wrong(f"{extra[0]} is not in session.json")
+    return kept
+
+
+def _profile(data: bytes, session: dict) -> dict:
+    from calibration import profile  # here, because what only reads a session shall start fast
+
+    found = _read_json("profile.json", data, profile.FORMAT)
+    try:
+        problem = profile.impossible(found)
+    except Exception as error:  # it is made for profiles that were written here
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise Wrong(f"profile.json can't be true: {problem}")
+    if (found["device"], found["backend"]) != (session["device"], session["backend"]):
+        raise Wrong(f"profile.json is of {found['device']} with {found['backend']}, the session of {session['device']} "
+                    f"with {session['backend']}")
+    return found
+
+
+def _text(name: str, data: bytes) -> str:
+    """Text without control characters other than those of Python source. CR ends lines on Windows."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise Wrong(f"{name} is no UTF-8 text ({error})") from None
+    if found := re.search(r"[^\t\n\f\r\x20-\x7e\xa0-\U0010ffff]", text):
+        raise Wrong(f"{name} holds a control character, {found[0]!r}")
+    return text
+
+
+def check_patch(name: str, data: bytes) -> str:
+    """The text of a patch, a unified diff that changes lines of train.py and nothing else."""
+    if len(data) > MOST_OF_A_PATCH:
+        raise Wrong(f"{name} has {len(data):,} bytes; a patch has at most {MOST_OF_A_PATCH:,}")
+    text = _text(name, data)
+    if not (head := HEAD.match(text)):
+        raise Wrong(f"{name} does not begin as a patch of train.py and of nothing else")
+    lines = text[head.end() :].split("\n")
+    if lines.pop():
+        raise Wrong(f"{name} is cut short: its last line does not end")
+    if not lines:
+        raise Wrong(f"{name} changes nothing")
+    while lines:
+        if not (hunk := HUNK.fullmatch(lines[0])):
+            raise Wrong(f"{name} has more than hunks of train.py: {lines[0][:80]!r}")
+        lines = _after_hunk(name, lines[1:], int(hunk[1] or 1), int(hunk[2] or 1))
+    return text
+
+
+def _after_hunk(name: str, lines: list[str], before: int, after: int) -> list[str]:
+    """What follows a hunk that has so many lines of the file before and after the change."""
+    for at, line in enumerate(lines):
+        mark = line[:1]
+        if before == after == 0 and mark != "\\":  # of "\ No newline at end of file"
+            return lines[at:]
+        if not mark or mark not in " -+\\":
+            raise Wrong(f"{name} has a hunk with fewer lines than it says")
+        before -= mark in " -"
+        after -= mark in " +"
+        if min(before, after) < 0:
+            raise Wrong(f"{name} has a hunk with other lines than it says")
+    if before or after:
+        raise Wrong(f"{name} is cut short: its last hunk lacks lines")
+    return []
+
+
+def unpacked(name: str, data: bytes) -> dict[str, np.ndarray]:
+    """Losses by row from an .npz, of which only flat float64 arrays are taken; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if set(members) - set(LOSSES) or len(members) != len(archive.infolist()):
+                raise ValueError(f"it holds {', '.join(archive.namelist()[:5])}")
+            if sum(info.file_size for info in members.values()) > MOST_LOSSES:
+                raise ValueError(f"it unpacks to more than {MOST_LOSSES:,} bytes")
+            found = {part: _array(archive.read(info)) for part, info in members.items()}
+        for rows in ("val", "held"):
+            if found.get(f"{rows}_nats", np.empty(0)).shape != found.get(f"{rows}_bytes", np.empty(0)).shape:
+                raise ValueError(f"{rows}_nats and {rows}_bytes are not of the same rows")
+    except Exception as error:  # what a hostile file makes the readers raise is not foreseeable
+        raise Wrong(f"{name} does not hold losses by row ({error})") from None
+    return found
+
+
+def _array(content: bytes) -> np.ndarray:
+    """np.load would believe a header that asks for more memory than there are bytes."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array is of another version of its format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if len(shape) != 1 or dtype != np.dtype("<f8") or file.tell() + 8 * shape[0] != len(content):
+        raise ValueError(f"an array is {dtype} {shape}, and has to be float64 with one value a row")
+    values = np.frombuffer(content, dtype, offset=file.tell())
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError("values are negative or not finite")
+    return values
