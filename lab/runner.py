@@ -1,0 +1,390 @@
+"""One guarded run of a train.py, and the scoring of what it left: processes of their own, watched from here.
+
+A run can crash, hang, print without end, use up memory or leave processes behind: it is ended, and what it was is told.
+It gets a home, a temporary and a working folder of its own, and of the environment what it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+import prepare
+from lab import capture, guard, inside, outcome, sandbox, untrusted
+from lab.errors import LabError
+from lab.outcome import Outcome
+
+GRACE = 5.0  # seconds between being asked to end and being ended
+MEMORY_EVERY = 1.0  # seconds
+PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
+OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, inside.BEGUN)
+RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
+WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
+
+# Settings that a run inherits, by name or by how it begins, unless it looks like a secret.
+SAFE = """PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX
+SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE""".split()
+SAFE_PREFIXES = tuple("""LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
+VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split())
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be run.
+
+    Attributes:
+        judge: the folder whose prepare.py, backends/ and lab/ it runs with.
+        folder: the run's own; holds train.py, and gets everything else.
+        seed: of the initial weights. budget: seconds of training. timeout: seconds for everything.
+        run_id: marks every process of the run.
+        settings: AUTORESEARCH_* variables by their full names; AUTORESEARCH_HOME has to be among them.
+        memory_ceiling: bytes of device memory; more is invalid.
+        unified: device memory is the machine's own, so that what the run's processes hold counts too.
+        sandbox: one of sandbox.NAMES, or None.
+        protected: folders that the run has nothing to write in, its own excepted.
+    """
+
+    judge: Path
+    folder: Path
+    seed: int
+    budget: float
+    timeout: float
+    run_id: str
+    settings: dict[str, str] = field(default_factory=dict)
+    memory_ceiling: int | None = None
+    unified: bool = False
+    sandbox: str | None = None
+    protected: Sequence[Path] = ()
+
+    @property
+    def home(self) -> Path:
+        return Path(self.settings.get("AUTORESEARCH_HOME") or prepare.home())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of saved weights, in bits per byte. rows.npz in the run's folder has each row's nats and bytes: val_nats,
+    val_bytes, held_nats, held_bytes, float64 (rows,)."""
+
+    val_bpb: float
+    held_out_bpb: float
+
+
+@dataclass
+class Ended:
+    """How a process ended: exit status, negative for a signal; seconds; why it was ended, if it was."""
+
+    code: int
+    seconds: float
+    elapsed: float
+    problem: str | None
+
+
+def run(request: Request, started: Callable[[int, float], None] = lambda pid, created: None) -> Outcome:
+    """Trains and evaluates. `started` is called with the process's id and creation time.
+
+    Raises:
+        LabError: it could not be begun, which is not train.py's fault.
+    """
+    folder = request.folder
+    clear(folder, RECORDS)
+    ended = execute(request, "train", folder / "run.log", started, AUTORESEARCH_RESULT=str(folder / "result.json"))
+    log = capture.read(folder / "run.log")
+    found = outcome.read(folder / "result.json")
+    mark = outcome.read(folder / guard.MARK) or {}
+    facts = outcome.sound(found) if found else None
+    status, reason = judged(request, ended, found, facts, mark, log)
+    if status != "ok" and facts:
+        facts.pop("val_bpb", None)
+    trace = untrusted.clean(log) if status == "crash" else ""
+    return Outcome(status, untrusted.one_line(reason), facts, ended.seconds, trace)
+
+
+def judged(request, ended: Ended, found, facts, mark, log) -> tuple[str, str]:
+    """Status and reason."""
+    if ended.problem:
+        return "invalid", ended.problem
+    if (request.folder / guard.MARK).exists():
+        return ("crash" if mark.get("status") == "crash" else "invalid"), str(mark.get("reason", "it was refused"))
+    if found is None:
+        return crash(ended, log) if ended.code else (
+            "invalid", "it ended without a result: prepare.report was not called")
+    if found.get("status") != "ok":
+        return "crash" if found.get("status") == "crash" else "invalid", str(found.get("reason", "no reason was given"))
+    wrong = outcome.problem(facts, request.budget, ended.elapsed, request.memory_ceiling,
+                            request.folder / "result.safetensors")
+    return ("invalid", wrong) if wrong else ("ok", "")
+
+
+def crash(ended: Ended, log: str) -> tuple[str, str]:
+    """Status and reason of a run that ended with an error. Of what it printed only the error's name is taken: a reason
+    is shown and recorded without a fence."""
+    if ended.code < 0:
+        name = signal.Signals(-ended.code).name if -ended.code in set(signal.Signals) else f"signal {-ended.code}"
+        return "crash", f"killed by {name}" + (": most likely out of memory" if ended.code == -9 else "")
+    header, *lines = untrusted.clean(log).splitlines() or [""]
+    error = next((line for line in lines if line and not line.startswith(" ")), "")
+    named = header == untrusted.HEADER and re.match(r"[A-Za-z_][\w.]{0,60}(?=:|$)", error, re.ASCII)
+    return "crash", named[0] if named else f"exit status {ended.code}"
+
+
+def score(request: Request, weights: Path, started: Callable[[int, float], None] = lambda pid, created: None) -> Scores:
+    """Scores the weights of a run again, in a fresh process and by the judge's evaluator.
+
+    Raises:
+        LabError: they can't be scored; the reason is a line.
+    """
+    clear(request.folder, OF_SCORE)
+    if not weights.is_file():
+        raise LabError(f"there are no weights {weights}")
+    ended = execute(request, "score", request.folder / "score.log", started, weights=weights)
+    found = outcome.read(request.folder / "score.json") or {}
+    log = capture.read(request.folder / "score.log")
+    mark = outcome.read(request.folder / guard.MARK) or {}
+    problem = ended.problem or mark.get("reason") or found.get("problem") or (
+        None if found else crash(ended, log)[1] if ended.code else "train.py made no Clock")
+    values = found.get("val_bpb"), found.get("held_out_bpb")
+    if not problem and not all(isinstance(value, float) and 0 < value < 1e9 for value in values):
+        problem = f"the scores are {values}"
+    if problem:
+        raise LabError(untrusted.one_line(str(problem)))
+    return Scores(*values)
+
+
+# --- A process, from its start to its end ---
+
+def clear(folder: Path, records: Sequence[str]) -> None:
+    """Makes the folder as a new run finds it."""
+    for name in records:
+        (folder / name).unlink(missing_ok=True)
+    for name in guard.OWN:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+
+
+def execute(request: Request, mode: str, log: Path, started, weights: Path | None = None, **settings: str) -> Ended:
+    """Starts inside.py, watches it, and sees to it that nothing of it is left."""
+    folder, temporary = request.folder.absolute(), short_temporary(request)
+    facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget,
+             "protected": [str(path) for path in request.protected], "weights": str(weights)}
+    command = [sys.executable, str(request.judge.absolute() / "lab" / "inside.py"), json.dumps(facts)]
+    settings |= environment(request, temporary)
+    wrapped = sandbox.wrap(
+        request.sandbox, command, readable=[*readable(request), *([weights.absolute()] if weights else [])],
+        writable=[folder, request.home / "cache"], hidden=hidden(request), temporary=temporary, cwd=folder / "work")
+    begun, wall = time.monotonic(), time.time()
+    process = subprocess.Popen(wrapped, cwd=folder / "work", env=settings, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    output = capture.Log(process.stdout.fileno(), log)
+    try:
+        started(process.pid, psutil.Process(process.pid).create_time())
+        problem = watch(process, request, output, begun + request.timeout)
+    finally:
+        try:
+            ask_to_end(process)
+        finally:
+            process.stdin.close()  # the lifeline
+            left = end(request.run_id, request.home, 0.0 if inside.LINUX else inside.LINGER)
+            output.close()
+    seconds, elapsed = time.monotonic() - begun, time.time() - wall
+    if temporary != folder / "tmp":
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not (folder / inside.BEGUN).exists():
+        said = untrusted.one_line(capture.read(log)[-300:])
+        raise LabError(f"the run could not be started ({request.sandbox or 'no sandbox'}): {said}. If it is the "
+                       "sandbox that does not work any more, start a new session")
+    code = process.returncode
+    if inside.LINUX and code > inside.LEFT_RUNNING:
+        left, code = left + code - inside.LEFT_RUNNING, 0
+    if left and not problem:
+        problem = f"it left {left} process{'es' if left > 1 else ''} running"
+    return Ended(128 - code if code > 128 else code, seconds, elapsed, problem)
+
+
+def watch(process: subprocess.Popen, request: Request, output: capture.Log, deadline: float) -> str | None:
+    """Waits for the end of a process; why it can't be waited for, if so."""
+    look = time.monotonic()
+    while True:
+        try:
+            process.wait(0.25)
+            return None
+        except subprocess.TimeoutExpired:
+            pass
+        if output.flooded:
+            return f"it printed more than {capture.FLOOD // 2**20} MB"
+        now = time.monotonic()
+        if now > deadline:
+            return f"timeout: not done after {request.timeout:.0f} s, with {request.budget:g} s for training"
+        if request.unified and request.memory_ceiling is not None and now >= look:
+            look = now + MEMORY_EVERY
+            if (used := memory(process.pid)) > request.memory_ceiling:
+                return (f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
+                        "allowed")
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def memory(pid: int) -> int:
+    """Bytes that a process and those below it hold; what they share counts once where that can be told."""
+    resident = proportional = 0
+    processes = tree(pid)
+    for one in processes:
+        try:
+            resident += one.memory_info().rss
+        except psutil.Error:
+            continue
+    if len(processes) < 2 or not inside.LINUX:
+        return resident
+    for one in processes:  # telling them apart takes longer, and matters only to processes that share much
+        try:
+            proportional += one.memory_full_info().pss
+        except (psutil.Error, OSError):
+            return resident
+    return proportional
+
+
+def ask_to_end(process: subprocess.Popen) -> None:
+    """SIGTERM to everything below a process that still runs; a little later, SIGKILL."""
+    if process.poll() is not None:
+        return
+    processes = tree(process.pid)
+    for one in processes:
+        try:
+            if one.name() not in WRAPPERS:
+                one.terminate()
+        except psutil.Error:
+            pass
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    for one in dict.fromkeys([*processes, *tree(process.pid)]):
+        try:
+            one.kill()
+        except psutil.Error:
+            pass
+    process.wait()
+
+
+def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
+    """Ends every process of a run, found by the mark in its environment, and those below; how many there were.
+
+    Args:
+        home: the AUTORESEARCH_HOME of the run; prepare's by default.
+        patience: seconds that they are given to end by themselves.
+    """
+    home, ended, deadline = str(home or prepare.home().absolute()), set(), time.monotonic() + patience
+    for _ in range(50):  # what is being ended may start another
+        alive = [one for marked in psutil.process_iter() if _belongs(marked, run_id, home)
+                 for one in tree(marked.pid) if one.pid != os.getpid()]
+        if not alive:
+            break
+        if time.monotonic() < deadline:
+            time.sleep(0.1)
+            continue
+        for one in dict.fromkeys(alive):
+            try:
+                one.kill()
+                ended.add(one.pid)
+            except psutil.Error:
+                pass
+        psutil.wait_procs(alive, 0.2)
+    return len(ended)
+
+
+def _belongs(process: psutil.Process, run_id: str, home: str) -> bool:
+    try:
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        of = process.environ()
+    except (psutil.Error, OSError):
+        return False
+    return (of.get("AUTORESEARCH_RUN"), of.get("AUTORESEARCH_HOME")) == (run_id, home)
+
+
+# --- What it gets ---
+
+def environment(request: Request, temporary: Path) -> dict[str, str]:
+    """All that a run is told."""
+    def safe(name):
+        return (name.upper() in SAFE or name.startswith(SAFE_PREFIXES)) and not any(s in name.upper() for s in SECRET)
+
+    inherited = {name: value for name, value in os.environ.items() if safe(name)}
+    protected = {str(path) for path in request.protected}
+    if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
+        inherited["PYTHONPATH"] = os.pathsep.join(path)
+    cache, folder = request.home.absolute() / "cache", request.folder.absolute()
+    for name in ("torchinductor", "triton", "cuda"):
+        (cache / name).mkdir(parents=True, exist_ok=True)
+    own = {
+        "HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"),
+        **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"), "TRITON_CACHE_DIR": str(cache / "triton"),
+        "CUDA_CACHE_PATH": str(cache / "cuda"), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache()),
+        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUSERBASE": site.getuserbase(),
+        **request.settings, "AUTORESEARCH_HOME": str(request.home), "AUTORESEARCH_RUN": request.run_id,
+        "AUTORESEARCH_SEED": str(request.seed),
+    }
+    if request.budget != prepare.TIME_BUDGET:
+        own["AUTORESEARCH_BUDGET"] = f"{request.budget!r}"
+    return inherited | own
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what was fetched, by its own rules."""
+    asked = os.environ.get
+    root = asked("HF_HOME") or Path(asked("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(asked("HF_HUB_CACHE") or asked("HUGGINGFACE_HUB_CACHE") or Path(root) / "hub").expanduser()
+
+
+def short_temporary(request: Request) -> Path:
+    """The run's folder for temporary files: its own, unless sockets could not be made under so long a path."""
+    own = request.folder.absolute() / "tmp"
+    if len(str(sandbox.seen(request.sandbox, own))) <= PATH_LIMIT:
+        return own
+    name = hashlib.sha256(f"{own}".encode()).hexdigest()[:12]
+    path = Path(tempfile.gettempdir()) / f"autoresearch-{name}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    return path
+
+
+def hidden(request: Request) -> list[Path]:
+    """What a run is not to see: the user's home, other runs, and the sockets of the user's session."""
+    return [Path.home(), request.home, Path("/run/user")]
+
+
+def readable(request: Request) -> list[Path]:
+    """What it needs of that."""
+    search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")]
+    named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
+    named += [request.home / "data", request.home / "trials.json", request.judge, hub_cache()]
+    return [*sandbox.interpreter(), *(Path(path) for path in [*search, *named] if path and os.path.isabs(path))]
+
+
+def listed(name: str) -> list[str]:
+    """The folders that a variable lists."""
+    return [part for part in os.environ.get(name, "").split(os.pathsep) if part]

@@ -1,0 +1,196 @@
+"""What the operating system adds to a guarded run: no network, nothing of the user's in sight, little to write to.
+
+Three tools, the first that works here: bubblewrap (bwrap) and util-linux's unshare on Linux, sandbox-exec on macOS.
+Each makes the same arrangement. Everything can be read, except folders that are hidden, from which only what a run
+needs is shown again; nothing can be written but what is named. Devices stay, so that GPUs do. On Linux a run also sees
+no processes but its own, which end when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+NAMES = ("bwrap", "unshare", "sandbox-exec")
+SYSTEM_TEMPORARY = Path("/tmp")
+KEPT = ("/proc", "/sys", "/dev")  # file systems that stay as they are
+LOCKED = {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime"}  # options that a remount has to repeat
+
+
+def probe() -> str | None:
+    """The tool that makes the arrangement here, found by trying; None if none does."""
+    return next((name for name in NAMES if shutil.which(name) and works(name)), None)
+
+
+def works(name: str) -> bool:
+    """Whether, under this tool, what is hidden is, what is read-only is, and what is writable can be written."""
+    with tempfile.TemporaryDirectory(prefix="autoresearch-probe-") as folder:
+        root = Path(folder).resolve()
+        secret, seen, out, temporary = (root / part for part in ("home/secret", "home/seen", "out", "tmp"))
+        for each in (seen, out, temporary):
+            each.mkdir(parents=True)
+        secret.write_text("x")
+        code = f"""
+import os, socket
+open({str(out / "yes")!r}, "w").close()
+for path in ({str(secret)!r}, {str(seen / "no")!r}):
+    try:
+        open(path, "r" if path.endswith("secret") else "w").close()
+        os._exit(1)
+    except OSError:
+        pass
+try:
+    socket.create_connection(("192.0.2.1", 80), 0.2)  # an address for documentation (RFC 5737)
+    os._exit(1)
+except TimeoutError:
+    os._exit(1)
+except OSError:
+    pass
+"""
+        command = wrap(name, [sys.executable, "-IS", "-c", code], readable=[seen, *interpreter()], writable=[out],
+                       hidden=[root / "home"], temporary=temporary, cwd=out)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0 and (out / "yes").exists()
+
+
+def describe(name: str | None) -> str:
+    """What is protected by this tool and what is not, in a sentence."""
+    if name is None:
+        found = " (installing bubblewrap may help)" if sys.platform.startswith("linux") else ""
+        return (f"This system offers no sandbox that works{found}: train.py would run with your rights, could read "
+                "your files and use the network, and only what its own Python code does is looked after.")
+    return (f"Runs are sandboxed by {name}: no network, your home folder hidden, nothing to write to but a run's own "
+            "folder and the compilers' caches; that holds off mistakes and carelessness, not a determined attacker.")
+
+
+def interpreter() -> list[Path]:
+    """What this Python needs to run: where it is installed, and its packages."""
+    executable = Path(sys.executable)
+    paths = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, executable.parent,
+             executable.resolve().parent, *sys.path[1:]]
+    if site.ENABLE_USER_SITE:
+        paths.append(site.getuserbase())
+    return [Path(path) for path in paths if path and os.path.exists(path)]
+
+
+def wrap(name: str | None, command: Sequence[str], *, readable: Sequence[Path], writable: Sequence[Path],
+         hidden: Sequence[Path], temporary: Path, cwd: Path) -> list[str]:
+    """The command that carries out `command` in `cwd` under a tool; None changes nothing.
+
+    Args:
+        readable, writable: shown where they lie in a hidden folder; writable ones can be written.
+        hidden: folders in place of which an empty one is seen.
+        temporary: on Linux it is seen as /tmp; it can be written.
+    """
+    if name is None:
+        return list(command)
+    temporary, hidden = Path(temporary).resolve(), [path for path in resolved(hidden) if path != Path("/")]
+    readable, writable = resolved(readable), resolved(writable)
+    if name == "sandbox-exec":
+        return [name, "-p", macos_profile(readable, [*writable, temporary], hidden), *command]
+    arrange = {"bwrap": _bwrap, "unshare": _unshare}[name]
+    return arrange(list(command), layers(readable, writable, hidden, temporary), temporary, cwd)
+
+
+def seen(name: str | None, temporary: Path) -> Path:
+    """Where a run sees its folder for temporary files."""
+    return SYSTEM_TEMPORARY if name in ("bwrap", "unshare") else temporary
+
+
+def resolved(paths: Sequence[Path]) -> list[Path]:
+    """As given and with links followed: a path may be used in either form."""
+    return list(dict.fromkeys(form for path in paths for form in (Path(os.path.abspath(path)), Path(path).resolve())))
+
+
+def layers(readable: list[Path], writable: list[Path], hidden: list[Path],
+           temporary: Path) -> list[tuple[str, Path, Path]]:
+    """What is to be mounted over a file tree that can't be written, outer folders first: ("hide", path, path), or
+    ("show" or "write", what, where)."""
+    covers = [*hidden, SYSTEM_TEMPORARY]
+    wanted = {path: "show" for path in readable if any(cover in path.parents for cover in covers)}
+    wanted |= {path: "write" for path in writable if any(cover in path.parents for cover in covers) or
+               path == path.resolve()}
+    wanted |= dict.fromkeys(hidden, "hide")
+    steps = [(what, path, path) for path, what in wanted.items() if os.path.exists(path)]
+    return sorted([*steps, ("write", temporary, SYSTEM_TEMPORARY)], key=lambda step: len(step[2].parts))
+
+
+def _bwrap(command, steps, temporary, cwd):
+    arguments = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--as-pid-1",
+                 "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev",
+                 "--tmpfs", "/dev/shm", "--proc", "/proc"]
+    for what, source, target in steps:
+        arguments += {"hide": ["--tmpfs"], "show": ["--ro-bind", str(source)], "write": ["--bind", str(source)]}[what]
+        arguments.append(str(target))
+    return [*arguments, "--chdir", str(cwd), "--", *command]
+
+
+def _unshare(command, steps, temporary, cwd):
+    """The same by hand: a copy of the file tree is mounted on `temporary`/root, changed, and made the root."""
+    root = temporary / "root"
+
+    def at(path):
+        return shlex.quote(f"{root}{path}")
+
+    def remount(options, where):
+        return f"mount -o {','.join(['remount', 'bind', 'ro', *sorted(LOCKED & options)])} {where}"
+
+    script = ["set -e", f"mkdir -p {at('')}", f"mount --rbind / {at('')}", f"mount --make-rprivate {at('')}"]
+    script += [remount(options, at(target)) + ("" if target == "/" else " 2>/dev/null || true")
+               for target, options in mounts() if not target.startswith(KEPT)]
+    script.append(f"mount -t tmpfs tmpfs {at('/dev/shm')} || true")
+    for what, source, target in steps:
+        if what == "hide":
+            script += [f"mkdir -p {at(target)}", f"mount -t tmpfs tmpfs {at(target)}"]
+            continue
+        make = f"mkdir -p {at(target)}" if source.is_dir() else f"mkdir -p {at(target.parent)}; touch {at(target)}"
+        script += [f"[ -e {at(target)} ] || {{ {make}; }}", f"mount --bind {shlex.quote(str(source))} {at(target)}"]
+        if what == "show":
+            script.append(remount(options_of(source), at(target)))
+    script += [f"mount -t proc proc {at('/proc')}", f"cd {at('')}", "pivot_root . .", "umount -l .",
+               f"cd {shlex.quote(str(cwd))}", "ip link set lo up 2>/dev/null || true", 'exec "$@"']
+    return ["unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child",
+            "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin\n" + "\n".join(script), "sh", *command]
+
+
+def mounts() -> list[tuple[str, set[str]]]:
+    """(target, options) of what is mounted here."""
+    lines = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line[1]), set(line[3].split(",")))
+            for line in lines]
+
+
+def options_of(path: Path) -> set[str]:
+    """Those that a remount of something on this file system has to repeat."""
+    holding = [(target, options) for target, options in mounts()
+               if Path(target) == path or Path(target) in path.parents]
+    return max(holding, key=lambda one: len(one[0]))[1]
+
+
+def macos_profile(readable: list[Path], writable: list[Path], hidden: list[Path]) -> str:
+    """In the language of sandbox-exec (SBPL), in which the last rule that fits decides. What a path leads through can
+    still be looked up; Metal's compiler keeps its cache in the user's part of /var/folders."""
+
+    def paths(kind, folders):
+        names = (str(path).replace("\\", "\\\\").replace('"', '\\"') for path in folders)
+        return "".join(f'\n  ({kind} "{name}")' for name in names)
+
+    return "\n".join([
+        "(version 1)", "(allow default)", "(deny network*)",
+        f"(deny file-read-data{paths('subpath', hidden)})" if hidden else "",
+        f"(allow file-read-data{paths('subpath', [*readable, *writable])})",
+        '(deny file-write* (subpath "/"))',
+        '(allow file-write*\n  (subpath "/dev")\n  (regex #"^/private/var/folders/[^/]+/[^/]+/C/")'
+        f"{paths('subpath', writable)})",
+    ])
