@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python, git and make:
-#   make demo   environment, offline data, a quick calibration, one 60 s experiment and its summary
+#   make demo   environment, offline data, a quick calibration, a session with one experiment, and its row of the ledger
 #   make test   environment and the whole test suite
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
@@ -9,16 +9,24 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
 	&& command -v "$$p" && break; done)
 RUN := .venv/bin/python
+DEMO := AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 $(CURDIR)/$(RUN)
 # MLX runs on Linux too, where the tests cover it; on a Mac it is there anyway.
 comma := ,
 TEST_EXTRAS := $(if $(filter Linux,$(shell uname -s)),test$(comma)mlx-cpu,test)
 
 .PHONY: demo test test-slow clean
 
+# The session is begun in a clone, so that the branch that is checked out here stays. Runs of 40 s instead of 300, and
+# one baseline instead of three, show how it goes and decide nothing.
 demo: .venv/installed
 	$(RUN) prepare.py --dataset stdlib
 	$(RUN) -m calibration --quick
-	AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=60 $(RUN) train.py
+	rm -rf .demo && git clone --quiet . .demo && git -C .demo checkout --quiet -B demo
+	cd .demo && $(DEMO) -m lab start demo-$$(date +%Y%m%d-%H%M%S) --baseline-runs 1 --unsandboxed --wait 1200
+	sed 's/^WARMDOWN_RATIO = 0.5 /WARMDOWN_RATIO = 0.7 /' train.py > .demo/train.py
+	cd .demo && $(DEMO) -m lab run -m "a longer cooldown" --wait 1200
+	cd .demo && $(DEMO) -m lab status
+	@echo && tail -n 1 "$$(cd .demo && $(DEMO) -m lab status --json | sed -n 's/^ "ledger": "\(.*\)",$$/\1/p')"
 
 test: .venv/installed-test
 	$(RUN) -m pytest -m "not slow"
@@ -27,7 +35,7 @@ test-slow: .venv/installed-test
 	$(RUN) -m pytest
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .demo build *.egg-info
 
 .venv/installed: .venv/created
 	$(call install,.)

@@ -1,0 +1,22 @@
+"""The ratchet: sessions of experiments, each run guarded, judged, kept or reverted, and recorded.
+
+    python -m lab start TAG           a branch, a pinned judge, and baseline runs to learn the noise from
+    python -m lab run -m "what, why"  takes train.py, runs it, decides, keeps or reverts, records
+    python -m lab wait | status | log | confirm | export | import
+
+A session is a folder, AUTORESEARCH_HOME/sessions/<device>/<tag>: what was pinned (session.json), every state change
+before it is made (journal.jsonl), the ledger (results.tsv), the code that judges (judge/, a git worktree of the first
+commit) and what runs left (runs/). Commands are carried out by the judge's copy of this package, whatever the user's
+tree holds.
+
+    session.py     makes, finds and resumes a session
+    state.py       what the journal adds up to
+    experiment.py  carries one experiment to its verdict, in a process of its own
+    gate.py        the statistics of the verdict
+    runner.py      one guarded run of train.py; inside.py is its other end, guard.py what it may not do there,
+                   sandbox.py what the system can add, capture.py its log, outcome.py what is believed of its result
+    tree.py        the user's git repository; source.py what can be said of a train.py without running it
+    ledger.py      results.tsv
+    exchange.py    sessions as folders and archives; bundle.py: what these hold, and what is refused
+    commands.py    what each command does; show.py what it says
+"""

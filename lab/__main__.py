@@ -1,0 +1,103 @@
+"""The command: `python -m lab ...`. Once a session exists, its judge's copy of this file carries the command out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and sys.path[0] != str(HERE):
+    sys.path[0] = str(HERE)  # run by its path: as a judge's is
+
+ELSEWHERE = ("start", "import")  # what no session's judge is asked for
+WAIT = 100.0  # seconds: shells of agents have time limits
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m lab", description=(
+        "Experiments on train.py: run, judged, kept or reverted, and recorded. Used in the repository's folder."))
+    whole.add_argument("--session", type=Path, help=argparse.SUPPRESS)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text, wait=False, json=True):
+        one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if wait:
+            one.add_argument("--wait", type=float, default=WAIT, metavar="SECONDS", help=(
+                f"how long to wait before saying how long is left (default {WAIT:g}); the run goes on regardless"))
+        if json:
+            one.add_argument("--json", action="store_true", help="the same for machines")
+        return one
+
+    start = command("start", "begin a session: branch, judge, baseline", wait=True)
+    start.add_argument("tag", metavar="TAG", help="its name, the date say")
+    start.add_argument("--unsandboxed", action="store_true", help="where the system offers no sandbox: go on without")
+    start.add_argument("--baseline-runs", type=int, metavar="N", help="seeds of the baseline (default 3)")
+    run = command("run", "take train.py, run it, decide, keep or revert, record", wait=True)
+    run.add_argument("-m", "--message", metavar="TEXT", help="what was changed, and why")
+    run.add_argument("--near-misses", action="store_true", help="not train.py, but the promising near misses together")
+    run.add_argument("--again", action="store_true", help="also if an equal train.py was decided on before")
+    command("wait", "go on waiting for what runs, or resume what was interrupted", wait=True)
+    command("status", "best so far, noise, recent experiments, near misses")
+    log = command("log", "the experiments so far, or one of them")
+    log.add_argument("number", nargs="?", type=int, metavar="N")
+    confirm = command("confirm", "the best against the baseline: new seeds, held-out rows", wait=True)
+    confirm.add_argument("--pairs", type=int, default=3, metavar="N", help="of runs, best and baseline (default 3)")
+    confirm.add_argument("--times", type=float, default=1, metavar="X", help="the session's budget (4: does it last?)")
+    export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
+    export.add_argument("target", type=Path)
+    bring = command("import", "read an exported session, or the original's results.tsv", json=False)
+    bring.add_argument("source", type=Path)
+    bring.add_argument("--device", metavar="TAG", help="of an untagged results.tsv, such as nvidia-h100-80gb")
+    commands.add_parser("supervise")
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    if options.command not in ELSEWHERE and not options.session and (program := judges()):
+        return hand_over(program, arguments)
+    from lab import commands
+    from lab.session import Session, at
+    from prepare import Stop
+
+    try:
+        if options.command in ELSEWHERE:
+            return getattr(commands, f"do_{options.command}")(options)
+        session = Session(options.session) if options.session else at(Path.cwd())
+        return getattr(commands, f"do_{options.command}")(session, options)
+    except (Stop, OSError) as error:  # a full disk is one
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; what runs goes on: python -m lab wait", file=sys.stderr)
+        return 130
+
+
+def judges() -> Path | None:
+    """This file in the judge of the session whose branch is checked out here, unless it is this very one. Found without
+    importing anything: whether all is well with the session is for the judge to say."""
+    asked = subprocess.run(["git", "symbolic-ref", "--quiet", "--short", "HEAD"], capture_output=True, text=True,
+                           check=False)
+    prefix, _, name = asked.stdout.strip().partition("/")
+    if prefix != "autoresearch" or not name:
+        return None
+    home = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
+    program = home / "sessions" / name / "judge" / "lab" / "__main__.py"
+    return program if program.exists() and not program.samefile(__file__) else None
+
+
+def hand_over(program: Path, arguments: list[str]) -> int:
+    """Lets the judge carry the command out."""
+    command = [sys.executable, str(program), *arguments]
+    sys.stdout.flush()
+    if os.name == "nt":  # where exec would return to the shell at once
+        return subprocess.call(command)
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""Carries an experiment to its verdict: runs it as often as the gate asks, and keeps or reverts.
+
+Each step is journalled before what follows from it is done, and doing that twice changes nothing. So a process killed
+at any moment is continued by the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+import prepare
+from lab import gate, ledger, runner
+from lab.errors import LabError
+from lab.journal import flush_files
+from lab.session import Session
+from lab.state import CONFIRM, Experiment, Run
+
+BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
+FAILED = ("crash", "invalid", "disturbed")
+TRIES = 3  # of a run on a device that is not itself, or of a parent that fails
+AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
+BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
+CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
+
+
+def supervise(session: Session) -> None:
+    """Goes on until nothing is pending. Holds the session and the device meanwhile."""
+    try:
+        lock = session.lock.acquire(timeout=10)
+    except filelock.Timeout:  # another process is at it already
+        return
+    with lock:
+        try:
+            device = session.device_lock.acquire(timeout=60)
+        except filelock.Timeout:
+            raise LabError("another session is using this device") from None
+        with device:
+            session.recover()
+            while experiment := session.state.pending:
+                if experiment.verdict:
+                    apply(session, experiment)
+                else:
+                    advance(session, experiment)
+
+
+def advance(session: Session, experiment: Experiment) -> None:
+    """One step towards the verdict: a run, a score of saved weights, or the verdict itself."""
+    kind, step = {"baseline": plan_baseline, CONFIRM: plan_confirmation}.get(experiment.kind, plan_change)(
+        session, experiment)
+    if kind == "run":
+        perform(session, experiment, *step)
+    elif kind == "score":
+        rescore(session, step)
+    else:
+        session.log("verdict", experiment=experiment.number, **step)
+
+
+# --- What to do next: ("run", (blob, seed, budget)), ("score", run) or ("verdict", its facts) ---
+
+def failure(experiment: Experiment, runs: list[Run]) -> tuple | None:
+    """The verdict on runs that failed, or were disturbed too often."""
+    for run in runs:
+        if run.status in ("crash", "invalid"):
+            return "verdict", {"status": run.status, "reason": run.reason}
+    for run in runs:
+        again = [other for other in runs if (other.status, other.blob, other.seed) == ("disturbed", run.blob, run.seed)]
+        if len(again) >= TRIES:
+            return "verdict", {"status": "invalid", "reason": f"not judged: {again[-1].reason}, in {len(again)} runs"}
+    return None
+
+
+def plan_baseline(session: Session, baseline: Experiment) -> tuple:
+    if failed := failure(baseline, baseline.runs):
+        return failed
+    sound = [run for run in baseline.runs if run.status == "ok"]
+    if len(sound) < session.facts["baseline_runs"]:
+        return "run", (baseline.blob, gate.seed(len(sound)), session.budget)
+    last = sound[-1]
+    if last.scores is None:
+        return "score", last
+    if problem := disagreement(last):
+        return "verdict", {"status": "invalid", "reason": problem}
+    mean = statistics.fmean(run.bpb for run in sound)
+    return "verdict", {"status": "keep", "reason": f"baseline, {len(sound)} seeds", "mean": mean}
+
+
+def plan_change(session: Session, change: Experiment) -> tuple:
+    if failed := failure(change, change.own_runs):
+        return failed
+    failed = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
+    if len(failed) >= TRIES:
+        return "verdict", {"status": "invalid", "reason": f"not judged: its parent does not run any more: "
+                                                          f"{failed[-1].reason}"}
+    sound = [run for run in change.own_runs if run.status == "ok"]
+    parent = next(e for e in session.state.kept if e.blob == change.parent)
+    step = gate.next_step({run.seed: run.bpb for run in sound}, session.state.results(change.parent), session.noise,
+                          session.account, simpler=change.nodes < parent.nodes)
+    if step.action in ("run candidate", "run parent"):
+        blob = change.blob if step.action == "run candidate" else change.parent
+        return "run", (blob, step.seed, session.budget)
+    judged = {"status": step.action, "reason": step.reason, "gate": step.facts(),
+              "mean": statistics.fmean(run.bpb for run in sound),
+              "parent_mean": statistics.fmean(session.state.results(change.parent).values())}
+    if step.action == "keep":
+        best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
+        if best.scores is None:
+            return "score", best
+        if problem := disagreement(best) or not_held_out(session, best, parent):
+            judged |= {"status": "invalid", "reason": problem,
+                       "gate": judged["gate"] | {"better": False, "simpler": False, "loss": 0.0}}
+    return "verdict", judged
+
+
+def plan_confirmation(session: Session, confirmation: Experiment) -> tuple:
+    """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
+    if failed := failure(confirmation, confirmation.runs):
+        return failed
+    sound = [run for run in confirmation.runs if run.status == "ok"]
+    if unscored := [run for run in sound if run.scores is None]:
+        return "score", unscored[0]
+    if problem := next(filter(None, map(disagreement, sound)), None):
+        return "verdict", {"status": "invalid", "reason": problem}
+    for pair in range(confirmation.pairs):
+        seed = CONFIRM_SEEDS + 100 * confirmation.number + pair
+        order = (confirmation.blob, confirmation.parent)
+        for blob in order if pair % 2 == 0 else reversed(order):
+            if not any((run.blob, run.seed) == (blob, seed) for run in sound):
+                return "run", (blob, seed, confirmation.budget)
+    gains = {}
+    for rows in ("val_bpb", "held_out_bpb"):
+        by_seed = {blob: {run.seed: run.scores[rows] for run in sound if run.blob == blob}
+                   for blob in (confirmation.blob, confirmation.parent)}
+        gains[rows] = gate.interval([by_seed[confirmation.parent][seed] - value
+                                     for seed, value in sorted(by_seed[confirmation.blob].items())])
+    gain, low, high = gains["held_out_bpb"]
+    said = "confirmed" if low > 0 else "not confirmed"
+    return "verdict", {"status": "keep", "gains": gains, "mean": statistics.fmean(
+        run.bpb for run in sound if run.blob == confirmation.blob), "reason":
+        f"{said}: on held-out rows and {confirmation.pairs} new seeds the best is {gain:+.6f} bits per byte better "
+        f"than the baseline (90 % interval {low:+.6f} to {high:+.6f})"}
+
+
+# --- Doing it ---
+
+def perform(session: Session, experiment: Experiment, blob: str, seed: int, budget: float) -> None:
+    """A guarded run, journalled before and after."""
+    session.mend_judge()
+    ledger_before = ledger_bytes(session)
+    run = session.begin_run(experiment, blob, seed, budget)
+    outcome = runner.run(
+        session.request(run.number, blob, seed, budget),
+        started=lambda pid, created: session.log("process", run=run.number, pid=pid, created=created))
+    status, reason = outcome.status, outcome.reason
+    if changed := session.mend_judge():
+        status, reason = "invalid", f"it changed the judge's files, which were put back: {', '.join(changed[:3])}"
+    if ledger_bytes(session) != ledger_before:
+        with prepare.whole(session.ledger) as file:
+            file.write(ledger_before)
+        status, reason = "invalid", "it changed the ledger, which was put back"
+    if status == "ok" and (what := disturbance(session, blob, outcome.result)):
+        status, reason = "disturbed", what
+    flush_files(session.run_folder(run.number))
+    session.log("ran", run=run.number, status=status, reason=reason, result=outcome.result, seconds=outcome.seconds,
+                traceback=outcome.traceback)
+
+
+def ledger_bytes(session: Session) -> bytes:
+    return session.ledger.read_bytes() if session.ledger.exists() else b""
+
+
+def disturbance(session: Session, blob: str, result: dict) -> str | None:
+    """How the device fell short of what it was when it was calibrated."""
+    profile = session.profile
+    rates = profile["products"]["rates"][profile["settings"]["precision"]]
+    speed, lowest = result.get("speed"), BAND * rates["low"] / rates["median"]
+    if speed is not None and speed < lowest:
+        return f"the device was slower than calibrated: speed {speed:.2f}, below {lowest:.2f}"
+    ends = last_quarter(result)
+    if ends < lowest and not any(last_quarter(run.result) < lowest for run in session.state.runs.values()
+                                 if run.blob == blob and run.result):  # twice: that is how this train.py works
+        return f"its last quarter ran at {ends:.2f} of its tokens/s, below {lowest:.2f}"
+    return None
+
+
+def last_quarter(result: dict) -> float:
+    """Tokens/s of the last quarter of the training time, relative to all of it."""
+    rate = result.get("tokens_per_second_last_quarter")
+    return rate / result["tokens_per_second"] if rate and result["tokens_per_second"] else 1.0
+
+
+def rescore(session: Session, run: Run) -> None:
+    """Scores a run's saved weights in a fresh process, on validation and held-out rows."""
+    request = session.again(run.number, run.seed, run.budget)
+    try:
+        scores = runner.score(request, request.folder / "result.safetensors")
+    except LabError as error:
+        scores = {"problem": str(error)}
+    else:
+        scores = {"val_bpb": scores.val_bpb, "held_out_bpb": scores.held_out_bpb}
+    flush_files(request.folder)
+    session.log("scored", run=run.number, scores=scores)
+
+
+def disagreement(run: Run) -> str | None:
+    """Why a run's own score is not believed."""
+    if problem := run.scores.get("problem"):
+        return f"its saved weights could not be scored again: {problem}"
+    again = run.scores["val_bpb"]
+    if not abs(again - run.bpb) <= AGREES:
+        return f"it reported {run.bpb:.6f}; its saved weights, scored again, have {again:.6f}"
+    return None
+
+
+def not_held_out(session: Session, run: Run, parent: Experiment) -> str | None:
+    """Why a gain on validation rows is not believed: held-out rows don't show at least half of it, allowing for half
+    the noise and two standard errors of which rows they are."""
+    known = next((other for other in parent.runs if other.blob == parent.blob and other.scores
+                  and "val_bpb" in other.scores), None)
+    if known is None:
+        return None
+    gain, held = (known.scores[rows] - run.scores[rows] for rows in ("val_bpb", "held_out_bpb"))
+    error = sampling_error(*(session.run_folder(one.number) / "rows.npz" for one in (run, known)))
+    if gain - held <= max(0.5 * abs(gain), 0.5 * session.noise.sd) + 2 * error:
+        return None
+    return (f"its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on those it "
+            "can't have seen")
+
+
+def sampling_error(one: Path, other: Path) -> float:
+    """Standard error, in bits per byte, of the difference of gains between validation and held-out rows."""
+    variance = 0.0
+    with np.load(one, allow_pickle=False) as a, np.load(other, allow_pickle=False) as b:
+        for rows in ("val", "held"):
+            size = a[f"{rows}_bytes"].mean() * math.log(2)
+            difference = (a[f"{rows}_nats"] - b[f"{rows}_nats"]) / size
+            variance += difference.var(ddof=1) / len(difference)
+    return math.sqrt(variance)
+
+
+# --- After the verdict ---
+
+def apply(session: Session, experiment: Experiment) -> None:
+    """Moves the branch or not, records, restores train.py, tidies up. Doing it again changes nothing."""
+    tree, commit = session.tree, experiment.commit
+    kept = experiment.verdict["status"] == "keep" and experiment.kind not in ("baseline", CONFIRM)
+    if kept:
+        head = tree.commit_of(session.branch)
+        if head is None:
+            raise LabError(f"the session's branch is gone: git branch {session.branch} {session.state.best.commit}")
+        if tree.blob_of(head) != experiment.blob:
+            if tree.commit_of(f"{commit}^") != head:  # somebody has committed to the branch meanwhile, program.md say
+                commit = tree.commit(head, experiment.blob, experiment.description)
+            tree.move(f"refs/heads/{session.branch}", commit, head)
+        else:
+            commit = head
+    ledger.append(session.ledger, [row(session, experiment, run, commit) for run in experiment.runs
+                                   if run.status != "lost"])
+    left_alone = False
+    if experiment.kind not in ("baseline", CONFIRM):
+        left_alone = not tree.settle(session.branch, tree.content(experiment.blob))
+    tidy(session, experiment, keep=kept or experiment.kind == "baseline")
+    session.log("applied", experiment=experiment.number, commit=commit, left_alone=left_alone)
+
+
+def row(session: Session, experiment: Experiment, run: Run, commit: str) -> dict:
+    """A run as a row of the ledger."""
+    own, parent = run.blob == experiment.blob, session.state.kept_as(experiment.parent)
+    verdict = experiment.verdict
+    status = verdict["status"] if own else "keep"
+    reason = verdict["reason"] if own else f"the parent again, beside experiment {experiment.number}"
+    if experiment.kind == CONFIRM:
+        scored = f", held out {run.scores['held_out_bpb']:.6f}" if run.scores and "held_out_bpb" in run.scores else ""
+        reason = f"confirmation {experiment.number}{scored}"
+    if run.status != "ok":
+        status, reason = ("crash" if run.status == "crash" else "invalid"), run.reason
+    if run.budget != prepare.TIME_BUDGET:
+        reason = f"trial of {run.budget:g} s; {reason}"
+    of, kept = experiment if own else parent, parent.applied["commit"][:7] if parent else ""
+    return ledger.row_of(
+        run.result or {}, commit=commit[:7] if own else kept, parent=kept if own else "", status=status, reason=reason,
+        description=of.description, patch=of.patch, origin=of.origin, portable="yes" if of.portable else "no",
+        run=run.number, seed=run.seed, total_seconds=run.seconds,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.begun)),
+        **{name: session.facts[name] for name in ("device", "backend", "eval", "data", "profile")})
+
+
+def tidy(session: Session, experiment: Experiment, keep: bool) -> None:
+    """Keeps the weights of the best, the logs and the losses by row; the rest of what runs left is deleted."""
+    for run in experiment.runs:
+        folder = session.run_folder(run.number)
+        weights = folder / "result.safetensors"
+        if keep and run.scores and weights.exists():
+            weights.replace(session.folder / "best.safetensors")
+        weights.unlink(missing_ok=True)
+        for name in ("home", "tmp", "work"):
+            shutil.rmtree(folder / name, ignore_errors=True)

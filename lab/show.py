@@ -1,0 +1,175 @@
+"""What the agent and the user read: numbers, verdicts, and cleaned words; the same as facts for machines."""
+
+from __future__ import annotations
+
+import time
+
+from lab import gate, untrusted
+from lab.session import Session
+from lab.state import CONFIRM, Experiment, Run
+
+RECENT = 10  # experiments that status shows
+NUMBERS = {  # of a run's result: (name in the block, factor)
+    "peak_vram_mb": ("memory_gb", 1 / 1024), "tokens_per_second": ("tok_per_s", 1), "num_steps": ("steps", 1),
+    "total_tokens_M": ("tokens_M", 1), "num_params_M": ("params_M", 1), "mfu_percent": ("mfu_percent", 1),
+    "training_seconds": ("training_seconds", 1), "total_seconds": ("total_seconds", 1), "speed": ("speed", 1),
+}  # fmt: skip
+
+
+def facts(session: Session, experiment: Experiment) -> dict:
+    """An experiment for machines."""
+    verdict = experiment.verdict or {}
+    commit = (experiment.applied or {}).get("commit", experiment.commit)
+    found = {
+        "experiment": experiment.number, "kind": experiment.kind, "status": experiment.status,
+        "description": untrusted.one_line(experiment.description), "commit": commit[:7],
+        "val_bpb": verdict.get("mean"), "parent_val_bpb": verdict.get("parent_mean"), "reason": verdict.get("reason"),
+        "runs": [run_facts(run, experiment) for run in experiment.runs if run.status != "lost"],
+        "portable": experiment.portable, "nodes": experiment.nodes, "patch": experiment.patch,
+        "near_miss": bool(verdict.get("gate", {}).get("near_miss")),
+    }  # fmt: skip
+    if experiment.members:
+        found["members"] = list(experiment.members)
+    if (experiment.applied or {}).get("left_alone"):
+        found["left_alone"] = "train.py was edited meanwhile, and was left as it is"
+    if trace := next((run.traceback for run in reversed(experiment.runs) if run.traceback), ""):
+        found["traceback"] = untrusted.fenced(untrusted.clean(trace))
+    return found
+
+
+def run_facts(run: Run, experiment: Experiment) -> dict:
+    result = run.result or {}
+    measured = {name: round(result[key] * factor, 4) for key, (name, factor) in NUMBERS.items()
+                if isinstance(result.get(key), (int, float))}
+    return {"run": run.number, "of": "change" if run.blob == experiment.blob else "parent", "seed": run.seed,
+            "status": run.status, "val_bpb": result.get("val_bpb"), **measured,
+            **({"reason": run.reason} if run.reason else {})}
+
+
+def block(session: Session, experiment: Experiment) -> str:
+    """An experiment as numbers, verdict, and, after a crash, the end of its traceback."""
+    found = facts(session, experiment)
+    lines = [f"experiment {found['experiment']}: {found['status'].upper()}",
+             f"  what              {found['description']}"]
+    if found["reason"]:
+        lines.append(f"  why               {found['reason']}")
+    if found["val_bpb"] is not None:
+        beside = f", its parent {found['parent_val_bpb']:.6f}" if found["parent_val_bpb"] is not None else ""
+        runs = sum(run["of"] == "change" and run["status"] == "ok" for run in found["runs"])
+        lines.append(f"  val_bpb           {found['val_bpb']:.6f} (mean of {runs}){beside}")
+    own = [run for run in found["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid", "disturbed")]
+    if own:
+        lines += [f"  {name:<17} {own[-1][name]:,.6g}" for name, _ in NUMBERS.values() if name in own[-1]]
+    if experiment is session.state.best and experiment.kind == "baseline":
+        lines.append(f"  noise             {told_noise(session)}")
+    if best := session.state.best:
+        lines.append(f"  best              {session.state.mean(best):.6f}, experiment {best.number}, commit "
+                     f"{(best.applied or {}).get('commit', best.commit)[:7]}")
+    if found["near_miss"]:
+        lines.append("  a near miss: remembered, to be tried together with others (run --near-misses)")
+    if "left_alone" in found:
+        lines.append(f"  {found['left_alone']}")
+    if "traceback" in found:
+        lines += ["", found["traceback"]]
+    return "\n".join(lines)
+
+
+def told_noise(session: Session) -> str:
+    """How far chance moves val_bpb, and what can be seen all the same."""
+    noise = session.noise
+    return (f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
+            f"{gate.smallest_detectable(noise, session.account):.6f} to be kept four times in five")
+
+
+def progress_facts(session: Session, experiment: Experiment) -> dict:
+    """How an experiment under way stands; seconds_left is of the run that is on now."""
+    now = next((run for run in reversed(experiment.runs) if run.status is None), None)
+    found = {"experiment": experiment.number, "status": "running", "runs_done": sum(
+        run.status is not None for run in experiment.runs)}
+    if now:
+        expected = now.budget + (session.overhead() or 30)
+        found |= {"run": now.number, "seed": now.seed, "of": "change" if now.blob == experiment.blob else "parent",
+                  "seconds_left": round(max(1.0, now.begun + expected - time.time()))}
+    return found
+
+
+def progress(session: Session, experiment: Experiment) -> str:
+    found = progress_facts(session, experiment)
+    doing = (f"run {found['runs_done'] + 1} (of the {found['of']}, seed {found['seed']}) ends in about "
+             f"{found['seconds_left']} s" if "run" in found else "weighing what was found")
+    return (f"experiment {experiment.number} is running: {doing}; it may need several runs. Go on waiting with: "
+            "python -m lab wait")
+
+
+def near_misses(session: Session) -> list[int]:
+    """Numbers of the near misses to try together next: those found since the last keep or attempt that used them."""
+    used = {number for e in session.state.experiments.values() for number in e.members}
+    found = [(e.number, e.verdict["gate"]["gain"], e.verdict["gate"]["error"]) for e in session.state.decided
+             if e.number not in used and e.verdict.get("gate", {}).get("near_miss")]
+    return list(gate.together(found))
+
+
+def status_facts(session: Session) -> dict:
+    """Where the session stands, for machines."""
+    state = session.state
+    found = {"session": session.name, "branch": session.branch, "folder": str(session.folder),
+             "ledger": str(session.ledger), "budget_seconds": session.budget, "sandbox": session.facts["sandbox"],
+             "dataset": session.facts["dataset"], "eval": session.facts["eval"],
+             "experiments": max(0, len(state.experiments) - 1)}
+    for status in ("keep", "discard", "crash", "invalid"):
+        found[status] = sum(e.status == status and e.kind in ("change", "near misses") for e in state.decided)
+    found["crashes_in_a_row"] = next((i for i, e in enumerate(reversed(state.decided)) if e.status != "crash"),
+                                     len(state.decided))
+    if pending := state.pending:
+        found["running"] = progress_facts(session, pending) | {"supervised": session.supervised}
+    if state.best:
+        noise = session.noise
+        found |= {
+            "best": {"experiment": state.best.number, "val_bpb": state.mean(state.best),
+                     "commit": (state.best.applied or {}).get("commit", state.best.commit)[:7],
+                     "runs": len(state.results(state.best.blob))},
+            "baseline": state.mean(state.baseline),
+            "noise": {"sd": noise.sd, "df": noise.df},
+            "smallest_detectable": gate.smallest_detectable(noise, session.account),
+            "near_misses": near_misses(session),
+        }  # fmt: skip
+    confirmed = [e for e in state.decided if e.kind == CONFIRM]
+    if confirmed:
+        found["confirmation"] = confirmed[-1].verdict["reason"]
+    found["recent"] = [{"experiment": e.number, "status": e.status, "val_bpb": (e.verdict or {}).get("mean"),
+                        "description": untrusted.one_line(e.description), "reason": (e.verdict or {}).get("reason")}
+                       for e in list(state.experiments.values())[-RECENT:]]
+    return found
+
+
+def status(session: Session) -> str:
+    found = status_facts(session)
+    lines = [f"session {found['session']}: {found['experiments']} experiments, {found['keep']} kept, "
+             f"{found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid"]
+    if "best" in found:
+        best = found["best"]
+        lines += [f"best {best['val_bpb']:.6f} (experiment {best['experiment']}, commit {best['commit']}, mean of "
+                  f"{best['runs']}); baseline {found['baseline']:.6f}", f"noise {told_noise(session)}"]
+    if found["crashes_in_a_row"] > 1:
+        lines.append(f"the last {found['crashes_in_a_row']} experiments crashed")
+    if "confirmation" in found:
+        lines.append(found["confirmation"])
+    if found.get("near_misses"):
+        lines.append(f"near misses worth trying together: {', '.join(map(str, found['near_misses']))} (python -m lab "
+                     "run --near-misses)")
+    if running := found.get("running"):
+        lines.append(progress(session, session.state.pending) if running["supervised"] else
+                     f"experiment {running['experiment']} was interrupted: python -m lab wait goes on with it")
+    lines += ["", table(session, list(session.state.experiments.values())[-RECENT:]), "", f"ledger: {found['ledger']}"]
+    return "\n".join(lines)
+
+
+def table(session: Session, experiments: list[Experiment]) -> str:
+    """One line for each: number, commit, verdict, score, what."""
+    lines = ["   #  commit   status    val_bpb   what"]
+    for e in experiments:
+        mean = (e.verdict or {}).get("mean")
+        score = f"{mean:.6f}" if mean is not None else "-"
+        commit = (e.applied or {}).get("commit", e.commit)[:7]
+        lines.append(f"{e.number:4d}  {commit}  {e.status:<8} {score:>9}   {untrusted.one_line(e.description, 80)}")
+    return "\n".join(lines)

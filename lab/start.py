@@ -1,0 +1,123 @@
+"""Begins a session: checks what it will rest on, pins it, and puts the repository on a branch of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import backends
+import prepare
+from backends import machine
+from calibration import profile, rule
+from lab import sandbox, source
+from lab.errors import LabError
+from lab.experiment import BASELINE_RUNS
+from lab.session import FORMAT, PASSED_ON, PREFIX, Session, differing, folder_of
+
+from lab.tree import TRAIN, Tree
+
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+
+def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_RUNS, say=print) -> Session:
+    """A new session in the repository at `path`; its baseline is journalled, and still to be run.
+
+    Args:
+        unsandboxed: go on where the system offers no sandbox.
+        runs: of the baseline, each with another seed.
+
+    Raises:
+        LabError, DataError, ProfileError, BackendError: something it would rest on is missing; nothing was changed.
+    """
+    if not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag:
+        raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
+    tree = Tree(path)
+    if (before := tree.branch()) is None:
+        raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+    commit = tree.commit_of("HEAD")
+    if commit is None or tree.blob_of(commit) is None:
+        raise LabError(f"{TRAIN} is not committed yet: commit it first")
+    if tree.git("status", "--porcelain", "--", TRAIN):
+        raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
+                       f"{TRAIN}, or git checkout -- {TRAIN}")
+    blob = tree.blob_of(commit)
+    described = source.describe(tree.content(blob))
+
+    hardware = backends.identify()
+    folder = folder_of(f"{hardware.slug}/{tag}")
+    if (folder / "session.json").exists():
+        raise LabError(f"there is a session {tag} already: git switch {PREFIX}{hardware.slug}/{tag} goes on with it; "
+                       "or take another tag")
+    found = checked_profile(hardware, tree.path / TRAIN, say)
+    data = prepare.open_data()
+    box = sandbox.probe()
+    if box is None and not unsandboxed:
+        raise LabError(f"{sandbox.describe(None)} Say --unsandboxed to go on without")
+    say(sandbox.describe(box))
+    if others := tree.changed():
+        say(f"not part of the session, being no part of its commit: {named(others)}")
+
+    branch = f"{PREFIX}{hardware.slug}/{tag}"
+    if tree.commit_of(f"refs/heads/{branch}") not in (None, commit):
+        raise LabError(f"there is a branch {branch} already, without its session; delete or rename it, or take another "
+                       "tag")
+    pin(tree, folder, commit)
+    settings = {f"AUTORESEARCH_{name}": value for name in PASSED_ON
+                if (value := os.environ.get(f"AUTORESEARCH_{name}"))}
+    settings |= {"AUTORESEARCH_HOME": str(prepare.home().absolute()), "AUTORESEARCH_DATA": data.name,
+                 "AUTORESEARCH_PROFILE": str(folder / "profile.json"), "AUTORESEARCH_BACKEND": hardware.backend}
+    prepare.write_json(folder / "profile.json", found)
+    facts = {
+        "format": FORMAT, "tag": tag, "device": hardware.slug, "backend": hardware.backend, "tree": str(tree.path),
+        "before": before, "commit": commit, "budget": prepare.budget(), "baseline_runs": runs,
+        "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag, "profile": profile.tag(found),
+        "versions": hardware.versions, "settings": settings, "sandbox": box,
+        "memory_ceiling": int(rule.SHARE_OF_MEMORY * found["free_memory"]),
+        "unified": hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()), "python": sys.version.split()[0],
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "judge": fingerprints(folder / "judge"),
+    }  # fmt: skip
+    tree.move(f"refs/heads/{branch}", commit)
+    prepare.write_json(folder / "session.json", facts)
+    session = Session(folder)
+    with session.lock:
+        session.begin(kind="baseline", blob=blob, parent=None, commit=commit, description="baseline",
+                      digest=described.digest, nodes=described.nodes, portable=described.portable)
+    tree.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
+    return session
+
+
+def checked_profile(hardware, train: Path, say) -> dict:
+    """The profile of this device. ProfileError if there is none, or one made with other versions."""
+    path = Path(os.environ.get("AUTORESEARCH_PROFILE") or profile.path_of(hardware))
+    if not path.exists():
+        raise profile.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profile.AGAIN}")
+    found = profile.read(path, hardware)
+    if reasons := profile.stale(found, hardware):
+        raise profile.ProfileError(f"the profile is stale: {'; '.join(reasons)}; {profile.AGAIN}")
+    if profile.stale(found, hardware, profile.baseline(train)):
+        say("the profile was measured with another train.py than this one: its sizes are used all the same")
+    return found
+
+
+def pin(tree: Tree, folder: Path, commit: str) -> None:
+    """Makes the judge: a worktree of the commit. What a start that was killed has left goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tree.git("worktree", "prune")
+    folder.mkdir(parents=True)
+    tree.git("worktree", "add", "--quiet", "--detach", str(folder / "judge"), commit)
+
+
+def fingerprints(judge: Path) -> dict[str, str]:
+    """sha256 of each of the judge's files."""
+    return {name: prepare.sha256(judge / name) for name in differing(judge, {})}
+
+
+def named(files: list[str], most: int = 5) -> str:
+    return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
+
+

@@ -1,0 +1,192 @@
+"""The user's git repository: what the lab reads of it, and the few things it changes.
+
+An experiment's commit is made beside the branch, without touching index or files; refs/autoresearch/ keeps it for good.
+The branch moves, in one step, when the experiment is kept. So at every moment it is at the best commit kept so far.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+import prepare
+from lab.errors import LabError
+
+TRAIN = "train.py"
+DURABLE = ("core.fsync=all", "core.fsyncObjectFiles=true", "gc.auto=0", "commit.gpgSign=false",
+           "core.hooksPath=/dev/null")
+# Set while a hook runs, these would make git look at another repository.
+ELSEWHERE = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "NAMESPACE", "PREFIX")}
+FALLBACK_IDENTITY = {"NAME": "autoresearch", "EMAIL": "autoresearch@localhost"}
+LOCK_PATIENCE = 3.0  # seconds that another git may hold a lock before it counts as left by a dead one
+
+
+class Tree:
+    """A repository with train.py at its root.
+
+    Raises:
+        LabError: there is no git or no such repository.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        root = self.git("rev-parse", "--show-toplevel")
+        self.path = Path(root)
+        if not (self.path / TRAIN).is_file():
+            known = self.git("ls-files", "--", TRAIN)
+            raise LabError(f"{TRAIN} is gone; get it back with: git checkout HEAD -- {TRAIN}" if known else
+                           f"there is no {TRAIN} at the root of the repository {root}: is this the project?")
+
+    def git(self, *arguments: str, index: Path | None = None, content: bytes | None = None, check: bool = True) -> str:
+        """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
+        done = self._run(arguments, index, content)
+        if done.returncode and check:
+            message = done.stderr.decode(errors="replace").strip()
+            raise LabError(f"git {arguments[0]} failed in {self.path}: {message}")
+        return "" if done.returncode else done.stdout.decode(errors="replace").rstrip("\n")
+
+    def _run(self, arguments, index=None, content=None) -> subprocess.CompletedProcess:
+        settings = [part for setting in DURABLE for part in ("-c", setting)]
+        environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+        if arguments[0] == "commit-tree":
+            environment = self._identity() | environment
+        if index:
+            environment["GIT_INDEX_FILE"] = str(index)
+        try:
+            return subprocess.run(["git", "-C", str(self.path), *settings, *arguments], input=content, env=environment,
+                                  capture_output=True, check=False)
+        except FileNotFoundError as error:
+            raise LabError("git was not found; install it") from error
+
+    def _identity(self) -> dict[str, str]:
+        """Who commits: the user where git knows one."""
+        known = {name: self.git("config", f"user.{name.lower()}", check=False) for name in FALLBACK_IDENTITY}
+        return {f"GIT_{role}_{name}": known[name] or fallback for role in ("AUTHOR", "COMMITTER")
+                for name, fallback in FALLBACK_IDENTITY.items()}
+
+    # --- Reading ---
+
+    def branch(self) -> str | None:
+        """The branch that is checked out; None if HEAD is detached."""
+        return self.git("symbolic-ref", "--quiet", "--short", "HEAD", check=False) or None
+
+    def commit_of(self, name: str) -> str | None:
+        return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False) or None
+
+    def blob_of(self, commit: str, path: str = TRAIN) -> str | None:
+        """The id of a file's content in a commit."""
+        return self.git("rev-parse", "--verify", "--quiet", f"{commit}:{path}", check=False) or None
+
+    def content(self, blob: str) -> bytes:
+        """As it would be checked out as train.py."""
+        done = self._run(("cat-file", "--filters", f"--path={TRAIN}", blob))
+        if done.returncode:
+            raise LabError(f"git does not have {blob}: {done.stderr.decode(errors='replace').strip()}")
+        return done.stdout
+
+    def train(self) -> bytes:
+        """The user's train.py as it is now. LabError if it can't be read."""
+        try:
+            return (self.path / TRAIN).read_bytes()
+        except OSError as error:
+            raise LabError(f"{self.path / TRAIN} can't be read ({error}); get it back with: git checkout -- {TRAIN}"
+                           ) from error
+
+    def store(self, content: bytes) -> str:
+        """The blob id of a train.py, which is stored."""
+        return self.git("hash-object", "-w", f"--path={TRAIN}", "--stdin", content=content)
+
+    def changed(self) -> list[str]:
+        """Files other than train.py that differ from what is committed, or are new."""
+        entries = self.git("status", "--porcelain", "-z", "--no-renames").split("\0")
+        return [entry[3:] for entry in entries if entry and entry[3:] != TRAIN]
+
+    def files(self, commit: str) -> list[str]:
+        return self.git("ls-tree", "-r", "-z", "--name-only", commit).strip("\0").split("\0")
+
+    def patch(self, before: str, after: str) -> tuple[str, str]:
+        """(unified diff, stable patch id) from one blob of train.py to another. The id is made without context lines,
+        so that it stays the same when a line nearby has changed."""
+        # Whatever the user has set for diffs: the same change has the same id on every machine.
+        diff = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--diff-algorithm=myers", "--indent-heuristic",
+                "--src-prefix=a/", "--dst-prefix=b/", "--inter-hunk-context=0", "--ignore-submodules", "--text")
+        bare = self.git(*diff, "-U0", before, after)
+        identity = self.git("patch-id", "--stable", content=_named(bare).encode()) if bare else ""
+        return _named(self.git(*diff, "-U3", before, after)) + "\n", identity.split(" ")[0][:16]
+
+    # --- Changing ---
+
+    def commit(self, parent: str, blob: str, message: str) -> str:
+        """A commit on top of `parent` with this train.py and nothing else changed; no branch, index or file is."""
+        mode = self.git("ls-tree", parent, TRAIN).split(" ")[0]
+        with tempfile.TemporaryDirectory() as folder:
+            index = Path(folder) / "index"
+            self.git("read-tree", parent, index=index)
+            self.git("update-index", "--cacheinfo", f"{mode},{blob},{TRAIN}", index=index)
+            root = self.git("write-tree", index=index)
+        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode())
+
+    def move(self, ref: str, commit: str, before: str | None = None) -> None:
+        """Sets a ref; LabError if it is not at `before`, where that is given."""
+        self.git("update-ref", ref, commit, *([before] if before else []))
+
+    def settle(self, branch: str, tested: bytes) -> bool:
+        """Makes train.py and its index entry those of the branch, if the branch is checked out and train.py is still
+        what was `tested`. False if it was left alone, because somebody has edited it since."""
+        if self.branch() != branch:
+            return False
+        wanted, now = self.content(self.blob_of(branch)), self.train()
+        left_alone = now not in (tested, wanted)
+        if not left_alone and now != wanted:
+            with prepare.whole(self.path / TRAIN) as file:
+                file.write(wanted)
+        self.git("reset", "--quiet", "--", TRAIN)
+        return not left_alone
+
+    def unlock(self, branch: str) -> list[str]:
+        """Removes locks that a killed git left on what the lab changes, and names them."""
+        names = ("index", "HEAD", f"refs/heads/{branch}", "packed-refs")
+        locks = [self.path / self.git("rev-parse", "--git-path", f"{name}.lock") for name in names]
+        refs = self.path / self.git("rev-parse", "--git-path", "refs/autoresearch")
+        locks += refs.rglob("*.lock") if refs.is_dir() else ()
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while (held := [lock for lock in locks if lock.exists()]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if not self._git_runs():
+                break
+        if held and self._git_runs():
+            raise LabError(f"another git holds {held[0]}; let it end, then run this again")
+        for lock in held:
+            lock.unlink(missing_ok=True)
+        return [str(lock) for lock in held]
+
+    def _git_runs(self) -> bool:
+        """Whether a git works on this repository."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if (process.info["name"] or "").startswith("git"):
+                try:
+                    inside = self.path in (cwd := Path(process.cwd())).parents or cwd == self.path
+                except (psutil.Error, OSError):
+                    continue
+                if inside or str(self.path) in (process.info["cmdline"] or ()):
+                    return True
+        return False
+
+
+def _named(diff: str) -> str:
+    """A diff of two blobs as one of train.py."""
+    lines = diff.split("\n")
+    for i, line in enumerate(lines):
+        if line.startswith("@@"):
+            break
+        for mark, side in (("--- ", "a"), ("+++ ", "b")):
+            if line.startswith(mark):
+                lines[i] = f"{mark}{side}/{TRAIN}"
+        if line.startswith("diff --git"):
+            lines[i] = f"diff --git a/{TRAIN} b/{TRAIN}"
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""Sessions without training: a small repository, and a runner that computes a score instead of a model."""
+
+import hashlib
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import prepare
+from lab import runner, source
+from lab.errors import LabError
+from lab.session import FORMAT, PREFIX, Session
+from lab.start import fingerprints, pin
+from lab.tree import Tree
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEVICE, TAG = "fake-1gb", "night"
+TRAIN = b"LOSS = 1.0\nNOISE = 0.001\nFAILS = None\nLEAK = 0.0\n"
+PROFILE = {"settings": {"precision": "float32"}, "products": {"rates": {"float32": {
+    "median": 100.0, "low": 95.0, "high": 105.0, "n": 9}}}}
+
+
+def git(path: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Tree:
+    """
+    Args:
+        project: with all that it takes to run and judge a train.py, tests/lab/fake_train.py say.
+    """
+    path.mkdir(parents=True)
+    git(path, "init", "-q", "-b", "main")
+    (path / "train.py").write_bytes(train)
+    (path / "prepare.py").write_text("BUDGET = 300\n")
+    (path / "program.md").write_text("be good\n")
+    if project:
+        for name in ("backends", "calibration", "lab"):
+            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for source in (ROOT / "prepare.py", HERE / "fake_backend.py"):
+            shutil.copy(source, path)
+        (path / ".gitignore").write_text("__pycache__/\n")
+    git(path, "add", ".")
+    git(path, "commit", "-qm", "first")
+    return Tree(path)
+
+
+def make(path: Path, train: bytes = TRAIN, baseline_runs: int = 3, project: bool = False, **facts) -> Session:
+    """A session as `start` leaves it, in a repository of its own. `facts` are for session.json."""
+    tree = repository(path, train, project)
+    commit, name = tree.commit_of("HEAD"), f"{DEVICE}/{TAG}"
+    folder = prepare.home() / "sessions" / name
+    pin(tree, folder, commit)
+    prepare.write_json(folder / "profile.json", PROFILE)
+    prepare.write_json(folder / "session.json", {
+        "format": FORMAT, "tag": TAG, "device": DEVICE, "backend": "fake", "tree": str(tree.path), "commit": commit,
+        "budget": 300.0, "baseline_runs": baseline_runs, "dataset": "tiny", "eval": "e" * 12, "data": "d" * 12,
+        "profile": "p" * 12, "versions": {}, "settings": {}, "sandbox": None, "memory_ceiling": None, "unified": True,
+        "judge": fingerprints(folder / "judge"), **facts})
+    tree.move(f"refs/heads/{PREFIX}{name}", commit)
+    tree.git("symbolic-ref", "HEAD", f"refs/heads/{PREFIX}{name}")
+    session = Session(folder)
+    described = source.describe(train)
+    session.begin(kind="baseline", blob=tree.blob_of(commit), parent=None, commit=commit, description="baseline",
+                  digest=described.digest, nodes=described.nodes, portable=described.portable)
+    return session
+
+
+class Runner:
+    """In place of lab.runner: a run "trains" by reading constants of its train.py. Counts what it did.
+
+    A train.py sets LOSS and NOISE (standard deviation), FAILS ("crash", "invalid" or None), LEAK (how much better it is
+    on validation rows than on others), SPEED, ENDS (its last quarter's), LIES (how much better it says it is), DAMAGES.
+    """
+
+    def __init__(self):
+        self.runs, self.scored, self.ended = [], [], []
+
+    def install(self, monkeypatch):
+        for name in ("run", "score", "end"):
+            monkeypatch.setattr(runner, name, getattr(self, name))
+        return self
+
+    def run(self, request, started=lambda pid, created: None):
+        made, facts = self._facts(request.folder)
+        self.runs.append((made, request.seed, request.budget))
+        started(1, 0.0)
+        if facts.get("DAMAGES"):
+            (request.judge / "prepare.py").write_text("BUDGET = 3000\n")
+        if facts.get("FAILS"):
+            return SimpleNamespace(status=facts["FAILS"], reason=f"it {facts['FAILS']}ed", result=None, seconds=1.0,
+                                   traceback="Traceback: boom" if facts["FAILS"] == "crash" else "")
+        bpb = self._bpb(made, facts, request.seed)
+        (request.folder / "result.safetensors").write_text(repr(bpb))
+        result = {"val_bpb": bpb - facts.get("LIES", 0), "training_seconds": request.budget, "total_tokens_M": 280.0,
+                  "tokens_per_second": 1000.0, "tokens_per_second_last_quarter": 1000.0 * facts.get("ENDS", 1),
+                  "speed": facts.get("SPEED", 1.0), "peak_vram_mb": 1024.0, "num_steps": 10, "num_params_M": 1.0,
+                  "depth": 2, "val_rows": 8, "mfu_percent": 40.0, "total_seconds": request.budget + 20}
+        return SimpleNamespace(status="ok", reason="", result=result, seconds=request.budget + 20, traceback="")
+
+    def score(self, request, weights):
+        _, facts = self._facts(request.folder)
+        self.scored.append(request.folder.name)
+        try:
+            bpb = float(weights.read_text())
+        except OSError as error:
+            raise LabError(f"there are no weights: {error}") from error
+        rng = np.random.default_rng(0)
+        nats = rng.normal(1000, 10, 64)
+        np.savez(request.folder / "rows.npz", val_nats=nats * bpb, val_bytes=np.full(64, 1000.0),
+                 held_nats=nats * (bpb + facts["LEAK"]), held_bytes=np.full(64, 1000.0))
+        return SimpleNamespace(val_bpb=bpb, held_out_bpb=bpb + 0.01 + facts["LEAK"])
+
+    def end(self, run_id):
+        self.ended.append(run_id)
+        return 0
+
+    @staticmethod
+    def _facts(folder: Path) -> tuple[bytes, dict]:
+        content, facts = (folder / "train.py").read_bytes(), {}
+        exec(content, facts)
+        return content, facts
+
+    @staticmethod
+    def _bpb(content: bytes, facts: dict, seed: int) -> float:
+        digest = hashlib.sha256(content + str(seed).encode()).hexdigest()
+        return facts["LOSS"] + random.Random(digest).gauss(0, facts["NOISE"])

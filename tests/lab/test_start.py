@@ -1,0 +1,174 @@
+"""Beginning a session: what is checked, what is pinned, what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import sessions
+from sessions import ROOT, git
+
+import backends
+import prepare
+from backends.interface import BackendError, Hardware
+from calibration import profile
+from lab import sandbox
+from lab.errors import LabError
+from lab.session import Session, at
+from lab.start import start
+
+PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
+HARDWARE = Hardware(name="CPU", slug=PROFILE["device"], kind="cpu", backend=PROFILE["backend"], memory=24 * 2**30,
+                    versions=PROFILE["versions"])
+
+
+@pytest.fixture
+def tree(tmp_path, isolated_home, tiny_home, monkeypatch):
+    monkeypatch.setattr(backends, "identify", lambda name=None: HARDWARE)
+    monkeypatch.setattr(sandbox, "probe", lambda: "bwrap")
+    isolated_home.mkdir()
+    (isolated_home / "data").symlink_to(tiny_home / "data")
+    prepare.write_json(profile.path_of(HARDWARE), PROFILE)
+    return sessions.repository(tmp_path / "project")
+
+
+def begin(tree, tag="nov21", **more):
+    return start(tree.path, tag, say=lambda text: None, **more)
+
+
+def untouched(tree):
+    return tree.branch() == "main" and not list(prepare.home().glob("sessions/*/*/session.json"))
+
+
+def test_it_makes_branch_judge_and_a_pending_baseline(tree):
+    session = begin(tree)
+    assert tree.branch() == f"autoresearch/{HARDWARE.slug}/nov21" and git(tree.path, "status", "--porcelain") == ""
+    assert (session.judge / "prepare.py").read_text() == "BUDGET = 300\n"
+    assert session.state.pending.kind == "baseline"
+    assert session.profile == PROFILE and session.facts["profile"] == profile.tag(PROFILE)
+    assert session.facts["settings"]["AUTORESEARCH_PROFILE"] == str(session.folder / "profile.json")
+    assert session.facts["settings"]["AUTORESEARCH_DATA"] == "tiny"
+    assert at(tree.path).folder == session.folder
+
+
+def test_the_sandbox_is_told(tree):
+    said = []
+    start(tree.path, "a", say=said.append)
+    assert any("bwrap" in text for text in said)
+
+
+def test_settings_of_the_users_are_pinned(tree, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", "7")
+    session = begin(tree)
+    assert session.facts["settings"]["AUTORESEARCH_DEVICE"] == "cpu" and session.budget == 7
+
+
+@pytest.mark.parametrize("tag", ["", "a b", "../x", "a..b", "x.lock", "-x", "a/b", "x" * 99])
+def test_a_tag_that_is_no_name_is_refused(tree, tag):
+    with pytest.raises(LabError, match="can't be a tag"):
+        begin(tree, tag)
+    assert untouched(tree)
+
+
+def test_an_existing_tag_is_refused(tree):
+    begin(tree)
+    git(tree.path, "switch", "-q", "main")
+    with pytest.raises(LabError, match="session nov21 already"):
+        begin(tree)
+    assert tree.branch() == "main"
+
+
+def test_a_branch_of_that_name_that_is_somewhere_else_is_refused(tree):
+    git(tree.path, "commit", "-q", "--allow-empty", "-m", "second")
+    git(tree.path, "branch", f"autoresearch/{HARDWARE.slug}/nov21", "HEAD^")
+    with pytest.raises(LabError, match="a branch .* already"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_a_detached_head_is_refused(tree):
+    git(tree.path, "checkout", "-q", "--detach")
+    with pytest.raises(LabError, match="detached"):
+        begin(tree)
+
+
+def test_an_uncommitted_train_is_refused(tree):
+    (tree.path / "train.py").write_text("LOSS = 2\n")
+    with pytest.raises(LabError, match="not committed"):
+        begin(tree)
+    assert untouched(tree) and (tree.path / "train.py").read_text() == "LOSS = 2\n"
+
+
+def test_other_uncommitted_files_are_named_and_stay(tree):
+    (tree.path / "prepare.py").write_text("BUDGET = 1\n")
+    said = []
+    session = start(tree.path, "nov21", say=said.append)
+    assert any("prepare.py" in text for text in said)
+    assert (session.judge / "prepare.py").read_text() == "BUDGET = 300\n"
+
+
+def test_without_a_profile_it_says_what_to_run(tree):
+    profile.path_of(HARDWARE).unlink()
+    with pytest.raises(profile.ProfileError, match="python -m calibration"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_a_stale_profile_is_refused_by_name(tree, monkeypatch):
+    newer = replace(HARDWARE, versions={**HARDWARE.versions, "torch": "9.9"})
+    monkeypatch.setattr(backends, "identify", lambda name=None: newer)
+    with pytest.raises(profile.ProfileError, match="torch .*9.9"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_without_data_it_says_what_to_run(tree, isolated_home):
+    (isolated_home / "data").unlink()
+    with pytest.raises(prepare.DataError, match="prepare.py"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_a_backend_that_is_not_there_is_its_error(tree, monkeypatch):
+    def fails(name=None):
+        raise BackendError("install it")
+
+    monkeypatch.setattr(backends, "identify", fails)
+    with pytest.raises(BackendError):
+        begin(tree)
+
+
+def test_without_a_sandbox_it_wants_to_be_told(tree, monkeypatch):
+    monkeypatch.setattr(sandbox, "probe", lambda: None)
+    with pytest.raises(LabError, match="--unsandboxed"):
+        begin(tree)
+    assert untouched(tree)
+    assert begin(tree, unsandboxed=True).facts["sandbox"] is None
+
+
+def test_a_start_that_was_killed_half_way_is_begun_again(tree):
+    session = begin(tree)
+    git(tree.path, "switch", "-q", "main")
+    (session.folder / "session.json").unlink()  # it is written last
+    again = begin(tree)
+    assert again.state.pending.kind == "baseline" and (again.judge / "train.py").exists()
+
+
+def test_a_session_of_another_repository_is_refused(tree, tmp_path):
+    begin(tree)
+    shutil.copytree(tree.path, tmp_path / "copy", symlinks=True)
+    with pytest.raises(LabError, match="belongs to the repository"):
+        at(tmp_path / "copy")
+
+
+def test_a_branch_without_a_session_says_how_to_begin(tree):
+    with pytest.raises(LabError, match="lab start TAG"):
+        at(tree.path)
+
+
+def test_a_session_of_another_format_is_refused(tree):
+    session = begin(tree)
+    prepare.write_json(session.folder / "session.json", {**session.facts, "format": 99})
+    with pytest.raises(LabError, match="another version"):
+        Session(session.folder)
