@@ -58,7 +58,7 @@ def do_start(options) -> int:
         raise LabError(str(error)) from error
     if not options.json:
         print(f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
-              f"{session.facts['baseline_runs']} runs of {session.budget:g} s", flush=True)
+              f"{show.counted(session.facts['baseline_runs'], 'run')} of {session.budget:g} s", flush=True)
     return follow(session, options, session.launch())
 
 
@@ -175,7 +175,7 @@ def begin_change(session: Session, options) -> Experiment | None:
         kind = "near misses"
     else:
         if not edited:
-            raise LabError(f"{TRAIN} is the best so far, but for comments: edit it first")
+            raise LabError(f"{TRAIN} is not edited (comments and docstrings aside): there is nothing to run yet")
         if not (options.message or "").strip():
             raise LabError('say what was changed, and why: python -m lab run -m "..."')
         members, message, kind = (), options.message, "change"

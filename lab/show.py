@@ -74,6 +74,10 @@ def block(session: Session, experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" + "s" * (n != 1)
+
+
 def told_noise(session: Session) -> str:
     """How far chance moves val_bpb, and what can be seen all the same."""
     noise = session.noise
@@ -144,7 +148,7 @@ def status_facts(session: Session) -> dict:
 
 def status(session: Session) -> str:
     found = status_facts(session)
-    lines = [f"session {found['session']}: {found['experiments']} experiments, {found['keep']} kept, "
+    lines = [f"session {found['session']}: {counted(found['experiments'], 'experiment')}, {found['keep']} kept, "
              f"{found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid"]
     if "best" in found:
         best = found["best"]

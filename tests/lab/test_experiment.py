@@ -161,7 +161,7 @@ def test_an_equal_train_is_answered_from_the_ledger(session, runner):
 
 
 def test_the_best_itself_is_not_run(session):
-    with pytest.raises(LabError, match="edit it first"):
+    with pytest.raises(LabError, match="not edited"):
         attempt(session, TRAIN + b"# only a remark\n")
 
 
