@@ -30,6 +30,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 import psutil
 
@@ -112,11 +117,22 @@ def whole(path: Path):
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(descriptor: int) -> None:
+    """Returns once what was written to a file is on the disk. macOS would leave it in the drive's cache at fsync."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a file system that can't
+            pass
+    os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -126,7 +142,7 @@ def sync_folder(folder: Path) -> None:
     except OSError:
         return
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     except OSError:  # a file system that can't
         pass
     finally:
@@ -408,6 +424,7 @@ class Clock:
         steps, longest: number of `tick` calls; seconds the longest took. in_step: has had a batch since the last tick.
         ticks: at each tick, seconds since the start and tokens handed out so far.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
+        initial_weights: their fingerprint: with another seed, it is another.
     """
 
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
@@ -415,9 +432,10 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
         self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
-        self.evaluated, self.val_bpb, self.val_rows = False, None, None
+        self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
+            self.initial_weights = fingerprint(backend.weights(model))
             rows = loader.data.validation_rows
             values = halving(backend, PROBE_ROWS, lambda n: losses(backend, model, *inputs_and_targets(rows[:n])))
             untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
@@ -475,6 +493,14 @@ class Clock:
             self.backend.synchronize()
             admit(self)
             self.stopped = time.perf_counter()
+
+
+def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:
+    """Of weights by name: of the first elements of each."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + np.ascontiguousarray(weights[name].reshape(-1)[:most]).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def admit(clock: Clock | None) -> None:
@@ -662,7 +688,7 @@ def recorded(clock: Clock | None):
     try:
         yield
     except (Invalid, Diverged) as error:
-        sys.audit("autoresearch.refused", type(error).__name__, str(error))
+        sys.audit("autoresearch.refused", error)
         if path := result_path():
             status = "invalid" if isinstance(error, Invalid) else "crash"
             write_json(path, {"status": status, "reason": str(error), **(measured(clock) if clock else {})})
@@ -681,6 +707,7 @@ def measured(clock: Clock) -> dict:
         "device": backend.device.slug, "backend": backend.name,
         "profile": backend.device.profile or "none", "speed": backend.device.speed,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag,
+        "initial_weights": clock.initial_weights,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,13 @@ def main() -> None:
     parser.add_argument("--budget", default="10", help="seconds of training")
     options = parser.parse_args()
     os.environ["AUTORESEARCH_BUDGET"] = options.budget
+    mine = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
     with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder, "home")  # what is made here goes with it
+        home.mkdir()
+        (home / "data").symlink_to(mine / "data")
+        shutil.copytree(mine / "profiles", home / "profiles")
+        os.environ["AUTORESEARCH_HOME"] = str(home)
         clone, added = Path(folder, "clone"), []
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         subprocess.run(["git", "-C", clone, "checkout", "-qB", "main"], check=True)

@@ -128,7 +128,8 @@ def _packed(losses: dict[str, np.ndarray]) -> bytes:
 def readme(bundle: Bundle, patches: list[str]) -> str:
     """A session for people, as Markdown."""
     session, rows = bundle.session, bundle.rows
-    scores = [row["val_bpb"] for row in rows if row["val_bpb"] is not None and row["status"] == "keep"]
+    compared = [row for row in rows if comparable(row, session.get("budget"))]
+    scores = [row["val_bpb"] for row in compared]
     statuses = ", ".join(f"{count} {_cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
     facts = [("device", session["device"]), ("backend", session["backend"]), ("begun", session["made"]),
              ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
@@ -145,11 +146,19 @@ def readme(bundle: Bundle, patches: list[str]) -> str:
         lines += ["", "## Kept changes, each on top of the one before", "",
                   "| | experiment | commit | val_bpb | what | patch |", "|---|---|---|---|---|---|"]
     for place, (kept, patch) in enumerate(zip(bundle.kept, patches), 1):
-        of = [row["val_bpb"] for row in rows if row["commit"] == kept.commit and row["val_bpb"] is not None]
+        of = [row["val_bpb"] for row in compared if row["commit"] == kept.commit]
         score = f"{math.fsum(of) / len(of):.6f}" if of else ""
         cells = place, kept.number, kept.commit, score, kept.description
         lines.append("".join(f"| {_cell(cell)} " for cell in cells) + f"| {patch} |")
     return "\n".join([*lines, "", READING])
+
+
+def comparable(row: dict, budget: float | None) -> bool:
+    """Whether a run's score is one that its session kept changes by: not a confirmation's, nor of another budget."""
+    trial = re.match(r"trial of (\S+) s; ", row["reason"])
+    own_budget = trial is None or budget is None or trial[1] == f"{budget:g}"
+    confirms = re.match(r"(trial of \S+ s; )?confirmation [0-9]", row["reason"])
+    return row["val_bpb"] is not None and row["status"] == "keep" and own_budget and not confirms
 
 
 READING = """## Reading it
@@ -333,10 +342,10 @@ def check_patch(name: str, data: bytes) -> str:
 def _after_hunk(name: str, lines: list[str], before: int, after: int) -> list[str]:
     """What follows a hunk that has so many lines of the file before and after the change."""
     for at, line in enumerate(lines):
-        mark = line[:1]
+        mark = line[:1] or " "  # git's diff.suppressBlankEmpty leaves the blank of an empty line out
         if before == after == 0 and mark != "\\":  # of "\ No newline at end of file"
             return lines[at:]
-        if not mark or mark not in " -+\\":
+        if mark not in " -+\\":
             raise Wrong(f"{name} has a hunk with fewer lines than it says")
         before -= mark in " -"
         after -= mark in " +"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
 
-from lab import exchange, gate, show, source
+from lab import near, show, source
 from lab.errors import LabError
-from lab.session import Session
+from lab.session import Session, refuse_if_busy
 from lab.state import CONFIRM, Experiment
 from lab.tree import TRAIN
 
@@ -34,23 +33,13 @@ def exclusive(session: Session):
         yield
 
 
-def free_device(session: Session) -> None:
-    """LabError if something else trains on this device."""
-    try:
-        with session.device_lock.acquire(blocking=False):
-            pass
-    except filelock.Timeout:
-        raise LabError("another session is using this device; one run at a time, else both are slowed: wait for it"
-                       ) from None
-
-
 # --- Commands ---
 
 def do_start(options) -> int:
     from backends.interface import BackendError
     from lab.start import start
 
-    more = {"runs": options.baseline_runs} if options.baseline_runs else {}
+    more = {} if options.baseline_runs is None else {"runs": options.baseline_runs}
     quiet = {"say": lambda text: print(text, file=sys.stderr)} if options.json else {}
     try:
         session = start(Path.cwd(), options.tag, options.unsandboxed, **more, **quiet)
@@ -64,12 +53,13 @@ def do_start(options) -> int:
 
 def do_run(session: Session, options) -> int:
     with exclusive(session):
-        free_device(session)
+        refuse_if_busy(session.device_lock)
         if pending := session.state.pending:
-            print(f"experiment {pending.number} was interrupted: going on with it first. {TRAIN} was not taken; run "
-                  "again afterwards", file=sys.stderr)
+            options.note = (f"experiment {pending.number} had been interrupted, and came first: {TRAIN} was not taken. "
+                            "Run again")
         elif answer := begin_change(session, options):
-            return tell(session, options, answer, "answered from the ledger, not run again (--again runs it)")
+            options.note = "answered from the ledger, not run again (--again runs it)"
+            return tell(session, options, answer)
     return follow(session, options, session.launch())
 
 
@@ -77,13 +67,13 @@ def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
         raise LabError("at least 2 pairs, and a positive multiple of the budget, please")
     with exclusive(session):
-        free_device(session)
+        refuse_if_busy(session.device_lock)
         state = session.state
         if not state.pending:
             sound_baseline(session)
             if state.best is state.baseline:
                 raise LabError("the baseline is still the best: there is nothing to confirm yet")
-            session.begin(kind=CONFIRM, blob=state.best.blob, parent=state.baseline.blob, pairs=options.pairs,
+            session.begin(kind=CONFIRM, blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=options.pairs,
                           commit=state.best.applied["commit"], budget=session.budget * options.times,
                           description=state.best.description, portable=state.best.portable)
     return follow(session, options, session.launch())
@@ -98,7 +88,7 @@ def do_wait(session: Session, options) -> int:
     if pending:
         return follow(session, options, session.launch())
     print("nothing is running; the last experiment:", file=sys.stderr)
-    return tell(session, options, next(reversed(session.state.experiments.values())))
+    return tell(session, options, session.state.last)
 
 
 def do_status(session: Session, options) -> int:
@@ -118,19 +108,20 @@ def do_log(session: Session, options) -> int:
 
 
 def do_export(session: Session, options) -> int:
-    with exclusive(session):
-        if session.state.pending:
-            raise LabError("an experiment was interrupted; let it end first: python -m lab wait")
-        kept = [exchange.Kept(number=e.number, commit=e.applied["commit"][:7], description=e.description,
-                              parent=session.state.kept_as(e.parent).applied["commit"][:7],
-                              patch_text=session.tree.patch(e.parent, e.blob)[0])
-                for e in session.state.kept if e.parent]
-        print(exchange.export_session(session.folder, kept, options.target))
+    from lab import exchange
+
+    state = session.state
+    kept = [exchange.Kept(number=e.number, commit=e.applied["commit"][:7], description=e.description,
+                          parent=state.parent_of(e).applied["commit"][:7],
+                          patch_text=session.tree.patch(e.parent, e.blob)[0])
+            for e in state.kept if e.parent and e.applied]
+    print(exchange.export_session(session.folder, kept, options.target))
     return 0
 
 
 def do_import(options) -> int:
     import prepare
+    from lab import exchange
 
     print(exchange.import_session(options.source, prepare.home(), device=options.device))
     return 0
@@ -149,7 +140,8 @@ def sound_baseline(session: Session) -> None:
     baseline = session.state.baseline
     if baseline is None or baseline.status != "keep":
         why = baseline.verdict["reason"] if baseline and baseline.verdict else "it was not run"
-        raise LabError(f"the baseline failed ({why}): mend {TRAIN}, commit it, and start another session")
+        raise LabError(f"the baseline failed ({why}): mend that, commit {TRAIN} if it changed, and start another "
+                       "session")
 
 
 def begin_change(session: Session, options) -> Experiment | None:
@@ -159,6 +151,9 @@ def begin_change(session: Session, options) -> Experiment | None:
     tree, state = session.tree, session.state
     best, head = state.best, tree.commit_of(session.branch)
     if head is None or tree.blob_of(head) != best.blob:
+        if head and tree.blob_of(f"{head}^") == best.blob:
+            raise LabError(f"{TRAIN} was committed, which is for the lab to do. Take the commit back, leaving the file "
+                           "as it is, and run again: git reset --soft HEAD^")
         raise LabError(f"{TRAIN} on the branch {session.branch} is not the best that this session kept. Put it back: "
                        f"git checkout {best.applied['commit'][:7]} -- {TRAIN} && git commit -m restore; or start "
                        "another session from what is there")
@@ -168,7 +163,7 @@ def begin_change(session: Session, options) -> Experiment | None:
     if options.near_misses:
         if edited:
             raise LabError(f"{TRAIN} has an edit of yours; run that first, or put it back: git checkout -- {TRAIN}")
-        content, members = together(session)
+        content, members = near.together(session)
         described = source.describe(content)
         message = options.message or "near misses together: " + "; ".join(
             f"{number} {state.experiments[number].description}" for number in members)
@@ -179,43 +174,18 @@ def begin_change(session: Session, options) -> Experiment | None:
         if not (options.message or "").strip():
             raise LabError('say what was changed, and why: python -m lab run -m "..."')
         members, message, kind = (), options.message, "change"
-    if (same := state.same(described.digest)) and not options.again:
-        tree.settle(session.branch, content)
-        return same
     blob = tree.store(content)
+    if (same := state.same(described.digest)) and not options.again:
+        tree.settle(session.branch, blob, best.blob)
+        return same
     if others := tree.changed():
         from lab.start import named
         print(f"not part of the experiment, and left alone: {named(others)}", file=sys.stderr)
     session.begin(
-        kind=kind, blob=blob, parent=best.blob, commit=tree.commit(head, blob, message), description=message,
-        digest=described.digest, nodes=described.nodes, portable=described.portable,
+        kind=kind, blob=blob, parent=best.blob, onto=best.number, commit=tree.commit(head, blob, message),
+        description=message, digest=described.digest, nodes=described.nodes, portable=described.portable,
         patch=tree.patch(best.blob, blob)[1], members=members)
     return None
-
-
-def together(session: Session) -> tuple[bytes, list[int]]:
-    """(train.py with the near misses merged into the best, their numbers): those that go together without conflict."""
-    state, tree = session.state, session.tree
-    current, members = tree.content(state.best.blob), []
-    for number in show.near_misses(session):
-        if len(members) == gate.MOST_TOGETHER:
-            break
-        miss = state.experiments[number]
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder, name) for name in ("current", "base", "other")]
-            for path, content in zip(paths, (current, tree.content(miss.parent), tree.content(miss.blob))):
-                path.write_bytes(content)
-            done = subprocess.run(["git", "merge-file", "-p", *map(str, paths)], capture_output=True, check=False)
-        try:
-            if done.returncode == 0 and done.stdout != current:
-                source.describe(done.stdout)
-                current, members = done.stdout, [*members, number]
-        except LabError:
-            pass  # merged without conflict, and is no Python any more
-    if len(members) < gate.FEWEST_TOGETHER:
-        raise LabError(f"there are not enough near misses that go together: {len(members)}, and it takes "
-                       f"{gate.FEWEST_TOGETHER}")
-    return current, members
 
 
 # --- Waiting and telling ---
@@ -226,7 +196,7 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
     session.refresh()
     experiment = session.state.pending
     if experiment is None:  # it was as good as done
-        return tell(session, options, next(reversed(session.state.experiments.values())))
+        return tell(session, options, session.state.last)
     while not experiment.applied:
         if time.monotonic() > deadline:
             print(json.dumps(show.progress_facts(session, experiment)) if options.json
@@ -249,9 +219,10 @@ def last_words(session: Session) -> str:
     return lines[-1] if lines else "it was killed"
 
 
-def tell(session: Session, options, experiment: Experiment, note: str = "") -> int:
+def tell(session: Session, options, experiment: Experiment) -> int:
+    note = {"note": options.note} if getattr(options, "note", "") else {}
     if options.json:
-        print(json.dumps({**show.facts(session, experiment), **({"note": note} if note else {})}, indent=1))
+        print(json.dumps({**show.facts(session, experiment), **note}, indent=1))
     else:
-        print(show.block(session, experiment) + (f"\n{note}" if note else ""))
+        print(show.block(session, experiment), *note.values(), sep="\n")
     return 0

@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 import time
+import traceback
 from pathlib import Path
 
 import filelock
@@ -26,6 +27,9 @@ BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarte
 FAILED = ("crash", "invalid", "disturbed")
 TRIES = 3  # of a run on a device that is not itself, or of a parent that fails
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
+CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
+MOST_LOST = 5  # runs of one experiment that the harness did not survive
+ALIKE = 0.05  # of tokens/s: last quarters of one train.py that slows down by itself
 BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
@@ -46,8 +50,14 @@ def supervise(session: Session) -> None:
             while experiment := session.state.pending:
                 if experiment.verdict:
                     apply(session, experiment)
-                else:
+                    continue
+                try:
                     advance(session, experiment)
+                except Exception:  # not a Stop, which says what to do: a mistake of the lab's own, which must end, too
+                    session.log("failed", experiment=experiment.number)
+                    traceback.print_exc()
+                    if experiment.failures < TRIES:
+                        raise
 
 
 def advance(session: Session, experiment: Experiment) -> None:
@@ -65,14 +75,33 @@ def advance(session: Session, experiment: Experiment) -> None:
 # --- What to do next: ("run", (blob, seed, budget)), ("score", run) or ("verdict", its facts) ---
 
 def failure(experiment: Experiment, runs: list[Run]) -> tuple | None:
-    """The verdict on runs that failed, or were disturbed too often."""
+    """The verdict on runs that failed, were disturbed or interrupted too often, or on a lab that fails at it."""
     for run in runs:
         if run.status in ("crash", "invalid"):
             return "verdict", {"status": run.status, "reason": run.reason}
-    for run in runs:
-        again = [other for other in runs if (other.status, other.blob, other.seed) == ("disturbed", run.blob, run.seed)]
+        again = [one for one in runs if (one.status, one.blob, one.seed) == ("disturbed", run.blob, run.seed)]
         if len(again) >= TRIES:
-            return "verdict", {"status": "invalid", "reason": f"not judged: {again[-1].reason}, in {len(again)} runs"}
+            return "verdict", unjudged("invalid", f"{again[-1].reason}, in {len(again)} runs. Free the device, or "
+                                                  "calibrate it again, and run this again")
+    if sum(run.status == "lost" for run in experiment.runs) >= MOST_LOST:
+        return "verdict", unjudged("crash", f"it was interrupted {MOST_LOST} times: does it bring the machine down?")
+    if experiment.failures >= TRIES:
+        return "verdict", unjudged("invalid", f"the lab failed at it {experiment.failures} times; see supervisor.log "
+                                              "in the session's folder, and please report it")
+    return None
+
+
+def unjudged(status: str, reason: str) -> dict:
+    """A verdict that says nothing of the change."""
+    return {"status": status, "reason": f"not judged: {reason}", "unjudged": True}
+
+
+def same_start(runs: list[Run]) -> str | None:
+    """Why runs with different seeds are no repeats: noise can't be told from a seed that is always the same."""
+    starts = {run.seed: run.result.get("initial_weights") for run in runs if run.status == "ok"}
+    known = [start for start in starts.values() if start]
+    if len(set(known)) < len(known):
+        return "it starts from the same weights whatever AUTORESEARCH_SEED says: chance could not be told from gain"
     return None
 
 
@@ -87,6 +116,8 @@ def plan_baseline(session: Session, baseline: Experiment) -> tuple:
         return "score", last
     if problem := disagreement(last):
         return "verdict", {"status": "invalid", "reason": problem}
+    if problem := same_start(sound):
+        return "verdict", {"status": "invalid", "reason": problem}
     mean = statistics.fmean(run.bpb for run in sound)
     return "verdict", {"status": "keep", "reason": "the baseline", "mean": mean}
 
@@ -96,10 +127,11 @@ def plan_change(session: Session, change: Experiment) -> tuple:
         return failed
     failed = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
     if len(failed) >= TRIES:
-        return "verdict", {"status": "invalid", "reason": f"not judged: its parent does not run any more: "
-                                                          f"{failed[-1].reason}"}
+        return "verdict", unjudged("invalid", f"its parent does not run any more: {failed[-1].reason}")
     sound = [run for run in change.own_runs if run.status == "ok"]
-    parent = next(e for e in session.state.kept if e.blob == change.parent)
+    if problem := same_start(sound):
+        return "verdict", {"status": "invalid", "reason": problem}
+    parent = session.state.parent_of(change)
     step = gate.next_step({run.seed: run.bpb for run in sound}, session.state.results(change.parent), session.noise,
                           session.account, simpler=change.nodes < parent.nodes)
     if step.action in ("run candidate", "run parent"):
@@ -140,11 +172,10 @@ def plan_confirmation(session: Session, confirmation: Experiment) -> tuple:
         gains[rows] = gate.interval([by_seed[confirmation.parent][seed] - value
                                      for seed, value in sorted(by_seed[confirmation.blob].items())])
     gain, low, high = gains["held_out_bpb"]
-    said = "confirmed" if low > 0 else "not confirmed"
-    return "verdict", {"status": "keep", "gains": gains, "mean": statistics.fmean(
+    return "verdict", {"status": "keep", "confirmed": low > 0, "gains": gains, "mean": statistics.fmean(
         run.bpb for run in sound if run.blob == confirmation.blob), "reason":
-        f"{said}: on held-out rows and {confirmation.pairs} new seeds the best is {gain:+.6f} bits per byte better "
-        f"than the baseline (90 % interval {low:+.6f} to {high:+.6f})"}
+        f"on held-out rows and {confirmation.pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
+        f"baseline (90 % interval {low:+.6f} to {high:+.6f})"}
 
 
 # --- Doing it ---
@@ -154,21 +185,30 @@ def perform(session: Session, experiment: Experiment, blob: str, seed: int, budg
     session.mend_judge()
     ledger_before = ledger_bytes(session)
     run = session.begin_run(experiment, blob, seed, budget)
-    outcome = runner.run(
-        session.request(run.number, blob, seed, budget),
-        started=lambda pid, created: session.log("process", run=run.number, pid=pid, created=created))
+    outcome = runner.run(session.request(run.number, blob, seed, budget))
     status, reason = outcome.status, outcome.reason
     if changed := session.mend_judge():
         status, reason = "invalid", f"it changed the judge's files, which were put back: {', '.join(changed[:3])}"
-    if ledger_bytes(session) != ledger_before:
+    if not ledger_bytes(session).startswith(ledger_before):
         with prepare.whole(session.ledger) as file:
             file.write(ledger_before)
         status, reason = "invalid", "it changed the ledger, which was put back"
-    if status == "ok" and (what := disturbance(session, blob, outcome.result)):
+    other = elsewhere(session, outcome.result) if status == "ok" else None
+    if status == "ok" and (what := other or disturbance(session, blob, outcome.result)):
         status, reason = "disturbed", what
     flush_files(session.run_folder(run.number))
     session.log("ran", run=run.number, status=status, reason=reason, result=outcome.result, seconds=outcome.seconds,
                 traceback=outcome.traceback)
+    if other:
+        raise LabError(f"{other}. Rows that can't be compared are not compared: put back what was there when the "
+                       "session began, then: python -m lab wait; or start another session")
+
+
+def elsewhere(session: Session, result: dict) -> str | None:
+    """What a run was made under that is not what the session began with."""
+    names = {name: (session.facts[name], result[name]) for name in CONDITIONS}
+    wrong = [f"{name} {now} instead of {pinned}" for name, (pinned, now) in names.items() if now != pinned]
+    return f"the run was made under other conditions: {', '.join(wrong)}" if wrong else None
 
 
 def ledger_bytes(session: Session) -> bytes:
@@ -183,10 +223,12 @@ def disturbance(session: Session, blob: str, result: dict) -> str | None:
     if speed is not None and speed < lowest:
         return f"the device was slower than calibrated: speed {speed:.2f}, below {lowest:.2f}"
     ends = last_quarter(result)
-    if ends < lowest and not any(last_quarter(run.result) < lowest for run in session.state.runs.values()
-                                 if run.blob == blob and run.result):  # twice: that is how this train.py works
-        return f"its last quarter ran at {ends:.2f} of its tokens/s, below {lowest:.2f}"
-    return None
+    if ends >= lowest:
+        return None
+    before = [last_quarter(run.result) for run in session.state.runs.values() if run.blob == blob and run.result]
+    if before and all(abs(other - ends) <= ALIKE for other in before):  # that is how this train.py works
+        return None
+    return f"its last quarter ran at {ends:.2f} of its tokens/s, below {lowest:.2f}"
 
 
 def last_quarter(result: dict) -> float:
@@ -226,7 +268,10 @@ def not_held_out(session: Session, run: Run, parent: Experiment) -> str | None:
     if known is None:
         return None
     gain, held = (known.scores[rows] - run.scores[rows] for rows in ("val_bpb", "held_out_bpb"))
-    error = sampling_error(*(session.run_folder(one.number) / "rows.npz" for one in (run, known)))
+    try:
+        error = sampling_error(*(session.run_folder(one.number) / "rows.npz" for one in (run, known)))
+    except (OSError, ValueError, KeyError):  # somebody has tidied up
+        error = session.noise.sd
     if gain - held <= max(0.5 * abs(gain), 0.5 * session.noise.sd) + 2 * error:
         return None
     return (f"its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on those it "
@@ -248,12 +293,14 @@ def sampling_error(one: Path, other: Path) -> float:
 
 def apply(session: Session, experiment: Experiment) -> None:
     """Moves the branch or not, records, restores train.py, tidies up. Doing it again changes nothing."""
-    tree, commit = session.tree, experiment.commit
+    tree, commit, left_alone = session.tree, experiment.commit, None
     kept = experiment.verdict["status"] == "keep" and experiment.kind not in ("baseline", CONFIRM)
+    head = tree.commit_of(session.branch)
+    if head is None:
+        best = next(e for e in reversed(session.state.kept) if e.applied) if session.state.best else experiment
+        raise LabError(f"the session's branch is gone; get it back with: git branch {session.branch} "
+                       f"{(best.applied or {}).get('commit', best.commit)}; then: python -m lab wait")
     if kept:
-        head = tree.commit_of(session.branch)
-        if head is None:
-            raise LabError(f"the session's branch is gone: git branch {session.branch} {session.state.best.commit}")
         if tree.blob_of(head) != experiment.blob:
             if tree.commit_of(f"{commit}^") != head:  # somebody has committed to the branch meanwhile, program.md say
                 commit = tree.commit(head, experiment.blob, experiment.description)
@@ -262,16 +309,15 @@ def apply(session: Session, experiment: Experiment) -> None:
             commit = head
     ledger.append(session.ledger, [row(session, experiment, run, commit) for run in experiment.runs
                                    if run.status != "lost"])
-    left_alone = False
     if experiment.kind not in ("baseline", CONFIRM):
-        left_alone = not tree.settle(session.branch, tree.content(experiment.blob))
+        left_alone = tree.settle(session.branch, experiment.blob, experiment.parent)
     tidy(session, experiment, keep=kept or experiment.kind == "baseline")
     session.log("applied", experiment=experiment.number, commit=commit, left_alone=left_alone)
 
 
 def row(session: Session, experiment: Experiment, run: Run, commit: str) -> dict:
     """A run as a row of the ledger."""
-    own, parent = run.blob == experiment.blob, session.state.kept_as(experiment.parent)
+    own, parent = run.blob == experiment.blob, session.state.parent_of(experiment)
     verdict = experiment.verdict
     status = verdict["status"] if own else "keep"
     reason = verdict["reason"] if own else f"the parent again, beside experiment {experiment.number}"
@@ -283,12 +329,12 @@ def row(session: Session, experiment: Experiment, run: Run, commit: str) -> dict
     if run.budget != prepare.TIME_BUDGET:
         reason = f"trial of {run.budget:g} s; {reason}"
     of, kept = experiment if own else parent, parent.applied["commit"][:7] if parent else ""
+    result = {name: session.facts[name] for name in CONDITIONS} | (run.result or {})
     return ledger.row_of(
-        run.result or {}, commit=commit[:7] if own else kept, parent=kept if own else "", status=status, reason=reason,
+        result, commit=commit[:7] if own else kept, parent=kept if own else "", status=status, reason=reason,
         description=of.description, patch=of.patch, origin=of.origin, portable="yes" if of.portable else "no",
         run=run.number, seed=run.seed, total_seconds=run.seconds,
-        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.begun)),
-        **{name: session.facts[name] for name in ("device", "backend", "eval", "data", "profile")})
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.begun)))
 
 
 def tidy(session: Session, experiment: Experiment, keep: bool) -> None:

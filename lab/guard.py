@@ -6,6 +6,7 @@ framework's reader) or by a program that a run starts, it does not see: that is 
 weights again.
 
 A refusal raises prepare.Invalid and leaves a mark beside the result, so that catching the exception gains nothing.
+Its reason is shown to agents as it is: of what train.py chooses, it has names that are words, and numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -146,10 +148,10 @@ class Guard:
         if within(path, self.data):
             if name.endswith(".npy") and (not (by := next(self._callers(sys._getframe(1)), None)) or
                                           by.f_code.co_filename not in self.readers):
-                self._deny(f"it reads {name} itself: data come from prepare, training batches from its Loader")
+                self._deny(f"it reads {named(name)} itself: data come from prepare, training batches from its Loader")
         elif within(path, self.runs | {os.path.join(home, "last") for home in self.homes}) \
                 or name.endswith(".safetensors") or "runs" in parts and "sessions" in parts:
-            self._deny(f"it reads what another run left, {path}: a run starts from nothing")
+            self._deny(f"it reads what another run left, {named(name)}: a run starts from nothing")
 
     def _changed(self, places, makes: bool, *arguments) -> None:
         for which, beside in places:
@@ -171,13 +173,13 @@ class Guard:
             name = os.path.basename(path)
             writers = next((by for known, by in WRITERS.items() if name.startswith(known)), set())
             if not self._functions() & writers:
-                self._deny(f"it writes {name} in its run's folder: results come from prepare.report")
+                self._deny(f"it writes {named(name)} in its run's folder: results come from prepare.report")
         elif within(path, self.protected):
             if os.path.basename(path).startswith("trials.json") or within(path, self.libraries):
                 raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
             what = ("judge" if within(path, self.judges) else "ledger" if path.endswith(".tsv") else "harness's files"
                     if within(path, self.homes) else "repository")
-            self._deny(f"it changes the {what}: {path}")
+            self._deny(f"it changes the {what}: {named(os.path.basename(path))}")
         elif within(path, self.libraries):
             raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
 
@@ -256,13 +258,18 @@ class Guard:
             self._deny("it reports another score than the evaluator's")
         self._sound()
 
-    def _refused(self, kind, reason) -> None:
-        if self._announced("recorded"):
-            self.refuse(reason, kind)
+    def _refused(self, error) -> None:
+        if not self._announced("recorded"):
+            return
+        kind, by = "Invalid" if isinstance(error, prepare.Invalid) else "Diverged", error.__traceback__
+        own = type(error) in (prepare.Invalid, prepare.Diverged)
+        while own and by:  # through whose functions it came
+            own, by = by.tb_frame.f_code.co_filename in (prepare.__file__, __file__), by.tb_next
+        self.refuse(str(error) if own else f"it raised prepare.{kind} itself", kind)
 
     def _load(self, path) -> None:
         if sys._getframe(3).f_code.co_filename != self.trusted and not within(os.path.realpath(path), self.free):
-            self._deny(f"it loads weights, {path}: a run starts from nothing")
+            self._deny(f"it loads weights, {named(os.path.basename(path))}: a run starts from nothing")
 
     # --- The judge's code, as it is in this process ---
 
@@ -274,33 +281,33 @@ class Guard:
         """What is no more as it was before train.py ran: the judge's functions, the clocks, the budget."""
         for place, value in self._judged():
             if self.known.get(place) is not value:
-                return f"it replaces {'.'.join(place)}"
+                return f"it replaces {dotted(*place)}"
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in ("prepare", "backends", "calibration"):
                 if not self._judges(getattr(module, "__file__", None) or ""):
-                    return f"it shadows {name}"
+                    return f"it shadows {named(name)}"
                 for of, value in list(vars(module).items()):
                     if self._foreign(value):
-                        return f"it replaces {name}.{of}"
+                        return f"it replaces {dotted(name, of)}"
         if backend is not None:
             for one in type(backend).__mro__[:-1]:
                 if one.__module__ not in ("abc", "typing") and not self._judges(
                         getattr(sys.modules.get(one.__module__), "__file__", None) or ""):
-                    return f"its backend, {type(backend).__name__}, is not one of backends/"
+                    return f"its backend, {named(type(backend).__name__)}, is not one of backends/"
                 for of, value in vars(one).items():
                     if self._foreign(value):
-                        return f"it replaces {one.__name__}.{of}"
+                        return f"it replaces {dotted(one.__name__, of)}"
             if of := next((of for of in vars(backend) if hasattr(type(backend), of) and callable(vars(backend)[of])
                            and of != "Trainer"), None):
-                return f"it replaces {of} of the backend"
+                return f"it replaces {named(of)} of the backend"
         if self.clock is not None:
             seconds, told = self.budget, self.clock.seconds
             if told != seconds:
-                return f"its clock allows {told} s; the budget is {seconds:g} s"
+                return f"its clock allows {number(told)} s; the budget is {seconds:g} s"
             if self.stopped is not None and self.clock.stopped is not None:
                 elapsed, told = self.stopped - self.started if self.started else 0.0, self.clock.elapsed
                 if not told >= elapsed - TOLERANCE[0] - TOLERANCE[1] * elapsed:
-                    return f"its clock shows {told:.1f} s of training; there were {elapsed:.1f} s"
+                    return f"its clock shows {number(told)} s of training; there were {elapsed:.1f} s"
         return None
 
     def _judged(self) -> Iterator[tuple[tuple[str, str], object]]:
@@ -322,6 +329,21 @@ class Guard:
         code = getattr(value, "__code__", None) if isinstance(value, types.FunctionType) else None
         return code is not None and not self._judges(code.co_filename) and not self._library(code.co_filename) \
             and not code.co_filename.startswith("<")
+
+
+def named(text) -> str:
+    """A name that train.py chose, if it is a word and not a sentence."""
+    found = re.fullmatch(r"[\w.-]{1,40}", text, re.ASCII) if isinstance(text, str) else None
+    return found[0] if found else "..."
+
+
+def dotted(*names) -> str:
+    return ".".join(map(named, names))
+
+
+def number(value) -> str:
+    """A number, and nothing else that is in its place."""
+    return f"{value:g}" if type(value) in (int, float) else "..."
 
 
 def within(path: str, folders: set[str]) -> bool:

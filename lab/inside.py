@@ -77,6 +77,8 @@ def make_guard(folder, judge, facts):
 def rescore(folder: Path, judge: Path, facts: dict) -> None:
     """Lets train.py make its model, up to the moment when a Clock would be made; then loads the saved weights and
     scores them, by a copy of prepare that train.py does not know. What it finds goes to score.json and rows.npz."""
+    import traceback
+
     import prepare
     from backends import interface
 
@@ -86,15 +88,24 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
         try:
             guard.busy.now = True  # what follows is the judge's
             if problem := guard.problem(backend):
+                guard.refuse(problem)
                 raise fixed.Invalid(problem)
             guard.busy.now = False
             found = score(fixed, backend, model, facts["weights"], folder)
         except BaseException as error:  # SystemExit too: train.py is to have no say in it
-            found = {"problem": f"{type(error).__name__}: {error}"}
-        fixed.write_json(folder / "score.json", found)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+            found, failed = {"problem": type(error).__name__}, error  # its text goes to the log, not into a reason
+        else:
+            failed = None
+        status = 1
+        try:
+            fixed.write_json(folder / "score.json", found)
+            status = 0
+            if failed:
+                traceback.print_exception(failed)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # whatever the text of an error does
+            os._exit(status)
 
     prepare.Clock = built
     interface.Trainer.warm_up = lambda *_: None  # nothing will be trained, so nothing is to be compiled

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from prepare import sync_folder
+from prepare import flush, sync_folder
 
 
 class Journal:
@@ -44,7 +43,7 @@ class Journal:
             file.truncate(self._read)  # what was cut short
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         if created:
             sync_folder(self.path.parent)
         self._read = self.path.stat().st_size
@@ -66,6 +65,6 @@ def flush_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
     sync_folder(folder)
     sync_folder(folder.parent)

@@ -9,7 +9,6 @@ CSV. Other control characters are removed.
 from __future__ import annotations
 
 import math
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,7 +204,7 @@ def append(path: Path, rows: list[dict]) -> None:
             file.truncate(len(sound))
             file.write(added)
             file.flush()
-            os.fsync(file.fileno())
+            prepare.flush(file.fileno())
         if not content:
             prepare.sync_folder(path.parent)
 
@@ -235,7 +234,7 @@ def _move_to_damaged(path: Path, tail: bytes) -> None:
     with open(damaged, "ab") as file:
         file.write(tail + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        prepare.flush(file.fileno())
     prepare.sync_folder(path.parent)
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-import signal
 import site
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import psutil
 import prepare
 from lab import capture, guard, inside, outcome, sandbox, untrusted
 from lab.errors import LabError
-from lab.outcome import Outcome
+from lab.outcome import Ended, Outcome
 
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
@@ -85,62 +84,26 @@ class Scores:
     held_out_bpb: float
 
 
-@dataclass
-class Ended:
-    """How a process ended: exit status, negative for a signal; seconds; why it was ended, if it was."""
-
-    code: int
-    seconds: float
-    elapsed: float
-    problem: str | None
-
-
 def run(request: Request, started: Callable[[int, float], None] = lambda pid, created: None) -> Outcome:
     """Trains and evaluates. `started` is called with the process's id and creation time.
 
     Raises:
         LabError: it could not be begun, which is not train.py's fault.
     """
-    folder = request.folder
+    folder, known = request.folder, outcome.reasons()  # read before a run that might change them
     clear(folder, RECORDS)
     ended = execute(request, "train", folder / "run.log", started, AUTORESEARCH_RESULT=str(folder / "result.json"))
     log = capture.read(folder / "run.log")
     found = outcome.read(folder / "result.json")
     mark = outcome.read(folder / guard.MARK) or {}
     facts = outcome.sound(found) if found else None
-    status, reason = judged(request, ended, found, facts, mark, log)
+    status, reason = outcome.judged(request, ended, found, facts, mark, log, known)
+    if facts and abs(ended.set_by) > outcome.CLOCKS_APART:
+        facts["total_seconds"] = ended.seconds
     if status != "ok" and facts:
         facts.pop("val_bpb", None)
     trace = untrusted.clean(log) if status == "crash" else ""
     return Outcome(status, untrusted.one_line(reason), facts, ended.seconds, trace)
-
-
-def judged(request, ended: Ended, found, facts, mark, log) -> tuple[str, str]:
-    """Status and reason."""
-    if ended.problem:
-        return "invalid", ended.problem
-    if (request.folder / guard.MARK).exists():
-        return ("crash" if mark.get("status") == "crash" else "invalid"), str(mark.get("reason", "it was refused"))
-    if found is None:
-        return crash(ended, log) if ended.code else (
-            "invalid", "it ended without a result: prepare.report was not called")
-    if found.get("status") != "ok":
-        return "crash" if found.get("status") == "crash" else "invalid", str(found.get("reason", "no reason was given"))
-    wrong = outcome.problem(facts, request.budget, ended.elapsed, request.memory_ceiling,
-                            request.folder / "result.safetensors")
-    return ("invalid", wrong) if wrong else ("ok", "")
-
-
-def crash(ended: Ended, log: str) -> tuple[str, str]:
-    """Status and reason of a run that ended with an error. Of what it printed only the error's name is taken: a reason
-    is shown and recorded without a fence."""
-    if ended.code < 0:
-        name = signal.Signals(-ended.code).name if -ended.code in set(signal.Signals) else f"signal {-ended.code}"
-        return "crash", f"killed by {name}" + (": most likely out of memory" if ended.code == -9 else "")
-    header, *lines = untrusted.clean(log).splitlines() or [""]
-    error = next((line for line in lines if line and not line.startswith(" ")), "")
-    named = header == untrusted.HEADER and re.match(r"[A-Za-z_][\w.]{0,60}(?=:|$)", error, re.ASCII)
-    return "crash", named[0] if named else f"exit status {ended.code}"
 
 
 def score(request: Request, weights: Path, started: Callable[[int, float], None] = lambda pid, created: None) -> Scores:
@@ -149,21 +112,16 @@ def score(request: Request, weights: Path, started: Callable[[int, float], None]
     Raises:
         LabError: they can't be scored; the reason is a line.
     """
+    known = outcome.reasons()
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
         raise LabError(f"there are no weights {weights}")
     ended = execute(request, "score", request.folder / "score.log", started, weights=weights)
     found = outcome.read(request.folder / "score.json") or {}
     log = capture.read(request.folder / "score.log")
-    mark = outcome.read(request.folder / guard.MARK) or {}
-    problem = ended.problem or mark.get("reason") or found.get("problem") or (
-        None if found else crash(ended, log)[1] if ended.code else "train.py made no Clock")
-    values = found.get("val_bpb"), found.get("held_out_bpb")
-    if not problem and not all(isinstance(value, float) and 0 < value < 1e9 for value in values):
-        problem = f"the scores are {values}"
-    if problem:
-        raise LabError(untrusted.one_line(str(problem)))
-    return Scores(*values)
+    if problem := outcome.unscored(request, ended, found, log, known):
+        raise LabError(untrusted.one_line(problem))
+    return Scores(found["val_bpb"], found["held_out_bpb"])
 
 
 # --- A process, from its start to its end ---
@@ -173,8 +131,28 @@ def clear(folder: Path, records: Sequence[str]) -> None:
     for name in records:
         (folder / name).unlink(missing_ok=True)
     for name in guard.OWN:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
+        remove(folder / name)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, even one whose contents may not be listed or changed; as much of it as can be."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return
+
+    def allow(path):
+        if not path.is_symlink():
+            with suppress(OSError):
+                path.chmod(0o700)
+
+    allow(folder)
+    for place, folders, files in os.walk(folder):  # which lists a folder after it was allowed to
+        for name in [*folders, *(files if os.name == "nt" else [])]:
+            allow(Path(place, name))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def execute(request: Request, mode: str, log: Path, started, weights: Path | None = None, **settings: str) -> Ended:
@@ -201,19 +179,19 @@ def execute(request: Request, mode: str, log: Path, started, weights: Path | Non
             process.stdin.close()  # the lifeline
             left = end(request.run_id, request.home, 0.0 if inside.LINUX else inside.LINGER)
             output.close()
-    seconds, elapsed = time.monotonic() - begun, time.time() - wall
+    seconds = time.monotonic() - begun
+    set_by = time.time() - wall - seconds
     if temporary != folder / "tmp":
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     if not (folder / inside.BEGUN).exists():
-        said = untrusted.one_line(capture.read(log)[-300:])
-        raise LabError(f"the run could not be started ({request.sandbox or 'no sandbox'}): {said}. If it is the "
+        raise LabError(f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
                        "sandbox that does not work any more, start a new session")
     code = process.returncode
     if inside.LINUX and code > inside.LEFT_RUNNING:
         left, code = left + code - inside.LEFT_RUNNING, 0
     if left and not problem:
         problem = f"it left {left} process{'es' if left > 1 else ''} running"
-    return Ended(128 - code if code > 128 else code, seconds, elapsed, problem)
+    return Ended(128 - code if code > 128 else code, seconds, set_by, problem)
 
 
 def watch(process: subprocess.Popen, request: Request, output: capture.Log, deadline: float) -> str | None:
@@ -366,8 +344,11 @@ def short_temporary(request: Request) -> Path:
         return own
     name = hashlib.sha256(f"{own}".encode()).hexdigest()[:12]
     path = Path(tempfile.gettempdir()) / f"autoresearch-{name}"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700)
+    remove(path)
+    try:
+        path.mkdir(mode=0o700)  # nobody else's: it must not be there
+    except FileExistsError:
+        raise LabError(f"{path} is in the way and can't be removed; remove it, and do the same again") from None
     return path
 
 

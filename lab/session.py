@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -82,13 +81,7 @@ class Session:
 
     @property
     def device_lock(self) -> filelock.FileLock:
-        """Held while anything trains on this device, in whatever session."""
-        device = re.sub(r"[^\w.-]", "-", "-".join(filter(None, (
-            self.facts["device"], self.facts["settings"].get("AUTORESEARCH_DEVICE"),
-            os.environ.get("CUDA_VISIBLE_DEVICES")))))
-        path = prepare.home() / "locks" / f"{device}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(path)
+        return device_lock(self.facts["device"], self.facts["gpu"])
 
     def log(self, event: str, **facts) -> None:
         """Journals an event, and takes it into the state."""
@@ -180,17 +173,25 @@ class Session:
         """After a kill or a power failure: ends what is left of a run, frees what a dead git locked, and notes runs
         that were lost. To be called with the lock held. Returns what it did, in words."""
         self.refresh()
-        done = [f"removed a lock that a killed git had left: {path}" for path in self.tree.unlock(self.branch)]
-        for run in self.state.runs.values():
+        state, tree = self.state, self.tree
+        done = [f"removed a lock that a killed git had left: {path}" for path in tree.unlock(self.branch)]
+        tree.sweep()
+        if state.pending and state.pending.runs:
+            runner.end(self.run_id(state.pending.runs[-1].number))  # training, or being scored
+        for run in state.runs.values():
             if run.status is None:
-                runner.end(self.run_id(run.number))
                 self.log("ran", run=run.number, status="lost", reason="the harness was killed")
-                done.append(f"run {run.number} was interrupted, and will be made again")
+                done.append(f"run {run.number} was interrupted")
+        best, head = state.best, tree.commit_of(self.branch)
+        if best and best.applied and head and head == tree.commit_of(f"{best.applied['commit']}^"):
+            tree.move(f"refs/heads/{self.branch}", best.applied["commit"], head)
+            done.append(f"the branch was behind: it is at {best.applied['commit'][:7]} again")
         return done
 
     def launch(self) -> subprocess.Popen:
         """Starts the process that brings the pending experiment to its verdict. It outlives whoever started it."""
-        command = [sys.executable, str(self.judge / "lab" / "__main__.py"), "--session", str(self.folder), "supervise"]
+        program = self.judge / "lab" / "__main__.py"
+        command = [self.facts["executable"], str(program), "--session", str(self.folder), "supervise"]
         detached = ({"start_new_session": True} if os.name == "posix" else
                     {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS})
         with open(self.folder / "supervisor.log", "wb") as log:
@@ -223,6 +224,24 @@ def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
                 name = path.relative_to(judge).as_posix()
                 found[name] = prepare.sha256(path) if path.is_file() else "a link to nothing"
     return sorted({name for name, _ in found.items() ^ pinned.items()})
+
+
+def device_lock(device: str, gpu: str) -> filelock.FileLock:
+    """Held while anything trains on this device, in whatever session."""
+    name = re.sub(r"[^0-9A-Za-z.-]", "", f"{device}-{gpu}".strip("-"))
+    path = prepare.home() / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(path)
+
+
+def refuse_if_busy(lock: filelock.FileLock) -> None:
+    """LabError if something else trains on the device."""
+    try:
+        with lock.acquire(blocking=False):
+            pass
+    except filelock.Timeout:
+        raise LabError("another session is training on this device, and two at once would slow each other down: wait "
+                       "until it is done (python -m lab wait, in its repository), then run this again") from None
 
 
 def at(path: Path) -> Session:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
-from lab import gate, untrusted
+from lab import gate, near, untrusted
 from lab.session import Session
 from lab.state import CONFIRM, Experiment, Run
 
@@ -30,8 +31,10 @@ def facts(session: Session, experiment: Experiment) -> dict:
     }  # fmt: skip
     if experiment.members:
         found["members"] = list(experiment.members)
-    if (experiment.applied or {}).get("left_alone"):
-        found["left_alone"] = "train.py was edited meanwhile, and was left as it is"
+    if left_alone := (experiment.applied or {}).get("left_alone"):
+        found["left_alone"] = left_alone
+    if "gains" in verdict:
+        found |= {"confirmed": verdict["confirmed"], "gains": verdict["gains"]}
     if trace := next((run.traceback for run in reversed(experiment.runs) if run.traceback), ""):
         found["traceback"] = untrusted.fenced(untrusted.clean(trace))
     return found
@@ -49,7 +52,10 @@ def run_facts(run: Run, experiment: Experiment) -> dict:
 def block(session: Session, experiment: Experiment) -> str:
     """An experiment as numbers, verdict, and, after a crash, the end of its traceback."""
     found = facts(session, experiment)
-    lines = [f"experiment {found['experiment']}: {found['status'].upper()}",
+    said = found["status"].upper()
+    if "confirmed" in found:
+        said = "CONFIRMED" if found["confirmed"] else "NOT CONFIRMED"
+    lines = [f"experiment {found['experiment']}: {said}",
              f"  what              {found['description']}"]
     if found["reason"]:
         lines.append(f"  why               {found['reason']}")
@@ -61,7 +67,8 @@ def block(session: Session, experiment: Experiment) -> str:
     if own:
         lines += [f"  {name:<17} {own[-1][name]:,.6g}" for name, _ in NUMBERS.values() if name in own[-1]]
     if experiment is session.state.best and experiment.kind == "baseline":
-        lines.append(f"  noise             {told_noise(session)}")
+        smallest = gate.smallest_detectable(session.noise, session.account)
+        lines.append(f"  noise             {told_noise(asdict(session.noise), smallest)}")
     if best := session.state.best:
         lines.append(f"  best              {session.state.mean(best):.6f}, experiment {best.number}, commit "
                      f"{(best.applied or {}).get('commit', best.commit)[:7]}")
@@ -78,11 +85,10 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}" + "s" * (n != 1)
 
 
-def told_noise(session: Session) -> str:
+def told_noise(noise: dict, smallest: float) -> str:
     """How far chance moves val_bpb, and what can be seen all the same."""
-    noise = session.noise
-    return (f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
-            f"{gate.smallest_detectable(noise, session.account):.6f} to be kept four times in five")
+    return (f"{noise['sd']:.6f} between seeds ({noise['df']} degrees of freedom); a gain has to be about "
+            f"{smallest:.6f} to be kept four times in five")
 
 
 def progress_facts(session: Session, experiment: Experiment) -> dict:
@@ -105,14 +111,6 @@ def progress(session: Session, experiment: Experiment) -> str:
             "python -m lab wait")
 
 
-def near_misses(session: Session) -> list[int]:
-    """Numbers of the near misses to try together next: those found since the last keep or attempt that used them."""
-    used = {number for e in session.state.experiments.values() for number in e.members}
-    found = [(e.number, e.verdict["gate"]["gain"], e.verdict["gate"]["error"]) for e in session.state.decided
-             if e.number not in used and e.verdict.get("gate", {}).get("near_miss")]
-    return list(gate.together(found))
-
-
 def status_facts(session: Session) -> dict:
     """Where the session stands, for machines."""
     state = session.state
@@ -127,15 +125,15 @@ def status_facts(session: Session) -> dict:
     if pending := state.pending:
         found["running"] = progress_facts(session, pending) | {"supervised": session.supervised}
     if state.best:
-        noise = session.noise
+        noise, account = session.noise, session.account
         found |= {
             "best": {"experiment": state.best.number, "val_bpb": state.mean(state.best),
                      "commit": (state.best.applied or {}).get("commit", state.best.commit)[:7],
                      "runs": len(state.results(state.best.blob))},
             "baseline": state.mean(state.baseline),
             "noise": {"sd": noise.sd, "df": noise.df},
-            "smallest_detectable": gate.smallest_detectable(noise, session.account),
-            "near_misses": near_misses(session),
+            "smallest_detectable": gate.smallest_detectable(noise, account),
+            "near_misses": near.ready(session),
         }  # fmt: skip
     confirmed = [e for e in state.decided if e.kind == CONFIRM]
     if confirmed:
@@ -153,7 +151,8 @@ def status(session: Session) -> str:
     if "best" in found:
         best = found["best"]
         lines += [f"best {best['val_bpb']:.6f} (experiment {best['experiment']}, commit {best['commit']}, mean of "
-                  f"{best['runs']}); baseline {found['baseline']:.6f}", f"noise {told_noise(session)}"]
+                  f"{best['runs']}); baseline {found['baseline']:.6f}",
+                  f"noise {told_noise(found['noise'], found['smallest_detectable'])}"]
     if found["crashes_in_a_row"] > 1:
         lines.append(f"the last {found['crashes_in_a_row']} experiments crashed")
     if "confirmation" in found:

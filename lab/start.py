@@ -16,8 +16,9 @@ from calibration import profile, rule
 from lab import sandbox, source
 from lab.errors import LabError
 from lab.experiment import BASELINE_RUNS
-from lab.session import FORMAT, PASSED_ON, PREFIX, Session, differing, folder_of
-
+from lab.journal import Journal
+from lab.session import FORMAT, PASSED_ON, PREFIX, Session, device_lock, differing, folder_of, refuse_if_busy
+from lab.state import BASELINE
 from lab.tree import TRAIN, Tree
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
@@ -33,10 +34,12 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     Raises:
         LabError, DataError, ProfileError, BackendError: something it would rest on is missing; nothing was changed.
     """
+    if runs < 1:
+        raise LabError("the baseline needs at least one run")
     if not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag:
         raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
     tree = Tree(path)
-    if (before := tree.branch()) is None:
+    if tree.branch() is None:
         raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
     commit = tree.commit_of("HEAD")
     if commit is None or tree.blob_of(commit) is None:
@@ -44,8 +47,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     if tree.git("status", "--porcelain", "--", TRAIN):
         raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
                        f"{TRAIN}, or git checkout -- {TRAIN}")
-    blob = tree.blob_of(commit)
-    described = source.describe(tree.content(blob))
+    source.describe(tree.train())
 
     hardware = backends.identify()
     folder = folder_of(f"{hardware.slug}/{tag}")
@@ -61,34 +63,48 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     if others := tree.changed():
         say(f"not part of the session, being no part of its commit: {named(others)}")
 
+    gpu = which_gpu(hardware.kind)
+    refuse_if_busy(device_lock(hardware.slug, gpu))
     branch = f"{PREFIX}{hardware.slug}/{tag}"
     if tree.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(f"there is a branch {branch} already, without its session; delete or rename it, or take another "
                        "tag")
-    pin(tree, folder, commit)
     settings = {f"AUTORESEARCH_{name}": value for name in PASSED_ON
                 if (value := os.environ.get(f"AUTORESEARCH_{name}"))}
+    settings |= {"CUDA_VISIBLE_DEVICES": seen} if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) else {}
     settings |= {"AUTORESEARCH_HOME": str(prepare.home().absolute()), "AUTORESEARCH_DATA": data.name,
                  "AUTORESEARCH_PROFILE": str(folder / "profile.json"), "AUTORESEARCH_BACKEND": hardware.backend}
-    prepare.write_json(folder / "profile.json", found)
     facts = {
         "format": FORMAT, "tag": tag, "device": hardware.slug, "backend": hardware.backend, "tree": str(tree.path),
-        "before": before, "commit": commit, "budget": prepare.budget(), "baseline_runs": runs,
+        "commit": commit, "gpu": gpu, "executable": sys.executable, "budget": prepare.budget(), "baseline_runs": runs,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag, "profile": profile.tag(found),
         "versions": hardware.versions, "settings": settings, "sandbox": box,
         "memory_ceiling": int(rule.SHARE_OF_MEMORY * found["free_memory"]),
-        "unified": hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()), "python": sys.version.split()[0],
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "judge": fingerprints(folder / "judge"),
+        "unified": hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
+        "python": sys.version.split()[0], "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-    tree.move(f"refs/heads/{branch}", commit)
-    prepare.write_json(folder / "session.json", facts)
-    session = Session(folder)
-    with session.lock:
-        session.begin(kind="baseline", blob=blob, parent=None, commit=commit, description="baseline",
-                      digest=described.digest, nodes=described.nodes, portable=described.portable)
-    tree.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
-    return session
+    with device_lock(hardware.slug, f"start-{tag}"):  # two commands with one tag
+        if (folder / "session.json").exists():
+            raise LabError(f"session {tag} was started by another command just now")
+        pin(tree, folder, commit)
+        prepare.write_json(folder / "profile.json", found)
+        Journal(folder / "journal.jsonl").append(
+            "experiment", number=BASELINE, kind="baseline", blob=tree.blob_of(commit), parent=None, commit=commit,
+            description="baseline", begun=time.time(), **vars(source.describe(tree.train())))
+        tree.move(f"refs/heads/{branch}", commit)
+        tree.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
+        # Last: with it there is a session.
+        prepare.write_json(folder / "session.json", facts | {"judge": fingerprints(folder / "judge")})
+    return Session(folder)
+
+
+def which_gpu(kind: str) -> str:
+    """The GPU that is used, as CUDA_VISIBLE_DEVICES names it: an index or a UUID; "" for what there is one of."""
+    if kind != "cuda":
+        return ""
+    index = int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[index] if index < len(visible) else str(index)
 
 
 def checked_profile(hardware, train: Path, say) -> dict:
@@ -107,9 +123,8 @@ def checked_profile(hardware, train: Path, say) -> dict:
 def pin(tree: Tree, folder: Path, commit: str) -> None:
     """Makes the judge: a worktree of the commit. What a start that was killed has left goes first."""
     shutil.rmtree(folder, ignore_errors=True)
-    tree.git("worktree", "prune")
     folder.mkdir(parents=True)
-    tree.git("worktree", "add", "--quiet", "--detach", str(folder / "judge"), commit)
+    tree.git("worktree", "add", "--quiet", "--force", "--detach", str(folder / "judge"), commit)
 
 
 def fingerprints(judge: Path) -> dict[str, str]:

@@ -30,7 +30,6 @@ class Run:
     result: dict | None = None
     seconds: float = 0.0
     traceback: str = ""
-    process: tuple[int, float] | None = None
     scores: dict | None = None
 
     @property
@@ -43,10 +42,12 @@ class Experiment:
     """One change of train.py, or the baseline (number 0), or a confirmation.
 
     Attributes:
-        blob, parent: of its train.py and of the best one it is judged against. commit: where it is stored.
+        blob, parent: of its train.py and of the best one it is judged against, which experiment `onto` was kept for.
+            commit: where it is stored.
         digest, nodes, portable: see source.py. patch: stable id of the change.
         kind: "change", "near misses" (of `members`, by number), "baseline", "confirm".
-        verdict: the event that ended it: "status", "reason", and the gate's numbers. applied: all of it is done.
+        verdict: the event that ended it: "status", "reason", the gate's numbers; "unjudged" if nothing was learnt.
+        applied: all of it is done. failures: of the harness at it.
     """
 
     number: int
@@ -63,7 +64,9 @@ class Experiment:
     members: tuple[int, ...] = ()
     pairs: int = 0
     budget: float | None = None
+    onto: int | None = None
     begun: float = 0.0
+    failures: int = 0
     runs: list[Run] = field(default_factory=list)
     verdict: dict | None = None
     applied: dict | None = None
@@ -107,8 +110,8 @@ class State:
             self.runs[run.number] = run
             self.experiments[run.experiment].runs.append(run)
             self._of.setdefault(run.blob, []).append(run)
-        elif kind == "process":
-            self.runs[facts["run"]].process = (facts["pid"], facts["created"])
+        elif kind == "failed":
+            self.experiments[facts["experiment"]].failures += 1
         elif kind in ("ran", "scored"):
             run = self.runs[facts.pop("run")]
             for name, value in facts.items():
@@ -124,9 +127,12 @@ class State:
 
     @property
     def pending(self) -> Experiment | None:
-        """The experiment under way."""
-        last = next(reversed(self.experiments.values()), None)
-        return last if last and not last.applied else None
+        """The experiment under way; there is always a last one, as a session begins with its baseline."""
+        return None if self.last.applied else self.last
+
+    @property
+    def last(self) -> Experiment:
+        return next(reversed(self.experiments.values()))
 
     @property
     def best(self) -> Experiment | None:
@@ -136,16 +142,18 @@ class State:
     def baseline(self) -> Experiment | None:
         return self.experiments.get(BASELINE)
 
-    def results(self, blob: str, confirming: bool = False) -> dict[int, float]:
-        """val_bpb by seed, of undisturbed runs that ended well; of confirmations only if asked for."""
+    def results(self, blob: str) -> dict[int, float]:
+        """val_bpb by seed, of undisturbed runs that ended well, confirmations left out."""
         return {run.seed: run.bpb for run in self._of.get(blob, ()) if run.status == "ok"
-                and (confirming or self.experiments[run.experiment].kind != CONFIRM)}
+                and self.experiments[run.experiment].kind != CONFIRM}
 
     def repeats(self, budget: float) -> list[list[float]]:
-        """The results of each train.py over seeds, at one budget: what the noise is estimated from."""
-        groups = [[run.bpb for run in runs if run.status == "ok" and run.budget == budget]
-                  for runs in self._of.values()]
-        return [group for group in groups if len(group) > 1]
+        """The results of each train.py, one for a seed, at one budget: what the noise is estimated from. What was found
+        invalid tells nothing of it."""
+        groups = [{run.seed: run.bpb for run in runs if run.status == "ok" and run.budget == budget
+                   and not (self.experiments[run.experiment].status == "invalid"
+                            and self.experiments[run.experiment].blob == run.blob)} for runs in self._of.values()]
+        return [list(group.values()) for group in groups if len(group) > 1]
 
     def mean(self, experiment: Experiment) -> float | None:
         values = self.results(experiment.blob)
@@ -153,7 +161,8 @@ class State:
 
     def same(self, digest: str) -> Experiment | None:
         """An experiment that was decided on an equal train.py."""
-        return next((e for e in reversed(self.decided) if e.digest == digest and e.kind != CONFIRM), None)
+        return next((e for e in reversed(self.decided) if e.digest == digest and e.kind != CONFIRM
+                     and not e.verdict.get("unjudged")), None)
 
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1
@@ -161,6 +170,6 @@ class State:
     def next_experiment(self) -> int:
         return max(self.experiments, default=-1) + 1
 
-    def kept_as(self, blob: str | None) -> Experiment | None:
-        """The experiment that a train.py was kept by."""
-        return next((e for e in reversed(self.kept) if e.blob == blob), None)
+    def parent_of(self, experiment: Experiment) -> Experiment | None:
+        """The experiment that it is judged against."""
+        return None if experiment.onto is None else self.experiments[experiment.onto]

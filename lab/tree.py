@@ -6,7 +6,9 @@ The branch moves, in one step, when the experiment is kept. So at every moment i
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -18,12 +20,11 @@ import prepare
 from lab.errors import LabError
 
 TRAIN = "train.py"
-DURABLE = ("core.fsync=all", "core.fsyncObjectFiles=true", "gc.auto=0", "commit.gpgSign=false",
-           "core.hooksPath=/dev/null")
+SETTINGS = ("gc.auto=0", "diff.suppressBlankEmpty=false", "commit.gpgSign=false", "core.hooksPath=/dev/null")
 # Set while a hook runs, these would make git look at another repository.
 ELSEWHERE = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "NAMESPACE", "PREFIX")}
 FALLBACK_IDENTITY = {"NAME": "autoresearch", "EMAIL": "autoresearch@localhost"}
-LOCK_PATIENCE = 3.0  # seconds that another git may hold a lock before it counts as left by a dead one
+LOCK_PATIENCE = 5.0  # seconds that another git may hold a lock
 
 
 class Tree:
@@ -44,20 +45,24 @@ class Tree:
 
     def git(self, *arguments: str, index: Path | None = None, content: bytes | None = None, check: bool = True) -> str:
         """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
+        deadline = time.monotonic() + LOCK_PATIENCE
         done = self._run(arguments, index, content)
+        while done.returncode and check and b".lock'" in done.stderr and time.monotonic() < deadline:
+            time.sleep(0.1)  # an editor looks at the repository, say
+            done = self._run(arguments, index, content)
         if done.returncode and check:
-            message = done.stderr.decode(errors="replace").strip()
+            message = "; ".join(done.stderr.decode(errors="replace").split("\n")).strip("; ")
             raise LabError(f"git {arguments[0]} failed in {self.path}: {message}")
         return "" if done.returncode else done.stdout.decode(errors="replace").rstrip("\n")
 
     def _run(self, arguments, index=None, content=None) -> subprocess.CompletedProcess:
-        settings = [part for setting in DURABLE for part in ("-c", setting)]
         environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
         if arguments[0] == "commit-tree":
             environment = self._identity() | environment
         if index:
             environment["GIT_INDEX_FILE"] = str(index)
         try:
+            settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
             return subprocess.run(["git", "-C", str(self.path), *settings, *arguments], input=content, env=environment,
                                   capture_output=True, check=False)
         except FileNotFoundError as error:
@@ -90,7 +95,7 @@ class Tree:
         return done.stdout
 
     def train(self) -> bytes:
-        """The user's train.py as it is now. LabError if it can't be read."""
+        """The user's train.py as it is now, in bytes. LabError if it can't be read."""
         try:
             return (self.path / TRAIN).read_bytes()
         except OSError as error:
@@ -106,9 +111,6 @@ class Tree:
         entries = self.git("status", "--porcelain", "-z", "--no-renames").split("\0")
         return [entry[3:] for entry in entries if entry and entry[3:] != TRAIN]
 
-    def files(self, commit: str) -> list[str]:
-        return self.git("ls-tree", "-r", "-z", "--name-only", commit).strip("\0").split("\0")
-
     def patch(self, before: str, after: str) -> tuple[str, str]:
         """(unified diff, stable patch id) from one blob of train.py to another. The id is made without context lines,
         so that it stays the same when a line nearby has changed."""
@@ -123,30 +125,47 @@ class Tree:
 
     def commit(self, parent: str, blob: str, message: str) -> str:
         """A commit on top of `parent` with this train.py and nothing else changed; no branch, index or file is."""
-        mode = self.git("ls-tree", parent, TRAIN).split(" ")[0]
+        mode = self._mode(parent)
         with tempfile.TemporaryDirectory() as folder:
             index = Path(folder) / "index"
             self.git("read-tree", parent, index=index)
             self.git("update-index", "--cacheinfo", f"{mode},{blob},{TRAIN}", index=index)
             root = self.git("write-tree", index=index)
-        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode())
+        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode(errors="replace"))
+
+    def _mode(self, commit: str) -> str:
+        return self.git("ls-tree", commit, TRAIN).split(" ")[0]
 
     def move(self, ref: str, commit: str, before: str | None = None) -> None:
         """Sets a ref; LabError if it is not at `before`, where that is given."""
         self.git("update-ref", ref, commit, *([before] if before else []))
 
-    def settle(self, branch: str, tested: bytes) -> bool:
-        """Makes train.py and its index entry those of the branch, if the branch is checked out and train.py is still
-        what was `tested`. False if it was left alone, because somebody has edited it since."""
-        if self.branch() != branch:
-            return False
-        wanted, now = self.content(self.blob_of(branch)), self.train()
-        left_alone = now not in (tested, wanted)
-        if not left_alone and now != wanted:
-            with prepare.whole(self.path / TRAIN) as file:
-                file.write(wanted)
-        self.git("reset", "--quiet", "--", TRAIN)
-        return not left_alone
+    def settle(self, branch: str, tested: str, parent: str) -> str | None:
+        """Makes train.py and its index entry those of the branch again after an experiment; or, if another branch is
+        checked out, those of that one.
+
+        Args:
+            tested, parent: blobs that train.py may be at, as nobody has edited it then.
+
+        Returns:
+            Why train.py was left as it is, or None.
+        """
+        head = self.blob_of("HEAD")
+        here = self.branch() == branch
+        now = self.git("hash-object", f"--path={TRAIN}", "--", str(self.path / TRAIN))
+        if here and now not in (tested, parent, head) or not here and now not in (tested, head):
+            return f"{TRAIN} was edited meanwhile, and was left as it is"
+        if head is None:
+            return f"{self.branch() or 'HEAD'} has no {TRAIN}: it was left as it is"
+        if now != head:
+            path = (self.path / TRAIN).resolve()
+            mode = path.stat().st_mode
+            with prepare.whole(path) as file:
+                file.write(self.content(head))
+            path.chmod(mode)
+        # Not `reset`: it keeps what the index knew of the file's size, which line ends may have changed.
+        self.git("update-index", "--cacheinfo", f"{self._mode('HEAD')},{head},{TRAIN}")
+        return None if here else f"{branch} is not checked out; go back to it: git switch {branch}"
 
     def unlock(self, branch: str) -> list[str]:
         """Removes locks that a killed git left on what the lab changes, and names them."""
@@ -165,6 +184,12 @@ class Tree:
             lock.unlink(missing_ok=True)
         return [str(lock) for lock in held]
 
+    def sweep(self) -> None:
+        """Removes what a killed `settle` has left."""
+        for path in self.path.glob(f"{TRAIN}.*.tmp"):
+            if re.fullmatch(re.escape(TRAIN) + r"\.\d+\.tmp", path.name):
+                path.unlink(missing_ok=True)
+
     def _git_runs(self) -> bool:
         """Whether a git works on this repository."""
         for process in psutil.process_iter(["name", "cmdline"]):
@@ -176,6 +201,14 @@ class Tree:
                 if inside or str(self.path) in (process.info["cmdline"] or ()):
                     return True
         return False
+
+
+@functools.cache
+def durable() -> str:
+    """The setting that makes git flush what it writes."""
+    done = subprocess.run(["git", "version"], capture_output=True, text=True, check=False)
+    version = tuple(map(int, re.findall(r"\d+", done.stdout)[:2]))
+    return "core.fsync=all" if version >= (2, 36) else "core.fsyncObjectFiles=true"
 
 
 def _named(diff: str) -> str:

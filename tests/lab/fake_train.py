@@ -32,6 +32,7 @@ def learned(x, y, vocab_size):
 def main():
     data = prepare.open_data()
     model = fake_backend.Table(data.vocab_size)
+    model.table += 1e-4 * np.random.default_rng(SEED).standard_normal(model.table.shape).astype(np.float32)
     loader = prepare.Loader(data, BATCH_SIZE)
     clock = prepare.Clock(backend, model, loader)
     first = None

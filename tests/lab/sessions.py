@@ -4,6 +4,8 @@ import hashlib
 import random
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import numpy as np
 import prepare
 from lab import runner, source
 from lab.errors import LabError
+from lab.journal import Journal
 from lab.session import FORMAT, PREFIX, Session
 from lab.start import fingerprints, pin
 from lab.tree import Tree
@@ -60,22 +63,23 @@ def make(path: Path, train: bytes = TRAIN, baseline_runs: int = 3, project: bool
     prepare.write_json(folder / "session.json", {
         "format": FORMAT, "tag": TAG, "device": DEVICE, "backend": "fake", "tree": str(tree.path), "commit": commit,
         "budget": 300.0, "baseline_runs": baseline_runs, "dataset": "tiny", "eval": "e" * 12, "data": "d" * 12,
-        "profile": "p" * 12, "versions": {}, "settings": {}, "sandbox": None, "memory_ceiling": None, "unified": True,
+        "profile": "p" * 12, "versions": {}, "settings": {}, "sandbox": None, "memory_ceiling": None,
+        "unified": True, "gpu": "", "executable": sys.executable,
         "judge": fingerprints(folder / "judge"), **facts})
     tree.move(f"refs/heads/{PREFIX}{name}", commit)
     tree.git("symbolic-ref", "HEAD", f"refs/heads/{PREFIX}{name}")
-    session = Session(folder)
-    described = source.describe(train)
-    session.begin(kind="baseline", blob=tree.blob_of(commit), parent=None, commit=commit, description="baseline",
-                  digest=described.digest, nodes=described.nodes, portable=described.portable)
-    return session
+    Journal(folder / "journal.jsonl").append(
+        "experiment", number=0, kind="baseline", blob=tree.blob_of(commit), parent=None, commit=commit,
+        description="baseline", begun=time.time(), **vars(source.describe(train)))
+    return Session(folder)
 
 
 class Runner:
     """In place of lab.runner: a run "trains" by reading constants of its train.py. Counts what it did.
 
     A train.py sets LOSS and NOISE (standard deviation), FAILS ("crash", "invalid" or None), LEAK (how much better it is
-    on validation rows than on others), SPEED, ENDS (its last quarter's), LIES (how much better it says it is), DAMAGES.
+    on validation rows than on others), SPEED, ENDS (its last quarter's), FIXED (weights it always starts with),
+    EVAL (tag), LIES (how much better it says it is), DAMAGES (the judge).
     """
 
     def __init__(self):
@@ -100,7 +104,9 @@ class Runner:
         result = {"val_bpb": bpb - facts.get("LIES", 0), "training_seconds": request.budget, "total_tokens_M": 280.0,
                   "tokens_per_second": 1000.0, "tokens_per_second_last_quarter": 1000.0 * facts.get("ENDS", 1),
                   "speed": facts.get("SPEED", 1.0), "peak_vram_mb": 1024.0, "num_steps": 10, "num_params_M": 1.0,
-                  "depth": 2, "val_rows": 8, "mfu_percent": 40.0, "total_seconds": request.budget + 20}
+                  "initial_weights": str(facts.get("FIXED", request.seed)), "eval": facts.get("EVAL", "e" * 12),
+                  "data": "d" * 12, "profile": "p" * 12, "device": DEVICE, "backend": "fake", "depth": 2,
+                  "val_rows": 8, "mfu_percent": 40.0, "total_seconds": request.budget + 20}
         return SimpleNamespace(status="ok", reason="", result=result, seconds=request.budget + 20, traceback="")
 
     def score(self, request, weights):

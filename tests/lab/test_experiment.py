@@ -227,6 +227,10 @@ def test_an_edit_made_while_it_ran_is_left_alone(session, runner, monkeypatch):
 def test_a_train_on_the_branch_that_nobody_judged_is_refused(session):
     (session.tree.path / FILE).write_bytes(edited(LOSS=0.5))
     git(session.tree.path, "commit", "-qam", "sneaked in")
+    with pytest.raises(LabError, match="git reset --soft HEAD"):
+        attempt(session, edited(LOSS=0.4))
+    (session.tree.path / FILE).write_bytes(edited(LOSS=0.6))
+    git(session.tree.path, "commit", "-qam", "and again")
     with pytest.raises(LabError, match="not the best that this session kept"):
         attempt(session, edited(LOSS=0.4))
 
@@ -281,14 +285,14 @@ def test_confirm_runs_best_and_baseline_in_turn_on_new_seeds(session, runner):
     before, seeds = len(runner.runs), {seed for _, seed, _ in runner.runs}
     state = session.state
     with session.lock:
-        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, pairs=3,
+        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=3,
                       commit=state.best.applied["commit"], budget=1200.0, description="a change")
     experiment.supervise(session)
     runs = runner.runs[before:]
     assert len(runs) == 6 and not seeds & {seed for _, seed, _ in runs} and {budget for *_, budget in runs} == {1200.0}
     assert [content == TRAIN for content, *_ in runs] == [False, True, True, False, False, True]
     verdict = list(state.experiments.values())[-1].verdict
-    assert verdict["reason"].startswith("confirmed")
+    assert verdict["confirmed"]
     assert verdict["gains"]["held_out_bpb"][0] == pytest.approx(0.1, abs=0.01)
     assert session.state.best.number == 1 and status_of(session) == ""
     assert sum("confirmation" in row["reason"] for row in ledger.read(session.ledger).rows) == 6
@@ -299,7 +303,127 @@ def test_confirmations_at_another_budget_are_no_results(session):
     state = session.state
     before = session.noise, state.results(state.best.blob)
     with session.lock:
-        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, pairs=2,
+        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=2,
                       commit=state.best.applied["commit"], budget=1200.0, description="a change")
     experiment.supervise(session)
     assert (session.noise, state.results(state.best.blob)) == before
+
+
+def test_a_seed_of_its_own_is_no_way_to_be_kept(session):
+    found = attempt(session, edited(LOSS=0.99, FIXED=7))
+    assert found.status == "invalid" and "AUTORESEARCH_SEED" in found.verdict["reason"]
+
+
+def test_a_run_under_other_conditions_stops_the_session_and_judges_nothing(session):
+    with pytest.raises(LabError, match="eval ffff instead of eeee"):
+        attempt(session, edited(LOSS=0.9, EVAL="ffff"))
+    for _ in range(experiment.TRIES - 1):
+        try:
+            experiment.supervise(session)
+        except LabError:
+            pass
+    experiment.supervise(session)
+    found = session.state.last
+    assert found.status == "invalid" and found.verdict["unjudged"] and status_of(session) == ""
+    assert {row["eval"] for row in ledger.read(session.ledger).rows if row["description"] == "a change"} == {"ffff"}
+
+
+def test_what_was_not_judged_is_run_when_asked_again(session, runner):
+    first = attempt(session, edited(LOSS=0.9, SPEED=0.3))
+    before = len(runner.runs)
+    assert attempt(session, edited(LOSS=0.9, SPEED=0.3)) is not first and len(runner.runs) > before
+
+
+def test_a_throttled_run_of_a_sound_train_is_never_how_it_works(session):
+    steady = dict(session.state.runs[1].result)
+    blob = session.state.baseline.blob
+    for _ in range(3):
+        assert experiment.disturbance(session, blob, {**steady, "tokens_per_second_last_quarter": 500.0})
+
+
+def test_what_kills_the_harness_again_and_again_loses_one_experiment(session, runner, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.runner.run", killed)
+        with pytest.raises(Killed):
+            attempt(session, edited(LOSS=0.9))
+        for _ in range(experiment.MOST_LOST - 1):
+            with pytest.raises(Killed):
+                experiment.supervise(session)
+        experiment.supervise(session)
+    assert session.state.last.status == "crash" and "interrupted" in session.state.last.verdict["reason"]
+    assert status_of(session) == "" and attempt(session, edited(LOSS=0.8)).status == "keep"
+
+
+def test_a_mistake_of_the_labs_own_loses_one_experiment(session, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "next_step", lambda *_, **__: 1 / 0)
+        for _ in range(experiment.TRIES - 1):
+            with pytest.raises(ZeroDivisionError):
+                experiment.supervise(session) if session.state.pending else attempt(session, edited(LOSS=0.9))
+        experiment.supervise(session)
+    assert session.state.last.status == "invalid" and "supervisor.log" in session.state.last.verdict["reason"]
+    assert status_of(session) == ""
+
+
+def test_a_deleted_branch_says_how_to_get_it_back(session):
+    branch, commit = session.branch, session.tree.commit_of(session.branch)
+    (session.tree.path / FILE).write_bytes(edited(LOSS=1.1))
+    with commands.exclusive(session):
+        commands.begin_change(session, options())
+    git(session.tree.path, "checkout", "-q", "--detach")
+    git(session.tree.path, "branch", "-D", branch)
+    with pytest.raises(LabError, match=f"git branch {branch} {commit}"):
+        experiment.supervise(session)
+    git(session.tree.path, "branch", branch, commit)
+    experiment.supervise(session)
+    git(session.tree.path, "switch", "-q", branch)
+    assert session.state.last.status == "discard" and status_of(session) == ""
+
+
+def test_rows_that_another_writer_appended_stay(session, runner, monkeypatch):
+    run = runner.run
+
+    def and_append(request, **more):
+        ledger.append(session.ledger, [ledger.row_of({}, run=900 + request.seed, status="keep", description="other")])
+        return run(request, **more)
+
+    monkeypatch.setattr("lab.runner.run", and_append)
+    assert attempt(session, edited(LOSS=0.9)).status == "keep"
+    assert any(row["description"] == "other" for row in ledger.read(session.ledger).rows)
+
+
+def test_a_ledger_that_a_run_has_damaged_is_put_back(session, runner, monkeypatch):
+    run, before = runner.run, session.ledger.read_bytes()
+
+    def and_damage(request, **more):
+        session.ledger.write_bytes(before.replace(b"keep", b"none"))
+        return run(request, **more)
+
+    monkeypatch.setattr("lab.runner.run", and_damage)
+    found = attempt(session, edited(LOSS=0.9))
+    assert found.status == "invalid" and "ledger" in found.verdict["reason"]
+    assert session.ledger.read_bytes().startswith(before)
+
+
+def test_repeats_count_each_seed_once_and_nothing_invalid(session):
+    before = session.noise
+    for _ in range(4):
+        attempt(session, edited(LOSS=1.1), again=True)
+    assert session.noise == before
+    attempt(session, edited(LOSS=0.9, LEAK=0.1))
+    assert session.noise == before
+
+
+def test_a_branch_that_lost_its_last_move_gets_it_back(session):
+    before = session.tree.commit_of(session.branch)
+    found = attempt(session, edited(LOSS=0.9))
+    session.tree.move(f"refs/heads/{session.branch}", before)
+    with commands.exclusive(Session(session.folder)):
+        pass
+    assert session.tree.commit_of(session.branch) == found.applied["commit"]

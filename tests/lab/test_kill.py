@@ -14,6 +14,7 @@ import sessions
 from sessions import git
 from test_power_loss import check
 
+import prepare
 from lab.session import Session
 
 LONGEST = 3.0  # seconds: what an experiment takes, about
@@ -26,8 +27,10 @@ def project(tmp_path, tiny_home, isolated_home):
     isolated_home.mkdir()
     (isolated_home / "data").symlink_to(tiny_home / "data")
     settings = {"AUTORESEARCH_HOME": str(isolated_home), "AUTORESEARCH_DATA": "tiny"}
+    manifest = prepare.read_manifest(tiny_home / "data" / "tiny")
+    tags = {"eval": manifest["eval_tag"], "data": manifest["data_tag"], "profile": "abc"}
     return sessions.make(tmp_path / "project", (sessions.HERE / "fake_train.py").read_bytes(), project=True, budget=0.1,
-                         settings=settings, baseline_runs=2)
+                         settings=settings, baseline_runs=2, **tags)
 
 
 class Night:

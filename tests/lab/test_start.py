@@ -14,8 +14,8 @@ from backends.interface import BackendError, Hardware
 from calibration import profile
 from lab import sandbox
 from lab.errors import LabError
-from lab.session import Session, at
-from lab.start import start
+from lab.session import Session, at, device_lock
+from lab.start import start, which_gpu
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
 HARDWARE = Hardware(name="CPU", slug=PROFILE["device"], kind="cpu", backend=PROFILE["backend"], memory=24 * 2**30,
@@ -172,3 +172,45 @@ def test_a_session_of_another_format_is_refused(tree):
     prepare.write_json(session.folder / "session.json", {**session.facts, "format": 99})
     with pytest.raises(LabError, match="another version"):
         Session(session.folder)
+
+
+def test_no_baseline_is_refused(tree):
+    with pytest.raises(LabError, match="at least one"):
+        begin(tree, runs=0)
+
+
+def test_a_start_that_is_killed_at_the_end_leaves_no_session(tree, monkeypatch):
+    def killed(path, content):
+        if path.name == "session.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    write = prepare.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin(tree)
+    assert begin(tree).state.pending.kind == "baseline"
+
+
+def test_a_busy_device_is_refused_before_anything_is_made(tree):
+    with device_lock(HARDWARE.slug, ""):
+        with pytest.raises(LabError, match="another session is training"):
+            begin(tree)
+    assert untouched(tree)
+
+
+@pytest.mark.parametrize("visible, device, gpu", [
+    ("", "", "0"), ("0", "", "0"), ("", "cuda", "0"), ("2,3", "", "2"), ("2,3", "cuda:1", "3"), ("", "cuda:1", "1")])
+def test_one_gpu_has_one_name(monkeypatch, visible, device, gpu):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", device)
+    assert which_gpu("cuda") == gpu and which_gpu("cpu") == ""
+
+
+def test_worktrees_of_the_users_stay_registered(tree, tmp_path):
+    git(tree.path, "worktree", "add", "-q", str(tmp_path / "drive" / "mine"))
+    shutil.move(tmp_path / "drive", tmp_path / "away")  # not mounted just now
+    begin(tree)
+    shutil.move(tmp_path / "away", tmp_path / "drive")
+    assert git(tmp_path / "drive" / "mine", "status", "--porcelain") == ""

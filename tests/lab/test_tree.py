@@ -1,6 +1,7 @@
 """The repository: commits beside the branch, and what is restored."""
 
 import subprocess
+import threading
 
 import pytest
 
@@ -70,7 +71,8 @@ def test_settings_for_diffs_change_nothing(tree):
     before, after = tree.store(FIRST), tree.store(FIRST.replace(b"LR = 1", b"LR = 3"))
     plain = tree.patch(before, after)
     for setting in ("color.ui=always", "diff.noprefix=true", "diff.mnemonicPrefix=true", "diff.context=9",
-                    "diff.external=false", "diff.algorithm=patience", "diff.interHunkContext=5"):
+                    "diff.external=false", "diff.algorithm=patience", "diff.suppressBlankEmpty=true",
+                    "diff.interHunkContext=5"):
         git(tree.path, "config", *setting.split("="))
     assert tree.patch(before, after) == plain
 
@@ -85,28 +87,71 @@ def test_the_patch_applies(tree):
 def test_settle_restores_what_was_tested(tree):
     (tree.path / "train.py").write_bytes(b"tested = 1\n")
     git(tree.path, "add", "train.py")  # staged by somebody
-    assert tree.settle("main", b"tested = 1\n")
+    assert tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST)) is None
     assert tree.train() == FIRST and git(tree.path, "status", "--porcelain") == ""
 
 
 def test_settle_leaves_an_edit_made_meanwhile(tree):
     (tree.path / "train.py").write_bytes(b"newer = 1\n")
-    assert not tree.settle("main", b"tested = 1\n")
+    assert "edited meanwhile" in tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST))
     assert tree.train() == b"newer = 1\n"
 
 
-def test_settle_leaves_another_branch_alone(tree):
+def test_settle_on_another_branch_lets_one_go_back(tree):
     git(tree.path, "switch", "-qc", "elsewhere")
     (tree.path / "train.py").write_bytes(b"tested = 1\n")
-    assert not tree.settle("main", b"tested = 1\n")
-    assert tree.train() == b"tested = 1\n"
+    assert "git switch main" in tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST))
+    assert tree.train() == FIRST and git(tree.path, "status", "--porcelain") == ""
+    git(tree.path, "switch", "-q", "main")
+
+
+def test_settle_keeps_the_mode_and_follows_a_link(tree):
+    (tree.path / "real.py").write_bytes(b"tested = 1\n")
+    (tree.path / "real.py").chmod(0o755)
+    (tree.path / "train.py").unlink()
+    (tree.path / "train.py").symlink_to("real.py")
+    tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST))
+    assert (tree.path / "train.py").is_symlink() and (tree.path / "real.py").read_bytes() == FIRST
+    assert (tree.path / "real.py").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
+def test_settle_knows_its_own_file_whatever_ends_its_lines(tree, ends):
+    git(tree.path, "config", "core.autocrlf", "true")
+    tested = b"tested = 1" + ends
+    (tree.path / "train.py").write_bytes(tested)
+    assert tree.settle("main", tree.store(tested), tree.store(FIRST)) is None
+    assert git(tree.path, "status", "--porcelain") == ""
+
+
+def test_what_a_killed_settle_left_is_swept_up(tree):
+    (tree.path / "train.py.123.tmp").touch()
+    (tree.path / "train.py.mine.tmp").touch()
+    tree.sweep()
+    assert tree.changed() == ["train.py.mine.tmp"]
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tree):
+    lock = tree.path / ".git" / "index.lock"
+    lock.touch()
+    threading.Timer(0.5, lock.unlink).start()
+    tree.settle("main", tree.store(b"x = 1\n"), tree.store(FIRST))
+    assert not lock.exists()
+
+
+def test_a_lock_that_stays_is_an_error_of_one_line(tree, monkeypatch):
+    monkeypatch.setattr("lab.tree.LOCK_PATIENCE", 0.2)
+    (tree.path / ".git" / "index.lock").touch()
+    with pytest.raises(LabError, match="index.lock") as refusal:
+        tree.settle("main", tree.store(b"x = 1\n"), tree.store(FIRST))
+    assert "\n" not in str(refusal.value)
 
 
 def test_after_the_branch_moved_the_tree_is_clean(tree):
     head = tree.commit_of("HEAD")
     (tree.path / "train.py").write_bytes(b"better = 1\n")
     tree.move("refs/heads/main", tree.commit(head, tree.store(b"better = 1\n"), "better"), head)
-    assert tree.settle("main", b"better = 1\n")
+    assert tree.settle("main", tree.store(b"better = 1\n"), tree.store(FIRST)) is None
     assert git(tree.path, "status", "--porcelain") == "" and tree.train() == b"better = 1\n"
 
 
