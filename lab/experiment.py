@@ -7,7 +7,6 @@ at any moment is continued by the next one.
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 import time
 import traceback
@@ -44,7 +43,7 @@ def supervise(session: Session) -> None:
         try:
             device = session.device_lock.acquire(timeout=60)
         except filelock.Timeout:
-            raise LabError("another session is using this device") from None
+            raise LabError("another session is training on this device; once it is done: python -m lab wait") from None
         with device:
             session.recover()
             while experiment := session.state.pending:
@@ -346,4 +345,4 @@ def tidy(session: Session, experiment: Experiment, keep: bool) -> None:
             weights.replace(session.folder / "best.safetensors")
         weights.unlink(missing_ok=True)
         for name in ("home", "tmp", "work"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            runner.remove(folder / name)

@@ -24,7 +24,7 @@ UNKNOWN_ALLOWED = ("mfu_percent", "speed")  # null where nothing was calibrated
 NEEDED = ("val_bpb", "val_rows", "training_seconds", "total_seconds", "budget_seconds", "peak_vram_mb", "num_steps",
           "total_tokens_M", "tokens_per_second", "device", "backend", "eval", "data")
 TEARDOWN = 30.0  # seconds between prepare.report and the end of the process
-HOLE = r"((?s:.{1,120}))"
+HOLE = r"((?s:.{1,120}))"  # in a text, where code fills something in
 FILLING = re.compile(r"[\w.,+-]{1,64}|\([0-9, ]*\)", re.ASCII)  # a name, a number, an array's shape
 CLOCKS_APART = 3.0  # seconds: Linux tells to the second only when it was started, and so when a process was
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 from functools import cached_property
@@ -144,7 +143,7 @@ class Session:
     def request(self, number: int, blob: str, seed: int, budget: float) -> runner.Request:
         """A guarded run of this train.py, whose folder is made anew."""
         folder = self.run_folder(number)
-        shutil.rmtree(folder, ignore_errors=True)
+        runner.remove(folder)
         folder.mkdir(parents=True)
         (folder / TRAIN).write_bytes(self.tree.content(blob))
         return self.again(number, seed, budget)

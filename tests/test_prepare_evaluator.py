@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -489,6 +490,22 @@ def test_what_is_written_whole_is_durable_by_name_too(tmp_path, monkeypatch):
     prepare.write_json(tmp_path / "a" / "result.json", {})
     assert done == ["file", "name", "folder"]
     prepare.sync_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_where_it_takes_more_the_drive_is_flushed(tmp_path, monkeypatch, refuses):
+    """As macOS asks for it; file systems that can't are flushed as elsewhere."""
+    asked, flushed = [], []
+
+    def control(descriptor, what):
+        asked.append(what)
+        if refuses:
+            raise OSError(45, "not supported")
+
+    monkeypatch.setattr(prepare, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
+    monkeypatch.setattr(prepare.os, "fsync", flushed.append)
+    prepare.write_json(tmp_path / "result.json", {})
+    assert asked == [51, 51] and len(flushed) == (2 if refuses else 0), "the file and its folder"
 
 
 def test_result_on_a_full_disk(tmp_path):

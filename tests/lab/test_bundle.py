@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exports import DEVICE, json_with, refused, session_in, tampered
 
-from lab import bundle, exchange
+from lab import bundle, exchange, ledger
 
 FIVE = b"commit\tval_bpb\tmemory_gb\tstatus\tdescription\nbaseline\t1.250000\t12.5\tkeep\tbaseline\n"
 
@@ -105,6 +105,25 @@ def test_a_damaged_ledger_is_refused(export, tmp_path):
         refused(export, tmp_path / "elsewhere", match)
 
 
+# --- For people ---
+
+@pytest.mark.parametrize("budget", [300, 5])
+def test_only_the_sessions_own_runs_are_told_as_its_scores(budget):
+    """Confirmations are on other seeds, often of another length; disturbed runs count for nothing."""
+    own = f"trial of {budget} s; " if budget != 300 else ""
+    told = [("aaaa111", 1.4, "keep", f"{own}better"), ("aaaa111", 1.42, "keep", f"{own}the parent again, beside 2"),
+            ("aaaa111", 0.9, "keep", "confirmation 3, held out 0.91"), ("aaaa111", 0.8, "keep", "confirmation 3"),
+            ("aaaa111", 0.7, "keep", "trial of 600 s; confirmation 4, held out 0.7"),
+            ("aaaa111", 0.6, "keep", "trial of 1 s; better"), ("aaaa111", 0.5, "invalid", f"{own}slower"),
+            ("aaaa111", None, "crash", f"{own}ValueError")]
+    rows = [ledger.row_of({} if bpb is None else {"val_bpb": bpb}, run=run, commit=commit, status=status, reason=reason)
+            for run, (commit, bpb, status, reason) in enumerate(told, 1)]
+    session = dict.fromkeys(bundle.TEXTS, "") | {"budget": budget, "versions": {}}
+    kept = bundle.Kept(1, "aaaa111", "ccccccc", GOOD, "faster")
+    text = bundle.readme(bundle.Bundle(session, rows, [kept]), ["patches/0001-faster.patch"])
+    assert "first 1.400000, lowest 1.400000" in text and "| aaaa111 | 1.410000 | faster |" in text
+
+
 # --- Hostile patches ---
 
 GOOD = "--- a/train.py\n+++ b/train.py\n@@ -1,2 +1,2 @@\n-LR = 1\n+LR = 3\n DEPTH = 2\n"
@@ -114,6 +133,7 @@ GOOD = "--- a/train.py\n+++ b/train.py\n@@ -1,2 +1,2 @@\n-LR = 1\n+LR = 3\n DEPT
     GOOD, "diff --git a/train.py b/train.py\nindex 1234567..89abcdef 100644\n" + GOOD,
     GOOD + "@@ -9 +9 @@ def f():\n-a\n\\ No newline at end of file\n+b\n\\ No newline at end of file\n",
     GOOD + "@@ -9,0 +10,2 @@\n+--- a/other.py\n++++ b/other.py\n", GOOD.replace("LR = 1", "LR = 1\r"),
+    GOOD.replace("-1,2 +1,2", "-1,4 +1,4").replace(" DEPTH", "\n DEPTH") + "\n",
 ])
 def test_patches_of_train_are_taken(text):
     assert bundle.check_patch("p", text.encode()) == text

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_the_patches_apply_in_order(export, tmp_path):
     assert (tree / "train.py").read_text() == THIRD
     assert [p.name for p in sorted((export / "patches").iterdir())] == [
         "0001-lr-times-three.patch", "0002-end-is-1-b-x-http-y-b.patch"]
+
+
+def test_patches_without_blanks_on_empty_lines_travel(session, tmp_path):
+    """As git makes them with diff.suppressBlankEmpty."""
+    folder, kept = session
+    bare = [replace(one, patch_text=one.patch_text.replace("\n \n", "\n\n").replace("\n \n", "\n\n")) for one in kept]
+    assert any("\n\n" in one.patch_text for one in bare)
+    sent = exchange.export_session(folder, bare, tmp_path / "sent.tar.gz")
+    assert exchange.read_bundle(exchange.import_session(sent, tmp_path / "elsewhere")).kept == bare
 
 
 def test_an_archive_is_the_same_each_time(session, tmp_path, monkeypatch):
