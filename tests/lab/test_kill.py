@@ -116,7 +116,7 @@ def kill_often(session, home, times, seed):
 
 def test_killed_at_a_few_random_moments(project, isolated_home):
     session, _ = kill_often(project, isolated_home, 5, seed=1)
-    assert len(session.state.experiments) > 3
+    assert session.state.baseline.status == "keep" and not session.state.pending
 
 
 @pytest.mark.slow
