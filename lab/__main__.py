@@ -80,8 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
 def judges() -> Path | None:
     """This file in the judge of the session whose branch is checked out here, unless it is this very one. Found without
     importing anything: whether all is well with the session is for the judge to say."""
-    asked = subprocess.run(["git", "symbolic-ref", "--quiet", "--short", "HEAD"], capture_output=True, text=True,
-                           check=False)
+    try:
+        asked = subprocess.run(["git", "symbolic-ref", "--quiet", "--short", "HEAD"], capture_output=True, text=True,
+                               check=False)
+    except FileNotFoundError:  # said later, with what to do
+        return None
     prefix, _, name = asked.stdout.strip().partition("/")
     if prefix != "autoresearch" or not name:
         return None

@@ -291,7 +291,7 @@ SLEEP = {"a child": "__import__('subprocess').Popen(['sleep', '60.{n}'])",
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, one that hides its mark is not found")
-@pytest.mark.parametrize("sandbox", [None, *available()])
+@pytest.mark.parametrize("sandbox", [None, *available()[:1]])
 @pytest.mark.parametrize("how", SLEEP)
 def test_a_child_that_outlives_it(refused, how, sandbox, monkeypatch):
     mark = f"{os.getpid()}{abs(hash((how, str(sandbox)))) % 1000}"
@@ -305,7 +305,7 @@ def test_a_child_that_ends_soon_is_no_matter(request_for):
     assert runner.run(request_for({REPORT: HONEST_REPORT + child})).status == "ok"
 
 
-@pytest.mark.parametrize("sandbox", [None, *available()])
+@pytest.mark.parametrize("sandbox", [None, *available()[:1]])
 def test_ignores_being_asked_to_end(refused, sandbox, monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.3)
     hang = "    import signal\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(60.25)\n"
@@ -321,7 +321,7 @@ def test_is_asked_to_end_first(refused):
     assert "bye" in (request.folder / "run.log").read_text() and outcome.seconds < 2 + runner.GRACE
 
 
-@pytest.mark.parametrize("sandbox", [None, *available()])
+@pytest.mark.parametrize("sandbox", [None, *available()[:1]])
 def test_a_run_ends_with_its_runner(request_for, sandbox, tmp_path):
     """The runner is killed: so is the run, whatever it is doing."""
     request = request_for({EVALUATION: "    open('there', 'w').close()\n    time.sleep(60)\n"}, sandbox=sandbox)

@@ -95,8 +95,10 @@ def check(session):
     assert sessions.git(session.tree.path, "status", "--porcelain") == ""
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["keep", "discard"])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("kept, after", [
+    pytest.param(True, False, id="keep, before a flush"), pytest.param(False, True, id="discard, after a flush"),
+    pytest.param(True, True, id="keep, after a flush", marks=pytest.mark.slow),
+    pytest.param(False, False, id="discard, before a flush", marks=pytest.mark.slow)])
 def test_whatever_was_not_flushed(tmp_path, monkeypatch, kept, after):
     Runner().install(monkeypatch)
     session = sessions.make(tmp_path / "project")
