@@ -156,7 +156,7 @@ def status(session: Session) -> str:
     if found["crashes_in_a_row"] > 1:
         lines.append(f"the last {found['crashes_in_a_row']} experiments crashed")
     if "confirmation" in found:
-        lines.append(found["confirmation"])
+        lines.append(f"confirmation: {found['confirmation']}")
     if found.get("near_misses"):
         lines.append(f"near misses worth trying together: {', '.join(map(str, found['near_misses']))} (python -m lab "
                      "run --near-misses)")
