@@ -107,13 +107,17 @@ def nvml():
             pass
 
 
+def visible_gpus() -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES, indices or UUIDs, in the order that CUDA numbers them by."""
+    return [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+
+
 def nvidia_handle(library, uuid: str | None = None, index: int = 0):
     """NVML's handle of a GPU, by its UUID where that is known (NVML does not follow CUDA_VISIBLE_DEVICES); or None."""
     try:
         if uuid:
             return library.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-        if visible:
+        if visible := visible_gpus():
             entry = visible[index]
             return (library.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit()
                     else library.nvmlDeviceGetHandleByUUID(entry))

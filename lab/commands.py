@@ -138,10 +138,9 @@ def do_supervise(session: Session, options) -> int:
 
 def sound_baseline(session: Session) -> None:
     baseline = session.state.baseline
-    if baseline is None or baseline.status != "keep":
-        why = baseline.verdict["reason"] if baseline and baseline.verdict else "it was not run"
-        raise LabError(f"the baseline failed ({why}): mend that, commit {TRAIN} if it changed, and start another "
-                       "session")
+    if baseline.status != "keep":
+        raise LabError(f"the baseline failed ({baseline.verdict['reason']}): mend that, commit {TRAIN} if it changed, "
+                       "and start another session")
 
 
 def begin_change(session: Session, options) -> Experiment | None:
@@ -179,8 +178,7 @@ def begin_change(session: Session, options) -> Experiment | None:
         tree.settle(session.branch, blob, best.blob)
         return same
     if others := tree.changed():
-        from lab.start import named
-        print(f"not part of the experiment, and left alone: {named(others)}", file=sys.stderr)
+        print(f"not part of the experiment, and left alone: {show.listed(others)}", file=sys.stderr)
     session.begin(
         kind=kind, blob=blob, parent=best.blob, onto=best.number, commit=tree.commit(head, blob, message),
         description=message, digest=described.digest, nodes=described.nodes, portable=described.portable,

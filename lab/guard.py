@@ -175,7 +175,7 @@ class Guard:
             if not self._functions() & writers:
                 self._deny(f"it writes {named(name)} in its run's folder: results come from prepare.report")
         elif within(path, self.protected):
-            if os.path.basename(path).startswith("trials.json") or within(path, self.libraries):
+            if os.path.basename(path).startswith("trials") or within(path, self.libraries):
                 raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
             what = ("judge" if within(path, self.judges) else "ledger" if path.endswith(".tsv") else "harness's files"
                     if within(path, self.homes) else "repository")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,15 +84,15 @@ class Scores:
     held_out_bpb: float
 
 
-def run(request: Request, started: Callable[[int, float], None] = lambda pid, created: None) -> Outcome:
-    """Trains and evaluates. `started` is called with the process's id and creation time.
+def run(request: Request) -> Outcome:
+    """Trains and evaluates.
 
     Raises:
         LabError: it could not be begun, which is not train.py's fault.
     """
     folder, known = request.folder, outcome.reasons()  # read before a run that might change them
     clear(folder, RECORDS)
-    ended = execute(request, "train", folder / "run.log", started, AUTORESEARCH_RESULT=str(folder / "result.json"))
+    ended = execute(request, "train", folder / "run.log", AUTORESEARCH_RESULT=str(folder / "result.json"))
     log = capture.read(folder / "run.log")
     found = outcome.read(folder / "result.json")
     mark = outcome.read(folder / guard.MARK) or {}
@@ -106,7 +106,7 @@ def run(request: Request, started: Callable[[int, float], None] = lambda pid, cr
     return Outcome(status, untrusted.one_line(reason), facts, ended.seconds, trace)
 
 
-def score(request: Request, weights: Path, started: Callable[[int, float], None] = lambda pid, created: None) -> Scores:
+def score(request: Request, weights: Path) -> Scores:
     """Scores the weights of a run again, in a fresh process and by the judge's evaluator.
 
     Raises:
@@ -116,7 +116,7 @@ def score(request: Request, weights: Path, started: Callable[[int, float], None]
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
         raise LabError(f"there are no weights {weights}")
-    ended = execute(request, "score", request.folder / "score.log", started, weights=weights)
+    ended = execute(request, "score", request.folder / "score.log", weights=weights)
     found = outcome.read(request.folder / "score.json") or {}
     log = capture.read(request.folder / "score.log")
     if problem := outcome.unscored(request, ended, found, log, known):
@@ -155,7 +155,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def execute(request: Request, mode: str, log: Path, started, weights: Path | None = None, **settings: str) -> Ended:
+def execute(request: Request, mode: str, log: Path, weights: Path | None = None, **settings: str) -> Ended:
     """Starts inside.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
     facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget,
@@ -170,7 +170,6 @@ def execute(request: Request, mode: str, log: Path, started, weights: Path | Non
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     output = capture.Log(process.stdout.fileno(), log)
     try:
-        started(process.pid, psutil.Process(process.pid).create_time())
         problem = watch(process, request, output, begun + request.timeout)
     finally:
         try:
@@ -314,12 +313,10 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
     cache, folder = request.home.absolute() / "cache", request.folder.absolute()
-    for name in ("torchinductor", "triton", "cuda"):
-        (cache / name).mkdir(parents=True, exist_ok=True)
+    (cache / "cuda").mkdir(parents=True, exist_ok=True)
     own = {
         "HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"),
         **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"), "TRITON_CACHE_DIR": str(cache / "triton"),
         "CUDA_CACHE_PATH": str(cache / "cuda"), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache()),
         "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUSERBASE": site.getuserbase(),
         **request.settings, "AUTORESEARCH_HOME": str(request.home), "AUTORESEARCH_RUN": request.run_id,
@@ -362,7 +359,9 @@ def readable(request: Request) -> list[Path]:
     search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
     named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")]
     named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
-    named += [request.home / "data", request.home / "trials.json", request.judge, hub_cache()]
+    if library := request.settings.get("AUTORESEARCH_FA3_LIBRARY"):
+        named += Path(library).parent.glob("libcudart.so*")  # which is loaded from beside it
+    named += [request.home / "data", *request.home.glob("trials*.json"), request.judge, hub_cache()]
     return [*sandbox.interpreter(), *(Path(path) for path in [*search, *named] if path and os.path.isabs(path))]
 
 

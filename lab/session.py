@@ -16,7 +16,7 @@ import prepare
 from lab import gate, runner
 from lab.errors import LabError
 from lab.journal import Journal
-from lab.state import BASELINE, Experiment, Run, State
+from lab.state import Experiment, Run, State
 from lab.tree import TRAIN, Tree
 
 FORMAT = 1
@@ -198,10 +198,9 @@ class Session:
                                     **detached)
 
     def begin(self, **facts) -> Experiment:
-        """Journals an experiment, to be launched. To be called with the lock held."""
-        number = self.state.next_experiment()
-        if number != BASELINE:
-            self.tree.move(f"refs/autoresearch/{self.name}/{number}", facts["commit"])
+        """Journals an experiment after the baseline, to be launched. To be called with the lock held."""
+        number = self.state.last.number + 1
+        self.tree.move(f"refs/autoresearch/{self.name}/{number}", facts["commit"])
         self.log("experiment", number=number, begun=time.time(), **facts)
         return self.state.experiments[number]
 
@@ -212,8 +211,8 @@ class Session:
         return self.state.runs[number]
 
 
-def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
-    """Files of a judge that differ from what was pinned, are missing or new."""
+def fingerprints(judge: Path) -> dict[str, str]:
+    """sha256 of each of a judge's files."""
     found = {}
     for folder, folders, files in os.walk(judge):
         folders[:] = [name for name in folders if name not in ("__pycache__", ".git")]
@@ -222,7 +221,12 @@ def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
             if name != ".git":
                 name = path.relative_to(judge).as_posix()
                 found[name] = prepare.sha256(path) if path.is_file() else "a link to nothing"
-    return sorted({name for name, _ in found.items() ^ pinned.items()})
+    return found
+
+
+def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
+    """Files of a judge that differ from what was pinned, are missing or new."""
+    return sorted({name for name, _ in fingerprints(judge).items() ^ pinned.items()})
 
 
 def device_lock(device: str, gpu: str) -> filelock.FileLock:

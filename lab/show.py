@@ -81,6 +81,10 @@ def block(session: Session, experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
+def listed(files: list[str], most: int = 5) -> str:
+    return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
+
+
 def counted(n: int, what: str) -> str:
     return f"{n} {what}" + "s" * (n != 1)
 

@@ -13,11 +13,11 @@ import backends
 import prepare
 from backends import machine
 from calibration import profile, rule
-from lab import sandbox, source
+from lab import sandbox, show, source
 from lab.errors import LabError
 from lab.experiment import BASELINE_RUNS
 from lab.journal import Journal
-from lab.session import FORMAT, PASSED_ON, PREFIX, Session, device_lock, differing, folder_of, refuse_if_busy
+from lab.session import FORMAT, PASSED_ON, PREFIX, Session, device_lock, fingerprints, folder_of, refuse_if_busy
 from lab.state import BASELINE
 from lab.tree import TRAIN, Tree
 
@@ -61,7 +61,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         raise LabError(f"{sandbox.describe(None)} Say --unsandboxed to go on without")
     say(sandbox.describe(box))
     if others := tree.changed():
-        say(f"not part of the session, being no part of its commit: {named(others)}")
+        say(f"not part of the session, being no part of its commit: {show.listed(others)}")
 
     gpu = which_gpu(hardware.kind)
     refuse_if_busy(device_lock(hardware.slug, gpu))
@@ -71,6 +71,8 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
                        "tag")
     settings = {f"AUTORESEARCH_{name}": value for name in PASSED_ON
                 if (value := os.environ.get(f"AUTORESEARCH_{name}"))}
+    if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
+        settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
     settings |= {"CUDA_VISIBLE_DEVICES": seen} if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) else {}
     settings |= {"AUTORESEARCH_HOME": str(prepare.home().absolute()), "AUTORESEARCH_DATA": data.name,
                  "AUTORESEARCH_PROFILE": str(folder / "profile.json"), "AUTORESEARCH_BACKEND": hardware.backend}
@@ -103,7 +105,7 @@ def which_gpu(kind: str) -> str:
     if kind != "cuda":
         return ""
     index = int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0)
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = machine.visible_gpus()
     return visible[index] if index < len(visible) else str(index)
 
 
@@ -125,14 +127,3 @@ def pin(tree: Tree, folder: Path, commit: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tree.git("worktree", "add", "--quiet", "--force", "--detach", str(folder / "judge"), commit)
-
-
-def fingerprints(judge: Path) -> dict[str, str]:
-    """sha256 of each of the judge's files."""
-    return {name: prepare.sha256(judge / name) for name in differing(judge, {})}
-
-
-def named(files: list[str], most: int = 5) -> str:
-    return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
-
-

@@ -139,8 +139,8 @@ class State:
         return self.kept[-1] if self.kept else None
 
     @property
-    def baseline(self) -> Experiment | None:
-        return self.experiments.get(BASELINE)
+    def baseline(self) -> Experiment:
+        return self.experiments[BASELINE]
 
     def results(self, blob: str) -> dict[int, float]:
         """val_bpb by seed, of undisturbed runs that ended well, confirmations left out."""
@@ -166,9 +166,6 @@ class State:
 
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1
-
-    def next_experiment(self) -> int:
-        return max(self.experiments, default=-1) + 1
 
     def parent_of(self, experiment: Experiment) -> Experiment | None:
         """The experiment that it is judged against."""

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sessions
 
-from lab import runner, sandbox
+from lab import exchange, runner
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -57,7 +58,13 @@ def request_for(session, tmp_path, isolated_home):
     return make
 
 
-def available() -> list:
-    """The sandboxes that work here, as parameters; the others are skipped."""
-    return [pytest.param(name, marks=() if shutil.which(name) and sandbox.works(name) else
-                         pytest.mark.skip(reason=f"{name} does not work here")) for name in sandbox.NAMES]
+@pytest.fixture(name="runner")
+def quick_runner(monkeypatch) -> sessions.Runner:
+    """In place of the runner: nothing is trained."""
+    return sessions.Runner().install(monkeypatch)
+
+
+@pytest.fixture
+def export(session, tmp_path) -> Path:
+    """The folder of an export of the session that a module has: (its folder, what was kept)."""
+    return exchange.export_session(*session, tmp_path / "out" / "exported")

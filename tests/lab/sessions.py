@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 import prepare
-from lab import runner, source
+from lab import runner, sandbox, source
 from lab.errors import LabError
 from lab.journal import Journal
-from lab.session import FORMAT, PREFIX, Session
-from lab.start import fingerprints, pin
+from lab.session import FORMAT, PREFIX, Session, fingerprints
+from lab.start import pin
 from lab.tree import Tree
 
 HERE = Path(__file__).resolve().parent
@@ -79,7 +80,7 @@ class Runner:
 
     A train.py sets LOSS and NOISE (standard deviation), FAILS ("crash", "invalid" or None), LEAK (how much better it is
     on validation rows than on others), SPEED, ENDS (its last quarter's), FIXED (weights it always starts with),
-    EVAL (tag), LIES (how much better it says it is), DAMAGES (the judge).
+    EVAL (tag), ATTENTION (provider), LIES (how much better it says it is), DAMAGES (the judge).
     """
 
     def __init__(self):
@@ -90,10 +91,9 @@ class Runner:
             monkeypatch.setattr(runner, name, getattr(self, name))
         return self
 
-    def run(self, request, started=lambda pid, created: None):
+    def run(self, request):
         made, facts = self._facts(request.folder)
         self.runs.append((made, request.seed, request.budget))
-        started(1, 0.0)
         if facts.get("DAMAGES"):
             (request.judge / "prepare.py").write_text("BUDGET = 3000\n")
         if facts.get("FAILS"):
@@ -106,7 +106,8 @@ class Runner:
                   "speed": facts.get("SPEED", 1.0), "peak_vram_mb": 1024.0, "num_steps": 10, "num_params_M": 1.0,
                   "initial_weights": str(facts.get("FIXED", request.seed)), "eval": facts.get("EVAL", "e" * 12),
                   "data": "d" * 12, "profile": "p" * 12, "device": DEVICE, "backend": "fake", "depth": 2,
-                  "val_rows": 8, "mfu_percent": 40.0, "total_seconds": request.budget + 20}
+                  "val_rows": 8, "mfu_percent": 40.0, "attention_provider": facts.get("ATTENTION"),
+                  "total_seconds": request.budget + 20}
         return SimpleNamespace(status="ok", reason="", result=result, seconds=request.budget + 20, traceback="")
 
     def score(self, request, weights):
@@ -136,3 +137,9 @@ class Runner:
     def _bpb(content: bytes, facts: dict, seed: int) -> float:
         digest = hashlib.sha256(content + str(seed).encode()).hexdigest()
         return facts["LOSS"] + random.Random(digest).gauss(0, facts["NOISE"])
+
+
+def available() -> list:
+    """The sandboxes that work here, as parameters; the others are skipped."""
+    return [pytest.param(name, marks=() if shutil.which(name) and sandbox.works(name) else
+                         pytest.mark.skip(reason=f"{name} does not work here")) for name in sandbox.NAMES]

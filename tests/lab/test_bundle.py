@@ -19,12 +19,6 @@ def session(isolated_home, tmp_path):
     return session_in(isolated_home, tmp_path)
 
 
-@pytest.fixture
-def export(session, tmp_path):
-    """The folder of an export."""
-    return exchange.export_session(*session, tmp_path / "out" / "exported")
-
-
 # --- Files ---
 
 @pytest.mark.parametrize("changes, match", [

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, available
+from sessions import ROOT, available
 
 import backends
 import prepare
@@ -38,14 +38,12 @@ def log_of(request) -> str:
 
 @pytest.mark.parametrize("sandbox", [None, *available()])
 def test_a_run_from_end_to_end(request_for, sandbox):
-    request, seen = request_for(sandbox=sandbox), []
-    found = runner.run(request, lambda pid, created: seen.append((pid, created)))
+    request = request_for(sandbox=sandbox)
+    found = runner.run(request)
     assert (found.status, found.reason, found.traceback) == ("ok", "", ""), (found, log_of(request))
     assert found.result.keys() == outcome.TYPES.keys()
     assert 0.1 <= found.result["training_seconds"] <= found.seconds < 20
     assert found.result["tokens_per_second_last_quarter"] > 0
-    (pid, created), = seen
-    assert not psutil.pid_exists(pid) and abs(created - time.time()) < 60
     files = {path.name for path in request.folder.iterdir()}
     assert files == {"begun", "home", "result.json", "result.safetensors", "run.log", "tmp", "train.py", "work"}
     assert "val_bpb:" in log_of(request)
@@ -59,6 +57,14 @@ def test_score_depends_on_the_seed_and_the_constants_only(request_for):
 
     assert bpb() == bpb(budget=0.3) and bpb(seed=2) != bpb()
     assert bpb({"LEARNING = .*": "LEARNING = 0.7"}) < bpb() < bpb({"LEARNING = .*": "LEARNING = 1.1"})
+
+
+def test_a_library_is_seen_with_what_lies_beside_it_for_it(request_for, tmp_path):
+    names = {"fa3.so", "libcudart.so.12"}
+    for name in (*names, "secret"):
+        (tmp_path / name).write_bytes(b"")
+    request = request_for(settings={"AUTORESEARCH_FA3_LIBRARY": str(tmp_path / "fa3.so")})
+    assert {path.name for path in runner.readable(request) if path.parent == tmp_path} == names
 
 
 def test_what_a_run_is_given(request_for, monkeypatch, tmp_path):

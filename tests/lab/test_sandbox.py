@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import available
+from sessions import available
 
 from lab import sandbox
 
