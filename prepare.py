@@ -5,7 +5,7 @@
     clock = Clock(backend, model, loader)  # the model is still untrained
     while not clock.finished:
         x, y = next(loader)  # the first batch starts the clock
-        ...; clock.tick(float(loss))
+        ...; clock.tick(loss)
     evaluate_bpb(backend, model, data, clock=clock)
     report(clock, num_params=..., flops_per_token=..., depth=...)
 
@@ -49,6 +49,7 @@ SPLIT_PATTERN = (
 SPECIALS = [f"<|reserved_{i}|>" for i in range(4)]  # the first is BOS; their ids follow the other tokens'
 BUFFER_DOCUMENTS = 1000  # what the packer chooses from
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
+LONGEST_PAUSE = 0.02  # seconds before it packs the next one
 PROBE_ROWS, CUTS = 4, 3  # rows the model is examined with before it is scored; times each is cut
 EVALUATOR_VERSION = 1  # raise it whenever the same weights would score differently
 FORMAT = 1  # of the files on disk
@@ -374,7 +375,7 @@ class Loader(Iterator, AbstractContextManager):
         self.batches = self.rows = self.tokens = 0
         self.epoch, self.waited, self.clock = 1, 0.0, None  # the Clock sets itself
         self._rows = pack(self._endless())
-        self._packing_epoch, self._closed = 0, False
+        self._packing_epoch, self._closed, self._asked = 0, False, -math.inf
         self._thread = ThreadPoolExecutor(1, "loader")
         self._ahead = deque(self._thread.submit(self._pack_batch) for _ in range(BATCHES_AHEAD))
 
@@ -383,7 +384,8 @@ class Loader(Iterator, AbstractContextManager):
             self._packing_epoch += 1
             yield from self.data.batches()
 
-    def _pack_batch(self) -> tuple[np.ndarray, np.ndarray, int]:
+    def _pack_batch(self, pause: float = 0.0) -> tuple[np.ndarray, np.ndarray, int]:
+        time.sleep(pause)
         x, y = inputs_and_targets(np.stack([next(self._rows) for _ in range(self.batch_size)]))
         return x, y, self._packing_epoch
 
@@ -391,13 +393,16 @@ class Loader(Iterator, AbstractContextManager):
         if self._closed:
             raise RuntimeError("the loader is closed")
         admit(self.clock)
-        asked = time.perf_counter()
+        asked, ready = time.perf_counter(), self._ahead[0].done()
         try:
             x, y, self.epoch = self._ahead.popleft().result()
         except Exception as error:
             self.close()
             raise RuntimeError(f"the loader's thread failed: {error!r}") from error
-        self._ahead.append(self._thread.submit(self._pack_batch))
+        # Not at once: both need the interpreter, and whoever asked has a device to set to work first.
+        pause = min(LONGEST_PAUSE, (asked - self._asked) / 4) if ready else 0.0
+        self._asked = asked
+        self._ahead.append(self._thread.submit(self._pack_batch, pause))
         self.waited += time.perf_counter() - asked
         self.batches += 1
         self.rows += self.batch_size
@@ -422,6 +427,7 @@ class Clock:
     Attributes:
         seconds: of training allowed, `budget()` by default.
         steps, longest: number of `tick` calls; seconds the longest took. in_step: has had a batch since the last tick.
+        loss: of the last step that is known to be done, a float.
         ticks: at each tick, seconds since the start and tokens handed out so far.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
         initial_weights: their fingerprint: with another seed, it is another.
@@ -432,6 +438,7 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
         self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
+        self.loss, self._unread = None, None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
@@ -453,23 +460,45 @@ class Clock:
             self.started = self.ticked = time.perf_counter()
         self.in_step = True
 
-    def tick(self, loss: float) -> float:
-        """Ends a step: waits for the device and returns the seconds since the last tick (or the start).
-        Raises Diverged if `loss` is not finite, or above twice chance: first steps are above chance by little."""
+    def tick(self, loss) -> float:
+        """Ends a step, and returns the seconds since the last tick (or the start).
+
+        Args:
+            loss: of this step, as `Trainer.backward` returns it: a scalar on the device. It is read, and so waited for,
+                at the next tick: the device has a step to do while the next one is prepared, and never more than that.
+                A number says nothing of the device, which is then waited for at once; so is the first step.
+
+        Raises:
+            Diverged: a loss is not finite, or above twice chance (first steps are above chance by little).
+        """
         if self.started is None:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
-        self.backend.synchronize()
+        at_once = isinstance(loss, (int, float)) or self.loss is None
+        if at_once:
+            self.backend.synchronize()
+        else:
+            self._read()
         sys.audit("autoresearch.tick", self)
         now = time.perf_counter()
         seconds, self.ticked = now - self.ticked, now
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
         self.ticks.append((now - self.started, self.loader.tokens))
+        self._unread = self.steps, loss
+        if at_once:
+            self._read()
+        return seconds
+
+    def _read(self) -> None:
+        """Waits for the loss that has not been read yet, if there is one, and checks it."""
+        if self._unread is None:
+            return
+        (step, loss), self._unread = self._unread, None
+        self.loss = float(loss)
         with recorded(self):
             limit = 2 * math.log(self.loader.data.vocab_size)
-            if not (math.isfinite(loss) and loss <= limit):
-                raise Diverged(f"the loss is {loss} at step {self.steps}; at most {limit:.1f} is allowed")
-        return seconds
+            if not (math.isfinite(self.loss) and self.loss <= limit):
+                raise Diverged(f"the loss is {self.loss} at step {step}; at most {limit:.1f} is allowed")
 
     @property
     def elapsed(self) -> float:
@@ -493,6 +522,7 @@ class Clock:
             self.backend.synchronize()
             admit(self)
             self.stopped = time.perf_counter()
+            self._read()
 
 
 def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:
@@ -706,6 +736,7 @@ def measured(clock: Clock) -> dict:
         "tokens_per_second_last_quarter": last_quarter(clock),
         "device": backend.device.slug, "backend": backend.name,
         "profile": backend.device.profile or "none", "speed": backend.device.speed,
+        "attention_provider": backend.device.attention_provider,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag,
         "initial_weights": clock.initial_weights,
     }  # fmt: skip

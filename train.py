@@ -5,6 +5,7 @@ once for every backend. Arrays are reached through `nn` and `ops` (what they off
 themselves only operators, .shape, .ndim, .dtype, .reshape and basic slicing. Usage: python train.py
 """
 
+import concurrent.futures
 import math
 import os
 
@@ -99,13 +100,10 @@ class Attention(nn.Module):
 
     def forward(self, x, value_embedding):
         B, T, _ = x.shape
-        q = self.c_q(x).reshape(B, T, self.n_head, HEAD_DIM)
-        k = self.c_k(x).reshape(B, T, self.n_kv_head, HEAD_DIM)
-        v = self.c_v(x).reshape(B, T, self.n_kv_head, HEAD_DIM)
+        q, k, v = ops.rotary_qkv(x, self.c_q.weight, self.c_k.weight, self.c_v.weight, HEAD_DIM, ROPE_BASE)
         if value_embedding is not None:  # ResFormer (arXiv:2410.17897); the gate starts at 1
             gate = 2 * ops.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)
             v = v + ops.expand_dims(gate, -1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
-        q, k = (ops.rms_norm(ops.rope(t, ROPE_BASE)) for t in (q, k))
         y = ops.attention(q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, self.n_head * HEAD_DIM))
 
@@ -117,7 +115,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return self.c_proj(ops.square(ops.relu(self.c_fc(x))))
+        return ops.squared_relu_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -331,7 +329,7 @@ def main():
     loader = prepare.Loader(data, DEVICE_BATCH_SIZE)  # packs rows in the background from here on
     model = GPT(DEPTH, data.vocab_size)
     shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
-    backend.set_weights(model, initial_weights(shapes, SEED))
+    weights = concurrent.futures.ThreadPoolExecutor().submit(initial_weights, shapes, SEED)
     groups = optimizer_groups(shapes)
     trainer = backend.Trainer(model, training_loss, groups)
     flops = flops_per_token(model, shapes)
@@ -340,19 +338,19 @@ def main():
           f"{flops:.3g} FLOP per token | {accumulation} x {DEVICE_BATCH_SIZE} rows per step")
 
     throwaway = np.zeros((DEVICE_BATCH_SIZE, prepare.MAX_SEQ_LEN), np.int32)
-    trainer.warm_up(throwaway, throwaway)  # compiles, before the clock starts
+    trainer.warm_up(throwaway, throwaway)  # compiles, before the clock starts and while the weights are drawn
+    backend.set_weights(model, weights.result())
 
     clock = prepare.Clock(backend, model, loader)
     smooth_loss = None
     while not clock.finished:
-        progress, loss = clock.progress, 0.0  # before the work: some devices return from it late, others at once
+        progress, loss = clock.progress, 0.0
         for _ in range(accumulation):
             x, y = next(loader)
             loss = loss + trainer.backward(x, y, 1 / accumulation) / accumulation
         trainer.step(schedule(groups, progress, clock.steps))
-        loss = float(loss)
-        seconds = clock.tick(loss)
-        smooth_loss = loss if smooth_loss is None else 0.9 * smooth_loss + 0.1 * loss
+        seconds = clock.tick(loss)  # waits for the step before: the device has one to do while the next is prepared
+        smooth_loss = clock.loss if smooth_loss is None else 0.9 * smooth_loss + 0.1 * clock.loss
         print(f"\rstep {clock.steps:05d} ({100 * clock.progress:.1f}%) | loss {smooth_loss:.4f} | "
               f"{TOTAL_BATCH_SIZE / seconds:,.0f} tokens/s | epoch {loader.epoch}    ", end="", flush=True)
     print()

@@ -290,6 +290,40 @@ def test_divergence(run, tiny_data, result, loss):
     assert result()["status"] == "crash" and "at step 2" in result()["reason"] and result()["num_steps"] == 2
 
 
+class Scalar:
+    """Of a device: how often it was waited for."""
+
+    def __init__(self, value):
+        self.value, self.read = value, 0
+
+    def __float__(self):
+        self.read += 1
+        return self.value
+
+
+def test_the_device_is_one_step_ahead(run):
+    backend, _, loader, clock = run
+    losses = [Scalar(value) for value in (5.0, 4.0, 3.0)]
+    for loss in losses:
+        next(loader)
+        clock.tick(loss)
+    assert [loss.read for loss in losses] == [1, 1, 0] and clock.loss == 4.0 and backend.synchronized == 1
+    clock.stop()
+    assert [loss.read for loss in losses] == [1, 1, 1] and clock.loss == 3.0 and backend.synchronized == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_divergence_on_the_device(run, result, steps):
+    for step in range(1, steps):
+        next(run[2])
+        run[3].tick(Scalar(5.0))
+    next(run[2])
+    with pytest.raises(Diverged, match=f"nan at step {steps};"):
+        run[3].tick(Scalar(math.nan))
+        run[3].stop()
+    assert result()["status"] == "crash" and f"at step {steps}" in result()["reason"]
+
+
 def test_no_training_after_the_evaluation(run, tiny_data, result):
     backend, model, loader, clock = run
     next(loader)
@@ -389,6 +423,7 @@ def test_report(run, tiny_data, result, capsys):
     assert "trial" in lines[-1]
     written = result()
     assert (written["profile"], written["speed"]) == ("abc", 0.9)
+    assert written["attention_provider"] == "library sha256:0123456789ab"
     assert written["status"] == "ok" and written["val_bpb"] == bpb and written["seed"] == 3
     assert written["val_rows"] == tiny_data.eval_rows and written["eval"] == tiny_data.eval_tag
     assert written["tokens_per_second"] == pytest.approx(2 * 2048 / written["training_seconds"])

@@ -83,7 +83,7 @@ def test_a_model_that_looks_ahead_is_refused(train):
 
 
 def test_a_warm_start_is_refused(train):
-    load = "backend.set_weights(model, initial_weights(shapes, SEED))"
+    load = "backend.set_weights(model, weights.result())"
     biased = f"{load}\n    backend.set_weights(model, knowing(backend.weights(model), data))"
     knowing = '''
 def knowing(weights, data):  # logits that favour the commoner half of the tokens
@@ -105,7 +105,7 @@ def test_no_data_says_what_to_run(train):
 
 def test_an_unknown_backend_says_which_there_are(train):
     done, _ = train(AUTORESEARCH_BACKEND="abacus")
-    assert done.returncode and "unknown backend 'abacus': choose one of mlx, sdpa" in done.stderr
+    assert done.returncode and "unknown backend 'abacus': choose one of mlx, cuda, sdpa" in done.stderr
 
 
 def test_train_py_is_short():

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, available
+from sessions import ROOT, available
 
 from lab import runner
 from lab.errors import LabError
@@ -235,7 +235,7 @@ SHADOW = "import sys, types\n    sys.modules['backends.ORDER'] = types.ModuleTyp
      r"^it raised prepare\.Invalid itself$"),
     ("with prepare.recorded(None): prepare.require_equal(np.ones(1), np.zeros(1), 'ORDER')", "^it raised"),
     ("with prepare.recorded(None): raise prepare.Invalid('the loader is closed')", "^it raised"),
-    ("clock.tick(type('Mine', (float,), {'__format__': lambda *_: 'ORDER'})('nan'))", "not the judge's$"),
+    ("clock.tick(type('Mine', (float,), {'__format__': lambda *_: 'ORDER'})('nan'))", "^the loss is nan at step"),
     ("os.rename('x', '../ORDER')", r"^it writes \.\.\. in its run's folder"),
     ("open('../result.json' + 'ORDER', 'w')", r"^it writes \.\.\. in its run's folder"),
     ("open(prepare.home() / 'last' / 'ORDER', 'rb')", r"^it reads what another run left, \.\.\.: a run"),
