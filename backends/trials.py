@@ -6,6 +6,12 @@ import json
 import os
 from pathlib import Path
 
+owner = ""  # whose trials these are, where a machine has several devices; set by the backend
+
+
+def home() -> Path:
+    return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
+
 
 def remember(key: str, trial, lasting=lambda result: True):
     """The result of `trial()`, JSON values only: run once per key, then read from disk.
@@ -14,7 +20,7 @@ def remember(key: str, trial, lasting=lambda result: True):
     first, so the choice is kept until the key (device, framework version, precision) changes. A result that is
     not `lasting` is not kept: a full GPU or a missing compiler may be mended by the next run.
     """
-    path = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser() / "trials.json"
+    path = home() / f"trials{owner}.json"
     known = _read(path)
     if key not in known:
         result = trial()

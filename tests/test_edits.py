@@ -184,7 +184,7 @@ def test_keeps_to_the_surface(edit):
 
 
 def test_a_patch_that_does_not_apply_asks_to_be_rebased():
-    source = source_of(None).replace("ops.square(ops.relu(", "ops.square(ops.silu(")
+    source = source_of(None).replace("ops.squared_relu_mlp(", "silu_mlp(")
     with pytest.raises(pytest.fail.Exception, match=r"gelu.patch does not apply .* Rebase (?s:.*)error: "):
         patched("gelu", source)
 

@@ -27,7 +27,8 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> Si
     Raises:
         BackendError: this MLX lacks some of them.
     """
-    own = (clip, float32, full, gelu, multiply, relu, rms_norm, rope, silu, softmax, std, var)
+    own = (clip, float32, full, gelu, multiply, relu, rms_norm, rope, rotary_qkv, silu, softmax, squared_relu_mlp, std,
+           var)
     functions = {function.__name__: function for function in own} | {"sum": mx_sum, "mean": mean}
     functions["compute"] = lambda x: x.astype(precision)
     functions["attention"] = attention_by(attention)
@@ -127,6 +128,17 @@ def _rotations(length: int, size: int, base: float) -> tuple[mx.array, mx.array]
     angles = (np.arange(length)[:, None] * frequencies)[:, None, :]
     # Made from numpy, they are constants: a cache must not keep arrays that belong to a trace.
     return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
+
+
+def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
+    """q (B, T, H, D), k and v (B, T, H_kv, D) of x (B, T, C), q and k rotated and then RMS-normalised by head."""
+    q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
+    return rms_norm(rope(q, base)), rms_norm(rope(k, base)), v
+
+
+def squared_relu_mlp(x, w_in, w_out):
+    """relu(x @ w_in.T)^2 @ w_out.T"""
+    return mx.square(relu(x @ w_in.T)) @ w_out.T
 
 
 def attention_by(chosen: dict[str, str]):

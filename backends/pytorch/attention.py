@@ -18,7 +18,12 @@ def attention(q, k, v, window=None):
     interface.check_heads(q.shape[2], k.shape[2])
     if window is not None and window >= q.shape[1] - 1:
         window = None
-    return IMPLEMENTATIONS[runtime.attention["full" if window is None else "window"]](q, k, v, window)
+    return implementation(runtime.attention["full" if window is None else "window"])(q, k, v, window)
+
+
+def implementation(name):
+    """Of PyTorch, or what the backend that is open adds."""
+    return runtime.added_attention.get(name) or IMPLEMENTATIONS[name]
 
 
 def sdpa_causal(q, k, v, window):

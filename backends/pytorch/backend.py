@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from backends import interface, machine, trials
 from backends.pytorch import device as devices
 from backends.pytorch import nn, ops, runtime
 from backends.pytorch.bench import Bench
+from backends.pytorch.kernels import trial as kernels
 from backends.pytorch.trainer import Trainer, to_device
 
 
@@ -63,56 +65,89 @@ def identify(name: str) -> interface.Hardware:
 
 
 def open_backend(name: str, precision: str | None = None, compiled: bool | None = None,
-                 calibrated: interface.Calibrated | None = None) -> PyTorchBackend:
+                 calibrated: interface.Calibrated | None = None, further: Callable | None = None) -> PyTorchBackend:
     """Finds the device, takes what calibration found out about it, tries the rest (or remembers it), and sets `runtime`
-    for this process."""
+    for this process.
+
+    Args:
+        further: called with bench, precision and calibrated, puts attention that PyTorch has not into
+            `runtime.added_attention`, and returns its provider's name or None, and notes.
+    """
     runtime.device = devices.pick()
+    devices.keep_to_itself(runtime.device)
     title, slug, kind, memory = _named(runtime.device)
     versions, bench = devices.versions(runtime.device), Bench(runtime.device, memory)
     key = " ".join([slug, str(runtime.device), *(f"{k} {v}" for k, v in versions.items())])
     if calibrated and precision not in (None, calibrated.precision):
         calibrated = None  # of use only as a whole
-    notes, peak = [], calibrated and calibrated.product_rate
-    if calibrated is None:
-        tried = trials.remember(f"{key}: products", lambda: benches.try_precisions(bench), benches.lasts)
-        precision, rates = precision or benches.choose_precision(tried), benches.products(tried)
-        peak = None if isinstance(rates[precision], str) else rates[precision]
-        notes.append(f"precision {precision}: " + ", ".join(f"{k} {benches.rate(v)}" for k, v in rates.items()))
-    precision = precision or calibrated.precision
-    runtime.dtype = devices.PRECISIONS[precision]
+    precision, peak, notes = _choose_precision(bench, key, precision, calibrated)
+    compiler = _choose_compiler(key, compiled)
+    key += f" {precision} {'compiled' if runtime.compiled else 'eager'}"
+    notes += _choose_attention(bench, key, precision, calibrated, further)
+    # On a GPU large products fill the chip; with its gradient and a copy a chunk takes a 32nd of the memory at most. On
+    # a CPU it should stay near the cache.
+    runtime.logits_at_once = 2**21 if kind == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
+    notes += [_choose_kernels(key), compiler]
+    speed = calibrated and benches.speed(bench, calibrated)
+    bench.forget()
+    device = interface.Device(name, title, slug, kind, memory, versions, precision, peak, runtime.compiled,
+                              calibrated and calibrated.profile, speed, tuple(notes),
+                              bench.attention_provider if "fa3" in runtime.attention.values() else None)
+    return PyTorchBackend(device, bench)
 
+
+def _choose_precision(bench, key, precision, calibrated) -> tuple[str, float | None, list[str]]:
+    """What to compute in, the rate of products in it, and notes."""
+    if calibrated:
+        runtime.dtype = devices.PRECISIONS[calibrated.precision]
+        return calibrated.precision, calibrated.product_rate, []
+    tried = trials.remember(f"{key}: products", lambda: benches.try_precisions(bench), benches.lasts)
+    precision, rates = precision or benches.choose_precision(tried), benches.products(tried)
+    runtime.dtype = devices.PRECISIONS[precision]
+    peak = None if isinstance(rates[precision], str) else rates[precision]
+    return precision, peak, [f"precision {precision}: " + ", ".join(f"{k} {benches.rate(v)}" for k, v in rates.items())]
+
+
+def _choose_compiler(key, compiled) -> str:
+    """Whether to compile; returns a note."""
     if compiled is None and os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         compiled = "is turned off by TORCH_COMPILE_DISABLE"
     elif compiled is None:
         compiled = trials.remember(f"{key}: compiler", lambda: devices.compiler_works(runtime.device),
                                    lambda result: result is True)
     runtime.compiled = compiled is True
-    if runtime.compiled:  # the optimizer's one step function is compiled once per rule and shape
-        torch._dynamo.config.cache_size_limit = 256
+    if runtime.compiled:
+        devices.configure_compiler()
+        return "compiled"
+    return f"eager: torch.compile {compiled or 'was not asked for'}"
 
-    if calibrated:
+
+def _choose_attention(bench, key, precision, calibrated, further) -> list[str]:
+    """Which implementation for which window; returns notes."""
+    runtime.added_attention = {}
+    bench.attention_provider, notes = further(bench, precision, calibrated) if further else (None, [])
+    bench.attentions = (*runtime.added_attention, *bench.attentions)
+    if calibrated and set(calibrated.attention.values()) <= set(bench.attentions):
         runtime.attention = calibrated.attention
         runtime.uncompiled_attention = {kind: "sdpa_mask" if found == "flex" else found
                                         for kind, found in calibrated.attention.items()}
         if not runtime.compiled:
             runtime.attention = runtime.uncompiled_attention
     else:
-        tried = trials.remember(f"{key} {precision} {'compiled' if runtime.compiled else 'eager'}: attention seconds",
-                                lambda: benches.try_attention(bench, precision), benches.lasts)
-        runtime.attention = benches.choose_attention(tried, memory)
-        runtime.uncompiled_attention = benches.choose_attention(tried, memory, compiled=False)
+        key += f" {bench.attention_provider}" if bench.attention_provider else ""
+        tried = trials.remember(f"{key}: attention seconds", lambda: benches.try_attention(bench, precision),
+                                benches.lasts)
+        runtime.attention = benches.choose_attention(tried, bench.memory)
+        runtime.uncompiled_attention = benches.choose_attention(tried, bench.memory, compiled=False)
+    return [*notes, "attention: " + ", ".join(f"{kind} {found}" for kind, found in runtime.attention.items())]
 
-    # On a GPU large products fill the chip; with its gradient and a copy a chunk takes a 32nd of the memory at most. On
-    # a CPU it should stay near the cache.
-    runtime.logits_at_once = 2**21 if kind == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
-    speed = calibrated and benches.speed(bench, calibrated)
-    bench.forget()
 
-    notes += ["attention: " + ", ".join(f"{kind} {found}" for kind, found in runtime.attention.items()),
-              "compiled" if runtime.compiled else f"eager: torch.compile {compiled or 'was not asked for'}"]
-    device = interface.Device(name, title, slug, kind, memory, versions, precision, peak, runtime.compiled,
-                              calibrated and calibrated.profile, speed, tuple(notes))
-    return PyTorchBackend(device, bench)
+def _choose_kernels(key) -> str:
+    """Which of our own; returns a note."""
+    names, why_none = kernels.candidates(runtime.device)
+    tried = trials.remember(f"{key}: kernels", lambda: kernels.try_all(names), benches.lasts) if names else {}
+    kernels.load(kernels.choose(tried))
+    return f"kernels of our own: {why_none or kernels.described(tried)}"
 
 
 def _named(device: torch.device) -> tuple[str, str, str, int]:

@@ -13,12 +13,12 @@ from backends.pytorch import device as devices
 class Bench(bench.Bench):
     """See `backends/bench.py`. Attention is in the precision of `runtime`, and compiled as that says."""
 
-    attentions = tuple(attention.IMPLEMENTATIONS)
     is_out_of_memory = staticmethod(runtime.is_out_of_memory)
 
     def __init__(self, device: torch.device, memory: int):
         self.device, self.memory = device, memory
         self.size = 512 if device.type == "cpu" else 4096
+        self.attentions = tuple(attention.IMPLEMENTATIONS)
         self._known = {}  # inputs and references by what they are of: made once
 
     def product_error(self, precision):
@@ -69,7 +69,7 @@ class Bench(bench.Bench):
         return work
 
     def _ready(self, name, window):
-        function = attention.IMPLEMENTATIONS[name]
+        function = attention.implementation(name)
         function(*self._inputs(1)[:3], window)  # makes masks outside the graph
         return self._once((name, window), lambda: runtime.maybe_compile(function)) if name == "flex" else function
 

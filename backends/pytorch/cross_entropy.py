@@ -45,6 +45,11 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, size):
+        ctx.weight_dtype = weight.dtype
+        if runtime.has_kernel("cross_entropy", hidden):
+            total, *gradients = torch.ops.autoresearch.softcapped_cross_entropy(hidden, weight, targets, softcap, size)
+            ctx.save_for_backward(*gradients)
+            return total
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_hidden = []
@@ -55,7 +60,6 @@ class _Summed(torch.autograd.Function):
             grad_hidden.append(grad @ weight)
             grad_weight = grad_weight + (grad.T @ h).float()
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod

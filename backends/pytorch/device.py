@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from backends import bench, machine
+from backends import bench, machine, trials
 from backends.interface import BackendError
 
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -29,16 +29,27 @@ def pick() -> torch.device:
     if wanted:
         kind, _, index = wanted.partition(":")
         if kind not in available or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
+            why = f" ({without_cuda()})" if kind == "cuda" and kind not in available else ""
             raise BackendError(f"AUTORESEARCH_DEVICE={wanted}: PyTorch {torch.__version__} has here only "
-                               f"{', '.join(available)}")
+                               f"{', '.join(available)}{why}")
         return torch.device(wanted)
     if available == ["cpu"] and (gpu := nvidia_gpu()):
         raise BackendError(
-            f"{gpu} is here, but PyTorch {torch.__version__} cannot use it "
-            f"({'it was built without CUDA' if torch.version.cuda is None else 'its CUDA finds no device'}). Install "
-            "the CUDA build for your driver (https://pytorch.org/get-started/locally) or update the driver; to run on "
-            "the CPU all the same, set AUTORESEARCH_DEVICE=cpu")
+            f"{gpu} is here, but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install the CUDA build "
+            "for your driver (https://pytorch.org/get-started/locally) or update the driver; to run on the CPU all the "
+            "same, set AUTORESEARCH_DEVICE=cpu")
     return torch.device(available[-1])
+
+
+def without_cuda() -> str:
+    """Why PyTorch finds no CUDA device: of an old driver it tells the version."""
+    if torch.version.cuda is None:
+        return "it was built without CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return f"built for CUDA {torch.version.cuda}, it says: {str(error).strip().split('. ')[0]}"
+    return "its CUDA finds no device"
 
 
 def nvidia_gpu() -> str | None:
@@ -74,6 +85,15 @@ def uuid(device: torch.device) -> str | None:
     return str(found) if found else None
 
 
+def keep_to_itself(device: torch.device) -> None:
+    """What is tried and compiled for a device is kept under AUTORESEARCH_HOME, where a restart finds it; for each GPU
+    apart, so that experiments on two of them share no file. Compilers' folders that the user has named stay."""
+    own = uuid(device) if device.type == "cuda" else None
+    trials.owner = f"-{own}" if own else ""
+    for name in ("torchinductor", "triton"):
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(trials.home() / "cache" / f"{name}{trials.owner}"))
+
+
 def versions(device: torch.device) -> dict[str, str]:
     found = {"torch": torch.__version__, "python": sys.version.split()[0]}
     if device.type == "cuda":
@@ -95,6 +115,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def configure_compiler() -> None:
+    torch._dynamo.config.cache_size_limit = 256  # the optimizer's one step function is compiled once per rule and shape
+    import torch._functorch.config as autograd
+
+    # Without this a graph with an autograd.Function of ours is differentiated anew at each start, which takes longer
+    # than all else that a compiled step needs when its kernels are there already.
+    if hasattr(autograd, "autograd_cache_allow_custom_autograd_functions"):
+        autograd.autograd_cache_allow_custom_autograd_functions = True
 
 
 def compiler_works(device: torch.device) -> str | bool:

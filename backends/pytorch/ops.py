@@ -7,7 +7,6 @@ What each takes and gives: `backends/interface.py`. PyTorch takes `axis=` and `k
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import (abs, add, broadcast_to, clip, concat, cos, cumsum as cumulative_sum, divide, eq as equal,  # noqa: F401
                    exp, greater, greater_equal, less, less_equal, log, logical_and, logical_not, logical_or, matmul,
                    mean, multiply, negative, ones_like, permute as permute_dims, pow, relu, reshape, rsqrt, sigmoid,
@@ -18,9 +17,8 @@ from torch.nn.functional import gelu, silu  # noqa: F401
 from backends.pytorch import runtime
 from backends.pytorch.attention import attention  # noqa: F401
 from backends.pytorch.cross_entropy import softcapped_cross_entropy  # noqa: F401
-
-EPSILON = 2.0**-23  # float32's machine epsilon, in every precision
-
+from backends.pytorch.mlp import squared_relu_mlp  # noqa: F401
+from backends.pytorch.rotary import rms_norm, rope, rotary_qkv  # noqa: F401
 
 def compute(x):
     """x in the compute precision."""
@@ -100,46 +98,3 @@ def minimum(a, b):
 
 def take(x, indices, axis):
     return torch.index_select(x, axis, indices)
-
-
-def rms_norm(x):
-    """x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)
-
-
-def rope(x, base):
-    """Rotary position embedding of x (B, T, H, D); position on axis 1, halves split."""
-    return _Rotate.apply(x, *_rotation(x.shape[1], x.shape[3] // 2, base))
-
-
-class _Rotate(torch.autograd.Function):
-    """Its gradient is the rotation back. Derived from slices and `cat` it would be sums of padded halves instead, at
-    three times the cost."""
-
-    @staticmethod
-    def forward(ctx, x, cosines, sines):
-        ctx.save_for_backward(cosines, sines)
-        return _rotate(x, cosines, sines)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        cosines, sines = ctx.saved_tensors
-        return _rotate(upstream, cosines, -sines), None, None
-
-
-def _rotate(x, cosines, sines):
-    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return torch.cat([first * cosines + second * sines, second * cosines - first * sines], -1)
-
-
-_tables = {}
-
-
-def _rotation(length: int, half: int, base: float):
-    """cos and sin, each (length, 1, half), in the compute precision; made once, outside the compiled graph."""
-    key = length, half, base, runtime.dtype, runtime.device
-    if key not in _tables:
-        frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequencies
-        _tables[key] = tuple(t.to(runtime.dtype).to(runtime.device) for t in (angles.cos(), angles.sin()))
-    return _tables[key]

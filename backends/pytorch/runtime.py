@@ -6,8 +6,15 @@ device = torch.device("cpu")
 dtype = torch.float32  # the compute precision; master weights are always float32
 compiled = False  # whether torch.compile works here and pays
 attention = {"full": "sdpa_mask", "window": "sdpa_mask"}  # which implementation, by kind of window
+added_attention = {}  # further implementations by name, which a backend brings
 uncompiled_attention = attention  # the same, for when a step turns out not to compile
+kernels = frozenset()  # which of our Triton kernels: "mlp", "projection", "cross_entropy"
 logits_at_once = 2**21  # of the cross-entropy's chunks, in float32
+
+
+def has_kernel(name: str, x: torch.Tensor) -> bool:
+    """Whether one of our kernels is to compute this: they are for half precision on a GPU."""
+    return name in kernels and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def maybe_compile(function):

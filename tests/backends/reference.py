@@ -50,6 +50,13 @@ class Reference:
         return np.concatenate([x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)],
                               axis=-1)
 
+    def rotary_qkv(self, x, w_q, w_k, w_v, head_dim, base):
+        q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
+        return self.rms_norm(self.rope(q, base)), self.rms_norm(self.rope(k, base)), v
+
+    def squared_relu_mlp(self, x, w_in, w_out):
+        return self.relu(x @ w_in.T) ** 2 @ w_out.T
+
     def attention(self, q, k, v, window):
         rows, length, heads, size = q.shape
         out = np.zeros_like(q)

@@ -100,6 +100,8 @@ ROWS = [
     ("rms_norm", lambda o, a: o.rms_norm(a.x * 1e-4)),  # here the epsilon counts
     ("rope", lambda o, a: o.rope(a.q, 10000.0)),
     ("rope", lambda o, a: o.rope(a.q, base=50.0)),
+    *(("rotary_qkv", lambda o, a, i=i: o.rotary_qkv(a.hidden, a.weight[:8], a.weight[3:7], a.weight[7:], 4, 10.0)[i])
+      for i in range(3)),
     ("rsqrt", lambda o, a: o.rsqrt(a.positive)),
     ("sigmoid", lambda o, a: o.sigmoid(a.x)),
     ("sign", lambda o, a: o.sign(a.rounded)),
@@ -113,6 +115,7 @@ ROWS = [
     ("softmax", lambda o, a: o.softmax(a.x, axis=1)),
     ("sqrt", lambda o, a: o.sqrt(a.positive)),
     ("square", lambda o, a: o.square(a.x)),
+    ("squared_relu_mlp", lambda o, a: o.squared_relu_mlp(a.hidden, a.weight[:5], a.square[0])),
     ("squeeze", lambda o, a: o.squeeze(a.one, axis=1)),
     ("stack", lambda o, a: o.stack([a.x, a.y], axis=1)),
     ("stack", lambda o, a: o.stack([a.x, a.y])),
@@ -290,6 +293,20 @@ def test_rms_norm_gradient(backend, normal):
 
 def test_rope_gradient(backend, normal):
     check_gradients(backend, lambda o, x, w: o.sum(o.rope(x, 10000.0) * w), x=normal(1, 4, 2, 6), w=normal(1, 4, 2, 6))
+
+
+def test_rotary_qkv_gradient(backend, normal):
+    def loss(o, x, w_q, w_k, w_v, w):
+        q, k, v = o.rotary_qkv(x, w_q, w_k, w_v, 4, 10.0)
+        return o.sum(q * w) + o.sum((k + v) * w[:, :, 1:])
+
+    check_gradients(backend, loss, x=normal(1, 3, 5), w_q=normal(8, 5), w_k=normal(4, 5), w_v=normal(4, 5),
+                    w=normal(1, 3, 2, 4))
+
+
+def test_squared_relu_mlp_gradient(backend, normal):
+    check_gradients(backend, lambda o, x, w_in, w_out, w: o.sum(o.squared_relu_mlp(x, w_in, w_out) * w),
+                    x=normal(2, 3, 4), w_in=normal(6, 4), w_out=normal(5, 6), w=normal(2, 3, 5))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -1,0 +1,158 @@
+"""Whether our kernels are right and faster here than what the compiler makes of plain operations."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+
+import torch
+
+from backends import bench
+from backends.pytorch import cross_entropy, mlp, rotary, runtime
+
+WIDTH, HEAD_DIM, VOCABULARY = 512, 128, 8192
+LENGTH, ROWS = 2048, 64  # of the timing: so many that it is not the host that is timed; fewer of the check
+BYTES_PER_TOKEN = 2**16  # that the widest case may take, with gradients
+BASE, SOFTCAP = 10000, 15.0
+
+
+def _mlp(x):
+    return mlp.squared_relu_mlp, (x, _weight(4 * WIDTH), _weight(WIDTH, 4 * WIDTH))
+
+
+def _projection(x):
+    def projected(x, *weights):
+        return rotary.rotary_qkv(x, *weights, HEAD_DIM, BASE)
+
+    return projected, (x, *(_weight(WIDTH, seed=seed) for seed in range(3)))
+
+
+def _cross_entropy(x):
+    targets = torch.randint(VOCABULARY, x.shape[:2], device=x.device)
+
+    def loss(x, weight):
+        return cross_entropy.softcapped_cross_entropy(x, weight, targets, SOFTCAP)
+
+    return loss, (x, _weight(VOCABULARY))
+
+
+# By name: what makes a function and the arrays it is called with, from x (B, T, WIDTH). Its module has the same name.
+CASES = {"mlp": _mlp, "projection": _projection, "cross_entropy": _cross_entropy}
+
+
+def candidates(device: torch.device) -> tuple[tuple[str, ...], str]:
+    """The kernels that might serve this device, or none and why."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return (), "none (for NVIDIA GPUs)"
+    if runtime.dtype == torch.float32:
+        return (), "none (for half precision)"
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401
+    except ImportError as error:
+        return (), f"none ({bench.first_line(error)})"
+    return tuple(CASES), ""
+
+
+def load(variants: dict[str, int]) -> None:
+    """Registers these kernels' operations, in these variants, and has the surface use them."""
+    for name, variant in variants.items():
+        _module(name).variant = variant
+    runtime.kernels = frozenset(variants)
+
+
+def _module(name):
+    return importlib.import_module(f"backends.pytorch.kernels.{name}")
+
+
+def try_all(names) -> dict:
+    """By name: the "variant" that is right and fastest, and seconds with it ("kernel") and of plain operations, both
+    forward and backward in a compiled graph where runs are compiled; or why there is none."""
+    results = {}
+    for name in names:
+        tried = {}
+        try:
+            for variant in range(len(_module(name).VARIANTS)):
+                tried[variant] = _try(name, variant)
+            load({})
+            right = {variant: took for variant, took in tried.items() if not isinstance(took, str)}
+            if right:
+                best = min(right, key=right.get)
+                plain = _seconds(name, runtime.maybe_compile)
+                load({name: best})
+                results[name] = {"kernel": _seconds(name, runtime.maybe_compile), "variant": best, "plain": plain}
+            else:
+                results[name] = tried[0]
+        except Exception as error:  # such as a Triton that lacks what a kernel needs
+            results[name] = bench.first_line(error)
+        finally:
+            load({})
+    return results
+
+
+def _try(name: str, variant: int) -> float | str:
+    """Seconds of one variant, or why it can't be used: too little shared memory, say."""
+    try:
+        load({name: variant})
+        error = _error(name)
+        if not error < bench.ATTENTION_TOLERANCE[str(runtime.dtype).removeprefix("torch.")]:
+            return f"wrong: relative error {error:.1e}"
+        return _seconds(name)
+    except Exception as error:
+        return bench.first_line(error)
+
+
+def choose(tried: dict) -> dict[str, int]:
+    """The variant of each kernel that is faster than the compiler."""
+    return {name: found["variant"] for name, found in tried.items()
+            if not isinstance(found, str) and found["kernel"] < found["plain"]}
+
+
+def described(tried: dict) -> str:
+    """For a note: how each fared."""
+    chosen = choose(tried)
+    return ", ".join(f"{name} {found}" if isinstance(found, str) else f"{name} "
+                     f"{found['plain'] / found['kernel']:.2f} times as fast{'' if name in chosen else ' (not used)'}"
+                     for name, found in tried.items())
+
+
+def _error(name: str) -> float:
+    """The worst of outputs and gradients, relative to plain operations in float32."""
+    function, inputs = CASES[name](_drawn(2, 256, WIDTH))
+    inputs = [t.to(runtime.dtype) for t in inputs]
+    found = _with_gradients(function, inputs)
+    wanted = _with_gradients(function, [t.float() for t in inputs])  # which no kernel computes
+    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted))
+
+
+def _seconds(name: str, prepared=lambda function: function) -> float:
+    memory = torch.cuda.mem_get_info(runtime.device)[0]
+    rows = max(1, min(ROWS, memory // 2 // BYTES_PER_TOKEN // LENGTH))
+    function, inputs = CASES[name](_drawn(rows, LENGTH, WIDTH))
+    inputs = [t.to(runtime.dtype) for t in inputs]
+    function(inputs[0][:1], *inputs[1:]) if name == "projection" else None  # makes tables that a trace can't make
+    function = prepared(function)
+
+    def work(calls):
+        for _ in range(calls):
+            _with_gradients(function, inputs)
+        torch.cuda.synchronize()
+
+    return statistics.median(bench.seconds(work))
+
+
+def _with_gradients(function, inputs):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    upstream = [torch.full_like(t, 0.5) for t in outputs]
+    return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
+
+
+def _weight(rows: int, columns: int | None = None, seed: int = 0):
+    columns = columns or WIDTH
+    return _drawn(rows, columns, seed=seed + 1) * columns**-0.5
+
+
+def _drawn(*shape, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(runtime.device)
