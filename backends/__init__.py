@@ -10,22 +10,23 @@ import platform
 from backends.interface import Backend, BackendError, Calibrated, Hardware
 
 # What may be asked for; `best` says what is taken unasked.
-NAMES = ("mlx", "sdpa")
+NAMES = ("mlx", "cuda", "sdpa")
 
 
 def load(name: str | None = None, precision: str | None = None, compiled: bool | None = None,
-         calibrated: Calibrated | None = None) -> Backend:
+         calibrated: Calibrated | None = None, fetch: bool = False) -> Backend:
     """The backend `name`, else the one `AUTORESEARCH_BACKEND` names, else the best that works here.
 
     Args:
         precision: "float32", "bfloat16" or "float16" to compute in, instead of the one found by trial.
         compiled: whether to compile the step; by default wherever the framework's compiler works.
         calibrated: what calibration found; without it, precision and attention are found by trial, once.
+        fetch: get kernels from the network that a backend knows of; without it, only what is here already is used.
 
     Raises:
         BackendError: it can't run here; the message says why and what to do.
     """
-    return _module(name).open_backend(precision, compiled, calibrated)
+    return _module(name).open_backend(precision, compiled, calibrated, fetch)
 
 
 def identify(name: str | None = None) -> Hardware:
@@ -42,7 +43,7 @@ def _module(name: str | None):
 
 
 def best() -> str:
-    """MLX on Apple Silicon, where it is the faster one; PyTorch elsewhere."""
+    """MLX on Apple Silicon, where it is the faster one; PyTorch elsewhere, on Hopper with what only that can do."""
     if platform.system() == "Darwin" and platform.machine() == "arm64" and importlib.util.find_spec("mlx"):
         return "mlx"
-    return "sdpa"
+    return "cuda" if importlib.import_module("backends.cuda").is_here() else "sdpa"

@@ -36,11 +36,13 @@ class Bench(abc.ABC):
         size: n of the products that tell precisions apart: long enough on this kind of device to see through another
             program's turns on it.
         attentions: names of the implementations.
+        attention_provider: where one that is no part of the framework comes from; None without one.
         memory: bytes of the device.
     """
 
     size: int
     attentions: tuple[str, ...]
+    attention_provider: str | None = None
     memory: int
     attention_shape: tuple[int, int, int] = ATTENTION_SHAPE
 
@@ -174,9 +176,8 @@ def try_attention(bench: Bench, precision: str, repeats: int = 5, forward: bool 
         window = share and int(share * length)
         for name in bench.attentions:
             try:
-                error = bench.attention_error(name, window)
-                if not error < ATTENTION_TOLERANCE[precision]:
-                    results[kind][name] = f"wrong: relative error {error:.1e}"
+                if problem := wrong_attention(bench, name, window, precision):
+                    results[kind][name] = problem
                     continue
                 while kind == "full" and 2 * rows <= most and min(
                         seconds(bench.attention(name, window, rows, True), 2, at_least=0)) < SHORTEST:
@@ -196,6 +197,12 @@ def try_attention(bench: Bench, precision: str, repeats: int = 5, forward: bool 
             except Exception as error:
                 results[kind][name] = reason(bench, error)
     return results
+
+
+def wrong_attention(bench: Bench, name: str, window: int | None, precision: str) -> str | None:
+    """How an implementation differs from the reference by more than rounding, or None."""
+    error = bench.attention_error(name, window)
+    return None if error < ATTENTION_TOLERANCE[precision] else f"wrong: relative error {error:.1e}"  # NaN is wrong
 
 
 def choose_attention(tried: dict, memory: int, compiled: bool = True) -> dict[str, str]:

@@ -31,6 +31,11 @@ the Array API does not have:
     rope(x, base)                rotary embedding of x (B, T, H, D): halves split, position on axis 1, frequencies
                                  base^(-2i/D); y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin (Su et al. 2021,
                                  arXiv:2104.09864, with the rotation's sign turned as the original project has it)
+    rotary_qkv(x, w_q, w_k, w_v, head_dim, base)
+                                 q (B, T, H, D), k and v (B, T, H_kv, D) of x (B, T, C): x @ w.T by head, and for q and
+                                 k rms_norm(rope(..., base)) of that. As one op because it is faster so on some devices
+    squared_relu_mlp(x, w_in, w_out)
+                                 square(relu(x @ w_in.T)) @ w_out.T, for the same reason
     rms_norm(x)                  x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32, no weight
     softcapped_cross_entropy(hidden, weight, targets, softcap, reduction)
                                  nats of targets (B, T) under softmax(softcap * tanh(hidden @ weight.T / softcap)), from
@@ -79,7 +84,8 @@ minimum multiply negative ones ones_like permute_dims pow reshape sigmoid sign s
 subtract sum take tan tanh tril triu var where zeros zeros_like
 """.split()
 TRANSFORMER = """
-attention compute float32 gelu relu rms_norm rope rsqrt silu softcapped_cross_entropy softmax stop_gradient
+attention compute float32 gelu relu rms_norm rope rotary_qkv rsqrt silu softcapped_cross_entropy softmax
+squared_relu_mlp stop_gradient
 """.split()
 OPS = sorted(ARRAY_API + TRANSFORMER)
 NN = ("Embedding", "Linear", "Module", "ModuleDict", "ModuleList", "Parameter")  # and what `nn` offers
@@ -119,6 +125,7 @@ class Calibrated:
         precision, attention: what to compute in and with; `attention` by kind of window.
         product_rate, square: FLOP/s of (square, square) products in that precision: the peak that `mfu` is relative to,
             and what tells a later run whether the device is as fast as it was.
+        attention_provider: where an attention comes from that is no part of the framework; None if none is used.
     """
 
     profile: str
@@ -126,6 +133,7 @@ class Calibrated:
     attention: dict[str, str]
     product_rate: float
     square: int
+    attention_provider: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class Device(Hardware):
         profile: tag of the calibration that this was taken from, or None.
         speed: of products at the start of this run, relative to the calibration's; None without one.
         notes: what was tried and chosen, one line each, for the run's log.
+        attention_provider: where the attention in use comes from that is no part of the framework; None if none is.
     """
 
     precision: str = "float32"
@@ -147,6 +156,7 @@ class Device(Hardware):
     profile: str | None = None
     speed: float | None = None
     notes: tuple[str, ...] = ()
+    attention_provider: str | None = None
 
 
 class Trainer(abc.ABC):
@@ -186,6 +196,9 @@ class Trainer(abc.ABC):
 
         When the memory is too small for it, it is halved, said, and tried again; `backward` then takes batches in parts
         of what fitted. The loss has to be a mean over rows.
+
+        Raises:
+            MemoryError: not even one row fits.
         """
         rows = len(x)
         while True:
@@ -193,8 +206,13 @@ class Trainer(abc.ABC):
                 self.rehearse(x[:rows], y[:rows])
                 break
             except Exception as error:
-                if rows == 1 or not self.is_out_of_memory(error):
+                if not self.is_out_of_memory(error):
                     raise
+                if rows == 1:
+                    raise MemoryError(
+                        f"out of memory: not even one row of {x.shape[1]} tokens goes through this model. Close what "
+                        "else uses the device; python -m calibration finds the sizes that fit, or lower DEPTH in "
+                        "train.py") from error
             # Out here the traceback, and with it what did not fit, is gone. Parts should be equal: each size compiles.
             fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
@@ -232,7 +250,7 @@ class Backend(abc.ABC):
     """One framework on one device. `backends.load()` gives the one for this machine.
 
     Attributes:
-        name: "sdpa", "mlx", ...
+        name: "mlx", "cuda" or "sdpa".
         nn, ops: the namespaces described at the head of this file.
         Trainer: the class described above.
         device: what was found and measured.

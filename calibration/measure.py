@@ -131,14 +131,16 @@ class Measurement:
         found["machine"] = identity.describe(self.hardware)  # now, also when an earlier calibration goes on
         # MLX compiles in no time, and has no switch that a trial would see.
         compiled = None if self.effort.compiled or self.hardware.backend == "mlx" else False
-        self.backend = backends.load(compiled=compiled)
+        self.progress("the backend, and kernels that it can fetch", left)
+        self.backend = backends.load(compiled=compiled, fetch=True)
         device, bench_ = self.backend.device, self.backend.bench
         found["compiled"] = device.compiled
         self.step("free_memory", "free memory", left, self.backend.free_memory)
         tried = self.step("precisions", "precisions", left, lambda: bench.try_precisions(bench_, self.effort.repeats))
         precision = bench.choose_precision(tried)
         if precision != device.precision:  # what was remembered from a busier hour
-            self.backend = backends.load(precision=precision, compiled=compiled)
+            self.backend = backends.load(precision=precision, compiled=compiled, fetch=True)
+        self._settle_provider()
         try:
             self.step("round", "matrix products, memory bandwidth, attention", left,
                       lambda: self._round(tried, precision))
@@ -147,6 +149,18 @@ class Measurement:
                                    "full, close what uses it; then calibrate again") from error
         self._trials(tried, precision)
         return self._finish()
+
+    def _settle_provider(self) -> None:
+        """What an interrupted calibration measured with another provider of attention says nothing of this one."""
+        provider = self.backend.bench.attention_provider
+        if self.found.get("attention_provider", provider) != provider:
+            for name in ("round", "chosen", "trials", "matrices", "cut_short"):
+                self.found.pop(name, None)
+        self.found["attention_provider"] = provider
+
+    def _provider(self, attention: dict[str, str]) -> str | None:
+        """Where what was chosen comes from, unless all of it is the framework's own."""
+        return self.found["attention_provider"] if "fa3" in attention.values() else None
 
     # --- On the device, in this process ---
 
@@ -270,6 +284,7 @@ class Measurement:
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
             asked, result = Path(folder) / "profile.json", Path(folder) / "result.json"
             prepare.write_json(asked, {**self.sort, "made": "a trial", "settings": asdict(settings),
+                                       "attention_provider": self._provider(attention),
                                        "products": self.found["round"]["products"], "trials": []})
             try:
                 done = subprocess.run(
@@ -297,7 +312,8 @@ class Measurement:
                                         "trials": self._known()})
         found["model_products"] = found.get("model_products", {}).get(sizes(rule.best_depth(self._known())), [])
         result = {**found, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(self.spent, 1),
-                  "settings": asdict(settings), "reasons": reasons}
+                  "settings": asdict(settings), "attention_provider": self._provider(settings.attention),
+                  "reasons": reasons}
         result["warnings"] = identity.warnings(found["machine"]) + unsteady(result)
         result["trials"] = drifting(result)
         if problem := profile.impossible(result):
@@ -310,8 +326,9 @@ class Measurement:
 
 def environment(**values: str) -> dict[str, str]:
     """For a trial: nothing of the user's that would change what is measured."""
+    of_machine = [f"AUTORESEARCH_{name}" for name in ("HOME", "DEVICE", "FA3_LIBRARY")]
     inherited = {name: value for name, value in os.environ.items()
-                 if not name.startswith("AUTORESEARCH_") or name in ("AUTORESEARCH_HOME", "AUTORESEARCH_DEVICE")}
+                 if not name.startswith("AUTORESEARCH_") or name in of_machine}
     return {**inherited, **values}
 
 
@@ -331,7 +348,7 @@ def drifting(found: dict) -> list[dict]:
     drift = scatter(found["products"]["rates"][found["settings"]["precision"]])
 
     def widened(one):
-        low, high = (float(f"{side * one['median']:.5g}") for side in (1 - drift, 1 + drift))
+        low, high = (float(f"{side * one['median']:.5g}") for side in (1 / (1 + drift), 1 + drift))
         return {**one, "low": min(low, one["low"]), "high": max(high, one["high"])}
 
     return [trial if "failed" in trial else {**trial, "tokens_per_second": widened(trial["tokens_per_second"])}

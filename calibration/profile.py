@@ -69,6 +69,8 @@ def impossible(found: dict) -> str | None:
         for name in ("device", "backend", "made", "train"):
             if not (isinstance(found[name], str) and found[name]):
                 return f"{name} is {found[name]!r}"
+        if not isinstance(found.get("attention_provider"), (str, type(None))):
+            return f"attention_provider is {found['attention_provider']!r}"
         if not isinstance(found["versions"], dict):
             return f"versions are {found['versions']!r}"
         settings = Settings(**found["settings"])
@@ -134,8 +136,9 @@ def settings(found: dict) -> Settings:
 def calibrated(found: dict) -> Calibrated:
     """What a backend takes from a profile instead of trying it."""
     chosen, products = settings(found), found["products"]
-    return Calibrated(tag(found), chosen.precision, chosen.attention,
-                      products["rates"][chosen.precision]["median"], products["square"])
+    rate = products["rates"][chosen.precision]["median"]
+    return Calibrated(tag(found), chosen.precision, chosen.attention, rate, products["square"],
+                      found.get("attention_provider"))
 
 
 def trials(found: dict) -> list[Trial]:

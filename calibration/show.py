@@ -39,6 +39,8 @@ def text(found: dict, hardware=None) -> str:
             mark = "*" if settings["attention"][kind] == name else " "
             lines.append(f" {mark} {name}: " + (one if isinstance(one, str) else
                                                 f"{_rate(one['forward'], 1e-3, '')}, {_rate(one['both'], 1e-3, '')}"))
+    if found.get("attention_provider"):
+        lines.append(f"  fa3 is from {found['attention_provider']}")
     lines += ["", "train.py for a few seconds", "  depth  rows  tokens/s                peak       D/N"]
     for trial in sorted(profile.trials(found), key=lambda t: (t.depth, t.rows)):
         row = f"  {trial.depth:5d} {trial.rows:5d}  "

@@ -73,8 +73,12 @@ def advance(session: Session, experiment: Experiment) -> None:
 
 # --- What to do next: ("run", (blob, seed, budget)), ("score", run) or ("verdict", its facts) ---
 
-def failure(experiment: Experiment, runs: list[Run]) -> tuple | None:
+def failure(session: Session, experiment: Experiment, runs: list[Run]) -> tuple | None:
     """The verdict on runs that failed, were disturbed or interrupted too often, or on a lab that fails at it."""
+    for run in experiment.runs:
+        if run.status == "disturbed" and (what := other_attention(session, run.result)):
+            return "verdict", unjudged("invalid", f"{what}. Bring that back, and run this again; or start another "
+                                                  "session")
     for run in runs:
         if run.status in ("crash", "invalid"):
             return "verdict", {"status": run.status, "reason": run.reason}
@@ -105,7 +109,7 @@ def same_start(runs: list[Run]) -> str | None:
 
 
 def plan_baseline(session: Session, baseline: Experiment) -> tuple:
-    if failed := failure(baseline, baseline.runs):
+    if failed := failure(session, baseline, baseline.runs):
         return failed
     sound = [run for run in baseline.runs if run.status == "ok"]
     if len(sound) < session.facts["baseline_runs"]:
@@ -122,7 +126,7 @@ def plan_baseline(session: Session, baseline: Experiment) -> tuple:
 
 
 def plan_change(session: Session, change: Experiment) -> tuple:
-    if failed := failure(change, change.own_runs):
+    if failed := failure(session, change, change.own_runs):
         return failed
     failed = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
     if len(failed) >= TRIES:
@@ -151,7 +155,7 @@ def plan_change(session: Session, change: Experiment) -> tuple:
 
 def plan_confirmation(session: Session, confirmation: Experiment) -> tuple:
     """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
-    if failed := failure(confirmation, confirmation.runs):
+    if failed := failure(session, confirmation, confirmation.runs):
         return failed
     sound = [run for run in confirmation.runs if run.status == "ok"]
     if unscored := [run for run in sound if run.scores is None]:
@@ -193,7 +197,8 @@ def perform(session: Session, experiment: Experiment, blob: str, seed: int, budg
             file.write(ledger_before)
         status, reason = "invalid", "it changed the ledger, which was put back"
     other = elsewhere(session, outcome.result) if status == "ok" else None
-    if status == "ok" and (what := other or disturbance(session, blob, outcome.result)):
+    if status == "ok" and (what := other or other_attention(session, outcome.result)
+                           or disturbance(session, blob, outcome.result)):
         status, reason = "disturbed", what
     flush_files(session.run_folder(run.number))
     session.log("ran", run=run.number, status=status, reason=reason, result=outcome.result, seconds=outcome.seconds,
@@ -208,6 +213,14 @@ def elsewhere(session: Session, result: dict) -> str | None:
     names = {name: (session.facts[name], result[name]) for name in CONDITIONS}
     wrong = [f"{name} {now} instead of {pinned}" for name, (pinned, now) in names.items() if now != pinned]
     return f"the run was made under other conditions: {', '.join(wrong)}" if wrong else None
+
+
+def other_attention(session: Session, result: dict) -> str | None:
+    """That a run took its attention from somewhere else than the session's runs before it: it has other numbers, and
+    another speed."""
+    first = next((run.result for run in session.state.runs.values() if run.status == "ok"), result)
+    before, now = (one.get("attention_provider") or "the framework" for one in (first, result))
+    return f"it ran with attention from {now}, its parent with that from {before}" if now != before else None
 
 
 def ledger_bytes(session: Session) -> bytes:

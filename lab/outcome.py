@@ -18,8 +18,8 @@ MOST_OF_A_REASON = 160  # characters
 # What prepare.report writes, by type.
 TYPES = {name: {"s": str, "d": int}.get(form[-1], float) for name, form in prepare.SUMMARY.items()}
 TYPES |= {"budget_seconds": float, "tokens_per_second_last_quarter": float, "flops_per_token": float, "dataset": str,
-          "initial_weights": str}
-UNKNOWN_ALLOWED = ("mfu_percent", "speed")  # null where nothing was calibrated
+          "initial_weights": str, "attention_provider": str}
+UNKNOWN_ALLOWED = ("mfu_percent", "speed", "attention_provider")  # null where nothing was calibrated, or there is none
 # Without these a run that ended well can't be judged or recorded.
 NEEDED = ("val_bpb", "val_rows", "training_seconds", "total_seconds", "budget_seconds", "peak_vram_mb", "num_steps",
           "total_tokens_M", "tokens_per_second", "device", "backend", "eval", "data")
@@ -35,8 +35,8 @@ class Outcome:
 
     Attributes:
         status: "ok", "crash" or "invalid". reason: why not "ok", a line.
-        result: what prepare.report measured; known names only, of the right type and finite; `mfu_percent` and `speed`
-            may be None. Of a run that is not "ok" it has no val_bpb, may lack others, or be None.
+        result: what prepare.report measured; known names only, of the right type and finite; those of
+            UNKNOWN_ALLOWED may be None. Of a run that is not "ok" it has no val_bpb, may lack others, or be None.
         seconds: from start to end, as seen from outside.
         traceback: at most 40 lines, cleaned; "" if there is none.
     """
@@ -122,11 +122,11 @@ def sound(found: dict) -> dict:
     facts = {}
     for name, kind in TYPES.items():
         value = found.get(name)
-        if kind is str:
+        if value is None and name in found and name in UNKNOWN_ALLOWED:
+            facts[name] = None
+        elif kind is str:
             if isinstance(value, str):
                 facts[name] = untrusted.one_line(value, 100)
-        elif value is None and name in found and name in UNKNOWN_ALLOWED:
-            facts[name] = None
         elif isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value):
             facts[name] = kind(value)
     return facts

@@ -5,17 +5,19 @@ from __future__ import annotations
 from backends.interface import BackendError, Calibrated, Hardware
 
 
-def open_backend(precision: str | None = None, compiled: bool | None = None, calibrated: Calibrated | None = None):
+def open_backend(precision: str | None = None, compiled: bool | None = None, calibrated: Calibrated | None = None,
+                 fetch: bool = False):
     """The backend on this machine's best PyTorch device. Raises BackendError where PyTorch is missing or unusable."""
-    return _backend().open_backend("sdpa", precision, compiled, calibrated)
+    return pytorch().open_backend("sdpa", precision, compiled, calibrated)
 
 
 def identify() -> Hardware:
     """The device that `open_backend` would take; it raises as that does."""
-    return _backend().identify("sdpa")
+    return pytorch().identify("sdpa")
 
 
-def _backend():
+def pytorch():
+    """The module `backends/pytorch/backend.py`. Raises BackendError where PyTorch is missing."""
     try:
         import torch  # noqa: F401
     except ImportError as error:

@@ -15,7 +15,7 @@ import calibration
 from backends import bench
 from backends.interface import Device, Hardware
 from calibration import __main__ as command
-from calibration import measure, profile, rule
+from calibration import measure, profile, rule, show
 from tests.calibration.devices import GIB, M4, RTX_3090, spread
 
 HARDWARE = Hardware("sdpa", "NVIDIA GeForce RTX 3090", "nvidia-rtx-3090-24gb", "cuda", 24 * GIB, {"torch": "2.13.0"})
@@ -57,10 +57,11 @@ class Bench(bench.Bench):
 @pytest.fixture
 def device(monkeypatch):
     """A made-up GPU; `device.simulated` says what train.py does on it, `device.tried` what was tried."""
-    here = SimpleNamespace(simulated=RTX_3090, tried=[], loaded=[])
+    here = SimpleNamespace(simulated=RTX_3090, tried=[], loaded=[], fetched=[])
 
-    def load(precision=None, compiled=None, **_):
+    def load(precision=None, compiled=None, fetch=False):
         here.loaded.append(precision)
+        here.fetched.append(fetch)
         found = Device(**vars(HARDWARE), precision=precision or "bfloat16", peak_flops=1e12, compiled=True)
         return SimpleNamespace(device=found, bench=Bench(), free_memory=lambda: int(here.simulated.free))
 
@@ -119,6 +120,49 @@ def test_a_killed_calibration_goes_on_where_it_was(device, monkeypatch, after):
     monkeypatch.setattr(bench, "try_precisions", None)  # not again
     again = measure.Measurement(measure.FULL).run()
     assert device.tried == tried and again["settings"] == whole["settings"]
+
+
+@pytest.fixture
+def fa3(monkeypatch):
+    """Attention that a backend got from somewhere; it is the fastest."""
+    work = Bench.attention
+    monkeypatch.setattr(Bench, "attentions", ("fa3", "sdpa_causal"))
+    monkeypatch.setattr(Bench, "attention_provider", "kernels a/b@0123")
+    monkeypatch.setattr(Bench, "attention_error", lambda *_: 1e-6)
+    monkeypatch.setattr(Bench, "attention", lambda self, name, window, rows, backward: work(
+        self, name, window, rows * (1 if name == "fa3" else 3), backward))
+
+
+def test_the_provider_of_attention_is_part_of_the_profile(device, fa3, monkeypatch):
+    found = measure.Measurement(measure.FULL).run()
+    assert found["settings"]["attention"] == {"full": "fa3", "window": "fa3"}
+    assert found["attention_provider"] == "kernels a/b@0123" == calibration.defaults().calibrated.attention_provider
+    assert "fa3 is from kernels a/b@0123" in show.text(found, HARDWARE) and device.fetched == [True]
+    found["attention_provider"] = 3
+    assert "attention_provider is 3" in profile.impossible(found)
+
+
+def test_a_provider_of_attention_that_was_not_chosen_is_not_recorded(device, fa3, monkeypatch):
+    monkeypatch.setattr(Bench, "attention_error", lambda self, name, window: 1.0 if name == "fa3" else 1e-6)
+    found = measure.Measurement(measure.FULL).run()
+    assert found["attention_provider"] is None and calibration.defaults().calibrated.attention_provider is None
+
+
+def test_what_was_measured_with_another_provider_of_attention_is_measured_again(device, fa3, monkeypatch):
+    alive = measure.Measurement._try
+
+    def killed(self, trial, attention):
+        if device.tried:
+            raise KeyboardInterrupt
+        return alive(self, trial, attention)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measure.Measurement, "_try", killed)
+        measure.Measurement(measure.FULL).run()
+    first = list(device.tried)
+    monkeypatch.setattr(Bench, "attention_provider", "library sha256:abc")
+    found = measure.Measurement(measure.FULL).run()
+    assert device.tried[1:2] == first and found["attention_provider"] == "library sha256:abc"
 
 
 def test_what_an_interrupted_calibration_of_another_kind_left_is_not_used(device):
@@ -185,7 +229,7 @@ def test_a_trials_spread_is_at_least_the_drift_of_the_products():
                 "trials": [trial, {"failed": "no"}]}
 
     trial, failed = measure.drifting(found(12.0))
-    assert trial["tokens_per_second"] == {"median": 100.0, "low": 80.0, "high": 130.0, "n": 5}
+    assert trial["tokens_per_second"] == {"median": 100.0, "low": 83.333, "high": 130.0, "n": 5}
     assert failed == {"failed": "no"}
     assert measure.drifting(found(8.0))[0]["tokens_per_second"]["low"] == 90.0
 

@@ -4,17 +4,12 @@ import argparse
 
 import pytest
 import sessions
-from sessions import TRAIN, Runner, git
+from sessions import TRAIN, git
 
 from lab import commands, experiment, gate, ledger
 from lab.errors import LabError
 from lab.session import Session
 from lab.tree import TRAIN as FILE
-
-
-@pytest.fixture
-def runner(monkeypatch):
-    return Runner().install(monkeypatch)
 
 
 @pytest.fixture
@@ -326,6 +321,16 @@ def test_a_run_under_other_conditions_stops_the_session_and_judges_nothing(sessi
     found = session.state.last
     assert found.status == "invalid" and found.verdict["unjudged"] and status_of(session) == ""
     assert {row["eval"] for row in ledger.read(session.ledger).rows if row["description"] == "a change"} == {"ffff"}
+
+
+def test_a_run_with_attention_from_elsewhere_is_marked_and_not_judged(session, runner):
+    before = len(runner.runs)
+    found = attempt(session, edited(LOSS=0.9, ATTENTION="library sha256:0123456789ab"))
+    assert found.status == "invalid" and found.verdict["unjudged"] and len(runner.runs) == before + 1
+    assert found.verdict["reason"].startswith("not judged: it ran with attention from library sha256:0123456789ab, its "
+                                              "parent with that from the framework")
+    assert ledger.read(session.ledger).rows[-1]["status"] == "invalid"
+    assert session.account.staked == 0 and attempt(session, edited(LOSS=0.9)).status == "keep"
 
 
 def test_what_was_not_judged_is_run_when_asked_again(session, runner):

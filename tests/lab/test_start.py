@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sessions
@@ -60,8 +61,10 @@ def test_the_sandbox_is_told(tree):
 def test_settings_of_the_users_are_pinned(tree, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "7")
+    monkeypatch.setenv("AUTORESEARCH_FA3_LIBRARY", "fa3.so")
     session = begin(tree)
     assert session.facts["settings"]["AUTORESEARCH_DEVICE"] == "cpu" and session.budget == 7
+    assert session.facts["settings"]["AUTORESEARCH_FA3_LIBRARY"] == str(Path.cwd() / "fa3.so")
 
 
 @pytest.mark.parametrize("tag", ["", "a b", "../x", "a..b", "x.lock", "-x", "a/b", "x" * 99])
