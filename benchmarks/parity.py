@@ -44,6 +44,7 @@ import prepare  # noqa: E402
 from apart import (  # noqa: E402
     STEP_LIMITS, Step, add_options, norm, open_train, optimizer_state, perturbed, schedule_by_name, steps_apart,
     verdict, walk)
+from peers import our_name  # noqa: E402
 
 LIMITS = {"initial weights": 2e-2, "hyperparameters": 1e-6, **STEP_LIMITS, "evaluate_bpb": 1e-5}
 
@@ -160,11 +161,6 @@ class Original:
             return {key: group[key] for key in ("lr", "momentum", "beta2", "weight_decay")}
         beta1, beta2 = group["betas"]
         return dict(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-
-
-def our_name(name: str) -> str:
-    name = name.removeprefix("transformer.").replace("value_embeds.", "value_embeds.layer")
-    return f"blocks.{name[2:]}" if name.startswith("h.") else name
 
 
 def load_prepare(path: Path):

@@ -5,6 +5,7 @@ Everywhere the data come from our loader. What a file prints and how it trains s
 but for what is said at each function. Rates leave out the first steps, in which things are compiled.
 """
 
+import functools
 import os
 import re
 import sys
@@ -15,7 +16,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prepare  # noqa: E402
+from backends import machine  # noqa: E402
 from loader import our_batches  # noqa: E402
+
+
+def add_options(parser) -> None:
+    parser.add_argument("--attention", type=Path, help="nanochat's flash_attention.py, for theirs without FA3")
+    parser.add_argument("--fa3", action="store_true", help="theirs with the Flash Attention 3 that ours finds")
+    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--device-batch", type=int, default=128)
+    parser.add_argument("--total-batch", type=int, default=2**19)
+    parser.add_argument("--windows", default="SSSL", help="of attention by layer: S short, L full (default SSSL)")
+
+
+def check_options(parser, options) -> None:
+    if options.fa3 and (options.attention or options.float32):
+        parser.error("--fa3 is an attention for theirs, in half precision: leave out --attention and --float32")
 
 
 def trainer(options):
@@ -33,6 +50,17 @@ def with_constants(source: str, options) -> str:
         source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r} ", source)
         assert found == 1, f"{name} is set {found} times"
     return source
+
+
+def sized(source: str, options) -> str:
+    """The source with the sizes of the options, or, with --defaults, its own."""
+    return source if options.defaults else with_constants(source, options)
+
+
+def replaced(source: str, old: str, new: str) -> str:
+    if source.count(old) != 1:
+        raise SystemExit(f"{old.strip()!r} is there {source.count(old)} times: not the version this benchmark knows")
+    return source.replace(old, new)
 
 
 def execute(name: str, source: str, **variables):
@@ -64,39 +92,137 @@ def stub(data, seconds: float, array, evaluate):
                                  make_dataloader=make_dataloader, evaluate_bpb=evaluate)
 
 
+def scorer(data, backend: type):
+    """A function that scores a model of theirs, called with tokens (B, T) for logits, as ours is scored: by the same
+    evaluator, with the same log-softmax, on the same rows. To be made before theirs is given a stub for prepare.py."""
+    # What the evaluator asks of the backend needs none of the trials that opening it makes.
+    evaluating = type("Evaluating", (backend,), {"__init__": lambda self: None})()
+
+    def scored(model) -> dict:
+        bpb = prepare.evaluate_bpb(evaluating, model, data)
+        return dict(val_bpb=bpb, val_rows=data.eval_rows, eval=data.eval_tag, data=data.data_tag)
+
+    return scored
+
+
 # ---- PyTorch: karpathy/autoresearch and its ports ----
 
 def run_torch(options) -> dict:
-    """Flash Attention 3, where it asks for it, becomes the module given by --attention; the check for macOS goes.
-    With --float32 autocast is turned off and bfloat16 casts become float32."""
+    """Its clock leaves its first 11 steps uncounted (one, without a GPU): those of compilation, and learned from."""
     import torch
 
-    source = with_constants(options.theirs.read_text(), options)
+    data, measured = prepare.open_data(), {}
+    scored = torch_scorer(data)
+
+    def evaluate(model, *_) -> float:
+        measured.update(gigabytes=torch_peak() / 1e9)  # before the evaluation
+        if options.score:
+            measured.update(scored(getattr(model, "_orig_mod", model)))  # other batches would compile it anew
+        return measured.get("val_bpb", float("nan"))
+
+    uncounted = 10 if torch.cuda.is_available() else 1
+    source = torch_source(options).replace("step > 10", f"step > {uncounted}")
+    theirs = run_torch_source(source, options, data, options.seconds, evaluate)
+    counted, seconds = theirs.step - uncounted - 1, theirs.total_training_time
+    return dict(tokens_per_second=counted * theirs.TOTAL_BATCH_SIZE / seconds, steps=theirs.step, seconds=seconds,
+                tokens_per_step=theirs.TOTAL_BATCH_SIZE, rows=theirs.DEVICE_BATCH_SIZE, depth=theirs.DEPTH,
+                flops_per_token=theirs.num_flops_per_token,
+                attention_provider=getattr(theirs, "attention_provider", None), **measured)
+
+
+def torch_source(options) -> str:
+    """Its source with our sizes. Flash Attention 3, where it asks for it, becomes ours (--fa3) or the module given by
+    --attention; the check for macOS goes, and what needs CUDA where there is none. With --float32 autocast is turned
+    off and bfloat16 casts become float32."""
+    import torch
+
+    source = sized(options.theirs.read_text(), options)
     if options.attention:
         sys.path.insert(0, str(options.attention.resolve().parent))
-        fa3 = f"from {options.attention.stem} import flash_attn as fa3"
+    if options.attention or options.fa3:
+        fa3 = f"from {options.attention.stem} import flash_attn as fa3" if options.attention else ""
         source = re.sub(r"(?ms)^from kernels import.*?^fa3 = [^\n]*$", fa3, source)
     source = source.replace("\nverify_macos_env()\n", "\n")
-    uncounted = 10 if torch.cuda.is_available() else 1
-    source = source.replace("step > 10", f"step > {uncounted}")
+    if not torch.cuda.is_available():
+        source = source.replace("torch.cuda.synchronize()", "None").replace('device_type="cuda"', 'device_type="cpu"')
+        source = source.replace('torch.device("cuda")', 'torch.device("cpu")')
     if options.float32:
         source = re.sub(r"torch\.amp\.autocast\([^)]*\)", "__import__('contextlib').nullcontext()", source)
         source = source.replace("torch.bfloat16", "torch.float32").replace(".bfloat16()", ".float()")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sys.modules["prepare"] = stub(prepare.open_data(), options.seconds,
-                                  array=lambda x: torch.from_numpy(x).to(device).long(),
-                                  evaluate=lambda *_: float("nan"))
-    theirs = execute("theirs", source)
-    counted = theirs.step - uncounted - 1
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_peak()
-    return dict(tokens_per_second=counted * options.total_batch / theirs.total_training_time, steps=theirs.step,
-                gigabytes=memory / 1e9)
+    return source
 
 
-def own_peak() -> int:
-    import resource
+def by_steps(source: str) -> str:
+    """The original's source (no port's) with schedule and end by steps instead of time: TIME_BUDGET is how many."""
+    source = replaced(source, "progress = min(total_training_time / TIME_BUDGET, 1.0)", "progress = step / TIME_BUDGET")
+    return replaced(source, "if step > 10 and total_training_time >= TIME_BUDGET:", "if step >= TIME_BUDGET:")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def run_torch_source(source: str, options, data, budget: float, evaluate=lambda *_: float("nan"), **variables):
+    """Runs it on our data: the module, as it is at the end.
+
+    Args:
+        budget: its TIME_BUDGET.
+        evaluate: stands for its evaluate_bpb(model, tokenizer, batch_size).
+        variables: that the source reads beside its own.
+    """
+    import torch
+
+    def array(x):
+        tensor = torch.from_numpy(x)
+        return tensor.pin_memory().to("cuda", non_blocking=True).long() if torch.cuda.is_available() else tensor.long()
+
+    if options.fa3:
+        variables["fa3"], variables["attention_provider"] = flash_attention_3()
+    sys.modules["prepare"] = stub(data, budget, array, evaluate)
+    return execute("theirs", source, **variables)
+
+
+def flash_attention_3():
+    """What the original calls `fa3`, and the name of its provider: the one that the profile names, else the first that
+    loads, as ours does it. (No backend is opened: theirs gets a process without our settings.)"""
+    import calibration
+    from backends.cuda import providers
+    from backends.cuda.flash3 import flash3
+
+    calibrated, refused = calibration.defaults().calibrated, []
+    wanted = calibrated and calibrated.attention_provider
+    for name, load in [(wanted, functools.partial(providers.load_named, wanted))] if wanted else providers.providers():
+        problem = providers.take(name, load)
+        if not problem:
+            break
+        refused.append(f"{name}: {problem}")
+    else:
+        raise SystemExit(f"no Flash Attention 3 for --fa3 ({'; '.join(refused)})")
+
+    def flash_attn_func(q, k, v, causal, window_size):
+        assert causal and window_size[1] == 0
+        return flash3(q, k, v, window_size[0] if window_size[0] < q.shape[1] - 1 else None)
+
+    module = types.ModuleType("fa3")
+    module.flash_attn_func = flash_attn_func
+    return module, name
+
+
+def our_name(name: str) -> str:
+    """A parameter of the original under our name."""
+    name = name.removeprefix("transformer.").replace("value_embeds.", "value_embeds.layer")
+    return f"blocks.{name[2:]}" if name.startswith("h.") else name
+
+
+def torch_scorer(data):
+    from backends.pytorch import device, runtime
+    from backends.pytorch.backend import PyTorchBackend
+
+    runtime.device = device.pick()
+    return scorer(data, PyTorchBackend)
+
+
+def torch_peak() -> int:
+    """The most bytes that were in use at once."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_resident()
 
 
 # ---- MLX ----
@@ -116,10 +242,10 @@ def run_autoresearch_mlx(options) -> dict:
         return measured.get("val_bpb", float("nan"))
 
     sys.modules["prepare"] = stub(data, options.seconds, mx.array, evaluate)
-    theirs = execute("theirs", with_constants(mlx_source(options), options))
+    theirs = execute("theirs", sized(mlx_source(options), options))
     counted = theirs.step - theirs.STARTUP_EXCLUDE_STEPS
-    return dict(tokens_per_second=counted * options.total_batch / theirs.total_training_time, steps=theirs.step,
-                seconds=theirs.total_training_time, **measured)
+    return dict(tokens_per_second=counted * theirs.TOTAL_BATCH_SIZE / theirs.total_training_time, steps=theirs.step,
+                tokens_per_step=theirs.TOTAL_BATCH_SIZE, seconds=theirs.total_training_time, **measured)
 
 
 class Trained(Exception):
@@ -194,7 +320,8 @@ def run_parameter_golf(options) -> dict:
         raise SystemExit("no step was counted: give it more --seconds")
     # Its optimizer, which the compilation steps leave out, runs first in step 1.
     rate = (steps - 1) * options.total_batch / (times[steps] - times[1])
-    return dict(tokens_per_second=rate, steps=steps, seconds=times[steps], gigabytes=gigabytes,
+    return dict(tokens_per_second=rate, steps=steps, tokens_per_step=options.total_batch, seconds=times[steps],
+                gigabytes=gigabytes,
                 **(scored(logits) if options.score else {}))
 
 
@@ -204,17 +331,6 @@ def mlx_source(options) -> str:
 
 
 def mlx_scorer(data):
-    """A function that scores a model of theirs, called with tokens (B, T) for logits, as ours is scored: by the same
-    evaluator, with the same log-softmax, on the same rows. To be made before theirs is given a stub for prepare.py."""
     from backends.mlx.backend import MlxBackend
 
-    class Evaluating(MlxBackend):
-        """What the evaluator asks of the backend needs none of the trials that opening it makes."""
-
-        def __init__(self):
-            pass
-
-    def scored(model) -> dict:
-        return dict(val_bpb=prepare.evaluate_bpb(Evaluating(), model, data), eval=data.eval_tag, data=data.data_tag)
-
-    return scored
+    return scorer(data, MlxBackend)

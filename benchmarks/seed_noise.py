@@ -28,7 +28,8 @@ import prepare
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 # Student's t for a two-sided 90 % interval, by degrees of freedom.
-T_90 = {2: 2.92, 4: 2.132, 6: 1.943, 8: 1.86, 10: 1.812, 12: 1.782, 14: 1.761}
+T_90 = {1: 6.314, 2: 2.92, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.86, 9: 1.833, 10: 1.812, 11: 1.796,
+        12: 1.782, 13: 1.771, 14: 1.761}
 
 
 class StepClock(prepare.Clock):

@@ -1,0 +1,206 @@
+"""The same learning? Our train.py and the original's, from the same weights on the same rows, each as it computes.
+
+    python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --fa3 --seeds 1 2 3 4                 (on a Hopper)
+    python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --fa3 --only theirs --out THEIRS_JSON (on a GPU of its own)
+    python benchmarks/learning.py --only ours --out OURS_JSON                                      (on another)
+    python benchmarks/learning.py --compare OURS_JSON THEIRS_JSON
+    python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --attention NANOCHAT_FLASH_ATTENTION_PY --float32 \\
+        --depth 2 --device-batch 1 --total-batch 4096 --steps 4 --last 2 --seeds 1 2               (a try on a CPU)
+
+Each seed draws our initial weights, which both start from (the original's embeddings round them to bfloat16: so it
+keeps them); the data are those prepared last, by our loader. The schedule of both goes by steps instead of time. For
+the rest the original runs as it is written, compiled and under its autocast, with Flash Attention 3 from the library
+that ours finds, and ours as `python train.py` would. What is compared is the mean training loss of the last steps, over
+all tokens of each. Every run is a process of its own.
+
+One seed's difference is chaotic by then: two trajectories from the same weights part after a few dozen steps, and these
+already at the second, because the original's AdamW makes of rounding noise a first step of full size in x0_lambdas,
+whose gradient is zero there. So the seeds are judged together: the 90 % interval of their mean difference (Student's t)
+has to lie within the limit on both sides of zero.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from peers import (  # beside this file
+    add_options, by_steps, check_options, execute, our_name, replaced, run_torch_source, torch_source, with_constants)
+from seed_noise import T_90, TRAIN, StepClock
+
+import backends
+import prepare
+
+SAME = ("depth", "total_batch", "windows", "steps", "last", "float32")  # options that both sides have to share
+
+
+def run_ours(options) -> dict:
+    if options.float32:
+        backend = backends.load(precision="float32")
+        backends.load = lambda **_: backend
+    losses, seconds, found = [], [], {}
+
+    class Clock(StepClock):
+        total = options.steps
+
+        def tick(self, loss):
+            losses.append(loss)
+            seconds.append(super().tick(loss))
+            return seconds[-1]
+
+    def finish(backend, model, data, clock, **_):
+        found.update(initial=clock.initial_weights, data=data.data_tag, notes=backend.device.notes,
+                     attention_provider=backend.device.attention_provider)
+        clock.stop()
+
+    prepare.Clock, prepare.evaluate_bpb, prepare.report = Clock, finish, lambda *_, **__: None
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(AUTORESEARCH_SEED=str(options.seed), AUTORESEARCH_RESULT=f"{folder}/result.json")
+        execute("ours", with_constants(TRAIN.read_text(), options)).main()
+    return dict(found, losses=[float(loss) for loss in losses],
+                tokens_per_second=options.total_batch / statistics.median(seconds))
+
+
+def run_theirs(options) -> dict:
+    import torch
+
+    data, train, heard, found = prepare.open_data(), our_text(options), [], {}
+
+    def start_from_ours(model):
+        named = {our_name(name): parameter for name, parameter in model.named_parameters()}
+        weights = train.initial_weights({name: tuple(p.shape) for name, p in named.items()}, options.seed)
+        found.update(initial=prepare.fingerprint(weights), data=data.data_tag)
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(torch.from_numpy(weights[name]))
+
+    source = by_steps(torch_source(options))
+    made, passed = "\nmodel.init_weights()\n", "        train_loss = loss.detach()\n"
+    source = replaced(source, made, f"{made}start_from_ours(model)\n")
+    source = replaced(source, passed, f"{passed}        heard(train_loss)\n")
+    theirs = run_torch_source(source, options, data, options.steps, start_from_ours=start_from_ours,
+                              heard=heard.append)
+    return dict(found, losses=torch.stack(heard).reshape(options.steps, -1).mean(1).tolist(),
+                tokens_per_second=(options.steps - 11) * options.total_batch / theirs.total_training_time
+                if options.steps > 11 else None,  # it does not time the first
+                attention_provider=getattr(theirs, "attention_provider", None))
+
+
+def our_text(options):
+    """Our train.py without a backend, for what it draws: theirs gets the device to itself."""
+    load, backends.load = backends.load, lambda **_: SimpleNamespace(nn=SimpleNamespace(Module=object), ops=None)
+    try:
+        return execute("ours", with_constants(TRAIN.read_text(), options))
+    finally:
+        backends.load = load
+
+
+def run_child(side: str, seed: int) -> dict:
+    started = time.time()
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child", side, "--seed", str(seed)],
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{side}, seed {seed}, failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result = json.loads(done.stdout.rsplit("RESULT", 1)[1])
+    print(f"{side:6} seed {seed}: last loss {result['losses'][-1]:.4f}, {time.time() - started:.0f} s; "
+          f"Flash Attention 3: {result['attention_provider']}", flush=True)
+    return result
+
+
+# ---- Comparison ----
+
+def compare(ours: dict, theirs: dict, limit: float) -> bool:
+    """Prints the differences; whether their mean's interval is within the limit.
+
+    Args:
+        ours, theirs: {"options": {...}, "runs": {seed: {"losses": of each step, "initial": ..., "data": ...}}}.
+    """
+    if ours["options"] != theirs["options"] or ours["runs"].keys() != theirs["runs"].keys():
+        raise SystemExit(f"not the same runs: {ours['options']}, seeds {[*ours['runs']]}; "
+                         f"{theirs['options']}, seeds {[*theirs['runs']]}")
+    last, pairs = ours["options"]["last"], {seed: (run, theirs["runs"][seed]) for seed, run in ours["runs"].items()}
+    differences = []
+    print(f"\nmean training loss of the last {last} of {ours['options']['steps']} steps, nats\n\n"
+          "| seed | ours | theirs | ours - theirs |\n|---|---|---|---|")
+    for seed, pair in pairs.items():
+        for what in ("initial", "data"):
+            if pair[0][what] != pair[1][what]:
+                raise SystemExit(f"seed {seed}: {what} of ours {pair[0][what]}, of theirs {pair[1][what]}")
+        means = [statistics.fmean(run["losses"][-last:]) for run in pair]
+        differences.append(means[0] - means[1])
+        print(f"| {seed} | {means[0]:.5f} | {means[1]:.5f} | {differences[-1]:+.5f} |")
+    print()
+    for side, runs in (("ours", ours["runs"]), ("theirs", theirs["runs"])):
+        if all(run["tokens_per_second"] for run in runs.values()):
+            print(f"tokens/s of {side}: " + ", ".join(f"{run['tokens_per_second']:,.0f}" for run in runs.values()))
+    for side, runs in (("ours", ours["runs"]), ("theirs", theirs["runs"])):
+        print(f"Flash Attention 3 of {side}: {', '.join({str(run['attention_provider']) for run in runs.values()})}")
+    print("mean difference over all seeds by steps: " + ", ".join(
+        f"{first + 1} to {first + last} {by_steps_from(pairs, first, last):+.4f}"
+        for first in range(0, ours["options"]["steps"], last)))
+    n, mean = len(differences), statistics.fmean(differences)
+    if n - 1 not in T_90:
+        raise SystemExit(f"an interval needs 2 to {max(T_90) + 1} seeds")
+    half = T_90[n - 1] * statistics.stdev(differences) / math.sqrt(n)
+    within = abs(mean) + half <= limit
+    print(f"mean difference {mean:+.5f}, 90 % interval {mean - half:+.5f} to {mean + half:+.5f}: "
+          f"{'within' if within else 'NOT within'} ±{limit:g}")
+    return within
+
+
+def by_steps_from(pairs: dict, first: int, count: int) -> float:
+    """The mean difference of these steps over all seeds."""
+    one, other = ([loss for pair in pairs.values() for loss in pair[side]["losses"][first : first + count]]
+                  for side in (0, 1))
+    return statistics.fmean(one) - statistics.fmean(other)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--theirs", type=Path, help="the original's train.py")
+    add_options(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--last", type=int, default=50, help="steps whose loss is compared")
+    parser.add_argument("--limit", type=float, default=0.005, help="nats")
+    parser.add_argument("--only", choices=["ours", "theirs"], help="run this side alone, and write it to --out")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two files written so")
+    parser.add_argument("--child", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(defaults=False)
+    options = parser.parse_args()
+    check_options(parser, options)
+    if not options.theirs and not options.compare and options.only != "ours":
+        parser.error("--theirs is missing: the original's train.py")
+    if bool(options.only) != bool(options.out):
+        parser.error("--only and --out go together")
+    return options
+
+
+def main() -> int:
+    options = parse_options()
+    if options.child:
+        print("\nRESULT", json.dumps({"ours": run_ours, "theirs": run_theirs}[options.child](options)))
+        return 0
+    if options.compare:
+        sides = [json.loads(path.read_text()) for path in options.compare]
+    else:
+        sides = [{"options": {name: getattr(options, name) for name in SAME},
+                  "runs": {str(seed): run_child(side, seed) for seed in options.seeds}}
+                 for side in ([options.only] if options.only else ["ours", "theirs"])]
+    if options.only:
+        options.out.write_text(json.dumps(sides[0]))
+        return 0
+    return int(not compare(*sides, options.limit))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
