@@ -12,6 +12,8 @@ RUN := .venv/bin/python
 DEMO := TORCH_COMPILE_DISABLE=1 AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 $(CURDIR)/$(RUN)
 # MLX runs on Linux too, where the tests cover it; on a Mac it is there anyway.
 comma := ,
+# PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
+TRITON := triton==3.9.0
 TEST_EXTRAS := $(if $(filter Linux,$(shell uname -s)),test$(comma)mlx-cpu,test)
 
 .PHONY: demo test test-slow clean
@@ -43,6 +45,7 @@ clean:
 
 .venv/installed-test: .venv/created
 	$(call install,.[$(TEST_EXTRAS)])
+	test "$$(uname -sm)" != "Linux x86_64" || $(RUN) -c 'import triton' 2>/dev/null || $(call install,$(TRITON))
 	touch $@ .venv/installed
 
 # A PyTorch that came with the system (a Jetson's, say) is used and never replaced: the environment sees it, and the

@@ -1,6 +1,7 @@
 """Where the time of a training step goes: kernels of our train.py's step, or of the original's, by what they do.
 
     python benchmarks/breakdown.py                                                  (on a CUDA device)
+    python benchmarks/breakdown.py --without mlp projection cross_entropy           (without these kernels of ours)
     python benchmarks/breakdown.py --theirs ORIGINAL_TRAIN_PY --fa3
     python benchmarks/breakdown.py --float32 --depth 2 --device-batch 1 --total-batch 4096      (a try on a CPU)
 
@@ -12,7 +13,8 @@ kernel after all that it fused, so a kernel of several things counts for the fir
 is in the list below the table. Without a GPU, what is listed are operators and their own time on the CPU.
 
 "the rest" is the time of a step, measured without the profiler, in which none of its kernels ran; it is below zero if
-kernels overlap, or run faster in the profiled steps.
+kernels overlap, or run faster in the profiled steps: they run apart there, and a GPU at its power limit, which the
+timed steps may reach, lowers its clock. So the energy of a timed step is told too.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from seed_noise import TRAIN, StepClock
 
 import prepare
 
-WARM_UP, TIMED = 6, 10  # steps
+WARM_UP, TIMED = 6, 30  # steps
 
 # Of passes; the update has two groups of its own, its products and all else.
 GROUPS = {
@@ -53,12 +55,15 @@ class Profile:
 
     Attributes:
         seconds: of each step.
+        power: (joules counted, MHz of the multiprocessors, watts allowed) before the timed steps and after, where NVML
+            tells.
         kernels: (part, name) -> [milliseconds, calls], of all profiled steps.
     """
 
     def __init__(self, profiled: int):
         self.profiled, self.steps, self.seconds, self.kernels = profiled, -1, [], defaultdict(lambda: [0.0, 0])
         self._profiler = self._part = self._began = None
+        self.power = []
 
     def enter(self, part: str | None) -> None:
         """What follows belongs to this part, "passes" or "update"; passes begin a step, with an idle device."""
@@ -75,8 +80,12 @@ class Profile:
             if self._began:
                 self.seconds.append(now - self._began)
             self._began, self.steps = now, self.steps + 1
+            if self.steps in (WARM_UP, WARM_UP + TIMED):
+                self.power.append(power())
         self._part = part
         if part and 0 <= self.steps - WARM_UP - TIMED < self.profiled:
+            if torch.cuda.is_available():  # the step before may still run
+                torch.cuda.synchronize()
             # Of a GPU its own records are enough: those of the host would slow it down.
             on = torch.profiler.ProfilerActivity
             self._profiler = torch.profiler.profile(activities=[on.CUDA if torch.cuda.is_available() else on.CPU])
@@ -91,6 +100,22 @@ class Profile:
                 kernel = self.kernels[self._part, event.key]
                 kernel[0] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1000
                 kernel[1] += event.count
+
+
+def power() -> tuple[float, int, float] | None:
+    """Joules that the GPU has taken since its driver was loaded, its clock in MHz, and the watts it may take."""
+    import torch
+
+    from backends import machine
+    from backends.pytorch import device
+
+    if not torch.cuda.is_available():
+        return None
+    with machine.nvml() as nvml:
+        handle = nvml and machine.nvidia_handle(nvml, device.uuid(torch.device("cuda")))
+        return handle and (nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
+                           nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+                           nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000)
 
 
 def group_of(part: str, name: str) -> str:
@@ -109,6 +134,10 @@ def run_ours(options, profile: Profile, steps: int) -> dict:
     backend = backends.load(precision="float32" if options.float32 else None,
                             calibrated=calibration.defaults().calibrated)
     backends.load = lambda **_: backend
+    if options.without:
+        from backends.pytorch import runtime
+
+        runtime.kernels -= frozenset(options.without)
 
     class Clock(StepClock):
         total = steps
@@ -172,6 +201,10 @@ def show(profile: Profile, tokens: int, top: int) -> None:
         groups[group] = groups[group][0] + ms, groups[group][1] + calls
     busy = sum(ms for ms, _ in groups.values())
     print(f"\n{wall:.1f} ms per step (median of {TIMED}), {1000 * tokens / wall:,.0f} tokens/s; kernels {busy:.1f} ms")
+    if all(profile.power):
+        (before, _, _), (after, clock, limit) = profile.power
+        joules, seconds = after - before, sum(profile.seconds[WARM_UP : WARM_UP + TIMED])
+        print(f"{joules / TIMED:.1f} J per step, {joules / seconds:.0f} W of {limit:.0f} W allowed; {clock} MHz")
     print("\n| what | ms per step | % | kernels per step |\n|---|---|---|---|")
     for group, (ms, calls) in [*groups.items(), ("the rest", (wall - busy, 0))]:
         if ms or calls:
@@ -185,6 +218,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", type=Path, help="the original's train.py, instead of ours")
     add_options(parser)
+    parser.add_argument("--without", nargs="+", default=[], choices=["mlp", "projection", "cross_entropy"])
     parser.add_argument("--steps", type=int, default=3, help="in the profiler")
     parser.add_argument("--top", type=int, default=40, help="kernels to list")
     parser.set_defaults(defaults=False)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from backends.pytorch import runtime
 
+LARGEST_ROW = 2**15  # logits of one token, which our kernel holds in registers
+
 
 def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean"):
     """Nats of `targets` under softmax(softcap * tanh(hidden @ weight.T / softcap)).
@@ -46,7 +48,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, size):
         ctx.weight_dtype = weight.dtype
-        if runtime.has_kernel("cross_entropy", hidden):
+        if runtime.has_kernel("cross_entropy", hidden) and weight.shape[0] <= LARGEST_ROW:
             total, *gradients = torch.ops.autoresearch.softcapped_cross_entropy(hidden, weight, targets, softcap, size)
             ctx.save_for_backward(*gradients)
             return total

@@ -99,8 +99,11 @@ def test_heads_of_keys_that_serve_several_queries(monkeypatch):
 
 @kernels
 @pytest.mark.parametrize("softcap", [None, 3.0, 50.0])
-def test_softcaps(monkeypatch, softcap):
+@pytest.mark.parametrize("vocabulary", [64, 1000])
+def test_softcaps(monkeypatch, softcap, vocabulary):
     dtype = next(iter(TOLERANCES))
+    monkeypatch.setattr(trial, "VOCABULARY", vocabulary)
+    monkeypatch.setattr(runtime, "logits_at_once", 31 * vocabulary)
     monkeypatch.setattr(runtime, "dtype", dtype)
     monkeypatch.setattr(trial, "SOFTCAP", softcap)
     trial.load({"cross_entropy": 0})

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-LARGEST_VOCABULARY = 2**15  # a row has to fit into the registers of a program
-
-
 VARIANTS = (8, 4, 16)  # warps of a program
 variant = 0
+LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _row(logits, targets, losses, softcap, CAPPED: tl.constexpr, SHIFTED: tl.constexpr, VOCABULARY: tl.constexpr,
-         BLOCK: tl.constexpr):
+def _row(logits, targets, losses, inner, outer, ln_2, CAPPED: tl.constexpr, SHIFTED: tl.constexpr,
+         VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits in powers of two, which is what the hardware has: `outer` and `inner` turn them into such."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < VOCABULARY
     start = logits + row * VOCABULARY
-    x = tl.load(start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    if BLOCK == VOCABULARY:
+        x = tl.load(start + columns).to(tl.float32)
+    else:
+        x = tl.load(start + columns, mask=columns < VOCABULARY, other=float("-inf")).to(tl.float32)
     chosen = columns == tl.load(targets + row)
     if CAPPED:  # softcap * tanh(x / softcap), by tanh(u) = 2 sigmoid(2u) - 1, less its bound
-        squashed = 1 / (1 + tl.exp(-2 / softcap * x))
-        x = tl.where(inside, 2 * softcap * (squashed - 1), float("-inf"))
+        squashed = 1 / (1 + tl.exp2(inner * x))
+        x = outer * squashed - outer
+        if BLOCK != VOCABULARY:
+            x = tl.where(columns < VOCABULARY, x, float("-inf"))
+    else:
+        x *= outer
     if SHIFTED:
         x -= tl.max(x, 0)
-    exponents = tl.exp(x)
+    exponents = tl.exp2(x)
     total = tl.sum(exponents, 0)
-    tl.store(losses + row, tl.log(total) - tl.sum(tl.where(chosen, x, 0.0), 0))
+    tl.store(losses + row, ln_2 * (tl.log2(total) - tl.sum(tl.where(chosen, x, 0.0), 0)))
     gradient = exponents * (1 / total) - tl.where(chosen, 1.0, 0.0)
     if CAPPED:
         gradient *= 4 * squashed * (1 - squashed)
-    tl.store(start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+    tl.store(start + columns, gradient.to(logits.dtype.element_ty), mask=columns < VOCABULARY)
 
 
 def _launch(logits, targets, losses, softcap):
     rows, vocabulary = logits.shape
+    inner, outer = (0.0, LOG2_E) if softcap is None else (-2 / softcap * LOG2_E, 2 * softcap * LOG2_E)
     shifted = softcap is None or softcap > 40  # else the smallest exponential, exp(-2 softcap), is a float32
-    _row[(rows,)](logits, targets, losses, softcap or 1.0, softcap is not None, shifted, vocabulary,
+    _row[(rows,)](logits, targets, losses, inner, outer, math.log(2), softcap is not None, shifted, vocabulary,
                   triton.next_power_of_2(vocabulary), num_warps=VARIANTS[variant])
 
 
