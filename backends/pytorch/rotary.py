@@ -12,7 +12,27 @@ EPSILON = 2.0**-23  # float32's machine epsilon, in every precision
 
 def rms_norm(x):
     """x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)
+    if torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
+    return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)  # one kernel, where there is no compiler to make one
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its result instead of x: the result is kept anyway, by the product that it goes into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPSILON)
+        y = (x.float() * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, upstream):
+        y, scale = ctx.saved_tensors
+        upstream, y32 = upstream.float(), y.float()
+        along = (upstream * y32).mean(-1, keepdim=True)
+        return (scale * (upstream - along * y32)).to(y.dtype)
 
 
 def rope(x, base):
@@ -63,7 +83,7 @@ def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
         q (B, T, H, D), k and v (B, T, H_kv, D).
     """
     batch, length, _ = x.shape
-    if runtime.has_kernel("projection", x) and head_dim & (head_dim - 1) == 0:
+    if runtime.has_kernel("projection", x) and head_dim & (head_dim - 1) == 0 and x.shape[-1] % 8 == 0:
         widths = [w.shape[0] for w in (w_q, w_k, w_v)]
         parts = _RotaryProjection.apply(x.reshape(batch * length, -1), torch.cat([w_q, w_k, w_v]),
                                         *_rotation(length, head_dim // 2, base), widths)

@@ -7,9 +7,13 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-VARIANTS = ((16, 4, 1), (16, 4, 4), (8, 2, 4))  # tokens that one program takes, its warps, and heads it goes through
+# Tokens that one program takes, its warps, heads it goes through; and whether the forward pass rotates and normalises
+# before the product leaves the chip, instead of reading it again.
+VARIANTS = ((16, 4, 1, False), (16, 4, 4, False), (8, 2, 4, False), (16, 4, 4, True))
 variant = 0
+BLOCK_M, BLOCK_K, WARPS, STAGES = 128, 64, 8, 3  # of that product, two heads wide
 
 
 @triton.jit
@@ -66,13 +70,59 @@ def _backward(upstream, normed, inverse, cosines, sines, out, count, length, hea
         tl.store(target + HALF, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _rotated(head, cosines, sines, inverse, token, count, length, heads, which, epsilon, HALF: tl.constexpr):
+    """Both halves of a head's columns (tokens, D): rotated and normalised, unless it is one of v."""
+    x, y = tl.split(tl.permute(tl.reshape(head, (head.shape[0], 2, HALF)), (0, 2, 1)))
+    if which < heads:
+        inside = token < count
+        cos, sin = _angles(cosines, sines, token, tl.arange(0, HALF)[None, :], inside, length, HALF)
+        x, y = x * cos + y * sin, y * cos - x * sin
+        scale = tl.rsqrt(tl.sum(x * x + y * y, 1, keep_dims=True) / (2 * HALF) + epsilon)
+        tl.store(inverse + token * heads + which, scale, mask=inside)
+        x, y = x * scale, y * scale
+    return x, y
+
+
+@triton.jit
+def _product(x_desc, weight_desc, out_desc, inverse, cosines, sines, count, width, inner, length, heads, epsilon,
+             BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, PROGRAMS: tl.constexpr):
+    columns = tl.cdiv(width, 4 * HALF)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_M) * columns, PROGRAMS, flatten=True):
+        m, pair = tile // columns * BLOCK_M, tile % columns * 2
+        total = tl.zeros((BLOCK_M, 4 * HALF), tl.float32)
+        for k in range(0, inner, BLOCK_K):
+            total = tl.dot(x_desc.load([m, k]), weight_desc.load([pair * 2 * HALF, k]).T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, 2 * HALF)), (0, 2, 1)))
+        token = m + tl.arange(0, BLOCK_M)[:, None]
+        x, y = _rotated(left, cosines, sines, inverse, token, count, length, heads, pair, epsilon, HALF)
+        out_desc.store([m, pair * 2 * HALF], x.to(out_desc.dtype))
+        out_desc.store([m, pair * 2 * HALF + HALF], y.to(out_desc.dtype))
+        x, y = _rotated(right, cosines, sines, inverse, token, count, length, heads, pair + 1, epsilon, HALF)
+        out_desc.store([m, pair * 2 * HALF + 2 * HALF], x.to(out_desc.dtype))
+        out_desc.store([m, pair * 2 * HALF + 3 * HALF], y.to(out_desc.dtype))
+
+
+def _launch_product(x, weight, inverse, cosines, sines, heads, epsilon):
+    (count, inner), width, (length, _, half) = x.shape, weight.shape[0], cosines.shape
+    out = x.new_empty((count, width))
+    block_m, block_k = (BLOCK_M, BLOCK_K) if x.is_cuda else (16, 16)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    _product[(programs,)](
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weight, [4 * half, block_k]), TensorDescriptor.from_tensor(out, [block_m, half]),
+        inverse, cosines, sines, count, width, inner, length, heads, epsilon, block_m, block_k, half, programs,
+        num_warps=WARPS, num_stages=STAGES)
+    return out
+
+
 def _launch(kernel, arrays, count, heads, numbers, half):
     """`kernel` over all tokens and these heads.
 
     Args:
         arrays, numbers: its arguments before and after `count`, up to the constants of its variant.
     """
-    tokens, warps, each = VARIANTS[variant]
+    tokens, warps, each, _ = VARIANTS[variant]
     each = math.gcd(heads, each)
     kernel[(triton.cdiv(count, tokens), heads // each)](*arrays, count, *numbers, tokens, each, half, num_warps=warps)
 
@@ -88,9 +138,11 @@ def project(x: torch.Tensor, weight: torch.Tensor, cosines: torch.Tensor, sines:
     Returns:
         (N, W), and the inverse root mean squares, float32 (N, heads).
     """
-    qkv = torch.mm(x, weight.T)
-    inverse = x.new_empty((x.shape[0], heads), dtype=torch.float32)
     length, _, half = cosines.shape
+    inverse = x.new_empty((x.shape[0], heads), dtype=torch.float32)
+    if VARIANTS[variant][-1]:
+        return _launch_product(x.contiguous(), weight, inverse, cosines, sines, heads, epsilon), inverse
+    qkv = torch.mm(x, weight.T)
     _launch(_forward, (qkv, inverse, cosines, sines), x.shape[0], heads, (length, qkv.shape[1], heads, epsilon), half)
     return qkv, inverse
 
