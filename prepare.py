@@ -18,6 +18,7 @@ import gc
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -464,16 +465,19 @@ class Clock:
         """Ends a step, and returns the seconds since the last tick (or the start).
 
         Args:
-            loss: of this step, as `Trainer.backward` returns it: a scalar on the device. It is read, and so waited for,
-                at the next tick: the device has a step to do while the next one is prepared, and never more than that.
-                A number says nothing of the device, which is then waited for at once; so is the first step.
+            loss: of this step, as `Trainer.backward` returns it: a scalar on the device. It is waited for at the next
+                tick: the device has a step to do while the next one is prepared, and never more than that. A number
+                says nothing of the device, which is then waited for at once; so it is after the first step, and at the
+                end, lest a step too many be begun.
 
         Raises:
             Diverged: a loss is not finite, or above twice chance (first steps are above chance by little).
         """
         if self.started is None:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
-        at_once = isinstance(loss, (int, float)) or self.loss is None
+        ending = self.elapsed + 2 * self.longest >= self.seconds
+        at_once = isinstance(loss, numbers.Number) or self.loss is None or ending
+        later = loss if at_once else self.backend.read_later(loss)
         if at_once:
             self.backend.synchronize()
         else:
@@ -484,7 +488,8 @@ class Clock:
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
         self.ticks.append((now - self.started, self.loader.tokens))
-        self._unread = self.steps, loss
+        self._read()  # of the step before, where that was not waited for yet
+        self._unread = self.steps, later
         if at_once:
             self._read()
         return seconds
@@ -520,9 +525,9 @@ class Clock:
         """Waits for the device and ends the training time; again, it changes nothing."""
         if self.stopped is None:
             self.backend.synchronize()
-            admit(self)
-            self.stopped = time.perf_counter()
             self._read()
+            admit(self)
+            self.stopped = time.perf_counter()  # from here on nothing of train.py's runs that could train
 
 
 def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:

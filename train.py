@@ -5,7 +5,6 @@ once for every backend. Arrays are reached through `nn` and `ops` (what they off
 themselves only operators, .shape, .ndim, .dtype, .reshape and basic slicing. Usage: python train.py
 """
 
-import concurrent.futures
 import math
 import os
 
@@ -329,7 +328,7 @@ def main():
     loader = prepare.Loader(data, DEVICE_BATCH_SIZE)  # packs rows in the background from here on
     model = GPT(DEPTH, data.vocab_size)
     shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
-    weights = concurrent.futures.ThreadPoolExecutor().submit(initial_weights, shapes, SEED)
+    backend.set_weights(model, initial_weights(shapes, SEED))
     groups = optimizer_groups(shapes)
     trainer = backend.Trainer(model, training_loss, groups)
     flops = flops_per_token(model, shapes)
@@ -338,8 +337,7 @@ def main():
           f"{flops:.3g} FLOP per token | {accumulation} x {DEVICE_BATCH_SIZE} rows per step")
 
     throwaway = np.zeros((DEVICE_BATCH_SIZE, prepare.MAX_SEQ_LEN), np.int32)
-    trainer.warm_up(throwaway, throwaway)  # compiles, before the clock starts and while the weights are drawn
-    backend.set_weights(model, weights.result())
+    trainer.warm_up(throwaway, throwaway)  # compiles, before the clock starts
 
     clock = prepare.Clock(backend, model, loader)
     smooth_loss = None

@@ -126,6 +126,7 @@ class Calibrated:
         product_rate, square: FLOP/s of (square, square) products in that precision: the peak that `mfu` is relative to,
             and what tells a later run whether the device is as fast as it was.
         attention_provider: where an attention comes from that is no part of the framework; None if none is used.
+        kernels: which of the backend's own kernels are used, by name in which variant; None if that was not tried.
     """
 
     profile: str
@@ -134,6 +135,7 @@ class Calibrated:
     product_rate: float
     square: int
     attention_provider: str | None = None
+    kernels: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Device(Hardware):
         speed: of products at the start of this run, relative to the calibration's; None without one.
         notes: what was tried and chosen, one line each, for the run's log.
         attention_provider: where the attention in use comes from that is no part of the framework; None if none is.
+        kernels: which of the backend's own are used, by name in which variant.
     """
 
     precision: str = "float32"
@@ -157,6 +160,7 @@ class Device(Hardware):
     speed: float | None = None
     notes: tuple[str, ...] = ()
     attention_provider: str | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer(abc.ABC):
@@ -287,6 +291,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def synchronize(self) -> None:
         """Returns once the device has done everything asked of it."""
+
+    def read_later(self, scalar):
+        """What `float` makes this scalar of, waiting for it and for nothing that the device is given after it."""
+        return scalar
 
     @abc.abstractmethod
     def peak_memory(self) -> int:

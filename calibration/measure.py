@@ -156,7 +156,7 @@ class Measurement:
         if self.found.get("attention_provider", provider) != provider:
             for name in ("round", "chosen", "trials", "matrices", "cut_short"):
                 self.found.pop(name, None)
-        self.found["attention_provider"] = provider
+        self.found |= {"attention_provider": provider, "kernels": self.backend.device.kernels}
 
     def _provider(self, attention: dict[str, str]) -> str | None:
         """Where what was chosen comes from, unless all of it is the framework's own."""
@@ -285,6 +285,7 @@ class Measurement:
             asked, result = Path(folder) / "profile.json", Path(folder) / "result.json"
             prepare.write_json(asked, {**self.sort, "made": "a trial", "settings": asdict(settings),
                                        "attention_provider": self._provider(attention),
+                                       "kernels": self.found.get("kernels"),
                                        "products": self.found["round"]["products"], "trials": []})
             try:
                 done = subprocess.run(

@@ -71,6 +71,9 @@ def impossible(found: dict) -> str | None:
                 return f"{name} is {found[name]!r}"
         if not isinstance(found.get("attention_provider"), (str, type(None))):
             return f"attention_provider is {found['attention_provider']!r}"
+        kernels = found.get("kernels") or {}
+        if not (isinstance(kernels, dict) and all(isinstance(v, int) and v >= 0 for v in kernels.values())):
+            return f"kernels are {kernels!r}"
         if not isinstance(found["versions"], dict):
             return f"versions are {found['versions']!r}"
         settings = Settings(**found["settings"])
@@ -138,7 +141,7 @@ def calibrated(found: dict) -> Calibrated:
     chosen, products = settings(found), found["products"]
     rate = products["rates"][chosen.precision]["median"]
     return Calibrated(tag(found), chosen.precision, chosen.attention, rate, products["square"],
-                      found.get("attention_provider"))
+                      found.get("attention_provider"), found.get("kernels"))
 
 
 def trials(found: dict) -> list[Trial]:

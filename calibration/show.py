@@ -41,6 +41,8 @@ def text(found: dict, hardware=None) -> str:
                                                 f"{_rate(one['forward'], 1e-3, '')}, {_rate(one['both'], 1e-3, '')}"))
     if found.get("attention_provider"):
         lines.append(f"  fa3 is from {found['attention_provider']}")
+    if found.get("kernels"):
+        lines += ["", f"kernels of our own: {', '.join(found['kernels'])}"]
     lines += ["", "train.py for a few seconds", "  depth  rows  tokens/s                peak       D/N"]
     for trial in sorted(profile.trials(found), key=lambda t: (t.depth, t.rows)):
         row = f"  {trial.depth:5d} {trial.rows:5d}  "

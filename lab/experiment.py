@@ -216,10 +216,9 @@ def elsewhere(session: Session, result: dict) -> str | None:
 
 
 def other_attention(session: Session, result: dict) -> str | None:
-    """That a run took its attention from somewhere else than the session's runs before it: it has other numbers, and
-    another speed."""
-    first = next((run.result for run in session.state.runs.values() if run.status == "ok"), result)
-    before, now = (one.get("attention_provider") or "the framework" for one in (first, result))
+    """That a run took its attention from somewhere else than the session's profile says, and so its parent: it has
+    other numbers, and another speed."""
+    before, now = (one.get("attention_provider") or "the framework" for one in (session.profile, result))
     return f"it ran with attention from {now}, its parent with that from {before}" if now != before else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -308,16 +309,19 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     def safe(name):
         return (name.upper() in SAFE or name.startswith(SAFE_PREFIXES)) and not any(s in name.upper() for s in SECRET)
 
-    inherited = {name: value for name, value in os.environ.items() if safe(name)}
+    inherited = {name: value for name, value in os.environ.items()  # where compilers write must be its home's cache
+                 if safe(name) and name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
     cache, folder = request.home.absolute() / "cache", request.folder.absolute()
-    (cache / "cuda").mkdir(parents=True, exist_ok=True)
+    gpu = "".join(f"-{request.settings.get(name, '')}" for name in ("CUDA_VISIBLE_DEVICES", "AUTORESEARCH_DEVICE"))
+    driver = cache / re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
+    driver.mkdir(parents=True, exist_ok=True)
     own = {
         "HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"),
         **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
-        "CUDA_CACHE_PATH": str(cache / "cuda"), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache()),
+        "CUDA_CACHE_PATH": str(driver), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache()),
         "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUSERBASE": site.getuserbase(),
         **request.settings, "AUTORESEARCH_HOME": str(request.home), "AUTORESEARCH_RUN": request.run_id,
         "AUTORESEARCH_SEED": str(request.seed),

@@ -312,6 +312,44 @@ def test_the_device_is_one_step_ahead(run):
     assert [loss.read for loss in losses] == [1, 1, 1] and clock.loss == 3.0 and backend.synchronized == 2
 
 
+def test_towards_the_end_the_device_is_waited_for(run):
+    """Else a step would be begun while one is under way that ends after the budget."""
+    backend, _, loader, clock = run
+    next(loader)
+    clock.tick(Scalar(5.0))
+    clock.longest = clock.seconds / 2
+    last = Scalar(4.0)
+    next(loader)
+    clock.tick(last)
+    assert last.read == 1 and backend.synchronized == 2 and clock.loss == 4.0
+
+
+def test_what_the_last_loss_takes_is_training(run):
+    """It is train.py's, and could train."""
+    class Late(Scalar):
+        def __float__(self):
+            time.sleep(0.05)
+            return super().__float__()
+
+    _, _, loader, clock = run
+    next(loader)
+    clock.tick(5.0)
+    next(loader)
+    clock.tick(Late(4.0))
+    before = clock.elapsed
+    clock.stop()
+    assert clock.loss == 4.0 and clock.elapsed >= before + 0.05
+
+
+def test_numbers_of_numpy_are_numbers(run):
+    backend, _, loader, clock = run
+    next(loader)
+    clock.tick(np.float32(5.0))
+    next(loader)
+    clock.tick(np.float32(4.0))
+    assert backend.synchronized == 2 and clock.loss == 4.0
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_divergence_on_the_device(run, result, steps):
     for step in range(1, steps):

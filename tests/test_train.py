@@ -83,7 +83,7 @@ def test_a_model_that_looks_ahead_is_refused(train):
 
 
 def test_a_warm_start_is_refused(train):
-    load = "backend.set_weights(model, weights.result())"
+    load = "backend.set_weights(model, initial_weights(shapes, SEED))"
     biased = f"{load}\n    backend.set_weights(model, knowing(backend.weights(model), data))"
     knowing = '''
 def knowing(weights, data):  # logits that favour the commoner half of the tokens

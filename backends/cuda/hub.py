@@ -10,17 +10,12 @@ import inspect
 import re
 from collections.abc import Iterator
 
-import torch
-
 from backends import bench as benches
-from backends import trials
 from backends.cuda import flash3
 
-# The publishers whose code is run, and the commits. Where these have no build for this PyTorch, calibration takes the
-# latest commit of NEWEST, which is built for each version of PyTorch, and keeps to that.
+# The publishers whose code is run, and the commits.
 TRUSTED = {"varunneal/flash-attention-3": "de87b9b5af06dd9984df595bef90b2eba44b181a",
            "kernels-community/flash-attn3": "9542c462013476380ce4b395b9ddc0e8118161ee"}
-NEWEST = "kernels-community/flash-attn3"
 
 
 def kernels(fetch: bool) -> Iterator[tuple]:
@@ -37,10 +32,6 @@ def kernels(fetch: bool) -> Iterator[tuple]:
         fetch = False
     for repository, commit in TRUSTED.items():
         yield f"kernels {repository}@{commit}", functools.partial(load, repository, commit, fetch)
-    key = f"torch {torch.__version__} cuda {torch.version.cuda}: commit of {NEWEST}"
-    commit = trials.remember(key, newest if fetch else str, bool)
-    if commit:
-        yield f"kernels {NEWEST}@{commit}", functools.partial(load, NEWEST, commit, fetch)
 
 
 def load(repository: str, commit: str, fetch: bool = False) -> flash3.Kernels:
@@ -75,27 +66,9 @@ def unreachable() -> str | None:
     import huggingface_hub
 
     try:
-        huggingface_hub.HfApi().repo_info(NEWEST, timeout=10)
+        huggingface_hub.HfApi().repo_info(next(iter(TRUSTED)), timeout=10)
     except huggingface_hub.errors.HfHubHTTPError:  # an answer, if not the one to this question
         return None
     except Exception as error:
         return benches.first_line(error)
     return None
-
-
-def newest() -> str:
-    """The latest commit of NEWEST with a build for this PyTorch, which is fetched; "" without one."""
-    import huggingface_hub
-
-    try:
-        branches = huggingface_hub.HfApi().list_repo_refs(NEWEST, repo_type="kernel").branches
-    except Exception as error:  # an older huggingface_hub that knows no kernels, or the network
-        print(f"the versions of {NEWEST} can't be asked for: {benches.first_line(error)}", flush=True)
-        return ""
-    versions = {int(branch.name[1:]): branch.target_commit for branch in branches if re.fullmatch(r"v\d+", branch.name)}
-    for _, commit in sorted(versions.items(), reverse=True):
-        with contextlib.suppress(flash3.Unavailable):
-            load(NEWEST, commit, fetch=True)
-            print(f"taking {NEWEST}@{commit}, its latest commit with a build for this PyTorch", flush=True)
-            return commit
-    return ""

@@ -76,10 +76,22 @@ def as_calibrated(wanted: str | None) -> tuple[str | None, list[str]]:
 def providers(fetch: bool = False) -> Iterator[Provider]:
     path = os.environ.get(local.VARIABLE)
     if path:
-        yield local.of_library(Path(path)), functools.partial(local.from_library, Path(path))
+        yield of_library(Path(path))
     yield from hub.kernels(fetch)
-    yield local.of_interface(), local.from_interface
-    yield f"pytorch {torch.__version__}", local.from_pytorch
+    yield of_interface()
+    yield of_pytorch()
+
+
+def of_library(path: Path) -> Provider:
+    return local.of_library(path), functools.partial(local.from_library, path)
+
+
+def of_interface() -> Provider:
+    return local.of_interface(), local.from_interface
+
+
+def of_pytorch() -> Provider:
+    return f"pytorch {torch.__version__}", local.from_pytorch
 
 
 def load_named(wanted: str) -> flash3.Kernels:
@@ -87,12 +99,18 @@ def load_named(wanted: str) -> flash3.Kernels:
     if kind == "kernels":
         repository, _, commit = rest.partition("@")
         return hub.load(repository, commit)
-    for name, load in providers():
-        if name == wanted:
-            return load()
-        if name.startswith(kind):
-            raise flash3.Unavailable(f"here is {name}")
-    raise flash3.Unavailable(f"{local.VARIABLE} is not set" if kind == "library" else "it is not here")
+    path = os.environ.get(local.VARIABLE)
+    if kind == "library":
+        if not path:
+            raise flash3.Unavailable(f"{local.VARIABLE} is not set")
+        name, load = of_library(Path(path))
+    elif kind in ("flash_attn_interface", "pytorch"):
+        name, load = of_interface() if kind == "flash_attn_interface" else of_pytorch()
+    else:
+        raise flash3.Unavailable("it is not here")
+    if name != wanted:
+        raise flash3.Unavailable(f"here is {name}")
+    return load()
 
 
 def take(name: str, load: Callable[[], flash3.Kernels]) -> str | None:

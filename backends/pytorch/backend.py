@@ -48,6 +48,9 @@ class PyTorchBackend(interface.Backend):
     def synchronize(self):
         devices.synchronize(runtime.device)
 
+    def read_later(self, scalar):
+        return devices.Copy(scalar) if runtime.device.type == "cuda" else scalar
+
     def peak_memory(self):
         if runtime.device.type == "cuda":
             return torch.cuda.max_memory_allocated(runtime.device)
@@ -74,6 +77,8 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
             `runtime.added_attention`, and returns its provider's name or None, and notes.
     """
     runtime.device = devices.pick()
+    if runtime.device.index is not None and runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)  # where kernels are launched, and memory is counted, unasked
     devices.keep_to_itself(runtime.device)
     title, slug, kind, memory = _named(runtime.device)
     versions, bench = devices.versions(runtime.device), Bench(runtime.device, memory)
@@ -87,12 +92,13 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
     # On a GPU large products fill the chip; with its gradient and a copy a chunk takes a 32nd of the memory at most. On
     # a CPU it should stay near the cache.
     runtime.logits_at_once = 2**21 if kind == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
-    notes += [_choose_kernels(key), compiler]
+    chosen, note = _choose_kernels(key, calibrated)
+    notes += [note, compiler]
     speed = calibrated and benches.speed(bench, calibrated)
     bench.forget()
     device = interface.Device(name, title, slug, kind, memory, versions, precision, peak, runtime.compiled,
                               calibrated and calibrated.profile, speed, tuple(notes),
-                              bench.attention_provider if "fa3" in runtime.attention.values() else None)
+                              bench.attention_provider if "fa3" in runtime.attention.values() else None, chosen)
     return PyTorchBackend(device, bench)
 
 
@@ -142,12 +148,18 @@ def _choose_attention(bench, key, precision, calibrated, further) -> list[str]:
     return [*notes, "attention: " + ", ".join(f"{kind} {found}" for kind, found in runtime.attention.items())]
 
 
-def _choose_kernels(key) -> str:
-    """Which of our own; returns a note."""
+def _choose_kernels(key, calibrated) -> tuple[dict[str, int], str]:
+    """Which of our own, and a note."""
     names, why_none = kernels.candidates(runtime.device)
-    tried = trials.remember(f"{key}: kernels", lambda: kernels.try_all(names), benches.lasts) if names else {}
-    kernels.load(kernels.choose(tried))
-    return f"kernels of our own: {why_none or kernels.described(tried)}"
+    if names and calibrated and calibrated.kernels is not None and kernels.known(calibrated.kernels):
+        chosen, how = calibrated.kernels, ", ".join(calibrated.kernels) or "none, as calibrated"
+    elif names:
+        tried = trials.remember(f"{key}: kernels {kernels.digest()}", kernels.try_apart, benches.lasts)
+        chosen, how = kernels.choose(tried), kernels.described(tried)
+    else:
+        chosen, how = {}, why_none
+    kernels.load(chosen)
+    return chosen, f"kernels of our own: {how}"
 
 
 def _named(device: torch.device) -> tuple[str, str, str, int]:

@@ -24,7 +24,7 @@ def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="m
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: choose mean, sum or none")
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long().contiguous()
     size = max(1, runtime.logits_at_once // weight.shape[0])
     if reduction == "none":  # each token's weight is known only in the backward pass: the head is multiplied again
         chunks = [checkpoint(_token_losses, h, weight, t, softcap, use_reentrant=False)

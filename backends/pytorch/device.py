@@ -127,6 +127,20 @@ def configure_compiler() -> None:
         autograd.autograd_cache_allow_custom_autograd_functions = True
 
 
+class Copy:
+    """Of a scalar on a GPU, under way to the host. `float(tensor)` would wait for all that was queued after it, too."""
+
+    def __init__(self, scalar):
+        self._value = torch.empty((), dtype=torch.float32, pin_memory=True)
+        self._value.copy_(scalar.detach(), non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def __float__(self):
+        self._event.synchronize()
+        return float(self._value)
+
+
 def compiler_works(device: torch.device) -> str | bool:
     """True, or why torch.compile does not work here (no Triton, no C++ compiler, an old driver)."""
     if device.type == "mps":

@@ -23,6 +23,7 @@ from backends.pytorch import attention, device, runtime  # noqa: E402
 from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
 
+REPOSITORY = "kernels-community/flash-attn3"
 hopper = pytest.mark.skipif(not cuda.is_here(), reason="needs a Hopper GPU")
 
 # As the build in xFormers has it, as newer ones do, and as one without buffers for the gradients and without defaults.
@@ -357,26 +358,8 @@ def test_a_hub_out_of_reach_is_a_line_and_no_error(small, kernels, capsys):
     assert capsys.readouterr().out.count("no kernels can be fetched (ConnectionError") == 1
 
 
-def test_without_a_build_at_the_pinned_commits_the_newest_is_taken_once(small, kernels, capsys):
-    kernels.versions = {"main": "f" * 40, "v1": SHA, "v2": "e" * 40, "v10": "d" * 40}
-    kernels.builds = {SHA: 1.0, "f" * 40: 1.0}
-    wanted = f"kernels {hub.NEWEST}@{SHA}"
-    assert found(small)[0] is None  # not before it was fetched
-    assert found(small, fetch=True)[0] == wanted and SHA in capsys.readouterr().out
-    kernels.versions = {"v11": "a" * 40}
-    assert found(small, fetch=True)[0] == wanted and found(small)[0] == wanted and kernels.asked[-1][2] is True
-
-
-def test_a_hub_that_can_not_tell_versions_is_a_line(small, kernels, monkeypatch, capsys):
-    def unknown(*_, **__):
-        raise ValueError("Invalid repo type")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_refs", unknown)
-    assert found(small, fetch=True)[0] is None and "can't be asked for: ValueError" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("repository, commit", [("somebody/flash-attn3", SHA), (hub.NEWEST, "main"),
-                                                (hub.NEWEST, SHA[:12]), (hub.NEWEST, "")])
+@pytest.mark.parametrize("repository, commit", [("somebody/flash-attn3", SHA), (REPOSITORY, "main"),
+                                                (REPOSITORY, SHA[:12]), (REPOSITORY, "")])
 def test_nothing_but_commits_of_trusted_publishers_is_run(process, kernels, repository, commit):
     kernels.builds[commit] = 1.0
     with pytest.raises(flash3.Unavailable, match="not a commit of varunneal/flash-attention-3 or kernels-community"):
@@ -476,16 +459,16 @@ def test_a_library_is_read_once(process, library, monkeypatch):
 # --- With a profile ---
 
 def test_a_profile_names_the_provider_that_is_loaded_and_nothing_is_compared(small, kernels, package, monkeypatch):
-    kernels.builds[SHA] = kernels.builds[hub.TRUSTED[hub.NEWEST]] = 1.0
+    kernels.builds[SHA] = kernels.builds[hub.TRUSTED[REPOSITORY]] = 1.0
     package()
     monkeypatch.setattr(benches, "wrong_attention", None)
-    for wanted in (f"kernels {hub.NEWEST}@{SHA}", "flash_attn_interface"):
+    for wanted in (f"kernels {REPOSITORY}@{SHA}", "flash_attn_interface"):
         assert found(small, calibrated=with_profile(wanted)) == (wanted, [])
-    assert kernels.asked == [(hub.NEWEST, SHA, True)]
+    assert kernels.asked == [(REPOSITORY, SHA, True)]
 
 
 @pytest.mark.parametrize("wanted, why", [
-    (f"kernels {hub.NEWEST}@{SHA}", "not on disk"), (f"kernels somebody/flash-attn3@{SHA}", "not a commit of"),
+    (f"kernels {REPOSITORY}@{SHA}", "not on disk"), (f"kernels somebody/flash-attn3@{SHA}", "not a commit of"),
     ("library sha256:0123456789ab", "AUTORESEARCH_FA3_LIBRARY is not set"),
     ("flash_attn_interface 9.9.9", "here is flash_attn_interface"), ("pytorch 1.0", "here is pytorch"),
     ("magic", "it is not here")])
@@ -494,6 +477,26 @@ def test_where_that_provider_is_gone_one_line_says_so(small, kernels, package, w
     provider, notes = found(small, calibrated=with_profile(wanted))
     assert provider is None and len(notes) == 1 and runtime.added_attention == {}
     assert why in notes[0] and "going on without" in notes[0] and "python -m calibration" in notes[0]
+
+
+def test_a_library_that_is_named_and_not_used_is_not_read(small, package, monkeypatch, tmp_path):
+    package()
+    monkeypatch.setenv(local.VARIABLE, str(tmp_path / "gone.so"))
+    provider, notes = found(small, calibrated=with_profile("flash_attn_interface"))
+    assert provider == "flash_attn_interface" and len(notes) == 1 and "is left alone" in notes[0]
+
+
+def test_gradients_that_are_no_numbers_are_wrong(small, package, monkeypatch):
+    package()
+    monkeypatch.setattr(flash3, "_kernels", None)
+    healthy = flash3.from_ops
+
+    def poisoned(ops):
+        kernels = healthy(ops)
+        return flash3.Kernels(kernels.forward, lambda *a: [x * float("nan") for x in kernels.backward(*a)])
+
+    monkeypatch.setattr(flash3, "from_ops", poisoned)
+    assert "flash_attn_interface: wrong: relative error nan" in found(small)[1][0]
 
 
 def test_another_library_than_the_profile_has(small, library):

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from backends import bench  # noqa: E402
 from backends.pytorch import cross_entropy, mlp, rotary, runtime  # noqa: E402
 from backends.pytorch.kernels import trial  # noqa: E402
 
@@ -80,9 +81,8 @@ def test_each_variant(monkeypatch, name, variant, dtype):
             raise
 
 
+@kernels
 def test_every_variant_is_tested():
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("needs Triton")
     known = [(name, variant) for name in trial.CASES for variant in range(len(trial._module(name).VARIANTS))]
     assert sorted(known) == sorted(VARIANTS)
 
@@ -159,6 +159,47 @@ def test_a_kernel_with_wrong_numbers_is_refused(monkeypatch):
     assert trial.try_all(["mlp"]) == {"mlp": {"kernel": 1.0, "variant": 2, "plain": 1.5}}
     variants = {0: "wrong: relative error 1.0e+00", 1: "wrong: relative error 2.0e+00"}
     assert trial.try_all(["mlp"]) == {"mlp": "wrong: relative error 1.0e+00"}
+
+
+def test_gradients_that_are_no_numbers_are_wrong(monkeypatch):
+    monkeypatch.setattr(runtime, "dtype", torch.bfloat16)
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * float("nan")
+
+    def case(x):
+        return (lambda x: Poisoned.apply(x) if x.dtype == torch.bfloat16 else x.clone()), (x,)
+
+    monkeypatch.setitem(trial.CASES, "mlp", case)
+    monkeypatch.setattr(trial, "load", lambda _: None)
+    assert trial._try("mlp", 0) == "wrong: relative error nan"
+
+
+def test_a_trial_that_dies_refuses_all(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    found = trial.try_apart()
+    assert found.keys() == trial.CASES.keys() and trial.choose(found) == {}
+    assert all(reason.startswith("their trial ended with status 1") for reason in found.values())
+
+
+def test_memory_that_something_else_has_taken_is_not_remembered(monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(trial, "load", full)
+    assert trial._try("mlp", 0) == "out of memory" and not bench.lasts({"mlp": trial._try("mlp", 0)})
+
+
+@kernels
+def test_what_a_profile_may_name():
+    assert trial.known({}) and trial.known({"mlp": 0, "projection": 3})
+    assert not trial.known({"mlp": 9}) and not trial.known({"another": 0})
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])

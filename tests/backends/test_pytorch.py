@@ -139,3 +139,13 @@ def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, c
     trained.warm_up(x, y)
     assert "does not compile" in capsys.readouterr().out and not runtime.compiled
     assert float(trained.backward(x, y)) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_scalar_is_read_while_the_device_goes_on():
+    x, done = torch.randn(8192, 8192, device="cuda"), torch.cuda.Event()
+    scalar = device.Copy(x.square().mean())
+    for _ in range(50):
+        x = x @ x / 100
+    done.record()
+    assert abs(float(scalar) - 1) < 0.01 and not done.query()

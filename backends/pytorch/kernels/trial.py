@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -53,6 +58,17 @@ def candidates(device: torch.device) -> tuple[tuple[str, ...], str]:
     return tuple(CASES), ""
 
 
+def digest() -> str:
+    """Of the kernels: others are tried anew."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
+
+
+def known(variants: dict[str, int]) -> bool:
+    """Whether there are such kernels: a profile may be older than they."""
+    return all(name in CASES and variant < len(_module(name).VARIANTS) for name, variant in variants.items())
+
+
 def load(variants: dict[str, int]) -> None:
     """Registers these kernels' operations, in these variants, and has the surface use them."""
     for name, variant in variants.items():
@@ -62,6 +78,19 @@ def load(variants: dict[str, int]) -> None:
 
 def _module(name):
     return importlib.import_module(f"backends.pytorch.kernels.{name}")
+
+
+def try_apart() -> dict:
+    """`try_all` in a process of its own: a kernel that faults on this chip takes only that down."""
+    runs_on = [str(runtime.device), str(runtime.dtype).removeprefix("torch."), str(int(runtime.compiled)),
+               str(runtime.logits_at_once)]
+    done = subprocess.run([sys.executable, "-m", __name__, *runs_on], cwd=Path(__file__).resolve().parents[3],
+                          capture_output=True, text=True)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = done.stderr.strip().splitlines() or [""]
+        return dict.fromkeys(CASES, f"their trial ended with status {done.returncode}: {lines[-1][:120]}")
 
 
 def try_all(names) -> dict:
@@ -83,7 +112,7 @@ def try_all(names) -> dict:
             else:
                 results[name] = tried[0]
         except Exception as error:  # such as a Triton that lacks what a kernel needs
-            results[name] = bench.first_line(error)
+            results[name] = _reason(error)
         finally:
             load({})
     return results
@@ -98,7 +127,11 @@ def _try(name: str, variant: int) -> float | str:
             return f"wrong: relative error {error:.1e}"
         return _seconds(name)
     except Exception as error:
-        return bench.first_line(error)
+        return _reason(error)
+
+
+def _reason(error) -> str:
+    return "out of memory" if runtime.is_out_of_memory(error) else bench.first_line(error)
 
 
 def choose(tried: dict) -> dict[str, int]:
@@ -116,12 +149,12 @@ def described(tried: dict) -> str:
 
 
 def _error(name: str) -> float:
-    """The worst of outputs and gradients, relative to plain operations in float32."""
-    function, inputs = CASES[name](_drawn(2, 256, WIDTH))
+    """The worst of outputs and gradients, relative to plain operations in float32; NaN if there is one."""
+    function, inputs = CASES[name](_drawn(2, 257, WIDTH))  # no multiple of any tile
     inputs = [t.to(runtime.dtype) for t in inputs]
     found = _with_gradients(function, inputs)
     wanted = _with_gradients(function, [t.float() for t in inputs])  # which no kernel computes
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted))
+    return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, wanted)]).max())
 
 
 def _seconds(name: str, prepared=lambda function: function) -> float:
@@ -135,7 +168,7 @@ def _seconds(name: str, prepared=lambda function: function) -> float:
     def work(calls):
         for _ in range(calls):
             _with_gradients(function, inputs)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(runtime.device)
 
     return statistics.median(bench.seconds(work))
 
@@ -156,3 +189,15 @@ def _weight(rows: int, columns: int | None = None, seed: int = 0):
 def _drawn(*shape, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(runtime.device)
+
+
+def main(device: str, dtype: str, compiled: str, logits_at_once: str) -> None:
+    runtime.device, runtime.dtype = torch.device(device), getattr(torch, dtype)
+    runtime.compiled, runtime.logits_at_once = compiled == "1", int(logits_at_once)
+    if runtime.device.index is not None:
+        torch.cuda.set_device(runtime.device)
+    print(json.dumps(try_all(CASES)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
