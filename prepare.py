@@ -439,7 +439,7 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
         self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
-        self.loss, self._unread = None, None
+        self.loss = self._unread = self._took = None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
@@ -462,7 +462,7 @@ class Clock:
         self.in_step = True
 
     def tick(self, loss) -> float:
-        """Ends a step, and returns the seconds since the last tick (or the start).
+        """Ends a step, and returns the seconds that a step takes: those since the last tick (or the start).
 
         Args:
             loss: of this step, as `Trainer.backward` returns it: a scalar on the device. It is waited for at the next
@@ -477,22 +477,23 @@ class Clock:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
         ending = self.elapsed + 2 * self.longest >= self.seconds
         at_once = isinstance(loss, numbers.Number) or self.loss is None or ending
-        later = loss if at_once else self.backend.read_later(loss)
+        waits = at_once or self._unread is not None
         if at_once:
             self.backend.synchronize()
         else:
-            self._read()
+            loss = self.backend.read_later(loss)
+        self._read()  # of the step before
         sys.audit("autoresearch.tick", self)
         now = time.perf_counter()
         seconds, self.ticked = now - self.ticked, now
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
         self.ticks.append((now - self.started, self.loader.tokens))
-        self._read()  # of the step before, where that was not waited for yet
-        self._unread = self.steps, later
+        self._unread = self.steps, loss
         if at_once:
             self._read()
-        return seconds
+        self._took = seconds if waits else self._took  # a tick that waited for nothing tells nothing
+        return self._took
 
     def _read(self) -> None:
         """Waits for the loss that has not been read yet, if there is one, and checks it."""

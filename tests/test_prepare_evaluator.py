@@ -304,9 +304,11 @@ class Scalar:
 def test_the_device_is_one_step_ahead(run):
     backend, _, loader, clock = run
     losses = [Scalar(value) for value in (5.0, 4.0, 3.0)]
+    seconds = []
     for loss in losses:
         next(loader)
-        clock.tick(loss)
+        seconds.append(clock.tick(loss))
+    assert seconds[1] == seconds[0] != seconds[2]  # the second tick waits for nothing
     assert [loss.read for loss in losses] == [1, 1, 0] and clock.loss == 4.0 and backend.synchronized == 1
     clock.stop()
     assert [loss.read for loss in losses] == [1, 1, 1] and clock.loss == 3.0 and backend.synchronized == 2
