@@ -92,6 +92,7 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
     # On a GPU large products fill the chip; with its gradient and a copy a chunk takes a 32nd of the memory at most. On
     # a CPU it should stay near the cache.
     runtime.logits_at_once = 2**21 if kind == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
+    bench.forget()  # another process may need the memory
     chosen, note = _choose_kernels(key, calibrated)
     notes += [note, compiler]
     speed = calibrated and benches.speed(bench, calibrated)
