@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from backends.pytorch.kernels import processors
+
 # (block m, n, k, warps, stages). The first is the fastest of 30 on an H200; the others are for chips with less shared
 # memory. To fetch the activation before the product takes more registers than there are, and 20 times as long.
 VARIANTS = ((128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 32, 4, 3))
@@ -53,9 +55,8 @@ def _launch(a, b, transposed, activation=None):
     rows, inner = a.shape
     columns = b.shape[0] if transposed else b.shape[1]
     out = a.new_empty((rows, columns))
-    # The interpreter that tests run in has a processor at a time, and takes small tiles.
-    m, n, k, warps, stages = VARIANTS[variant] if a.is_cuda else (16, 32, 16, 4, 1)
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
+    m, n, k, warps, stages = VARIANTS[variant] if a.is_cuda else (16, 32, 16, 4, 1)  # smaller in the interpreter
+    programs = processors(a)
     half = [m, n // 2]
     _product[(programs,)](
         TensorDescriptor.from_tensor(a, [m, k]), TensorDescriptor.from_tensor(b, [n, k] if transposed else [k, n]),

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from backends.pytorch.kernels import processors
+
 # Tokens that one program takes, its warps, heads it goes through; and whether the forward pass rotates and normalises
 # before the product leaves the chip, instead of reading it again.
 VARIANTS = ((16, 4, 1, False), (16, 4, 4, False), (8, 2, 4, False), (16, 4, 4, True))
@@ -107,7 +109,7 @@ def _launch_product(x, weight, inverse, cosines, sines, heads, epsilon):
     (count, inner), width, (length, _, half) = x.shape, weight.shape[0], cosines.shape
     out = x.new_empty((count, width))
     block_m, block_k = (BLOCK_M, BLOCK_K) if x.is_cuda else (16, 16)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    programs = processors(x)
     _product[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(weight, [4 * half, block_k]), TensorDescriptor.from_tensor(out, [block_m, half]),

@@ -112,7 +112,7 @@ def try_all(names) -> dict:
             else:
                 results[name] = tried[0]
         except Exception as error:  # such as a Triton that lacks what a kernel needs
-            results[name] = _reason(error)
+            results[name] = bench.reason(runtime, error)
         finally:
             load({})
     return results
@@ -127,11 +127,7 @@ def _try(name: str, variant: int) -> float | str:
             return f"wrong: relative error {error:.1e}"
         return _seconds(name)
     except Exception as error:
-        return _reason(error)
-
-
-def _reason(error) -> str:
-    return "out of memory" if runtime.is_out_of_memory(error) else bench.first_line(error)
+        return bench.reason(runtime, error)
 
 
 def choose(tried: dict) -> dict[str, int]:
