@@ -13,7 +13,7 @@ DEMO := TORCH_COMPILE_DISABLE=1 AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 
 # MLX runs on Linux too, where the tests cover it; on a Mac it is there anyway.
 comma := ,
 # PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
-TRITON := triton==3.9.0
+TRITON := triton==3.8.0
 TEST_EXTRAS := $(if $(filter Linux,$(shell uname -s)),test$(comma)mlx-cpu,test)
 
 .PHONY: demo test test-slow clean
