@@ -50,7 +50,6 @@ SPLIT_PATTERN = (
 SPECIALS = [f"<|reserved_{i}|>" for i in range(4)]  # the first is BOS; their ids follow the other tokens'
 BUFFER_DOCUMENTS = 1000  # what the packer chooses from
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
-LONGEST_PAUSE = 0.02  # seconds before it packs the next one
 PROBE_ROWS, CUTS = 4, 3  # rows the model is examined with before it is scored; times each is cut
 EVALUATOR_VERSION = 1  # raise it whenever the same weights would score differently
 FORMAT = 1  # of the files on disk
@@ -376,7 +375,7 @@ class Loader(Iterator, AbstractContextManager):
         self.batches = self.rows = self.tokens = 0
         self.epoch, self.waited, self.clock = 1, 0.0, None  # the Clock sets itself
         self._rows = pack(self._endless())
-        self._packing_epoch, self._closed, self._asked = 0, False, -math.inf
+        self._packing_epoch, self._closed = 0, False
         self._thread = ThreadPoolExecutor(1, "loader")
         self._ahead = deque(self._thread.submit(self._pack_batch) for _ in range(BATCHES_AHEAD))
 
@@ -385,8 +384,7 @@ class Loader(Iterator, AbstractContextManager):
             self._packing_epoch += 1
             yield from self.data.batches()
 
-    def _pack_batch(self, pause: float = 0.0) -> tuple[np.ndarray, np.ndarray, int]:
-        time.sleep(pause)
+    def _pack_batch(self) -> tuple[np.ndarray, np.ndarray, int]:
         x, y = inputs_and_targets(np.stack([next(self._rows) for _ in range(self.batch_size)]))
         return x, y, self._packing_epoch
 
@@ -394,16 +392,13 @@ class Loader(Iterator, AbstractContextManager):
         if self._closed:
             raise RuntimeError("the loader is closed")
         admit(self.clock)
-        asked, ready = time.perf_counter(), self._ahead[0].done()
+        asked = time.perf_counter()
         try:
             x, y, self.epoch = self._ahead.popleft().result()
         except Exception as error:
             self.close()
             raise RuntimeError(f"the loader's thread failed: {error!r}") from error
-        # Not at once: both need the interpreter, and whoever asked has a device to set to work first.
-        pause = min(LONGEST_PAUSE, (asked - self._asked) / 4) if ready else 0.0
-        self._asked = asked
-        self._ahead.append(self._thread.submit(self._pack_batch, pause))
+        self._ahead.append(self._thread.submit(self._pack_batch))
         self.waited += time.perf_counter() - asked
         self.batches += 1
         self.rows += self.batch_size

@@ -201,8 +201,12 @@ def try_attention(bench: Bench, precision: str, repeats: int = 5, forward: bool 
 
 def wrong_attention(bench: Bench, name: str, window: int | None, precision: str) -> str | None:
     """How an implementation differs from the reference by more than rounding, or None."""
-    error = bench.attention_error(name, window)
-    return None if error < ATTENTION_TOLERANCE[precision] else f"wrong: relative error {error:.1e}"  # NaN is wrong
+    return beyond(bench.attention_error(name, window), ATTENTION_TOLERANCE[precision])
+
+
+def beyond(error: float, tolerance: float) -> str | None:
+    """What is said of an error that rounding does not explain, or None; NaN is such a one."""
+    return None if error < tolerance else f"wrong: relative error {error:.1e}"
 
 
 def choose_attention(tried: dict, memory: int, compiled: bool = True) -> dict[str, str]:

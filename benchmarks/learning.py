@@ -21,10 +21,8 @@ has to lie within the limit on both sides of zero.
 
 import argparse
 import json
-import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,11 +30,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from peers import (  # beside this file
-    add_options, by_steps, check_options, execute, our_name, replaced, run_torch_source, torch_source, with_constants)
-from seed_noise import T_90, TRAIN, StepClock
+    add_options, by_steps, check_options, execute, our_name, replaced, run_apart, run_torch_source, torch_source,
+    with_constants)
+from seed_noise import TRAIN, StepClock
 
 import backends
 import prepare
+from lab import gate
 
 SAME = ("depth", "total_batch", "windows", "steps", "last", "float32")  # options that both sides have to share
 
@@ -104,11 +104,7 @@ def our_text(options):
 
 def run_child(side: str, seed: int) -> dict:
     started = time.time()
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child", side, "--seed", str(seed)],
-                          capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side}, seed {seed}, failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = json.loads(done.stdout.rsplit("RESULT", 1)[1])
+    result = run_apart(__file__, f"{side}, seed {seed},", "--child", side, "--seed", str(seed))
     print(f"{side:6} seed {seed}: last loss {result['losses'][-1]:.4f}, {time.time() - started:.0f} s; "
           f"Flash Attention 3: {result['attention_provider']}", flush=True)
     return result
@@ -145,12 +141,11 @@ def compare(ours: dict, theirs: dict, limit: float) -> bool:
     print("mean difference over all seeds by steps: " + ", ".join(
         f"{first + 1} to {first + last} {by_steps_from(pairs, first, last):+.4f}"
         for first in range(0, ours["options"]["steps"], last)))
-    n, mean = len(differences), statistics.fmean(differences)
-    if n - 1 not in T_90:
-        raise SystemExit(f"an interval needs 2 to {max(T_90) + 1} seeds")
-    half = T_90[n - 1] * statistics.stdev(differences) / math.sqrt(n)
-    within = abs(mean) + half <= limit
-    print(f"mean difference {mean:+.5f}, 90 % interval {mean - half:+.5f} to {mean + half:+.5f}: "
+    if len(differences) < 2:
+        raise SystemExit("an interval needs two seeds at least")
+    mean, low, high = gate.interval(differences)
+    within = -limit <= low and high <= limit
+    print(f"mean difference {mean:+.5f}, 90 % interval {low:+.5f} to {high:+.5f}: "
           f"{'within' if within else 'NOT within'} ±{limit:g}")
     return within
 

@@ -6,8 +6,10 @@ but for what is said at each function. Rates leave out the first steps, in which
 """
 
 import functools
+import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import types
@@ -70,6 +72,16 @@ def execute(name: str, source: str, **variables):
     vars(module).update(variables)
     exec(compile(source, f"{name}.py", "exec"), vars(module))
     return module
+
+
+def run_apart(script: str, what: str, *arguments: str, env: dict | None = None) -> dict:
+    """What a script, run once more with its own arguments and these, prints after RESULT. Where that fails, so does the
+    caller, with what it said."""
+    done = subprocess.run([sys.executable, script, *sys.argv[1:], *arguments], capture_output=True, text=True,
+                          check=False, env=env)
+    if done.returncode:
+        sys.exit(f"{what} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.rsplit("RESULT", 1)[1])
 
 
 def stub(data, seconds: float, array, evaluate):

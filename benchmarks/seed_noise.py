@@ -15,21 +15,16 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from peers import execute, with_constants  # beside this file
+from peers import execute, run_apart, with_constants  # beside this file
 
 import prepare
+from lab import gate
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-
-# Student's t for a two-sided 90 % interval, by degrees of freedom.
-T_90 = {1: 6.314, 2: 2.92, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.86, 9: 1.833, 10: 1.812, 11: 1.796,
-        12: 1.782, 13: 1.771, 14: 1.761}
 
 
 class StepClock(prepare.Clock):
@@ -59,13 +54,9 @@ def run(options) -> dict:
 
 def child(backend: str, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--child"], capture_output=True, text=True, check=False,
-            env={**os.environ, "AUTORESEARCH_BACKEND": backend, "AUTORESEARCH_SEED": str(seed),
-                 "AUTORESEARCH_RESULT": f"{folder}/result.json"})
-    if done.returncode:
-        sys.exit(f"{backend}, seed {seed}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = json.loads(done.stdout.rsplit("RESULT", 1)[1])
+        result = run_apart(__file__, f"{backend}, seed {seed},", "--child", env={
+            **os.environ, "AUTORESEARCH_BACKEND": backend, "AUTORESEARCH_SEED": str(seed),
+            "AUTORESEARCH_RESULT": f"{folder}/result.json"})
     print(f"{backend} {result['precision']} seed {seed}: val_bpb {result['val_bpb']:.6f}", flush=True)
     return result["val_bpb"]
 
@@ -86,7 +77,7 @@ def main():
         print("\nRESULT", json.dumps(run(options)))
         return
     n = len(options.seeds)
-    if 2 * n - 2 not in T_90:
+    if not 2 <= n <= 8:
         parser.error("give 2 to 8 seeds")
     with ThreadPoolExecutor(options.together) as pool:
         asked = {name: [pool.submit(child, name, seed) for seed in options.seeds] for name in options.backends}
@@ -96,7 +87,7 @@ def main():
     one, other = found.values()
     difference = statistics.mean(one) - statistics.mean(other)
     noise = math.sqrt((statistics.variance(one) + statistics.variance(other)) / n)
-    bound = T_90[2 * n - 2] * noise
+    bound = gate.t_quantile(0.05, 2 * n - 2) * noise
     print(f"{' - '.join(found)}: {difference:+.6f}; 90 % interval of no difference: ±{bound:.6f}; "
           f"{'within' if abs(difference) <= bound else 'BEYOND'} the seed noise")
 

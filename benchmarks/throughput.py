@@ -29,12 +29,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from peers import add_options, check_options, execute, run_parameter_golf, sized, trainer  # beside this file
+from peers import add_options, check_options, execute, run_apart, run_parameter_golf, sized, trainer  # beside this
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK = 989.5e12  # FLOP/s of an H100's bfloat16 products as its vendor has it
@@ -113,11 +112,7 @@ def parse_options():
 def run_child(child: str) -> dict:
     """The result of one side, run in a process of its own."""
     started = time.time()
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child", child], capture_output=True,
-                          text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{child} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = json.loads(done.stdout.rsplit("RESULT", 1)[1])
+    result = run_apart(__file__, child, "--child", child)
     result["beside_training"] = time.time() - started - result["seconds"]
     result["ms_per_step"] = 1000 * result["tokens_per_step"] / result["tokens_per_second"]
     if "flops_per_token" in result:

@@ -151,14 +151,13 @@ def _choose_attention(bench, key, precision, calibrated, further) -> list[str]:
 
 def _choose_kernels(key, calibrated) -> tuple[dict[str, int], str]:
     """Which of our own, and a note."""
-    names, why_none = kernels.candidates(runtime.device)
-    if names and calibrated and calibrated.kernels is not None and kernels.known(calibrated.kernels):
+    if why_none := kernels.why_none(runtime.device):
+        chosen, how = {}, why_none
+    elif calibrated and calibrated.kernels is not None and kernels.known(calibrated.kernels):
         chosen, how = calibrated.kernels, ", ".join(calibrated.kernels) or "none, as calibrated"
-    elif names:
+    else:
         tried = trials.remember(f"{key}: kernels {kernels.digest()}", kernels.try_apart, benches.lasts)
         chosen, how = kernels.choose(tried), kernels.described(tried)
-    else:
-        chosen, how = {}, why_none
     kernels.load(chosen)
     return chosen, f"kernels of our own: {how}"
 

@@ -43,9 +43,7 @@ class Bench(bench.Bench):
     def attention_error(self, name, window):
         inputs = self._inputs(1)
         wanted = self._once(("reference", window), lambda: _with_gradients(attention.reference, inputs, window))
-        found = _with_gradients(self._ready(name, window), inputs, window)
-        errors = [(one.float() - right).norm() / right.norm() for one, right in zip(found, wanted)]
-        return float(torch.stack(errors).max())  # NaN if one is
+        return worst_error(_with_gradients(self._ready(name, window), inputs, window), wanted)
 
     def attention(self, name, window, rows, backward):
         function, inputs = self._ready(name, window), self._inputs(rows)
@@ -93,6 +91,11 @@ class Bench(bench.Bench):
 
     def _normal(self, *shape, seed=0):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def worst_error(found, wanted) -> float:
+    """The largest relative error of these tensors, in the Euclidean norm; NaN if there is one."""
+    return float(torch.stack([(one.float() - right).norm() / right.norm() for one, right in zip(found, wanted)]).max())
 
 
 def _with_gradients(function, inputs, window):

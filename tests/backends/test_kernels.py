@@ -212,10 +212,10 @@ def test_the_check_that_comes_before_the_timing(monkeypatch, error):
 
 
 def test_no_kernel_is_tried_where_none_can_serve(monkeypatch):
-    assert trial.candidates(torch.device("cpu")) == ((), "none (for NVIDIA GPUs)")
+    assert trial.why_none(torch.device("cpu")) == "none (for NVIDIA GPUs)"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(runtime, "dtype", torch.float32)
-    assert trial.candidates(torch.device("cuda")) == ((), "none (for half precision)")
+    assert trial.why_none(torch.device("cuda")) == "none (for half precision)"
     monkeypatch.setattr(runtime, "dtype", torch.bfloat16)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert trial.candidates(torch.device("cuda"))[1].startswith("none (")
+    assert trial.why_none(torch.device("cuda")).startswith("none (")

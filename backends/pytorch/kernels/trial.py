@@ -14,6 +14,7 @@ import torch
 
 from backends import bench
 from backends.pytorch import cross_entropy, mlp, rotary, runtime
+from backends.pytorch.bench import worst_error
 
 WIDTH, HEAD_DIM, VOCABULARY = 512, 128, 8192
 LENGTH, ROWS = 2048, 64  # of the timing: so many that it is not the host that is timed; fewer of the check
@@ -45,17 +46,17 @@ def _cross_entropy(x):
 CASES = {"mlp": _mlp, "projection": _projection, "cross_entropy": _cross_entropy}
 
 
-def candidates(device: torch.device) -> tuple[tuple[str, ...], str]:
-    """The kernels that might serve this device, or none and why."""
+def why_none(device: torch.device) -> str | None:
+    """Why no kernel can serve this device, or None."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return (), "none (for NVIDIA GPUs)"
+        return "none (for NVIDIA GPUs)"
     if runtime.dtype == torch.float32:
-        return (), "none (for half precision)"
+        return "none (for half precision)"
     try:
         import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError as error:
-        return (), f"none ({bench.first_line(error)})"
-    return tuple(CASES), ""
+        return f"none ({bench.first_line(error)})"
+    return None
 
 
 def digest() -> str:
@@ -122,10 +123,8 @@ def _try(name: str, variant: int) -> float | str:
     """Seconds of one variant, or why it can't be used: too little shared memory, say."""
     try:
         load({name: variant})
-        error = _error(name)
-        if not error < bench.ATTENTION_TOLERANCE[str(runtime.dtype).removeprefix("torch.")]:
-            return f"wrong: relative error {error:.1e}"
-        return _seconds(name)
+        tolerance = bench.ATTENTION_TOLERANCE[str(runtime.dtype).removeprefix("torch.")]
+        return bench.beyond(_error(name), tolerance) or _seconds(name)
     except Exception as error:
         return bench.reason(runtime, error)
 
@@ -145,12 +144,11 @@ def described(tried: dict) -> str:
 
 
 def _error(name: str) -> float:
-    """The worst of outputs and gradients, relative to plain operations in float32; NaN if there is one."""
+    """Of outputs and gradients, relative to plain operations in float32."""
     function, inputs = CASES[name](_drawn(2, 257, WIDTH))  # no multiple of any tile
     inputs = [t.to(runtime.dtype) for t in inputs]
-    found = _with_gradients(function, inputs)
     wanted = _with_gradients(function, [t.float() for t in inputs])  # which no kernel computes
-    return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, wanted)]).max())
+    return worst_error(_with_gradients(function, inputs), wanted)
 
 
 def _seconds(name: str, prepared=lambda function: function) -> float:
