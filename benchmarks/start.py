@@ -1,0 +1,90 @@
+"""Where the time beside training goes: a run of train.py, from the start of its process to its summary.
+
+    python benchmarks/start.py [--seconds 5] [--starts 2]
+
+Each start is a process of its own and trains for so many seconds; the second one finds what the first compiled. Told is
+for each stage how long it lasted; a device is waited for at the end of each.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from peers import execute, run_apart  # beside this file
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def staged(options) -> dict:
+    """Seconds by stage."""
+    last, stages = psutil.Process().create_time(), {}
+
+    def done(stage: str) -> None:
+        nonlocal last
+        now = time.time()
+        stages[stage] = stages.get(stage, 0.0) + now - last
+        last = now
+
+    def then(owner, name: str, stage: str, before: str | None = None) -> None:
+        """Has a function say when it was begun, if that ends a stage, and when it is done."""
+        function = getattr(owner, name)
+
+        def timed(*arguments, **keywords):
+            if before:
+                done(before)
+            result = function(*arguments, **keywords)
+            done(stage)
+            return result
+
+        setattr(owner, name, timed)
+
+    import backends
+    import prepare
+
+    done("python, numpy, this project")
+    load = backends.load
+
+    def loaded(**how):
+        backend = load(**how)
+        done("framework, device, attention, kernels")
+        then(backend.Trainer, "warm_up", "compilation and warm-up", before="model, weights, optimizer")
+        then(backend, "save", "weights to disk")
+        return backend
+
+    backends.load = loaded
+    then(prepare, "open_data", "data")
+    then(prepare.Clock, "stop", "training")
+    then(prepare, "probe", "probes of the model", before="rows")
+    then(prepare, "score", "evaluation")
+    os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"
+        execute("ours", TRAIN.read_text()).main()
+        done("summary")
+    return stages
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5, help="of training")
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print("\nRESULT", json.dumps(staged(options)))
+        return
+    starts = [run_apart(__file__, "train.py", "--child") for _ in range(options.starts)]
+    print(f"| seconds | {' | '.join(f'start {i + 1}' for i in range(len(starts)))} |\n|{'---|' * (1 + len(starts))}")
+    for stage in starts[0]:
+        print(f"| {stage} | " + " | ".join(f"{start.get(stage, 0):.1f}" for start in starts) + " |")
+    beside = [sum(start.values()) - start["training"] for start in starts]
+    print("| **beside training** | " + " | ".join(f"{seconds:.1f}" for seconds in beside) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
