@@ -117,13 +117,16 @@ def nvidia_handle(library, uuid: str | None = None, index: int = 0):
     try:
         if uuid:
             return library.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        if visible := visible_gpus():
-            entry = visible[index]
-            return (library.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit()
-                    else library.nvmlDeviceGetHandleByUUID(entry))
-        return library.nvmlDeviceGetHandleByIndex(index)
+        visible = visible_gpus()
+        return named_gpu(library, visible[index] if visible else str(index))
     except Exception:  # an old driver, a slice of a GPU, a Jetson
         return None
+
+
+def named_gpu(library, entry: str):
+    """NVML's handle of the GPU that an entry of CUDA_VISIBLE_DEVICES names. Raises what NVML raises."""
+    return (library.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit()
+            else library.nvmlDeviceGetHandleByUUID(entry))
 
 
 def nvidia_memory(uuid: str | None = None, index: int = 0) -> int | None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from backends.interface import Hardware
 # NVML's reasons for lower clocks that are not the owner's own setting or an idle GPU (nvml.h, clocks event reasons).
 THROTTLED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal limit (software)",
                 0x40: "thermal limit (hardware)", 0x80: "power brake"}
+POWER_CAP = 0x4  # what any GPU meets at full load, and met when it was calibrated
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 AMDGPU = Path("/sys/module/amdgpu/version")
 
@@ -45,9 +47,14 @@ def operating_system() -> str:
             name += f" ({platform.freedesktop_os_release()['PRETTY_NAME']})"
         except (OSError, KeyError):
             pass
-        if "microsoft" in platform.release().lower():
+        if in_wsl():
             name = name.replace("Linux", "WSL", 1)
     return name
+
+
+def in_wsl() -> bool:
+    """Whether this is a Linux inside Windows."""
+    return platform.system() == "Linux" and "microsoft" in platform.release().lower()
 
 
 def power_source() -> str | None:
@@ -70,6 +77,55 @@ def of_device(hardware: Hardware) -> dict:
             return _amd()
         return _nvidia()
     return _processor()
+
+
+def now(kind: str, gpu: str = "") -> dict:
+    """What changes from minute to minute, as far as it can be read in milliseconds: throttled (why, or False), by more
+    than a power cap; of an NVIDIA GPU also margin (degrees Celsius below the temperature at which it slows down) and
+    in_use (share of the last second or less in which it computed, whoever for).
+
+    Args:
+        kind: of the hardware. gpu: an entry of CUDA_VISIBLE_DEVICES.
+    """
+    if kind == "cuda":
+        return _nvidia_now(gpu)
+    found = _apple_speed() if kind in ("metal", "mps") else _processor()
+    return {name: value for name, value in found.items() if name == "throttled"}
+
+
+def _nvidia_now(gpu: str) -> dict:
+    found = {}
+    with machine.nvml() as library, suppress(Exception):
+        handle = machine.named_gpu(library, gpu)
+
+        def temperature():
+            return library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
+
+        questions = [
+            ("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & ~POWER_CAP)),
+            ("in_use", lambda: library.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
+            ("margin", lambda: library.nvmlDeviceGetMarginTemperature(handle)),
+            # Where it is told, this one rather: not the temperature that a GPU is kept at, but where hardware steps in.
+            ("margin", lambda: library.nvmlDeviceGetTemperatureThreshold(
+                handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN) - temperature()),
+        ]
+        for name, question in questions:
+            with suppress(Exception):  # NVML raises by card, driver and permission
+                found[name] = question()
+    return found
+
+
+def overheated() -> str | None:
+    """A sensor of the system's that is at what its maker calls critical, or None."""
+    try:
+        sensors = psutil.sensors_temperatures()
+    except Exception:  # there are none on Windows and macOS
+        return None
+    for name, entries in sensors.items():
+        for one in entries:
+            if one.critical and 50 <= one.critical <= 150 and one.current >= one.critical:  # others are made up
+                return f"{one.label or name} is at {one.current:.0f} °C, its critical temperature"
+    return None
 
 
 def _nvidia() -> dict:
@@ -112,11 +168,8 @@ def _amd() -> dict:
 
 
 def _apple() -> dict:
-    found = {"unknown": []}
-    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", machine.asked("pmset", "-g", "therm"))
-    if limit:
-        found["throttled"] = f"speed limited to {limit.group(1)} %" if int(limit.group(1)) < 100 else False
-    else:
+    found = {"unknown": []} | _apple_speed()
+    if "throttled" not in found:
         found["unknown"].append("throttled: pmset has no record")
     try:
         displays = json.loads(machine.asked("system_profiler", "SPDisplaysDataType", "-json"))["SPDisplaysDataType"]
@@ -124,6 +177,13 @@ def _apple() -> dict:
     except (ValueError, KeyError, IndexError, TypeError):
         found["unknown"].append("gpu_cores: system_profiler does not tell")
     return found
+
+
+def _apple_speed() -> dict:
+    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", machine.asked("pmset", "-g", "therm"))
+    if not limit:
+        return {}
+    return {"throttled": f"speed limited to {limit.group(1)} %" if int(limit.group(1)) < 100 else False}
 
 
 def _processor() -> dict:

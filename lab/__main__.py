@@ -14,6 +14,7 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
 
 ELSEWHERE = ("start", "import")  # what no session's judge is asked for
 WAIT = 100.0  # seconds: shells of agents have time limits
+TURN = 600.0  # seconds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--near-misses", action="store_true", help="not train.py, but the promising near misses together")
     run.add_argument("--again", action="store_true", help="also if an equal train.py was decided on before")
     command("wait", "go on waiting for what runs, or resume what was interrupted", wait=True)
+    pause = command("pause", "end what runs, to be done again later, and run nothing until resume", json=False)
+    pause.add_argument("--after-run", action="store_true", help="let the run under way come to its end first")
+    command("resume", "go on after a pause", json=False)
     command("status", "best so far, noise, recent experiments, near misses")
     log = command("log", "the experiments so far, or one of them")
     log.add_argument("number", nargs="?", type=int, metavar="N")
@@ -51,6 +55,24 @@ def parser() -> argparse.ArgumentParser:
     bring = command("import", "read an exported session, or the original's results.tsv", json=False)
     bring.add_argument("source", type=Path)
     bring.add_argument("--device", metavar="TAG", help="of an untagged results.tsv, such as nvidia-h100-80gb")
+    night = command("night", "one experiment after another, by an agent or by search, until it is stopped", json=False)
+    who = night.add_mutually_exclusive_group()
+    who.add_argument("--agent", metavar="COMMAND", help=(
+        "asked once for each experiment: gets a prompt on its standard input, and edits train.py"))
+    who.add_argument("--proposer", action="store_true", help="no agent: search by Optuna (the default)")
+    night.add_argument("--turn-seconds", type=float, default=TURN, metavar="S", help=(
+        f"for the agent, each time (default {TURN:g})"))
+    night.add_argument("--hours", type=float, metavar="H", help="stop after so long")
+    night.add_argument("--until", metavar="HH:MM", help="stop at this time of day")
+    night.add_argument("--max-experiments", type=int, metavar="N")
+    night.add_argument("--notify", metavar="COMMAND", help=(
+        "gets a line on its standard input, and as $LAB_MESSAGE, at a new best, at trouble, and in the morning"))
+    night.add_argument("--tag", help="of the session that is begun if there is none (default: the date)")
+    night.add_argument("--dataset", metavar="NAME", help="for it (default: the one prepared last, or climbmix)")
+    night.add_argument("--baseline-runs", type=int, metavar="N", help="seeds of its baseline (default 3)")
+    night.add_argument("--unsandboxed", action="store_true", help="where the system offers no sandbox: go on without")
+    night.add_argument("--plan", action="store_true", help="only tell what it will take")
+    night.add_argument("--planned", action="store_true", help=argparse.SUPPRESS)
     commands.add_parser("supervise")
     return whole
 
@@ -67,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in ELSEWHERE:
             return getattr(commands, f"do_{options.command}")(options)
+        if options.command == "night" and not options.session:
+            if not commands.before_night(options):
+                return 0
+            if program := judges():  # of the session that was begun just now
+                return hand_over(program, [*arguments, "--planned"])
         session = Session(options.session) if options.session else at(Path.cwd())
         return getattr(commands, f"do_{options.command}")(session, options)
     except (Stop, OSError) as error:  # a full disk is one

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import filelock
 
+import prepare
 from lab import near, show, source
 from lab.errors import LabError
 from lab.session import Session, refuse_if_busy
 from lab.state import CONFIRM, Experiment
-from lab.tree import TRAIN
+from lab.tree import TRAIN, Tree
 
 POLL = 0.1  # seconds
+TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 
 @contextmanager
@@ -31,6 +33,20 @@ def exclusive(session: Session):
         for text in session.recover():
             print(text, file=sys.stderr)
         yield
+
+
+def refuse_if_not_ours(session: Session) -> None:
+    """LabError while a night runs the experiments, or nothing is to be run."""
+    if session.owned_by_night:
+        raise LabError(f"a night owns this session and runs the experiments: edit {TRAIN} and end your turn, and it is "
+                       "run then. To run one by hand, end the night first: Ctrl-C where it runs")
+    refuse_if_held(session)
+
+
+def refuse_if_held(session: Session) -> None:
+    """LabError while nothing is to be run."""
+    if held := session.held:
+        raise LabError(show.held(held))
 
 
 # --- Commands ---
@@ -52,6 +68,7 @@ def do_start(options) -> int:
 
 
 def do_run(session: Session, options) -> int:
+    refuse_if_not_ours(session)
     with exclusive(session):
         refuse_if_busy(session.device_lock)
         if pending := session.state.pending:
@@ -60,12 +77,15 @@ def do_run(session: Session, options) -> int:
         elif answer := begin_change(session, options):
             options.note = "answered from the ledger, not run again (--again runs it)"
             return tell(session, options, answer)
+        elif others := session.tree.changed():
+            print(f"not part of the experiment, and left alone: {show.listed(others)}", file=sys.stderr)
     return follow(session, options, session.launch())
 
 
 def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
         raise LabError("at least 2 pairs, and a positive multiple of the budget, please")
+    refuse_if_not_ours(session)
     with exclusive(session):
         refuse_if_busy(session.device_lock)
         state = session.state
@@ -83,12 +103,71 @@ def do_wait(session: Session, options) -> int:
     session.refresh()
     if session.supervised:
         return follow(session, options)
+    refuse_if_held(session)
     with exclusive(session):
         pending = session.state.pending
     if pending:
         return follow(session, options, session.launch())
     print("nothing is running; the last experiment:", file=sys.stderr)
     return tell(session, options, session.state.last)
+
+
+def do_pause(session: Session, options) -> int:
+    """Nothing is begun from here on. Returns once what runs has ended, unless it may go on to its end."""
+    session.hold("paused", now=not options.after_run)
+    deadline = time.monotonic() + TO_END
+    while not options.after_run and session.supervised and time.monotonic() < deadline:
+        time.sleep(POLL)
+    session.refresh()
+    print(show.paused(session))
+    return 0
+
+
+def do_resume(session: Session, options) -> int:
+    """Doing it twice changes nothing: of two supervisors the later one leaves."""
+    held = session.held
+    session.release()
+    session.refresh()
+    said = "resumed" if held else "it was not paused"
+    if session.owned_by_night:
+        print(f"{said}: the night goes on by itself")
+    elif pending := session.state.pending:
+        session.launch()
+        print(f"{said}: experiment {pending.number} goes on; python -m lab wait follows it")
+    else:
+        print(f"{said}: nothing is under way, and the next experiment may come")
+    return 0
+
+
+def before_night(options) -> bool:
+    """Tells what a night will take, and makes what is missing for it; whether it is to begin."""
+    from lab.night import limits, plan
+
+    if options.planned:
+        return True
+    _recover_turn(Tree(Path.cwd()))
+    made = plan.plan(Path.cwd(), options)
+    with limits.awake() as made.awake:
+        print(*plan.tell(made), sep="\n", flush=True)
+        if not options.plan:
+            plan.provide(made, options, lambda text: print(text, flush=True))
+    return not options.plan
+
+
+def _recover_turn(tree: Tree) -> None:
+    """Puts HEAD back where a night was killed while its agent had another branch checked out."""
+    from lab.night import agent
+
+    for record in (prepare.home() / "sessions").glob(f"*/*/{agent.RECORD}"):
+        session = Session(record.parent)
+        if session.facts["tree"] == str(tree.path) and not session.owned_by_night:
+            print(*(f"the agent {text}" for text in agent.recover(session)), sep="\n")
+
+
+def do_night(session: Session, options) -> int:
+    from lab.night import loop
+
+    return loop.go(session, options)
 
 
 def do_status(session: Session, options) -> int:
@@ -120,7 +199,6 @@ def do_export(session: Session, options) -> int:
 
 
 def do_import(options) -> int:
-    import prepare
     from lab import exchange
 
     print(exchange.import_session(options.source, prepare.home(), device=options.device))
@@ -177,8 +255,6 @@ def begin_change(session: Session, options) -> Experiment | None:
     if (same := state.same(described.digest)) and not options.again:
         tree.settle(session.branch, blob, best.blob)
         return same
-    if others := tree.changed():
-        print(f"not part of the experiment, and left alone: {show.listed(others)}", file=sys.stderr)
     session.begin(
         kind=kind, blob=blob, parent=best.blob, onto=best.number, commit=tree.commit(head, blob, message),
         description=message, digest=described.digest, nodes=described.nodes, portable=described.portable,
@@ -203,6 +279,7 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
         ended = (process is None or process.poll() is not None) and not session.supervised
         session.refresh()
         if ended and not experiment.applied:
+            refuse_if_held(session)
             raise LabError(f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
                            "python -m lab wait tries again")
         time.sleep(POLL)

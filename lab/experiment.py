@@ -19,7 +19,8 @@ import prepare
 from lab import gate, ledger, runner
 from lab.errors import LabError
 from lab.journal import flush_files
-from lab.session import Session
+from lab.outcome import Outcome
+from lab.session import HELD, Session
 from lab.state import CONFIRM, Experiment, Run
 
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
@@ -27,14 +28,15 @@ FAILED = ("crash", "invalid", "disturbed")
 TRIES = 3  # of a run on a device that is not itself, or of a parent that fails
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
-MOST_LOST = 5  # runs of one experiment that the harness did not survive
+MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
 ALIKE = 0.05  # of tokens/s: last quarters of one train.py that slows down by itself
 BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
 
 def supervise(session: Session) -> None:
-    """Goes on until nothing is pending. Holds the session and the device meanwhile."""
+    """Goes on until nothing is pending, or what is needs the device and the session is held: then it is left for later.
+    Has the session and the device to itself meanwhile."""
     try:
         lock = session.lock.acquire(timeout=10)
     except filelock.Timeout:  # another process is at it already
@@ -51,7 +53,8 @@ def supervise(session: Session) -> None:
                     apply(session, experiment)
                     continue
                 try:
-                    advance(session, experiment)
+                    if not advance(session, experiment):
+                        return
                 except Exception:  # not a Stop, which says what to do: a mistake of the lab's own, which must end, too
                     session.log("failed", experiment=experiment.number)
                     traceback.print_exc()
@@ -59,16 +62,20 @@ def supervise(session: Session) -> None:
                         raise
 
 
-def advance(session: Session, experiment: Experiment) -> None:
-    """One step towards the verdict: a run, a score of saved weights, or the verdict itself."""
+def advance(session: Session, experiment: Experiment) -> bool:
+    """One step towards the verdict: a run, a score of saved weights, or the verdict itself. False if it was not done,
+    as the session is held."""
     kind, step = {"baseline": plan_baseline, CONFIRM: plan_confirmation}.get(experiment.kind, plan_change)(
         session, experiment)
+    if kind != "verdict" and session.held:
+        return False
     if kind == "run":
         perform(session, experiment, *step)
     elif kind == "score":
         rescore(session, step)
     else:
         session.log("verdict", experiment=experiment.number, **step)
+    return True
 
 
 # --- What to do next: ("run", (blob, seed, budget)), ("score", run) or ("verdict", its facts) ---
@@ -86,7 +93,7 @@ def failure(session: Session, experiment: Experiment, runs: list[Run]) -> tuple 
         if len(again) >= TRIES:
             return "verdict", unjudged("invalid", f"{again[-1].reason}, in {len(again)} runs. Free the device, or "
                                                   "calibrate it again, and run this again")
-    if sum(run.status == "lost" for run in experiment.runs) >= MOST_LOST:
+    if sum(run.status == "lost" and run.reason not in HELD for run in experiment.runs) >= MOST_LOST:
         return "verdict", unjudged("crash", f"it was interrupted {MOST_LOST} times: does it bring the machine down?")
     if experiment.failures >= TRIES:
         return "verdict", unjudged("invalid", f"the lab failed at it {experiment.failures} times; see supervisor.log "
@@ -188,7 +195,10 @@ def perform(session: Session, experiment: Experiment, blob: str, seed: int, budg
     session.mend_judge()
     ledger_before = ledger_bytes(session)
     run = session.begin_run(experiment, blob, seed, budget)
-    outcome = runner.run(session.request(run.number, blob, seed, budget))
+    try:
+        outcome = runner.run(session.request(run.number, blob, seed, budget))
+    except runner.Halted as halted:
+        outcome = Outcome("lost", f"{halted}")
     status, reason = outcome.status, outcome.reason
     if changed := session.mend_judge():
         status, reason = "invalid", f"it changed the judge's files, which were put back: {', '.join(changed[:3])}"
@@ -253,6 +263,8 @@ def rescore(session: Session, run: Run) -> None:
     request = session.again(run.number, run.seed, run.budget)
     try:
         scores = runner.score(request, request.folder / "result.safetensors")
+    except runner.Halted:  # the weights are there still: nothing was lost
+        return
     except LabError as error:
         scores = {"problem": str(error)}
     else:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,7 @@ class Request:
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
         protected: folders that the run has nothing to write in, its own excepted.
+        ending: asked while it lasts; a reason to end it that is not its fault, or None.
     """
 
     judge: Path
@@ -70,6 +71,7 @@ class Request:
     unified: bool = False
     sandbox: str | None = None
     protected: Sequence[Path] = ()
+    ending: Callable[[], str | None] = lambda: None
 
     @property
     def home(self) -> Path:
@@ -85,10 +87,15 @@ class Scores:
     held_out_bpb: float
 
 
+class Halted(Exception):
+    """What was being run was ended because the request's `ending` said so; that is the reason."""
+
+
 def run(request: Request) -> Outcome:
     """Trains and evaluates.
 
     Raises:
+        Halted: it was ended from outside.
         LabError: it could not be begun, which is not train.py's fault.
     """
     folder, known = request.folder, outcome.reasons()  # read before a run that might change them
@@ -111,6 +118,7 @@ def score(request: Request, weights: Path) -> Scores:
     """Scores the weights of a run again, in a fresh process and by the judge's evaluator.
 
     Raises:
+        Halted: it was ended from outside.
         LabError: they can't be scored; the reason is a line.
     """
     known = outcome.reasons()
@@ -179,10 +187,10 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
             process.stdin.close()  # the lifeline
             left = end(request.run_id, request.home, 0.0 if inside.LINUX else inside.LINGER)
             output.close()
+            if temporary != folder / "tmp":
+                remove(temporary)
     seconds = time.monotonic() - begun
     set_by = time.time() - wall - seconds
-    if temporary != folder / "tmp":
-        remove(temporary)
     if not (folder / inside.BEGUN).exists():
         raise LabError(f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
                        "sandbox that does not work any more, start a new session")
@@ -195,7 +203,7 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
 
 
 def watch(process: subprocess.Popen, request: Request, output: capture.Log, deadline: float) -> str | None:
-    """Waits for the end of a process; why it can't be waited for, if so."""
+    """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now."""
     look = time.monotonic()
     while True:
         try:
@@ -203,6 +211,8 @@ def watch(process: subprocess.Popen, request: Request, output: capture.Log, dead
             return None
         except subprocess.TimeoutExpired:
             pass
+        if why := request.ending():
+            raise Halted(why)
         if output.flooded:
             return f"it printed more than {capture.FLOOD // 2**20} MB"
         now = time.monotonic()

@@ -20,9 +20,11 @@ from lab.state import Experiment, Run, State
 from lab.tree import TRAIN, Tree
 
 FORMAT = 1
+HOLD = "hold.json"
 PREFIX = "autoresearch/"  # of branches: autoresearch/<device>/<tag>
 FIRST_TIMEOUT = 1200  # seconds beyond the budget, before anything was measured
 SLACK = 120  # seconds beyond the budget and twice what start and evaluation took: another shape has to be compiled
+HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night
 PASSED_ON = ("BACKEND", "DEVICE", "FA3_LIBRARY")  # settings of the user's that stay as they were at the start
 
 
@@ -31,6 +33,7 @@ class Session:
 
     Attributes:
         folder: where everything is kept. facts: session.json. journal, state: what happened so far.
+        lock: held by whoever writes the journal. night_lock: by the night that owns the session.
     """
 
     def __init__(self, folder: Path):
@@ -46,6 +49,7 @@ class Session:
         self.journal = Journal(folder / "journal.jsonl")
         self.state = State(self.journal.events)
         self.lock = filelock.FileLock(folder / "lock")
+        self.night_lock = filelock.FileLock(folder / "night.lock")
 
     @property
     def name(self) -> str:
@@ -102,6 +106,49 @@ class Session:
         except filelock.Timeout:
             return True
 
+    @property
+    def owned_by_night(self) -> bool:
+        """Whether a night is at work on this session: this process's own, or another's."""
+        if self.night_lock.is_locked:
+            return True
+        try:
+            with self.night_lock.acquire(blocking=False):
+                return False
+        except filelock.Timeout:
+            return True
+
+    # --- Held: nothing is to use the device ---
+
+    @property
+    def held(self) -> dict | None:
+        """{"why": one of HELD, "now": whether a run under way ends, too}, or None. A file that says neither still
+        holds, as somebody wanted the device left alone; but no run is ended on the strength of it."""
+        try:
+            found = json.loads((self.folder / HOLD).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            found = None
+        found = found if isinstance(found, dict) else {}
+        return {"why": found["why"] if found.get("why") in HELD else HELD[0], "now": found.get("now") is True}
+
+    def hold(self, why: str, now: bool) -> None:
+        """From here on nothing is trained or scored, until `release`.
+
+        Args:
+            why: one of HELD. now: what is being trained or scored ends, too, and is done again later.
+        """
+        prepare.write_json(self.folder / HOLD, {"why": why, "now": now})
+
+    def release(self) -> None:
+        (self.folder / HOLD).unlink(missing_ok=True)
+        prepare.sync_folder(self.folder)
+
+    def ending(self) -> str | None:
+        """Why a run under way is to end now, if it is."""
+        held = self.held
+        return held["why"] if held and held["now"] else None
+
     # --- What the gate needs ---
 
     @property
@@ -153,7 +200,8 @@ class Session:
         return runner.Request(
             judge=self.judge, folder=self.run_folder(number), seed=seed, budget=budget, timeout=self.timeout(budget),
             run_id=self.run_id(number), settings=self.facts["settings"], memory_ceiling=self.facts["memory_ceiling"],
-            unified=self.facts["unified"], sandbox=self.facts["sandbox"], protected=[self.tree.path, self.folder])
+            unified=self.facts["unified"], sandbox=self.facts["sandbox"], protected=[self.tree.path, self.folder],
+            ending=self.ending)
 
     def mend_judge(self) -> list[str]:
         """Files of the judge that are not as they were pinned; they are put back."""
@@ -179,7 +227,7 @@ class Session:
             runner.end(self.run_id(state.pending.runs[-1].number))  # training, or being scored
         for run in state.runs.values():
             if run.status is None:
-                self.log("ran", run=run.number, status="lost", reason="the harness was killed")
+                self.log("ran", run=run.number, status="lost", reason=self.ending() or "the harness was killed")
                 done.append(f"run {run.number} was interrupted")
         best, head = state.best, tree.commit_of(self.branch)
         if best and best.applied and head and head == tree.commit_of(f"{best.applied['commit']}^"):

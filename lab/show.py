@@ -95,11 +95,33 @@ def told_noise(noise: dict, smallest: float) -> str:
             f"{smallest:.6f} to be kept four times in five")
 
 
+def held(held: dict) -> str:
+    """Why nothing is run, and what to do."""
+    why = "this session is paused" if held["why"] == "paused" else "this session was stopped, at the end of a night"
+    return f"{why}: nothing is run until somebody says: python -m lab resume"
+
+
+def paused(session: Session) -> str:
+    """What a pause did, once it took effect."""
+    pending, then = session.state.pending, "Go on with: python -m lab resume"
+    run = pending.runs[-1] if pending and pending.runs else None
+    if session.supervised:
+        doing = f"run {run.number}" if run and run.status is None else f"experiment {pending.number}" if pending else (
+            "a command")
+        return f"paused: {doing} is coming to its end, and nothing is begun after it. {then}"
+    if run and (run.status, run.reason) == ("lost", "paused"):
+        return (f"paused: run {run.number} of experiment {pending.number} was ended, and is done again later. "
+                f"The device is free. {then}")
+    if pending:
+        return f"paused: nothing runs; experiment {pending.number} is left as it is. The device is free. {then}"
+    return f"paused: nothing was running, and nothing will be begun. {then}"
+
+
 def progress_facts(session: Session, experiment: Experiment) -> dict:
     """How an experiment under way stands; seconds_left is of the run that is on now."""
     now = next((run for run in reversed(experiment.runs) if run.status is None), None)
     found = {"experiment": experiment.number, "status": "running", "runs_done": sum(
-        run.status is not None for run in experiment.runs)}
+        run.status not in (None, "lost") for run in experiment.runs)}
     if now:
         expected = now.budget + (session.overhead() or 30)
         found |= {"run": now.number, "seed": now.seed, "of": "change" if now.blob == experiment.blob else "parent",
@@ -121,7 +143,7 @@ def status_facts(session: Session) -> dict:
     found = {"session": session.name, "branch": session.branch, "folder": str(session.folder),
              "ledger": str(session.ledger), "budget_seconds": session.budget, "sandbox": session.facts["sandbox"],
              "dataset": session.facts["dataset"], "eval": session.facts["eval"],
-             "experiments": max(0, len(state.experiments) - 1)}
+             "experiments": max(0, len(state.experiments) - 1), "held": session.held, "night": session.owned_by_night}
     for status in ("keep", "discard", "crash", "invalid"):
         found[status] = sum(e.status == status and e.kind in ("change", "near misses") for e in state.decided)
     found["crashes_in_a_row"] = next((i for i, e in enumerate(reversed(state.decided)) if e.status != "crash"),
@@ -164,9 +186,15 @@ def status(session: Session) -> str:
     if found.get("near_misses"):
         lines.append(f"near misses worth trying together: {', '.join(map(str, found['near_misses']))} (python -m lab "
                      "run --near-misses)")
-    if running := found.get("running"):
-        lines.append(progress(session, session.state.pending) if running["supervised"] else
-                     f"experiment {running['experiment']} was interrupted: python -m lab wait goes on with it")
+    running = found.get("running")
+    if running and running["supervised"]:
+        lines.append(progress(session, session.state.pending))
+    elif running and not found["held"]:
+        lines.append(f"experiment {running['experiment']} was interrupted: python -m lab wait goes on with it")
+    if found["night"]:
+        lines.append("a night owns this session, and runs the experiments")
+    if found["held"]:
+        lines.append(held(found["held"]))
     lines += ["", table(session, list(session.state.experiments.values())[-RECENT:]), "", f"ledger: {found['ledger']}"]
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ class Run:
     Attributes:
         blob: of the train.py. seed: of its initial weights. budget: seconds.
         status: "ok", "crash", "invalid", "disturbed" (the device was not itself: never judged) or "lost" (the harness
-            was killed); None while it lasts.
+            was killed, or it was ended because the session was held); None while it lasts.
         result: what prepare.report measured. scores: {"val_bpb", "held_out_bpb"} of its weights, scored again.
     """
 

@@ -94,6 +94,19 @@ class Tree:
             raise LabError(f"git does not have {blob}: {done.stderr.decode(errors='replace').strip()}")
         return done.stdout
 
+    def contents(self, blobs: list[str]) -> dict[str, bytes]:
+        """Blob id -> what git stores for it, of many at once; those that it does not have are left out."""
+        done = self._run(("cat-file", "--batch"), content="\n".join(dict.fromkeys(blobs)).encode())
+        found, at, text = {}, 0, done.stdout
+        while at < len(text):
+            end = text.index(b"\n", at)
+            blob, *facts = text[at:end].decode().split(" ")
+            at = end + 1
+            if facts[0] == "blob":
+                size = int(facts[1])
+                found[blob], at = text[at : at + size], at + size + 1
+        return found
+
     def train(self) -> bytes:
         """The user's train.py as it is now, in bytes. LabError if it can't be read."""
         try:

@@ -1,0 +1,340 @@
+"""Does the built-in proposer find more than random search does? Whole nights, simulated on recorded trials.
+
+    python benchmarks/proposer.py [--pairs 40] [--experiments 60] [--first 1000]
+    python benchmarks/proposer.py --record MINUTES      # more of them, on the dataset prepared last
+
+Recorded are short trials of train.py with configurations drawn at random from its block: an eighth of them everywhere
+within the bounds (of the first ones a quarter), the others in one to eight variables; rows of 256 tokens. Time is
+counted, not measured, so that other work on the machine doesn't matter: so much for each floating-point operation, and
+for each parameter updated. In the table's first trials (clock: "processor") it was 6 s of processor time instead; they
+only say how much better or worse than the default, under the same clock, another configuration is.
+
+A Gaussian process through the trials stands for training: its mean is a configuration's true score, to which a run adds
+normal noise with the standard deviation between recorded seeds. The verdict is the lab's: gate.next_step asks for runs,
+keeps or discards; the proposer sees a session's state, as in a real night. Its opponents:
+
+    random search   draws every variable of each experiment anew, uniformly within the same bounds
+    random steps    changes one to three variables of the best, as the proposer does, but at random
+    Parzen          the proposer with Optuna's tree-structured Parzen estimator instead of our sampler
+
+In a pair all have the same noise for the same experiment and seed. Better is whose best has the lower true score at the
+end.
+"""
+
+import argparse
+import csv
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import optuna
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lab import gate, source
+from lab.night import block, proposer, sampler
+from lab.state import State
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = Path(__file__).with_name("recorded_trials.tsv")
+SIZES = (2, 8, 2048, "SL")  # calibrated defaults of a recorded trial: depth, rows, tokens per step, windows
+LENGTH, ROWS = 256, 64  # tokens of a row, and how many are scored
+BUDGET = 7.0  # seconds, counted
+RATE, UPDATE = 2e11, 2e-8  # operations per second, and seconds per parameter and step: one core's
+BASELINE_RUNS = 3
+STEPS = 3  # variables that change at once, at most
+ARMS = ("proposer", "random search", "random steps", "Parzen")
+
+
+# --- Recording ---
+
+def record(minutes: float) -> None:
+    """Trains and scores configurations drawn at random, one after another, and appends them to RECORDED. Every eighth
+    is the default with another seed; of some others a second seed is tried, too: from these the noise is known."""
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    variables, began = block.read(text), time.monotonic()
+    trial, fork = prepared(), multiprocessing.get_context("fork")
+    new = not RECORDED.exists()
+    number = 0 if new else len(RECORDED.read_text().splitlines()) - 1
+    with open(RECORDED, "a", newline="") as file:
+        out = csv.writer(file, delimiter="\t", lineterminator="\n")
+        if new:
+            out.writerow(["clock", "val_bpb", "steps", "seed", *(variable.name for variable in variables)])
+        while time.monotonic() - began < 60 * minutes:
+            rng = np.random.default_rng(number)
+            changed = [0, len(variables), *[int(rng.integers(1, 9))] * 6][number % 8]
+            values = {variables[i].name: drawn(variables[i], rng)
+                      for i in rng.choice(len(variables), changed, replace=False)}
+            for seed in (number, number + 1000) if number % 4 == 2 else (number,):
+                receive, send = fork.Pipe(False)
+                process = fork.Process(target=trial, args=(block.write(text, values), seed, send))
+                process.start()
+                bpb, steps = receive.recv() if receive.poll(120) else ("crash", 0)
+                process.kill()
+                process.join()
+                out.writerow(["counted", bpb, steps, seed, *(values.get(one.name, one.value) for one in variables)])
+                file.flush()
+            number += 1
+
+
+def prepared():
+    """A function that trains a train.py in a process of its own: (source, seed, where to send (val_bpb, steps))."""
+    import backends
+    import calibration
+    import prepare
+
+    backend, data = backends.load(calibrated=calibration.defaults().calibrated), prepare.open_data()
+    rows = data.validation_rows[:, : prepare.MAX_SEQ_LEN].reshape(-1, LENGTH)[:ROWS]
+    data._stored["validation"], data.eval_rows = np.concatenate([rows, rows[:, -1:]], axis=1), ROWS
+    prepare.MAX_SEQ_LEN, prepare.ROW = LENGTH, LENGTH + 1
+    now, found = [0.0], ["crash", 0]
+    prepare.time = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
+    score = prepare.evaluate_bpb
+
+    class Counting(prepare.Clock):
+        """Its time goes on by the work of a step, at each tick."""
+
+        def __init__(self, backend, model, loader):
+            shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
+            self.per_token = sys.modules["train_here"].flops_per_token(model, shapes) / RATE
+            self.per_step, self.counted = UPDATE * sum(map(math.prod, shapes.values())), 0
+            super().__init__(backend, model, loader)
+
+        def tick(self, loss):
+            now[0] += self.per_step + (self.loader.tokens - self.counted) * self.per_token
+            self.counted = self.loader.tokens
+            return super().tick(loss)
+
+    prepare.Clock = Counting
+
+    def evaluate(*arguments, clock, **options):
+        found[:] = score(*arguments, clock=clock, **options), clock.steps
+
+    def trial(text, seed, send):
+        os.environ.update(AUTORESEARCH_SEED=str(seed), AUTORESEARCH_BUDGET=str(BUDGET))
+        module = sys.modules["train_here"] = ModuleType("train_here")
+        sizes = calibration.Defaults(*SIZES)
+        try:
+            with (mock.patch.object(backends, "load", lambda **_: backend), open(os.devnull, "w") as sys.stdout,
+                  mock.patch.object(prepare, "open_data", lambda: data),
+                  mock.patch.object(prepare, "evaluate_bpb", evaluate),
+                  mock.patch.object(prepare, "report", lambda *_, **__: None),
+                  mock.patch.object(calibration, "defaults", lambda: sizes)):
+                exec(compile(text, "train.py", "exec"), vars(module))
+                module.main()
+        finally:  # a configuration that can't be trained is a result, too
+            send.send(found)
+
+    return trial
+
+
+def drawn(variable: block.Variable, rng):
+    """A value at random within the bounds."""
+    return variable.at(rng.integers(len(variable.choices)) if variable.kind == "choice" else rng.random())
+
+
+# --- What stands for training ---
+
+class Surrogate:
+    """A Gaussian process through recorded trials: a sum of one smooth function of each variable, and one of all.
+
+    Attributes:
+        variables: of the block. start: val_bpb of the default. noise: standard deviation between seeds of one
+            configuration, known with `df` degrees of freedom. trials: how many were recorded.
+        x, y, variances: of each configuration, its coordinates, how much worse than the default it is, how well known.
+        r2: of what is predicted for configurations left out, a tenth at a time. kernel: (length, share of the sum).
+    """
+
+    def __init__(self, path: Path, variables):
+        self.variables = variables
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file, delimiter="\t") if row["val_bpb"] != "crash"]
+        groups: dict[tuple, list[float]] = {}
+        for row in rows:
+            places = tuple(one.place(row[one.name] if one.kind == "choice" else float(row[one.name]))
+                           for one in variables)
+            groups.setdefault((row["clock"], places), []).append(float(row["val_bpb"]))
+        default = tuple(one.place(one.value) for one in variables)
+        starts = {clock: statistics.fmean(group) for (clock, places), group in groups.items() if places == default}
+        self.start, self.trials, variance = starts["counted"], len(rows), {}
+        for clock in starts:
+            repeats = [group for (one, _), group in groups.items() if one == clock and len(group) > 1]
+            df = sum(len(group) - 1 for group in repeats)
+            variance[clock] = sum(statistics.variance(group) * (len(group) - 1) for group in repeats) / df
+            if clock == "counted":
+                self.noise, self.df = math.sqrt(variance[clock]), df
+        self.x = self.spread(np.array([places for _, places in groups]))
+        self.y = np.array([statistics.fmean(group) - starts[clock] for (clock, _), group in groups.items()])
+        self.variances = np.array([variance[clock] / len(group) for (clock, _), group in groups.items()])
+        self.mean, self.sd = self.y.mean(), self.y.std()
+        self.r2, self.kernel = max((self.held_out(kernel), kernel) for kernel in (
+            (length, share) for length in (0.2, 0.3, 0.5, 0.8, 1.2) for share in (0.5, 0.8, 0.95)))
+        self.weights = self.solved(self.x, self.y, self.variances)
+
+    def spread(self, places: np.ndarray) -> np.ndarray:
+        """Places (n, variables) with a column for each of a choice's values. Beyond the bounds all is as at them."""
+        columns = []
+        for place, one in zip(places.T, self.variables):
+            columns += [(place == i) * 0.5 for i in range(len(one.choices))] or [np.clip(place, 0, 1)]
+        return np.array(columns).T
+
+    def covariance(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        length, share = self.kernel
+        squares = ((a[:, None] - b[None]) / length) ** 2
+        return share * np.exp(-0.5 * squares).mean(-1) + (1 - share) * np.exp(-0.5 * squares.sum(-1) / 2)
+
+    def solved(self, x, y, variances) -> np.ndarray:
+        noise = np.diag(variances / self.sd**2 + 1e-6)
+        return np.linalg.solve(self.covariance(x, x) + noise, (y - self.mean) / self.sd)
+
+    def held_out(self, kernel) -> float:
+        self.kernel, errors = kernel, np.zeros(len(self.y))
+        parts = np.random.default_rng(0).permutation(len(self.y)) % 10
+        for part in range(10):
+            out, rest = parts == part, parts != part
+            weights = self.solved(self.x[rest], self.y[rest], self.variances[rest])
+            errors[out] = self.mean + self.sd * self.covariance(self.x[out], self.x[rest]) @ weights - self.y[out]
+        return 1 - (errors**2).mean() / self.y.var()
+
+    def true(self, text: str) -> float:
+        """The score of a train.py."""
+        values = {one.name: one.value for one in block.read(text)}
+        x = self.spread(np.array([[one.place(values[one.name]) for one in self.variables]]))
+        return self.start + float(self.mean + self.sd * (self.covariance(x, self.x) @ self.weights)[0])
+
+
+# --- Nights ---
+
+class Night:
+    """A session as the proposer sees it, whose runs are noise around what the surrogate says."""
+
+    def __init__(self, text: str, surrogate: Surrogate, seed: int):
+        self.surrogate, self.seed, self.state, self.tree, self.texts = surrogate, seed, State(), self, {}
+        self.account = gate.Account()
+        self.begin(text, "baseline", "baseline")
+        for round in range(BASELINE_RUNS):
+            self.run(self.state.last, self.state.last.blob, gate.seed(round))
+        self.decide("keep", {})
+
+    @property
+    def noise(self) -> gate.Noise:
+        return gate.pooled(self.state.repeats(1.0), self.surrogate.noise)
+
+    def content(self, blob: str) -> bytes:
+        return self.texts[blob]
+
+    def contents(self, blobs: list[str]) -> dict[str, bytes]:
+        return {blob: self.texts[blob] for blob in blobs}
+
+    def begin(self, text: str, description: str, kind: str = "change") -> None:
+        blob, best = f"{zlib.crc32(text.encode()):08x}", self.state.best
+        self.texts[blob] = text.encode()
+        self.state.take(dict(event="experiment", number=len(self.state.experiments), kind=kind, blob=blob,
+                             parent=best and best.blob, onto=best and best.number, commit=f"{self.seed}",
+                             description=description, digest=source.describe(text.encode()).digest))
+
+    def run(self, experiment, blob: str, seed: int) -> None:
+        rng = np.random.default_rng([self.seed, experiment.number, seed, blob != experiment.blob])
+        bpb = self.surrogate.true(self.texts[blob].decode()) + self.surrogate.noise * rng.standard_normal()
+        number = self.state.next_run()
+        self.state.take(dict(event="run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=1.0,
+                             begun=0.0))
+        self.state.take(dict(event="ran", run=number, status="ok", result={"val_bpb": bpb}))
+
+    def decide(self, status: str, facts: dict) -> None:
+        number = self.state.last.number
+        self.state.take(dict(event="verdict", experiment=number, status=status, reason="", gate=facts))
+        self.state.take(dict(event="applied", experiment=number, commit=f"{number}", left_alone=None))
+
+    def judge(self, text: str, description: str) -> None:
+        """One experiment, as experiment.py carries it out."""
+        best = self.state.best
+        self.begin(text, description)
+        experiment = self.state.last
+        while True:
+            step = gate.next_step(self.state.results(experiment.blob), self.state.results(best.blob), self.noise,
+                                  self.account)
+            if step.action in ("keep", "discard"):
+                break
+            self.run(experiment, experiment.blob if step.action == "run candidate" else best.blob, step.seed)
+        self.account = self.account.after(step.facts())
+        self.decide(step.action, step.facts())
+
+
+def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int) -> list[float]:
+    """The best's true score after each experiment."""
+    session, rng, found = Night(text, surrogate, seed), np.random.default_rng([seed, 7]), []
+    for _ in range(experiments):
+        best = session.content(session.state.best.blob).decode()
+        if arm in ("proposer", "Parzen"):
+            with mock.patch.object(sampler, "StepSampler", parzen if arm == "Parzen" else sampler.StepSampler):
+                proposal = proposer.propose(session)
+            session.judge(proposal.content.decode(), proposal.description)
+        else:
+            free = surrogate.variables
+            if arm == "random steps":
+                free = [free[i] for i in rng.choice(len(free), rng.integers(1, STEPS + 1), replace=False)]
+            session.judge(block.write(best, {one.name: drawn(one, rng) for one in free}), arm)
+        found.append(surrogate.true(session.content(session.state.best.blob).decode()))
+    return [*found, len(session.state.runs), len(session.state.kept) - 1]
+
+
+def parzen(best: dict, noise, written, rng) -> optuna.samplers.BaseSampler:
+    """Takes the place of our sampler."""
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    free = rng.choice(list(best), rng.integers(1, STEPS + 1), replace=False)
+    return optuna.samplers.PartialFixedSampler(
+        {name: place for name, place in best.items() if name not in free},
+        optuna.samplers.TPESampler(multivariate=True, n_startup_trials=5, seed=int(rng.integers(2**31))))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """One-sided p-value, ties left out."""
+    n = wins + losses
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=float, metavar="MINUTES")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--experiments", type=int, default=60)
+    parser.add_argument("--first", type=int, default=1000, help="seed of the first pair")
+    parser.add_argument("--noise", type=float, default=1.0, help="times the recorded one")
+    options = parser.parse_args()
+    if options.record:
+        return record(options.record)
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    text = text[: text.index("\ndef ")]  # the block is all that the surrogate knows of
+    surrogate = Surrogate(RECORDED, block.read(text))
+    start = surrogate.true(text)
+    print(f"{surrogate.trials} trials of {len(surrogate.y)} configurations; held-out R2 {surrogate.r2:.3f}, kernel "
+          f"{surrogate.kernel}; noise {surrogate.noise:.4f} ({surrogate.df} degrees of freedom); the default has "
+          f"{start:.4f}, others {surrogate.y.min():+.4f} to {surrogate.y.max():+.4f} beside it")
+    surrogate.noise *= options.noise
+    began, ends = time.monotonic(), {}
+    for arm in ARMS:
+        ends[arm] = np.array([night(arm, text, surrogate, options.first + pair, options.experiments)
+                              for pair in range(options.pairs)])
+        curve = ends[arm][:, :-2].mean(0)
+        at = ", ".join(f"{start - curve[n - 1]:.4f} after {n}" for n in (10, 20, 40, 60, 100) if n <= len(curve))
+        print(f"{arm}: gain {start - curve[-1]:.4f} ± {ends[arm][:, -3].std() / math.sqrt(options.pairs):.4f} ({at}); "
+              f"{ends[arm][:, -2].mean():.1f} runs, {ends[arm][:, -1].mean():.1f} kept; "
+              f"{time.monotonic() - began:.0f} s", flush=True)
+    for arm in ARMS[1:]:
+        difference = ends[arm][:, -3] - ends["proposer"][:, -3]
+        wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
+        print(f"proposer against {arm}: better in {wins} of {options.pairs} pairs, worse in {losses}; one-sided sign "
+              f"test p = {sign_test(wins, losses):.2g}")
+
+
+if __name__ == "__main__":
+    main()

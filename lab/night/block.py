@@ -1,0 +1,290 @@
+"""The hyperparameters of a train.py, read from its own text and written back into it.
+
+They are what is assigned at the top level, in capitals, before the first function or class; and where a heading there
+says "Hyperparameters", between it and the next. Kind, bounds and scale follow from how a value is written:
+
+    MATRIX_LR = 0.04                          a positive number: a tenth of it to ten times, logarithmic
+    WARMDOWN_RATIO = 0.5                      a part of a whole, by its name or its section's: 0 to 1
+    MOMENTUM = (0.85, 0.95)                   averages' decays, each by itself: 1 - x is logarithmic
+    HEAD_DIM = 128                            a size: powers of two. Other whole numbers: by one, or logarithmic
+    DEPTH = defaults.depth                    relative to what was calibrated, and stays so: defaults.depth + 1
+    TOTAL_BATCH_SIZE = defaults.total_batch_size          ... defaults.total_batch_size // 2
+    WINDOW_PATTERN = "SSSL"                   one of a few
+
+A comment may say otherwise: `# Muon [0.004 .. 0.4, log]`, or `# iterations, at most 5`. What can't be read is left
+alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+NEVER = ("SEED", "DEVICE_BATCH_SIZE")  # the harness's, and calibration's
+HEADING = re.compile(r"^# -{20,}\n# (?P<title>.*)\n# -{20,}$", re.M)
+STATED = re.compile(r"\[\s*(?P<low>[-+.\de]+)\s*\.\.\s*(?P<high>[-+.\de]+)\s*(?:,\s*(?P<scale>log|linear)\s*)?\]")
+AT_MOST = re.compile(r"\bat most (\d+)\b")
+PARTS = re.compile(r"(^|_)(RATIO|FRACTION|SHARE|DROPOUT)(_|$)")
+DECAYS = re.compile(r"(^|_)(BETAS?|MOMENTUM|DECAYS)\d*$")
+SIZES = re.compile(r"(^|_)(DIM|CHANNELS|SIZE|WINDOW|WIDTH)$")
+PATTERNS = ("L", "SL", "SSL", "SSSL")
+FACTOR = 10.0  # from a value to its bounds
+NEAR_ONE = 1e-4  # how near a decay may come to 1
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A number or choice of the block.
+
+    Attributes:
+        name: "MATRIX_LR", or "ADAM_BETAS[1]" for the second of a tuple.
+        kind: "number", "part", "decay", "whole", "size" (powers of two), "more" (`text` + value), "times" (`text` times
+            2^value), "choice".
+        value: as it is. low, high: bounds of value. scale: "log" or "linear"; a decay's is that of 1 - value.
+        choices: of a choice, as source text. text: what "more" and "times" are relative to.
+        stated: the bounds are those of a comment. start, end: where in the source it stands.
+    """
+
+    name: str
+    kind: str
+    value: float | int | str
+    low: float = 0.0
+    high: float = 0.0
+    scale: str = "linear"
+    choices: tuple[str, ...] = ()
+    text: str = ""
+    stated: bool = False
+    start: int = 0
+    end: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.kind in ("whole", "size", "more", "times")
+
+    def place(self, value) -> float:
+        """Where a value lies between the bounds: 0 to 1 there, on the variable's scale; a choice's is its index."""
+        if self.kind == "choice":
+            return self.choices.index(value)
+        low, high, at = (self._scaled(x) for x in (self.low, self.high, value))
+        return (at - low) / (high - low)
+
+    def at(self, place: float):
+        """The value there, as it would be written: three digits, whole, a power of two."""
+        if self.kind == "choice":
+            return self.choices[int(place)]
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        x = self._unscaled(low + min(max(place, 0.0), 1.0) * (high - low))
+        if self.kind == "size":
+            return 2 ** round(math.log2(x))
+        if self.whole:
+            return round(x) if abs(x) < 100 else int(float(f"{x:.2g}"))
+        return round(1 - float(f"{1 - x:.2g}"), 6) if self.kind == "decay" else float(f"{x:.2g}")
+
+    def wider(self, *values) -> Variable:
+        """With bounds that hold these values; without any, with wider ones, if there can be."""
+        if values:
+            return replace(self, low=min(self.low, *values), high=max(self.high, *values))
+        if self.stated or self.kind == "choice":
+            return self
+        if self.kind == "part":
+            return replace(self, high=1.0)
+        if self.kind == "decay":
+            return replace(self, low=max(0.0, 2 * self.low - 1), high=1 - (1 - self.high) / 2)
+        if self.kind == "more" or self.kind == "times" and self.high > 0:
+            return replace(self, low=self.low - 1, high=self.high + 1)
+        if self.kind == "times":
+            return replace(self, low=self.low - 1)
+        if self.scale == "log":
+            low = max(1, self.low // 2) if self.whole else self.low / 2
+            return replace(self, low=low, high=self.high * 2)
+        span = self.high - self.low
+        low = min(self.low, max(self.low - span, 1)) if self.whole else self.low - span if self.low else 0.0
+        return replace(self, low=low, high=self.high + span if self.high else 0.0)
+
+    def fits(self, other: Variable | None) -> bool:
+        """Whether the other's value has a place here."""
+        if other is None or (other.kind, other.text) != (self.kind, self.text):
+            return False
+        return self.kind != "choice" or other.value in self.choices
+
+    def written(self, value) -> str:
+        """As source text."""
+        if self.kind == "more":
+            return self.text + (f" {'+' if value > 0 else '-'} {abs(value)}" if value else "")
+        if self.kind == "times":
+            return self.text + (f" {'*' if value > 0 else '//'} {2 ** abs(value)}" if value else "")
+        return value if self.kind == "choice" else repr(value)
+
+    def _scaled(self, x):
+        if self.kind == "decay":
+            return -math.log(max(1 - x, NEAR_ONE))
+        return math.log(x) if self.scale == "log" else x
+
+    def _unscaled(self, y):
+        if self.kind == "decay":
+            return 1 - math.exp(-y)
+        return math.exp(y) if self.scale == "log" else y
+
+
+@lru_cache(maxsize=4096)
+def read(source: str) -> tuple[Variable, ...]:
+    """The variables of a train.py, in order; none where that part is no Python."""
+    head = _head(source)
+    try:
+        tree = ast.parse(head)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
+    lines = head.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    first, last = _span(head)
+    found: dict[str, Variable] = {}
+    for node in tree.body:
+        if not first <= node.lineno <= last or not isinstance(node, ast.Assign) or len(node.targets) != 1:
+            continue
+        target = node.targets[0]
+        if not isinstance(target, ast.Name) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", target.id) or target.id in NEVER:
+            continue
+        comment, section = _comment(lines, node), _section(lines, node.lineno)
+        several = isinstance(node.value, ast.Tuple)
+        for i, part in enumerate(node.value.elts if several else [node.value]):
+            begin, end = (starts[line - 1] + _column(lines[line - 1], column) for line, column in (
+                (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+            variable = _variable(f"{target.id}[{i}]" if several else target.id, part, section, comment)
+            if variable:
+                found[variable.name] = replace(variable, start=begin, end=end)
+    return tuple(found.values())
+
+
+@lru_cache(maxsize=4096)
+def structure(source: str) -> str:
+    """A digest of all but the values: equal for files that `write` makes of one another."""
+    parts, done = [], 0
+    for variable in read(source):
+        parts += [source[done : variable.start], variable.text]
+        done = variable.end
+    return hashlib.sha256(re.sub(" +", " ", "".join([*parts, source[done:]])).encode()).hexdigest()
+
+
+def write(source: str, values: dict[str, object]) -> str:
+    """The source with these values in the block, by variable's name; a comment behind one stays in its column if it
+    can. KeyError for a name that is not there."""
+    variables = {variable.name: variable for variable in read(source)}
+    for variable in sorted((variables[name] for name in values), key=lambda one: -one.start):
+        text = variable.written(values[variable.name])
+        rest, longer = source[variable.end:], len(text) - (variable.end - variable.start)
+        if behind := re.match(r"([)\]]?)( +)#", rest):
+            gap = len(behind[2])
+            rest = behind[1] + " " * max(2, gap - longer) + rest[behind.end() - 1:]
+        source = source[: variable.start] + text + rest
+    return source
+
+
+def _head(source: str) -> str:
+    """Up to the first function or class."""
+    first = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
+    return source[: first.start()] if first else source
+
+
+def _span(head: str) -> tuple[int, int]:
+    """First and last line of the block."""
+    headings = [(head.count("\n", 0, match.start()) + 1, match["title"].lower()) for match in HEADING.finditer(head)]
+    for i, (line, title) in enumerate(headings):
+        if "hyperparameter" in title:
+            return line, headings[i + 1][0] if i + 1 < len(headings) else len(head)
+    return 1, len(head)
+
+
+def _column(line: str, offset: int) -> int:
+    """From an offset in UTF-8 bytes, which is what ast counts in."""
+    return len(line.encode()[:offset].decode())
+
+
+def _comment(lines: list[str], node: ast.AST) -> str:
+    """Behind an assignment."""
+    line = lines[node.end_lineno - 1]
+    return line[_column(line, node.end_col_offset):].strip()
+
+
+def _section(lines: list[str], number: int) -> str:
+    """The comment that begins the paragraph this line is in."""
+    while number > 1 and lines[number - 2].strip():
+        number -= 1
+    return lines[number - 1].strip() if lines[number - 1].startswith("#") else ""
+
+
+def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable | None:
+    relative = _relative(name, node)
+    if relative or isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return relative or _choice(name, repr(node.value).replace("'", '"'))
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError):
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return None
+    made = _number(name.split("[")[0], value, "fraction" in section.lower())
+    most = AT_MOST.search(comment)
+    if stated := STATED.search(comment):
+        try:
+            low, high = float(stated["low"]), float(stated["high"])
+        except ValueError:
+            return None
+        scale = stated["scale"] or made.scale
+        if not low < high or scale == "log" and low <= 0:
+            return None
+        kind = "number" if made.kind == "part" or stated["scale"] and made.kind == "decay" else made.kind
+        made = replace(made, kind=kind, low=low, high=high, scale=scale, stated=True)
+    elif most and int(most[1]) >= value:
+        made = replace(made, high=int(most[1]), stated=True)
+    return replace(made, name=name) if made.low < made.high else None
+
+
+def _number(name: str, value: int | float, in_parts: bool) -> Variable:
+    if isinstance(value, int):
+        if value >= 8 and SIZES.search(name) and value & (value - 1) == 0:
+            return Variable(name, "size", value, value // 4, value * 4, "log")
+        if value > 12:
+            span = 2 if PARTS.search(name) else 4 if value < 100 else FACTOR
+            return Variable(name, "whole", value, math.ceil(value / span), int(value * span), "log")
+        return Variable(name, "whole", value, max(min(1, value), value - 2), value + 2)
+    if (in_parts or PARTS.search(name)) and 0 <= value <= 1:
+        return Variable(name, "part", value, 0.0, 1.0 if value else 0.5)
+    if DECAYS.search(name) and 0.5 <= value < 1:
+        return Variable(name, "decay", value, max(0.5, 1 - FACTOR * (1 - value)), 1 - (1 - value) / FACTOR, "log")
+    if value > 0:
+        return Variable(name, "number", value, value / FACTOR, value * FACTOR, "log")
+    return Variable(name, "number", value, 2 * value, 0.0) if value else Variable(name, "number", value, 0.0, 0.1)
+
+
+def _relative(name: str, node: ast.expr) -> Variable | None:
+    """defaults.depth, or prepare.MAX_SEQ_LEN // 2, say."""
+    base, number, sign = node, 0, 1
+    if isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and type(node.right.value) is int:
+        base, number = node.left, node.right.value
+    if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
+        return None
+    text = ast.unparse(base)
+    if base.attr == "window_pattern":
+        return _choice(name, text) if base is node else None
+    operator = type(node.op) if base is not node else None
+    sign = -1 if operator in (ast.Sub, ast.FloorDiv) else 1
+    if operator in (ast.Add, ast.Sub) or operator is None and re.search(r"depth|layers", base.attr):
+        return Variable(name, "more", sign * number, sign * number - 2, sign * number + 4, text=text)
+    if operator not in (None, ast.Mult, ast.FloorDiv) or base is not node and (number < 1 or number & (number - 1)):
+        return None
+    power = sign * (number.bit_length() - 1) if operator else 0
+    high = 0 if base.attr.startswith("MAX_") else power + 3
+    return Variable(name, "times", power, power - 3, high, text=text) if high > power - 3 else None
+
+
+def _choice(name: str, text: str) -> Variable | None:
+    """A pattern of windows; other strings mean nothing here."""
+    if text.startswith('"') and not re.fullmatch(r'"[SL]+"', text):
+        return None
+    choices = dict.fromkeys([text, *(f'"{pattern}"' for pattern in PATTERNS)])
+    return Variable(name, "choice", text, choices=tuple(choices))

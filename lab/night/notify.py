@@ -1,0 +1,93 @@
+"""A line to a command of the user's: a new best, trouble, the morning."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from contextlib import suppress
+
+import psutil
+
+from lab import untrusted
+
+LIMIT = 30.0  # seconds
+POLL = 0.1  # seconds
+failing: set[str] = set()  # commands whose last message did not go out: that is said once
+
+
+def send(command: str, text: str, say) -> threading.Thread:
+    """Has the shell run `command` with the text as its standard input, and as $LAB_MESSAGE; nobody waits for it.
+
+    Args:
+        text: of which one clean line is sent.
+        say: called, from another thread, with a line if the command fails where it did not the time before.
+
+    Returns:
+        what sends it. The program's end waits for it, at most `LIMIT`: the last message is to go out, too.
+    """
+    thread = threading.Thread(target=_deliver, args=(command, untrusted.one_line(text, 1000), say), name="notify")
+    thread.start()
+    return thread
+
+
+def _deliver(command: str, text: str, say) -> None:
+    try:
+        problem = run(command, text)
+    except Exception as error:  # no shell, no temporary folder, no more processes: the night goes on without
+        problem = str(error)
+    if problem is None:
+        failing.discard(command)
+    elif command not in failing:
+        failing.add(command)
+        say(f"--notify: the command failed ({untrusted.one_line(problem)}); the night goes on, and tries it again with "
+            "its next message")
+
+
+def run(command: str, text: str) -> str | None:
+    """What went wrong, or None. What the command started and left behind has the rest of its time, too."""
+    with tempfile.TemporaryFile() as message, tempfile.TemporaryFile() as output:
+        message.write(text.encode() + b"\n")
+        message.seek(0)
+        process = subprocess.Popen(command, shell=True, stdin=message, stdout=output, stderr=output,
+                                   env={**os.environ, "LAB_MESSAGE": text}, start_new_session=os.name == "posix")
+        started, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
+        while True:
+            ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen
+            started |= in_group(process.pid)
+            for one in list(started):
+                with suppress(psutil.Error):
+                    started.update(one.children(recursive=True))
+            alive = [one for one in started if runs(one)]
+            if ended and not alive or time.monotonic() > deadline:
+                break
+            time.sleep(POLL)
+        for one in alive:
+            with suppress(psutil.Error):
+                one.kill()
+        status = process.wait()
+        if alive:
+            return f"it took longer than {LIMIT:g} s, and was ended"
+        if status == 0:
+            return None
+        output.seek(0)
+        said = output.read(100_000).decode(errors="replace").strip().splitlines()
+        return f"exit status {status}" + (f": {said[-1]}" if said else "")
+
+
+def in_group(group: int) -> set[psutil.Process]:
+    """The processes of a group: those, too, whose parents have ended before anybody saw them."""
+    found = set()
+    for pid in psutil.pids() if os.name == "posix" else ():
+        with suppress(OSError, psutil.Error):
+            if os.getpgid(pid) == group:
+                found.add(psutil.Process(pid))
+    return found
+
+
+def runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

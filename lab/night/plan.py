@@ -1,0 +1,331 @@
+"""What a night takes, told before it begins; and what is missing for it, made."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import prepare
+from lab import sandbox, show
+from lab.errors import LabError
+from lab.experiment import BASELINE_RUNS
+from lab.night import limits
+from lab.session import PREFIX, Session, at, folder_of
+from lab.state import BASELINE, CONFIRM
+from lab.tree import TRAIN, Tree
+
+DEFAULT = "climbmix"  # what prepare.py makes when it is not told
+# Gigabytes, about: to download, and prepared on the disk with what was downloaded. climbmix has eleven files of 0.1 GB
+# and 60 M tokens of two bytes each; tinystories, by its publisher, 0.67 GB and 2.2 G characters.
+SIZES = {"climbmix": (1.1, 2.4), "tinystories": (0.7, 1.8), "stdlib": (0.0, 0.02)}
+CALIBRATION = 600.0  # seconds, at most; says `python -m calibration --help`
+RUNS_EACH = 1.07  # per experiment, in simulated nights (benchmarks/README.md)
+START = 20.0  # seconds that a run takes to start and to compile (11 to 36 were measured)
+GUESSED_OVERHEAD = 60.0  # seconds of a run beside its training, on a device that nothing is known of
+TURN = {"agent": 120.0, "proposer": 3.0}  # seconds between experiments: a guess for an agent
+ENOUGH = 3  # experiments of a session, from which on it is asked and not the guesses
+RUN_MB, CACHE_MB = 0.3, 15.0  # that stay on the disk: of a run its logs, of a change what compilers keep of it
+
+
+@dataclass
+class Plan:
+    """What `python -m lab night` would do here.
+
+    Attributes:
+        path: of the repository. tag: of the session. session: the one that is gone on with, or None.
+        missing: of "data", "calibration", "session", "baseline", in the order in which they are made.
+        dataset: its name or path. prepares: arguments of Python that make it, where it is missing.
+        download, disk: gigabytes that this takes. free: gigabytes that there are.
+        each: seconds of an experiment. basis: where that is from. first: seconds until the first one can begin.
+        deadline: seconds as of time.time(), or None. most: experiments that are wanted, or None.
+        box: the sandbox, or None. unsandboxed: the user goes on without.
+        power: "mains", "battery" or None. by: who proposes, in words. awake: of the computer, if the caller knows.
+    """
+
+    path: Path
+    tag: str
+    by: str
+    dataset: str
+    box: str | None
+    unsandboxed: bool
+    session: Session | None = None
+    missing: list[str] = field(default_factory=list)
+    prepares: list[str] = field(default_factory=list)
+    download: float = 0.0
+    disk: float = 0.0
+    free: float = 0.0
+    each: float = 0.0
+    basis: str = ""
+    first: float = 0.0
+    deadline: float | None = None
+    most: int | None = None
+    power: str | None = None
+    awake: str = ""
+
+    @property
+    def experiments(self) -> int | None:
+        """How many there is time for; None without a limit."""
+        fit = []
+        if self.deadline is not None:
+            fit.append(max(0, math.floor((self.deadline - time.time() - self.first) / self.each)))
+        if self.most is not None:
+            fit.append(self.most)
+        return min(fit, default=None)
+
+
+def plan(path: Path, options) -> Plan:
+    """What a night in the repository at `path` would do. Nothing is changed.
+
+    Args:
+        options: tag, agent, hours, until, max_experiments, unsandboxed, dataset, baseline_runs.
+
+    Raises:
+        LabError: it can't begin; the message says what to do first.
+    """
+    from calibration import identity
+
+    tree = Tree(path)
+    session, tag = found_session(tree, options.tag)
+    made = Plan(path=tree.path, tag=tag, session=session, by="agent" if options.agent else "proposer", dataset="",
+                box=None, unsandboxed=options.unsandboxed, most=options.max_experiments,
+                deadline=limits.deadline(options.hours, options.until, datetime.now()), power=identity.power_source())
+    if session:
+        made.dataset, made.box, profile = session.facts["dataset"], session.facts["sandbox"], session.profile
+        made.missing = [] if session.state.baseline.applied else ["baseline"]
+        budget, runs, rows = session.budget, session.facts["baseline_runs"], scored_rows(made.dataset)
+    else:
+        hardware = device()
+        refuse_if_taken(tree, hardware, tag)
+        made.box = sandbox.probe()
+        made.dataset, manifest, made.prepares = dataset(options.dataset or os.environ.get("AUTORESEARCH_DATA"))
+        profile = usable_profile(hardware, tree)
+        made.missing = [*["data"] * bool(made.prepares), *["calibration"] * (not profile), "session", "baseline"]
+        budget, runs = prepare.budget(), BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
+        rows = manifest["eval_rows"] if manifest else scored_rows(made.dataset)
+    overhead, between, each_runs, made.basis = duration(session, profile, rows, made.by)
+    made.each = each_runs * (budget + overhead) + between
+    if "calibration" in made.missing:
+        made.first += CALIBRATION
+    if "baseline" in made.missing:
+        made.first += runs * (budget + overhead)
+    if "data" in made.missing:
+        made.download, made.disk = SIZES.get(made.dataset, (0.0, 0.0))
+    made.disk += of_night(made, profile, runs)
+    made.free = shutil.disk_usage(existing(prepare.home())).free / 1e9
+    return made
+
+
+# --- What is there ---
+
+def found_session(tree: Tree, asked: str | None) -> tuple[Session | None, str]:
+    """(the session that is gone on with, its tag), or (None, the tag of the one to begin)."""
+    branch = tree.branch()
+    if branch is None:
+        raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+    name = branch[len(PREFIX):] if branch.startswith(PREFIX) else None
+    if name and folder_of(name).exists() and not (folder_of(name) / "session.json").exists():
+        asked = name.rpartition("/")[2]  # its start was interrupted: it is begun once more
+    elif name:
+        session = at(tree.path)
+        if asked not in (None, session.facts["tag"]):
+            raise LabError(f"the branch of session {session.name} is checked out, and --tag says {asked}: leave that "
+                           "out to go on with the session, or switch to the branch that another is to start from (git "
+                           "switch main, say)")
+        return session, session.facts["tag"]
+    if tree.git("status", "--porcelain", "--", TRAIN):
+        raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
+                       f"{TRAIN}, or git checkout -- {TRAIN}")
+    return None, asked or time.strftime("%b%d").lower()
+
+
+def refuse_if_taken(tree: Tree, hardware, tag: str) -> None:
+    """LabError if this device has a session of that tag, whose branch is not the one checked out."""
+    folder = folder_of(f"{hardware.slug}/{tag}")
+    if (folder / "session.json").exists():
+        session = Session(folder)
+        there = (f"git switch {session.branch}, and the same command goes on with it"
+                 if session.facts["tree"] == str(tree.path) else f"it belongs to {session.facts['tree']}")
+        raise LabError(f"there is a session {tag} already: {there}; or --tag NAME begins another")
+
+
+def device():
+    """The hardware that a session would run on."""
+    import backends
+    from backends.interface import BackendError
+
+    try:
+        return backends.identify()
+    except BackendError as error:
+        raise LabError(str(error)) from error
+
+
+def dataset(asked: str | None) -> tuple[str, dict | None, list[str]]:
+    """(its name, its manifest, []) of the dataset that a session would take; or, where that or a file of it is missing,
+    (its name or path, None, arguments of Python that prepare it). That files are whole is checked when they are read.
+
+    Args:
+        asked: a name or path; None takes the one prepared last.
+    """
+    data, current = prepare.home() / "data", prepare.home() / "data" / "current"
+    if not asked and current.is_file():
+        asked = current.read_text(encoding="utf-8").strip()
+    asked = asked or DEFAULT
+    origin = str(Path(asked).expanduser().resolve())
+    for path in sorted(data.glob("*/manifest.json")):
+        try:
+            manifest = prepare.read_manifest(path.parent)
+        except prepare.DataError:
+            continue
+        if manifest["name"] != asked and manifest["origin"] != origin:
+            continue
+        files = [(path.parent / name, known["size"]) for name, known in prepare.known_files(manifest).items()]
+        if "eval_tag" in manifest and all(file.is_file() and file.stat().st_size == size for file, size in files):
+            return manifest["name"], manifest, []
+        if (command := shlex.split(manifest["command"]))[:2] == ["python", "prepare.py"]:
+            return manifest["name"], None, command[1:]
+    return asked, None, ["prepare.py", "--dataset", asked]
+
+
+def usable_profile(hardware, tree: Tree) -> dict | None:
+    """What calibration found out about this device; None if it has to be measured first."""
+    from calibration.profile import ProfileError
+    from lab.start import checked_profile
+
+    try:
+        return checked_profile(hardware, tree.path / TRAIN, say=lambda text: None)
+    except ProfileError:
+        if os.environ.get("AUTORESEARCH_PROFILE"):
+            raise  # calibration would write another file
+        return None
+
+
+def scored_rows(name: str) -> int:
+    """Of a dataset by name, before it is prepared."""
+    return 128 if name == "stdlib" else 768
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+# --- What it takes ---
+
+def duration(session: Session | None, profile: dict | None, rows: int,
+             by: str) -> tuple[float, float, float, str]:
+    """(seconds of a run beside its training, seconds between experiments, runs of each, where that is from)."""
+    between, guess = TURN[by], f" (and {TURN['agent'] / 60:.0f} min for the agent, a guess)" if by == "agent" else ""
+    if session:
+        runs = [run.seconds - run.result["training_seconds"] for run in session.state.runs.values()
+                if run.status == "ok"]
+        changes = [e for e in session.state.decided if e.number != BASELINE and e.kind != CONFIRM and e.runs]
+        if len(changes) >= ENOUGH:
+            pauses = [after.begun - (before.runs[-1].begun + before.runs[-1].seconds)
+                      for before, after in zip(changes, changes[1:])]
+            between = max(0.0, statistics.median(pauses))  # not the mean: there are days between two nights
+            each = statistics.fmean(len(e.runs) for e in changes)
+            return statistics.fmean(runs or [GUESSED_OVERHEAD]), between, each, f"from {len(changes)} of this session"
+        if runs:
+            return statistics.fmean(runs), between, RUNS_EACH, f"from the runs of its baseline{guess}"
+    rate = chosen_trial(profile).get("tokens_per_second", {}).get("median")
+    if rate:  # a forward pass costs a third of a step; half, with what the evaluator does to it
+        overhead = START + rows * prepare.MAX_SEQ_LEN / (2 * rate)
+        return overhead, between, RUNS_EACH, f"estimated from the calibration{guess}"
+    return GUESSED_OVERHEAD, between, RUNS_EACH, "a guess: nothing was measured here yet"
+
+
+def chosen_trial(profile: dict | None) -> dict:
+    """What calibration measured of the defaults it chose, or nothing."""
+    trials, chosen = (profile or {}).get("trials", []), (profile or {}).get("settings", {})
+    return next((one for one in trials if one.get("tokens_per_second") and one["depth"] == chosen.get("depth")
+                 and one["rows"] == chosen.get("device_batch_size")), {})
+
+
+def of_night(made: Plan, profile: dict | None, baseline_runs: int) -> float:
+    """Gigabytes that the session takes beside its data."""
+    weights = 4 * chosen_trial(profile).get("num_params", 50e6) / 1e9
+    count = made.experiments if made.experiments is not None else 100
+    return 2 * weights + (count * (RUNS_EACH * RUN_MB + CACHE_MB) + baseline_runs * RUN_MB) / 1e3
+
+
+# --- Telling ---
+
+def tell(plan: Plan) -> list[str]:
+    """The plan in words."""
+    lines = [f"session {plan.session.name}: goes on, with "
+             f"{show.counted(max(0, len(plan.session.state.experiments) - 1), 'experiment')} behind it"
+             if plan.session else f"a new session: {plan.tag}, with the dataset {plan.dataset}"]
+    steps = {"data": f"prepare {plan.dataset} ({plan.download:.1f} GB to download)" if plan.download else
+             f"prepare {plan.dataset}", "calibration": "measure this device (at most ten minutes)",
+             "session": "", "baseline": "run the baseline"}
+    if first := ", ".join(steps[name] for name in plan.missing if steps[name]):
+        minutes = f", about {minutes_of(plan.first)}" + (" beside the download" if plan.download else "")
+        lines.append(f"first: {first}{minutes}")
+    count = plan.experiments
+    until = f", until {time.strftime('%a %H:%M', time.localtime(plan.deadline))}" if plan.deadline else ""
+    lines.append(f"then: experiments of about {minutes_of(plan.each)}, {plan.basis}" + (
+        f", about {count} of them{until}" if count is not None else ", until it is stopped (Ctrl-C)"))
+    lines.append(f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free"
+                 + ("" if plan.disk < plan.free else ": NOT ENOUGH, make room first"))
+    lines.append(f"changes are proposed by the {plan.by}")
+    lines.append(f"sandbox: {plan.box}" if plan.box else sandbox.describe(None))
+    if plan.awake:
+        lines.append(plan.awake)
+    lines.append({"battery": "power: BATTERY; plug it in, or the night ends early", "mains": "power: mains"}.get(
+        plan.power, "power: the system does not tell"))
+    return lines
+
+
+def minutes_of(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 600 else (
+        f"{seconds / 60:.0f} min")
+
+
+# --- Making ---
+
+def provide(plan: Plan, options, say) -> None:
+    """Makes what is missing, up to a session whose baseline is to be run. Raises LabError where something fails, and
+    what `start` raises."""
+    if plan.session:
+        return
+    from backends.interface import BackendError
+    from lab.start import start
+
+    if plan.box is None and not plan.unsandboxed:
+        raise LabError(f"{sandbox.describe(None)} Say --unsandboxed to go on without")
+    if plan.disk >= plan.free:
+        raise LabError(f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {prepare.home()}: "
+                       "make room on that disk, or set AUTORESEARCH_HOME to a folder on another")
+    if plan.prepares:
+        say(f"preparing {plan.dataset}")
+        carried_out(plan.path, *plan.prepares)
+    if options.dataset:  # not the one prepared last
+        os.environ["AUTORESEARCH_DATA"] = dataset(options.dataset)[0]
+    if "calibration" in plan.missing:
+        say("measuring this device")
+        carried_out(plan.path, "-m", "calibration")
+    more = {} if options.baseline_runs is None else {"runs": options.baseline_runs}
+    try:
+        session = start(plan.path, plan.tag, plan.unsandboxed, say=say, **more)
+    except BackendError as error:
+        raise LabError(str(error)) from error
+    say(f"session {session.name} in {session.folder}, on branch {session.branch}")
+
+
+def carried_out(path: Path, *arguments: str) -> None:
+    """Runs one of the project's commands in the repository, with its output passed through."""
+    sys.stdout.flush()
+    status = subprocess.call([sys.executable, *arguments], cwd=path)
+    if status:
+        command = shlex.join(["python", *arguments])
+        raise LabError(f"{command} failed, and its last lines say why. Mend that, then run the same again: it goes on "
+                       f"where it was (exit status {status})")

@@ -1,0 +1,304 @@
+"""The loop: what is proposed, run and told, where it ends, and where one that was killed goes on."""
+
+import argparse
+import time
+from types import SimpleNamespace
+
+import pytest
+import sessions
+from test_experiment import edited
+
+from lab import experiment
+from lab.errors import LabError
+from lab.night import agent, limits, loop, notify, proposer
+from lab.session import Session
+
+
+class Seen:
+    """In place of the view."""
+
+    def __init__(self):
+        self.lines, self.phases, self.at = [], [], {}
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def update(self, now):
+        if now.phase not in self.phases:
+            self.phases.append(now.phase)
+        for phase, action in list(self.at.items()):
+            if now.phase.startswith(phase):
+                del self.at[phase]
+                action()
+
+
+class Alive:
+    """In place of the process that carries an experiment out: it does so at once, in this process."""
+
+    def __init__(self, session):
+        experiment.supervise(Session(session.folder))
+
+    def poll(self):
+        return 0
+
+
+@pytest.fixture
+def session(tmp_path, runner, monkeypatch):
+    session = sessions.make(tmp_path / "project")
+    monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
+    monkeypatch.setattr(limits, "troubles", lambda session: [])
+    monkeypatch.setattr(loop, "POLL", 0.001)
+    return session
+
+
+@pytest.fixture
+def proposals(monkeypatch):
+    """What the proposer proposes, in turn; as many more as are asked for."""
+    queue = []
+
+    def propose(session, mine=None):
+        number = session.state.last.number + 1
+        content = queue.pop(0) if queue else edited(LOSS=1.0 + 0.01 * number)
+        return proposer.Proposal(content, f"proposal {number}")
+
+    monkeypatch.setattr(proposer, "propose", propose)
+    return queue
+
+
+def options(**values):
+    return argparse.Namespace(**{"agent": None, "turn_seconds": 60.0, "hours": None, "until": None,
+                                 "max_experiments": 3, "notify": None, **values})
+
+
+def night(session, **values):
+    return loop.Night(session, options(**values), Seen())
+
+
+def statuses(session):
+    return [(e.status, e.description) for e in Session(session.folder).state.experiments.values()]
+
+
+def test_a_night_runs_the_baseline_and_as_many_experiments_as_were_wanted(session, proposals):
+    proposals.append(edited(LOSS=0.9))
+    one = night(session)
+    assert one.run() == "3 experiments, as many as were wanted"
+    assert statuses(session) == [("keep", "baseline"), ("keep", "proposal 1"), ("discard", "proposal 2"),
+                                 ("discard", "proposal 3")]
+    assert [turn["experiment"] for turn in one.turns] == [1, 2, 3]
+    assert any("keep" in line and "proposal 1" in line for line in one.view.lines)
+
+
+def test_the_next_night_goes_on_with_the_session(session, proposals):
+    night(session, max_experiments=1).run()
+    night(session, max_experiments=2).run()
+    assert len(statuses(session)) == 4
+
+
+def test_a_night_that_was_killed_counts_on(session, proposals, monkeypatch):
+    first = night(session, max_experiments=3)
+    first.view.at["training"] = lambda: None
+    calls = []
+
+    def killed(session):
+        calls.append(1)
+        if len(calls) == 3:
+            raise SystemError("killed")  # nothing that the loop would catch
+        return Alive(session)
+
+    monkeypatch.setattr(Session, "launch", killed)
+    with pytest.raises(SystemError):
+        first.run()
+    monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
+    second = night(Session(session.folder), max_experiments=3)
+    assert (second.first, second.begun) == (first.first, first.begun)
+    second.run()
+    assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2", "proposal 3"]
+
+
+def test_the_time_that_is_left_has_to_do_for_a_run(session, proposals, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(limits, "deadline", lambda *_: now + 1.1 * session.budget)
+    assert "not enough for another experiment" in night(session, hours=0.1).run()
+    assert len(statuses(session)) == 1
+
+
+def test_what_runs_at_the_deadline_is_ended_and_goes_on_the_next_night(session, proposals, monkeypatch):
+    class Endless(Alive):
+        def __init__(self, session):
+            pass
+
+        def poll(self):
+            return None
+
+    night(session, max_experiments=0).run()  # the baseline
+    monkeypatch.setattr(Session, "launch", lambda session: Endless(session))
+    one = night(session, max_experiments=2)
+    one.view.at["training"] = lambda: setattr(one, "deadline", time.time())
+    assert one.run() == "the time is up"
+    assert Session(session.folder).state.pending.number == 1 and session.held is None
+    monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
+    night(Session(session.folder), max_experiments=1).run()
+    assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2"]
+
+
+def test_a_pause_holds_the_night_until_it_is_resumed(session, proposals):
+    one = night(session, max_experiments=1)
+    session.hold("paused", now=True)
+    one.view.at["paused"] = session.release
+    one.run()
+    assert any(phase.startswith("paused") for phase in one.view.phases) and len(statuses(session)) == 2
+
+
+def test_a_hold_that_a_killed_night_left_is_taken_away(session, proposals):
+    session.hold("stopped", now=True)
+    night(session, max_experiments=1).run()
+    assert len(statuses(session)) == 2 and session.held is None
+
+
+def test_a_trouble_that_passes_is_waited_out(session, proposals, monkeypatch):
+    hot = [limits.Trouble("hot", "the GPU has 97 degrees", "wait")]
+    monkeypatch.setattr(limits, "troubles", lambda session: hot)
+    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    one = night(session, max_experiments=1)
+    one.view.at["waiting"] = hot.clear
+    one.run()
+    assert one.view.lines[0] == "waiting: the GPU has 97 degrees" and len(statuses(session)) == 2
+
+
+@pytest.mark.parametrize("kind, ends", [("hot", True), ("busy", False)])
+def test_one_that_stays(session, proposals, monkeypatch, kind, ends):
+    monkeypatch.setattr(limits, "troubles", lambda session: [limits.Trouble(kind, "it stays", "wait")])
+    monkeypatch.setattr(loop, "LONGEST_WAIT", 0.0)
+    why = night(session, max_experiments=1).run()
+    assert ("too hot" in why) == ends and len(statuses(session)) == (1 if ends else 2)
+
+
+def test_a_trouble_that_stops_is_told(session, proposals, monkeypatch):
+    sent = []
+    monkeypatch.setattr(notify, "send", lambda command, text, say: sent.append((command, text)))
+    monkeypatch.setattr(limits, "troubles", lambda session: [limits.Trouble("disk", "0.1 GB are free", "stop")])
+    assert night(session, notify="tell me").run() == "0.1 GB are free"
+    assert sent[0][0] == "tell me" and "0.1 GB are free" in sent[0][1]
+
+
+def test_a_new_best_and_the_morning_are_told(session, proposals, monkeypatch):
+    sent = []
+    monkeypatch.setattr(notify, "send", lambda command, text, say: sent.append(text))
+    proposals.append(edited(LOSS=0.9))
+    night(session, max_experiments=1, notify="x").run()
+    assert ["new best 0.9" in sent[0], "in the morning" in sent[1]] == [True, True] and "1 kept" in sent[1]
+
+
+def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, proposals, monkeypatch):
+    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
+    starts = []
+
+    def failing(session):
+        starts.append(1)
+        (session.folder / "supervisor.log").write_text("the disk is full\n")
+        return SimpleNamespace(poll=lambda: 1)
+
+    monkeypatch.setattr(Session, "launch", failing)
+    assert "the disk is full" in night(session).run() and len(starts) == 3
+
+
+def test_a_baseline_that_fails_ends_the_night_with_what_to_do(tmp_path, session, proposals, monkeypatch):
+    run = experiment.runner.run
+
+    def crashing(request):
+        (request.folder / "train.py").write_bytes(edited(FAILS="crash"))
+        return run(request)
+
+    monkeypatch.setattr(experiment.runner, "run", crashing)
+    with pytest.raises(LabError, match="the baseline failed"):
+        night(session).run()
+
+
+def test_what_is_in_train_py_already_is_the_first_experiment(session, proposals):
+    night(session, max_experiments=0).run()
+    (session.tree.path / "train.py").write_bytes(edited(LOSS=0.8))
+    night(session, max_experiments=1).run()
+    assert statuses(session)[1] == ("keep", "what was in train.py already")
+
+
+def test_an_edit_that_a_killed_night_had_not_begun_keeps_its_description(session, proposals, monkeypatch):
+    night(session, max_experiments=0).run()
+    one = night(session, max_experiments=2)
+
+    def killed(*_, **__):
+        raise SystemError("killed")
+
+    begin = loop.begin_change
+    monkeypatch.setattr(loop, "begin_change", killed)
+    with pytest.raises(SystemError):
+        one.run()
+    monkeypatch.setattr(loop, "begin_change", begin)
+    night(Session(session.folder), max_experiments=2).run()
+    assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2"]
+
+
+def test_near_misses_are_tried_together_before_anything_new(session, proposals, monkeypatch):
+    night(session, max_experiments=0).run()
+    asked = []
+
+    def begin(session, options):
+        asked.append(options.near_misses)
+        raise loop.Over("seen")
+
+    monkeypatch.setattr(loop.near, "ready", lambda session: [1, 2])
+    monkeypatch.setattr(loop, "begin_change", begin)
+    night(session).run()
+    assert asked == [True]
+
+
+# --- With an agent ---
+
+@pytest.fixture
+def turns(monkeypatch):
+    """What the agent does, in turn: bytes for train.py, or the outcome of a turn that gave nothing."""
+    queue = []
+
+    def take_turn(session, command, prompt, log, seconds, most_bytes, stop):
+        did = queue.pop(0)
+        if isinstance(did, BaseException):
+            raise did
+        if isinstance(did, bytes):
+            (session.tree.path / "train.py").write_bytes(did)
+            return agent.Turn("edited", "it edited train.py", "the agent's idea", [], 1.0)
+        return agent.Turn(did, f"it {did}", "", [], 1.0)
+
+    monkeypatch.setattr(agent, "take_turn", take_turn)
+    return queue
+
+
+def test_an_agent_is_asked_once_for_each_experiment(session, proposals, turns):
+    turns += [edited(LOSS=0.9), edited(LOSS=1.2)]
+    night(session, agent="clever", max_experiments=2).run()
+    assert [e for e in statuses(session)][1:] == [("keep", "the agent's idea"), ("discard", "the agent's idea")]
+
+
+def test_after_three_failures_the_proposer_steps_in_until_the_agent_recovers(session, proposals, turns):
+    turns += ["hung", "failed", "asked", "nothing", edited(LOSS=0.9), edited(LOSS=0.8)]
+    one = night(session, agent="moody", max_experiments=5)
+    one.run()
+    assert [turn["by"] for turn in one.turns[:4]] == ["agent", "agent", "agent", "proposer"]
+    assert [what for _, what in statuses(session)].count("the agent's idea") == 2
+    assert any("steps in" in line for line in one.view.lines)
+
+
+def test_what_was_tried_before_is_not_run_again(session, proposals, turns):
+    turns += [edited(LOSS=1.2), edited(LOSS=1.2), edited(LOSS=1.3)]
+    one = night(session, agent="forgetful", max_experiments=2)
+    one.run()
+    assert [turn["outcome"] for turn in one.turns] == ["edited", "again", "edited"]
+    assert len(statuses(session)) == 3
+
+
+def test_a_night_killed_during_a_turn_puts_train_py_back(session, proposals, turns, monkeypatch):
+    night(session, max_experiments=0).run()
+    monkeypatch.setattr(agent, "recover", lambda session: ["was interrupted; what it had written is in x.py"])
+    turns += [edited(LOSS=0.9)]
+    one = night(Session(session.folder), agent="slow", max_experiments=1)
+    one.run()
+    assert [turn["outcome"] for turn in one.turns] == ["interrupted", "edited"]
+    assert statuses(session)[1] == ("keep", "the agent's idea")

@@ -1,0 +1,100 @@
+"""A night's processes are killed at random moments: what it comes to is what an undisturbed night comes to."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from test_kill import Night as Processes
+from test_kill import project  # noqa: F401 (a fixture)
+from test_power_loss import check
+
+from lab.session import Session
+
+LONGEST = 5.0  # seconds: what two experiments take, about
+WHO = ("command", "supervisor", "command and supervisor", "all")  # a run alone, killed, is a crash
+LOOP = """import sys
+sys.path.insert(0, sys.argv.pop(1))
+from lab.night import limits, loop
+limits.troubles = lambda session: []
+from lab.__main__ import main
+sys.exit(main())
+"""
+
+
+def start(session, home, experiments: int) -> subprocess.Popen:
+    """A night, as its command would be begun by the judge: but busy machines don't matter to it."""
+    processes = Processes(session, home, random.Random(0))
+    command = [sys.executable, "-c", LOOP, str(session.judge), "--session", str(session.folder), "night", "--planned",
+               "--max-experiments", str(experiments)]
+    return subprocess.Popen(command, cwd=session.tree.path, env=processes.environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def came_to(session) -> list[tuple]:
+    """What does not depend on when things happened."""
+    state = Session(session.folder).state
+    return [(e.digest, e.description, e.status, e.onto, [run.seed for run in e.runs if run.status != "lost"])
+            for e in state.experiments.values()]
+
+
+def undisturbed(session, home, experiments):
+    said = start(session, home, experiments).communicate(timeout=600)[0]
+    assert "as many as were wanted" in said, said
+    return came_to(session)
+
+
+def killed_often(session, home, experiments, seed) -> tuple[list[tuple], dict[str, int]]:
+    rng, landed = random.Random(seed), dict.fromkeys(WHO, 0)
+    processes = Processes(session, home, rng)
+    said = ""
+    while "as many as were wanted" not in said:  # it may have ended just before it was to be killed
+        night = start(session, home, experiments)
+        try:
+            said = night.communicate(timeout=rng.uniform(0, LONGEST))[0]
+            assert night.returncode == 0, said
+        except subprocess.TimeoutExpired:
+            who = rng.choice(WHO)
+            for process in processes.processes(who, night):
+                try:
+                    process.send_signal(signal.SIGKILL)
+                    landed[who] += 1
+                except psutil.NoSuchProcess:
+                    pass
+            if "command" not in who and who != "all":
+                time.sleep(rng.uniform(0, 1))
+                night.kill()
+            said = night.communicate()[0]
+    assert not [p for p in processes.processes("run", night) if p.status() != psutil.STATUS_ZOMBIE]
+    check(Session(session.folder))
+    return came_to(session), landed
+
+
+def both(project, home, experiments, seed):  # noqa: F811
+    """(what an undisturbed night came to, what one came to that was killed, whom that hit)."""
+    folder, tree = project.folder, project.tree.path
+    aside = folder.parent / "aside"
+    shutil.copytree(folder, aside, symlinks=True)
+    shutil.copytree(tree, tree.parent / "tree-aside", symlinks=True)
+    wanted = undisturbed(project, home, experiments)
+    for path, kept in ((folder, aside), (tree, tree.parent / "tree-aside")):
+        shutil.rmtree(path)
+        shutil.move(kept, path)
+    return wanted, *killed_often(Session(folder), home, experiments, seed)
+
+
+def test_killed_now_and_then(project, isolated_home):  # noqa: F811
+    wanted, found, _ = both(project, isolated_home, 4, seed=1)
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_killed_at_a_hundred_random_moments(project, isolated_home):  # noqa: F811
+    wanted, found, landed = both(project, isolated_home, 100, seed=2)
+    print(landed)
+    assert found == wanted and sum(landed.values()) >= 100
+    assert {status for _, _, status, *_ in found} >= {"keep", "discard"}

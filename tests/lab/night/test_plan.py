@@ -1,0 +1,268 @@
+"""What a night takes and what it lacks: told without doing anything, then made."""
+
+import json
+import shutil
+import time
+from argparse import Namespace
+
+import pytest
+import sessions
+from sessions import ROOT, git
+
+import backends
+import prepare
+from backends.interface import BackendError, Hardware
+from calibration import identity, profile
+from lab import experiment, sandbox
+from lab.errors import LabError
+from lab.night import plan as plans
+from lab.session import Session
+
+PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
+HARDWARE = Hardware(name="CPU", slug=PROFILE["device"], kind="cpu", backend=PROFILE["backend"], memory=24 * 2**30,
+                    versions=PROFILE["versions"])
+
+
+def options(**changes):
+    named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset", "baseline_runs"))
+    return Namespace(**named | {"unsandboxed": False} | changes)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A repository on a machine where nothing was prepared yet."""
+    monkeypatch.setattr(backends, "identify", lambda name=None: HARDWARE)
+    monkeypatch.setattr(sandbox, "probe", lambda: "bwrap")
+    monkeypatch.setattr(identity, "power_source", lambda: "mains")
+    return sessions.repository(tmp_path / "project")
+
+
+@pytest.fixture
+def data(tree, isolated_home, tiny_home):
+    (isolated_home / "data").mkdir(parents=True)
+    (isolated_home / "data" / "tiny").symlink_to(tiny_home / "data" / "tiny")
+    (isolated_home / "data" / "current").write_text("tiny")
+
+
+@pytest.fixture
+def calibrated(tree):
+    prepare.write_json(profile.path_of(HARDWARE), PROFILE)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The project's commands that were asked for; they do nothing."""
+    asked = []
+    monkeypatch.setattr(plans, "carried_out", lambda path, *arguments: asked.append(arguments))
+    return asked
+
+
+def planned(tree, **changes):
+    return plans.plan(tree.path, options(**changes))
+
+
+def told(tree, **changes):
+    return "\n".join(plans.tell(planned(tree, **changes)))
+
+
+def files(tree):
+    return sorted(str(path) for path in [*tree.path.rglob("*"), *prepare.home().rglob("*")]
+                  if "/objects/" not in str(path))
+
+
+# --- What is missing ---
+
+def test_where_there_is_nothing_everything_is_missing_and_nothing_is_done(tree):
+    before = files(tree)
+    made = planned(tree, hours=8)
+    assert made.missing == ["data", "calibration", "session", "baseline"]
+    assert made.prepares == ["prepare.py", "--dataset", "climbmix"] and made.download > 1 and made.disk > 2
+    assert made.tag == time.strftime("%b%d").lower() and made.session is None
+    assert made.first > plans.CALIBRATION + 3 * 300  # three runs of the baseline
+    text = "\n".join(plans.tell(made))
+    assert "1.1 GB to download" in text and "a guess" in text and "bwrap" in text and "mains" in text
+    assert files(tree) == before
+
+
+def test_what_is_there_is_not_missing(tree, data, calibrated):
+    made = planned(tree, dataset=None)
+    assert made.missing == ["session", "baseline"] and made.dataset == "tiny" and made.download == 0
+    assert made.basis == "estimated from the calibration"
+
+
+def test_the_dataset_that_is_asked_for_counts(tree, data, calibrated, tiny_home, monkeypatch):
+    made = planned(tree, dataset="stdlib")
+    assert made.missing[0] == "data" and made.prepares == ["prepare.py", "--dataset", "stdlib"] and made.download == 0
+    assert planned(tree, dataset="tiny").missing == ["session", "baseline"]
+    by_path = planned(tree, dataset=str(tiny_home.parent / "text"))
+    assert by_path.missing == ["session", "baseline"] and by_path.dataset == "tiny"
+    monkeypatch.setenv("AUTORESEARCH_DATA", "tinystories")
+    assert planned(tree).prepares == ["prepare.py", "--dataset", "tinystories"]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"cut short")])
+def test_a_dataset_that_lost_a_file_is_made_again_as_it_was(tree, calibrated, isolated_home, tiny_home, damage):
+    shutil.copytree(tiny_home / "data", isolated_home / "data")
+    damage(isolated_home / "data" / "tiny" / "held_out.npy")
+    made = planned(tree)
+    assert made.missing[0] == "data" and made.dataset == "tiny"
+    assert made.prepares == ["prepare.py", "--dataset", str(tiny_home.parent / "text"), "--name", "tiny"]
+
+
+def test_a_stale_profile_is_none(tree, data):
+    prepare.write_json(profile.path_of(HARDWARE), PROFILE | {"versions": {"torch": "0.1"}})
+    assert planned(tree).missing == ["calibration", "session", "baseline"]
+
+
+def test_a_profile_that_the_user_named_is_not_measured_over(tree, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_PROFILE", str(tmp_path / "mine.json"))
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(profile.ProfileError):
+        planned(tree)
+
+
+def test_a_session_that_is_checked_out_is_gone_on_with(tmp_path, runner, monkeypatch):
+    session = sessions.make(tmp_path / "project")
+    monkeypatch.setattr(backends, "identify", None)  # what loads a framework is not needed
+    made = planned(session.tree)
+    assert made.missing == ["baseline"] and made.session.folder == session.folder and made.tag == sessions.TAG
+    experiment.supervise(session)
+    made = planned(session.tree)
+    assert made.missing == [] and made.first == 0 and made.basis == "from the runs of its baseline"
+    assert "goes on" in told(session.tree)
+
+
+def test_it_does_not_begin_another_beside_a_session_unasked(tmp_path, runner, tree, data, calibrated, commands):
+    made = planned(tree, tag="mine")
+    plans.provide(made, options(), lambda text: None)
+    with pytest.raises(LabError, match="leave that out to go on with the session"):
+        planned(tree, tag="other")
+    branch = tree.branch()
+    git(tree.path, "switch", "-q", "main")
+    with pytest.raises(LabError, match=f"git switch {branch}, and the same command goes on with it"):
+        planned(tree, tag="mine")
+    assert planned(tree, tag="other").session is None
+    elsewhere = sessions.repository(tmp_path / "elsewhere")
+    with pytest.raises(LabError, match=f"belongs to {tree.path}"):
+        planned(elsewhere, tag="mine")
+
+
+def test_a_start_that_was_interrupted_is_begun_again(tree, data, calibrated, commands):
+    plans.provide(planned(tree, tag="mine"), options(), lambda text: None)
+    folder = next(prepare.home().glob("sessions/*/mine"))
+    (folder / "session.json").unlink()
+    made = planned(tree)
+    assert made.tag == "mine" and made.session is None
+    plans.provide(made, options(), lambda text: None)
+    assert Session(folder).state.pending.kind == "baseline"
+
+
+@pytest.mark.parametrize("spoil, reason", [
+    (lambda path: (path / "train.py").write_text("LOSS = 2.0\n"), "not committed"),
+    (lambda path: git(path, "switch", "-q", "--detach"), "git switch -c")])
+def test_what_no_session_can_start_from_is_said_before_anything_is_fetched(tree, spoil, reason):
+    spoil(tree.path)
+    with pytest.raises(LabError, match=reason):
+        planned(tree)
+
+
+def test_a_backend_that_cannot_run_says_so(tree, monkeypatch):
+    def none(name=None):
+        raise BackendError("PyTorch is missing: pip install torch")
+
+    monkeypatch.setattr(backends, "identify", none)
+    with pytest.raises(LabError, match="pip install torch"):
+        planned(tree)
+
+
+# --- What it takes ---
+
+def test_experiments_are_counted_by_the_time_and_by_their_number(tree, data, calibrated):
+    made = planned(tree, hours=8)
+    assert 300 < made.each < 600 and made.first > 3 * 300
+    assert made.experiments == pytest.approx((8 * 3600 - made.first) / made.each, abs=1)
+    assert planned(tree, hours=8, max_experiments=5).experiments == 5
+    assert planned(tree, hours=0.1).experiments == 0
+    assert planned(tree).experiments is None and "until it is stopped" in told(tree)
+    assert planned(tree, agent="claude -p").each > made.each and "by the agent" in told(tree, agent="claude -p")
+
+
+def test_a_budget_for_trials_counts(tree, data, calibrated, monkeypatch):
+    whole = planned(tree).each
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", "10")
+    assert whole - planned(tree).each == pytest.approx(290 * plans.RUNS_EACH)
+
+
+def test_a_session_is_asked_how_long_its_experiments_take(tmp_path, runner):
+    session = sessions.make(tmp_path / "project")
+    experiment.supervise(session)
+    tree, at = session.tree, time.time()
+    for number in range(1, 5):  # two runs of 320 s each, and 40 s between experiments
+        blob = tree.store(sessions.TRAIN + f"N = {number}\n".encode())
+        session.log("experiment", number=number, begun=at, kind="change", blob=blob, parent=session.state.best.blob,
+                    onto=0, commit="c" * 40, description="")
+        for i in range(2):
+            run = session.state.next_run()
+            session.log("run", number=run, experiment=number, blob=blob, seed=42 + i, budget=300.0, begun=at + 320 * i)
+            session.log("ran", run=run, status="ok", seconds=320.0, result={"training_seconds": 300.0, "val_bpb": 1.0})
+        session.log("verdict", experiment=number, status="discard", reason="", mean=1.0, parent_mean=1.0)
+        session.log("applied", experiment=number, commit="c" * 40)
+        at += 640 + 40 + 86_400 * (number == 2)  # a day's rest is no pause between two experiments
+    made = planned(session.tree)
+    assert made.each == pytest.approx(680, abs=1) and made.basis == "from 4 of this session"
+
+
+def test_too_little_room_is_said(tree, data, calibrated, monkeypatch):
+    monkeypatch.setattr(plans.shutil, "disk_usage", lambda path: Namespace(free=10**6))
+    assert "NOT ENOUGH" in told(tree)
+    with pytest.raises(LabError, match="make room"):
+        plans.provide(planned(tree), options(), print)
+
+
+def test_power_and_sleep_are_told(tree, monkeypatch):
+    monkeypatch.setattr(identity, "power_source", lambda: "battery")
+    made = planned(tree)
+    made.awake = "kept awake by systemd"
+    assert "BATTERY" in "\n".join(plans.tell(made)) and "kept awake by systemd" in plans.tell(made)
+
+
+# --- Making it ---
+
+def test_it_makes_what_is_missing_in_order_and_then_the_session(tree, data, commands, monkeypatch):
+    def make(path, *arguments):
+        commands.append(arguments)
+        if "calibration" in arguments:
+            prepare.write_json(profile.path_of(HARDWARE), PROFILE)
+
+    made, said = planned(tree, dataset="stdlib"), []
+    monkeypatch.setattr(plans, "carried_out", make)
+    monkeypatch.setenv("AUTORESEARCH_DATA", "")  # put back after the test
+    asked = options(baseline_runs=2, dataset="stdlib")
+    monkeypatch.setattr(plans, "dataset", lambda name: ("tiny", {}, []))
+    plans.provide(made, asked, said.append)
+    assert commands == [("prepare.py", "--dataset", "stdlib"), ("-m", "calibration")]
+    session = plans.at(tree.path)
+    assert session.facts["baseline_runs"] == 2 and session.facts["dataset"] == "tiny"
+    assert session.state.pending.kind == "baseline" and any(session.branch in text for text in said)
+
+
+def test_nothing_is_made_for_a_session_that_is_there(tmp_path, runner, commands):
+    session = sessions.make(tmp_path / "project")
+    plans.provide(planned(session.tree), options(), None)
+    assert commands == []
+
+
+def test_without_a_sandbox_it_stops_before_anything_is_fetched(tree, commands, monkeypatch):
+    monkeypatch.setattr(sandbox, "probe", lambda: None)
+    assert "no sandbox" in told(tree)
+    with pytest.raises(LabError, match="--unsandboxed"):
+        plans.provide(planned(tree), options(), None)
+    assert commands == []
+
+
+def test_the_commands_run_in_the_repository_and_their_output_is_seen(tmp_path, capfd):
+    (tmp_path / "prepare.py").write_text("import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit('no' in sys.argv)")
+    plans.carried_out(tmp_path, "prepare.py", "--dataset", "a b")
+    assert f"['--dataset', 'a b'] {tmp_path}" in capfd.readouterr().out
+    with pytest.raises(LabError, match=r"python prepare.py no failed.*run the same again.*exit status 1"):
+        plans.carried_out(tmp_path, "prepare.py", "no")

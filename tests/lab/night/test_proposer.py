@@ -1,0 +1,127 @@
+"""The proposer: a function of the journal, that never repeats itself and gets somewhere."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import sessions
+
+from backends import surface
+from lab import commands
+from lab.errors import LabError
+from lab.experiment import supervise
+from lab.night import edits, proposer
+from lab.session import Session
+
+ROOT = Path(__file__).resolve().parents[3]
+# The score is best at LR = 0.01 and DEPTH = 6.
+VALLEY = sessions.TRAIN.replace(b"NOISE = 0.001", b"NOISE = 1e-6") + (
+    b"LR = 0.04  # of the matrices\nDEPTH = 4\nBETAS = (0.9, 0.95)\n\n\ndef loss():\n    import math\n"
+    b"    return 1 + 0.05 * math.log(LR / 0.01) ** 2 + 0.02 * (DEPTH - 6) ** 2\n\n\nLOSS = loss()\n")
+VALLEY = VALLEY.replace(b"LOSS = 1.0\nNOISE = 1e-6\nFAILS = None\nLEAK = 0.0\n", b"") + (
+    b"NOISE, FAILS, LEAK = 1e-6, None, 0.0\n")
+
+
+def begun(path, train):
+    session = sessions.make(path, train)
+    supervise(session)
+    return session
+
+
+def attempt(session, proposal=None):
+    """The next experiment, to its verdict."""
+    proposal = proposal or proposer.propose(session)
+    (session.tree.path / "train.py").write_bytes(proposal.content)
+    options = argparse.Namespace(near_misses=False, message=proposal.description, again=False)
+    assert commands.begin_change(session, options) is None
+    supervise(session)
+    return session.state.last
+
+
+@pytest.fixture
+def valley(tmp_path, runner):
+    return begun(tmp_path / "project", VALLEY)
+
+
+def test_finds_what_is_better(valley):
+    for _ in range(30):
+        attempt(valley)
+    state = valley.state
+    assert len({e.digest for e in state.experiments.values()}) == 31
+    assert state.mean(state.best) < state.mean(state.baseline) - 0.05
+
+
+def test_says_what_it_changes(valley):
+    proposal = proposer.propose(valley)
+    assert proposal.description.endswith(proposer.MARK)
+    text = proposal.content.decode()
+    for change in proposal.description[: -len(proposer.MARK)].split(", "):
+        name, _, rest = change.partition(" ")
+        before, after = rest.split(" -> ")
+        assert before in VALLEY.decode() and after in text and name.split("[")[0] in text
+    assert "# of the matrices" in text
+
+
+def test_is_a_function_of_the_journal(valley):
+    for _ in range(3):
+        attempt(valley)
+    assert proposer.propose(valley) == proposer.propose(Session(valley.folder))
+    before = proposer.propose(valley)
+    attempt(valley, before)
+    assert proposer.propose(valley) != before
+
+
+def test_crashes_count_as_bad(tmp_path, runner):
+    crashing = VALLEY.replace(b"None, 0.0\n", b"'crash' if LR > 0.04 else None, 0.0\n")
+    session = begun(tmp_path / "project", crashing)
+    tried = [attempt(session) for _ in range(24)]
+    late = [e.status for e in tried[12:]]
+    assert "crash" in {e.status for e in tried} and late.count("crash") < len(late) / 2
+
+
+CONSTANT = b"LOSS, NOISE, FAILS, LEAK = 1.0, 0.001, None, 0.0\n"
+
+
+def test_goes_beyond_its_first_bounds(tmp_path, runner):
+    session = begun(tmp_path / "project", CONSTANT + b"DEPTH = 2\n")
+    found = {attempt(session).description for _ in range(8)}
+    assert len(found) == 8
+    assert any(int(description.split(" ")[3]) > 4 for description in found)
+
+
+def test_gives_up_when_all_was_tried(tmp_path, runner):
+    session = begun(tmp_path / "project", CONSTANT + b"STEPS = 3  # [1 .. 4]\n")
+    found = {attempt(session).description for _ in range(3)}
+    assert found == {f"STEPS 3 -> {n}{proposer.MARK}" for n in (1, 2, 4)}
+    with pytest.raises(LabError, match="nothing left to propose"):
+        proposer.propose(session)
+
+
+def test_says_so_where_nothing_can_be_read(tmp_path, runner):
+    session = begun(tmp_path / "project", CONSTANT)
+    with pytest.raises(LabError, match="--agent"):
+        proposer.propose(session)
+
+
+@pytest.fixture
+def ours(tmp_path, runner, monkeypatch):
+    """A session with our train.py, where whatever is edited makes no difference."""
+    monkeypatch.setattr(sessions.Runner, "_facts", staticmethod(
+        lambda folder: ((folder / "train.py").read_bytes(), {"LOSS": 1.0, "NOISE": 0.001, "LEAK": 0.0})))
+    return begun(tmp_path / "project", (ROOT / "train.py").read_bytes())
+
+
+def test_structural_edits_in_between(ours):
+    names = {edit.name for edit in edits.LIBRARY}
+    tried = [attempt(ours) for _ in range(2 * proposer.EVERY)]
+    structural = [e.description.partition(": ")[0] for e in tried if e.description.partition(": ")[0] in names]
+    assert len(structural) == 2 == len(set(structural))
+    for experiment in tried:
+        content = ours.tree.content(experiment.blob)
+        assert surface.check(content.decode()) == [] and experiment.portable
+
+
+def test_line_ends_stay(tmp_path, runner):
+    session = begun(tmp_path / "project", VALLEY.replace(b"\n", b"\r\n"))
+    content = proposer.propose(session).content
+    assert content.count(b"\r\n") == content.count(b"\n") == VALLEY.count(b"\n")
