@@ -29,6 +29,7 @@ from lab.tree import TRAIN
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
+LOOK_AGAIN = 2.0  # ... while they are waited for; what is gone by then was the last run's own
 LONGEST_WAIT = 1200.0  # seconds for a device that is hot, throttled or busy: `speed` marks what runs on it then
 AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which a supervisor that failed is started again
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
@@ -97,7 +98,7 @@ class Night:
         waited, told, self._looked = time.time(), set(), 0.0  # what training made hot may be so no more
         while True:
             self.session.refresh()
-            self._check()
+            self._check(LOOK_AGAIN)
             if held := self.session.held:
                 if held["why"] != "paused":
                     self.session.release()
@@ -110,7 +111,7 @@ class Night:
                 if hot := next((one for one in waits if one.kind == "hot"), None):
                     raise Over(f"the device stays too hot: {hot.text}")
                 return
-            else:
+            elif time.time() > waited + LOOK_AGAIN:
                 for one in waits:
                     if one.kind not in told:
                         told.add(one.kind)
@@ -118,13 +119,13 @@ class Night:
                 self._show(f"waiting: {waits[0].text}")
             time.sleep(POLL)
 
-    def _check(self) -> None:
-        """Raises Over where a limit is reached or something says stop."""
+    def _check(self, every: float = LOOK_EVERY) -> None:
+        """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
         if self.stopping:
             raise Over(self.stopping)
         if self.deadline and time.time() >= self.deadline:
             raise Over("the time is up")
-        if time.monotonic() >= self._looked + LOOK_EVERY:
+        if time.monotonic() >= self._looked + every:
             self._looked = time.monotonic()
             self.troubles = limits.troubles(self.session)
         if stop := next((one for one in self.troubles if one.action == "stop"), None):

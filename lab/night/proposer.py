@@ -155,11 +155,13 @@ def _suggested(variables: list[block.Variable], trials: list[Trial], noise: floa
         return {one.name: place if one.choices else min(max(place, 0.0), 1.0)
                 for one in variables for place in [one.place(values[one.name])]}
 
-    def values(places):
-        return {one.name: one.at(places[one.name]) for one in variables}
+    here = places({one.name: one.value for one in variables})
 
-    best = {one.name: one.value for one in variables}
-    study = optuna.create_study(sampler=StepSampler(places(best), noise, lambda step: places(values(step)), rng))
+    def values(places):  # what stays is left as it is written, and not rounded
+        return {one.name: one.value if places[one.name] == here[one.name] else one.at(places[one.name])
+                for one in variables}
+
+    study = optuna.create_study(sampler=StepSampler(here, noise, lambda step: places(values(step)), rng))
     study.add_trials([optuna.create_trial(
         params=places(trial.values), distributions=space, value=trial.score, user_attrs={"runs": trial.runs},
         state=optuna.trial.TrialState.FAIL if trial.score is None else optuna.trial.TrialState.COMPLETE)

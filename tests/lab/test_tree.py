@@ -59,6 +59,12 @@ def test_content_comes_back_byte_for_byte(tree):
         assert tree.content(tree.store(content)) == content
 
 
+def test_contents_of_many(tree):
+    blobs = {tree.store(content): content for content in (FIRST, b"", b"no end", b"\n\nblob 3\n\xff\x00")}
+    assert tree.contents([*blobs, "0" * 40, *blobs]) == blobs
+    assert tree.contents([]) == {}
+
+
 def test_the_patch_id_is_the_same_wherever_the_change_is_made(tree):
     one = tree.patch(tree.store(FIRST), tree.store(FIRST.replace(b"LR = 1", b"LR = 3")))
     moved = FIRST.replace(b"DEPTH = 2", b"DEPTH = 5")

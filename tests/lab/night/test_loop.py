@@ -158,11 +158,20 @@ def test_a_hold_that_a_killed_night_left_is_taken_away(session, proposals):
 def test_a_trouble_that_passes_is_waited_out(session, proposals, monkeypatch):
     hot = [limits.Trouble("hot", "the GPU has 97 degrees", "wait")]
     monkeypatch.setattr(limits, "troubles", lambda session: hot)
-    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(loop, "LOOK_AGAIN", 0.0)
     one = night(session, max_experiments=1)
     one.view.at["waiting"] = hot.clear
     one.run()
     assert one.view.lines[0] == "waiting: the GPU has 97 degrees" and len(statuses(session)) == 2
+
+
+def test_what_the_last_run_leaves_for_a_moment_is_not_waited_for_aloud(session, proposals, monkeypatch):
+    looks = [[limits.Trouble("busy", "another program uses the GPU", "wait")]]
+    monkeypatch.setattr(limits, "troubles", lambda session: looks.pop() if looks else [])
+    monkeypatch.setattr(loop, "LOOK_AGAIN", 0.2)
+    one = night(session, max_experiments=1)
+    one.run()
+    assert not looks and not any(phase.startswith("waiting") for phase in one.view.phases)
 
 
 @pytest.mark.parametrize("kind, ends", [("hot", True), ("busy", False)])

@@ -22,6 +22,13 @@ VALLEY = VALLEY.replace(b"LOSS = 1.0\nNOISE = 1e-6\nFAILS = None\nLEAK = 0.0\n",
     b"NOISE, FAILS, LEAK = 1e-6, None, 0.0\n")
 
 
+@pytest.fixture(autouse=True)
+def same_commits(monkeypatch):
+    """The proposer's seed is the first commit: the same in every run of these tests."""
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_DATE", "2026-01-01T00:00:00Z")
+
+
 def begun(path, train):
     session = sessions.make(path, train)
     supervise(session)
@@ -62,6 +69,20 @@ def test_says_what_it_changes(valley):
     assert "# of the matrices" in text
 
 
+def test_leaves_the_others_as_they_are(tmp_path, runner):
+    session = begun(tmp_path / "project", VALLEY.replace(b"0.95)", b"0.951234)").replace(b"DEPTH = 4\n", b"DEPTH = 4\n"
+                    b"A = 0.123456\nB = 12345\nC = 0.7  # [1 .. 2]\nHALF_RATIO = 0.33333\nD = 1.23456  # [1 .. 2]\n"))
+    before = (session.tree.path / "train.py").read_text().splitlines()
+    for _ in range(6):
+        proposal = proposer.propose(session)
+        changed = {one.split(" = ")[0] for one, other in zip(before, proposal.content.decode().splitlines())
+                   if one != other}
+        named = {part.split(" ")[0].split("[")[0] for part in proposal.description.split(", ")}
+        assert changed == named and 1 <= len(proposal.description.split(", ")) <= 3
+        attempt(session, proposal)
+        before = session.tree.content(session.state.best.blob).decode().splitlines()
+
+
 def test_is_a_function_of_the_journal(valley):
     for _ in range(3):
         attempt(valley)
@@ -72,7 +93,7 @@ def test_is_a_function_of_the_journal(valley):
 
 
 def test_crashes_count_as_bad(tmp_path, runner):
-    crashing = VALLEY.replace(b"None, 0.0\n", b"'crash' if LR > 0.04 else None, 0.0\n")
+    crashing = VALLEY.replace(b"None, 0.0\n", b"'crash' if LR > 0.04 or DEPTH > 4 else None, 0.0\n")
     session = begun(tmp_path / "project", crashing)
     tried = [attempt(session) for _ in range(24)]
     late = [e.status for e in tried[12:]]
