@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
@@ -92,6 +93,10 @@ class Night:
             self.journal.append("ended", time=time.time(), why=str(over))
             self._tell(f"{over}. {self._summary()}", "in the morning")
             return str(over)
+        except prepare.Stop as error:  # which says what to do
+            self._hold()
+            self._notify(f"trouble, and the night ends: {untrusted.one_line(str(error))}")
+            raise
 
     def _between(self) -> None:
         """Before anything is begun: waits while the night is paused or the device is not itself. Raises Over."""
@@ -104,6 +109,12 @@ class Night:
                     self.session.release()
                     continue
                 self._show("paused; python -m lab resume goes on")
+                waited = time.time()
+            elif elsewhere := self._elsewhere():
+                if elsewhere not in told:
+                    told.add(elsewhere)
+                    self._tell(f"waiting: {elsewhere}", "trouble")
+                self._show(f"waiting: {elsewhere}")
                 waited = time.time()
             elif not (waits := [one for one in self.troubles if one.action == "wait"]):
                 return
@@ -118,6 +129,12 @@ class Night:
                         self._tell(f"waiting: {one.text}", "trouble")
                 self._show(f"waiting: {waits[0].text}")
             time.sleep(POLL)
+
+    def _elsewhere(self) -> str | None:
+        """That train.py is another branch's, which is no edit."""
+        branch = self.session.branch
+        return None if self.session.tree.branch() == branch else (
+            f"{branch} is not checked out; git switch {branch} goes on")
 
     def _check(self, every: float = LOOK_EVERY) -> None:
         """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
@@ -162,16 +179,17 @@ class Night:
         """The description of an edit that a killed night, or a person, left in train.py; "" where nobody gave one."""
         try:
             digest = source.describe(self.session.tree.train()).digest
-        except LabError:  # no Python: `_begin` says so
-            return ""
+        except LabError as error:
+            kept = agent.put_back(self.session, self._turns_folder() / f"broken-{int(time.time())}.py")
+            self._tell(f"{error}. It was put back; what was there is in {kept}", "trouble")
+            return None
         if digest == self.session.state.best.digest:
             return None
         return self.turns[-1]["description"] if self.turns and self.turns[-1]["digest"] == digest else ""
 
     def _ask_agent(self) -> None:
         session, options = self.session, self.options
-        log = session.folder / "turns" / f"{len(self.turns) + 1:04d}.log"
-        log.parent.mkdir(exist_ok=True)
+        log = self._turns_folder() / f"{len(self.turns) + 1:04d}.log"
         try:
             program = (session.tree.path / "program.md").read_text(errors="replace")
         except OSError as error:
@@ -200,6 +218,11 @@ class Night:
         self.view.say(f"the agent {turn.said}")
         if not agent.due(self.turns):
             self._tell("the agent fails again and again: the proposer steps in until it recovers", "trouble")
+
+    def _turns_folder(self) -> Path:
+        folder = self.session.folder / "turns"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def _journal_turn(self, by, outcome, said, description="", content=None, others=()) -> None:
         digest = source.describe(content).digest if content else None
@@ -310,7 +333,8 @@ def signals(night: Night):
     def asked(number, _):
         if night.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
-        night.stopping = "stopped by Ctrl-C" if number == signal.SIGINT else "stopped by SIGTERM"
+        night.stopping = "stopped by Ctrl-C" if number == signal.SIGINT else (
+            f"stopped by {signal.Signals(number).name}")
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {name: signal.signal(getattr(signal, name), asked) for name in names}
@@ -327,8 +351,7 @@ def go(session: Session, options) -> int:
         lock = session.night_lock.acquire(timeout=1)  # who asks for the status has it for a moment
     except filelock.Timeout:
         raise LabError("a night of this session goes on already; python -m lab status tells how it stands") from None
-    with lock, limits.awake() as awake, View(session) as view:
-        view.say(awake)
+    with lock, limits.awake(), View(session) as view:
         night = Night(session, options, view)
         with signals(night):
             night.run()

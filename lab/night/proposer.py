@@ -8,7 +8,7 @@ nothing had happened. What to try next is asked of Optuna, with a sampler made f
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def _numbers(session: Session, text: str, rng) -> tuple[str, str] | None:
     """(train.py with other values, what they are)."""
     trials = remembered(session, text)
     variables = [one.wider(*(trial.values[one.name] for trial in trials)) if one.kind != "choice" else one
-                 for one in block.read(text)]
+                 for one in read(session, text)]
     for _ in range(1 + WIDER):
         for values in _suggested(variables, trials, session.noise.sd, rng) if variables else ():
             changed = {one.name: value for one in variables if (value := values[one.name]) != one.value}
@@ -114,6 +114,18 @@ def _numbers(session: Session, text: str, rng) -> tuple[str, str] | None:
                                          for one in variables if one.name in changed)
         variables = [one.wider() for one in variables]
     return None
+
+
+def read(session: Session, text: str) -> list[block.Variable]:
+    """The variables of a train.py, without choices that only spell out what was calibrated."""
+    settings = session.profile["settings"]
+
+    def spelt_out(one, choice):
+        return f"defaults.{one.name.lower()}" in one.choices and choice != one.value and (
+            choice == f'"{settings.get(one.name.lower())}"')
+
+    return [replace(one, choices=tuple(choice for choice in one.choices if not spelt_out(one, choice)))
+            for one in block.read(text)]
 
 
 def remembered(session: Session, text: str) -> list[Trial]:
@@ -129,7 +141,7 @@ def remembered(session: Session, text: str) -> list[Trial]:
         if own in shifts and parent:
             shifts.setdefault(block.structure(sources[parent.blob]),
                               shifts[own] + state.mean(kept) - state.mean(parent))
-    variables, found = block.read(text), {}
+    variables, found = read(session, text), {}
     for experiment in decided:
         tried = sources[experiment.blob]
         shift, values = shifts.get(block.structure(tried)), {one.name: one for one in block.read(tried)}

@@ -246,6 +246,37 @@ def test_an_edit_that_a_killed_night_had_not_begun_keeps_its_description(session
     assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2"]
 
 
+def test_a_train_py_that_is_no_python_is_put_aside(session, proposals):
+    night(session, max_experiments=0).run()
+    (session.tree.path / "train.py").write_bytes(b"def broken(:")
+    one = night(session, max_experiments=1)
+    one.run()
+    assert statuses(session)[1][1] == "proposal 1" and any("put back" in line for line in one.view.lines)
+    assert [path.read_bytes() for path in (session.folder / "turns").glob("broken-*.py")] == [b"def broken(:"]
+
+
+def test_while_another_branch_is_checked_out_the_night_waits(session, proposals):
+    night(session, max_experiments=0).run()
+    sessions.git(session.tree.path, "switch", "-q", "main")
+    one = night(session, max_experiments=1)
+    one.view.at["waiting"] = lambda: sessions.git(session.tree.path, "switch", "-q", session.branch)
+    one.run()
+    assert statuses(session)[1][1] == "proposal 1" and "git switch" in one.view.lines[0]
+
+
+def test_an_error_is_told_before_the_night_ends(session, proposals, monkeypatch):
+    sent = []
+    monkeypatch.setattr(notify, "send", lambda command, text, say: sent.append(text))
+
+    def nothing(session):
+        raise LabError("nothing is left to propose")
+
+    monkeypatch.setattr(proposer, "propose", nothing)
+    with pytest.raises(LabError, match="nothing is left"):
+        night(session, notify="x").run()
+    assert "nothing is left" in sent[-1] and session.held is None
+
+
 def test_near_misses_are_tried_together_before_anything_new(session, proposals, monkeypatch):
     night(session, max_experiments=0).run()
     asked = []
