@@ -29,6 +29,7 @@ RUNS_TO_FIT = 3  # on it, at least
 BUSY_GPU = 0.5  # share of the time; a desktop that plays a video takes less
 BUSY_CPU = 0.25  # share of all cores: so much less is what a run would be marked for
 STALE = 60.0  # seconds between two looks, after which their difference says little of now
+TO_END = 5.0  # seconds that it is given to end by itself
 WINDOWS_STARTS = 20.0  # seconds that PowerShell may take to start and compile a line
 TIME_OF_DAY = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
 
@@ -211,7 +212,7 @@ def _kept_by_windows():
         with suppress(OSError):
             child.stdin.close()
         try:
-            child.wait(5)
+            child.wait(TO_END)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

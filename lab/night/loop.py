@@ -212,6 +212,8 @@ class Night:
                 turn = replace(turn, outcome="again", said=f"made what is equal to experiment {same.number}, "
                                f"{untrusted.one_line(same.description)}, which was a {same.status}")
         if turn.outcome == "edited":
+            if turn.others:
+                self.view.say(f"the agent {turn.said}")
             self._journal_turn("agent", "edited", turn.said, turn.description, session.tree.train(), turn.others)
             return self._begin(turn.description)
         self._journal_turn("agent", turn.outcome, turn.said, others=turn.others)

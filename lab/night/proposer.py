@@ -33,11 +33,8 @@ class Proposal:
     description: str
 
 
-def propose(session: Session, mine: dict[int, dict] = {}) -> Proposal:
+def propose(session: Session) -> Proposal:
     """The next change of the best train.py: a function of the journal, and never what was decided on before.
-
-    Args:
-        mine: number of an experiment -> what is known of it besides; not used.
 
     Raises:
         LabError: nothing is left to propose.

@@ -308,7 +308,7 @@ def paused_and_killed(session, home, times, seed):
 
 
 def test_killed_around_a_pause(project, isolated_home):  # noqa: F811
-    paused_and_killed(project, isolated_home, 3, seed=3)
+    paused_and_killed(project, isolated_home, 1, seed=3)
 
 
 @pytest.mark.slow

@@ -341,6 +341,7 @@ def test_windows_that_never_answers_is_not_waited_for(wsl, monkeypatch):
     windows(wsl, "", ends="exec sleep 600")
     (wsl / "powershell.exe").write_text("#!/bin/sh\necho $$ > " + f"{wsl}/pid\nexec sleep 600\n")
     monkeypatch.setattr(limits, "WINDOWS_STARTS", 0.5)
+    monkeypatch.setattr(limits, "TO_END", 0.2)
     with limits.awake() as line:
         assert "switch that off" in line
     assert not alive(wsl)

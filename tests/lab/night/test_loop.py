@@ -56,7 +56,7 @@ def proposals(monkeypatch):
     """What the proposer proposes, in turn; as many more as are asked for."""
     queue = []
 
-    def propose(session, mine=None):
+    def propose(session):
         number = session.state.last.number + 1
         content = queue.pop(0) if queue else edited(LOSS=1.0 + 0.01 * number)
         return proposer.Proposal(content, f"proposal {number}")
