@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
 ELSEWHERE = ("start", "import")  # what no session's judge is asked for
+READING = ("status", "log", "export")  # what an agent may ask for in its turn
 WAIT = 100.0  # seconds: shells of agents have time limits
 TURN = 600.0  # seconds
 
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     night.add_argument("--baseline-runs", type=int, metavar="N", help="seeds of its baseline (default 3)")
     night.add_argument("--unsandboxed", action="store_true", help="where the system offers no sandbox: go on without")
     night.add_argument("--plan", action="store_true", help="only tell what it will take")
-    night.add_argument("--planned", action="store_true", help=argparse.SUPPRESS)
+    night.add_argument("--planned", type=float, metavar="DEADLINE", help=argparse.SUPPRESS)
     commands.add_parser("supervise")
     return whole
 
@@ -80,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    if os.environ.get("LAB_TURN") and options.command not in READING:
+        print("a night runs the experiments: edit train.py and end your turn, and it is run then", file=sys.stderr)
+        return 1
     if options.command not in ELSEWHERE and not options.session and (program := judges()):
         return hand_over(program, arguments)
     from lab import commands
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not commands.before_night(options):
                 return 0
             if program := judges():  # of the session that was begun just now
-                return hand_over(program, [*arguments, "--planned"])
+                return hand_over(program, [*arguments, f"--planned={options.planned}"])
         session = Session(options.session) if options.session else at(Path.cwd())
         return getattr(commands, f"do_{options.command}")(session, options)
     except (Stop, OSError) as error:  # a full disk is one
@@ -125,6 +130,7 @@ def hand_over(program: Path, arguments: list[str]) -> int:
     command = [sys.executable, str(program), *arguments]
     sys.stdout.flush()
     if os.name == "nt":  # where exec would return to the shell at once
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the judge
         return subprocess.call(command)
     os.execv(sys.executable, command)
 

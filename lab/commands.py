@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -143,14 +143,16 @@ def before_night(options) -> bool:
     """Tells what a night will take, and makes what is missing for it; whether it is to begin."""
     from lab.night import limits, plan
 
-    if options.planned:
+    if options.planned is not None:
         return True
-    _recover_turn(Tree(Path.cwd()))
+    if not options.plan:
+        _recover_turn(Tree(Path.cwd()))
     made = plan.plan(Path.cwd(), options)
     with limits.awake() as made.awake:
         print(*plan.tell(made), sep="\n", flush=True)
         if not options.plan:
             plan.provide(made, options, lambda text: print(text, flush=True))
+    options.planned = made.deadline or 0.0
     return not options.plan
 
 
@@ -159,9 +161,11 @@ def _recover_turn(tree: Tree) -> None:
     from lab.night import agent
 
     for record in (prepare.home() / "sessions").glob(f"*/*/{agent.RECORD}"):
-        session = Session(record.parent)
-        if session.facts["tree"] == str(tree.path) and not session.owned_by_night:
-            print(*(f"the agent {text}" for text in agent.recover(session)), sep="\n")
+        with suppress(LabError):  # of another version, say
+            session = Session(record.parent)
+            if session.facts["tree"] == str(tree.path) and not session.owned_by_night:
+                for text in agent.recover(session):
+                    print(f"the agent {text}")
 
 
 def do_night(session: Session, options) -> int:

@@ -35,7 +35,8 @@ def together(session: Session) -> tuple[bytes, list[int]]:
             paths = [Path(folder, name) for name in ("current", "base", "other")]
             for path, content in zip(paths, (current, tree.content(miss.parent), tree.content(miss.blob))):
                 path.write_bytes(content)
-            done = subprocess.run(["git", "merge-file", "-p", *map(str, paths)], capture_output=True, check=False)
+            done = subprocess.run(["git", "merge-file", "-p", *map(str, paths)], capture_output=True, check=False,
+                                  start_new_session=True)
         try:
             if done.returncode == 0 and done.stdout != current:
                 source.describe(done.stdout)

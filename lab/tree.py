@@ -63,8 +63,9 @@ class Tree:
             environment["GIT_INDEX_FILE"] = str(index)
         try:
             settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
+            # In a session of its own: Ctrl-C is for who called it.
             return subprocess.run(["git", "-C", str(self.path), *settings, *arguments], input=content, env=environment,
-                                  capture_output=True, check=False)
+                                  capture_output=True, check=False, start_new_session=True)
         except FileNotFoundError as error:
             raise LabError("git was not found; install it") from error
 

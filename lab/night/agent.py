@@ -48,6 +48,7 @@ class Turn:
             or did "nothing"; or it was "stopped" by who owns the loop, which is no failure.
         said: what it did, on a clean line that goes on from "the agent ...".
         description: of the change, what and why; "" unless edited.
+        righted: something beside train.py had to be put right, or has no effect; `said` tells what.
         others: files beside train.py that changed meanwhile.
     """
 
@@ -56,19 +57,25 @@ class Turn:
     description: str
     others: list[str]
     seconds: float
+    righted: bool = False
 
 
-def due(turns: list[dict]) -> bool:
+def due(turns: list[dict], fruitless=frozenset()) -> bool:
     """Whether the agent is asked next, and not the proposer: it is left alone for 1, 2, 4, and then always 8
-    experiments once it has failed 3 times in a row, until it edits something that can be run."""
-    failures = rest = 0
+    experiments once it has failed 3 times in a row, until it edits something that can be run.
+
+    Args:
+        fruitless: numbers of experiments that crashed or could not be judged: an agent whose are all so fails, too.
+    """
+    failures, rest = 0, set()
     for turn in turns:
+        number = turn.get("experiment")
         if turn["by"] != "agent":
-            rest += 1
+            rest.add(number)
         elif turn["outcome"] not in NEUTRAL:
-            done = turn["outcome"] == "edited" and turn.get("experiment") is not None
-            failures, rest = 0 if done else failures + 1, 0
-    return failures < TIRES or rest >= min(2 ** (failures - TIRES), LONGEST_REST)
+            done = turn["outcome"] == "edited" and number is not None and number not in fruitless
+            failures, rest = 0 if done else failures + 1, set()
+    return failures < TIRES or len(rest) >= min(2 ** (failures - TIRES), LONGEST_REST)
 
 
 def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: float, most_bytes: int = PRINTED,
@@ -112,8 +119,10 @@ def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: f
         raise
     if others:
         told.append(f"changed {_listed(others)}, which has no effect")
+    righted = bool(told)
     said = untrusted.one_line("; it ".join([said, *told, *notes]), 500)
-    return Turn(outcome, said, description, [untrusted.one_line(name) for name in others], time.monotonic() - begun)
+    return Turn(outcome, said, description, [untrusted.one_line(name) for name in others], time.monotonic() - begun,
+                righted)
 
 
 def recover(session: Session) -> list[str]:
@@ -182,9 +191,9 @@ def _run(command: str, folder: Path, asked: Path, log: Path, mark: str, seconds:
 def end(mark: str, group: int | None = None, patience: float = GRACE_LEFT) -> int:
     """Ends every process with this mark in its environment or of this process group, and those below; how many."""
     ended, killing = set(), time.monotonic() + patience
-    for round in range(100):  # what is being ended may start another
+    for attempt in range(100):  # what is being ended may start another
         alive = _alive(mark, group)
-        if not alive or round and time.monotonic() > killing + 10:  # what hangs in the kernel can't be ended
+        if not alive or attempt and time.monotonic() > killing + 10:  # what hangs in the kernel can't be ended
             break
         for process in alive:
             with suppress(psutil.Error):

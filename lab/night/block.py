@@ -110,7 +110,9 @@ class Variable:
         """Whether the other's value has a place here."""
         if other is None or (other.kind, other.text) != (self.kind, self.text):
             return False
-        return self.kind != "choice" or other.value in self.choices
+        if self.kind == "choice":
+            return other.value in self.choices
+        return self.scale == "linear" or self.kind == "decay" or other.value > 0  # log: zero has no place
 
     def written(self, value) -> str:
         """As source text."""
@@ -226,6 +228,8 @@ def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable
     except (ValueError, TypeError, SyntaxError, RecursionError):
         return None
     if type(value) not in (int, float) or not math.isfinite(value):
+        return None
+    if DECAYS.search(name.split("[")[0]) and 1 - NEAR_ONE <= value < 1:
         return None
     made = _number(name.split("[")[0], value, "fraction" in section.lower())
     most = AT_MOST.search(comment)

@@ -49,8 +49,7 @@ def near_misses(session: Session) -> str | None:
 def too_complex(session: Session) -> str | None:
     """Those that were good but added much code."""
     if numbers := _too_complex(session):
-        return (f"{_these(numbers)} looked better, with more code than the gain was worth: is there a simpler way to "
-                "most of it?")
+        return (f"{_these(numbers)} looked a little better and added code: is there a simpler way to most of it?")
     return None
 
 

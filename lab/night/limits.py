@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import filelock
 import psutil
 
 import prepare
@@ -67,6 +68,22 @@ def deadline(hours: float | None, until: str | None, now: datetime) -> float | N
     return min(ends, default=None)
 
 
+def asked(options) -> dict:
+    """The limits, as a night's journal has them."""
+    return {name: getattr(options, name) for name in ("hours", "until", "max_experiments")}
+
+
+def interrupted(events: list[dict], asked: dict, now: float) -> dict | None:
+    """The event with which a night began that was killed and asked for the same limits: it goes on as it was.
+
+    Args:
+        events: of night.jsonl. asked: the limits. now: as of time.time().
+    """
+    last = next((event for event in reversed(events) if event["event"] in ("began", "ended")), None)
+    goes_on = last and last["event"] == "began" and last["asked"] == asked and (last["deadline"] or math.inf) > now
+    return last if goes_on else None
+
+
 # --- Troubles ---
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ class Trouble:
     """Why a night can't go on now.
 
     Attributes:
-        kind: "battery", "disk", "hot", "throttled" or "busy". text: for people.
+        kind: "battery", "disk", "hot", "throttled", "busy" or "taken" (by another session). text: for people.
         action: "stop" if it has to be mended by somebody, "wait" if it may pass.
     """
 
@@ -99,7 +116,17 @@ def troubles(session) -> list[Trouble]:
         text = f"another program uses the GPU, {device['in_use']:.0%} of the time"
     if text:
         found.append(Trouble("busy", text, "wait"))
+    if not training and taken(session):
+        found.append(Trouble("taken", "another session is training on this device", "wait"))
     return found
+
+
+def taken(session) -> bool:
+    try:
+        with session.device_lock.acquire(blocking=False):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def low_battery() -> str | None:

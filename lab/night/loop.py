@@ -8,6 +8,7 @@ killed goes on from there: what was being proposed is proposed again, what was b
 from __future__ import annotations
 
 import signal
+import statistics
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -32,10 +33,15 @@ POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
 LOOK_AGAIN = 2.0  # ... while they are waited for; what is gone by then was the last run's own
 LONGEST_WAIT = 1200.0  # seconds for a device that is hot, throttled or busy: `speed` marks what runs on it then
-AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which a supervisor that failed is started again
+AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried again: a supervisor, a proposal
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
-MOST_PRINTED = 16 * 2**20  # bytes, of an agent in one turn
-KEPT_ON = 30.0  # seconds that a supervisor is given to end
+GUESSED_TURN = 120.0  # seconds of an agent's
+FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
+PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
+
+
+THINKING = "the agent thinks"
+MOST_NAMED = 100  # files that an agent changed elsewhere
 
 
 class Over(Exception):
@@ -53,25 +59,25 @@ class Night:
     def __init__(self, session: Session, options, view: View):
         self.session, self.options, self.view = session, options, view
         self.journal = Journal(session.folder / "night.jsonl")
+        self.turns = [event for event in self.journal.events if event["event"] == "turn"]
         self.stopping: str | None = None
         self.troubles: list[limits.Trouble] = []
+        self.blind = False
+        self._began_at: dict[str, float] = {}  # troubles by kind
+        self._rested: set[int] = set()  # runs after which the device was waited for
         self._looked, self._phase, self._since = 0.0, "", time.time()
         self.begun, self.first, self.deadline = self._began()
 
     def _began(self) -> tuple[float, int, float | None]:
         """When this night began, with which experiment, and when it ends: one that was killed goes on as it was."""
-        asked = {name: getattr(self.options, name) for name in ("hours", "until", "max_experiments")}
-        for event in reversed(self.journal.events):
-            if event["event"] == "ended":
-                break
-            if event["event"] == "began":
-                if event["asked"] == asked and (event["deadline"] or time.time() + 1) > time.time():
-                    return event["time"], event["first"], event["deadline"]
-                break
-        now = time.time()
-        deadline = limits.deadline(self.options.hours, self.options.until, datetime.now())
-        self.journal.append("began", time=now, first=self.session.state.last.number + 1, deadline=deadline, asked=asked)
-        return now, self.session.state.last.number + 1, deadline
+        asked, now = limits.asked(self.options), time.time()
+        if event := limits.interrupted(self.journal.events, asked, now):
+            return event["time"], event["first"], event["deadline"]
+        first = self.session.state.last.number + 1
+        deadline = (limits.deadline(self.options.hours, self.options.until, datetime.now())
+                    if self.options.planned is None else self.options.planned or None)
+        self.journal.append("began", time=now, first=first, deadline=deadline, asked=asked)
+        return now, first, deadline
 
     # --- The loop ---
 
@@ -87,54 +93,53 @@ class Night:
                     self._follow(pending)
                 else:
                     sound_baseline(self.session)
-                    self._propose()
-        except Over as over:
+                    self._propose_somehow()
+        except (Over, prepare.Stop, Exception) as error:
+            why = str(error) if isinstance(error, Over) else self.stopping or untrusted.one_line(f"trouble: {error}")
             self._hold()
-            self.journal.append("ended", time=time.time(), why=str(over))
-            self._tell(f"{over}. {self._summary()}", "in the morning")
-            return str(over)
-        except prepare.Stop as error:  # which says what to do
-            self._hold()
-            self._notify(f"trouble, and the night ends: {untrusted.one_line(str(error))}")
-            raise
+            self.journal.append("ended", time=time.time(), why=why)
+            self._tell(f"{why}. {self._summary()}", "in the morning")
+            if not isinstance(error, Over) and not self.stopping:
+                raise
+            return why
 
     def _between(self) -> None:
-        """Before anything is begun: waits while the night is paused or the device is not itself. Raises Over."""
-        waited, told, self._looked = time.time(), set(), 0.0  # what training made hot may be so no more
+        """Before anything is begun: waits for what is in the way. Raises Over."""
+        begun, told, self._looked = time.time(), set(), 0.0  # what training made hot may be so no more
         while True:
             self.session.refresh()
             self._check(LOOK_AGAIN)
-            if held := self.session.held:
-                if held["why"] != "paused":
-                    self.session.release()
-                    continue
-                self._show("paused; python -m lab resume goes on")
-                waited = time.time()
-            elif elsewhere := self._elsewhere():
-                if elsewhere not in told:
-                    told.add(elsewhere)
-                    self._tell(f"waiting: {elsewhere}", "trouble")
-                self._show(f"waiting: {elsewhere}")
-                waited = time.time()
-            elif not (waits := [one for one in self.troubles if one.action == "wait"]):
+            if (found := self._in_the_way()) is None:
                 return
-            elif time.time() > waited + LONGEST_WAIT:
-                if hot := next((one for one in waits if one.kind == "hot"), None):
-                    raise Over(f"the device stays too hot: {hot.text}")
-                return
-            elif time.time() > waited + LOOK_AGAIN:
-                for one in waits:
-                    if one.kind not in told:
-                        told.add(one.kind)
-                        self._tell(f"waiting: {one.text}", "trouble")
-                self._show(f"waiting: {waits[0].text}")
+            kind, text = found
+            if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
+                raise Over(f"the device stays too hot: {text}")
+            if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
+                if kind not in told:
+                    told.add(kind)
+                    self._tell(text, "trouble")
+                self._show(text)
             time.sleep(POLL)
 
-    def _elsewhere(self) -> str | None:
-        """That train.py is another branch's, which is no edit."""
-        branch = self.session.branch
-        return None if self.session.tree.branch() == branch else (
-            f"{branch} is not checked out; git switch {branch} goes on")
+    def _in_the_way(self) -> tuple[str, str] | None:
+        """(its kind, in words) of what nothing can be begun for now."""
+        session = self.session
+        if held := session.held:
+            if held["why"] == "paused":
+                return "paused", "paused; python -m lab resume goes on"
+            if session.supervised:
+                return "ending", "waiting for the run under way"
+            session.release()
+        if session.tree.branch() != session.branch:  # its train.py is no edit
+            return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
+        for one in self.troubles:
+            if one.action == "wait" and (one.kind in ("taken", "hot") or self._waited(one.kind) <= LONGEST_WAIT):
+                return one.kind, f"waiting: {one.text}"
+        return None
+
+    def _waited(self, kind: str) -> float:
+        """Seconds since a trouble began that is there still."""
+        return time.time() - self._began_at.get(kind, time.time())
 
     def _check(self, every: float = LOOK_EVERY) -> None:
         """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
@@ -143,20 +148,46 @@ class Night:
         if self.deadline and time.time() >= self.deadline:
             raise Over("the time is up")
         if time.monotonic() >= self._looked + every:
-            self._looked = time.monotonic()
-            self.troubles = limits.troubles(self.session)
+            self._looked, self.troubles = time.monotonic(), limits.troubles(self.session)
+            self._began_at = {one.kind: self._began_at.get(one.kind, time.time()) for one in self.troubles}
         if stop := next((one for one in self.troubles if one.action == "stop"), None):
             raise Over(stop.text)
-        if self.session.state.pending or self.session.held:
+        state, most = self.session.state, self.options.max_experiments
+        if state.pending or self.session.held:
             return
-        most = self.options.max_experiments
-        if most is not None and self.session.state.last.number - self.first + 1 >= most:
+        if most is not None and state.last.number - self.first + 1 >= most:
             raise Over(f"{show.counted(most, 'experiment')}, as many as were wanted")
-        needed = LAST_MOMENT * (self.session.budget + (self.session.overhead() or 0))
-        if self.deadline and time.time() + needed > self.deadline:
+        if self.deadline and time.time() + self._needed() > self.deadline:
             raise Over("the time that is left is not enough for another experiment")
 
+    def _needed(self) -> float:
+        """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
+        took = [run.seconds for run in self.session.state.runs.values() if run.status == "ok"
+                and run.budget == self.session.budget]
+        needed = LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
+        if self._phase != THINKING and self.options.agent and self._agent_is_due():
+            turns = [turn["seconds"] for turn in self.turns if turn.get("seconds")]
+            needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)
+        return needed
+
     # --- An experiment, from the proposal to the verdict ---
+
+    def _propose_somehow(self) -> None:
+        """`_propose`, but what can't be done now is tried again a few times: git may be in use, say."""
+        for pause in (*AGAIN_AFTER, None):
+            try:
+                return self._propose()
+            except Over:
+                raise
+            except (prepare.Stop, Exception) as error:
+                if self.stopping or pause is None:
+                    raise
+                self._tell(f"no experiment could be begun: {untrusted.one_line(str(error))}", "trouble")
+            until = time.monotonic() + pause
+            while time.monotonic() < until:
+                self._check()
+                self._show("trying again soon")
+                time.sleep(POLL)
 
     def _propose(self) -> None:
         """Has a change made and begins an experiment with it, if it is one."""
@@ -165,15 +196,24 @@ class Night:
             return self._begin("what was in train.py already" if edit == "" else edit)
         if near.ready(session):
             return self._begin(None, near_misses=True)
-        if self.options.agent and agent.due(self.turns):
-            self._ask_agent()
-            return
+        if self.options.agent and self._agent_is_due():
+            return self._ask_agent()
         self._show("looking for a change", by="proposer")
-        proposal = proposer.propose(session)
+        try:
+            proposal = proposer.propose(session)
+        except LabError:  # nothing is left
+            if not self.options.agent:
+                raise
+            return self._ask_agent()
+        if kept := agent.put_back(session, self._turns_folder() / f"before-{session.state.last.number + 1}.py"):
+            self.view.say(f"{TRAIN} had other remarks than the best; it is in {kept}")
         self._journal_turn("proposer", "edited", "", proposal.description, proposal.content)
         with prepare.whole(tree.path / TRAIN) as file:
             file.write(proposal.content)
         self._begin(proposal.description)
+
+    def _agent_is_due(self) -> bool:
+        return agent.due(self.turns, {e.number for e in self.session.state.decided if fruitless(e)})
 
     def _edit_that_is_there(self) -> str | None:
         """The description of an edit that a killed night, or a person, left in train.py; "" where nobody gave one."""
@@ -181,7 +221,7 @@ class Night:
             digest = source.describe(self.session.tree.train()).digest
         except LabError as error:
             kept = agent.put_back(self.session, self._turns_folder() / f"broken-{int(time.time())}.py")
-            self._tell(f"{error}. It was put back; what was there is in {kept}", "trouble")
+            self._tell(f"{error}. It was put back" + (f"; what was there is in {kept}" if kept else ""), "trouble")
             return None
         if digest == self.session.state.best.digest:
             return None
@@ -191,34 +231,34 @@ class Night:
         session, options = self.session, self.options
         log = self._turns_folder() / f"{len(self.turns) + 1:04d}.log"
         try:
-            program = (session.tree.path / "program.md").read_text(errors="replace")
+            program = (session.tree.path / "program.md").read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             program = ""
             self.view.say(f"program.md can't be read ({error}): the agent is told the rest")
         text = prompt.write(session, program, self.turns, seconds=options.turn_seconds)
-        self._show("the agent thinks", by="agent")
+        self._show(THINKING, by="agent")
 
         def stop():
             with suppress(Over):
                 self._check()
-                self._show("the agent thinks", by="agent")
+                self._show(THINKING, by="agent")
                 return (self.session.held or {}).get("now", False)
             return True
 
-        turn = agent.take_turn(session, options.agent, text, log, options.turn_seconds, MOST_PRINTED, stop=stop)
+        turn = agent.take_turn(session, options.agent, text, log, options.turn_seconds, agent.PRINTED, stop)
         if turn.outcome == "edited":
             if same := session.state.same(source.describe(session.tree.train()).digest):
                 agent.put_back(session)
                 turn = replace(turn, outcome="again", said=f"made what is equal to experiment {same.number}, "
                                f"{untrusted.one_line(same.description)}, which was a {same.status}")
+        content = session.tree.train() if turn.outcome == "edited" else None
+        self._journal_turn("agent", turn.outcome, turn.said, turn.description, content,
+                           others=turn.others[:MOST_NAMED], seconds=turn.seconds, righted=turn.righted)
+        if turn.outcome != "edited" or turn.righted:
+            self.view.say(f"the agent {turn.said}")
         if turn.outcome == "edited":
-            if turn.others:
-                self.view.say(f"the agent {turn.said}")
-            self._journal_turn("agent", "edited", turn.said, turn.description, session.tree.train(), turn.others)
             return self._begin(turn.description)
-        self._journal_turn("agent", turn.outcome, turn.said, others=turn.others)
-        self.view.say(f"the agent {turn.said}")
-        if not agent.due(self.turns):
+        if not self._agent_is_due():
             self._tell("the agent fails again and again: the proposer steps in until it recovers", "trouble")
 
     def _turns_folder(self) -> Path:
@@ -226,11 +266,11 @@ class Night:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def _journal_turn(self, by, outcome, said, description="", content=None, others=()) -> None:
+    def _journal_turn(self, by: str, outcome: str, said: str, description="", content: bytes | None = None, **more):
         digest = source.describe(content).digest if content else None
         number = self.session.state.last.number + 1 if outcome == "edited" else None
-        self.journal.append("turn", time=time.time(), by=by, outcome=outcome, said=said, description=description,
-                            digest=digest, experiment=number, others=list(others))
+        self.turns.append(self.journal.append("turn", time=time.time(), by=by, outcome=outcome, said=said,
+                                              description=description, digest=digest, experiment=number, **more))
 
     def _begin(self, description: str | None, near_misses: bool = False) -> None:
         """Journals what is in train.py as an experiment; `_follow` runs it."""
@@ -243,7 +283,7 @@ class Night:
     @contextmanager
     def _exclusive(self):
         try:
-            with self.session.lock.acquire(timeout=KEPT_ON):
+            with self.session.lock.acquire(timeout=PATIENCE):
                 for text in self.session.recover():
                     self.view.say(text)
                 yield
@@ -252,14 +292,17 @@ class Night:
 
     def _follow(self, experiment: Experiment) -> None:
         """Sees to it that the pending experiment comes to its verdict."""
-        session, failures, process, again_at = self.session, 0, None, 0.0
+        session, failures, process, again_at, seen = self.session, 0, None, 0.0, 0
         while not experiment.applied:
             self._check()
+            if self._should_rest(experiment):  # after the run under way
+                session.hold("stopped", now=False)
             if session.held:
                 self._between()
                 continue
             if process is not None and process.poll() not in (None, 0):
                 words, process = untrusted.one_line(last_words(session)), None
+                failures, seen = 0 if len(session.journal.events) > seen else failures, len(session.journal.events)
                 if failures == len(AGAIN_AFTER):
                     raise Over(f"experiment {experiment.number} can't be carried out: {words}")
                 again_at = time.monotonic() + AGAIN_AFTER[failures]
@@ -274,6 +317,15 @@ class Night:
             session.refresh()
         self._told(experiment)
 
+    def _should_rest(self, experiment: Experiment) -> bool:
+        """Whether the device is to be waited for before the next run: it is hot, or was not itself in the last one."""
+        done = [run for run in experiment.runs if run.status is not None]
+        disturbed = bool(done) and done[-1].status == "disturbed" and done[-1].number not in self._rested
+        if disturbed:
+            self._rested.add(done[-1].number)
+        hot = any(one.kind == "hot" for one in self.troubles)
+        return not experiment.verdict and not self.session.held and (disturbed or hot)
+
     def _told(self, experiment: Experiment) -> None:
         found = show.facts(self.session, experiment)
         score = f" {found['val_bpb']:.6f}" if found["val_bpb"] is not None else ""
@@ -283,22 +335,28 @@ class Night:
         self.view.say(line if found["status"] in ("keep", "discard") else f"{line}: {found['reason']}")
         if found["status"] == "keep" and experiment.kind not in ("baseline", CONFIRM):
             self._notify(f"new best {found['val_bpb']:.6f}{gain}: {found['description']}")
+        decided = self.session.state.decided
+        row = next((i for i, e in enumerate(reversed(decided)) if not fruitless(e)), len(decided))
+        if row in (agent.TIRES, FRUITLESS):
+            self._tell(f"the last {row} experiments crashed or could not be judged: {found['reason']}", "trouble")
+        if row >= FRUITLESS:
+            raise Over(f"{row} experiments in a row came to nothing; something may be wrong with this machine")
 
     # --- Telling ---
-
-    @property
-    def turns(self) -> list[dict]:
-        return [event for event in self.journal.events if event["event"] == "turn"]
-
-    def _by(self) -> str:
-        return self.turns[-1]["by"] if self.turns else "person"
 
     def _show(self, phase: str, by: str | None = None) -> None:
         if phase != self._phase:
             self._phase, self._since = phase, time.time()
-        self.view.update(Now(phase=phase, since=self._since, by=by or self._by(), deadline=self.deadline,
-                             most=self.options.max_experiments, begun=self.begun, first=self.first,
-                             troubles=[one.text for one in self.troubles]))
+        now = Now(phase=phase, since=self._since, by=by or (self.turns[-1]["by"] if self.turns else "proposer"),
+                  deadline=self.deadline, most=self.options.max_experiments, begun=self.begun, first=self.first,
+                  troubles=[one.text for one in self.troubles])
+        if self.blind:
+            return
+        try:
+            self.view.update(now)
+        except Exception as error:  # costs the picture, and not the night
+            self.blind = True
+            self.view.say(f"the view has failed ({type(error).__name__}: {error}); the night goes on without")
 
     def _tell(self, text: str, when: str) -> None:
         self.view.say(text)
@@ -321,7 +379,7 @@ class Night:
         """Ends what runs. Paused stays paused; else the next night takes the hold away."""
         session = self.session
         session.hold((session.held or {"why": "stopped"})["why"], now=True)
-        deadline = time.monotonic() + KEPT_ON
+        deadline = time.monotonic() + PATIENCE
         while session.supervised and time.monotonic() < deadline:
             self._show("ending what runs")
             time.sleep(POLL)
@@ -329,16 +387,22 @@ class Night:
             session.release()
 
 
+def fruitless(experiment: Experiment) -> bool:
+    """Whether nothing can be learnt from it."""
+    return experiment.status == "crash" or bool(experiment.verdict and experiment.verdict.get("unjudged"))
+
+
 @contextmanager
 def signals(night: Night):
-    """Ctrl-C and SIGTERM end the night cleanly; a second Ctrl-C at once."""
+    """Ctrl-C and SIGTERM end the night cleanly; a second Ctrl-C at once. What nohup has it ignore stays so."""
     def asked(number, _):
         if night.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
         night.stopping = "stopped by Ctrl-C" if number == signal.SIGINT else (
             f"stopped by {signal.Signals(number).name}")
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP")
+             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
     before = {name: signal.signal(getattr(signal, name), asked) for name in names}
     try:
         yield
@@ -356,6 +420,9 @@ def go(session: Session, options) -> int:
     with lock, limits.awake(), View(session) as view:
         night = Night(session, options, view)
         with signals(night):
-            night.run()
+            try:
+                night.run()
+            except KeyboardInterrupt:
+                view.say("ended at once")
     print("python -m lab night goes on with it; python -m lab confirm: is the best really better than the baseline?")
     return 0

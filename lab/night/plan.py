@@ -18,6 +18,7 @@ import prepare
 from lab import sandbox, show
 from lab.errors import LabError
 from lab.experiment import BASELINE_RUNS
+from lab.journal import Journal
 from lab.night import limits
 from lab.session import PREFIX, Session, at, folder_of
 from lab.state import BASELINE, CONFIRM
@@ -28,12 +29,12 @@ DEFAULT = "climbmix"  # what prepare.py makes when it is not told
 # and 60 M tokens of two bytes each; tinystories, by its publisher, 0.67 GB and 2.2 G characters.
 SIZES = {"climbmix": (1.1, 2.4), "tinystories": (0.7, 1.8), "stdlib": (0.0, 0.02)}
 CALIBRATION = 600.0  # seconds, at most; says `python -m calibration --help`
-RUNS_EACH = 1.07  # per experiment, in simulated nights (benchmarks/README.md)
-START = 20.0  # seconds that a run takes to start and to compile (11 to 36 were measured)
+RUNS_EACH = 1.3  # per experiment of the proposer, in simulated nights (benchmarks/README.md)
+START = 20.0  # seconds that a run takes to start and to compile (11 to 66 were measured)
 GUESSED_OVERHEAD = 60.0  # seconds of a run beside its training, on a device that nothing is known of
 TURN = {"agent": 120.0, "proposer": 3.0}  # seconds between experiments: a guess for an agent
 ENOUGH = 3  # experiments of a session, from which on it is asked and not the guesses
-RUN_MB, CACHE_MB = 0.3, 15.0  # that stay on the disk: of a run its logs, of a change what compilers keep of it
+RUN_MB, CACHE_MB = 0.3, 15.0  # guesses: that stay on the disk: of a run its logs, of a change what compilers keep of it
 
 
 @dataclass
@@ -98,6 +99,10 @@ def plan(path: Path, options) -> Plan:
     made = Plan(path=tree.path, tag=tag, session=session, by="agent" if options.agent else "proposer", dataset="",
                 box=None, unsandboxed=options.unsandboxed, most=options.max_experiments,
                 deadline=limits.deadline(options.hours, options.until, datetime.now()), power=identity.power_source())
+    if session and (night := interrupted(session, options)):
+        made.deadline = night["deadline"]
+        if made.most is not None:
+            made.most = max(0, made.most - (session.state.last.number - night["first"] + 1))
     if session:
         made.dataset, made.box, profile = session.facts["dataset"], session.facts["sandbox"], session.profile
         made.missing = [] if session.state.baseline.applied else ["baseline"]
@@ -122,6 +127,11 @@ def plan(path: Path, options) -> Plan:
     made.disk += of_night(made, profile, runs)
     made.free = shutil.disk_usage(existing(prepare.home())).free / 1e9
     return made
+
+
+def interrupted(session: Session, options) -> dict | None:
+    """How the night began that is gone on with."""
+    return limits.interrupted(Journal(session.folder / "night.jsonl").events, limits.asked(options), time.time())
 
 
 # --- What is there ---

@@ -91,14 +91,16 @@ def _crash(session: Session) -> str:
 
 
 def _own_turns(turns: list[dict]) -> str:
-    """What came of the agent's turns since the last that gave an experiment."""
+    """What came of the agent's turns since the last that gave an experiment, or what was wrong with that one."""
     own = [turn for turn in turns if turn["by"] == "agent" and turn["outcome"] not in agent.NEUTRAL]
     after = next((i for i, turn in enumerate(reversed(own)) if turn["outcome"] == "edited"), len(own))
-    lost = own[len(own) - after:][-TURNS:]
-    if not lost:
+    told, said = own[len(own) - after:][-TURNS:], "They gave nothing to run; do otherwise this time."
+    if not told and own and own[-1].get("righted"):
+        told, said = own[-1:], "The last one gave an experiment; what it did besides had no effect."
+    if not told:
         return ""
-    rows = "\n".join(f"{turn['outcome']}: {untrusted.one_line(turn['said'], 3 * WIDTH)}" for turn in lost)
-    return ("# Your last turns\n\nThey gave nothing to run; do otherwise this time. What the harness saw you do:\n\n"
+    rows = "\n".join(f"{turn['outcome']}: {untrusted.one_line(turn['said'], 3 * WIDTH)}" for turn in told)
+    return (f"# Your last turns\n\n{said} What the harness saw you do:\n\n"
             + untrusted.fenced(rows, "Partly said by the agent"))
 
 

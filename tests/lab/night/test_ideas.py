@@ -49,7 +49,7 @@ def test_good_but_too_complex(searched, tried):
     code = "DEPTH = 4\n\n\ndef helper(a, b):\n    c = a * b + a - b\n    return [c for _ in range(a)]\n"
     one = tried("DEPTH = 4", code, t=0.6)
     tried("DEPTH = 4", code.replace("helper", "helps"), t=0.1)
-    assert ideas.too_complex(searched).startswith(f"Experiment {one} looked better, with more code")
+    assert ideas.too_complex(searched).startswith(f"Experiment {one} looked a little better and added code")
 
 
 def test_a_plateau_asks_for_one_thing_after_another(searched, tried):

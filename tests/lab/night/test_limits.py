@@ -10,6 +10,7 @@ from collections import namedtuple
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
+import filelock
 import psutil
 import pytest
 
@@ -80,7 +81,14 @@ def sound(tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "now", lambda kind, gpu: {})
     monkeypatch.setattr(limits, "others", limits.Others())
     return SimpleNamespace(folder=tmp_path, facts={"tree": str(tmp_path), "gpu": "0"}, supervised=False, disk=disk,
-                           profile={"machine": {"kind": "cuda"}})
+                           profile={"machine": {"kind": "cuda"}}, device_lock=filelock.FileLock(tmp_path / "device"))
+
+
+def test_another_session_on_the_device_is_waited_for(sound):
+    with filelock.FileLock(sound.folder / "device"):
+        assert told(sound) == [("taken", "wait")]
+        sound.supervised = True  # then it is ours
+        assert told(sound) == []
 
 
 def told(session) -> list[tuple[str, str]]:

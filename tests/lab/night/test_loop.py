@@ -14,6 +14,10 @@ from lab.night import agent, limits, loop, notify, proposer
 from lab.session import Session
 
 
+class Killed(BaseException):
+    """In place of a signal: nothing that the loop could catch."""
+
+
 class Seen:
     """In place of the view."""
 
@@ -48,6 +52,7 @@ def session(tmp_path, runner, monkeypatch):
     monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
     monkeypatch.setattr(limits, "troubles", lambda session: [])
     monkeypatch.setattr(loop, "POLL", 0.001)
+    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
     return session
 
 
@@ -67,7 +72,7 @@ def proposals(monkeypatch):
 
 def options(**values):
     return argparse.Namespace(**{"agent": None, "turn_seconds": 60.0, "hours": None, "until": None,
-                                 "max_experiments": 3, "notify": None, **values})
+                                 "max_experiments": 3, "notify": None, "planned": None, **values})
 
 
 def night(session, **values):
@@ -102,11 +107,11 @@ def test_a_night_that_was_killed_counts_on(session, proposals, monkeypatch):
     def killed(session):
         calls.append(1)
         if len(calls) == 3:
-            raise SystemError("killed")  # nothing that the loop would catch
+            raise Killed
         return Alive(session)
 
     monkeypatch.setattr(Session, "launch", killed)
-    with pytest.raises(SystemError):
+    with pytest.raises(Killed):
         first.run()
     monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
     second = night(Session(session.folder), max_experiments=3)
@@ -199,7 +204,6 @@ def test_a_new_best_and_the_morning_are_told(session, proposals, monkeypatch):
 
 
 def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, proposals, monkeypatch):
-    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
     starts = []
 
     def failing(session):
@@ -235,11 +239,11 @@ def test_an_edit_that_a_killed_night_had_not_begun_keeps_its_description(session
     one = night(session, max_experiments=2)
 
     def killed(*_, **__):
-        raise SystemError("killed")
+        raise Killed
 
     begin = loop.begin_change
     monkeypatch.setattr(loop, "begin_change", killed)
-    with pytest.raises(SystemError):
+    with pytest.raises(Killed):
         one.run()
     monkeypatch.setattr(loop, "begin_change", begin)
     night(Session(session.folder), max_experiments=2).run()
@@ -264,17 +268,75 @@ def test_while_another_branch_is_checked_out_the_night_waits(session, proposals)
     assert statuses(session)[1][1] == "proposal 1" and "git switch" in one.view.lines[0]
 
 
-def test_an_error_is_told_before_the_night_ends(session, proposals, monkeypatch):
-    sent = []
+def test_what_can_not_be_begun_is_tried_again_and_then_told(session, proposals, monkeypatch):
+    sent, failing = [], [LabError("another git holds index.lock"), ValueError("odd")]
     monkeypatch.setattr(notify, "send", lambda command, text, say: sent.append(text))
+    propose = proposer.propose
 
-    def nothing(session):
-        raise LabError("nothing is left to propose")
+    def moody(session):
+        if failing:
+            raise failing.pop(0)
+        return propose(session)
 
-    monkeypatch.setattr(proposer, "propose", nothing)
+    monkeypatch.setattr(proposer, "propose", moody)
+    night(session, notify="x", max_experiments=1).run()
+    assert len(statuses(session)) == 2 and ["index.lock" in sent[0], "odd" in sent[1]] == [True, True]
+    failing += 3 * [LabError("nothing is left to propose")]
     with pytest.raises(LabError, match="nothing is left"):
-        night(session, notify="x").run()
+        night(session, notify="x", max_experiments=1).run()
     assert "nothing is left" in sent[-1] and session.held is None
+    assert loop.Journal(session.folder / "night.jsonl").events[-1]["event"] == "ended"
+
+
+def test_a_machine_on_which_everything_crashes_ends_the_night(session, proposals, monkeypatch):
+    monkeypatch.setattr(loop, "FRUITLESS", 4)
+    proposals += [edited(FAILS="crash", EXTRA=i) for i in range(9)]
+    one = night(session, max_experiments=9)
+    assert "4 experiments in a row came to nothing" in one.run() and len(statuses(session)) == 5
+    assert any("the last 3 experiments crashed" in line for line in one.view.lines)
+
+
+def test_an_agent_whose_experiments_all_crash_is_left_alone(session, proposals, turns):
+    turns += [edited(FAILS="crash", EXTRA=i) for i in range(3)] + [edited(LOSS=0.9)]
+    night(session, agent="hasty", max_experiments=5).run()
+    assert [what for _, what in statuses(session)][1:] == 3 * ["the agent's idea"] + ["proposal 4", "the agent's idea"]
+
+
+def test_remarks_in_train_py_are_not_written_over_without_a_copy(session, proposals):
+    night(session, max_experiments=0).run()
+    train = session.tree.path / "train.py"
+    train.write_bytes(train.read_bytes() + b"# a thought\n")
+    night(session, max_experiments=1).run()
+    assert b"# a thought" in (session.folder / "turns" / "before-1.py").read_bytes()
+
+
+def test_a_view_that_fails_costs_the_picture_alone(session, proposals):
+    def broken(now):
+        raise KeyError("of the view's")
+
+    one = night(session, max_experiments=1)
+    one.view.update = broken
+    one.run()
+    assert len(statuses(session)) == 2 and sum("the view has failed" in line for line in one.view.lines) == 1
+
+
+def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals, monkeypatch):
+    night(session, max_experiments=0).run()
+    one, waited = night(session, max_experiments=1), []
+    one._between()
+    one._began_at, one.troubles = {}, [limits.Trouble("hot", "97 degrees", "wait")]
+    one._looked = float("inf")
+    session.begin(kind="change", blob=session.state.best.blob, parent=session.state.best.blob, onto=0, commit="HEAD",
+                  description="x")
+
+    def wait():
+        waited.append(session.held)
+        one.troubles.clear()
+        session.release()
+
+    monkeypatch.setattr(one, "_between", wait)
+    one._follow(session.state.pending)
+    assert waited == [{"why": "stopped", "now": False}]
 
 
 def test_near_misses_are_tried_together_before_anything_new(session, proposals, monkeypatch):

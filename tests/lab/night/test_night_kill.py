@@ -29,7 +29,7 @@ sys.exit(main())
 def start(session, home, experiments: int) -> subprocess.Popen:
     """A night, as its command would be begun by the judge: but busy machines don't matter to it."""
     processes = Processes(session, home, random.Random(0))
-    command = [sys.executable, "-c", LOOP, str(session.judge), "--session", str(session.folder), "night", "--planned",
+    command = [sys.executable, "-c", LOOP, str(session.judge), "--session", str(session.folder), "night", "--planned=0",
                "--max-experiments", str(experiments)]
     return subprocess.Popen(command, cwd=session.tree.path, env=processes.environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -42,6 +42,12 @@ def test_it_says_all_there_is_to_say(searched, tried):
     assert "a gain has to be about" in outside and "31 experiments so far, 1 kept, 30 discarded" in outside
 
 
+def test_what_an_edit_came_with_is_told(searched):
+    righted = turn("edited", "edited train.py; it committed, which was taken back") | {"righted": True}
+    assert "which was taken back" in prompt.write(searched, PROGRAM, [turn("hung"), righted])
+    assert "# Your last turns" not in prompt.write(searched, PROGRAM, [righted, turn("edited")])
+
+
 def test_a_fresh_session(searched):
     text = prompt.write(searched, PROGRAM, [])
     assert "baseline" in fences(text)[1][0] and "# Your last" not in text and "# What to try" not in text
