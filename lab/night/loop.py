@@ -149,7 +149,8 @@ class Night:
             raise Over("the time is up")
         if time.monotonic() >= self._looked + every:
             self._looked, self.troubles = time.monotonic(), limits.troubles(self.session)
-            self._began_at = {one.kind: self._began_at.get(one.kind, time.time()) for one in self.troubles}
+            still = self._began_at if self.session.supervised else {}  # what can't be seen now may be there still
+            self._began_at = still | {one.kind: self._began_at.get(one.kind, time.time()) for one in self.troubles}
         if stop := next((one for one in self.troubles if one.action == "stop"), None):
             raise Over(stop.text)
         state, most = self.session.state, self.options.max_experiments

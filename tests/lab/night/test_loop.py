@@ -179,6 +179,21 @@ def test_what_the_last_run_leaves_for_a_moment_is_not_waited_for_aloud(session, 
     assert not looks and not any(phase.startswith("waiting") for phase in one.view.phases)
 
 
+def test_what_was_waited_out_is_not_waited_for_again_after_a_run(session, monkeypatch):
+    busy = [limits.Trouble("busy", "it stays", "wait")]
+    monkeypatch.setattr(limits, "troubles", lambda session: [] if session.supervised else busy)
+    one = night(session)
+    one._check(every=0.0)
+    one._began_at["busy"] -= 2 * loop.LONGEST_WAIT
+    with Session(session.folder).lock:  # a run, during which nothing can be seen of it
+        one._check(every=0.0)
+    one._check(every=0.0)
+    assert one._waited("busy") > loop.LONGEST_WAIT and one._in_the_way() is None
+    busy.clear()
+    one._check(every=0.0)
+    assert one._waited("busy") == pytest.approx(0, abs=1)
+
+
 @pytest.mark.parametrize("kind, ends", [("hot", True), ("busy", False)])
 def test_one_that_stays(session, proposals, monkeypatch, kind, ends):
     monkeypatch.setattr(limits, "troubles", lambda session: [limits.Trouble(kind, "it stays", "wait")])
