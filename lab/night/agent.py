@@ -15,7 +15,7 @@ import subprocess
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,7 @@ TIRES = 3  # failures in a row, after which the proposer steps in
 LONGEST_REST = 8  # experiments until the agent is tried again
 NEUTRAL = ("stopped", "interrupted")  # outcomes that are the night's doing
 PRINTED = 32 * 2**20  # bytes, at most, in a turn
+MOST_NAMED = 100  # files that it changed elsewhere
 LARGE = 16 * 2**20  # bytes: a larger file counts as changed when its time or size is
 CHANGE = re.compile(r"[\s>*_#`-]*change[\s*_`]*:[\s*_`]*(.*?)[\s*_`]*", re.IGNORECASE)
 
@@ -80,7 +81,7 @@ def due(turns: list[dict], fruitless=frozenset()) -> bool:
 
 def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: float, most_bytes: int = PRINTED,
               stop=lambda: False) -> Turn:
-    """Lets the agent edit train.py once.
+    """Lets the agent edit train.py once. It is remembered until `settle`.
 
     Args:
         command: for the shell, in the session's repository, with the user's environment.
@@ -113,16 +114,26 @@ def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: f
         outcome, said, description = _judged(session, log, prompt, code, problem, seconds, elsewhere, others)
         if outcome != "edited" and (saved := put_back(session, log.with_suffix(".train.py"))):
             told.append(f"what it wrote is in {saved}")
-        _record(session).unlink()
+        if others:
+            told.append(f"changed {_listed(others)}, which has no effect")
+        turn = Turn(outcome, untrusted.one_line("; it ".join([said, *told, *notes]), 500), description,
+                    [untrusted.one_line(name) for name in others[:MOST_NAMED]], time.monotonic() - begun, bool(told))
+        prepare.write_json(_record(session), place | {"turn": asdict(turn)})
     except BaseException:
         recover(session)
         raise
-    if others:
-        told.append(f"changed {_listed(others)}, which has no effect")
-    righted = bool(told)
-    said = untrusted.one_line("; it ".join([said, *told, *notes]), 500)
-    return Turn(outcome, said, description, [untrusted.one_line(name) for name in others], time.monotonic() - begun,
-                righted)
+    return turn
+
+
+def finished(session: Session) -> tuple[Turn, str] | None:
+    """(a turn that is over and was not settled, its log): that of a night which was killed then."""
+    place = _place(session)
+    return (Turn(**place["turn"]), place["log"]) if place and "turn" in place else None
+
+
+def settle(session: Session) -> None:
+    """Forgets the last turn, once it is journalled."""
+    _record(session).unlink(missing_ok=True)
 
 
 def recover(session: Session) -> list[str]:
@@ -130,9 +141,8 @@ def recover(session: Session) -> list[str]:
     was done, in words."""
     left = end(_mark(session))
     done = [f"left {_processes(left)} of an interrupted turn running, which had to be ended"] if left else []
-    try:
-        place = json.loads(_record(session).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no turn was under way, or it had not yet begun
+    place = _place(session)
+    if not place or "turn" in place:
         return done
     if place["experiment"] != session.state.last.number:  # long ago: somebody has worked here since
         _record(session).unlink()
@@ -147,6 +157,14 @@ def recover(session: Session) -> list[str]:
 
 def _record(session: Session) -> Path:
     return session.folder / RECORD
+
+
+def _place(session: Session) -> dict | None:
+    """What the record says; None if no turn was under way, or it had not yet begun."""
+    try:
+        return json.loads(_record(session).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _mark(session: Session) -> str:

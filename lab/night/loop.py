@@ -41,7 +41,6 @@ PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to b
 
 
 THINKING = "the agent thinks"
-MOST_NAMED = 100  # files that an agent changed elsewhere
 
 
 class Over(Exception):
@@ -86,6 +85,8 @@ class Night:
         for text in agent.recover(self.session):  # a night was killed during its turn
             self.view.say(f"the agent {text}")
             self._journal_turn("agent", "interrupted", text)
+        if found := agent.finished(self.session):  # or just after it
+            self._settle(*found)
         try:
             while True:
                 self._between()
@@ -247,20 +248,28 @@ class Night:
             return True
 
         turn = agent.take_turn(session, options.agent, text, log, options.turn_seconds, agent.PRINTED, stop)
-        if turn.outcome == "edited":
-            if same := session.state.same(source.describe(session.tree.train()).digest):
-                agent.put_back(session)
-                turn = replace(turn, outcome="again", said=f"made what is equal to experiment {same.number}, "
-                               f"{untrusted.one_line(same.description)}, which was a {same.status}")
-        content = session.tree.train() if turn.outcome == "edited" else None
-        self._journal_turn("agent", turn.outcome, turn.said, turn.description, content,
-                           others=turn.others[:MOST_NAMED], seconds=turn.seconds, righted=turn.righted)
+        turn = self._settle(turn, str(log))
         if turn.outcome != "edited" or turn.righted:
             self.view.say(f"the agent {turn.said}")
         if turn.outcome == "edited":
             return self._begin(turn.description)
         if not self._agent_is_due():
             self._tell("the agent fails again and again: the proposer steps in until it recovers", "trouble")
+
+    def _settle(self, turn: agent.Turn, log: str) -> agent.Turn:
+        """Journals a turn, once; what was tried before is no edit."""
+        session = self.session
+        if not any(one.get("log") == log for one in self.turns):
+            content = session.tree.train() if turn.outcome == "edited" else None
+            if content and (same := session.state.same(source.describe(content).digest)):
+                agent.put_back(session)
+                turn, content = replace(turn, outcome="again", said=(
+                    f"made what is equal to experiment {same.number}, {untrusted.one_line(same.description)}, which "
+                    f"was a {same.status}")), None
+            self._journal_turn("agent", turn.outcome, turn.said, turn.description, content, log=log,
+                               others=turn.others, seconds=turn.seconds, righted=turn.righted)
+        agent.settle(session)
+        return turn
 
     def _turns_folder(self) -> Path:
         folder = self.session.folder / "turns"

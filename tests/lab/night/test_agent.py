@@ -60,7 +60,9 @@ def take(night, tmp_path, monkeypatch):
         turn = agent.take_turn(night, command, PROMPT, log, seconds, most_bytes, **more)
         assert (night.tree.branch(), night.tree.commit_of("HEAD")) == place
         assert not agent._alive(agent._mark(night), None)
-        assert not (night.folder / "turn.json").exists()
+        assert agent.finished(night)[0] == turn and agent.recover(night) == []  # until it is journalled
+        agent.settle(night)
+        assert agent.finished(night) is None
         assert (night.tree.train() == best(night)) == (turn.outcome != "edited")
         assert not (night.tree.path / "train.py").is_symlink()
         assert bool(turn.description) == (turn.outcome == "edited")

@@ -1,11 +1,13 @@
 """A night's processes are killed at random moments: what it comes to is what an undisturbed night comes to."""
 
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,13 +26,14 @@ limits.troubles = lambda session: []
 from lab.__main__ import main
 sys.exit(main())
 """
+STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))} stub"
 
 
-def start(session, home, experiments: int) -> subprocess.Popen:
+def start(session, home, experiments: int, agent: bool) -> subprocess.Popen:
     """A night, as its command would be begun by the judge: but busy machines don't matter to it."""
     processes = Processes(session, home, random.Random(0))
     command = [sys.executable, "-c", LOOP, str(session.judge), "--session", str(session.folder), "night", "--planned=0",
-               "--max-experiments", str(experiments)]
+               "--max-experiments", str(experiments), *(["--agent", STUB] if agent else [])]
     return subprocess.Popen(command, cwd=session.tree.path, env=processes.environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -42,18 +45,18 @@ def came_to(session) -> list[tuple]:
             for e in state.experiments.values()]
 
 
-def undisturbed(session, home, experiments):
-    said = start(session, home, experiments).communicate(timeout=600)[0]
+def undisturbed(session, home, experiments, agent):
+    said = start(session, home, experiments, agent).communicate(timeout=600)[0]
     assert "as many as were wanted" in said, said
     return came_to(session)
 
 
-def killed_often(session, home, experiments, seed) -> tuple[list[tuple], dict[str, int]]:
+def killed_often(session, home, experiments, agent, seed) -> tuple[list[tuple], dict[str, int]]:
     rng, landed = random.Random(seed), dict.fromkeys(WHO, 0)
     processes = Processes(session, home, rng)
     said = ""
     while "as many as were wanted" not in said:  # it may have ended just before it was to be killed
-        night = start(session, home, experiments)
+        night = start(session, home, experiments, agent)
         try:
             said = night.communicate(timeout=rng.uniform(0, LONGEST))[0]
             assert night.returncode == 0, said
@@ -74,27 +77,29 @@ def killed_often(session, home, experiments, seed) -> tuple[list[tuple], dict[st
     return came_to(session), landed
 
 
-def both(project, home, experiments, seed):  # noqa: F811
+def both(project, home, experiments, agent, seed):  # noqa: F811
     """(what an undisturbed night came to, what one came to that was killed, whom that hit)."""
     folder, tree = project.folder, project.tree.path
     aside = folder.parent / "aside"
     shutil.copytree(folder, aside, symlinks=True)
     shutil.copytree(tree, tree.parent / "tree-aside", symlinks=True)
-    wanted = undisturbed(project, home, experiments)
+    wanted = undisturbed(project, home, experiments, agent)
     for path, kept in ((folder, aside), (tree, tree.parent / "tree-aside")):
         shutil.rmtree(path)
         shutil.move(kept, path)
-    return wanted, *killed_often(Session(folder), home, experiments, seed)
+    return wanted, *killed_often(Session(folder), home, experiments, agent, seed)
 
 
-def test_killed_now_and_then(project, isolated_home):  # noqa: F811
-    wanted, found, _ = both(project, isolated_home, 4, seed=1)
+@pytest.mark.parametrize("agent", [False, True])
+def test_killed_now_and_then(project, isolated_home, agent):  # noqa: F811
+    wanted, found, _ = both(project, isolated_home, 3, agent, seed=1)
     assert found == wanted
 
 
 @pytest.mark.slow
-def test_killed_at_a_hundred_random_moments(project, isolated_home):  # noqa: F811
-    wanted, found, landed = both(project, isolated_home, 100, seed=2)
+@pytest.mark.parametrize("agent", [False, True])
+def test_killed_at_a_hundred_random_moments(project, isolated_home, agent):  # noqa: F811
+    wanted, found, landed = both(project, isolated_home, 100, agent, seed=2)
     print(landed)
     assert found == wanted and sum(landed.values()) >= 100
     assert {status for _, _, status, *_ in found} >= {"keep", "discard"}
