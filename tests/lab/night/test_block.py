@@ -31,6 +31,12 @@ def test_reads_ours():
         assert one.at(one.place(one.value)) == one.value and TRAIN[one.start : one.end] == one.written(one.value)
 
 
+def test_a_zero_has_no_place_on_a_logarithmic_scale():
+    here, zero = only("DECAY_RATE = 0.2\n"), only("DECAY_RATE = 0.0\n")
+    assert here.scale == "log" and not here.fits(zero) and here.fits(only("DECAY_RATE = 0.7\n"))
+    assert block.read("ADAM_BETAS = (0.9, 0.99999)\n") == block.read("ADAM_BETAS = (0.9, 1.0)\n")[:1]
+
+
 @pytest.mark.parametrize("line, low, high, scale", [
     ("LR = 0.04", 0.004, 0.4, "log"),
     ("LR = 4e-05", 4e-6, 4e-4, "log"),
