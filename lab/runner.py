@@ -71,7 +71,7 @@ class Request:
     unified: bool = False
     sandbox: str | None = None
     protected: Sequence[Path] = ()
-    ending: Callable[[], str | None] = lambda: None
+    ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
     @property
     def home(self) -> Path:
