@@ -115,7 +115,7 @@ def kill_often(session, home, times, seed):
 
 
 def test_killed_at_a_few_random_moments(project, isolated_home):
-    session, _ = kill_often(project, isolated_home, 3, seed=1)
+    session, _ = kill_often(project, isolated_home, 2, seed=1)
     assert session.state.baseline.status == "keep" and not session.state.pending
 
 

@@ -92,7 +92,7 @@ def both(project, home, experiments, agent, seed):  # noqa: F811
 
 @pytest.mark.parametrize("agent", [False, True])
 def test_killed_now_and_then(project, isolated_home, agent):  # noqa: F811
-    wanted, found, _ = both(project, isolated_home, 3, agent, seed=1)
+    wanted, found, _ = both(project, isolated_home, 2, agent, seed=1)
     assert found == wanted
 
 
