@@ -100,22 +100,12 @@ class Session:
     @property
     def supervised(self) -> bool:
         """Whether a process is at work on this session."""
-        try:
-            with self.lock.acquire(blocking=False):
-                return False
-        except filelock.Timeout:
-            return True
+        return taken(self.lock)
 
     @property
     def owned_by_night(self) -> bool:
         """Whether a night is at work on this session: this process's own, or another's."""
-        if self.night_lock.is_locked:
-            return True
-        try:
-            with self.night_lock.acquire(blocking=False):
-                return False
-        except filelock.Timeout:
-            return True
+        return self.night_lock.is_locked or taken(self.night_lock)
 
     # --- Held: nothing is to use the device ---
 
@@ -285,14 +275,20 @@ def device_lock(device: str, gpu: str) -> filelock.FileLock:
     return filelock.FileLock(path)
 
 
-def refuse_if_busy(lock: filelock.FileLock) -> None:
-    """LabError if something else trains on the device."""
+def taken(lock: filelock.FileLock) -> bool:
+    """Whether a lock is held, by another process or another object of this one."""
     try:
         with lock.acquire(blocking=False):
-            pass
+            return False
     except filelock.Timeout:
+        return True
+
+
+def refuse_if_busy(lock: filelock.FileLock) -> None:
+    """LabError if something else trains on the device."""
+    if taken(lock):
         raise LabError("another session is training on this device, and two at once would slow each other down: wait "
-                       "until it is done (python -m lab wait, in its repository), then run this again") from None
+                       "until it is done (python -m lab wait, in its repository), then run this again")
 
 
 def at(path: Path) -> Session:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import filelock
 import psutil
 
 import prepare
 from calibration import identity
 from lab import capture, untrusted
 from lab.errors import LabError
+from lab.session import taken
 
 GB = 10**9
 LOWEST_CHARGE = 40  # percent of a battery that is being used up
@@ -116,17 +116,9 @@ def troubles(session) -> list[Trouble]:
         text = f"another program uses the GPU, {device['in_use']:.0%} of the time"
     if text:
         found.append(Trouble("busy", text, "wait"))
-    if not training and taken(session):
+    if not training and taken(session.device_lock):
         found.append(Trouble("taken", "another session is training on this device", "wait"))
     return found
-
-
-def taken(session) -> bool:
-    try:
-        with session.device_lock.acquire(blocking=False):
-            return False
-    except filelock.Timeout:
-        return True
 
 
 def low_battery() -> str | None:
