@@ -27,6 +27,7 @@ import prepare
 from lab import capture, guard, inside, outcome, sandbox, untrusted
 from lab.errors import LabError
 from lab.outcome import Ended, Outcome
+from lab.processes import tree
 
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
@@ -223,15 +224,6 @@ def watch(process: subprocess.Popen, request: Request, output: capture.Log, dead
             if (used := memory(process.pid)) > request.memory_ceiling:
                 return (f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
                         "allowed")
-
-
-def tree(pid: int) -> list[psutil.Process]:
-    """A process and all below it."""
-    try:
-        top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.Error:
-        return []
 
 
 def memory(pid: int) -> int:

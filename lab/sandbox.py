@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.errors import LabError
+
 NAMES = ("bwrap", "unshare", "sandbox-exec")
 SYSTEM_TEMPORARY = Path("/tmp")
 KEPT = ("/proc", "/sys", "/dev")  # file systems that stay as they are
@@ -72,6 +74,12 @@ def describe(name: str | None) -> str:
                 "your files and use the network, and only what its own Python code does is looked after.")
     return (f"Runs are sandboxed by {name}: no network, your home folder hidden, nothing to write to but a run's own "
             "folder and the compilers' caches; that holds off mistakes and carelessness, not a determined attacker.")
+
+
+def refuse_without(name: str | None, unsandboxed: bool) -> None:
+    """LabError where there is no sandbox, and nobody said to go on without."""
+    if name is None and not unsandboxed:
+        raise LabError(f"{describe(None)} Say --unsandboxed to go on without")
 
 
 def interpreter() -> list[Path]:

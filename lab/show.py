@@ -81,6 +81,12 @@ def block(session: Session, experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
+def of_night(state, first: int) -> tuple[int, int]:
+    """(experiments that were decided on since the night's `first`, how many of them were kept)."""
+    tried = [e for e in state.decided if e.number >= max(1, first)]
+    return len(tried), sum(e.status == "keep" and e.kind != CONFIRM for e in tried)
+
+
 def listed(files: list[str], most: int = 5) -> str:
     return ", ".join(files[:most]) + (f" and {len(files) - most} more" if len(files) > most else "")
 

@@ -39,14 +39,11 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     if not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag:
         raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
     tree = Tree(path)
-    if tree.branch() is None:
-        raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+    tree.some_branch()
     commit = tree.commit_of("HEAD")
     if commit is None or tree.blob_of(commit) is None:
         raise LabError(f"{TRAIN} is not committed yet: commit it first")
-    if tree.git("status", "--porcelain", "--", TRAIN):
-        raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
-                       f"{TRAIN}, or git checkout -- {TRAIN}")
+    tree.refuse_uncommitted()
     source.describe(tree.train())
 
     hardware = backends.identify()
@@ -57,8 +54,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     found = checked_profile(hardware, tree.path / TRAIN, say)
     data = prepare.open_data()
     box = sandbox.probe()
-    if box is None and not unsandboxed:
-        raise LabError(f"{sandbox.describe(None)} Say --unsandboxed to go on without")
+    sandbox.refuse_without(box, unsandboxed)
     say(sandbox.describe(box))
     if others := tree.changed():
         say(f"not part of the session, being no part of its commit: {show.listed(others)}")

@@ -81,6 +81,18 @@ class Tree:
         """The branch that is checked out; None if HEAD is detached."""
         return self.git("symbolic-ref", "--quiet", "--short", "HEAD", check=False) or None
 
+    def some_branch(self) -> str:
+        """The branch that is checked out. LabError if HEAD is detached."""
+        if (branch := self.branch()) is None:
+            raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+        return branch
+
+    def refuse_uncommitted(self) -> None:
+        """LabError if train.py has changes that no commit holds."""
+        if self.git("status", "--porcelain", "--", TRAIN):
+            raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
+                           f"{TRAIN}, or git checkout -- {TRAIN}")
+
     def commit_of(self, name: str) -> str | None:
         return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False) or None
 

@@ -23,6 +23,7 @@ import psutil
 import prepare
 from lab import capture, kinds, source, untrusted
 from lab.errors import LabError
+from lab.processes import runs
 from lab.session import Session
 from lab.tree import TRAIN, Tree
 
@@ -231,20 +232,13 @@ def _alive(mark: str, group: int | None) -> list[psutil.Process]:
             if process.pid != os.getpid() and _belongs(process, mark, group):
                 found |= {one.pid: one for one in (process, *process.children(recursive=True))}
     found.pop(os.getpid(), None)
-    return [one for one in found.values() if _runs(one)]
+    return [one for one in found.values() if runs(one)]
 
 
 def _belongs(process: psutil.Process, mark: str, group: int | None) -> bool:
     if group is not None and (process.pid == group or os.name == "posix" and os.getpgid(process.pid) == group):
         return True
     return process.environ().get(MARK) == mark
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 # --- The repository ---

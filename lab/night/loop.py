@@ -38,8 +38,6 @@ LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
 PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
-
-
 THINKING = "the agent thinks"
 
 
@@ -51,7 +49,8 @@ class Night:
     """One night of a session.
 
     Args:
-        options: agent (a command, or None), turn_seconds, hours, until, max_experiments, notify.
+        options: agent (a command, or None), turn_seconds, hours, until, max_experiments, notify; planned (the deadline
+            that was told, 0 for none; None if none was).
         view: shows what goes on.
     """
 
@@ -357,11 +356,11 @@ class Night:
     def _show(self, phase: str, by: str | None = None) -> None:
         if phase != self._phase:
             self._phase, self._since = phase, time.time()
+        if self.blind:
+            return
         now = Now(phase=phase, since=self._since, by=by or (self.turns[-1]["by"] if self.turns else "proposer"),
                   deadline=self.deadline, most=self.options.max_experiments, begun=self.begun, first=self.first,
                   troubles=[one.text for one in self.troubles])
-        if self.blind:
-            return
         try:
             self.view.update(now)
         except Exception as error:  # costs the picture, and not the night
@@ -378,9 +377,8 @@ class Night:
 
     def _summary(self) -> str:
         state = self.session.state
-        tried = [e for e in state.decided if e.number >= max(1, self.first)]
-        kept = sum(e.status == "keep" and e.kind != CONFIRM for e in tried)
-        text = f"{show.counted(len(tried), 'experiment')}, {kept} kept"
+        tried, kept = show.of_night(state, self.first)
+        text = f"{show.counted(tried, 'experiment')}, {kept} kept"
         if state.best and state.mean(state.best) is not None:
             text += f"; best {state.mean(state.best):.6f}, baseline {state.mean(state.baseline):.6f}"
         return text

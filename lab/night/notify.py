@@ -12,6 +12,7 @@ from contextlib import suppress
 import psutil
 
 from lab import untrusted
+from lab.processes import runs
 
 LIMIT = 30.0  # seconds
 POLL = 0.1  # seconds
@@ -85,9 +86,3 @@ def in_group(group: int) -> set[psutil.Process]:
             if os.getpgid(pid) == group:
                 found.add(psutil.Process(pid))
     return found
-
-
-def runs(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False

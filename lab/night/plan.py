@@ -138,9 +138,7 @@ def interrupted(session: Session, options) -> dict | None:
 
 def found_session(tree: Tree, asked: str | None) -> tuple[Session | None, str]:
     """(the session that is gone on with, its tag), or (None, the tag of the one to begin)."""
-    branch = tree.branch()
-    if branch is None:
-        raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+    branch = tree.some_branch()
     name = branch[len(PREFIX):] if branch.startswith(PREFIX) else None
     if name and folder_of(name).exists() and not (folder_of(name) / "session.json").exists():
         asked = name.rpartition("/")[2]  # its start was interrupted: it is begun once more
@@ -151,9 +149,7 @@ def found_session(tree: Tree, asked: str | None) -> tuple[Session | None, str]:
                            "out to go on with the session, or switch to the branch that another is to start from (git "
                            "switch main, say)")
         return session, session.facts["tag"]
-    if tree.git("status", "--porcelain", "--", TRAIN):
-        raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
-                       f"{TRAIN}, or git checkout -- {TRAIN}")
+    tree.refuse_uncommitted()
     return None, asked or time.strftime("%b%d").lower()
 
 
@@ -310,8 +306,7 @@ def provide(plan: Plan, options, say) -> None:
     from backends.interface import BackendError
     from lab.start import start
 
-    if plan.box is None and not plan.unsandboxed:
-        raise LabError(f"{sandbox.describe(None)} Say --unsandboxed to go on without")
+    sandbox.refuse_without(plan.box, plan.unsandboxed)
     if plan.disk >= plan.free:
         raise LabError(f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {prepare.home()}: "
                        "make room on that disk, or set AUTORESEARCH_HOME to a folder on another")

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from lab import show, untrusted
 from lab.session import Session
-from lab.state import CONFIRM, Experiment, Run
+from lab.state import Experiment, Run
 
 DRAW_EVERY = 0.5  # seconds
 TELL_EVERY = 60.0  # seconds between lines of progress where there is no terminal
@@ -196,11 +196,10 @@ class View:
         return lines[:height]
 
     def _heading(self, now: Now, found: dict) -> list[str]:
-        tried = [e for e in self.session.state.decided if e.number >= max(1, now.first)]
         hours = (time.time() - now.begun) / 3600
-        kept = sum(e.status == "keep" and e.kind != CONFIRM for e in tried)
-        return [f"night of {found['session']}", lasting(3600 * hours), show.counted(len(tried), "experiment"),
-                f"{kept} kept", *estimate(now, len(tried), hours)]
+        tried, kept = show.of_night(self.session.state, now.first)
+        return [f"night of {found['session']}", lasting(3600 * hours), show.counted(tried, "experiment"),
+                f"{kept} kept", *estimate(now, tried, hours)]
 
     def _standing(self, found: dict, width: int) -> list[Text]:
         """Best against baseline, and the noise; nothing before there is a best one."""

@@ -84,28 +84,27 @@ def test_held_it_begins_nothing_and_goes_on_after_release(quick, runner):
     check(quick)
 
 
-def test_after_a_run_it_ends_and_no_run_is_lost(quick, runner, monkeypatch):
-    begin(quick)
+def held_meanwhile(session, runner, monkeypatch, why):
+    """Has the session held, after the run, as soon as one has begun."""
     real = runner.run
 
-    def paused_meanwhile(request):
-        Session(quick.folder).hold("paused", now=False)
+    def run(request):
+        Session(session.folder).hold(why, now=False)
         return real(request)
 
-    monkeypatch.setattr("lab.runner.run", paused_meanwhile)
+    monkeypatch.setattr("lab.runner.run", run)
+
+
+def test_after_a_run_it_ends_and_no_run_is_lost(quick, runner, monkeypatch):
+    begin(quick)
+    held_meanwhile(quick, runner, monkeypatch, "paused")
     experiment.supervise(quick)
     assert [run.status for run in quick.state.pending.runs] == ["ok"]
 
 
 def test_what_needs_no_device_is_done_while_held(quick, runner, monkeypatch):
     begin(quick, edited(LOSS=1.1))
-    real = runner.run
-
-    def paused_meanwhile(request):
-        Session(quick.folder).hold("stopped", now=False)
-        return real(request)
-
-    monkeypatch.setattr("lab.runner.run", paused_meanwhile)
+    held_meanwhile(quick, runner, monkeypatch, "stopped")
     experiment.supervise(quick)
     assert quick.state.last.status == "discard" and quick.held
     check(quick)
