@@ -284,9 +284,10 @@ def optimizer_groups(shapes):
              stack=True, hyper=dict(lr=MATRIX_LR, momentum=MOMENTUM[0], beta2=MUON_BETA2, weight_decay=WEIGHT_DECAY)),
         adamw(lambda name: name == "lm_head.weight", UNEMBEDDING_LR * width_scale),
         adamw(lambda name: name == "wte.weight" or name.startswith("value_embeds."), EMBEDDING_LR * width_scale),
-        # Their gradients start at zero: a smaller eps would turn rounding noise into a first step of full size.
-        adamw(lambda name: name == "resid_lambdas", SCALAR_LR * 0.01, eps=1e-8),
-        adamw(lambda name: name == "x0_lambdas", SCALAR_LR, X0_BETAS, eps=1e-8),
+        # Their gradients start at zero, of which bfloat16 makes some 1e-6, and grow to 1e-3 and more: a smaller eps
+        # would turn that noise into a first step of full size, up or down by chance.
+        adamw(lambda name: name == "resid_lambdas", SCALAR_LR * 0.01, eps=1e-4),
+        adamw(lambda name: name == "x0_lambdas", SCALAR_LR, X0_BETAS, eps=1e-4),
     ]
 
 

@@ -95,6 +95,7 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
     bench.forget()  # another process may need the memory
     chosen, note = _choose_kernels(key, calibrated)
     notes += [note, compiler]
+    runtime.compiler = devices.load_compiler() if runtime.compiled else None
     speed = calibrated and benches.speed(bench, calibrated)
     bench.forget()
     device = interface.Device(name, title, slug, kind, memory, versions, precision, peak, runtime.compiled,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -125,6 +127,20 @@ def configure_compiler() -> None:
     # than all else that a compiled step needs when its kernels are there already.
     if hasattr(autograd, "autograd_cache_allow_custom_autograd_functions"):
         autograd.autograd_cache_allow_custom_autograd_functions = True
+
+
+def load_compiler() -> threading.Thread:
+    """Imports the compiler, whose modules take a second, beside what waits for the GPU, for the disk or in numpy. To be
+    joined before anything is compiled."""
+    def load():
+        try:
+            importlib.import_module("torch._inductor.compile_fx")
+        except Exception:  # whoever compiles is told
+            pass
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    return thread
 
 
 class Copy:

@@ -5,6 +5,7 @@ import torch
 device = torch.device("cpu")
 dtype = torch.float32  # the compute precision; master weights are always float32
 compiled = False  # whether torch.compile works here and pays
+compiler = None  # the thread that loads it
 attention = {"full": "sdpa_mask", "window": "sdpa_mask"}  # which implementation, by kind of window
 added_attention = {}  # further implementations by name, which a backend brings
 uncompiled_attention = attention  # the same, for when a step turns out not to compile
@@ -19,6 +20,8 @@ def has_kernel(name: str, x: torch.Tensor) -> bool:
 
 def maybe_compile(function):
     """`function` compiled for fixed shapes where that works here, else as it is."""
+    if compiled and compiler:
+        compiler.join()
     return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
 
 

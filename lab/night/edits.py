@@ -37,7 +37,7 @@ class Edit:
 
 MLP_FORWARD = "        return ops.squared_relu_mlp(x, self.c_fc.weight, self.c_proj.weight)\n"
 FIRST_WEIGHTS = '        if name == "resid_lambdas":\n            return np.ones(shape, np.float32)\n'
-SLOW_SCALARS = '        adamw(lambda name: name == "resid_lambdas", SCALAR_LR * 0.01, eps=1e-8),\n'
+SLOW_SCALARS = '        adamw(lambda name: name == "resid_lambdas", SCALAR_LR * 0.01, eps=1e-4),\n'
 
 LIBRARY = (
     Edit("gelu", "GELU in the MLP: smooth, and linear for large inputs",
