@@ -328,7 +328,7 @@ def main():
 
     loader = prepare.Loader(data, DEVICE_BATCH_SIZE)  # packs rows in the background from here on
     model = GPT(DEPTH, data.vocab_size)
-    shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
+    shapes = backend.shapes(model)
     backend.set_weights(model, initial_weights(shapes, SEED))
     groups = optimizer_groups(shapes)
     trainer = backend.Trainer(model, training_loss, groups)

@@ -288,6 +288,10 @@ class Backend(abc.ABC):
         """The float32 masters by name, copied to host memory."""
 
     @abc.abstractmethod
+    def shapes(self, model) -> dict[str, tuple[int, ...]]:
+        """The masters' shapes by name."""
+
+    @abc.abstractmethod
     def set_weights(self, model, weights: dict[str, np.ndarray]) -> None:
         """Replaces every master. Raises ValueError naming any parameter missing, unknown or of another shape."""
 

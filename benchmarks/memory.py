@@ -49,7 +49,7 @@ def measure(depth: int, rows: int, precision: str) -> int:
     train = execute("train", source)
 
     model = train.GPT(depth, 8192)
-    shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
+    shapes = backend.shapes(model)
     backend.set_weights(model, train.initial_weights(shapes, 42))
     groups = train.optimizer_groups(shapes)
     trainer = backend.Trainer(model, train.training_loss, groups)

@@ -266,7 +266,7 @@ def main() -> int:
 
     started, train, data = time.time(), open_train("sdpa"), prepare.open_data()
     backend, model = train.backend, train.GPT(train.DEPTH, data.vocab_size)
-    shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
+    shapes = backend.shapes(model)
     groups = train.optimizer_groups(shapes)
     eps = {name: group["hyper"]["eps"] for group in groups for name in group["names"] if name.endswith("_lambdas")}
     torch.manual_seed(0)  # of the original's initial weights

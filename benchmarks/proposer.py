@@ -104,7 +104,7 @@ def prepared():
         """Its time goes on by the work of a step, at each tick."""
 
         def __init__(self, backend, model, loader):
-            shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
+            shapes = backend.shapes(model)
             self.per_token = sys.modules["train_here"].flops_per_token(model, shapes) / RATE
             self.per_step, self.counted = UPDATE * sum(map(math.prod, shapes.values())), 0
             super().__init__(backend, model, loader)

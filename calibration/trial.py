@@ -87,7 +87,7 @@ def main(result: Path, seconds: float) -> None:
 
     def evaluate(backend, model, data, clock, **_):
         clock.stop()
-        shapes = {weight.shape for weight in backend.weights(model).values()}
+        shapes = set(backend.shapes(model).values())
         noted["matrices"] = sorted(shape for shape in shapes if len(shape) == 2)
 
     asked = calibration.defaults()

@@ -96,7 +96,7 @@ def executed(source: str, backend) -> ModuleType:
 def initialised(train, vocab_size):
     """(model, initial weights) of this train.py."""
     model = train.GPT(train.DEPTH, vocab_size)
-    shapes = {name: weight.shape for name, weight in train.backend.weights(model).items()}
+    shapes = train.backend.shapes(model)
     weights = train.initial_weights(shapes, 42)
     train.backend.set_weights(model, weights)
     return model, weights

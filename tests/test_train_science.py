@@ -296,7 +296,7 @@ def test_initial_weights_have_their_spread(train):
 def test_flops_per_token(train):
     """The original counts as many for this shape."""
     model = train.GPT(4, 8192)
-    shapes = {name: weight.shape for name, weight in train.backend.weights(model).items()}
+    shapes = train.backend.shapes(model)
     matrices = 4 * 12 * 256**2 + 2 * 2 * 32 + 8192 * 256  # blocks, gates, head
     assert train.flops_per_token(model, shapes) == 6 * matrices + 12 * 256 * (3 * 1024 + 2048) == 47_186_688
 

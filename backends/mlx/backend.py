@@ -65,10 +65,12 @@ class MlxBackend(interface.Backend):
     def weights(self, model) -> dict[str, np.ndarray]:
         return {name: np.array(parameter.value) for name, parameter in nn.named_parameters(model).items()}
 
+    def shapes(self, model) -> dict[str, tuple[int, ...]]:
+        return {name: parameter.value.shape for name, parameter in nn.named_parameters(model).items()}
+
     def set_weights(self, model, weights: dict[str, np.ndarray]) -> None:
-        parameters = nn.named_parameters(model)
-        interface.check_weights({name: p.value.shape for name, p in parameters.items()}, weights)
-        for name, parameter in parameters.items():
+        interface.check_weights(self.shapes(model), weights)
+        for name, parameter in nn.named_parameters(model).items():
             parameter.value = mx.array(np.asarray(weights[name], dtype=np.float32))
 
     def synchronize(self) -> None:

@@ -38,10 +38,13 @@ class PyTorchBackend(interface.Backend):
     def weights(self, model):
         return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
+    def shapes(self, model):
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
     @torch.no_grad()
     def set_weights(self, model, weights):
+        interface.check_weights(self.shapes(model), weights)
         parameters = dict(model.named_parameters())
-        interface.check_weights({name: tuple(p.shape) for name, p in parameters.items()}, weights)
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], np.float32, order="C")))
 

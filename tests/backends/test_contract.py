@@ -18,7 +18,7 @@ def test_parameter_names_and_their_order(backend):
 
 
 def test_shapes(backend):
-    shapes = {name: weight.shape for name, weight in backend.weights(tiny.build(backend)).items()}
+    shapes = backend.shapes(tiny.build(backend))
     assert shapes["blocks.1.c_fc.weight"] == (2 * tiny.WIDTH, tiny.WIDTH)  # (n_out, n_in)
     assert shapes["blocks.0.attn.c_k.weight"] == (tiny.WIDTH // 2, tiny.WIDTH)
     assert shapes["wte.weight"] == (tiny.VOCABULARY, tiny.WIDTH)
@@ -36,6 +36,7 @@ def test_initial_bytes(backend):
     found = backend.weights(model)
     for name in sorted(found):
         assert found[name].dtype == np.float32
+        assert backend.shapes(model)[name] == found[name].shape
         assert found[name].tobytes() == (0.1 * rng.standard_normal(found[name].shape, dtype=np.float32)).tobytes()
 
 

@@ -72,7 +72,7 @@ def build(backend, seed: int = 1, deviation: float = 0.1):
 
     model = Model()
     rng = np.random.default_rng(seed)
-    shapes = {name: weight.shape for name, weight in backend.weights(model).items()}
+    shapes = backend.shapes(model)
     backend.set_weights(model, {name: deviation * rng.standard_normal(shapes[name], dtype=np.float32)
                                 for name in sorted(shapes)})
     return model

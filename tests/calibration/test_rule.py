@@ -81,7 +81,7 @@ def test_the_simulated_model_is_train_pys(monkeypatch):
         for pattern in ("SSSL", "L"):
             train.DEPTH, train.WINDOW_PATTERN = depth, pattern
             model = train.GPT(depth, 8192)
-            shapes = {name: weight.shape for name, weight in train.backend.weights(model).items()}
+            shapes = train.backend.shapes(model)
             flops, params = train.flops_per_token(model, shapes), sum(map(math.prod, shapes.values()))
             assert flops == pytest.approx(devices.flops_per_token(depth, pattern), rel=2e-3)
             assert params == pytest.approx(devices.num_params(depth), rel=2e-3)

@@ -33,6 +33,9 @@ class Backend(interface.Backend):
     def weights(self, model):
         return {"table": model.table.copy()}
 
+    def shapes(self, model):
+        return {"table": model.table.shape}
+
     def set_weights(self, model, weights):
         model.table = weights["table"]
 
