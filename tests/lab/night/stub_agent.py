@@ -133,6 +133,14 @@ def edit(prompt, say=True):
         print(f"I thought about it.\n\n**CHANGE:** {name} from {value} to {new}, a guess")
 
 
+def bold(prompt):
+    """One rate three times as high: an idea that helps where runs are short."""
+    source = TRAIN.read_text()
+    old = re.search(r"^MATRIX_LR *= *(\d+\.?\d*)", source, re.M)
+    TRAIN.write_text(f"{source[:old.start(1)]}{3 * float(old[1]):.6g}{source[old.end(1):]}")
+    print(f"CHANGE: MATRIX_LR from {old[1]} to three times that: there is little time")
+
+
 def git(*arguments):
     subprocess.run(["git", "-c", "user.name=agent", "-c", "user.email=a@b", *arguments], check=False,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -196,6 +204,7 @@ def commit(prompt):
 SLEEPS = "import time; time.sleep(600)"
 DEEDS = {
     "edit": edit,
+    "bold": bold,
     "silent": lambda prompt: edit(prompt, say=False),
     "nothing": lambda prompt: print("I read the code, and all is well."),
     "ask": lambda prompt: print("I could change the rate.\nShall I **go on?**"),
