@@ -19,7 +19,7 @@ from test_power_loss import check
 import prepare
 from lab.session import Session, fingerprints
 
-LONGEST = 4.0  # seconds: what two experiments take, about
+LONGEST = 2.0  # experiments: that a night goes on before it is killed
 WHO = ("command", "supervisor", "command and supervisor", "all")  # a run alone, killed, is a crash
 LOOP = """import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -47,20 +47,22 @@ def came_to(session) -> list[tuple]:
             for e in state.experiments.values()]
 
 
-def undisturbed(session, home, experiments, agent):
-    said = start(session, home, experiments, agent).communicate(timeout=600)[0]
+def undisturbed(session, home, experiments, agent) -> tuple[list[tuple], float]:
+    """(what it came to, seconds of an experiment)."""
+    begun = time.monotonic()
+    said = start(session, home, experiments, agent).communicate(timeout=1800)[0]
     assert "as many as were wanted" in said, said
-    return came_to(session)
+    return came_to(session), (time.monotonic() - begun) / (experiments + 2)  # the baseline's runs, too
 
 
-def killed_often(session, home, experiments, agent, seed) -> tuple[list[tuple], dict[str, int]]:
+def killed_often(session, home, experiments, agent, seed, longest) -> tuple[list[tuple], dict[str, int]]:
     rng, landed = random.Random(seed), dict.fromkeys(WHO, 0)
     processes = Processes(session, home, rng)
     said = ""
     while "as many as were wanted" not in said:  # it may have ended just before it was to be killed
         night = start(session, home, experiments, agent)
         try:
-            said = night.communicate(timeout=rng.uniform(0, LONGEST))[0]
+            said = night.communicate(timeout=rng.uniform(0, longest))[0]
             assert night.returncode == 0, said
         except subprocess.TimeoutExpired:
             who = rng.choice(WHO)
@@ -85,11 +87,11 @@ def both(project, home, experiments, agent, seed):  # noqa: F811
     aside = folder.parent / "aside"
     shutil.copytree(folder, aside, symlinks=True)
     shutil.copytree(tree, tree.parent / "tree-aside", symlinks=True)
-    wanted = undisturbed(project, home, experiments, agent)
+    wanted, seconds = undisturbed(project, home, experiments, agent)
     for path, kept in ((folder, aside), (tree, tree.parent / "tree-aside")):
         shutil.rmtree(path)
         shutil.move(kept, path)
-    return wanted, *killed_often(Session(folder), home, experiments, agent, seed)
+    return wanted, *killed_often(Session(folder), home, experiments, agent, seed, LONGEST * seconds)
 
 
 @pytest.mark.parametrize("agent", [False, True])
