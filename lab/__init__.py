@@ -2,7 +2,7 @@
 
     python -m lab start TAG           a branch, a pinned judge, and baseline runs to learn the noise from
     python -m lab run -m "what, why"  takes train.py, runs it, decides, keeps or reverts, records
-    python -m lab wait | status | log | confirm | export | import
+    python -m lab wait | status | log | confirm | export | import | compare
 
 A session is a folder, AUTORESEARCH_HOME/sessions/<device>/<tag>: what was pinned (session.json), every state change
 before it is made (journal.jsonl), the ledger (results.tsv), the code that judges (judge/, a git worktree of the first
@@ -18,5 +18,6 @@ tree holds.
     tree.py        the user's git repository; source.py what can be said of a train.py without running it
     ledger.py      results.tsv
     exchange.py    sessions as folders and archives; bundle.py: what these hold, and what is refused
+    compare/       several sessions side by side: what holds where
     commands.py    what each command does; show.py what it says
 """

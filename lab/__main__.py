@@ -13,8 +13,8 @@ HERE = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
-ELSEWHERE = ("start", "import")  # what no session's judge is asked for
-READING = ("status", "log", "export")  # what an agent may ask for in its turn
+ELSEWHERE = ("start", "import", "compare", "report")  # what no session's judge is asked for
+READING = ("status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
 WAIT = 100.0  # seconds: shells of agents have time limits
 TURN = 600.0  # seconds
 
@@ -53,10 +53,35 @@ def parser() -> argparse.ArgumentParser:
     confirm.add_argument("--pairs", type=int, default=3, metavar="N", help="of runs, best and baseline (default 3)")
     confirm.add_argument("--times", type=float, default=1, metavar="X", help="the session's budget (4: does it last?)")
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
-    export.add_argument("target", type=Path)
+    export.add_argument("target", type=Path, nargs="?")
+    export.add_argument("--publish", action="store_true", help=(
+        "no file, but a branch exp/<device>/<tag> here: the kept steps, the best train.py, the export in session/"))
+    export.add_argument("--replace", action="store_true", help="the branch of that name that is there")
     bring = command("import", "read an exported session, or the original's results.tsv", json=False)
-    bring.add_argument("source", type=Path)
+    bring.add_argument("source", metavar="SOURCE", help="a folder, an archive, a results.tsv or a published branch")
     bring.add_argument("--device", metavar="TAG", help="of an untagged results.tsv, such as nvidia-h100-80gb")
+    compare = command("compare", "sessions side by side: what each found, and which of it holds where")
+    compare.add_argument("sources", nargs="+", metavar="SESSION", help=(
+        "DEVICE/TAG, a session's folder, an export, a branch, or the original's results.tsv"))
+    compare.add_argument("--device", action="append", default=[], metavar="TAG", help=(
+        "of an untagged results.tsv, such as nvidia-h100-80gb; one for each of them, in order"))
+    report = command("report", "a session as one HTML file: what was tried, kept, and how sure it is", json=False)
+    report.add_argument("sources", nargs="*", metavar="SESSION", help=(
+        "as of compare; several: what holds where, too (default: the session whose branch is checked out)"))
+    report.add_argument("--device", action="append", default=[], metavar="TAG", help="as of compare")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default report.html)")
+    report.add_argument("--png", type=Path, metavar="FILE", help="a picture of the progress, for sharing")
+    replay = command("replay", "try another machine's kept changes here, one experiment each")
+    replay.add_argument("source", metavar="SESSION", help=(
+        "a folder or archive from lab export, DEVICE/TAG (imported, or of this machine), or a published branch"))
+    replay.add_argument("--all", action="store_true", help="its near misses, too")
+    how = replay.add_mutually_exclusive_group()
+    how.add_argument("--each", action="store_true", help="on the baseline; the branch stays where it is (the default)")
+    how.add_argument("--stack", action="store_true", help="in order, on the best so far; what is kept moves the branch")
+    replay.add_argument("--runs", type=int, default=1, metavar="N", help=(
+        "of change and baseline each, at least, to tell small effects (default 1); a later call with more adds some"))
+    replay.add_argument("--limit", type=int, metavar="N", help="experiments, at most; a later call goes on")
+    replay.add_argument("--dry-run", action="store_true", help="only tell what would be run, and what does not apply")
     night = command("night", "one experiment after another, by an agent or by search, until it is stopped", json=False)
     who = night.add_mutually_exclusive_group()
     who.add_argument("--agent", metavar="COMMAND", help=(

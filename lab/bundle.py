@@ -6,8 +6,11 @@
     profile.json         the device's calibration
     train.py             what the session began with
     patches/NNNN-*       the kept changes of train.py, each on top of the one before
+    changes.json         every change that was decided, what was not kept too; not in format 1
     rows/NNNN.npz        nats and bytes of each row that a run's weights were scored on
     README.md            the same for people
+    SUMMARY.md           what was found, in words
+    .gitattributes       where they are in a repository (publish.py): git is to leave them as they are
     MANIFEST.json        size and sha256 of each of these
 """
 
@@ -24,18 +27,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lab import ledger
+from lab import kinds, ledger
 from lab.errors import LabError
 
-FORMAT = 1
-NAME = re.compile(r"(session|profile|MANIFEST)\.json|results\.tsv(\.damaged)?|README\.md|train\.py"
+FORMAT = 2
+FORMATS = (1, FORMAT)  # that are read
+NAME = re.compile(r"(session|profile|changes|MANIFEST)\.json|results\.tsv(\.damaged)?|(README|SUMMARY)\.md|train\.py"
+                  r"|\.gitattributes"
                   r"|patches/[0-9]{4}-[a-z0-9-]{1,50}\.patch|rows/[0-9]{4,9}\.npz")
 FOLDERS = ("patches", "rows")
 MOST_FILES, MOST_BYTES, MOST_OF_A_PATCH = 5000, 2**28, 2**20  # of a train.py, too
+MOST_OF_JSON = 2**25  # bytes: in memory they are up to twenty times as many
 LOSSES = ("val_nats", "val_bytes", "held_nats", "held_bytes")  # per row, as a run's folder has them
 MOST_LOSSES = 2**24  # bytes of one run's
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")  # of a session; of a device too: they name folders
+ATTRIBUTES = b"* -text\n"  # what .gitattributes says
 TEXTS = ("device", "tag", "branch", "backend", "dataset", "eval", "data", "profile", "made", "commit", "python")
+
+CHANGE = {"number": int, "kind": str, "status": str, "description": str, "commit": str, "patch": str, "origin": str,
+          "near_miss": bool, "reason": str, "patch_text": str}  # of a change; beside "parent", "kinds" and
+EFFECT = ("gain", "low", "high")
+KINDS_OF_EXPERIMENT = ("baseline", "change", "near misses", "replay", "confirm")
+STATUSES = ("keep", "discard", "crash", "invalid")
 
 HUNK = re.compile(r"@@ -[0-9]{1,7}(?:,([0-9]{1,7}))? \+[0-9]{1,7}(?:,([0-9]{1,7}))? @@( .*)?\r?")
 HEAD = re.compile(r"(diff --git a/train\.py b/train\.py\n)?(index [0-9a-f]{4,64}\.\.[0-9a-f]{4,64}( 100(644|755))?\n)?"
@@ -72,6 +85,12 @@ class Bundle:
         kept: in order. profile: None where only a ledger is known.
         base: the train.py that the session began with, byte for byte; None where only a ledger is known.
         losses: by run, arrays of float64 by the names in LOSSES.
+        changes: every decided experiment by number, the baseline first; [] where unknown. Dicts: number, kind (one of
+            KINDS_OF_EXPERIMENT), status (one of STATUSES), description, reason, near_miss, kinds (of kinds.KINDS);
+            commit, as its rows name it; parent: number of what it was made from, None for the baseline; patch: stable
+            id of the change; gain, low, high: bits per byte that it is better by, and the 90 % interval of that, as the
+            verdict had them, None if it had none; origin: "DEVICE/TAG/PATCH" of the one that it repeats, or "";
+            patch_text: a unified diff on top of its parent, "" for a baseline, a confirmation, and what is no text.
     """
 
     session: dict
@@ -81,6 +100,7 @@ class Bundle:
     base: bytes | None = None
     losses: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     set_aside: str = ""
+    changes: list[dict] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -101,12 +121,24 @@ def files_of(bundle: Bundle) -> dict[str, bytes]:
         files["results.tsv.damaged"] = bundle.set_aside.encode(errors="replace")
     if bundle.base is not None:
         files["train.py"] = bundle.base
+    if bundle.changes:
+        from lab.summary import summary
+
+        files["changes.json"] = _json({"format": FORMAT, "changes": bundle.changes})
+        files["SUMMARY.md"] = summary(bundle).encode(errors="replace")
+        files[".gitattributes"] = ATTRIBUTES
     if bundle.profile is not None:
         files["profile.json"] = _json(bundle.profile)
     files |= {patch: kept.patch_text.encode() for kept, patch in zip(bundle.kept, patches)}
     files |= {f"rows/{run:04d}.npz": _packed(losses) for run, losses in sorted(bundle.losses.items())}
     files["README.md"] = readme(bundle, patches).encode(errors="replace")
-    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    return sealed(files)
+
+
+def sealed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files by name, and the manifest of them."""
+    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+                if name != "MANIFEST.json"}
     return files | {"MANIFEST.json": _json({"format": FORMAT, "files": manifest})}
 
 
@@ -130,7 +162,7 @@ def readme(bundle: Bundle, patches: list[str]) -> str:
     session, rows = bundle.session, bundle.rows
     compared = [row for row in rows if comparable(row, session.get("budget"))]
     scores = [row["val_bpb"] for row in compared]
-    statuses = ", ".join(f"{count} {_cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
+    statuses = ", ".join(f"{count} {cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
     facts = [("device", session["device"]), ("backend", session["backend"]), ("begun", session["made"]),
              ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
              ("dataset", session["dataset"]), ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
@@ -141,7 +173,7 @@ def readme(bundle: Bundle, patches: list[str]) -> str:
     lines = [f"# Session {bundle.session['tag']} on {bundle.session['device']}", "",
              "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
              "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(text)} |" for name, text in facts if text]
+    lines += [f"| {name} | {cell(text)} |" for name, text in facts if text]
     if bundle.kept:
         lines += ["", "## Kept changes, each on top of the one before", "",
                   "| | experiment | commit | val_bpb | what | patch |", "|---|---|---|---|---|---|"]
@@ -149,28 +181,29 @@ def readme(bundle: Bundle, patches: list[str]) -> str:
         of = [row["val_bpb"] for row in compared if row["commit"] == kept.commit]
         score = f"{math.fsum(of) / len(of):.6f}" if of else ""
         cells = place, kept.number, kept.commit, score, kept.description
-        lines.append("".join(f"| {_cell(cell)} " for cell in cells) + f"| {patch} |")
+        lines.append("".join(f"| {cell(one)} " for one in cells) + f"| {patch} |")
     return "\n".join([*lines, "", READING])
 
 
 def comparable(row: dict, budget: float | None) -> bool:
-    """Whether a run's score is one that its session kept changes by: not a confirmation's, nor of another budget."""
+    """Whether a run's score is one that its session kept changes by: of this budget, and no confirmation or replay."""
     trial = re.match(r"trial of (\S+) s; ", row["reason"])
     own_budget = trial is None or budget is None or trial[1] == f"{budget:g}"
-    confirms = re.match(r"(trial of \S+ s; )?confirmation [0-9]", row["reason"])
-    return row["val_bpb"] is not None and row["status"] == "keep" and own_budget and not confirms
+    beside = re.match(r"(trial of \S+ s; )?(confirmation [0-9]|replayed on the baseline: )", row["reason"])
+    return row["val_bpb"] is not None and row["status"] == "keep" and own_budget and not beside
 
 
 READING = """## Reading it
 
 `python -m lab import`, with the path of this folder or archive, checks it and puts it beside your own sessions; nothing
-in it is executed. results.tsv is the ledger, a row for each run; train.py is what the session began with; rows/ has the
-losses of each validation and held-out row for runs whose weights were scored again; profile.json is the device's
-calibration; MANIFEST.json has the sha256 of each file.
+in it is executed. results.tsv is the ledger, a row for each run; train.py is what the session began with; changes.json
+has every change that was tried, with its verdict; rows/ has the losses of each validation and held-out row for runs
+whose weights were scored again; profile.json is the device's calibration; MANIFEST.json has the sha256 of each file.
+`python -m lab replay` tries the kept changes on another machine.
 """
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text in a table of Markdown, as it is: no markup, no links."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)
@@ -189,6 +222,7 @@ def verified(files: dict[str, bytes]) -> Bundle:
     session = _session(files["session.json"])
     rows = _rows(files["results.tsv"], session["device"])
     kept = _kept(session.pop("kept"), files)
+    changes = _changes(files["changes.json"], kept) if "changes.json" in files else []
     profile = _profile(files["profile.json"], session) if "profile.json" in files else None
     losses, runs = {}, {row["run"] for row in rows}
     for name in (name for name in files if name.startswith("rows/")):
@@ -196,11 +230,13 @@ def verified(files: dict[str, bytes]) -> Bundle:
         if run not in runs or name != f"rows/{run:04d}.npz":
             raise Wrong(f"{name} is of no run in results.tsv")
         losses[run] = unpacked(name, files[name])
-    for name in ("README.md", "results.tsv.damaged"):
+    for name in ("README.md", "SUMMARY.md", "results.tsv.damaged"):
         _text(name, files.get(name, b""))
+    if files.get(".gitattributes", ATTRIBUTES) != ATTRIBUTES:
+        raise Wrong(f".gitattributes says something else than {ATTRIBUTES.decode().strip()!r}")
     if (base := files.get("train.py")) and len(base) > MOST_OF_A_PATCH:
         raise Wrong(f"train.py has {len(base):,} bytes; it has at most {MOST_OF_A_PATCH:,}")
-    return Bundle(session, rows, kept, profile, base, losses, files.get("results.tsv.damaged", b"").decode())
+    return Bundle(session, rows, kept, profile, base, losses, files.get("results.tsv.damaged", b"").decode(), changes)
 
 
 def check_name(name: str) -> None:
@@ -222,19 +258,22 @@ def _check_manifest(files: dict[str, bytes]) -> None:
             raise Wrong(f"{name} is damaged: it is not what MANIFEST.json says")
 
 
-def _read_json(name: str, data: bytes, version: int = FORMAT) -> dict:
+def _read_json(name: str, data: bytes, versions: tuple[int, ...] = FORMATS) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is no number")
 
+    if len(data) > MOST_OF_JSON:
+        raise Wrong(f"{name} has {len(data):,} bytes; it has at most {MOST_OF_JSON:,}")
     try:
         found = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise Wrong(f"{name} is no JSON ({error})") from None
     if not isinstance(found, dict):
         raise Wrong(f"{name} holds no object")
-    if (its := found.get("format")) != version:
-        newer = isinstance(its, int) and its > version
-        raise Wrong(f"{name} is of format {str(its)[:20]}, and this is {version}" + "; update this project" * newer)
+    if (its := found.get("format")) not in versions:
+        last = max(versions)
+        newer = isinstance(its, int) and its > last
+        raise Wrong(f"{name} is of format {str(its)[:20]}, and this is {last}" + "; update this project" * newer)
     return found
 
 
@@ -293,10 +332,51 @@ def _kept(told: list, files: dict[str, bytes]) -> list[Kept]:
     return kept
 
 
+def _changes(data: bytes, kept: list[Kept]) -> list[dict]:
+    changes, known = _read_json("changes.json", data, (FORMAT,)).get("changes"), {}
+    if not isinstance(changes, list):
+        raise Wrong("changes.json lists no changes")
+    for change in changes:
+        if not (isinstance(change, dict) and change.keys() == CHANGE.keys() | {"parent", "kinds", *EFFECT}
+                and all(type(change[name]) is kind for name, kind in CHANGE.items())):
+            raise Wrong(f"changes.json has a change {str(change)[:100]}")
+        number, parent, text = change["number"], change["parent"], change["patch_text"]
+        name = f"changes.json, change {number}"
+        if not max(known, default=-1) < number < 10**9:
+            raise Wrong(f"{name}: its number is out of order")
+        if change["kind"] not in KINDS_OF_EXPERIMENT or change["status"] not in STATUSES:
+            raise Wrong(f"{name} is a {change['kind'][:40]!r} that was {change['status'][:40]!r}")
+        if (parent is None) != (change["kind"] == "baseline") or parent is not None and (
+                type(parent) is not int or parent not in known):
+            raise Wrong(f"{name} was made from {str(parent)[:40]}, which is not before it")
+        if not (re.fullmatch("[0-9a-f]{0,64}", change["patch"]) and re.fullmatch("[0-9A-Za-z]{0,64}", change["commit"])
+                and is_origin(change["origin"])):
+            raise Wrong(f"{name} names its patch, commit or origin in a way that can't be")
+        if not (isinstance(change["kinds"], list) and set(map(str, change["kinds"])) <= set(kinds.KINDS)):
+            raise Wrong(f"{name} is about {str(change['kinds'])[:100]}")
+        if not all(one is None or type(one) in (int, float) and abs(one) < 1e9 for one in map(change.get, EFFECT)) or (
+                len({change[one] is None for one in EFFECT}) > 1):
+            raise Wrong(f"{name} has a gain of {str([change[one] for one in EFFECT])[:100]}")
+        if text:
+            check_patch(name, text.encode(errors="replace"))
+        known[number] = change
+    for one in kept:
+        told = known.get(one.number)
+        if told is None or (told["status"], told["patch_text"]) != ("keep", one.patch_text):
+            raise Wrong(f"changes.json does not tell of change {one.number} what patches/ has")
+    return changes
+
+
+def is_origin(text: str) -> bool:
+    """Whether a text names a change elsewhere, as DEVICE/TAG/PATCH, or nothing."""
+    device, tag, patch = text.split("/") if text.count("/") == 2 else ("", "", "")
+    return not text or is_tag(device) and is_tag(tag) and bool(re.fullmatch("[0-9a-f]{1,64}", patch))
+
+
 def _profile(data: bytes, session: dict) -> dict:
     from calibration import profile  # here, because what only reads a session shall start fast
 
-    found = _read_json("profile.json", data, profile.FORMAT)
+    found = _read_json("profile.json", data, (profile.FORMAT,))
     try:
         problem = profile.impossible(found)
     except Exception as error:  # it is made for profiles that were written here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import filelock
 import prepare
 from lab import near, show, source
 from lab.errors import LabError
-from lab.session import Session, refuse_if_busy
+from lab.session import PREFIX, Session, refuse_if_busy
 from lab.state import CONFIRM, Experiment
 from lab.tree import TRAIN, Tree
 
@@ -191,22 +192,64 @@ def do_log(session: Session, options) -> int:
 
 
 def do_export(session: Session, options) -> int:
-    from lab import exchange
+    from lab import exchange, publish
 
-    state = session.state
-    kept = [exchange.Kept(number=e.number, commit=e.applied["commit"][:7], description=e.description,
-                          parent=state.parent_of(e).applied["commit"][:7],
-                          patch_text=session.tree.patch(e.parent, e.blob)[0])
-            for e in state.kept if e.parent and e.applied]
-    print(exchange.export_session(session.folder, kept, options.target))
+    if options.publish:
+        branch, commit = publish.publish(session, options.replace)
+        print(f"{branch} at {commit[:7]}: train.py is the best, session/ the export; nothing was sent. To share it: "
+              f"git push REMOTE {branch}")
+        return 0
+    if options.target is None:
+        raise LabError("say where to: a folder, an archive's name (x.tar.gz), or --publish")
+    kept, changes = publish.kept_of(session), publish.changes_of(session)
+    print(exchange.export_session(session.folder, kept, options.target, changes))
     return 0
 
 
 def do_import(options) -> int:
     from lab import exchange
 
-    print(exchange.import_session(options.source, prepare.home(), device=options.device))
+    try:
+        tree = Tree(Path.cwd())
+    except LabError:
+        tree = None
+    print(exchange.import_session(options.source, prepare.home(), device=options.device, tree=tree))
     return 0
+
+
+def do_compare(options) -> int:
+    from lab.compare import comparison, show as pages, sources
+
+    found = comparison.compare(sources.read_all(options.sources, options.device))
+    print(json.dumps(found.facts(), indent=1) if options.json else pages.text(found))
+    return 0
+
+
+def do_report(options) -> int:
+    from lab import report
+    from lab.compare import sources
+
+    for path in report.write(sources.read_all(options.sources or [_checked_out()], options.device), options.out,
+                             options.png):
+        print(path)
+    return 0
+
+
+def _checked_out() -> str:
+    """The session's branch that is checked out here."""
+    branch = None
+    with suppress(LabError):
+        branch = Tree(Path.cwd()).branch()
+    if not branch or not branch.startswith(PREFIX):
+        raise LabError("no session's branch is checked out here: name a session, as DEVICE/TAG, a folder, an export or "
+                       "a results.tsv")
+    return branch
+
+
+def do_replay(session: Session, options) -> int:
+    from lab import replay
+
+    return replay.go(session, options)
 
 
 def do_supervise(session: Session, options) -> int:
@@ -225,12 +268,9 @@ def sound_baseline(session: Session) -> None:
                        "and start another session")
 
 
-def begin_change(session: Session, options) -> Experiment | None:
-    """Journals what is in train.py, or the near misses together, as an experiment; or gives the one that was decided on
-    an equal train.py."""
-    sound_baseline(session)
-    tree, state = session.tree, session.state
-    best, head = state.best, tree.commit_of(session.branch)
+def head_of_best(session: Session) -> str:
+    """The branch's last commit. LabError if its train.py is not the best."""
+    tree, best, head = session.tree, session.state.best, session.tree.commit_of(session.branch)
     if head is None or tree.blob_of(head) != best.blob:
         if head and tree.blob_of(f"{head}^") == best.blob:
             raise LabError(f"{TRAIN} was committed, which is for the lab to do. Take the commit back, leaving the file "
@@ -238,6 +278,15 @@ def begin_change(session: Session, options) -> Experiment | None:
         raise LabError(f"{TRAIN} on the branch {session.branch} is not the best that this session kept. Put it back: "
                        f"git checkout {best.applied['commit'][:7]} -- {TRAIN} && git commit -m restore; or start "
                        "another session from what is there")
+    return head
+
+
+def begin_change(session: Session, options) -> Experiment | None:
+    """Journals what is in train.py, or the near misses together, as an experiment; or gives the one that was decided on
+    an equal train.py."""
+    sound_baseline(session)
+    tree, state = session.tree, session.state
+    best, head = state.best, head_of_best(session)
     content = tree.train()
     described = source.describe(content)
     edited = described.digest != best.digest
@@ -270,16 +319,24 @@ def begin_change(session: Session, options) -> Experiment | None:
 
 def follow(session: Session, options, process: subprocess.Popen | None = None) -> int:
     """Waits for the pending experiment, at most as long as the options say, and tells how it stands."""
-    deadline = time.monotonic() + options.wait
     session.refresh()
     experiment = session.state.pending
     if experiment is None:  # it was as good as done
         return tell(session, options, session.state.last)
+    if not await_verdict(session, experiment, process, options.wait):
+        print(json.dumps(show.progress_facts(session, experiment)) if options.json
+              else show.progress(session, experiment))
+        return 0
+    return tell(session, options, experiment)
+
+
+def await_verdict(session: Session, experiment: Experiment, process: subprocess.Popen | None = None,
+                  seconds: float = math.inf) -> bool:
+    """Waits, at most so long, for what carries an experiment out; whether it is done. LabError if that ended before."""
+    deadline = time.monotonic() + seconds
     while not experiment.applied:
         if time.monotonic() > deadline:
-            print(json.dumps(show.progress_facts(session, experiment)) if options.json
-                  else show.progress(session, experiment))
-            return 0
+            return False
         ended = (process is None or process.poll() is not None) and not session.supervised
         session.refresh()
         if ended and not experiment.applied:
@@ -287,7 +344,7 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
             raise LabError(f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
                            "python -m lab wait tries again")
         time.sleep(POLL)
-    return tell(session, options, experiment)
+    return True
 
 
 def last_words(session: Session) -> str:

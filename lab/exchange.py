@@ -1,4 +1,4 @@
-"""Sessions as folders and archives: export, and import with everything checked first and nothing executed.
+"""Sessions as folders, archives and branches: export, and import with everything checked first and nothing executed.
 
 An imported session is AUTORESEARCH_HOME/imported/<device>/<tag>: the files of the export, as bundle.py lists them.
 """
@@ -23,38 +23,51 @@ from lab import ledger
 from lab.bundle import (FOLDERS, MOST_BYTES, MOST_FILES, TEXTS, Bundle, Kept, Wrong, check_name, files_of,
                         is_tag, slug, unpacked, verified)
 from lab.errors import LabError
+from lab.tree import Tree
 
 __all__ = ["Bundle", "Kept", "export_session", "import_session", "read_bundle"]
 
 ARCHIVES = (".tar.gz", ".tgz")
 NUMBERS = ("baseline_runs", "memory_ceiling")  # of a session, beside its texts
+PUBLISHED = "session/"  # of a branch
 PART = r"[\w.+@$-]+"  # of a path
 SHOWN = 5  # damaged lines
 
 
 # --- Export ---
 
-def export_session(session_folder: Path, kept: list[Kept], target: Path) -> Path:
+def export_session(session_folder: Path, kept: list[Kept], target: Path, changes: list[dict] = ()) -> Path:
     """Writes a session as a folder, or as an archive if `target` ends in .tar.gz: whole or not at all.
 
-    Paths of this machine are cut down to names in all but the patches, which have to stay what they are.
+    Args:
+        changes: as of a Bundle.
 
     Raises:
         LabError: `target` exists, or something of the session is damaged.
         DataError: it can't be written; the reason says why.
     """
-    session_folder, target = Path(session_folder), Path(target)
+    target = Path(target)
     if os.path.lexists(target):
         raise LabError(f"{target} exists; remove it, or export under another name")
+    return write(files_of(bundle_of(Path(session_folder), kept, changes)), target)
+
+
+def bundle_of(folder: Path, kept: list[Kept], changes: list[dict] = ()) -> Bundle:
+    """The session of this machine that is in a folder, as it may leave it: paths are cut down to names in all but the
+    patches, which have to stay what they are.
+
+    Raises:
+        LabError: something of it is damaged.
+    """
     try:
-        files = files_of(_of_session(session_folder, kept))
-        verified(files)  # what this project would not import is no use to anybody
+        bundle = _of_session(folder, kept, changes)
+        verified(files_of(bundle))  # what this project would not import is no use to anybody
     except (Wrong, OSError, ValueError) as error:
-        raise LabError(f"session {session_folder} can't be exported: {error}; mend that and export again") from error
-    return write(files, target)
+        raise LabError(f"session {folder} can't be exported: {error}; mend that and export again") from error
+    return bundle
 
 
-def _of_session(folder: Path, kept: list[Kept]) -> Bundle:
+def _of_session(folder: Path, kept: list[Kept], changes: list[dict]) -> Bundle:
     facts = json.loads((folder / "session.json").read_text(encoding="utf-8"))
     without_paths = _path_remover(facts.get("tree"), folder, prepare.home(), Path.home())
     found = ledger.read(folder / "results.tsv")
@@ -70,6 +83,7 @@ def _of_session(folder: Path, kept: list[Kept]) -> Bundle:
     return Bundle(
         session=without_paths(session), rows=without_paths(found.rows), losses=losses,
         kept=[Kept(one.number, one.commit, one.parent, one.patch_text, without_paths(one.description)) for one in kept],
+        changes=[without_paths(one) | {"patch_text": one["patch_text"]} for one in changes],
         base=(folder / "judge" / "train.py").read_bytes(),
         profile=without_paths(json.loads((folder / "profile.json").read_text(encoding="utf-8"))),
         set_aside=without_paths(_told(found.set_aside)))
@@ -135,25 +149,28 @@ def _archive(files: dict[str, bytes], top: str, file) -> None:
 
 # --- Import ---
 
-def import_session(source: Path, home: Path, device: str | None = None,
-                   say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Path:
+def import_session(source: Path | str, home: Path, device: str | None = None,
+                   say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+                   tree: Tree | None = None) -> Path:
     """Checks an exported session (folder, .tar.gz) or a bare ledger, and copies it to home/imported/<device>/<tag>.
 
     Args:
+        source: a path; or, where there is nothing of that name, a published branch of the repository `tree`.
         device: of the rows of a ledger that don't say it: its tag, such as nvidia-h100-80gb.
         say: is told what was set aside.
 
     Raises:
         LabError: it is none, is damaged, holds what it must not, or another one is there; nothing was changed.
     """
-    source = Path(source)
+    path = Path(source)
     try:
-        if _is_ledger(source):
-            bundle = _of_ledger(source, device, say)
+        published = None if path.exists() or tree is None else branch_files(tree, str(source))
+        if not published and is_ledger(path):
+            bundle = of_ledger(path, device, say)
             files = files_of(bundle)
             verified(files)
         else:
-            files = read_files(source)
+            files = published or read_files(path)
             bundle = verified(files)
             if device and device != bundle.session["device"]:
                 raise Wrong(f"session.json names {bundle.session['device']} (leave --device out)")
@@ -177,10 +194,14 @@ def import_session(source: Path, home: Path, device: str | None = None,
     return target
 
 
-def read_bundle(source: Path) -> Bundle:
-    """An exported or imported session, checked. LabError if it is none."""
+def read_bundle(source: Path, device: str | None = None) -> Bundle:
+    """An exported or imported session, or a bare ledger (`device`: of its rows, if they don't say it), checked.
+    LabError if it is none."""
+    source = Path(source)
     try:
-        return verified(read_files(Path(source)))
+        if source.is_file() and is_ledger(source):
+            return of_ledger(source, device, lambda text: None)
+        return verified(read_files(source))
     except (Wrong, OSError) as error:
         raise _refusal(source, error) from None
 
@@ -190,7 +211,7 @@ def _refusal(source: Path, error: Exception) -> LabError:
                     "mend what this names")
 
 
-def _is_ledger(source: Path) -> bool:
+def is_ledger(source: Path) -> bool:
     """Whether it is a file that is no archive. LabError if it is not there."""
     if source.is_dir():
         return False
@@ -200,7 +221,7 @@ def _is_ledger(source: Path) -> bool:
         return file.read(2) != b"\x1f\x8b"
 
 
-def _of_ledger(source: Path, device: str | None, say: Callable[[str], None]) -> Bundle:
+def of_ledger(source: Path, device: str | None, say: Callable[[str], None]) -> Bundle:
     """A session of which only the ledger is known; its file's name is its tag."""
     if source.stat().st_size > MOST_BYTES:
         raise Wrong(f"it has more than {MOST_BYTES:,} bytes, too many for a results.tsv")
@@ -260,6 +281,30 @@ class Room:
 def read_files(source: Path) -> dict[str, bytes]:
     """The files of an exported session by name, each with a name that is expected. Wrong if there is anything else."""
     return _read_folder(source) if source.is_dir() else _read_archive(source)
+
+
+def branch_files(tree: Tree, name: str) -> dict[str, bytes] | None:
+    """The files of the session that a branch holds (publish.py), read from git's objects; None if there is no such
+    branch. `name`: a local one's, or a remote one's with or without the remote."""
+    known = tree.git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes").split("\n")
+    ref = next((ref for ref in known if name == ref.removeprefix("refs/heads/")), None) or next(
+        (ref for ref in known if ref.startswith("refs/remotes/") and name in (
+            ref.split("/", 2)[-1], ref.split("/", 3)[-1])), None)
+    if ref is None:
+        return None
+    room, blobs = Room(), {}
+    for entry in filter(None, tree.git("ls-tree", "-r", "-l", "-z", ref, "--", PUBLISHED).split("\0")):
+        facts, _, path = entry.partition("\t")
+        mode, _, blob, size = facts.split()
+        name = path.removeprefix(PUBLISHED)
+        if mode not in ("100644", "100755"):
+            raise Wrong(f"{name[:200]!r} is not a plain file")
+        room.take(name, int(size))
+        blobs[name] = blob
+    if not blobs:
+        raise Wrong(f"it has no folder {PUBLISHED}, as lab export --publish makes it")
+    contents = tree.contents(list(blobs.values()))
+    return {name: contents[blob] for name, blob in blobs.items()}
 
 
 def _read_folder(source: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from lab.errors import LabError
 from lab.journal import flush_files
 from lab.outcome import Outcome
 from lab.session import HELD, Session
-from lab.state import CONFIRM, Experiment, Run
+from lab.state import BESIDE, CONFIRM, REPEAT, REPLAY, Experiment, Run
 
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
 FAILED = ("crash", "invalid", "disturbed")
@@ -65,8 +65,11 @@ def supervise(session: Session) -> None:
 def advance(session: Session, experiment: Experiment) -> bool:
     """One step towards the verdict: a run, a score of saved weights, or the verdict itself. False if it was not done,
     as the session is held."""
-    kind, step = {"baseline": plan_baseline, CONFIRM: plan_confirmation}.get(experiment.kind, plan_change)(
-        session, experiment)
+    plan = {"baseline": plan_baseline, CONFIRM: plan_confirmation}.get(experiment.kind, plan_change)
+    kind, step = (plan_further if experiment.judged else plan)(session, experiment)
+    if kind == "verdict" and experiment.fewest > 1 and not experiment.judged and step["status"] in ("keep", "discard"):
+        session.log("judged", experiment=experiment.number, **step)
+        return True
     if kind != "verdict" and session.held:
         return False
     if kind == "run":
@@ -158,6 +161,17 @@ def plan_change(session: Session, change: Experiment) -> tuple:
             judged |= {"status": "invalid", "reason": problem,
                        "gate": judged["gate"] | {"better": False, "simpler": False, "loss": 0.0}}
     return "verdict", judged
+
+
+def plan_further(session: Session, change: Experiment) -> tuple:
+    """Runs that make a judged change's effect better known: of it and of its parent, on the same seeds."""
+    results = {blob: session.state.results(blob) for blob in (change.parent, change.blob)}
+    for seed in map(gate.seed, range(change.fewest)):
+        for blob in results:
+            if seed not in results[blob] and not failure(session, change, change.runs):
+                return "run", (blob, seed, session.budget)
+    return "verdict", change.judged | {"mean": statistics.fmean(results[change.blob].values()),
+                                       "parent_mean": statistics.fmean(results[change.parent].values())}
 
 
 def plan_confirmation(session: Session, confirmation: Experiment) -> tuple:
@@ -317,7 +331,7 @@ def sampling_error(one: Path, other: Path) -> float:
 def apply(session: Session, experiment: Experiment) -> None:
     """Moves the branch or not, records, restores train.py, tidies up. Doing it again changes nothing."""
     tree, commit, left_alone = session.tree, experiment.commit, None
-    kept = experiment.verdict["status"] == "keep" and experiment.kind not in ("baseline", CONFIRM)
+    kept = experiment.verdict["status"] == "keep" and experiment.kind not in BESIDE
     head = tree.commit_of(session.branch)
     if head is None:
         best = next(e for e in reversed(session.state.kept) if e.applied) if session.state.best else experiment
@@ -332,7 +346,7 @@ def apply(session: Session, experiment: Experiment) -> None:
             commit = head
     ledger.append(session.ledger, [row(session, experiment, run, commit) for run in experiment.runs
                                    if run.status != "lost"])
-    if experiment.kind not in ("baseline", CONFIRM):
+    if experiment.kind not in BESIDE:
         left_alone = tree.settle(session.branch, experiment.blob, experiment.parent)
     tidy(session, experiment, keep=kept or experiment.kind == "baseline")
     session.log("applied", experiment=experiment.number, commit=commit, left_alone=left_alone)
@@ -347,6 +361,8 @@ def row(session: Session, experiment: Experiment, run: Run, commit: str) -> dict
     if experiment.kind == CONFIRM:
         scored = f", held out {run.scores['held_out_bpb']:.6f}" if run.scores and "held_out_bpb" in run.scores else ""
         reason = f"confirmation {experiment.number}{scored}"
+    if own and experiment.kind in (REPLAY, REPEAT):
+        reason = f"replayed on the baseline: {reason}"
     if run.status != "ok":
         status, reason = ("crash" if run.status == "crash" else "invalid"), run.reason
     if run.budget != prepare.TIME_BUDGET:

@@ -38,6 +38,13 @@ HEADINGS = (
     ("optimizer", "optimi[sz]ers?|optimi[sz]ation"),
     ("architecture", "models?|architecture|attention|layers|network"),
 )
+SPOKEN = (  # words of descriptions that names in train.py don't have
+    ("regularisation", "clipping|regulari[sz]ation"),
+    ("optimizer", "learning_rates|lrs|ns_steps|newton_schulz"),
+    ("schedule", "schedules|cosine"),
+    ("architecture", "ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu"
+                     "|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels"),
+)
 LONGEST = 40  # characters of a value in a summary
 
 
@@ -68,6 +75,16 @@ def of_change(before: bytes, after: bytes) -> tuple[str, ...]:
     for old, new in changes:
         sizes[_kind_of(old, new)] += _size(old, new)
     return tuple(sorted(sizes, key=lambda kind: (kind == "other", -sizes[kind], KINDS.index(kind))))
+
+
+def of_words(text: str) -> tuple[str, ...]:
+    """What a change is about, by its description alone: one of KINDS. Remarks in parentheses count for nothing, unless
+    there is nothing else."""
+    text = text.lower()
+    for said in (re.sub(r"\([^()]*\)", " ", text), text):
+        if kind := _named(said, STRONG) or _named(said, SPOKEN[:3]) or _named(said, WEAK) or _named(said, SPOKEN):
+            return (kind,)
+    return ("other",)
 
 
 def summary(before: bytes, after: bytes, width: int = 200) -> str:

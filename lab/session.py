@@ -16,7 +16,7 @@ import prepare
 from lab import gate, runner
 from lab.errors import LabError
 from lab.journal import Journal
-from lab.state import Experiment, Run, State
+from lab.state import REPLAY, Experiment, Run, State
 from lab.tree import TRAIN, Tree
 
 FORMAT = 1
@@ -157,7 +157,8 @@ class Session:
         account = gate.Account()
         for experiment in self.state.decided:
             if "gate" in experiment.verdict:
-                account = account.after(experiment.verdict["gate"])
+                costs = {"loss": 0.0} if experiment.kind == REPLAY else {}  # the branch did not move
+                account = account.after(experiment.verdict["gate"] | costs)
         return account
 
     # --- What a run needs ---

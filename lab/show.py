@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from lab import gate, near, untrusted
 from lab.session import Session
-from lab.state import CONFIRM, Experiment, Run
+from lab.state import BESIDE, CONFIRM, REPEAT, REPLAY, Experiment, Run
 
 RECENT = 10  # experiments that status shows
 NUMBERS = {  # of a run's result: (name in the block, factor)
@@ -29,6 +29,8 @@ def facts(session: Session, experiment: Experiment) -> dict:
         "portable": experiment.portable, "nodes": experiment.nodes, "patch": experiment.patch,
         "near_miss": bool(verdict.get("gate", {}).get("near_miss")),
     }  # fmt: skip
+    if experiment.origin:
+        found["origin"] = experiment.origin
     if experiment.members:
         found["members"] = list(experiment.members)
     if left_alone := (experiment.applied or {}).get("left_alone"):
@@ -57,6 +59,8 @@ def block(session: Session, experiment: Experiment) -> str:
         said = "CONFIRMED" if found["confirmed"] else "NOT CONFIRMED"
     lines = [f"experiment {found['experiment']}: {said}",
              f"  what              {found['description']}"]
+    if experiment.kind in (REPLAY, REPEAT):
+        lines.append(f"  of                {found['origin']}, on the baseline: the branch stays where it is")
     if found["reason"]:
         lines.append(f"  why               {found['reason']}")
     if found["val_bpb"] is not None:
@@ -84,7 +88,7 @@ def block(session: Session, experiment: Experiment) -> str:
 def of_night(state, first: int) -> tuple[int, int]:
     """(experiments that were decided on since the night's `first`, how many of them were kept)."""
     tried = [e for e in state.decided if e.number >= max(1, first)]
-    return len(tried), sum(e.status == "keep" and e.kind != CONFIRM for e in tried)
+    return len(tried), sum(e.status == "keep" and e.kind not in BESIDE for e in tried)
 
 
 def listed(files: list[str], most: int = 5) -> str:
@@ -167,6 +171,8 @@ def status_facts(session: Session) -> dict:
             "smallest_detectable": gate.smallest_detectable(noise, account),
             "near_misses": near.ready(session),
         }  # fmt: skip
+    if replayed := sum(e.kind == REPLAY for e in state.decided):
+        found["replayed"] = replayed
     confirmed = [e for e in state.decided if e.kind == CONFIRM]
     if confirmed:
         found["confirmation"] = confirmed[-1].verdict["reason"]
@@ -179,7 +185,8 @@ def status_facts(session: Session) -> dict:
 def status(session: Session) -> str:
     found = status_facts(session)
     lines = [f"session {found['session']}: {counted(found['experiments'], 'experiment')}, {found['keep']} kept, "
-             f"{found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid"]
+             f"{found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid"
+             + (f"; {found['replayed']} replayed beside the branch" if "replayed" in found else "")]
     if "best" in found:
         best = found["best"]
         lines += [f"best {best['val_bpb']:.6f} (experiment {best['experiment']}, commit {best['commit']}, mean of "

@@ -6,6 +6,9 @@ import statistics
 from dataclasses import dataclass, field
 
 BASELINE, CONFIRM = 0, "confirm"
+REPLAY = "replay"  # a change from elsewhere on the baseline: it is judged, and the branch stays where it is
+REPEAT = "repeat"  # further runs of a replay, which leave its verdict as it is
+BESIDE = ("baseline", CONFIRM, REPLAY, REPEAT)  # kinds that never move the branch
 
 
 @dataclass
@@ -45,7 +48,9 @@ class Experiment:
         blob, parent: of its train.py and of the best one it is judged against, which experiment `onto` was kept for.
             commit: where it is stored.
         digest, nodes, portable: see source.py. patch: stable id of the change.
-        kind: "change", "near misses" (of `members`, by number), "baseline", "confirm".
+        kind: "change", "near misses" (of `members`, by number), or one of BESIDE.
+        origin: "DEVICE/TAG/PATCH" of the change that this one repeats. fewest: seeds that it and its parent are run on
+            at least. judged: the verdict, while further runs are made that don't change it.
         verdict: the event that ended it: "status", "reason", the gate's numbers; "unjudged" if nothing was learnt.
         applied: all of it is done. failures: of the harness at it.
     """
@@ -64,6 +69,8 @@ class Experiment:
     members: tuple[int, ...] = ()
     pairs: int = 0
     budget: float | None = None
+    fewest: int = 1
+    judged: dict | None = None
     onto: int | None = None
     begun: float = 0.0
     failures: int = 0
@@ -110,6 +117,8 @@ class State:
             self.runs[run.number] = run
             self.experiments[run.experiment].runs.append(run)
             self._of.setdefault(run.blob, []).append(run)
+        elif kind == "judged":
+            self.experiments[facts.pop("experiment")].judged = facts
         elif kind == "failed":
             self.experiments[facts["experiment"]].failures += 1
         elif kind in ("ran", "scored"):
@@ -120,7 +129,7 @@ class State:
             experiment = self.experiments[facts["experiment"]]
             experiment.verdict = facts
             self.decided.append(experiment)
-            if facts["status"] == "keep" and experiment.kind != CONFIRM:
+            if facts["status"] == "keep" and (experiment.kind not in BESIDE or experiment.kind == "baseline"):
                 self.kept.append(experiment)
         elif kind == "applied":
             self.experiments[facts["experiment"]].applied = facts
@@ -160,9 +169,10 @@ class State:
         return statistics.fmean(values.values()) if values else None
 
     def same(self, digest: str) -> Experiment | None:
-        """An experiment that was decided on an equal train.py."""
-        return next((e for e in reversed(self.decided) if e.digest == digest and e.kind != CONFIRM
-                     and not e.verdict.get("unjudged")), None)
+        """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
+        of the best."""
+        return next((e for e in reversed(self.decided) if e.digest == digest and e.kind not in (CONFIRM, REPEAT)
+                     and not e.verdict.get("unjudged") and not (e.kind == REPLAY and e.status == "keep")), None)
 
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1

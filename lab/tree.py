@@ -21,6 +21,9 @@ from lab.errors import LabError
 
 TRAIN = "train.py"
 SETTINGS = ("gc.auto=0", "diff.suppressBlankEmpty=false", "commit.gpgSign=false", "core.hooksPath=/dev/null")
+# Whatever the user has set for diffs: the same change has the same id on every machine.
+DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--diff-algorithm=myers", "--indent-heuristic",
+        "--src-prefix=a/", "--dst-prefix=b/", "--inter-hunk-context=0", "--ignore-submodules", "--text")
 # Set while a hook runs, these would make git look at another repository.
 ELSEWHERE = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "NAMESPACE", "PREFIX")}
 FALLBACK_IDENTITY = {"NAME": "autoresearch", "EMAIL": "autoresearch@localhost"}
@@ -43,22 +46,24 @@ class Tree:
             raise LabError(f"{TRAIN} is gone; get it back with: git checkout HEAD -- {TRAIN}" if known else
                            f"there is no {TRAIN} at the root of the repository {root}: is this the project?")
 
-    def git(self, *arguments: str, index: Path | None = None, content: bytes | None = None, check: bool = True) -> str:
+    def git(self, *arguments: str, index: Path | None = None, content: bytes | None = None, check: bool = True,
+            environment: dict | None = None) -> str:
         """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
         deadline = time.monotonic() + LOCK_PATIENCE
-        done = self._run(arguments, index, content)
+        done = self._run(arguments, index, content, environment)
         while done.returncode and check and b".lock'" in done.stderr and time.monotonic() < deadline:
             time.sleep(0.1)  # an editor looks at the repository, say
-            done = self._run(arguments, index, content)
+            done = self._run(arguments, index, content, environment)
         if done.returncode and check:
             message = "; ".join(done.stderr.decode(errors="replace").split("\n")).strip("; ")
             raise LabError(f"git {arguments[0]} failed in {self.path}: {message}")
         return "" if done.returncode else done.stdout.decode(errors="replace").rstrip("\n")
 
-    def _run(self, arguments, index=None, content=None) -> subprocess.CompletedProcess:
+    def _run(self, arguments, index=None, content=None, more=None) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
         if arguments[0] == "commit-tree":
             environment = self._identity() | environment
+        environment |= more or {}
         if index:
             environment["GIT_INDEX_FILE"] = str(index)
         try:
@@ -140,24 +145,51 @@ class Tree:
     def patch(self, before: str, after: str) -> tuple[str, str]:
         """(unified diff, stable patch id) from one blob of train.py to another. The id is made without context lines,
         so that it stays the same when a line nearby has changed."""
-        # Whatever the user has set for diffs: the same change has the same id on every machine.
-        diff = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--diff-algorithm=myers", "--indent-heuristic",
-                "--src-prefix=a/", "--dst-prefix=b/", "--inter-hunk-context=0", "--ignore-submodules", "--text")
-        bare = self.git(*diff, "-U0", before, after)
+        bare = self.git(*DIFF, "-U0", before, after)
         identity = self.git("patch-id", "--stable", content=_named(bare).encode()) if bare else ""
-        return _named(self.git(*diff, "-U3", before, after)) + "\n", identity.split(" ")[0][:16]
+        return self.diff(before, after), identity.split(" ")[0][:16]
+
+    def diff(self, before: str, after: str) -> str:
+        """Unified diff from one blob of train.py to another."""
+        return _named(self.git(*DIFF, "-U3", before, after)) + "\n"
 
     # --- Changing ---
 
-    def commit(self, parent: str, blob: str, message: str) -> str:
-        """A commit on top of `parent` with this train.py and nothing else changed; no branch, index or file is."""
-        mode = self._mode(parent)
+    def commit(self, parent: str, blob: str, message: str, like: str | None = None) -> str:
+        """A commit on top of `parent` with this train.py and nothing else changed; no branch, index or file is.
+
+        Args:
+            like: a commit that it is made at the time of.
+        """
+        return self._commit(parent, f"{self._mode(parent)} {blob}\t{TRAIN}\0", message, like)
+
+    def commit_files(self, parent: str, folder: str, files: dict[str, bytes], message: str) -> str:
+        """A commit on top of `parent` in which a folder (its name with a slash) holds these files, by path, and nothing
+        else; no branch, index or file is changed."""
+        known = filter(None, self.git("ls-tree", "-r", "--name-only", "-z", parent, "--", folder).split("\0"))
+        entries = [f"0 {'0' * len(parent)}\t{path}\0" for path in known]
+        with tempfile.TemporaryDirectory() as temporary:
+            paths = [Path(temporary, str(place)) for place in range(len(files))]
+            for path, data in zip(paths, files.values()):
+                path.write_bytes(data)
+            blobs = self.git("hash-object", "-w", "--no-filters", "--stdin-paths", content="\n".join(
+                map(str, paths)).encode()).split("\n")
+        entries += [f"100644 {blob}\t{name}\0" for name, blob in zip(files, blobs)]
+        return self._commit(parent, "".join(entries), message)
+
+    def _commit(self, parent: str, entries: str, message: str, like: str | None = None) -> str:
         with tempfile.TemporaryDirectory() as folder:
             index = Path(folder) / "index"
             self.git("read-tree", parent, index=index)
-            self.git("update-index", "--cacheinfo", f"{mode},{blob},{TRAIN}", index=index)
+            self.git("update-index", "-z", "--index-info", index=index, content=entries.encode())
             root = self.git("write-tree", index=index)
-        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode(errors="replace"))
+        when = self.git("show", "--no-patch", "--format=%cI", like) if like else None
+        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode(errors="replace"),
+                        environment={f"GIT_{role}_DATE": when for role in ("AUTHOR", "COMMITTER")} if when else {})
+
+    def same_files(self, one: str, other: str) -> bool:
+        """Whether two commits hold the same."""
+        return self.git("rev-parse", f"{one}^{{tree}}") == self.git("rev-parse", f"{other}^{{tree}}")
 
     def _mode(self, commit: str) -> str:
         return self.git("ls-tree", commit, TRAIN).split(" ")[0]

@@ -26,7 +26,7 @@ from lab.journal import Journal
 from lab.night import agent, limits, notify, prompt, proposer
 from lab.night.view import Now, View
 from lab.session import Session
-from lab.state import CONFIRM, Experiment
+from lab.state import BESIDE, Experiment
 from lab.tree import TRAIN
 
 POLL = 0.25  # seconds
@@ -342,7 +342,7 @@ class Night:
                 if found["val_bpb"] is not None and found["parent_val_bpb"] is not None else "")
         line = f"{experiment.number:4d}  {found['status']:<8}{score}{gain}  {found['description']}"
         self.view.say(line if found["status"] in ("keep", "discard") else f"{line}: {found['reason']}")
-        if found["status"] == "keep" and experiment.kind not in ("baseline", CONFIRM):
+        if found["status"] == "keep" and experiment.kind not in BESIDE:
             self._notify(f"new best {found['val_bpb']:.6f}{gain}: {found['description']}")
         decided = self.session.state.decided
         row = next((i for i, e in enumerate(reversed(decided)) if not fruitless(e)), len(decided))

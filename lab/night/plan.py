@@ -21,7 +21,7 @@ from lab.experiment import BASELINE_RUNS
 from lab.journal import Journal
 from lab.night import limits
 from lab.session import PREFIX, Session, at, folder_of
-from lab.state import BASELINE, CONFIRM
+from lab.state import BESIDE
 from lab.tree import TRAIN, Tree
 
 DEFAULT = "climbmix"  # what prepare.py makes when it is not told
@@ -233,7 +233,7 @@ def duration(session: Session | None, profile: dict | None, rows: int,
     if session:
         runs = [run.seconds - run.result["training_seconds"] for run in session.state.runs.values()
                 if run.status == "ok"]
-        changes = [e for e in session.state.decided if e.number != BASELINE and e.kind != CONFIRM and e.runs]
+        changes = [e for e in session.state.decided if e.kind not in BESIDE and e.runs]
         if len(changes) >= ENOUGH:
             pauses = [after.begun - (before.runs[-1].begun + before.runs[-1].seconds)
                       for before, after in zip(changes, changes[1:])]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from lab import show, untrusted
 from lab.night import agent, ideas
 from lab.session import Session
-from lab.state import CONFIRM, Experiment
+from lab.state import CONFIRM, REPEAT, REPLAY, Experiment
 
 LATEST = 20  # experiments that are told of
 KEPT = 15  # of those that were kept, the last
@@ -61,7 +61,7 @@ def _standing(session: Session) -> str:
 
 def _tried(session: Session) -> str:
     """Experiments, the kept and the named ones among them, as data: descriptions are an agent's words."""
-    all_of_them = [e for e in session.state.decided if e.kind != CONFIRM]
+    all_of_them = [e for e in session.state.decided if e.kind not in (CONFIRM, REPEAT)]
     kept = [e for e in all_of_them if e.status == "keep"][-KEPT:]
     named = set(ideas.named(session)[-KEPT:]) | {e.number for e in [*kept, *all_of_them[-LATEST:]]}
     rows = [_row(e) for e in all_of_them if e.number in named]
@@ -75,7 +75,8 @@ def _tried(session: Session) -> str:
 def _row(experiment: Experiment) -> str:
     found = experiment.verdict.get("gate", {})
     gain = f"{found['gain']:+.6f} ({found['gain'] / found['error']:+.1f})" if found.get("error") else ""
-    what = untrusted.one_line(experiment.description, WIDTH)
+    what = "(on the baseline, to see if it helps here) " * (experiment.kind == REPLAY)
+    what += untrusted.one_line(experiment.description, WIDTH)
     if not found and experiment.kind != "baseline" and experiment.verdict.get("reason"):
         what += f" | {untrusted.one_line(experiment.verdict['reason'], WIDTH)}"
     return f"{experiment.number:4d}  {experiment.status:<8} {gain:<18} {what}"

@@ -79,7 +79,7 @@ def tampered(export, sealed=True, **changes):
         files = {name: data for name, data in contents(export).items() if name != "MANIFEST.json"}
         manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                     for name, data in files.items()}
-        prepare.write_json(export / "MANIFEST.json", {"format": 1, "files": manifest})
+        prepare.write_json(export / "MANIFEST.json", {"format": bundle.FORMAT, "files": manifest})
     return export
 
 

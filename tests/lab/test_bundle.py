@@ -26,7 +26,7 @@ def session(isolated_home, tmp_path):
     ({"results.tsv": None}, "results.tsv is missing"), ({"MANIFEST.json": None}, "MANIFEST.json is missing"),
     ({"rows/0099.npz": b"x"}, "rows/0099.npz is not in MANIFEST"), ({"MANIFEST.json": b"[]"}, "holds no object"),
     ({"MANIFEST.json": b"{"}, "is no JSON"), ({"MANIFEST.json": b'{"format": 1}'}, "lists no files"),
-    ({"MANIFEST.json": b'{"format": 2, "files": {}}'}, "format 2, and this is 1; update this project"),
+    ({"MANIFEST.json": b'{"format": 3, "files": {}}'}, "format 3, and this is 2; update this project"),
     ({"MANIFEST.json": b"[" * 100_000}, "is no JSON"), ({"MANIFEST.json": b"\xff\xfe"}, "is no JSON"),
 ])
 def test_files_have_to_be_what_the_manifest_says(export, tmp_path, changes, match):

@@ -175,7 +175,8 @@ def test_near_misses_are_not_mixed_with_an_edit(session):
 
 def test_the_parser_knows_every_command():
     for line in ("start x", "run -m y", "wait", "status --json", "log 3", "confirm --pairs 2 --times 4", "export x",
-                 "import x --device y", "pause --after-run", "resume", "night --until 07:00 --proposer"):
+                 "import x --device y", "replay x --stack --runs 3 --dry-run", "export --publish", "pause --after-run",
+                 "resume", "night --until 07:00 --proposer"):
         name = parser().parse_args(line.split()).command
         assert hasattr(commands, f"do_{name}")
 

@@ -13,9 +13,11 @@ import pytest
 import sessions
 from sessions import git
 from test_power_loss import check
+from test_replay import foreign
 
 import prepare
 from lab.session import Session
+from lab.state import REPLAY
 
 LONGEST = 3.0  # seconds: what an experiment takes, about
 WHO = ("command", "supervisor", "run", "command and supervisor", "all")
@@ -126,3 +128,30 @@ def test_killed_at_fifty_random_moments(project, isolated_home, seed):
     print(f"{len(session.state.experiments)} experiments, {len(session.state.runs)} runs, "
           f"{sum(run.status == 'lost' for run in session.state.runs.values())} lost; killed: {landed}")
     assert {e.status for e in session.state.experiments.values()} >= {"keep", "discard", "crash"}
+
+
+def test_a_replay_killed_at_random_moments_goes_on_and_repeats_nothing(project, isolated_home, tmp_path):
+    base = (sessions.HERE / "fake_train.py").read_bytes()
+    first = base.replace(b"LEARNING = 0.9", b"LEARNING = 0.75")
+    second = first.replace(b"BATCH_SIZE = 4", b"BATCH_SIZE = 5")
+    source = foreign(tmp_path, (first, "keep", False), (second, "keep", False), base=base)
+    rng = random.Random(1)
+    night = Night(project, isolated_home, rng)
+    night.finish()  # the baseline
+    for who in ("all", "command and supervisor", "command"):
+        command = night.command("replay", source, "--runs", "3")
+        time.sleep(rng.uniform(0.5, LONGEST))
+        for process in night.processes(who, command):
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                pass
+        command.communicate(timeout=120)
+    command = night.command("replay", source, "--runs", "3")
+    said, after = command.communicate(timeout=120)[0], Session(project.folder)
+    assert command.returncode == 0, said
+    replays = [e for e in after.state.decided if e.kind == REPLAY]
+    assert [e.description for e in replays] == ["step 1", "step 2"] and after.state.pending is None, said
+    assert all(len(after.state.results(e.blob)) >= 3 for e in replays)
+    assert after.state.best.number == 0 and not git(project.tree.path, "status", "--porcelain")
+    check(after)

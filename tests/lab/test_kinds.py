@@ -127,3 +127,15 @@ def test_a_summary_is_short_and_clean():
         f"def new_function_{i}():\n    pass\n" for i in range(100))
     said = kinds.summary(TRAIN.encode(), after.encode())
     assert len(said) <= 200 and said.isprintable() and said.startswith("ROPE_BASE 10000 -> 'xxx")
+
+
+@pytest.mark.parametrize("text, kind", [
+    ("halve batch 524K to 262K (more steps in 5 min)", "batch"), ("FINAL_LR_FRAC 0.0 to 0.05", "schedule"),
+    ("embedding LR 0.6 to 0.8", "optimizer"), ("Increase the learning rate of the matrices", "optimizer"),
+    ("warmdown 0.5 to 0.7", "schedule"), ("weight decay 0.2 to 0.15", "regularisation"),
+    ("reduce depth from 8 to 4", "architecture"), ("RoPE base frequency 10K to 200K", "architecture"),
+    ("gradient clipping max_norm=1.0", "regularisation"), ("random seed 42 to 137", "other"),
+    ("add 5% warmup (hurts; depth is fine)", "schedule"), ("(depth)", "architecture"), ("", "other"),
+    ("weight tying (shared embed/unembed)", "architecture")])
+def test_what_words_alone_say(text, kind):
+    assert kinds.of_words(text) == (kind,)

@@ -1,0 +1,129 @@
+"""Does what one device found hold on another?
+
+Let s be the effect of a change where it was found, measured since it was chosen (effects.py), and t the one elsewhere.
+
+    holds       t goes the same way, and is half of s or more
+    fades       t is less than half of s, whichever way it goes
+    reverses    t goes the other way
+    can't be told, and how many more runs would probably tell
+
+In that order of asking:
+
+1. **s has to be real.** Was the change chosen because it looked better, only that side is tested (at 5 %); else both
+   (at 2.5 % each). Where s is not real nothing is said of t: so over changes that do nothing anywhere at most 5 % get
+   a class, whatever their t looks like, and with however many devices.
+2. **The direction of t is tested on both sides**, at 2.5 % each: reverses, or the same way.
+3. **t - s/2 is tested** below 0, at 5 %: fades, if t is also estimated to be within +-1/2 of s; else whether it fades
+   or reverses is left open. The error holds that of s, with Satterthwaite's degrees of freedom: a difference instead
+   of a ratio, so that there is no division by what may be near 0 (Fieller, JRSS B 1954).
+4. **holds** asks for the same way, and for t to be estimated at s/2 or more. To ask that t > s/2 be shown as well would
+   take four times the runs and more; what lies between is left open, and that it goes the same way is said.
+
+No correction for several tests beyond that. The classes divide the values that t/s can have, and only one of them is
+true: to be wrong, the test of the true one has to fail (partitioning: Finner & Strassburger, Annals of Statistics
+2002). Levels are per change and device, as each is read by itself; a Bonferroni correction over 20 changes would take
+two thirds of what three runs each can show. Where t = s everywhere, fades and reverses need a miss of t - s/2 that is
+larger than s/2. How often it is wrong, and how much it finds, is simulated in benchmarks/compare.py.
+
+With a source that was never measured again there is nothing to compare with: its flattered effect is shown, and t's
+with its interval, which stands by itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lab.compare.effects import Effect, quantile, satterthwaite
+from lab.gate import t_tail
+
+HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
+LEVEL = 0.05
+HALF = 0.5  # of the source's effect: less has faded
+POWER_Z = 0.8416  # standard errors that give a chance of 80 %
+MOST = 30  # further runs that anybody is asked for
+SHRUNK = 0.5  # of a flattered effect: what is expected of it when it is measured
+
+
+def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
+    """(class, why, further runs of the change and its parent each that would probably tell, {"here": n, "source": n},
+    or None)."""
+    if target.error is None or source.error is None:
+        where = "here" if target.error is None else "where it was found"
+        return OPEN, f"unconfirmed: nothing was repeated {where}", None
+    if source.flattered:
+        return OPEN, "not measured since it was selected", _asked(0, _to_be_real(source))
+    if not real(source):
+        return OPEN, "may be chance where it was found", _asked(0, _to_be_real(source))
+    if target.flattered:
+        return OPEN, "its parent here flatters itself: replay --each", _asked(*_to_tell(source, target))
+    sign = math.copysign(1, source.value)
+    t, s = sign * target.value, abs(source.value)
+    if t_tail(-t / target.error, target.df) <= LEVEL / 2:
+        return REVERSES, f"{_share(t, s)} of the effect where it was found", None
+    gap, error, df = _gap(source, target)
+    if t_tail(-gap / error, df) <= LEVEL:
+        if t >= -HALF * s:
+            return FADES, f"{_share(t, s)} of the effect where it was found", None
+        return OPEN, "it fades or reverses", _asked(*_to_tell(source, target))
+    same = t_tail(t / target.error, target.df) <= LEVEL / 2
+    if same and t >= HALF * s:
+        return HOLDS, f"{_share(t, s)} of the effect where it was found", None
+    return OPEN, "the same way, how far is open" if same else "may be chance here", _asked(*_to_tell(source, target))
+
+
+def real(one: Effect) -> bool:
+    """Whether an effect is told from chance: better, if that is what it was chosen for; else any way."""
+    if one.known:
+        return t_tail(-one.value / one.error, one.df) <= LEVEL
+    return t_tail(abs(one.value) / one.error, one.df) <= LEVEL / 2
+
+
+def _gap(source: Effect, target: Effect) -> tuple[float, float, int]:
+    """t - s/2, with s above 0; its standard error, and degrees of freedom."""
+    parts = [(target.error**2, target.df), ((HALF * source.error) ** 2, source.df)]
+    gap = math.copysign(1, source.value) * target.value - HALF * abs(source.value)
+    return gap, math.sqrt(math.fsum(v for v, _ in parts)), satterthwaite(parts)
+
+
+def _share(t: float, s: float) -> str:
+    return f"{t / s:+.0%}"
+
+
+# --- How many more runs ---
+
+def _asked(here: int | None, source: int | None) -> dict | None:
+    return None if here is None or source is None else {"here": here, "source": source}
+
+
+def _after(one: Effect, n: int) -> tuple[float, int]:
+    """(variance, degrees of freedom) once n more runs of the change and of its parent each are there."""
+    known = 0.0 if one.flattered else 1 / one.error**2
+    return 1 / (known + n / (2 * one.noise**2)), one.df + 2 * n
+
+
+def _to_be_real(source: Effect) -> int | None:
+    """Further runs that would probably show a source's effect, if it is about as large as it looks."""
+    if source.known and source.value >= 0:
+        return None
+    size = abs(source.value) * (SHRUNK if source.flattered else 1)
+    level = LEVEL if source.known or source.flattered else LEVEL / 2
+    for n in range(1, MOST + 1):
+        variance, df = _after(source, n)
+        if size / math.sqrt(variance) >= quantile(level, df) + POWER_Z:
+            return n
+    return None
+
+
+def _to_tell(source: Effect, target: Effect) -> tuple[int | None, int | None]:
+    """(here, at the source) further runs that would probably tell an effect as large as the source's from none: here
+    alone if that can do, else in both."""
+    s = abs(source.value)
+    for both in (0, 1):
+        for n in range(1, MOST + 1):
+            (here, df), (there, its) = _after(target, n), _after(source, n) if both else (source.error**2, source.df)
+            shown = s / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
+            parts = [(here, df), (HALF**2 * there, its)]
+            gone = HALF * s / math.sqrt(here + HALF**2 * there)
+            if shown and gone >= quantile(LEVEL, satterthwaite(parts)) + POWER_Z:
+                return n, n * both
+    return None, None

@@ -1,0 +1,87 @@
+"""Which changes are probably the same, by how they are described: where a ledger has words and nothing else.
+
+A description becomes the words that name what is changed ("learning rate" and LR alike), the way it goes (up, down),
+and the value that it ends at ("2^16", 65K and 65536 alike). Remarks in parentheses are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+LEAST = 0.6  # of likeness
+OTHER_VALUE, NO_VALUE = 0.7, 0.85  # likeness is so much less where they end at different values, or one says none
+
+PHRASES = (("learning rate", "lr"), ("weight decay", "wd"), ("warm down", "warmdown"), ("cool down", "warmdown"),
+           ("warm up", "warmup"), ("batch size", "batch"), ("lm head", "unembedding"), ("value embedding", "ve"),
+           ("value embeddings", "ve"), ("key value heads", "kv heads"), ("n kv head", "kv heads"))
+SAME = {"batchsize": "batch", "cooldown": "warmdown", "embed": "embedding", "embeddings": "embedding",
+        "emb": "embedding", "wte": "embedding", "unembed": "unembedding", "lmhead": "unembedding", "attn": "attention",
+        "layers": "depth", "layer": "depth", "windows": "window", "betas": "beta", "lrs": "lr", "heads": "head",
+        "fraction": "frac", "ratio": "frac", "initialisation": "init", "initialization": "init", "clipping": "clip"}
+UP = {"increase", "increased", "raise", "raised", "higher", "more", "larger", "bigger", "longer", "wider", "deeper",
+      "double", "doubled", "twice", "up"}
+DOWN = {"decrease", "decreased", "reduce", "reduced", "lower", "lowered", "less", "fewer", "smaller", "shorter",
+        "narrower", "shallower", "halve", "halved", "half", "shrink", "cut", "down"}
+EMPTY = {"to", "from", "the", "a", "an", "of", "in", "with", "and", "by", "at", "for", "on", "is", "set", "use", "try",
+         "change", "instead", "total", "size", "steps", "x", "than", "it", "as", "only"}
+NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?(?:e-?\d+)?)(?:\s?(?:\^|\*\*)\s?(\d+))?(%|[kKmM](?!\w))?(?:x(?!\w))?")
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of a description: what is changed; the way, 1 up or -1 down or 0; the value it ends at, or None."""
+
+    words: frozenset[str]
+    way: int
+    value: float | None
+
+
+def said(text: str) -> Said:
+    text = re.sub(r"\([^()]*\)", " ", text)
+    numbers = [_number(found) for found in NUMBER.finditer(text)]
+    text = re.sub(r"[^a-z0-9]+", " ", NUMBER.sub(" ", text).lower()).strip()
+    for phrase, word in PHRASES:
+        text = re.sub(rf"\b{phrase}\b", word, text)
+    words = [SAME.get(word, word) for word in text.split()]
+    way = 1 if UP & set(words) else -1 if DOWN & set(words) else 0
+    if way == 0 and len(numbers) == 2 and numbers[0] != numbers[1]:
+        way = 1 if numbers[1] > numbers[0] else -1
+    return Said(frozenset(words) - UP - DOWN - EMPTY, way, numbers[-1] if numbers else None)
+
+
+def _number(found: re.Match) -> float:
+    value = float(found[1]) ** int(found[2]) if found[2] and int(found[2]) < 64 else float(found[1])
+    unit = (found[3] or "").lower()
+    value *= {"%": 0.01, "k": 1e3, "m": 1e6}.get(unit, 1)
+    if unit in ("k", "m"):  # 524K is 2^19
+        power = 2.0 ** round(math.log2(value)) if value else 0.0
+        if abs(power - value) <= 0.05 * value and value >= 2**15:
+            return power
+    return value
+
+
+def likeness(one: Said, other: Said) -> float:
+    """From 0 to 1; 0 for opposite ways."""
+    if one.way * other.way < 0 or not one.words or not other.words:
+        return 0.0
+    shared = 2 * len(one.words & other.words) / (len(one.words) + len(other.words))
+    if one.value is None and other.value is None:
+        return shared
+    if one.value is None or other.value is None:
+        return shared * NO_VALUE
+    return shared * (1 if math.isclose(one.value, other.value, rel_tol=0.02) else OTHER_VALUE)
+
+
+def matches(ones: list[str], others: list[str]) -> list[tuple[int, int]]:
+    """(place in one list, place in the other) of the descriptions that are each other's best match, and alike enough.
+    Of several equally good ones the first."""
+    left, right = [said(text) for text in ones], [said(text) for text in others]
+    table = [[likeness(a, b) for b in right] for a in left]
+    found = []
+    for i, row in enumerate(table):
+        j = max(range(len(row)), key=row.__getitem__, default=None)
+        if j is not None and row[j] >= LEAST and max(range(len(table)), key=lambda k: table[k][j]) == i:
+            found.append((i, j))
+    return found

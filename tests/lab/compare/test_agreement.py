@@ -1,0 +1,55 @@
+"""Shares and ranks, with their intervals."""
+
+import math
+import random
+
+import pytest
+
+from lab.compare.agreement import ranks, spearman, wilson
+
+
+def test_wilson():
+    low, high = wilson(0, 10)
+    assert low == 0 and 0.15 < high < 0.25
+    assert wilson(10, 10) == pytest.approx((1 - high, 1.0))
+    low, high = wilson(50, 100)
+    assert low + high == pytest.approx(1) and high - low == pytest.approx(2 * 1.6449 * 0.05, rel=0.03)
+
+
+def test_ranks_share_ties():
+    assert ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+
+
+def test_spearman_follows_order_and_not_size():
+    rho, low, high = spearman([1, 2, 3, 4, 5, 6], [1, 10, 100, 1000, 900, 1e6])
+    assert rho == pytest.approx(1 - 6 * 2 / (6 * 35)) and low < rho < high < 1
+    assert spearman([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])[0] == pytest.approx(-1)
+
+
+def test_spearman_with_ties_is_pearson_of_the_ranks():
+    xs, ys = [1.0, 1.0, 2.0, 3.0, 3.0, 4.0], [2.0, 1.0, 1.0, 4.0, 3.0, 3.0]
+    a, b = ranks(xs), ranks(ys)
+    mean = 3.5
+    expected = sum((x - mean) * (y - mean) for x, y in zip(a, b)) / math.sqrt(
+        sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+    assert spearman(xs, ys)[0] == pytest.approx(expected)
+
+
+def test_spearman_needs_pairs_that_differ():
+    assert spearman([1, 2, 3], [1, 2, 3]) is None
+    assert spearman([1, 1, 1, 1], [1, 2, 3, 4]) is None
+
+
+def test_spearman_of_equal_orders_has_an_interval_that_ends_at_one():
+    rho, low, high = spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 9])
+    assert rho == high == pytest.approx(1) and -1 < low < 0.8
+
+
+def test_spearmans_interval_covers():
+    rng, inside = random.Random(0), 0
+    for _ in range(400):
+        xs = [rng.gauss(0, 1) for _ in range(20)]
+        ys = [0.6 * x + 0.8 * rng.gauss(0, 1) for x in xs]
+        _, low, high = spearman(xs, ys)
+        inside += low <= 6 / math.pi * math.asin(0.6 / 2) <= high  # what Spearman's rho is for normal pairs
+    assert 0.85 < inside / 400 < 0.95
