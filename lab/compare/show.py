@@ -70,7 +70,7 @@ def _group(one: Facts) -> tuple:
 def _measured(one: Facts) -> str:
     if not one.eval:
         return "Measured by what is not known: these scores compare with no others"
-    return f"Measured by evaluator {one.eval}" + f", after {one.budget:g} s of training" * bool(one.budget)
+    return f"Measured by evaluator {one.eval}" + (f", after {one.budget:g} s of training" if one.budget else "")
 
 
 def _confirmed(one: Facts) -> str:

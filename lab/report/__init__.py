@@ -1,0 +1,48 @@
+"""The report: the page that one opens in the morning, and a picture of it for sharing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import prepare
+from lab.compare.record import Record
+from lab.errors import LabError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write(records: list[Record], page: Path, picture: Path | None = None) -> list[Path]:
+    """Writes the page about these sessions, and their progress as a PNG if there is a path for it. A report that is
+    there already is replaced, whole or not at all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LabError: something else is there, or there is nothing to draw.
+        DataError: it can't be written; the reason says why.
+    """
+    from lab.report import curve, page as pages, png
+    from lab.report.view import View
+
+    files = {page: (pages.html(records), pages.MARK.encode())}
+    if picture:
+        if (card := curve.card([View(record) for record in records])) is None:
+            raise LabError("there is no score yet, and so nothing to draw: leave --png out")
+        files[picture] = png.png(card), PNG
+    for path, (_, begins) in files.items():
+        _refuse_other(path, begins)
+    for path, (content, _) in files.items():
+        with prepare.whole(path) as file:
+            file.write(content)
+    return list(files)
+
+
+def _refuse_other(path: Path, begins: bytes) -> None:
+    """LabError if there is something that no earlier report can be."""
+    if path.is_dir():
+        raise LabError(f"{path} is a folder; name a file in it")
+    if path.exists():
+        with open(path, "rb") as file:
+            if file.read(len(begins)) != begins:
+                raise LabError(f"{path} exists, and is no earlier report: remove it, or name another file")

@@ -1,0 +1,102 @@
+"""The command: from a session, an export or a ledger to files, and nothing overwritten that is somebody else's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import exports
+import pytest
+import sessions
+from report_records import session as made_up
+from test_experiment import attempt, edited
+
+from lab import __main__ as main, exchange, experiment, report
+from lab.errors import LabError
+from lab.session import Session
+
+ROOT = Path(__file__).resolve().parents[3]
+LEDGER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "".join(
+    f"{line}\n" for line in ("aaaaaaa\t0.997900\t44.0\tkeep\tbaseline", "bbbbbbb\t0.986041\t43.9\tkeep\thalve batch",
+                             "ccccccc\t0.000000\t0.0\tcrash\tdouble depth", "ddddddd\t0.990000\t44.0\tdiscard\twarmup"))
+
+
+@pytest.fixture(name="session")
+def finished(tmp_path, runner):
+    session = sessions.make(tmp_path / "project")
+    experiment.supervise(session)
+    for loss in (0.9, 1.3):
+        attempt(session, edited(LOSS=loss), message=f"loss {loss}")
+    return session
+
+
+def contents(session):
+    return {path: path.read_bytes() for path in session.folder.glob("*.*") if path.is_file()}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    path = tmp_path / "mar8.tsv"
+    path.write_text(LEDGER)
+    return path
+
+
+def test_a_ledger_becomes_a_page_and_a_picture(ledger, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["report", str(ledger), "--device", "nvidia-h100-80gb", "--png", "out/p.png"]) == 0
+    assert capsys.readouterr().out.split() == ["report.html", "out/p.png"]
+    page = (tmp_path / "report.html").read_text()
+    assert "1.19 % better than the baseline" in page and "1 kept, 1 discarded, 1 crashed" in page
+    assert (tmp_path / "out" / "p.png").read_bytes().startswith(report.PNG)
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path):
+    page, picture = tmp_path / "r.html", tmp_path / "p.png"
+    for count in (3, 12):
+        report.write([made_up(count)], page, picture)
+    assert page.read_text().count('id="s0-e') == 13
+    for other in (tmp_path / "train.py", tmp_path / "photo.png"):
+        other.write_bytes(b"mine")
+        with pytest.raises(LabError, match="no earlier report"):
+            report.write([made_up(3)], *((other, None) if other.suffix == ".py" else (page, other)))
+        assert other.read_bytes() == b"mine"
+    assert page.read_text().count('id="s0-e') == 13  # nothing of a report that can't be written whole
+    with pytest.raises(LabError, match="is a folder"):
+        report.write([made_up(3)], tmp_path)
+
+
+def test_a_session_is_reported_in_its_repository_also_while_something_runs(session, monkeypatch, capsys):
+    monkeypatch.chdir(session.tree.path)
+    with session.lock, session.night_lock:
+        before = contents(session)
+        assert main.main(["report", "--out", "../r.html"]) == 0
+        assert contents(session) == before
+    assert "loss 0.9" in Path("../r.html").read_text() and "loss 1.3" in Path("../r.html").read_text()
+
+
+def test_an_export_is_reported(isolated_home, tmp_path):
+    exported = exchange.export_session(*exports.session_in(isolated_home, tmp_path), tmp_path / "x.tar.gz")
+    assert main.main(["report", str(exported), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "nov21 on cpu-amd-epyc-2c-24gb" in page and "2 kept, 1 crashed" in page
+    assert "END is 1 &lt;b&gt;[x](http://y)&lt;/b&gt;" in page and "-LR = 1\\n+LR = 3" in page
+
+
+def test_an_agent_may_ask_for_it_in_its_turn(ledger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAB_TURN", "1")
+    assert main.main(["report", str(ledger), "--device", "nvidia-h100-80gb"]) == 0
+
+
+def test_without_a_session_it_says_what_to_name(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "lab" / "__main__.py"), "report"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "name a session" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_there_is_nothing_to_draw_before_the_first_score(tmp_path, monkeypatch, capsys):
+    session = sessions.make(tmp_path / "project")
+    assert main.main(["report", str(session.folder), "--out", str(tmp_path / "r.html")]) == 0
+    assert "No score yet" in (tmp_path / "r.html").read_text()
+    assert main.main(["report", str(session.folder), "--png", str(tmp_path / "p.png")]) == 1
+    assert "leave --png out" in capsys.readouterr().err
+    assert Session(session.folder).state.pending
