@@ -43,7 +43,8 @@ def start(session, home, experiments: int, agent: bool) -> subprocess.Popen:
 def came_to(session) -> list[tuple]:
     """What does not depend on when things happened."""
     state = Session(session.folder).state
-    return [(e.digest, e.description, e.status, e.onto, [run.seed for run in e.runs if run.status != "lost"])
+    return [(e.digest, e.description, e.status, e.onto,
+             [run.seed for run in e.runs if run.status not in ("lost", "disturbed")])  # those are made again
             for e in state.experiments.values()]
 
 
