@@ -60,7 +60,7 @@ class Device:
     def run(self, number: int, seed: int, beside: int) -> None:
         self.runs += 1
         score = self.rng.gauss(self.means[number], NOISE[self.name])
-        self.trials[number].append(Trial(self.runs, seed, score, "e", 300.0, fresh=beside != number, beside=beside))
+        self.trials[number].append(Trial(self.runs, seed, score, "e", 300.0, beside=beside))
 
     def scores(self, number: int) -> dict[int, float]:
         return {trial.seed: trial.bpb for trial in self.trials[number]}

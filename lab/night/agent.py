@@ -114,7 +114,7 @@ def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: f
             told.append(f"left {_processes(left)} running, which had to be ended")
         outcome, said, description = _judged(session, log, prompt, code, problem, seconds, elsewhere, others)
         if outcome != "edited" and (saved := put_back(session, log.with_suffix(".train.py"))):
-            told.append(f"what it wrote is in {saved}")
+            told.append(f"had what it wrote put aside, in {saved}")
         if others:
             told.append(f"changed {_listed(others)}, which has no effect")
         turn = Turn(outcome, untrusted.one_line("; it ".join([said, *told, *notes]), 500), description,
@@ -271,10 +271,7 @@ def _go_back(tree: Tree, place: dict) -> tuple[bool, list[str]]:
     """
     path, branch, commit = tree.path / TRAIN, place["branch"], place["commit"]
     if path.is_symlink() and not place["linked"]:  # what is put back shall not be written to where it points
-        content = path.read_bytes() if path.is_file() else None
         path.unlink()
-        if content is not None:
-            path.write_bytes(content)
     if path.is_dir():
         shutil.move(path, f"{place['log']}.folder")
     ref, head = f"refs/heads/{branch}", tree.commit_of("HEAD")
@@ -376,7 +373,7 @@ def _judged(session: Session, log: Path, prompt: str, code: int | None, problem:
 def _edit(session: Session) -> tuple[bytes | None, str]:
     """(train.py if it is another program than the best; or None, and why not in words, if there is some to say)."""
     if not (session.tree.path / TRAIN).is_file():
-        return None, f"deleted {TRAIN}"
+        return None, f"deleted {TRAIN}, or made a folder or a link of it"
     content = session.tree.train()
     try:
         if source.describe(content).digest != session.state.best.digest:

@@ -115,7 +115,7 @@ class Night:
             if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
                 raise Over(f"the device stays too hot: {text}")
             if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
-                if kind not in told:
+                if kind not in told and kind != "ending":
                     told.add(kind)
                     self._tell(text, "trouble")
                 self._show(text)
@@ -332,6 +332,7 @@ class Night:
         disturbed = bool(done) and done[-1].status == "disturbed" and done[-1].number not in self._rested
         if disturbed:
             self._rested.add(done[-1].number)
+            self.view.say(f"run {done[-1].number} is made again, once the device had a rest: {done[-1].reason}")
         hot = any(one.kind == "hot" for one in self.troubles)
         return not experiment.verdict and not self.session.held and (disturbed or hot)
 

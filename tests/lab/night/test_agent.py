@@ -111,6 +111,7 @@ def test_an_agent_called_otherwise(take, tmp_path, monkeypatch, command, outcome
     ("comments", "nothing", "changed only comments"),
     ("delete", "nothing", "deleted train.py"),
     ("folder", "nothing", "deleted train.py"),
+    ("link", "nothing", "or made a folder or a link of it"),
     ("ask", "asked", 'nobody answers: "Shall I **go on?**"'),
     ("fail", "failed", 'exit status 1; its last line: "Error: no credit left"'),
     ("elsewhere", "elsewhere", "changed notes.txt, prepare.py, which has no effect"),
@@ -168,7 +169,7 @@ def test_processes_that_it_leaves_are_ended(take, word):
 
 @pytest.mark.parametrize("word, outcome", [
     ("commit", "edited"), ("amend", "edited"), ("branch", "edited"), ("checkout-edit", "edited"), ("lock", "edited"),
-    ("link", "edited"), ("commit-elsewhere", "elsewhere"), ("checkout", "nothing"), ("detach", "nothing"),
+    ("commit-elsewhere", "elsewhere"), ("checkout", "nothing"), ("detach", "nothing"),
     ("unborn", "nothing"), ("lose-branch", "nothing"), ("reset", "nothing"), ("stash", "elsewhere"),
 ])
 def test_git_is_put_right(take, night, word, outcome):
