@@ -19,10 +19,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 import zipfile
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,110 +104,6 @@ class Bundle:
     def name(self) -> str:
         return f"{self.session['device']}/{self.session['tag']}"
 
-
-# --- To files ---
-
-def files_of(bundle: Bundle) -> dict[str, bytes]:
-    """The files of an exported session by name; equal sessions give equal files."""
-    patches = [f"patches/{place:04d}-{slug(kept.description)}.patch" for place, kept in enumerate(bundle.kept, 1)]
-    told = [{"number": kept.number, "commit": kept.commit, "parent": kept.parent, "description": kept.description,
-             "patch": patch} for kept, patch in zip(bundle.kept, patches)]
-    own = dict.fromkeys(name for row in bundle.rows for name in row if name not in ledger.EMPTY)
-    files = {"session.json": _json({**bundle.session, "format": FORMAT, "kept": told}),
-             "results.tsv": ledger.dumps(bundle.rows, (*ledger.COLUMNS, *own))}
-    if bundle.set_aside:
-        files["results.tsv.damaged"] = bundle.set_aside.encode(errors="replace")
-    if bundle.base is not None:
-        files["train.py"] = bundle.base
-    if bundle.changes:
-        from lab.summary import summary
-
-        files["changes.json"] = _json({"format": FORMAT, "changes": bundle.changes})
-        files["SUMMARY.md"] = summary(bundle).encode(errors="replace")
-        files[".gitattributes"] = ATTRIBUTES
-    if bundle.profile is not None:
-        files["profile.json"] = _json(bundle.profile)
-    files |= {patch: kept.patch_text.encode() for kept, patch in zip(bundle.kept, patches)}
-    files |= {f"rows/{run:04d}.npz": _packed(losses) for run, losses in sorted(bundle.losses.items())}
-    files["README.md"] = readme(bundle, patches).encode(errors="replace")
-    return sealed(files)
-
-
-def sealed(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Files by name, and the manifest of them."""
-    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-                if name != "MANIFEST.json"}
-    return files | {"MANIFEST.json": _json({"format": FORMAT, "files": manifest})}
-
-
-def slug(text: str) -> str:
-    """A text as part of a file's name."""
-    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:40].strip("-") or "unnamed"
-
-
-def _json(content: dict) -> bytes:
-    return json.dumps(content, indent=1).encode() + b"\n"
-
-
-def _packed(losses: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **losses)
-    return buffer.getvalue()
-
-
-def readme(bundle: Bundle, patches: list[str]) -> str:
-    """A session for people, as Markdown."""
-    session, rows = bundle.session, bundle.rows
-    compared = [row for row in rows if comparable(row, session.get("budget"))]
-    scores = [row["val_bpb"] for row in compared]
-    statuses = ", ".join(f"{count} {cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
-    facts = [("device", session["device"]), ("backend", session["backend"]), ("begun", session["made"]),
-             ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
-             ("dataset", session["dataset"]), ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
-             ("profile", session["profile"]), ("versions", ", ".join(
-                 f"{name} {version}" for name, version in session.get("versions", {}).items())),
-             ("runs", f"{len(rows)}: {statuses}"),
-             ("val_bpb of what was kept", f"first {scores[0]:.6f}, lowest {min(scores):.6f}" if scores else "")]
-    lines = [f"# Session {bundle.session['tag']} on {bundle.session['device']}", "",
-             "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
-             "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {cell(text)} |" for name, text in facts if text]
-    if bundle.kept:
-        lines += ["", "## Kept changes, each on top of the one before", "",
-                  "| | experiment | commit | val_bpb | what | patch |", "|---|---|---|---|---|---|"]
-    for place, (kept, patch) in enumerate(zip(bundle.kept, patches), 1):
-        of = [row["val_bpb"] for row in compared if row["commit"] == kept.commit]
-        score = f"{math.fsum(of) / len(of):.6f}" if of else ""
-        cells = place, kept.number, kept.commit, score, kept.description
-        lines.append("".join(f"| {cell(one)} " for one in cells) + f"| {patch} |")
-    return "\n".join([*lines, "", READING])
-
-
-def comparable(row: dict, budget: float | None) -> bool:
-    """Whether a run's score is one that its session kept changes by: of this budget, and no confirmation or replay."""
-    trial = re.match(r"trial of (\S+) s; ", row["reason"])
-    own_budget = trial is None or budget is None or trial[1] == f"{budget:g}"
-    beside = re.match(r"(trial of \S+ s; )?(confirmation [0-9]|replayed on the baseline: )", row["reason"])
-    return row["val_bpb"] is not None and row["status"] == "keep" and own_budget and not beside
-
-
-READING = """## Reading it
-
-`python -m lab import`, with the path of this folder or archive, checks it and puts it beside your own sessions; nothing
-in it is executed. results.tsv is the ledger, a row for each run; train.py is what the session began with; changes.json
-has every change that was tried, with its verdict; rows/ has the losses of each validation and held-out row for runs
-whose weights were scored again; profile.json is the device's calibration; MANIFEST.json has the sha256 of each file.
-`python -m lab replay` tries the kept changes on another machine.
-"""
-
-
-def cell(text: str) -> str:
-    """Text in a table of Markdown, as it is: no markup, no links."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)
-
-
-# --- From files ---
 
 def verified(files: dict[str, bytes]) -> Bundle:
     """The session that files by name are an export of. Wrong, with the file and the reason, if they are none."""

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import prepare
 from lab import ledger
-from lab.bundle import (FOLDERS, MOST_BYTES, MOST_FILES, TEXTS, Bundle, Kept, Wrong, check_name, files_of,
-                        is_tag, slug, unpacked, verified)
+from lab.bundle import (FOLDERS, MOST_BYTES, MOST_FILES, TEXTS, Bundle, Kept, Wrong, check_name, is_tag, unpacked,
+                        verified)
 from lab.errors import LabError
+from lab.packing import files_of, slug
 from lab.tree import Tree
 
 __all__ = ["Bundle", "Kept", "export_session", "import_session", "read_bundle"]
@@ -207,8 +208,8 @@ def read_bundle(source: Path, device: str | None = None) -> Bundle:
 
 
 def _refusal(source: Path, error: Exception) -> LabError:
-    return LabError(f"{source} was refused: {error}. Nothing was imported; get the session exported and sent again, or "
-                    "mend what this names")
+    return LabError(f"{source} was refused: {error}; get the session exported and sent again, or mend what this "
+                    "names")
 
 
 def is_ledger(source: Path) -> bool:
@@ -228,7 +229,7 @@ def of_ledger(source: Path, device: str | None, say: Callable[[str], None]) -> B
     try:
         found = ledger.read(source)
     except LabError as error:
-        raise LabError(f"{error}; lab import takes a results.tsv, or a folder or .tar.gz from lab export") from None
+        raise LabError(f"{error}; a session is a results.tsv, or a folder or .tar.gz from lab export") from None
     if not found.headed:
         say(f"{source.name} does not name its columns; they are taken for {' '.join(found.columns)}")
     for one in found.set_aside[:SHOWN]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
-from pathlib import Path
-
 from lab import gate, source
 from lab.errors import LabError
+from lab.merge import merged
 from lab.session import Session
 
 
@@ -31,16 +28,11 @@ def together(session: Session) -> tuple[bytes, list[int]]:
         if len(members) == gate.MOST_TOGETHER:
             break
         miss = state.experiments[number]
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder, name) for name in ("current", "base", "other")]
-            for path, content in zip(paths, (current, tree.content(miss.parent), tree.content(miss.blob))):
-                path.write_bytes(content)
-            done = subprocess.run(["git", "merge-file", "-p", *map(str, paths)], capture_output=True, check=False,
-                                  start_new_session=True)
+        content, conflicts = merged(current, tree.content(miss.parent), tree.content(miss.blob))
         try:
-            if done.returncode == 0 and done.stdout != current:
-                source.describe(done.stdout)
-                current, members = done.stdout, [*members, number]
+            if not conflicts and content != current:
+                source.describe(content)
+                current, members = content, [*members, number]
         except LabError:
             pass  # merged without conflict, and is no Python any more
     if len(members) < gate.FEWEST_TOGETHER or state.same(source.describe(current).digest):

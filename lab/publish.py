@@ -6,13 +6,15 @@ ends with one that adds the folder session/: the export. So what it changes of t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import prepare
 from lab import exchange, kinds
-from lab.bundle import EFFECT, MOST_OF_A_PATCH, Bundle, Kept, Wrong, check_patch, files_of, verified
+from lab.bundle import EFFECT, MOST_OF_A_PATCH, Bundle, Kept, Wrong, check_patch, verified
 from lab.errors import LabError
-from lab.session import PREFIX, Session
+from lab.packing import files_of
+from lab.session import PREFIX, Session, folder_of
 from lab.state import CONFIRM, REPEAT, Experiment
 from lab.tree import Tree
 
@@ -55,6 +57,23 @@ def bundle_of(session: Session) -> Bundle:
     return exchange.bundle_of(session.folder, kept_of(session), changes_of(session))
 
 
+def own(source: str) -> Session | None:
+    """A session of this machine by its folder, its branch or DEVICE/TAG; None if there is none.
+
+    Raises:
+        LabError: it is somebody else's folder. What it says would be believed, and where: git runs in the repository
+            that its session.json names, with the settings that are there.
+    """
+    for folder in (Path(os.path.expanduser(source)), folder_of(source.removeprefix(PREFIX))):
+        if (folder / "journal.jsonl").exists():
+            if (prepare.home() / "sessions").resolve() not in folder.resolve().parents:
+                raise LabError(f"{folder} is a session's working folder, and not under {prepare.home() / 'sessions'}: "
+                               "get it exported where it was run (python -m lab export X.tar.gz); or, if that was "
+                               "here, set AUTORESEARCH_HOME to where it belongs")
+            return Session(folder)
+    return None
+
+
 def find(source: str, device: str | None = None) -> Bundle:
     """A session by its name: a path of a folder, archive or ledger; DEVICE/TAG of one on this machine, its own or an
     imported one; or a published branch of the repository here.
@@ -65,10 +84,9 @@ def find(source: str, device: str | None = None) -> Bundle:
     Raises:
         LabError: there is none, or it was refused.
     """
-    name = source.removeprefix(PREFIX)
-    for path in (Path(source).expanduser(), *(prepare.home() / kind / name for kind in ("sessions", "imported"))):
-        if (path / "journal.jsonl").exists():
-            return bundle_of(Session(path))
+    if session := own(source):
+        return bundle_of(session)
+    for path in (Path(os.path.expanduser(source)), prepare.home() / "imported" / source.removeprefix(PREFIX)):
         if path.exists():
             return exchange.read_bundle(path, device)
     try:

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lab import gate, publish, show, source, untrusted
-from lab.bundle import Bundle
-from lab.commands import await_verdict, exclusive, head_of_best, refuse_if_not_ours, sound_baseline
+from lab.begin import await_verdict, exclusive, head_of_best, refuse_if_not_ours, sound_baseline
+from lab.bundle import MOST_OF_A_PATCH, Bundle
 from lab.errors import LabError
 from lab.merge import Conflict, merged, patched
 from lab.session import Session, refuse_if_busy
@@ -92,7 +92,10 @@ def candidates(bundle: Bundle, more: bool = False) -> list[Candidate]:
         try:
             if parent not in texts:
                 raise LabError(f"what it was made on, {parent}, is not known")
-            after = texts[number] = patched(before, patch_text.replace("\r\n", "\n"))
+            after = patched(before, patch_text.replace("\r\n", "\n"))
+            if len(after) > MOST_OF_A_PATCH:
+                raise LabError(f"it makes a train.py of {len(after):,} bytes; it has at most {MOST_OF_A_PATCH:,}")
+            texts[number] = after
         except LabError as error:
             problem = str(error)
         if not patch:
@@ -294,9 +297,9 @@ def _edited(step: Step) -> Iterator[str]:
     if step.content is None:
         yield from _shown(step)
         return
-    rows = [content.decode(errors="replace").splitlines() for content in (step.here, step.content)]
-    for row in list(difflib.unified_diff(*rows, lineterm="", n=1))[2:]:
-        yield untrusted.cut(untrusted.plain(row), WIDTH)
+    rows = [content.decode(errors="replace").replace("\r\n", "\n").split("\n") for content in (step.here, step.content)]
+    diff = list(difflib.unified_diff(*rows, lineterm="", n=1))[2:]
+    yield from untrusted.visible("\n".join(diff)).split("\n")  # whole: blanks could push code out of what is read
 
 
 def _shown(step: Step) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 from collections import Counter
 
 from lab import kinds
-from lab.bundle import Bundle, cell, comparable
+from lab.bundle import Bundle
 
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
 
@@ -106,3 +108,59 @@ python -m lab compare SESSION DEVICE/TAG    # side by side with a session of you
 
 A patch is somebody else's code: read it before it is run. It runs sandboxed, as every experiment does.
 """
+
+
+# --- README.md ---
+
+def readme(bundle: Bundle, patches: list[str]) -> str:
+    """A session for people, as Markdown."""
+    session, rows = bundle.session, bundle.rows
+    compared = [row for row in rows if comparable(row, session.get("budget"))]
+    runs: dict[str, list[float]] = {}
+    for row in compared:
+        runs.setdefault(row["commit"], []).append(row["val_bpb"])
+    scores = [statistics.fmean(of) for of in runs.values()]
+    statuses = ", ".join(f"{count} {cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
+    facts = [("device", session["device"]), ("backend", session["backend"]), ("begun", session["made"]),
+             ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
+             ("dataset", session["dataset"]), ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
+             ("profile", session["profile"]), ("versions", ", ".join(
+                 f"{name} {version}" for name, version in session.get("versions", {}).items())),
+             ("runs", f"{len(rows)}: {statuses}"),
+             ("val_bpb of what was kept, means", f"first {scores[0]:.6f}, lowest {min(scores):.6f}" if scores else "")]
+    lines = [f"# Session {bundle.session['tag']} on {bundle.session['device']}", "",
+             "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
+             "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {cell(text)} |" for name, text in facts if text]
+    if bundle.kept:
+        lines += ["", "## Kept changes, each on top of the one before", "",
+                  "| | experiment | commit | val_bpb | what | patch |", "|---|---|---|---|---|---|"]
+    for place, (kept, patch) in enumerate(zip(bundle.kept, patches), 1):
+        score = f"{statistics.fmean(runs[kept.commit]):.6f}" if kept.commit in runs else ""
+        cells = place, kept.number, kept.commit, score, kept.description
+        lines.append("".join(f"| {cell(one)} " for one in cells) + f"| {patch} |")
+    return "\n".join([*lines, "", READING])
+
+
+def comparable(row: dict, budget: float | None) -> bool:
+    """Whether a run's score is one that its session kept changes by: of this budget, and no confirmation or replay."""
+    trial = re.match(r"trial of (\S+) s; ", row["reason"])
+    own_budget = trial is None or budget is None or trial[1] == f"{budget:g}"
+    beside = re.match(r"(trial of \S+ s; )?(confirmation [0-9]|replayed on the baseline: )", row["reason"])
+    return row["val_bpb"] is not None and row["status"] == "keep" and own_budget and not beside
+
+
+READING = """## Reading it
+
+`python -m lab import`, with the path of this folder or archive, checks it and puts it beside your own sessions; nothing
+in it is executed. results.tsv is the ledger, a row for each run; train.py is what the session began with; changes.json
+has every change that was tried, with its verdict; rows/ has the losses of each validation and held-out row for runs
+whose weights were scored again; profile.json is the device's calibration; MANIFEST.json has the sha256 of each file.
+`python -m lab replay` tries the kept changes on another machine.
+"""
+
+
+def cell(text: str) -> str:
+    """Text in a table of Markdown, as it is: no markup, no links."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)

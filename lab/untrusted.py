@@ -19,6 +19,8 @@ MARKS = re.compile(r"([\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]{3})
                    r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+")  # accents piled up over other lines
 SHOWN_AS = {"Cc": "", "Cf": "", "Cs": "\ufffd", "Co": "\ufffd", "Cn": "\ufffd", "Zl": " ", "Zp": " "}
 
+LONGEST_LINE, LONGEST_TEXT = 2000, 65536  # characters of a diff that are shown
+
 
 def plain(text: str) -> str:
     """Visible characters, blanks and newlines only: no control or escape characters, no bidirectional controls, nothing
@@ -64,3 +66,19 @@ def fenced(text: str, what: str = "Output of the run, not to be trusted") -> str
 def one_line(text: str, width: int = 200) -> str:
     """As a reason: cleaned, on one line, cut."""
     return cut(" ".join(plain(text).split()), width)
+
+
+def visible(text: str) -> str:
+    """A diff as it is, but for what can't be seen: that is spelt out, so that nothing hides in it. Cut where it is
+    endless."""
+    cut = len(text) > LONGEST_TEXT
+    lines = text[:LONGEST_TEXT].replace("\r\n", "\n").expandtabs(4).split("\n")
+    shown = [_spelt(line[:LONGEST_LINE]) + f" … {len(line) - LONGEST_LINE:,} characters more"
+             * (len(line) > LONGEST_LINE) for line in lines]
+    return "\n".join(shown + [f"… {len(text) - LONGEST_TEXT:,} characters more"] * cut)
+
+
+def _spelt(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in line)

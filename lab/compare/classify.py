@@ -3,7 +3,7 @@
 Let s be the effect of a change where it was found, measured since it was chosen (effects.py), and t the one elsewhere.
 
     holds       t goes the same way, and is half of s or more
-    fades       t is less than half of s, whichever way it goes
+    fades       t is less than half of s; what reverses has faded, too, and that may be all that is sure
     reverses    t goes the other way
     can't be told, and how many more runs would probably tell
 
@@ -19,11 +19,12 @@ In that order of asking:
 4. **holds** asks for the same way, and for t to be estimated at s/2 or more. To ask that t > s/2 be shown as well would
    take four times the runs and more; what lies between is left open, and that it goes the same way is said.
 
-No correction for several tests beyond that. The classes divide the values that t/s can have, and only one of them is
-true: to be wrong, the test of the true one has to fail (partitioning: Finner & Strassburger, Annals of Statistics
-2002). Levels are per change and device, as each is read by itself; a Bonferroni correction over 20 changes would take
-two thirds of what three runs each can show. Where t = s everywhere, fades and reverses need a miss of t - s/2 that is
-larger than s/2. How often it is wrong, and how much it finds, is simulated in benchmarks/compare.py.
+No correction for several tests beyond that. "holds" and "fades" divide the values that t/s can have, "reverses" is a
+part of what fades: to say what is false, the test of what is true has to fail (partitioning: Finner & Strassburger,
+Annals of Statistics 2002). Levels are per change and device, as each is read by itself; a Bonferroni correction over
+20 changes would take two thirds of what three runs each can show. Where t = s everywhere, fades and reverses need a
+miss of t - s/2 that is larger than s/2. How often it is wrong, and how much it finds, is simulated in
+benchmarks/compare.py.
 
 With a source that was never measured again there is nothing to compare with: its flattered effect is shown, and t's
 with its interval, which stands by itself.
@@ -36,7 +37,7 @@ import math
 from lab.compare.effects import Effect, quantile, satterthwaite
 from lab.gate import t_tail
 
-HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
+CLASSES = HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
 LEVEL = 0.05
 HALF = 0.5  # of the source's effect: less has faded
 POWER_Z = 0.8416  # standard errors that give a chance of 80 %

@@ -19,7 +19,7 @@ from lab.compare.effects import Effect
 from lab.compare.record import Change, Record
 from lab.errors import LabError
 
-DATACENTRE = r"(gb?|[ahbvlptk])\d{1,3}s?"  # A100, H200, GB200, L40S, V100, T4
+DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
 SOURCE = "source"
 
 
@@ -112,6 +112,11 @@ class Facts:
     rows: int
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def measured(self) -> tuple:
+        """Equal for sessions whose scores compare; what an unknown evaluator measured compares with nothing."""
+        return self.eval, self.budget or 0.0, "" if self.eval else self.name
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -144,7 +149,8 @@ class Paid:
 
     Attributes:
         tried: with a verdict, those that crashed too; kept: of them.
-        median: of the effects as their sessions saw them, in per cent of the parent's val_bpb; None without scores.
+        median: of the effects (effects.py; of what was kept mostly flattered), in per cent of the parent's val_bpb;
+            None without scores.
     """
 
     kind: str
@@ -190,6 +196,16 @@ class Comparison:
     def facts(self) -> dict:
         """For machines (JSON)."""
         return asdict(self)
+
+
+def tally(changes: list[Shared]) -> dict[tuple[str, str], Counter]:
+    """(source, place) -> how often each class was found there."""
+    found: dict[tuple[str, str], Counter] = {}
+    for change in changes:
+        for place, cell in change.cells.items():
+            if change.source and cell.verdict in classify.CLASSES:
+                found.setdefault((change.source, place), Counter())[cell.verdict] += 1
+    return found
 
 
 def compare(records: list[Record]) -> Comparison:

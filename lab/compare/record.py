@@ -18,8 +18,6 @@ class Trial:
         bpb: val_bpb. eval: tag of what it was measured by; budget: seconds of training.
         tokens: it was trained on. flops: the model's, for all of them. mfu: percent. Each None if unknown.
         memory: GB at the peak. seconds: all that the run took.
-        fresh: whether its score had no part in choosing this train.py: it was run after the verdict. What was kept for
-            its scores is flattered by them; fresh ones don't flatter.
         confirms: it is part of a confirmation.
         beside: number of the experiment that it was run for: the change's own, or a later one, or a confirmation. Up to
             there it may have had a part in a verdict.
@@ -35,7 +33,6 @@ class Trial:
     mfu: float | None = None
     memory: float | None = None
     seconds: float | None = None
-    fresh: bool = False
     confirms: bool = False
     beside: int = 0
 

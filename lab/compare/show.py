@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from lab.compare import classify
-from lab.compare.comparison import SOURCE, Agreement, Cell, Comparison, Facts, Paid, Point, Shared
+from lab.compare.comparison import SOURCE, Agreement, Cell, Comparison, Facts, Paid, Point, Shared, tally
 from lab.untrusted import cut, one_line
 
 WIDTH = 100
@@ -48,8 +48,8 @@ def _figure(cell: str) -> bool:
 def _sessions(sessions: list[Facts], marks: dict[str, str]) -> str:
     """Scores stand beside each other only where one evaluator measured them, after the same time."""
     parts = []
-    for group in dict.fromkeys(map(_group, sessions)):
-        its = [one for one in sessions if _group(one) == group]
+    for group in dict.fromkeys(one.measured for one in sessions):
+        its = [one for one in sessions if one.measured == group]
         parts.append(_measured(its[0]) + "\n" + table(
             ["", "session", "baseline", "best", "gain", "", "confirmed", "noise"],
             [[marks[one.place], one.name, _score(one.baseline), _score(one.best), _number(one.gain, "+.6f"),
@@ -60,11 +60,6 @@ def _sessions(sessions: list[Facts], marks: dict[str, str]) -> str:
           _of(one.crashed, one.crash_rate), _number(one.per_hour, ".1f"), _two(one.tokens, 1e6), _two(one.flops, 1e15),
           _two(one.mfu, 1)] for one in sessions]))
     return "\n\n".join(parts)
-
-
-def _group(one: Facts) -> tuple:
-    """Sessions of one group have scores that compare; an unknown evaluator is a group of its own."""
-    return (one.eval, one.budget or 0.0, "" if one.eval else one.name)
 
 
 def _measured(one: Facts) -> str:
@@ -99,7 +94,7 @@ def _transfer(found: Comparison, marks: dict[str, str]) -> str:
         parts.append("By its words: probably the same change, matched by description alone\n" + "\n".join(
             _change(change, marks) for change in said))
     if len(found.places) > 1 and not parts:
-        parts.append("No change was tried in more than one of these places. To try what one found on another machine: "
+        parts.append("No change was tried in more than one of these places. To try what one found on another machine:"
                      "\npython -m lab replay SESSION --runs 3")
     return "\n\n".join(part for part in parts if part)
 
@@ -134,7 +129,7 @@ def _cell(cell: Cell) -> list[str]:
     remarks = [cell.due] * bool(cell.due)
     if effect.flattered and cell.verdict in (SOURCE, ""):
         remarks.insert(0, "as selected: flatters itself")
-    if cell.verdict == "can't be told":
+    if cell.verdict == classify.OPEN:
         remarks.insert(0, _missing(cell))
     return [f"{effect.value:+.5f}", spread, "; ".join(filter(None, remarks))]
 
@@ -149,15 +144,9 @@ def _missing(cell: Cell) -> str:
 
 
 def _counts(changes: list[Shared], marks: dict[str, str]) -> str:
-    found: dict[tuple[str, str], list[str]] = {}
-    for change in changes:
-        for place, cell in change.cells.items():
-            if change.source and cell.verdict not in ("", SOURCE):
-                found.setdefault((change.source, place), []).append(cell.verdict)
-    verdicts = ("holds", "fades", "reverses", "can't be told")
-    return found and "What holds where\n" + table(["from", "on", "changes", *verdicts], [
-        [marks[source], marks[place], str(len(its)), *(str(its.count(one)) for one in verdicts)]
-        for (source, place), its in found.items()]) or ""
+    rows = [[marks[source], marks[place], str(its.total()), *(str(its[one]) for one in classify.CLASSES)]
+            for (source, place), its in tally(changes).items()]
+    return "What holds where\n" + table(["from", "on", "changes", *classify.CLASSES], rows) if rows else ""
 
 
 # --- The rest ---
@@ -201,7 +190,8 @@ def _scores(found: Comparison, marks: dict[str, str]) -> str:
             steps = list(steps)
             left_out = len(steps) - MOST_STEPS
             rows += [_step(point, marks) for point in ([steps[0], *steps[left_out + 1 :]] if left_out > 0 else steps)]
-        parts.append(f"val_bpb against tokens and FLOPs, of what was kept (evaluator {tag}, {budget:g} s)\n" + table(
+        parts.append(f"val_bpb against tokens and FLOPs, of what was kept (evaluator {tag}"
+                     f"{f', {budget:g} s' if budget else ''})\n" + table(
             ["", "#", "val_bpb", "M tokens", "PFLOP", "what"], rows))
     return "\n\n".join(parts)
 

@@ -7,23 +7,26 @@ Everything is only read, also while a night is at work on it. What comes from el
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
 import prepare
-from lab import exchange, gate, kinds, ledger, publish
+from lab import exchange, gate, kinds, ledger, publish, untrusted
 from lab.bundle import Bundle
 from lab.compare.record import Change, Record, Trial
 from lab.errors import LabError
-from lab.session import PREFIX, Session, folder_of
+from lab.session import Session
 from lab.state import CONFIRM, REPEAT, Run, State
 
 BESIDE = re.compile(r"the parent again, beside experiment ([0-9]{1,9})")
 FURTHER = re.compile(r"as experiment [0-9]{1,9}, of which these are further runs")
 CONFIRMS = re.compile(r"confirmation ([0-9]{1,9})(?:, held out ([0-9]{1,3}\.[0-9]+))?")
-SHORTENED = re.compile(r"trial of ([0-9.e+-]{1,20}) s; ")
+SHORTENED = re.compile(r"trial of ([0-9]{1,9}(?:\.[0-9]{1,9})?(?:e[+-][0-9]{1,3})?) s; ")  # as {:g} writes it
+FEWEST, MOST = 1e-9, 1e15  # of anything that a run is measured by
+WORDS = 4000  # characters of a text in a ledger
 
 
 def read(source: str | Path, device: str | None = None) -> Record:
@@ -38,23 +41,22 @@ def read(source: str | Path, device: str | None = None) -> Record:
         LabError: there is no such session, or it was refused; the reason says why.
     """
     name = str(source)
-    for folder in (Path(name).expanduser(), folder_of(name.removeprefix(PREFIX))):
-        if (folder / "journal.jsonl").exists():
-            return of_session(Session(folder))
-    return of_bundle(publish.find(name, device))
+    session = publish.own(name)
+    return of_session(session) if session else of_bundle(publish.find(name, device))
 
 
 def read_all(names: list[str], devices: list[str]) -> list[Record]:
     """As `read`, of several; `devices` are of the ledgers that don't say theirs, in order."""
     left = list(devices)
-    records = [read(name, left.pop(0) if left and _is_untagged(Path(name).expanduser()) else None) for name in names]
+    records = [read(name, left.pop(0) if left and _is_untagged(name) else None) for name in names]
     if left:
         raise LabError(f"--device {left[0]} is of none of these sessions: it takes one for each ledger that does not "
                        "say its device, in order")
     return records
 
 
-def _is_untagged(path: Path) -> bool:
+def _is_untagged(name: str) -> bool:
+    path = Path(os.path.expanduser(name))
     return path.is_file() and exchange.is_ledger(path) and any(not row["device"] for row in ledger.read(path).rows)
 
 
@@ -68,7 +70,7 @@ def of_session(session: Session) -> Record:
     for run in state.runs.values():
         of = _owner(state, run)
         if run.status == "ok" and of is not None:
-            trials.setdefault(of, []).append(_trial(run, of, state.experiments[run.experiment].kind == CONFIRM))
+            trials.setdefault(of, []).append(_trial(run, state.experiments[run.experiment].kind == CONFIRM))
     changes = {}
     for e in state.decided:
         if e.kind in (CONFIRM, REPEAT):
@@ -113,15 +115,14 @@ def _owner(state: State, run: Run) -> int | None:
     return next((e.number for e in reversed(before) if e.blob == run.blob and e.number < experiment.number), None)
 
 
-def _trial(run: Run, of: int, confirms: bool) -> Trial:
+def _trial(run: Run, confirms: bool) -> Trial:
     result = run.result
     tokens = result["total_tokens_M"] * 1e6 if result.get("total_tokens_M") else None
     per_token, memory = result.get("flops_per_token"), result.get("peak_vram_mb")
     return Trial(
         run=run.number, seed=run.seed, bpb=run.bpb, eval=result.get("eval", ""), budget=run.budget, tokens=tokens,
         flops=tokens * per_token if tokens and per_token else None, mfu=result.get("mfu_percent"),
-        memory=memory / 1024 if memory else None, seconds=run.seconds, fresh=run.experiment != of, confirms=confirms,
-        beside=run.experiment)
+        memory=memory / 1024 if memory else None, seconds=run.seconds, confirms=confirms, beside=run.experiment)
 
 
 def _kinds(before: bytes | None, after: bytes | None, words: str) -> tuple[str, ...]:
@@ -151,9 +152,9 @@ def _of_other_budgets(changes: dict[int, Change], budget: float | None) -> list[
 
 def of_bundle(bundle: Bundle) -> Record:
     """A session from elsewhere, from its ledger and the changes that came with it."""
-    session, rows = bundle.session, bundle.rows
+    session, rows = _cleaned(bundle.session), [_believed(row) for row in bundle.rows]
     tagged = any(row["run"] is not None for row in rows)
-    owners = _owners(bundle)
+    owners = _owners(bundle, rows)
     budget = session.get("budget") or (Counter(map(_budget, rows)).most_common(1)[0][0] if tagged and rows else None)
     own: dict[int, list[dict]] = {}
     trials: dict[int, list[Trial]] = {}
@@ -163,7 +164,7 @@ def of_bundle(bundle: Bundle) -> Record:
         if of == beside:
             own.setdefault(of, []).append(row)
         if row["val_bpb"] is not None and row["status"] in ("keep", "discard"):
-            trials.setdefault(of, []).append(_trial_of(row, of, beside))
+            trials.setdefault(of, []).append(_trial_of(row, beside))
     texts = {kept.number: kept.patch_text for kept in bundle.kept}
     changes, best = {}, None
     for number, its in own.items():
@@ -203,9 +204,21 @@ def of_bundle(bundle: Bundle) -> Record:
     return record
 
 
-def _owners(bundle: Bundle) -> list[tuple[int, int]]:
+def _cleaned(texts: dict) -> dict:
+    """With no text in it that a terminal would obey."""
+    return {name: text if not isinstance(text, str) or text.isprintable() else untrusted.one_line(text, WORDS)
+            for name, text in texts.items()}
+
+
+def _believed(row: dict) -> dict:
+    """A row of somebody's ledger; a figure that nothing can have measured, and that would break sums, is unknown."""
+    return {name: None if isinstance(value, (int, float)) and name not in ("run", "seed") and not
+            FEWEST < value < MOST else value for name, value in _cleaned(row).items()}
+
+
+def _owners(bundle: Bundle, rows: list[dict]) -> list[tuple[int, int]]:
     """(the experiment whose train.py it is of, the experiment that it was run for) of each row."""
-    rows, kept = bundle.rows, {one.commit: one.number for one in bundle.kept}
+    kept = {one.commit: one.number for one in bundle.kept}
     if not any(row["run"] is not None for row in rows):  # the original's: a row is an experiment
         return [(i, i) for i in range(len(rows))]
     of_commit = kept | {facts["commit"]: facts["number"] for facts in bundle.changes
@@ -236,16 +249,17 @@ def _commits(owners: list[tuple[int, int]], rows: list[dict]) -> dict[int, str]:
 
 def _budget(row: dict) -> float:
     shortened = SHORTENED.match(row["reason"])
-    return float(shortened[1]) if shortened else float(prepare.TIME_BUDGET)
+    seconds = float(shortened[1]) if shortened else 0.0
+    return seconds if FEWEST < seconds < MOST else float(prepare.TIME_BUDGET)
 
 
-def _trial_of(row: dict, of: int, beside: int) -> Trial:
+def _trial_of(row: dict, beside: int) -> Trial:
     tokens = row["tokens_M"] * 1e6 if row["tokens_M"] else None
     flops = row["tflops"] * 1e12 / row["tok_per_s"] * tokens if tokens and row["tflops"] and row["tok_per_s"] else None
     return Trial(
         run=row["run"], seed=row["seed"], bpb=row["val_bpb"], eval=row["eval"],
         budget=None if row["run"] is None else _budget(row), tokens=tokens, flops=flops, mfu=row["mfu"],
-        memory=row["memory_gb"], seconds=row["total_seconds"], fresh=of != beside,
+        memory=row["memory_gb"], seconds=row["total_seconds"],
         confirms=bool(CONFIRMS.fullmatch(SHORTENED.sub("", row["reason"]))), beside=beside)
 
 
@@ -254,7 +268,7 @@ def _hours(rows: list[dict]) -> float | None:
     times = []
     for row in rows:
         try:
-            begun = datetime.strptime(row["started"], "%Y-%m-%dT%H:%M:%SZ").timestamp()
+            begun = datetime.strptime(row["started"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc).timestamp()
         except ValueError:
             continue
         times += [begun, begun + (row["total_seconds"] or 0)]

@@ -20,7 +20,7 @@ import filelock
 
 import prepare
 from lab import near, show, source, untrusted
-from lab.commands import begin_change, last_words, sound_baseline
+from lab.begin import begin_change, last_words, sound_baseline
 from lab.errors import LabError
 from lab.journal import Journal
 from lab.night import agent, limits, notify, prompt, proposer

@@ -25,10 +25,12 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
     from lab.report import curve, page as pages, png
     from lab.report.view import View
 
+    if picture and picture.absolute() == page.absolute():
+        raise LabError(f"{page} can't be both the page and the picture: name two files")
     files = {page: (pages.html(records), pages.MARK.encode())}
     if picture:
         if (card := curve.card([View(record) for record in records])) is None:
-            raise LabError("there is no score yet, and so nothing to draw: leave --png out")
+            raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
         files[picture] = png.png(card), PNG
     for path, (_, begins) in files.items():
         _refuse_other(path, begins)

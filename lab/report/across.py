@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from xml.etree.ElementTree import Element
 
-from lab.compare.comparison import SOURCE, Cell, Comparison, Facts, Shared, compare
+from lab.compare.classify import CLASSES, OPEN
+from lab.compare.comparison import SOURCE, Cell, Comparison, Facts, Shared, compare, tally
 from lab.report import curve
 from lab.report.figure import Figure, Line, Marks, Plot
 from lab.report.html import cleaned, el, number, table
 from lab.report.svg import svg
 from lab.report.view import View
 
-CLASSES = ("holds", "fades", "reverses", "can't be told")
 MOST = 300  # changes that a table shows
 GAINS = (1120, 330, 12.5), (360, 290, 11)  # of the chart, as in page.py
 WIDE, HIGH = 150, 18  # pixels of an interval
@@ -56,7 +55,7 @@ def _sessions(sessions: list[Facts]) -> list[Element]:
     of its own), and one of what it took."""
     groups: dict[tuple, list[Facts]] = {}
     for one in sessions:
-        groups.setdefault((one.eval, one.budget, "" if one.eval else one.name), []).append(one)
+        groups.setdefault(one.measured, []).append(one)
     found = []
     for (tag, budget, _), its in groups.items():
         told = f"Measured by evaluator {tag}" if tag else (
@@ -108,7 +107,7 @@ def _cell(change: Shared, place: str, reach: float) -> list:
         return ["not tried"]
     effect = cell.effect
     said = cell.verdict.replace(SOURCE, "found here")
-    tag = el("span", said, class_=f"tag {'open' if cell.verdict == CLASSES[3] else cell.verdict}") if said else None
+    tag = el("span", said, class_=f"tag {'open' if cell.verdict == OPEN else cell.verdict}") if said else None
     if effect is None:
         return [tag, el("small", "no score: " + ", ".join(cell.tried))]
     spread = f" [{number(effect.low, '+.4f')}, {number(effect.high, '+.4f')}]" if effect.low is not None else ""
@@ -137,7 +136,7 @@ def _remarks(change: Shared, place: str, cell: Cell) -> list[str]:
         found.append("as it was selected: flatters itself")
     if cell.effect.low is None:
         found.append("unconfirmed: nothing was repeated")
-    if cell.verdict == CLASSES[3]:
+    if cell.verdict == OPEN:
         more = [f"{cell.more[where]} {there}" for where, there in (("here", "here"), ("source", "where it was found"))
                 if cell.more[where]] if cell.more else []
         found.append(cell.why + ("; more runs of it and its parent that would tell: " + ", ".join(more)) * bool(more))
@@ -145,13 +144,8 @@ def _remarks(change: Shared, place: str, cell: Cell) -> list[str]:
 
 
 def _counts(changes: list[Shared]) -> Element:
-    found: dict[tuple[str, str], Counter] = {}
-    for change in changes:
-        for place, cell in change.cells.items():
-            if change.source and cell.verdict in CLASSES:
-                found.setdefault((change.source, place), Counter())[cell.verdict] += 1
     rows = [(source, place, str(its.total()), *(str(its[one]) for one in CLASSES))
-            for (source, place), its in found.items()]
+            for (source, place), its in tally(changes).items()]
     return table("Changes found in one place and measured in another", ("found on", "measured on", "changes", *CLASSES),
                  rows)
 

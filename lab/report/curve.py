@@ -13,6 +13,7 @@ from lab.state import REPLAY
 
 LABEL = 48  # characters of a label in a chart
 LABELS = 80  # that are tried; the table below the chart has the rest
+MOST_NAMED = 12  # sessions in the legend of a picture
 ROWS = 14  # of labels, below a step and above it, that are tried
 SIGNS = (  # name, sign, what it stands for: in the order of the legend
     ("kept", "dot", "kept: the line is the best so far"),
@@ -159,9 +160,10 @@ def hues(views: list[View]) -> list[tuple[str, View]]:
 
 def card(views: list[View]) -> Figure | None:
     """A picture for sharing, 1200 by 630: one session's progress, or the gains of several. None without any score."""
-    width, height, head, one = 1200, 630, 96, views[0]
+    width, height, head, one, named = 1200, 630, 96, views[0], []
     if len(views) > 1:
-        figure = together(views, width, height, 15, head + 18 * len(views))
+        named = hues(views)[:MOST_NAMED]
+        figure = together(views, width, height, 15, max(head, 78 + 20 * len(named)))
         title, said = f"{len(views)} sessions", ""
     else:
         figure = progress(one, width, height, 15, head)
@@ -174,7 +176,7 @@ def card(views: list[View]) -> Figure | None:
     figure.add(Text("told", 24, 80, said, 18))
     if len(views) == 1 and (sd := _sd(one)):
         figure.add(Text("tick", width - 12, 80, f"band: ±{sd:.4f}, one standard deviation of a single run", 14, "end"))
-    for place, (name, view) in enumerate(hues(views) if len(views) > 1 else []):
+    for place, (name, view) in enumerate(named):
         y = 84 + 20 * place
         figure.add(Line(name, [(24, y - 5), (54, y - 5)]))
         figure.add(Text("told", 64, y, untrusted.cut(view.name, 90), 15))

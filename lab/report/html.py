@@ -9,8 +9,6 @@ from xml.etree.ElementTree import Element
 
 from lab import untrusted
 
-LONGEST_LINE, LONGEST_TEXT = 2000, 65536  # characters of a diff that are shown
-
 
 def el(tag: str, *parts, **attributes) -> Element:
     """An element; parts are elements, texts, or None. Of attributes' names `_` becomes `-`, and goes at the end:
@@ -60,22 +58,6 @@ def embedded(data) -> str:
     """JSON for a script element: nothing in it can end that, or begin a comment; everything beyond ASCII is escaped."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def visible(text: str) -> str:
-    """A diff as it is, but for what can't be seen: that is spelt out, so that nothing hides in it. Cut where it is
-    endless."""
-    cut = len(text) > LONGEST_TEXT
-    lines = text[:LONGEST_TEXT].replace("\r\n", "\n").expandtabs(4).split("\n")
-    shown = [_spelt(line[:LONGEST_LINE]) + f" … {len(line) - LONGEST_LINE:,} characters more"
-             * (len(line) > LONGEST_LINE) for line in lines]
-    return "\n".join(shown + [f"… {len(text) - LONGEST_TEXT:,} characters more"] * cut)
-
-
-def _spelt(line: str) -> str:
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in line)
 
 
 def cleaned(text: str, width: int = 200) -> str:

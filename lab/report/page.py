@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
+from lab import untrusted
 from lab.compare.record import Change, Record
 from lab.report import across, curve
 from lab.report.figure import Figure
-from lab.report.html import cleaned, el, embedded, number, table, visible
+from lab.report.html import cleaned, el, embedded, number, table
 from lab.report.svg import sign, svg
 from lab.report.view import View, in_short, words
 
@@ -272,4 +273,4 @@ def _details(view: View, change: Change) -> dict:
     runs = [[t.run, t.seed, f"{t.bpb:.6f}", "confirmation" if t.confirms else "" if t.beside == change.number else
              f"beside experiment {t.beside}"] for t in change.trials if t.run is not None]
     return {"facts": [[name, cleaned(text, 400)] for name, text in facts if text], "runs": runs,
-            "diff": None if change.text is None else visible(change.text)}
+            "diff": None if change.text is None else untrusted.visible(change.text)}

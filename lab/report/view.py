@@ -131,13 +131,14 @@ class View:
     @property
     def shares(self) -> list[tuple[str, float]]:
         """(what, hours): where the session's time went."""
-        confirming = sum(t.seconds or 0.0 for c in self.changes for t in c.trials if t.confirms)
-        judging = {number: spent for number, spent in self.spent.items() if number in self.record.changes}
+        confirms = [t for c in self.changes for t in c.trials if t.confirms]
+        confirming = sum(t.seconds or 0.0 for t in confirms)
+        judging = self.spent.keys() - {t.beside for t in confirms}
         rest = (self.record.hours or 0.0) * 3600 - sum(spent.total for spent in self.spent.values())
         return [(what, seconds / 3600) for what, seconds in (
-            ("training the changes", sum(one.own for one in judging.values())),
-            ("training what they are measured against, again", sum(one.beside for one in judging.values())),
-            ("start, compilation and evaluation of runs", sum(one.around for one in judging.values())),
+            ("training the changes", sum(self.spent[number].own for number in judging)),
+            ("training again: parents beside them, further runs", sum(self.spent[number].beside for number in judging)),
+            ("start, compilation and evaluation of runs", sum(self.spent[number].around for number in judging)),
             ("confirmations", confirming),
             ("between runs, crashed runs, thinking", max(0.0, rest))) if seconds > 0]
 

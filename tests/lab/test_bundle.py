@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exports import DEVICE, json_with, refused, session_in, tampered
 
-from lab import bundle, exchange, ledger
+from lab import bundle, exchange, ledger, summary
 
 FIVE = b"commit\tval_bpb\tmemory_gb\tstatus\tdescription\nbaseline\t1.250000\t12.5\tkeep\tbaseline\n"
 
@@ -114,8 +114,8 @@ def test_only_the_sessions_own_runs_are_told_as_its_scores(budget):
             for run, (commit, bpb, status, reason) in enumerate(told, 1)]
     session = dict.fromkeys(bundle.TEXTS, "") | {"budget": budget, "versions": {}}
     kept = bundle.Kept(1, "aaaa111", "ccccccc", GOOD, "faster")
-    text = bundle.readme(bundle.Bundle(session, rows, [kept]), ["patches/0001-faster.patch"])
-    assert "first 1.400000, lowest 1.400000" in text and "| aaaa111 | 1.410000 | faster |" in text
+    text = summary.readme(bundle.Bundle(session, rows, [kept]), ["patches/0001-faster.patch"])
+    assert "first 1.410000, lowest 1.410000" in text and "| aaaa111 | 1.410000 | faster |" in text
 
 
 # --- Hostile patches ---

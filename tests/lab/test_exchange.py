@@ -12,7 +12,7 @@ import pytest
 from exports import DEVICE, FIRST, TAG, THIRD, contents, refused, session_in
 
 import prepare
-from lab import bundle, exchange
+from lab import exchange, packing
 from lab.errors import LabError
 
 
@@ -30,7 +30,7 @@ def test_a_session_arrives_as_it_was_exported(session, export, tmp_path, ending)
     assert there == tmp_path / "elsewhere" / "imported" / DEVICE / TAG
     assert contents(there) == contents(export)
     assert not list(there.parent.glob(".*"))
-    again = exchange.write(bundle.files_of(exchange.read_bundle(there)), tmp_path / "again")
+    again = exchange.write(packing.files_of(exchange.read_bundle(there)), tmp_path / "again")
     assert contents(again) == contents(export)
 
 
@@ -219,7 +219,7 @@ def test_our_own_ledger_brings_its_device(session, tmp_path):
 
 
 @pytest.mark.parametrize("content, match", [
-    (b"hello\n", "is no ledger.*lab import takes"), (b"", "holds no rows"), (FIVE.encode()[:55], "holds no rows"),
+    (b"hello\n", "is no ledger.*session is a results"), (b"", "holds no rows"), (FIVE.encode()[:55], "holds no rows"),
     (b"PK\x03\x04zip\n", "is no ledger"), (b"\x1f\x8b but no archive", "no sound .tar.gz"),
     (gzip.compress(b"text"), "no sound .tar.gz"),
 ])

@@ -10,7 +10,7 @@ from sessions import DEVICE, TAG, git
 from test_experiment import attempt, status_of
 from test_replay import BASE, of, replayed, with_
 
-from lab import bundle, commands, exchange, experiment, publish, summary
+from lab import bundle, commands, exchange, experiment, packing, publish, summary
 from lab.errors import LabError
 from lab.session import Session
 
@@ -85,7 +85,7 @@ def test_changes_travel(session):
     told = publish.changes_of(session)
     told[1]["description"] = "A is a tenth, see .../notes.txt"
     assert found.changes == told
-    assert bundle.files_of(found) == exchange.read_files(session.folder.parent / "sent")
+    assert packing.files_of(found) == exchange.read_files(session.folder.parent / "sent")
 
 
 def test_what_is_no_text_does_not_keep_the_rest_from_travelling(session):
@@ -135,7 +135,7 @@ def test_changes_that_can_not_be_are_refused(session, tmp_path, change, match):
     content = json.loads((exported / "changes.json").read_text())
     change(content["changes"])
     files = exchange.read_files(exported) | {"changes.json": json.dumps(content).encode()}
-    sent = exchange.write(bundle.sealed(files), tmp_path / "sent")
+    sent = exchange.write(packing.sealed(files), tmp_path / "sent")
     with pytest.raises(LabError, match=match):
         exchange.import_session(sent, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
@@ -149,7 +149,7 @@ def test_changes_that_can_not_be_are_refused(session, tmp_path, change, match):
 def test_other_files_that_can_not_be_are_refused(session, tmp_path, name, data, match):
     files = exchange.read_files(write(session)) | {name: data}
     with pytest.raises(LabError, match=match):
-        exchange.read_bundle(exchange.write(bundle.sealed(files), tmp_path / "sent"))
+        exchange.read_bundle(exchange.write(packing.sealed(files), tmp_path / "sent"))
 
 
 def test_more_json_than_a_session_needs_is_refused(session, monkeypatch):

@@ -6,10 +6,10 @@ from lab.gate import Noise
 BUDGET = 300.0
 
 
-def trials(scores, beside=0, fresh=False, first=1, eval="e" * 12, tokens=None, confirms=False, budget=BUDGET):
+def trials(scores, beside=0, first=1, eval="e" * 12, tokens=None, confirms=False, budget=BUDGET):
     """Runs with these scores, numbered from `first`."""
-    return tuple(Trial(first + i, 42 + i, score, eval, budget, tokens, tokens and tokens * 1e6, fresh=fresh,
-                       confirms=confirms, beside=beside) for i, score in enumerate(scores))
+    return tuple(Trial(first + i, 42 + i, score, eval, budget, tokens, tokens and tokens * 1e6, confirms=confirms,
+                       beside=beside) for i, score in enumerate(scores))
 
 
 def change(number, scores, status="discard", parent=0, patch=None, description=None, after=(), **facts):

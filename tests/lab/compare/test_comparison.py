@@ -45,7 +45,7 @@ def ledgers(tmp_path):
 
 def found_and_replayed(there, *, source=(-0.010,) * 3, known=True, **facts):
     """A change that H100 kept, measured again there if `known`, and replayed on the CPU with these effects."""
-    after = {"after": trials([1 + one for one in source], beside=2, fresh=True)} if known else {}
+    after = {"after": trials([1 + one for one in source], beside=2)} if known else {}
     first = record(H100, "night", change(1, [0.98], "keep", patch=A, kinds=("schedule",), **after),
                    after=trials([1.0] * 3, beside=2) if known else ())
     return first, record(CPU, "copy", replay(1, [1 + one for one in there], f"{H100}/night/{A}", **facts))
@@ -146,7 +146,7 @@ def test_another_backend_or_evaluator_or_budget_on_one_device_is_another_place()
 
 
 def test_facts_of_a_session():
-    confirms = {"confirms": True, "beside": 3, "fresh": True}
+    confirms = {"confirms": True, "beside": 3}
     best = change(1, [0.98, 0.98], "keep", tokens=2e6, after=trials([0.985, 0.987], tokens=2e6, **confirms))
     session = record(CPU, "a", best, change(2, [], "crash", parent=1), tokens=1e6, hours=2.0, rows=11,
                      after=trials([1.0, 1.002], tokens=1e6, **confirms), confirmation="it is")
@@ -180,7 +180,9 @@ def test_kinds_by_sort_of_device():
     ("nvidia-h200-141gb", "nvidia datacentre"), ("nvidia-gb200-192gb", "nvidia datacentre"),
     ("nvidia-rtx-3090-24gb", "nvidia desktop"), ("nvidia-rtx-a6000-48gb", "nvidia desktop"),
     ("nvidia-titan-v-12gb", "nvidia desktop"), ("nvidia-l40s-48gb", "nvidia datacentre"),
-    ("nvidia-jetson-agx-orin-64gb", "jetson"), ("apple-m4-16gb", "apple"), ("cpu-amd-epyc-2c-24gb", "cpu"),
+    ("nvidia-gh200-96gb", "nvidia datacentre"), ("nvidia-a10g-24gb", "nvidia datacentre"),
+    ("nvidia-gb10-120gb", "nvidia desktop"), ("nvidia-jetson-agx-orin-64gb", "jetson"),
+    ("apple-m4-16gb", "apple"), ("cpu-amd-epyc-2c-24gb", "cpu"),
     ("fake-1gb", "other")])
 def test_sorts(device, sort):
     assert sort_of(device) == sort

@@ -26,7 +26,7 @@ def test_a_discarded_change_is_measured_by_all_of_its_runs():
 def test_what_was_chosen_for_its_scores_is_flattered_until_it_and_its_parent_are_run_again(status, near_miss):
     chosen = change(1, [0.9, 0.9], status, near_miss=near_miss)
     assert of(record("d", "t", chosen)).flattered
-    again = trials([0.99, 0.97], beside=2, fresh=True)
+    again = trials([0.99, 0.97], beside=2)
     only = of(record("d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again)))
     assert only.flattered and only.runs == 4  # its parent was not
     both = of(record("d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again),
@@ -36,13 +36,13 @@ def test_what_was_chosen_for_its_scores_is_flattered_until_it_and_its_parent_are
 
 
 def test_runs_of_the_parent_beside_a_kept_change_had_a_part_in_its_choice():
-    again = trials([0.95], beside=2, fresh=True)
+    again = trials([0.95], beside=2)
     beside = record("d", "t", change(1, [0.9], "keep", after=again), after=trials([1.2], beside=1))
     assert of(beside).flattered
 
 
 def test_a_parent_that_was_kept_counts_by_its_later_runs():
-    parent = change(1, [0.90], "keep", after=trials([0.95], beside=2, fresh=True))
+    parent = change(1, [0.90], "keep", after=trials([0.95], beside=2))
     found = of(record("d", "t", parent, change(2, [0.99], parent=1)), 2)
     assert found.value == pytest.approx(0.04) and not found.flattered
     lucky = of(record("d", "t", change(1, [0.90], "keep"), change(2, [0.99], parent=1)), 2)

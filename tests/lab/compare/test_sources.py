@@ -10,8 +10,8 @@ import pytest
 import sessions
 from test_experiment import attempt, edited
 
-from lab import commands, exchange, experiment, ledger, publish
-from lab.compare import sources
+from lab import commands, exchange, experiment, ledger, publish, report
+from lab.compare import comparison, show, sources
 from lab.errors import LabError
 
 ORIGINAL = """commit\tval_bpb\tmemory_gb\tstatus\tdescription
@@ -46,7 +46,7 @@ def session(tmp_path, runner):
 def told(record):
     """What has to be the same in a session and in its export, which has fewer digits."""
     return {number: (c.parent, c.status, c.kind, c.description, c.patch, c.kinds, c.commit, c.near_miss, c.reason, [
-        (t.run, t.seed, pytest.approx(t.bpb, abs=1e-6), t.eval, t.budget, t.fresh, t.confirms, t.beside,
+        (t.run, t.seed, pytest.approx(t.bpb, abs=1e-6), t.eval, t.budget, t.confirms, t.beside,
          round(t.tokens)) for t in c.trials]) for number, c in record.changes.items()}
 
 
@@ -58,8 +58,7 @@ def test_a_session_of_ones_own(session):
     assert found.rows == len(ledger.read(session.ledger).rows)
     baseline, best = found.changes[0], found.changes[1]
     assert [t.confirms for t in baseline.trials].count(True) == 3 == [t.confirms for t in best.trials].count(True)
-    assert all(t.fresh and t.beside == 4 for t in best.trials if t.confirms)
-    assert not any(t.fresh for t in best.trials if t.beside == 1) and best.trials[0].flops is None
+    assert {t.beside for t in best.trials if t.confirms} == {4} and best.trials[0].flops is None
     assert "-LOSS = 1.0\n+LOSS = 0.9" in best.text and best.key == best.patch
     assert found.confirmation.startswith("on held-out rows and 3 new seeds")
     assert sources.read(session.folder) == found
@@ -112,6 +111,27 @@ def test_the_originals_ledger(tmp_path):
     assert "unconfirmed" in found.notes[-1]
 
 
+@pytest.mark.parametrize("odd", [
+    {"eval": "\x1b[2J\u202e", "backend": "\x1b]0;owned\x07"}, {"reason": "trial of 1.2.3 s; x"},
+    {"reason": "trial of 0 s; x"}, {"reason": "trial of 1e+999 s; x"}, {"val_bpb": "-1"}, {"val_bpb": "1e308"},
+    {"tokens_M": "1e308"}, {"tokens_M": "-5"}, {"total_seconds": "0"}, {"total_seconds": "1e308"}, {"mfu": "1e308"},
+    {"memory_gb": "1e308"}, {"tok_per_s": "1e-300"}, {"tflops": "1e300"}, {"started": "0001-01-01T00:00:00Z"}])
+def test_odd_figures_and_words_of_a_ledger_break_nothing(tmp_path, odd):
+    usual = dict.fromkeys(ledger.COLUMNS, "") | {
+        "val_bpb": "1.0", "memory_gb": "1.0", "status": "keep", "description": "d", "device": "d-1gb", "eval": "e" * 12,
+        "tokens_M": "1", "tok_per_s": "10", "tflops": "1", "total_seconds": "330", "started": "2026-01-01T00:00:00Z"}
+    rows = [usual | {"commit": commit, "run": str(run), "seed": str(run), "parent": "a" * (commit != "a")} | odd
+            for run, commit in enumerate("aab")]
+    path = tmp_path / "odd.tsv"
+    path.write_text("".join("\t".join(row) + "\n" for row in (ledger.COLUMNS, *map(dict.values, rows))))
+    found = sources.read(path)
+    text = show.text(comparison.compare([found]))
+    assert text.replace("\n", "").isprintable()
+    json.dumps(comparison.compare([found]).facts(), allow_nan=False)
+    report.write([found], tmp_path / "r.html")
+    assert found.budget == 300.0 and found.hours is not None
+
+
 def test_devices_are_given_in_order_to_those_ledgers_that_need_one(tmp_path, session):
     for name in ("one.tsv", "two.tsv"):
         (tmp_path / name).write_text(ORIGINAL)
@@ -128,9 +148,17 @@ def test_what_is_no_session_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
     (tmp_path / "train.py").write_text("x = 1\n")
-    for name in ("nowhere", "a/b", "exp/a/b", str(tmp_path / "no.tar.gz")):
+    for name in ("nowhere", "a/b", "~nobody-of-this-name/x", "exp/a/b", str(tmp_path / "no.tar.gz")):
         with pytest.raises(LabError, match="there is no"):
             sources.read(name)
+
+
+def test_somebody_elses_working_folder_is_refused_before_its_repository_is_looked_at(session, tmp_path, monkeypatch):
+    shutil.copytree(session.folder, tmp_path / "sent")
+    monkeypatch.setattr("lab.session.Tree.contents", lambda *_: pytest.fail("git was run there"))
+    for read in (sources.read, publish.find):
+        with pytest.raises(LabError, match="working folder, and not under .*lab export"):
+            read(str(tmp_path / "sent"))
 
 
 def test_the_repository_may_be_gone(session):

@@ -110,9 +110,18 @@ def test_runs_beside_others_and_confirmations_are_told_apart():
         trial(1, 1.2, 0), trial(2, 1.2, 3), trial(3, 1.2, 9, confirms=True))})
     view = View(record)
     shares = dict(view.shares)
-    assert shares["training what they are measured against, again"] == pytest.approx(300 / 3600)
+    assert shares["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
     assert shares["confirmations"] == pytest.approx(340 / 3600)
     assert view.spent[3].beside == 300 and view.scores[0] == pytest.approx(1.2)
+
+
+def test_further_runs_of_an_experiment_are_in_the_time_too():
+    record = session(4)
+    last = record.changes[4]
+    record.changes[4] = Change(**{**vars(last), "trials": (*last.trials, trial(90, 1.2, 9))})  # of a repeat, 9
+    view = View(record)
+    assert dict(view.shares)["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
+    assert sum(dict(view.shares).values()) == pytest.approx(record.hours)
 
 
 def test_several_sessions_are_drawn_by_their_gain_and_replays_are_not():

@@ -49,6 +49,12 @@ def test_a_ledger_becomes_a_page_and_a_picture(ledger, tmp_path, monkeypatch, ca
     assert (tmp_path / "out" / "p.png").read_bytes().startswith(report.PNG)
 
 
+def test_page_and_picture_are_two_files(tmp_path):
+    with pytest.raises(LabError, match="two files"):
+        report.write([made_up(3)], tmp_path / "r", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path):
     page, picture = tmp_path / "r.html", tmp_path / "p.png"
     for count in (3, 12):
