@@ -95,7 +95,7 @@ def both(project, home, experiments, agent, seed):  # noqa: F811
     return wanted, *killed_often(Session(folder), home, experiments, agent, seed, LONGEST * seconds)
 
 
-@pytest.mark.parametrize("agent", [False, True])
+@pytest.mark.parametrize("agent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_now_and_then(project, isolated_home, agent):  # noqa: F811
     wanted, found, _ = both(project, isolated_home, 2, agent, seed=1)
     assert found == wanted
