@@ -34,6 +34,7 @@ LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
 LOOK_AGAIN = 2.0  # ... while they are waited for; what is gone by then was the last run's own
 LONGEST_WAIT = 1200.0  # seconds for a device that is hot, throttled or busy: `speed` marks what runs on it then
 AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried again: a supervisor, a proposal
+REST = (0.2, 1.0)  # of a run's time, after the first run of an experiment on a device that was not itself, after more
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
@@ -63,6 +64,7 @@ class Night:
         self.blind = False
         self._began_at: dict[str, float] = {}  # troubles by kind
         self._rested: set[int] = set()  # runs after which the device was waited for
+        self._rests_until = 0.0
         self._looked, self._phase, self._since = 0.0, "", time.time()
         self.begun, self.first, self.deadline = self._began()
 
@@ -115,7 +117,7 @@ class Night:
             if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
                 raise Over(f"the device stays too hot: {text}")
             if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
-                if kind not in told and kind != "ending":
+                if kind not in told and kind not in ("ending", "resting"):
                     told.add(kind)
                     self._tell(text, "trouble")
                 self._show(text)
@@ -129,6 +131,8 @@ class Night:
                 return "paused", "paused; python -m lab resume goes on"
             if session.supervised:
                 return "ending", "waiting for the run under way"
+            if time.time() < self._rests_until:
+                return "resting", "waiting: the device was not itself in the last run"
             session.release()
         if session.tree.branch() != session.branch:  # its train.py is no edit
             return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
@@ -332,6 +336,8 @@ class Night:
         disturbed = bool(done) and done[-1].status == "disturbed" and done[-1].number not in self._rested
         if disturbed:
             self._rested.add(done[-1].number)
+            times = sum(run.status == "disturbed" for run in done)
+            self._rests_until = time.time() + REST[min(times, len(REST)) - 1] * self.session.budget
             self.view.say(f"run {done[-1].number} is made again, once the device had a rest: {done[-1].reason}")
         hot = any(one.kind == "hot" for one in self.troubles)
         return not experiment.verdict and not self.session.held and (disturbed or hot)

@@ -354,6 +354,20 @@ def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals
     assert waited == [{"why": "stopped", "now": False}]
 
 
+def test_a_device_that_was_not_itself_gets_a_rest_a_longer_one_each_time(session):
+    one, runs, rests = night(session), [], []
+    for number in (1, 2, 3):
+        runs.append(SimpleNamespace(number=number, status="disturbed", reason="speed 0.6"))
+        pending = SimpleNamespace(runs=runs, verdict=None)
+        assert one._should_rest(pending) and not one._should_rest(pending)  # once for each run
+        rests.append((one._rests_until - time.time()) / session.budget)
+    assert rests == pytest.approx([0.2, 1, 1], abs=0.1) and "speed 0.6" in one.view.lines[-1]
+    session.hold("stopped", now=False)
+    assert one._in_the_way()[0] == "resting" and session.held
+    one._rests_until = 0.0
+    assert one._in_the_way() is None and not session.held
+
+
 def test_near_misses_are_tried_together_before_anything_new(session, proposals, monkeypatch):
     night(session, max_experiments=0).run()
     asked = []
