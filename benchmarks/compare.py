@@ -27,13 +27,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab import gate
 from lab.compare import comparison
-from lab.compare.classify import FADES, HALF, HOLDS, OPEN, REVERSES
+from lab.compare.classify import CLASSES, FADES, HALF, HOLDS, OPEN, REVERSES
 from lab.compare.record import Change, Record, Trial
 
 gate.t_quantile = lru_cache(maxsize=100_000)(gate.t_quantile)
 NOISE = {"A": 0.0005, "B": 0.0005, "C": 0.001, "D": 0.002}  # standard deviation of a run
 BASE = 1.0  # val_bpb of the baseline
-CLASSES = (HOLDS, FADES, REVERSES, OPEN)
 
 
 class Device:

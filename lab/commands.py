@@ -16,7 +16,7 @@ from lab.begin import (POLL, await_verdict, begin_change, exclusive, refuse_if_h
 from lab.errors import LabError
 from lab.session import PREFIX, Session, refuse_if_busy
 from lab.state import CONFIRM, Experiment
-from lab.tree import TRAIN, Tree
+from lab.tree import TRAIN, Tree, here
 
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
@@ -180,11 +180,7 @@ def do_export(session: Session, options) -> int:
 def do_import(options) -> int:
     from lab import exchange
 
-    try:
-        tree = Tree(Path.cwd())
-    except LabError:
-        tree = None
-    print(exchange.import_session(options.source, prepare.home(), device=options.device, tree=tree))
+    print(exchange.import_session(options.source, prepare.home(), device=options.device, tree=here()))
     return 0
 
 
@@ -208,9 +204,8 @@ def do_report(options) -> int:
 
 def _checked_out() -> str:
     """The session's branch that is checked out here."""
-    branch = None
-    with suppress(LabError):
-        branch = Tree(Path.cwd()).branch()
+    tree = here()
+    branch = tree and tree.branch()
     if not branch or not branch.startswith(PREFIX):
         raise LabError("no session's branch is checked out here: name a session, as DEVICE/TAG, a folder, an export or "
                        "a results.tsv")

@@ -16,7 +16,7 @@ from lab.errors import LabError
 from lab.packing import files_of
 from lab.session import PREFIX, Session, folder_of
 from lab.state import CONFIRM, REPEAT, Experiment
-from lab.tree import Tree
+from lab.tree import here
 
 
 def kept_of(session: Session) -> list[Kept]:
@@ -89,10 +89,7 @@ def find(source: str, device: str | None = None) -> Bundle:
     for path in (Path(os.path.expanduser(source)), prepare.home() / "imported" / source.removeprefix(PREFIX)):
         if path.exists():
             return exchange.read_bundle(path, device)
-    try:
-        tree = Tree(Path.cwd())
-    except LabError:  # there is no repository here
-        tree = None
+    tree = here()
     try:
         if tree and (files := exchange.branch_files(tree, source)) is not None:
             return verified(files)

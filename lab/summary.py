@@ -9,6 +9,7 @@ from collections import Counter
 
 from lab import kinds
 from lab.bundle import Bundle
+from lab.state import CONFIRM, REPLAY
 
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
 
@@ -16,7 +17,7 @@ LISTED = 40  # changes of a kind that were not kept; the rest is counted
 def summary(bundle: Bundle) -> str:
     """As Markdown. `bundle.changes` have to be known."""
     session, changes = bundle.session, bundle.changes
-    tried = [one for one in changes if one["kind"] not in ("baseline", "confirm")]
+    tried = [one for one in changes if one["kind"] not in ("baseline", CONFIRM)]
     kept = [one for one in tried if one["number"] in {kept.number for kept in bundle.kept}]
     near = [one for one in tried if one["near_miss"] and one["status"] == "discard"]
     counts = Counter(one["status"] for one in tried)
@@ -28,7 +29,7 @@ def summary(bundle: Bundle) -> str:
              f"- changes tried: {len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
              f"{counts['crash']}; could not be judged: {counts['invalid']}",
              *_scores(bundle, kept),
-             "- confirmation: " + next((cell(one["reason"]) for one in reversed(changes) if one["kind"] == "confirm"),
+             "- confirmation: " + next((cell(one["reason"]) for one in reversed(changes) if one["kind"] == CONFIRM),
                                        "none was made; what was kept for its scores is flattered by them")]
     if kept:
         lines += ["", "## What was kept", "", "In order, each on top of the one before: patches/ has them. Change of "
@@ -37,7 +38,7 @@ def summary(bundle: Bundle) -> str:
     if near:
         lines += ["", "## Near misses", "", "Better, but not told from chance: worth another try where runs are less "
                   "noisy, or several of them together.", "", *_table(near)]
-    if replayed := [one for one in tried if one["kind"] == "replay"]:
+    if replayed := [one for one in tried if one["kind"] == REPLAY]:
         lines += ["", "## What others had found, tried here", "", "On top of the baseline, beside the branch.", "",
                   *_table(replayed)]
     rest = [one for one in tried if not any(one in group for group in (kept, near, replayed))]

@@ -261,6 +261,14 @@ class Tree:
         return False
 
 
+def here() -> Tree | None:
+    """The repository of the working directory; None if that is in none."""
+    try:
+        return Tree(Path.cwd())
+    except LabError:
+        return None
+
+
 @functools.cache
 def durable() -> str:
     """The setting that makes git flush what it writes."""

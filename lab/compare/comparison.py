@@ -18,6 +18,7 @@ from lab.compare import agreement, classify, effects, words
 from lab.compare.effects import Effect
 from lab.compare.record import Change, Record
 from lab.errors import LabError
+from lab.state import REPLAY
 
 DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
 SOURCE = "source"
@@ -389,7 +390,7 @@ def _mean(record: Record, change: Change | None, name: str) -> float | None:
 
 def _facts(record: Record, place: str) -> Facts:
     baseline = record.changes.get(0)
-    kept = [change for change in record.changes.values() if change.status == "keep" and change.kind != "replay"]
+    kept = [change for change in record.changes.values() if change.status == "keep" and change.kind != REPLAY]
     best = max(kept, key=lambda change: change.number, default=None)
     scores = [effects.mean(record, change) if change else None for change in (baseline, best)]
     tried = [change.status for change in record.changes.values() if change.number]

@@ -19,7 +19,7 @@ from lab.bundle import Bundle
 from lab.compare.record import Change, Record, Trial
 from lab.errors import LabError
 from lab.session import Session
-from lab.state import CONFIRM, REPEAT, Run, State
+from lab.state import CONFIRM, REPEAT, REPLAY, Run, State
 
 BESIDE = re.compile(r"the parent again, beside experiment ([0-9]{1,9})")
 FURTHER = re.compile(r"as experiment [0-9]{1,9}, of which these are further runs")
@@ -176,7 +176,7 @@ def of_bundle(bundle: Bundle) -> Record:
             parent = None
         changes[number] = Change(
             number=number, parent=parent, status=status,
-            kind=facts.get("kind") or ("baseline" if number == 0 else "replay" if first["origin"] else "change"),
+            kind=facts.get("kind") or ("baseline" if number == 0 else REPLAY if first["origin"] else "change"),
             description=first["description"], patch=facts.get("patch", first["patch"]),
             origin=facts.get("origin", first["origin"]),
             kinds=tuple(facts.get("kinds") or (kinds.of_words(first["description"]) if number else ())),
