@@ -104,6 +104,7 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
                 traceback.print_exception(failed)
             sys.stdout.flush()
             sys.stderr.flush()
+            end_descendants()  # such as a compiler's workers, which start for seconds and were not needed
         finally:  # whatever the text of an error does
             os._exit(status)
 

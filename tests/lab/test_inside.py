@@ -414,6 +414,15 @@ def test_replacing_functions_of_the_module_does_not_change_a_score(request_for):
     assert runner.score(request_for({BEFORE_CLOCK: late}), request.folder / "result.safetensors").val_bpb == honest
 
 
+def test_a_helper_that_takes_long_to_end_does_not_spoil_a_score(request_for):
+    """As a compiler's does, which is still starting when so short a process ends."""
+    request, mark = request_for(), f"60.{os.getpid()}7"
+    honest = runner.run(request).result["val_bpb"]
+    helper = f"    __import__('subprocess').Popen(['sleep', '{mark}'])\n" + CLOCK
+    assert runner.score(request_for({BEFORE_CLOCK: helper}), request.folder / "result.safetensors").val_bpb == honest
+    assert not running(mark)
+
+
 def test_weights_that_are_not_there(request_for, tmp_path):
     with pytest.raises(LabError, match="no weights"):
         runner.score(request_for(), tmp_path / "none")
