@@ -23,6 +23,9 @@ def text(found: Comparison) -> str:
 def transfer(found: Comparison) -> str:
     """Of it only the changes that more than one place has tried."""
     marks = _marks(found)
+    if len(marks) == 1:
+        return (f"Both are of {found.places[0]}: its own findings, measured again, no longer flatter themselves when "
+                "another\ndevice's replay of them is compared")
     return "\n".join([*(f"  {mark}: {place}" for place, mark in marks.items()), "", _transfer(found, marks)])
 
 

@@ -111,6 +111,7 @@ def test_a_replay_on_its_own_device_measures_the_source():
     assert len(cell(found, H100).tried) == 2 and cell(found).verdict == "holds"
     alone = compare([again, copy])  # the session itself is not at hand
     assert cell(alone).verdict == "holds" and alone.shared[0].source == H100
+    assert show.transfer(compare([first, again])).startswith(f"Both are of {H100}: ")
 
 
 def test_without_its_source_nothing_is_claimed():
