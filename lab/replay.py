@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lab import gate, publish, show, source, untrusted
 from lab.begin import await_verdict, exclusive, head_of_best, refuse_if_not_ours, sound_baseline
 from lab.bundle import MOST_OF_A_PATCH, Bundle
+from lab.compare import effects
+from lab.compare.effects import Effect
+from lab.compare.record import Trial
 from lab.errors import LabError
 from lab.merge import Conflict, merged, patched
 from lab.session import Session, refuse_if_busy
@@ -268,15 +269,13 @@ def _repeat(session: Session, step: Step, runs: int) -> Experiment:
 
 # --- Telling ---
 
-def effect(session: Session, experiment: Experiment) -> tuple[float, float, float, int, int] | None:
-    """(val_bpb minus its parent's, the 90 % interval of that, runs of both), of all runs; None if it has none."""
-    state = session.state
-    own, parent = (list(state.results(blob).values()) for blob in (experiment.blob, experiment.parent))
+def effect(session: Session, experiment: Experiment) -> Effect | None:
+    """How much it moved val_bpb, by all runs of it and of its parent; None if they have no scores."""
+    own, parent = ([Trial(None, seed, bpb) for seed, bpb in session.state.results(blob).items()]
+                   for blob in (experiment.blob, experiment.parent))
     if not own or not parent or experiment.status not in ("keep", "discard"):
         return None
-    noise, value = session.noise, statistics.fmean(own) - statistics.fmean(parent)
-    half = gate.t_quantile(0.05, noise.df) * noise.sd * math.sqrt(1 / len(own) + 1 / len(parent))
-    return value, value - half, value + half, len(own), len(parent)
+    return effects.between(own, parent, session.noise)
 
 
 def _told(session: Session, step: Step) -> str:
@@ -284,8 +283,9 @@ def _told(session: Session, step: Step) -> str:
     if step.done is None:
         return f"{step.why or 'applies'}{', and would be run again' * bool(step.again)}: {what}"
     found = effect(session, step.done)
-    numbers = "" if found is None else (f", {found[0]:+.6f} against its parent (90 % interval {found[1]:+.6f} to "
-                                        f"{found[2]:+.6f}; {found[3]} runs against {found[4]})")
+    numbers = "" if found is None else (
+        f", {found.value:+.6f} against its parent (90 % interval {found.low:+.6f} to {found.high:+.6f}; "
+        f"{found.runs} runs against {found.parent_runs})")
     if not step.content and not step.again:
         return f"{step.why}{numbers}: {what}"
     why = "" if found else f" ({untrusted.one_line(step.done.verdict['reason'], WIDTH)})"
@@ -319,7 +319,8 @@ def _facts(session: Session, step: Step) -> dict:
     return {"number": candidate.number, "origin": candidate.origin,
             "description": candidate.description, "gain_there": candidate.gain,
             "experiment": done.number if done else None, "status": done.status if done else None,
-            "effect": dict(zip(("value", "low", "high", "runs", "parent_runs"), found)) if found else None,
+            "effect": {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
+            if found else None,
             "why": step.why, "conflicts": list(_shown(step))}
 
 

@@ -118,6 +118,13 @@ class Facts:
         """Equal for sessions whose scores compare; what an unknown evaluator measured compares with nothing."""
         return self.eval, self.budget or 0.0, "" if self.eval else self.name
 
+    @property
+    def measured_by(self) -> str:
+        """The same in words."""
+        if not self.eval:
+            return "Measured by what is not known: these scores compare with no others"
+        return f"Measured by evaluator {self.eval}" + (f", after {self.budget:g} s of training" if self.budget else "")
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -224,7 +231,7 @@ def compare(records: list[Record]) -> Comparison:
     changes = _by_patch(records, places) + _by_words(records, places)
     changes.sort(key=lambda change: len(change.cells) < 2)
     return Comparison(
-        labels, [_facts(record, place) for record, place in zip(records, places)], changes,
+        labels, [facts_of(record, place) for record, place in zip(records, places)], changes,
         [one for by_words in (False, True) for pair in combinations(labels, 2)
          if (one := _agreement(*pair, [c for c in changes if c.by_words == by_words], by_words))],
         _paid(records), [point for record, place in zip(records, places) for point in _points(record, place)],
@@ -388,7 +395,8 @@ def _mean(record: Record, change: Change | None, name: str) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _facts(record: Record, place: str) -> Facts:
+def facts_of(record: Record, place: str = "") -> Facts:
+    """A session by itself."""
     baseline = record.changes.get(0)
     kept = [change for change in record.changes.values() if change.status == "keep" and change.kind != REPLAY]
     best = max(kept, key=lambda change: change.number, default=None)

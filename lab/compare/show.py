@@ -53,7 +53,7 @@ def _sessions(sessions: list[Facts], marks: dict[str, str]) -> str:
     parts = []
     for group in dict.fromkeys(one.measured for one in sessions):
         its = [one for one in sessions if one.measured == group]
-        parts.append(_measured(its[0]) + "\n" + table(
+        parts.append(its[0].measured_by + "\n" + table(
             ["", "session", "baseline", "best", "gain", "", "confirmed", "noise"],
             [[marks[one.place], one.name, _score(one.baseline), _score(one.best), _number(one.gain, "+.6f"),
               _number(one.relative, "+.2%"), _confirmed(one), _number(one.noise, ".6f")] for one in its]))
@@ -63,12 +63,6 @@ def _sessions(sessions: list[Facts], marks: dict[str, str]) -> str:
           _of(one.crashed, one.crash_rate), _number(one.per_hour, ".1f"), _two(one.tokens, 1e6), _two(one.flops, 1e15),
           _two(one.mfu, 1)] for one in sessions]))
     return "\n\n".join(parts)
-
-
-def _measured(one: Facts) -> str:
-    if not one.eval:
-        return "Measured by what is not known: these scores compare with no others"
-    return f"Measured by evaluator {one.eval}" + (f", after {one.budget:g} s of training" if one.budget else "")
 
 
 def _confirmed(one: Facts) -> str:

@@ -57,11 +57,9 @@ def _sessions(sessions: list[Facts]) -> list[Element]:
     for one in sessions:
         groups.setdefault(one.measured, []).append(one)
     found = []
-    for (tag, budget, _), its in groups.items():
-        told = f"Measured by evaluator {tag}" if tag else (
-            "Measured by what is not known: these scores compare with no others")
-        told += f", after {budget:g} s of training" if budget else ""
-        found.append(table(told, ("session", "baseline", "best", "gain", "gain, %", "confirmed", "noise"), [
+    for its in groups.values():
+        heads = "session", "baseline", "best", "gain", "gain, %", "confirmed", "noise"
+        found.append(table(its[0].measured_by, heads, [
             (one.name, number(one.baseline, ".6f"), number(one.best, ".6f"), number(one.gain, ".6f"),
              number(one.relative and 100 * one.relative, ".2f", " %"), _confirmed(one), number(one.noise, ".6f"))
             for one in its]))

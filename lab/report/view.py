@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from lab.compare import effects
+from lab.compare import comparison, effects
 from lab.compare.record import Change, Record, Trial
 from lab.report.html import cleaned
 from lab.state import REPLAY
@@ -37,6 +37,7 @@ class View:
     def __init__(self, record: Record):
         self.record = record
         self.changes = list(record.changes.values())
+        self.facts = comparison.facts_of(record)
 
     @property
     def name(self) -> str:
@@ -69,13 +70,12 @@ class View:
     @property
     def gain(self) -> float | None:
         """Bits per byte that the best is below the baseline."""
-        if self.baseline is None or self.best is None:
-            return None
-        return self.scores[self.baseline.number] - self.scores[self.best.number]
+        return self.facts.gain
 
     @property
     def relative(self) -> float | None:
-        return None if self.gain is None else self.gain / self.scores[self.baseline.number]
+        """The gain as a share of the baseline."""
+        return self.facts.relative
 
     def effect(self, change: Change) -> float | None:
         """val_bpb minus the parent's: below 0 is better."""
@@ -95,7 +95,7 @@ class View:
 
     @property
     def tried(self) -> int:
-        return self.counts.total()
+        return self.facts.experiments
 
     @property
     def confirmed(self) -> bool | None:

@@ -262,8 +262,9 @@ def test_further_runs_estimate_and_do_not_judge(session, tmp_path, capsys, runne
     assert found.status == "discard" and found.verdict["gate"]["runs"] == 1  # one run decided
     assert sorted(session.state.results(found.blob)) == [gate.seed(i) for i in range(5)]
     assert sorted(session.state.results(found.parent)) == [gate.seed(i) for i in range(5)]
-    value, low, high, runs, parents = replay.effect(session, found)
-    assert (runs, parents) == (5, 5) and low < value < high and value == pytest.approx(0.1, abs=0.003)
+    effect = replay.effect(session, found)
+    assert (effect.runs, effect.parent_runs) == (5, 5) and effect.low < effect.value < effect.high
+    assert effect.value == pytest.approx(0.1, abs=0.003)
     before = len(runner.runs)
     again = foreign(tmp_path, (with_(BASE, A=-0.1), "keep", False), (with_(BASE, A=-0.1, B=-0.1), "keep", False),
                     name="again")
@@ -322,7 +323,8 @@ def test_what_was_killed_between_verdict_and_further_runs_goes_on(session, tmp_p
     assert again.state.pending.judged["status"] == "keep"
     assert "experiment 1 was interrupted, and comes first" in replayed(again, source, capsys, runs=4)
     first, second = of(again)
-    assert first.status == second.status == "keep" and replay.effect(again, first)[3:] == (4, 4)
+    effect = replay.effect(again, first)
+    assert first.status == second.status == "keep" and (effect.runs, effect.parent_runs) == (4, 4)
     assert again.account.keeps == 2
 
 
