@@ -6,6 +6,7 @@ from itertools import groupby
 
 from lab.compare import classify
 from lab.compare.comparison import SOURCE, Agreement, Cell, Comparison, Facts, Paid, Point, Shared, tally
+from lab.show import counted
 from lab.untrusted import cut, one_line
 
 WIDTH = 100
@@ -137,7 +138,7 @@ def _missing(cell: Cell) -> str:
         return cell.why + f"; over {classify.MOST} more runs" * (not cell.why.startswith("unconfirmed"))
     here, source = cell.more["here"], cell.more["source"]
     where = "here and there" if here and source else "here" if here else "there"
-    return f"{cell.why}; {max(here, source)} more runs {where}"
+    return f"{cell.why}; {counted(max(here, source), 'more run')} {where}"
 
 
 def _counts(changes: list[Shared], marks: dict[str, str]) -> str:
