@@ -52,7 +52,8 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
         where = "here" if target.error is None else "where it was found"
         return OPEN, f"unconfirmed: nothing was repeated {where}", None
     if source.flattered:
-        return OPEN, "not measured since it was selected", _asked(0, _to_be_real(source))
+        why = "not measured since it was selected" if source.known else "its parent there flatters itself"
+        return OPEN, why, _asked(0, _to_be_real(source))
     if not real(source):
         return OPEN, "may be chance where it was found", _asked(0, _to_be_real(source))
     if target.flattered:

@@ -30,6 +30,8 @@ from lab.compare.record import Change, Record, Trial
 quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times
 TAIL = 0.05  # on each side of an interval
 FASTER = 0.05  # more or fewer tokens than this share are more or fewer
+# Of an effect that is flattered, by whether the change was chosen itself; else its parent was, and it looks the worse.
+FLATTERED = {True: "as selected: flatters itself", False: "against a parent that flatters itself"}
 
 
 @dataclass(frozen=True)

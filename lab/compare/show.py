@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from lab.compare import classify
+from lab.compare import classify, effects
 from lab.compare.comparison import SOURCE, Agreement, Cell, Comparison, Facts, Paid, Point, Shared, tally
 from lab.show import counted
 from lab.untrusted import cut, one_line
@@ -98,9 +98,9 @@ def _transfer(found: Comparison, marks: dict[str, str]) -> str:
 
 
 def _unmeasured(changes: list[Shared]) -> dict[str, str]:
-    """place -> a session there whose findings were not run again."""
+    """place -> a session there whose findings were not run again (by a replay, which takes what was kept)."""
     return {change.source: change.cells[change.source].tried[0].split(" ")[0] for change in reversed(changes)
-            if change.source and (effect := change.cells[change.source].effect) and effect.flattered}
+            if change.source and (effect := change.cells[change.source].effect) and effect.flattered and effect.known}
 
 
 def _change(change: Shared, marks: dict[str, str]) -> str:
@@ -126,7 +126,7 @@ def _cell(cell: Cell) -> list[str]:
     spread = f"({effect.low:+.4f} to {effect.high:+.4f})" if effect.error is not None else "unconfirmed"
     remarks = [cell.due] * bool(cell.due)
     if effect.flattered and cell.verdict in (SOURCE, ""):
-        remarks.insert(0, "as selected: flatters itself")
+        remarks.insert(0, effects.FLATTERED[effect.known])
     if cell.verdict == classify.OPEN:
         remarks.insert(0, _missing(cell))
     return [f"{effect.value:+.5f}", spread, "; ".join(filter(None, remarks))]

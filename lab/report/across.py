@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from xml.etree.ElementTree import Element
 
+from lab.compare import effects
 from lab.compare.classify import CLASSES, OPEN
 from lab.compare.comparison import SOURCE, Cell, Comparison, Facts, Shared, compare, tally
 from lab.report import curve
@@ -131,7 +132,7 @@ def _interval(effect, reach: float) -> Figure:
 def _remarks(change: Shared, place: str, cell: Cell) -> list[str]:
     found = [cleaned(change.texts.get(place, ""), 120)] if change.by_words else []
     if cell.effect.flattered and cell.verdict in (SOURCE, ""):
-        found.append("as it was selected: flatters itself")
+        found.append(effects.FLATTERED[cell.effect.known])
     if cell.effect.low is None:
         found.append("unconfirmed: nothing was repeated")
     if cell.verdict == OPEN:

@@ -103,6 +103,16 @@ def test_what_was_not_measured_since_is_shown_and_not_believed():
     assert "flatters itself" in text and f"python -m lab replay {H100}/night --runs 3" in text
 
 
+def test_what_was_discarded_looks_worse_beside_a_parent_that_flatters_itself():
+    """And no replay takes it: none is asked for."""
+    first = record(H100, "night", change(1, [0.98], "keep", patch=A), change(2, [0.985], parent=1, patch=B))
+    found = compare([first, record(CPU, "own", change(1, [1.01], patch=B))])
+    (one,) = found.shared
+    assert one.source == H100 and one.cells[CPU].why == "its parent there flatters itself"
+    text = show.text(found)
+    assert "against a parent that flatters itself" in text and "lab replay" not in text
+
+
 def test_a_replay_on_its_own_device_measures_the_source():
     first, copy = found_and_replayed((-0.010,) * 3, known=False)
     again = record(H100, "again", replay(1, [0.990, 0.991, 0.989], f"{H100}/night/{A}"))
