@@ -118,14 +118,30 @@ def _to_be_real(source: Effect) -> int | None:
 
 def _to_tell(source: Effect, target: Effect) -> tuple[int | None, int | None]:
     """(here, at the source) further runs that would probably tell an effect as large as the source's from none: here
-    alone if that can do, else in both."""
+    alone if that can do, else in both. Where those that there are should have told, it may be half of the source's."""
     s = abs(source.value)
     for both in (0, 1):
-        for n in range(1, MOST + 1):
+        for n in range(int(target.flattered), MOST + 1):
             (here, df), (there, its) = _after(target, n), _after(source, n) if both else (source.error**2, source.df)
             shown = s / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
             parts = [(here, df), (HALF**2 * there, its)]
             gone = HALF * s / math.sqrt(here + HALF**2 * there)
             if shown and gone >= quantile(LEVEL, satterthwaite(parts)) + POWER_Z:
-                return n, n * both
+                return (n, n * both) if n else (_near_half(source, target), 0)
     return None, None
+
+
+def _near_half(source: Effect, target: Effect) -> int | None:
+    """Further runs here that would probably tell, if the effect here is what it seems."""
+    gap = abs(_gap(source, target)[0])
+    for n in range(1, MOST + 1):
+        here, df = _after(target, n)
+        parts = [(here, df), (HALF**2 * source.error**2, source.df)]
+        if abs(target.value) >= HALF * abs(source.value):  # which way it goes is all that is missing
+            told = abs(target.value) / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
+        else:
+            error = math.sqrt(math.fsum(variance for variance, _ in parts))
+            told = gap / error >= quantile(LEVEL, satterthwaite(parts)) + POWER_Z
+        if told:
+            return n
+    return None

@@ -91,3 +91,11 @@ def test_the_runs_asked_for_give_the_power_promised(truth):
         said = classify.classify(source, effect(rng.gauss(truth, error), error, df=40))[0]
         told += said == (HOLDS if truth else FADES)
     assert 0.7 < told / 300 <= 1.0
+
+
+@pytest.mark.parametrize("value, error, few", [(-0.0049, 0.0005, False), (-0.002, 0.002, True), (0.006, 0.003, True)])
+def test_more_runs_are_asked_for_only_where_they_would_tell(value, error, few):
+    """Half of the source's is the boundary: what lies on it is told by no number of runs."""
+    found, _, more = classify.classify(effect(-0.010, 0.0005, df=40, known=True), effect(value, error, df=40))
+    assert found == OPEN and (more is not None) == few
+    assert not few or 1 <= more["here"] < 10 and more["source"] == 0
