@@ -772,7 +772,7 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
         print(f"{name + ':':<17} {math.nan if facts[name] is None else facts[name]:{form}}")
     if facts["epochs"] > 1:
         size = clock.loader.data.train_tokens / 1e6
-        print(f"note: training data was read {facts['epochs']} times; one pass has {size:.1f} M tokens")
+        print(f"note: pass {facts['epochs']} of the training data was begun; one pass has {size:.1f} M tokens")
     if trial:
         print(f"note: a trial of {clock.seconds:g} s, never to be compared with a run of {TIME_BUDGET} s")
     if path := result_path():

@@ -528,7 +528,7 @@ def test_report_says_that_data_were_repeated(run, tiny_data, capsys):
         loader.epoch = epoch
         facts = report(clock, num_params=1, flops_per_token=1, depth=1)
         assert facts["epochs"] == epoch
-        assert ("note: training data was read 3 times" in capsys.readouterr().out) == (epoch == 3)
+        assert ("note: pass 3 of the training data was begun" in capsys.readouterr().out) == (epoch == 3)
 
 
 def test_report_replaces_nothing_measured(run, tiny_data, result, capsys):
