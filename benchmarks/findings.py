@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from session import lab  # noqa: E402
 
 from lab.night import block, edits  # noqa: E402
 
@@ -47,19 +48,13 @@ def edited(text: str, where, what) -> str | None:
     return block.write(text, {where: what(values[where])}) if where in values else None
 
 
-def lab(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "lab", *arguments], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"python -m lab {' '.join(arguments)} failed")
-    return done.stdout
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wait", default="3600", help="seconds for each, at most")
     options = parser.parse_args()
-    train = Path("train.py")
-    tried = {row["description"] for row in json.loads(lab("log", "--json"))}
+    here = Path.cwd()
+    train = here / "train.py"
+    tried = {row["description"] for row in json.loads(lab(here, "log", "--json"))}
     for said, where, what in CHANGES:
         if said in tried:
             continue
@@ -68,7 +63,7 @@ def main() -> None:
             print(f"{said}: not applicable")
             continue
         train.write_text(text)
-        found = json.loads(lab("run", "-m", said, "--wait", options.wait, "--json"))
+        found = json.loads(lab(here, "run", "-m", said, "--wait", options.wait, "--json"))
         score = f"{found['val_bpb']:.6f}" if found["val_bpb"] else "-"
         print(f"{said:45} {found['status']:8} {score}  {len(found['runs'])} runs  {found['reason'] or ''}", flush=True)
 
