@@ -38,6 +38,7 @@ from lab.compare.effects import Effect, quantile, satterthwaite
 from lab.gate import t_tail
 
 CLASSES = HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
+NO_RUNS = "unconfirmed", "its parent there flatters itself"  # reasons that further runs of a replay don't mend
 LEVEL = 0.05
 HALF = 0.5  # of the source's effect: less has faded
 POWER_Z = 0.8416  # standard errors that give a chance of 80 %
@@ -50,10 +51,11 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
     or None)."""
     if target.error is None or source.error is None:
         where = "here" if target.error is None else "where it was found"
-        return OPEN, f"unconfirmed: nothing was repeated {where}", None
+        return OPEN, f"{NO_RUNS[0]}: nothing was repeated {where}", None
     if source.flattered:
-        why = "not measured since it was selected" if source.known else "its parent there flatters itself"
-        return OPEN, why, _asked(0, _to_be_real(source))
+        if not source.picked:  # and no replay takes it, which could measure it
+            return OPEN, NO_RUNS[1], None
+        return OPEN, "not measured since it was selected", _asked(0, _to_be_real(source))
     if not real(source):
         return OPEN, "may be chance where it was found", _asked(0, _to_be_real(source))
     if target.flattered:
@@ -137,10 +139,11 @@ def _near_half(source: Effect, target: Effect) -> int | None:
     for n in range(1, MOST + 1):
         here, df = _after(target, n)
         parts = [(here, df), (HALF**2 * source.error**2, source.df)]
-        if abs(target.value) >= HALF * abs(source.value):  # which way it goes is all that is missing
-            told = abs(target.value) / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
+        error = math.sqrt(math.fsum(variance for variance, _ in parts))
+        if abs(target.value) >= HALF * abs(source.value):  # which way it goes is to be shown, and the rest to be seen
+            way = abs(target.value) / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
+            told = way and gap / error >= POWER_Z
         else:
-            error = math.sqrt(math.fsum(variance for variance, _ in parts))
             told = gap / error >= quantile(LEVEL, satterthwaite(parts)) + POWER_Z
         if told:
             return n

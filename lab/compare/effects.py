@@ -30,7 +30,7 @@ from lab.compare.record import Change, Record, Trial
 quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times
 TAIL = 0.05  # on each side of an interval
 FASTER = 0.05  # more or fewer tokens than this share are more or fewer
-# Of an effect that is flattered, by whether the change was chosen itself; else its parent was, and it looks the worse.
+# Of an effect that is flattered, by `picked`: if its parent alone flatters itself, a change looks the worse for it.
 FLATTERED = {True: "as selected: flatters itself", False: "against a parent that flatters itself"}
 
 
@@ -46,6 +46,7 @@ class Effect:
         runs, parent_runs: how many it rests on.
         flattered: it rests on runs that the change, or its parent, was chosen for; nothing was measured since.
         known: which way it goes was known before these runs, better that is, so that one side is enough to test.
+        picked: the change itself was chosen for its scores here; else, if flattered, only its parent was.
         tokens, flops: of the change relative to its parent's; None if unknown.
     """
 
@@ -60,6 +61,7 @@ class Effect:
     parent_runs: int = 1
     flattered: bool = False
     known: bool = False
+    picked: bool = False
     tokens: float | None = None
     flops: float | None = None
 
@@ -101,7 +103,9 @@ def effect(record: Record, change: Change) -> Effect | None:
     sure = record.noise is not None and bool(later and since)
     own, others = (later, since) if sure else (own, others)
     found = between(own, others, record.noise)
-    return replace(found, flattered=record.noise is not None and not sure, known=bool(change.origin) or chosen(change))
+    picked = chosen(change)
+    return replace(found, flattered=record.noise is not None and not sure, known=bool(change.origin) or picked,
+                   picked=picked)
 
 
 def between(own: list[Trial], others: list[Trial], noise: gate.Noise | None) -> Effect:

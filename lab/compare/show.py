@@ -100,7 +100,7 @@ def _transfer(found: Comparison, marks: dict[str, str]) -> str:
 def _unmeasured(changes: list[Shared]) -> dict[str, str]:
     """place -> a session there whose findings were not run again (by a replay, which takes what was kept)."""
     return {change.source: change.cells[change.source].tried[0].split(" ")[0] for change in reversed(changes)
-            if change.source and (effect := change.cells[change.source].effect) and effect.flattered and effect.known}
+            if change.source and (effect := change.cells[change.source].effect) and effect.flattered and effect.picked}
 
 
 def _change(change: Shared, marks: dict[str, str]) -> str:
@@ -126,7 +126,7 @@ def _cell(cell: Cell) -> list[str]:
     spread = f"({effect.low:+.4f} to {effect.high:+.4f})" if effect.error is not None else "unconfirmed"
     remarks = [cell.due] * bool(cell.due)
     if effect.flattered and cell.verdict in (SOURCE, ""):
-        remarks.insert(0, effects.FLATTERED[effect.known])
+        remarks.insert(0, effects.FLATTERED[effect.picked])
     if cell.verdict == classify.OPEN:
         remarks.insert(0, _missing(cell))
     return [f"{effect.value:+.5f}", spread, "; ".join(filter(None, remarks))]
@@ -135,7 +135,7 @@ def _cell(cell: Cell) -> list[str]:
 def _missing(cell: Cell) -> str:
     """Why it can't be told, and after how many more runs of the change and of its parent each it probably could."""
     if cell.more is None:
-        return cell.why + f"; over {classify.MOST} more runs" * (not cell.why.startswith("unconfirmed"))
+        return cell.why + f"; over {classify.MOST} more runs" * (not cell.why.startswith(classify.NO_RUNS))
     here, source = cell.more["here"], cell.more["source"]
     where = "here and there" if here and source else "here" if here else "there"
     return f"{cell.why}; {counted(max(here, source), 'more run')} {where}"

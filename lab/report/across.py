@@ -132,7 +132,7 @@ def _interval(effect, reach: float) -> Figure:
 def _remarks(change: Shared, place: str, cell: Cell) -> list[str]:
     found = [cleaned(change.texts.get(place, ""), 120)] if change.by_words else []
     if cell.effect.flattered and cell.verdict in (SOURCE, ""):
-        found.append(effects.FLATTERED[cell.effect.known])
+        found.append(effects.FLATTERED[cell.effect.picked])
     if cell.effect.low is None:
         found.append("unconfirmed: nothing was repeated")
     if cell.verdict == OPEN:

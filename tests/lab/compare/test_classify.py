@@ -53,10 +53,12 @@ def test_one_side_is_tested_where_the_way_was_known():
 
 
 def test_a_source_that_was_not_measured_again_says_nothing_and_asks_for_runs_there():
-    found, why, more = classify.classify(effect(-0.010, flattered=True, known=True), effect(-0.010))
+    found, why, more = classify.classify(effect(-0.010, flattered=True, known=True, picked=True),
+                                          effect(-0.010))
     assert found == OPEN and why.startswith("not measured since it was selected") and more["source"] >= 1
-    _, why, _ = classify.classify(effect(0.010, flattered=True), effect(0.010))  # discarded, on top of what was kept
-    assert why == "its parent there flatters itself"
+    for known in (False, True):  # discarded on top of what was kept, or replayed there
+        _, why, more = classify.classify(effect(-0.010, flattered=True, known=known), effect(-0.010))
+        assert (why, more) == ("its parent there flatters itself", None)
 
 
 def test_without_noise_nothing_is_told():
