@@ -1,6 +1,6 @@
 """The same changes of train.py tried in a session of any machine, so that sessions of several can be compared.
 
-    python -m lab start findings && python benchmarks/findings.py && python -m lab export findings.tar.gz
+    python -m lab start findings --wait 3600 && python benchmarks/findings.py && python -m lab export findings.tar.gz
 
 Each is made on the best so far: rates and sizes are relative to what it has, structural edits are the proposer's
 (`lab/night/edits.py`). One that does not apply any more is said and left out. Called again, it goes on where it was:
@@ -58,12 +58,19 @@ def main() -> None:
     for said, where, what in CHANGES:
         if said in tried:
             continue
-        text = edited(train.read_text(), where, what)
-        if text is None or text == train.read_text():
+        before = train.read_text()
+        text = edited(before, where, what)
+        if text is None or text == before:
             print(f"{said}: not applicable")
             continue
         train.write_text(text)
-        found = json.loads(lab(here, "run", "-m", said, "--wait", options.wait, "--json"))
+        try:
+            found = json.loads(lab(here, "run", "-m", said, "--wait", options.wait, "--json"))
+        except SystemExit:  # it was not run
+            train.write_text(before)
+            raise
+        if found["status"] == "running":
+            raise SystemExit("it still runs: python -m lab wait, then call this again")
         score = f"{found['val_bpb']:.6f}" if found["val_bpb"] else "-"
         print(f"{said:45} {found['status']:8} {score}  {len(found['runs'])} runs  {found['reason'] or ''}", flush=True)
 
