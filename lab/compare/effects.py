@@ -96,14 +96,14 @@ def effect(record: Record, change: Change) -> Effect | None:
     own, others = counted(record, change), counted(record, parent)
     if not own or not others:
         return None
+    picked = chosen(change)
     # A parent was picked for its scores wherever it came from: it is the parent because it was kept.
-    after = change.number if chosen(change) else parent.number if parent.number > 0 else -1
-    later = [t for t in own if t.beside > change.number] if chosen(change) else own
+    after = change.number if picked else parent.number if parent.number > 0 else -1
+    later = [t for t in own if t.beside > change.number] if picked else own
     since = [t for t in others if t.beside > after]
     sure = record.noise is not None and bool(later and since)
     own, others = (later, since) if sure else (own, others)
     found = between(own, others, record.noise)
-    picked = chosen(change)
     return replace(found, flattered=record.noise is not None and not sure, known=bool(change.origin) or picked,
                    picked=picked)
 
