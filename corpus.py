@@ -579,9 +579,15 @@ def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool)
 def main(arguments: list[str]) -> int:
     """python prepare.py ARGUMENTS; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="prepare.py", description="Prepares data and tokenizer; run again, it repairs what is damaged.")
-    parser.add_argument("--dataset", nargs="+", default=["climbmix"], metavar="NAME_OR_PATH",
-                        help="climbmix (default), tinystories, stdlib, or paths")
+        prog="prepare.py", description="Prepares data and tokenizer; run again, it repairs what is damaged."
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=["climbmix"],
+        metavar="NAME_OR_PATH",
+        help="climbmix (default), tinystories, stdlib, or paths",
+    )
     parser.add_argument("--num-shards", type=int, default=10, help="climbmix: training shards (default 10)")
     parser.add_argument("--suffixes", nargs="+", default=SUFFIXES, help="folders: files to take, e.g. .py .md")
     parser.add_argument("--name", help="name of your own data, by default that of the first path")

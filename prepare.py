@@ -91,6 +91,7 @@ def budget() -> float:
 
 # ---- Files: written whole or not at all, known by the manifest ----
 
+
 def disk_full(error: BaseException) -> bool:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return full or bool(re.search("No space left|requested and .* written", str(error)))  # safetensors; numpy
@@ -209,6 +210,7 @@ def tags(manifest: dict) -> dict:
 
 # ---- Data ----
 
+
 def read_tokens(folder: Path) -> list[bytes]:
     """The bytes of each token in order of rank, specials left out."""
     return [bytes.fromhex(token) for token in json.loads((folder / "tokenizer.json").read_bytes())["tokens"]]
@@ -320,6 +322,7 @@ def inputs_and_targets(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- Training ----
+
 
 def pack(batches: Iterable[tuple[np.ndarray, list[int]]]) -> Iterator[np.ndarray]:
     """Packs batches (documents end to end, each with its BOS; their lengths) into full rows, uint16 (2049,).
@@ -558,6 +561,7 @@ def require_time(seconds: float, elapsed: float, longest: float, under_way: floa
 
 
 # ---- Evaluation ----
+
 
 def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batch_size=8, clock=None) -> float:
     """Bits per byte of stored rows ("validation" or "held_out"): nats over bytes of the targets over ln 2, in float64.

@@ -17,8 +17,13 @@ from backends.interface import Backend, BackendError, Calibrated, Hardware
 NAMES = ("mlx", "cuda", "sdpa")
 
 
-def load(name: str | None = None, precision: str | None = None, compiled: bool | None = None,
-         calibrated: Calibrated | None = None, fetch: bool = False) -> Backend:
+def load(
+    name: str | None = None,
+    precision: str | None = None,
+    compiled: bool | None = None,
+    calibrated: Calibrated | None = None,
+    fetch: bool = False,
+) -> Backend:
     """The backend `name`, else the one `AUTORESEARCH_BACKEND` names, else the best that works here.
 
     Args:
@@ -42,8 +47,10 @@ def identify(name: str | None = None) -> Hardware:
 def _module(name: str | None):
     name = name or os.environ.get("AUTORESEARCH_BACKEND") or best()
     if name not in NAMES:
-        raise BackendError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)} (AUTORESEARCH_BACKEND), "
-                           "or set none to take the best that works here")
+        raise BackendError(
+            f"unknown backend {name!r}: choose one of {', '.join(NAMES)} (AUTORESEARCH_BACKEND), "
+            "or set none to take the best that works here"
+        )
     return importlib.import_module(f"backends.{name}")
 
 

@@ -81,8 +81,13 @@ class Bench(abc.ABC):
         """Gives back what the trials took."""
 
 
-def seconds(work: Work, repeats: int = 7, at_least: float = SHORTEST, enough: float = 1.0,
-            clock: Callable[[], float] = time.perf_counter) -> list[float]:
+def seconds(
+    work: Work,
+    repeats: int = 7,
+    at_least: float = SHORTEST,
+    enough: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Seconds of one call, once for each repeat, after a first one that may compile.
 
     Args:
@@ -117,6 +122,7 @@ def seconds(work: Work, repeats: int = 7, at_least: float = SHORTEST, enough: fl
 
 # --- Precision -------------------------------------------------------------------------------------------------------
 
+
 def try_precisions(bench: Bench, repeats: int = 7) -> dict[str, dict[str, float] | str]:
     """By precision: FLOP/s of square products and of an MLP (`bench.size`), the best of some repeats, because what else
     the machine does only makes them longer; or why it can't be used."""
@@ -127,8 +133,13 @@ def try_precisions(bench: Bench, repeats: int = 7) -> dict[str, dict[str, float]
             if not error <= tolerance:  # so written that NaN is refused
                 results[name] = f"wrong: relative error {error:.1e}"
                 continue
-            results[name] = {kind: 2 * products * n**3 / min(seconds(work, repeats)) for kind, products, work in
-                             (("product", 1, bench.product(name, n, n, n)), ("mlp", 2, bench.mlp(name, n)))}
+            results[name] = {
+                kind: 2 * products * n**3 / min(seconds(work, repeats))
+                for kind, products, work in (
+                    ("product", 1, bench.product(name, n, n, n)),
+                    ("mlp", 2, bench.mlp(name, n)),
+                )
+            }
         except Exception as error:  # whatever a driver raises, this precision is not for this device
             results[name] = reason(bench, error)
     return results
@@ -153,8 +164,10 @@ def choose_precision(tried: dict[str, dict[str, float] | str], rate: str = "mlp"
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
-def try_attention(bench: Bench, precision: str, repeats: int = 5, forward: bool = False,
-                  rows: int | None = None) -> dict:
+
+def try_attention(
+    bench: Bench, precision: str, repeats: int = 5, forward: bool = False, rows: int | None = None
+) -> dict:
     """Every implementation, forward and backward, for a full and a half window.
 
     Each is compared with the reference on one row, and timed on as many as the device takes a few milliseconds for.
@@ -179,8 +192,11 @@ def try_attention(bench: Bench, precision: str, repeats: int = 5, forward: bool 
                 if problem := wrong_attention(bench, name, window, precision):
                     results[kind][name] = problem
                     continue
-                while kind == "full" and 2 * rows <= most and min(
-                        seconds(bench.attention(name, window, rows, True), 2, at_least=0)) < SHORTEST:
+                while (
+                    kind == "full"
+                    and 2 * rows <= most
+                    and min(seconds(bench.attention(name, window, rows, True), 2, at_least=0)) < SHORTEST
+                ):
                     rows *= 2  # as many as the fastest needs
                 results[kind][name] = {"bytes": bench.attention_bytes(name, window)}
             except Exception as error:  # a candidate may fail in any way its kernel can; it is then no candidate
@@ -214,14 +230,20 @@ def choose_attention(tried: dict, memory: int, compiled: bool = True) -> dict[st
     short: ROWS rows and LAYERS layers of it may take an eighth. Without a compiler, `flex` is left out."""
     chosen = {}
     for kind, by_name in tried.items():
-        right = {name: found for name, found in by_name.items()
-                 if not isinstance(found, str) and (compiled or name != "flex")}
+        right = {
+            name: found
+            for name, found in by_name.items()
+            if not isinstance(found, str) and (compiled or name != "flex")
+        }
         if not right:
             raise BackendError(f"no attention implementation is right on this device: {by_name}")
         needs = {name: found.get("bytes") or 0 for name, found in right.items()}
         least = min(needs.values())
-        lean = {name: statistics.median(found["both"]) * (CLEARLY if needs[name] > least else 1)
-                for name, found in right.items() if needs[name] <= least or ROWS * needs[name] <= memory / 8}
+        lean = {
+            name: statistics.median(found["both"]) * (CLEARLY if needs[name] > least else 1)
+            for name, found in right.items()
+            if needs[name] <= least or ROWS * needs[name] <= memory / 8
+        }
         chosen[kind] = min(lean, key=lean.get)
     return chosen
 

@@ -219,7 +219,8 @@ class Trainer(abc.ABC):
                     raise MemoryError(
                         f"out of memory: not even one row of {x.shape[1]} tokens goes through this model. Close what "
                         "else uses the device; python -m calibration finds the sizes that fit, or lower DEPTH in "
-                        "train.py") from error
+                        "train.py"
+                    ) from error
             # Out here the traceback, and with it what did not fit, is gone. Parts should be equal: each size compiles.
             fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
@@ -350,8 +351,11 @@ def check_weights(expected: dict[str, tuple[int, ...]], weights: dict[str, np.nd
     """Raises ValueError that names every parameter missing from `weights`, unknown to the model, or misshapen."""
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unknown {name}" for name in weights if name not in expected]
-    problems += [f"{name} has shape {weights[name].shape}, the model wants {shape}"
-                 for name, shape in expected.items() if name in weights and weights[name].shape != tuple(shape)]
+    problems += [
+        f"{name} has shape {weights[name].shape}, the model wants {shape}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != tuple(shape)
+    ]
     if problems:
         raise ValueError("weights do not fit the model: " + "; ".join(problems))
 
@@ -372,8 +376,10 @@ def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
 def check_heads(query_heads: int, key_heads: int) -> None:
     """Raises ValueError unless each key and value head serves the same number of query heads."""
     if not key_heads or query_heads % key_heads:
-        raise ValueError(f"attention with {query_heads} query heads and {key_heads} key and value heads: the first has "
-                         "to be a multiple of the second")
+        raise ValueError(
+            f"attention with {query_heads} query heads and {key_heads} key and value heads: the first has "
+            "to be a multiple of the second"
+        )
 
 
 def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:

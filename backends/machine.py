@@ -125,8 +125,9 @@ def nvidia_handle(library, uuid: str | None = None, index: int = 0):
 
 def named_gpu(library, entry: str):
     """NVML's handle of the GPU that an entry of CUDA_VISIBLE_DEVICES names. Raises what NVML raises."""
-    return (library.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit()
-            else library.nvmlDeviceGetHandleByUUID(entry))
+    return (
+        library.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit() else library.nvmlDeviceGetHandleByUUID(entry)
+    )
 
 
 def nvidia_memory(uuid: str | None = None, index: int = 0) -> int | None:
@@ -141,7 +142,10 @@ def nvidia_memory(uuid: str | None = None, index: int = 0) -> int | None:
 
 def slug(name: str, memory: int, cpu: bool = False) -> str:
     """A tag from a name and bytes of memory: "apple-m4-16gb", "nvidia-rtx-3090-24gb", "cpu-amd-epyc-2c-24gb"."""
-    name = re.sub(r"\((r|tm)\)|geforce|processor|\bcpu\b|@.*|\d+-core|\d+ ?gb\b|developer kit|engineering reference",
-                  " ", name.lower())
+    name = re.sub(
+        r"\((r|tm)\)|geforce|processor|\bcpu\b|@.*|\d+-core|\d+ ?gb\b|developer kit|engineering reference",
+        " ",
+        name.lower(),
+    )
     words = re.findall(r"[a-z0-9.]+", f"cpu {name} {os.cpu_count()}c" if cpu else name)
     return "-".join([*words, f"{math.ceil(memory / 2**30)}gb"])

@@ -27,10 +27,21 @@ FRAMEWORKS = set("cupy flax jax jaxlib keras mlx optax tensorflow tinygrad torch
 
 # What frameworks call an op, as a function or a method.
 OTHER_NAMES = {
-    "amax": "max", "amin": "min", "clamp": "clip", "cumsum": "cumulative_sum", "detach": "stop_gradient",
-    "expand_as": "broadcast_to", "gather": "take", "index_select": "take", "type_as": "astype",
-    "moveaxis": "permute_dims", "movedim": "permute_dims", "permute": "permute_dims", "swapaxes": "permute_dims",
-    "transpose": "permute_dims", "unsqueeze": "expand_dims",
+    "amax": "max",
+    "amin": "min",
+    "clamp": "clip",
+    "cumsum": "cumulative_sum",
+    "detach": "stop_gradient",
+    "expand_as": "broadcast_to",
+    "gather": "take",
+    "index_select": "take",
+    "type_as": "astype",
+    "moveaxis": "permute_dims",
+    "movedim": "permute_dims",
+    "permute": "permute_dims",
+    "swapaxes": "permute_dims",
+    "transpose": "permute_dims",
+    "unsqueeze": "expand_dims",
 }
 SAME_NAMES = "astype clip max mean min softmax squeeze std sum tril triu var".split()  # ops that are methods elsewhere
 
@@ -77,8 +88,15 @@ NUMBERED = _table("""
 """)
 ATTRIBUTES = dict.fromkeys(("T", "mT"), "ops.matrix_transpose(x)")
 NEVER_IN_PLACE = "ops.where(mask, value, x), or x = x + y: arrays are never changed in place"
-IN_PLACE = {f"{name}_": NEVER_IN_PLACE for name in (
-    *METHODS, *BARE, *NUMBERED, *"add addcdiv addcmul copy fill lerp normal requires_grad uniform zero".split())}
+IN_PLACE = {
+    f"{name}_": NEVER_IN_PLACE
+    for name in (
+        *METHODS,
+        *BARE,
+        *NUMBERED,
+        *"add addcdiv addcmul copy fill lerp normal requires_grad uniform zero".split(),
+    )
+}
 INSTEAD = METHODS | BARE | NUMBERED | ATTRIBUTES | IN_PLACE
 
 LITERALS = (ast.Constant, ast.JoinedStr, ast.List, ast.Dict, ast.Set, ast.ListComp, ast.SetComp, ast.DictComp)
@@ -103,8 +121,12 @@ class _Checker(ast.NodeVisitor):
         self.problems: set[Problem] = set()
         self.own = _own_names(tree)
         # Names, in the scope being visited, of what is no backend's array.
-        self.ordinary = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
-                         if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names} - {"backends"}
+        self.ordinary = {
+            (alias.asname or alias.name).split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        } - {"backends"}
         self._visit_scope(tree)
 
     def _report(self, node, found: str, use: str) -> None:
@@ -145,8 +167,7 @@ class _Checker(ast.NodeVisitor):
 
     def visit_Subscript(self, node):
         text, array = ast.unparse(node), ast.unparse(node.value)
-        masks = [mask for mask in _comparisons(node.slice)
-                 if array in map(ast.unparse, (mask.left, *mask.comparators))]
+        masks = [mask for mask in _comparisons(node.slice) if array in map(ast.unparse, (mask.left, *mask.comparators))]
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
         slices = [part for part in parts if isinstance(part, ast.Slice) or ast.unparse(part) == "..."]
         if isinstance(node.ctx, ast.Store) and (masks or slices) and not self._is_ordinary(node.value):
@@ -171,8 +192,11 @@ class _Checker(ast.NodeVisitor):
             return node.id in self.ordinary
         if isinstance(node, ast.Call):  # x.astype(np.float32) and backend.weights(model) are numpy's
             arguments = (*node.args, *(keyword.value for keyword in node.keywords))
-            return (self._is_ordinary(node.func) or ast.unparse(node.func).endswith((".weights", ".gradients"))
-                    or any(ast.unparse(argument).startswith("np.") for argument in arguments))
+            return (
+                self._is_ordinary(node.func)
+                or ast.unparse(node.func).endswith((".weights", ".gradients"))
+                or any(ast.unparse(argument).startswith("np.") for argument in arguments)
+            )
         if isinstance(node, (ast.Attribute, ast.Subscript)):
             return self._is_ordinary(node.value)
         if isinstance(node, (ast.BinOp, ast.Tuple)):
@@ -184,8 +208,11 @@ def _own_names(tree) -> set[str]:
     """Names that the file gives to methods, fields and attributes of its own objects."""
     members = [member for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for member in node.body]
     fields = {part.id for member in members for part in ast.iter_child_nodes(member) if isinstance(part, ast.Name)}
-    return fields | {member.name for member in members if isinstance(member, ast.FunctionDef)} | {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return (
+        fields
+        | {member.name for member in members if isinstance(member, ast.FunctionDef)}
+        | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    )
 
 
 def _bindings(scope):
@@ -206,8 +233,11 @@ def _is_array_method(name: str, call: ast.Call) -> bool:
     if name in BARE:
         return not call.args
     if name in NUMBERED:
-        numbers = [part for part in call.args[:1] if isinstance(part, (ast.List, ast.Tuple, ast.UnaryOp))
-                   or isinstance(getattr(part, "value", None), int)]
+        numbers = [
+            part
+            for part in call.args[:1]
+            if isinstance(part, (ast.List, ast.Tuple, ast.UnaryOp)) or isinstance(getattr(part, "value", None), int)
+        ]
         return bool(numbers) or any(keyword.arg in ("axis", "dim") for keyword in call.keywords)
     return name in METHODS or name in IN_PLACE
 

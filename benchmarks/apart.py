@@ -21,8 +21,14 @@ import prepare
 # Relative differences of one step. "update" leaves out the elements for which cautious decay was decided otherwise, at
 # an update of zero, and those whose gradient is mere rounding (see `updates_apart`); their shares have limits of their
 # own, the size of rounding in an update.
-STEP_LIMITS = {"loss": 1e-5, "gradient": 1e-5, "update": 1e-4, "update, same gradient": 1e-4,
-               "decay decided otherwise": 1e-5, "gradient mere rounding": 1e-5}
+STEP_LIMITS = {
+    "loss": 1e-5,
+    "gradient": 1e-5,
+    "update": 1e-4,
+    "update, same gradient": 1e-4,
+    "decay decided otherwise": 1e-5,
+    "gradient mere rounding": 1e-5,
+}
 SHOWN = ("loss", "gradient", "update", "update, same gradient", "update of all elements")
 
 
@@ -36,14 +42,17 @@ class Step(NamedTuple):
 
 # ---- One side ----
 
+
 def open_train(name: str) -> ModuleType:
     """train.py on the backend `name` in float32, not compiled; a module of its own for each call."""
     path, load = Path(__file__).resolve().parents[1] / "train.py", backends.load
     spec = importlib.util.spec_from_file_location(f"train_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sizes = calibration.Defaults(4, 2, 2**13, "SSSL")
-    with (mock.patch.object(backends, "load", lambda **_: load(name, "float32", compiled=False)),
-          mock.patch.object(calibration, "defaults", lambda: sizes)):
+    with (
+        mock.patch.object(backends, "load", lambda **_: load(name, "float32", compiled=False)),
+        mock.patch.object(calibration, "defaults", lambda: sizes),
+    ):
         spec.loader.exec_module(module)
     return module
 
@@ -51,8 +60,11 @@ def open_train(name: str) -> ModuleType:
 def pytorch_state(trainer) -> dict[str, dict]:
     """Each parameter's share of a PyTorch trainer's state: tensors that share its memory."""
     names = {id(parameter): name for name, parameter in trainer._named.items()}
-    return {names[id(parameter)]: {key: value[i] if bucket.stack else value for key, value in bucket.state.items()}
-            for bucket in trainer._buckets for i, parameter in enumerate(bucket.parameters)}
+    return {
+        names[id(parameter)]: {key: value[i] if bucket.stack else value for key, value in bucket.state.items()}
+        for bucket in trainer._buckets
+        for i, parameter in enumerate(bucket.parameters)
+    }
 
 
 def optimizer_state(trainer) -> dict[str, dict]:
@@ -68,6 +80,7 @@ def schedule_by_name(train, groups, progress: float, step: int) -> dict[str, dic
 
 
 # ---- One step ----
+
 
 def norm(x) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64)))
@@ -111,8 +124,9 @@ def updates_apart(before, ours, theirs, decays, gradients=None) -> tuple[dict, d
 def gradients_apart(ours, theirs) -> dict[str, float]:
     """Per parameter, relative to its norm or 1e-4 of the whole gradient's, whichever is larger."""
     whole = norm([norm(gradient) for gradient in ours.values()])
-    return {name: norm(ours[name].astype(np.float64) - theirs[name]) / max(norm(ours[name]), 1e-4 * whole)
-            for name in ours}
+    return {
+        name: norm(ours[name].astype(np.float64) - theirs[name]) / max(norm(ours[name]), 1e-4 * whole) for name in ours
+    }
 
 
 def steps_apart(before, hypers, ours: Step, theirs: Step, same_gradient: tuple[dict, dict]) -> dict[str, dict]:
@@ -123,22 +137,31 @@ def steps_apart(before, hypers, ours: Step, theirs: Step, same_gradient: tuple[d
         same_gradient: both sides' weights after a step that both took with the same gradients.
     """
     decays = {name: decay_rate(hypers[name], before[name].shape) for name in before}
-    whole, rest, decided, rounded = updates_apart(before, ours.after, theirs.after, decays,
-                                                  (ours.gradients, theirs.gradients))
+    whole, rest, decided, rounded = updates_apart(
+        before, ours.after, theirs.after, decays, (ours.gradients, theirs.gradients)
+    )
     _, rest_same, _, _ = updates_apart(before, *same_gradient, decays)
     for name in (name for name in rest if rest[name] > STEP_LIMITS["update"]):
         apart = np.abs(ours.after[name].astype(np.float64) - theirs.after[name])
         at, size = np.unravel_index(apart.argmax(), apart.shape), np.abs(ours.gradients[name])
         share, gradient = (apart[at] / norm(apart)) ** 2, size[at] / np.sqrt(np.mean(size[size > 0] ** 2))
-        print(f"      update of {name} {rest[name]:.1e} apart: {100 * share:.0f} % of the square is one element, whose "
-              f"gradient is {gradient:.1e} of their root mean square")
-    return {"loss": {"": abs(ours.loss - theirs.loss) / ours.loss},
-            "gradient": gradients_apart(ours.gradients, theirs.gradients),
-            "update": rest, "update, same gradient": rest_same, "update of all elements": whole,
-            "elements decided": decided, "elements rounded": rounded}
+        print(
+            f"      update of {name} {rest[name]:.1e} apart: {100 * share:.0f} % of the square is one element, whose "
+            f"gradient is {gradient:.1e} of their root mean square"
+        )
+    return {
+        "loss": {"": abs(ours.loss - theirs.loss) / ours.loss},
+        "gradient": gradients_apart(ours.gradients, theirs.gradients),
+        "update": rest,
+        "update, same gradient": rest_same,
+        "update of all elements": whole,
+        "elements decided": decided,
+        "elements rounded": rounded,
+    }
 
 
 # ---- The walk ----
+
 
 def add_options(parser) -> None:
     option = parser.add_argument
@@ -169,24 +192,36 @@ def walk(options, train, data, shapes, compare) -> list[tuple[str, float, str]]:
     matrices = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks."))
     others = sum(map(math.prod, shapes.values())) - matrices
     findings, beyond, left_out = [], 0, {"elements decided": 0, "elements rounded": 0}
-    print("                        | apart by                       same              decided     mere\n"
-          "state progress     loss |      loss  gradient    update  gradient all elem.  otherwise rounding")
+    print(
+        "                        | apart by                       same              decided     mere\n"
+        "state progress     loss |      loss  gradient    update  gradient all elem.  otherwise rounding"
+    )
     for i in range(options.states):
         progress, step = i / options.states, i * train.MOMENTUM_STEPS // options.states
         here, loss = compare(batch_at(data, i, options.rows), progress, step)
-        findings += [(quantity, value, f"state {i} {name}") for quantity, values in here.items()
-                     for name, value in values.items()]
+        findings += [
+            (quantity, value, f"state {i} {name}")
+            for quantity, values in here.items()
+            for name, value in values.items()
+        ]
         counts = {kind: sum(here[kind].values()) for kind in left_out}
         left_out = {kind: left_out[kind] + count for kind, count in counts.items()}
         beyond += sum(value > STEP_LIMITS["update"] for value in here["update of all elements"].values())
         worst = {quantity: max(values.values()) for quantity, values in here.items()}
-        print(f"{i:5d} {100 * progress:6.0f} % {loss:8.4f} |" + "".join(f" {worst[key]:9.1e}" for key in SHOWN)
-              + "".join(f" {count:8d}" for count in counts.values()), flush=True)
+        print(
+            f"{i:5d} {100 * progress:6.0f} % {loss:8.4f} |"
+            + "".join(f" {worst[key]:9.1e}" for key in SHOWN)
+            + "".join(f" {count:8d}" for count in counts.values()),
+            flush=True,
+        )
     for (kind, count), quantity, size in zip(
-            left_out.items(), ("decay decided otherwise", "gradient mere rounding"), (matrices, others)):
+        left_out.items(), ("decay decided otherwise", "gradient mere rounding"), (matrices, others)
+    ):
         findings.append((quantity, count / (options.states * size), f"{count} of {options.states} x {size:,} elements"))
-    print(f"with these {sum(left_out.values())} elements {beyond} of {options.states * len(shapes)} updates are beyond "
-          "their limit")
+    print(
+        f"with these {sum(left_out.values())} elements {beyond} of {options.states * len(shapes)} updates are beyond "
+        "their limit"
+    )
     return findings
 
 

@@ -26,14 +26,27 @@ import torch  # noqa: E402
 
 import prepare  # noqa: E402
 from apart import (  # noqa: E402
-    STEP_LIMITS, Step, add_options, batch_at, norm, open_train, optimizer_state, perturbed, pytorch_state,
-    schedule_by_name, steps_apart, verdict, walk)
+    STEP_LIMITS,
+    Step,
+    add_options,
+    batch_at,
+    norm,
+    open_train,
+    optimizer_state,
+    perturbed,
+    pytorch_state,
+    schedule_by_name,
+    steps_apart,
+    verdict,
+    walk,
+)
 
 # Relative differences, but for the initial weights: elements whose bytes differ.
 LIMITS = {"initial weights": 0, **STEP_LIMITS, "state, same gradient": 1e-4, "val_bpb": 1e-4}
 
 
 # ---- A backend's side: train.py on it, a model, a trainer. States are name -> key -> numpy array. ----
+
 
 class Side:
     def __init__(self, vocab_size: int):
@@ -89,21 +102,27 @@ class MlxSide(Side):
     backend_name = "mlx"
 
     def state(self):
-        return {name: {key: np.array(value[i] if self.stacked(unit) else value) for key, value in unit.state.items()}
-                for unit in self.trainer._units for i, name in enumerate(unit.names)}
+        return {
+            name: {key: np.array(value[i] if self.stacked(unit) else value) for key, value in unit.state.items()}
+            for unit in self.trainer._units
+            for i, name in enumerate(unit.names)
+        }
 
     def put(self, weights, state) -> None:
         self.backend.set_weights(self.model, weights)
         for unit in self.trainer._units:
             shares = [state[name] for name in unit.names]
-            unit.state = {key: mx.array(np.stack([share[key] for share in shares]) if self.stacked(unit)
-                                        else shares[0][key]) for key in unit.state}
+            unit.state = {
+                key: mx.array(np.stack([share[key] for share in shares]) if self.stacked(unit) else shares[0][key])
+                for key in unit.state
+            }
 
     def stacked(self, unit) -> bool:
         return self.groups[unit.group]["stack"]
 
 
 # ---- Comparison ----
+
 
 def initial_weights_apart(ours: Side, theirs: Side) -> dict[str, int]:
     """Elements, by parameter, whose bytes differ once each backend was given the weights that its train.py draws."""
@@ -131,7 +150,9 @@ def at_one_state(ours: PyTorchSide, theirs: MlxSide, batch, progress: float, ste
     here = steps_apart(before, hypers, our_step, their_step, (same_gradient, their_step.after))
     here["state, same gradient"] = {
         f"{name} {key}": norm(value.astype(np.float64) - their_state[name][key]) / norm(value)
-        for name, share in state_same.items() for key, value in share.items()}
+        for name, share in state_same.items()
+        for key, value in share.items()
+    }
     return here, our_step.loss
 
 
@@ -146,9 +167,12 @@ def trained_and_evaluated(options, sides: list[Side], data) -> list[tuple[str, f
         scores = {judge.backend_name: judge.evaluate(weights, data, options.eval_rows) for judge in sides}
         one, other = scores.values()
         findings.append(("val_bpb", abs(one - other) / one, f"trained on {side.backend_name}"))
-        print(f"{options.train_steps} steps on {side.backend_name}, val_bpb of {options.eval_rows} rows: "
-              + ", ".join(f"{score:.8f} on {name}" for name, score in scores.items()) + f" ({other / one - 1:+.1e})",
-              flush=True)
+        print(
+            f"{options.train_steps} steps on {side.backend_name}, val_bpb of {options.eval_rows} rows: "
+            + ", ".join(f"{score:.8f} on {name}" for name, score in scores.items())
+            + f" ({other / one - 1:+.1e})",
+            flush=True,
+        )
     return findings
 
 
@@ -161,9 +185,11 @@ def main() -> int:
     started, data = time.time(), prepare.open_data()
     ours, theirs = PyTorchSide(data.vocab_size), MlxSide(data.vocab_size)
     train = ours.train
-    print(f"depth {train.DEPTH}, width {train.model_width(train.DEPTH)}, {options.rows} x {prepare.MAX_SEQ_LEN} "
-          f"tokens, data {data.name}, torch {torch.__version__} on {torch.get_num_threads()} threads, "
-          f"mlx {mx.__version__}")
+    print(
+        f"depth {train.DEPTH}, width {train.model_width(train.DEPTH)}, {options.rows} x {prepare.MAX_SEQ_LEN} "
+        f"tokens, data {data.name}, torch {torch.__version__} on {torch.get_num_threads()} threads, "
+        f"mlx {mx.__version__}"
+    )
 
     findings = [("initial weights", count, name) for name, count in initial_weights_apart(ours, theirs).items()]
     for side in (ours, theirs):

@@ -27,7 +27,16 @@ from collections import defaultdict
 from pathlib import Path
 
 from peers import (  # beside this file
-    add_options, by_steps, check_options, execute, replaced, run_torch_source, torch_peak, torch_source, with_constants)
+    add_options,
+    by_steps,
+    check_options,
+    execute,
+    replaced,
+    run_torch_source,
+    torch_peak,
+    torch_source,
+    with_constants,
+)
 from seed_noise import TRAIN, StepClock
 
 import prepare
@@ -44,7 +53,7 @@ GROUPS = {
     "squared ReLU": r"relu|threshold",
     "RMS norm and what is fused with it": r"rms_norm|rsqrt|^_(forward|backward)(_\d+)?$",
     "copies, casts and fills": r"memcpy|memset|copy_kernel|fill|::(copy_|zero_|clone)|"
-                               r"triton_poi_fused(__to_copy|_clone|_zeros|_view|_t|_transpose)+_\d+$",
+    r"triton_poi_fused(__to_copy|_clone|_zeros|_view|_t|_transpose)+_\d+$",
     "other elementwise kernels": r"triton_|elementwise|reduce|::",
     "other": "",
 }
@@ -113,9 +122,11 @@ def power() -> tuple[float, int, float] | None:
         return None
     with machine.nvml() as nvml:
         handle = nvml and machine.nvidia_handle(nvml, device.uuid(torch.device("cuda")))
-        return handle and (nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
-                           nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-                           nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000)
+        return handle and (
+            nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
+            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+        )
 
 
 def group_of(part: str, name: str) -> str:
@@ -127,12 +138,14 @@ def group_of(part: str, name: str) -> str:
 
 # ---- Runs ----
 
+
 def run_ours(options, profile: Profile, steps: int) -> dict:
     import backends
     import calibration
 
-    backend = backends.load(precision="float32" if options.float32 else None,
-                            calibrated=calibration.defaults().calibrated)
+    backend = backends.load(
+        precision="float32" if options.float32 else None, calibrated=calibration.defaults().calibrated
+    )
     backends.load = lambda **_: backend
     if options.without:
         from backends.pytorch import runtime
@@ -191,10 +204,13 @@ def run_theirs(options, profile: Profile, steps: int) -> dict:
 
 # ---- Tables ----
 
+
 def show(profile: Profile, tokens: int, top: int) -> None:
     wall = 1000 * statistics.median(profile.seconds[WARM_UP : WARM_UP + TIMED])
-    kernels = [(ms / profile.profiled, calls / profile.profiled, part, name)
-               for (part, name), (ms, calls) in profile.kernels.items()]
+    kernels = [
+        (ms / profile.profiled, calls / profile.profiled, part, name)
+        for (part, name), (ms, calls) in profile.kernels.items()
+    ]
     groups = dict.fromkeys([*GROUPS, "optimizer: matrix products", "optimizer: all else"], (0.0, 0.0))
     for ms, calls, part, name in kernels:
         group = group_of(part, name)
@@ -226,8 +242,10 @@ def main():
     check_options(parser, options)
     profile = Profile(options.steps)
     found = (run_theirs if options.theirs else run_ours)(options, profile, WARM_UP + TIMED + options.steps)
-    print(f"{options.theirs or 'ours'}: depth {options.depth}, {options.device_batch} rows per pass, "
-          f"{options.total_batch} tokens per step, peak memory {found['gigabytes']:.2f} GB")
+    print(
+        f"{options.theirs or 'ours'}: depth {options.depth}, {options.device_batch} rows per pass, "
+        f"{options.total_batch} tokens per step, peak memory {found['gigabytes']:.2f} GB"
+    )
     for note in found["notes"]:
         print(note)
     show(profile, options.total_batch, options.top)

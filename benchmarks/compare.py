@@ -49,9 +49,17 @@ class Device:
 
     def add(self, key: str, parent: int | None, origin: str = "") -> int:
         number = len(self.changes)
-        self.changes.append({"number": number, "parent": parent, "description": key, "patch": key * (number > 0),
-                             "origin": origin, "status": "keep",
-                             "kind": "replay" if origin else "change" if number else "baseline"})
+        self.changes.append(
+            {
+                "number": number,
+                "parent": parent,
+                "description": key,
+                "patch": key * (number > 0),
+                "origin": origin,
+                "status": "keep",
+                "kind": "replay" if origin else "change" if number else "baseline",
+            }
+        )
         self.trials[number] = []
         self.means[number] = self.means.get(parent, BASE) + self.truth.get(key, 0.0)
         return number
@@ -71,7 +79,9 @@ class Device:
     def judge(self, number: int, parent: int, fewest: int = 1) -> None:
         """As the lab does: runs until the gate has decided, and then until there are as many as were asked for."""
         while (step := gate.next_step(self.scores(number), self.scores(parent), self.noise, self.account)).action in (
-                "run candidate", "run parent"):
+            "run candidate",
+            "run parent",
+        ):
             self.run(number if step.action == "run candidate" else parent, step.seed, number)
         self.account = self.account.after(step.facts())
         self.changes[number] |= {"status": step.action, "near_miss": step.near_miss}
@@ -81,8 +91,13 @@ class Device:
                     self.run(one, seed, number)
 
     def record(self) -> Record:
-        return Record(self.name, self.tag, {facts["number"]: Change(**facts, trials=tuple(self.trials[facts["number"]]))
-                                            for facts in self.changes}, noise=self.noise, budget=300.0)
+        return Record(
+            self.name,
+            self.tag,
+            {facts["number"]: Change(**facts, trials=tuple(self.trials[facts["number"]])) for facts in self.changes},
+            noise=self.noise,
+            budget=300.0,
+        )
 
 
 def effects(world: str, rng: random.Random) -> dict[str, dict[str, float]]:
@@ -166,8 +181,12 @@ def table(title: str, counts: Counter) -> str:
         if n := sum(its):
             told = its[CLASSES.index(right)] if right in CLASSES else 0
             share = f"{told / n:>8.1%}" if right in CLASSES else f"{'-':>8}"
-            lines.append(f"  truth: {right:<18}" + "".join(f"{one:>15}" for one in its) + share
-                         + f"{(n - told - its[-1]) / n:>8.1%}")
+            lines.append(
+                f"  truth: {right:<18}"
+                + "".join(f"{one:>15}" for one in its)
+                + share
+                + f"{(n - told - its[-1]) / n:>8.1%}"
+            )
     return "\n".join(lines)
 
 
@@ -193,9 +212,13 @@ def main():
             print(table(f"{world}: runs {runs}", counts))
             print(f"  of {changes} changes {wrong / max(1, changes):.1%} have a wrong class on any of three devices")
             if world != "nothing":
-                print("  told right: " + ", ".join(
-                    f"{share(counts, name, CLASSES, lambda right: (right,)):.0%} on {name}" for name in "BCD"),
-                    flush=True)
+                print(
+                    "  told right: "
+                    + ", ".join(
+                        f"{share(counts, name, CLASSES, lambda right: (right,)):.0%} on {name}" for name in "BCD"
+                    ),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

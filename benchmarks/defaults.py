@@ -45,12 +45,17 @@ def run(found: dict, seed: int, budget: float | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder, "profile.json"), Path(folder, "result.json")
         path.write_text(json.dumps(found))
-        environment = {**os.environ, "AUTORESEARCH_PROFILE": str(path), "AUTORESEARCH_RESULT": str(result),
-                       "AUTORESEARCH_SEED": str(seed)}
+        environment = {
+            **os.environ,
+            "AUTORESEARCH_PROFILE": str(path),
+            "AUTORESEARCH_RESULT": str(result),
+            "AUTORESEARCH_SEED": str(seed),
+        }
         if budget:
             environment["AUTORESEARCH_BUDGET"] = str(budget)
-        done = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=environment, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(
+            [sys.executable, "train.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         return json.loads(result.read_text()) if result.exists() else {"status": done.stderr.strip()[-300:]}
 
 
@@ -71,9 +76,15 @@ def main() -> None:
             settings, result = sized["settings"], run(sized, seed, options.budget)
             row = [size, seed, settings["depth"], settings["total_batch_size"], settings["window_pattern"]]
             if result["status"] == "ok":
-                row += [f"{result['val_bpb']:.6f}", f"{result['tokens_per_second']:,.0f}",
-                        f"{result['total_tokens_M']:.2f}", result["num_steps"], f"{result['mfu_percent']:.1f}",
-                        f"{result['speed'] or 0:.2f}", f"{result['peak_vram_mb'] / 953.67:.2f}"]
+                row += [
+                    f"{result['val_bpb']:.6f}",
+                    f"{result['tokens_per_second']:,.0f}",
+                    f"{result['total_tokens_M']:.2f}",
+                    result["num_steps"],
+                    f"{result['mfu_percent']:.1f}",
+                    f"{result['speed'] or 0:.2f}",
+                    f"{result['peak_vram_mb'] / 953.67:.2f}",
+                ]
             else:
                 row += [result.get("reason", result["status"])]
             print("| " + " | ".join(map(str, row)) + " |", flush=True)

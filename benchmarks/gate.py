@@ -36,6 +36,7 @@ LOW, HIGH, HIGHER = 0.0005, 0.01, 0.03  # noise: an H100, and slower machines
 
 # --- Effects ---
 
+
 def published(path: Path) -> np.ndarray:
     """Each change's val_bpb minus the best before it; crashes are left out."""
     with open(path, newline="") as file:
@@ -71,6 +72,7 @@ def less_noise(effects: np.ndarray, sd: float) -> np.ndarray:
 
 
 # --- Nights ---
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -110,8 +112,21 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
     own = math.sqrt(1 - setting.shared) * setting.noise
     parent = Configuration(0.0)
     configurations, account, misses = [parent], gate.Account(), {}
-    found = dict.fromkeys(("keeps", "false", "experiments", "runs", "pooled", "pooled_keeps", "simple_keeps",
-                           "simple_loss", "planted", "planted_kept"), 0)
+    found = dict.fromkeys(
+        (
+            "keeps",
+            "false",
+            "experiments",
+            "runs",
+            "pooled",
+            "pooled_keeps",
+            "simple_keeps",
+            "simple_loss",
+            "planted",
+            "planted_kept",
+        ),
+        0,
+    )
 
     def run(one: Configuration, with_seed: int) -> None:
         noise = by_seed[with_seed - gate.seed(0)] + own * rng.standard_normal()
@@ -126,7 +141,7 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
     while found["runs"] < setting.runs:
         found["experiments"] += 1
         number, simpler, planted = found["experiments"], False, False
-        members = gate.together([(n, *miss[1:]) for n, miss in misses.items()])[:gate.MOST_TOGETHER]
+        members = gate.together([(n, *miss[1:]) for n, miss in misses.items()])[: gate.MOST_TOGETHER]
         if members:
             effect = sum(misses.pop(member)[0] for member in members)
             found["pooled"] += 1
@@ -163,8 +178,12 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
                 found["pooled_keeps"] += bool(members)
                 found["planted_kept"] += planted
     estimate = noise()
-    return found | {"gain": -parent.true * setting.runs / found["runs"], "sd": estimate.sd / setting.noise,
-                    "df": estimate.df, "told": gate.smallest_detectable(estimate, account)}
+    return found | {
+        "gain": -parent.true * setting.runs / found["runs"],
+        "sd": estimate.sd / setting.noise,
+        "df": estimate.df,
+        "told": gate.smallest_detectable(estimate, account),
+    }
 
 
 def groups(configurations: list[Configuration]) -> list[list[float]]:
@@ -224,26 +243,43 @@ def table(title: str, header: str, lines: list[str]) -> None:
 
 # --- Tables ---
 
+
 def gains(nights: Nights, effects: np.ndarray) -> None:
     lines = []
     kinds = [(f"{runs} runs", effects, Setting(runs=runs)) for runs in (60, 125, 300)]
-    kinds += [(f"125, prior {prior:.2g} times the noise", effects, Setting(prior=prior))
-              for prior in (1 / 3, 1 / 2, 2, 3)]
-    kinds += [("125, half of the variance shared by seed", effects, Setting(shared=0.5)),
-              ("125, near misses not tried together", effects, Setting(pool=False)),
-              ("125, effects less noise of 0.0003", less_noise(effects, 0.0003), Setting()),
-              ("125, effects less noise of 0.0005", less_noise(effects, 0.0005), Setting())]
+    kinds += [
+        (f"125, prior {prior:.2g} times the noise", effects, Setting(prior=prior)) for prior in (1 / 3, 1 / 2, 2, 3)
+    ]
+    kinds += [
+        ("125, half of the variance shared by seed", effects, Setting(shared=0.5)),
+        ("125, near misses not tried together", effects, Setting(pool=False)),
+        ("125, effects less noise of 0.0003", less_noise(effects, 0.0003), Setting()),
+        ("125, effects less noise of 0.0005", less_noise(effects, 0.0005), Setting()),
+    ]
     for name, those, setting in kinds:
         ours, theirs = nights(those, setting), nights(those, setting, one_run_each)
         (gained, error), (false, false_error) = ratio(ours["gain"], theirs["gain"]), ratio(ours["false"], ours["keeps"])
-        lines.append(" | ".join((
-            name, f"{100 * gained:.1f} ± {100 * error:.1f}", f"{100 * false:.2f} ± {100 * false_error:.2f}",
-            f"{100 * theirs['false'].sum() / theirs['keeps'].sum():.0f}",
-            f"{ours['keeps'].mean():.1f} / {theirs['keeps'].mean():.1f}", f"{ours['experiments'].mean():.0f}",
-            each(ours),
-            f"{ours['pooled'].mean():.1f} / {ours['pooled_keeps'].mean():.1f}", f"{ours['sd'].mean():.2f}")))
-    table(f"Noise {LOW}:", "night | true gain, % of the other rule's | false keeps, % | the other rule's, % | keeps, "
-          "ours / other | experiments | runs each | tried together / kept | noise, estimated / true", lines)
+        lines.append(
+            " | ".join(
+                (
+                    name,
+                    f"{100 * gained:.1f} ± {100 * error:.1f}",
+                    f"{100 * false:.2f} ± {100 * false_error:.2f}",
+                    f"{100 * theirs['false'].sum() / theirs['keeps'].sum():.0f}",
+                    f"{ours['keeps'].mean():.1f} / {theirs['keeps'].mean():.1f}",
+                    f"{ours['experiments'].mean():.0f}",
+                    each(ours),
+                    f"{ours['pooled'].mean():.1f} / {ours['pooled_keeps'].mean():.1f}",
+                    f"{ours['sd'].mean():.2f}",
+                )
+            )
+        )
+    table(
+        f"Noise {LOW}:",
+        "night | true gain, % of the other rule's | false keeps, % | the other rule's, % | keeps, "
+        "ours / other | experiments | runs each | tried together / kept | noise, estimated / true",
+        lines,
+    )
 
 
 def false_nights(nights: Nights, effects: np.ndarray) -> None:
@@ -258,8 +294,12 @@ def false_nights(nights: Nights, effects: np.ndarray) -> None:
                 if (prior, df) == (1, 4):
                     shown = f"{found['experiments'].mean():.0f} | {statistics.median(found['told']):.3f}"
             lines.append(" | ".join((*cells, shown)))
-    table("Nights with a false keep, %:", "effects | noise | runs | prior right | a third of the noise | three times | "
-          "noise known | experiments | smallest detectable at the end", lines)
+    table(
+        "Nights with a false keep, %:",
+        "effects | noise | runs | prior right | a third of the noise | three times | "
+        "noise known | experiments | smallest detectable at the end",
+        lines,
+    )
 
 
 def detectable(nights: Nights, effects: np.ndarray) -> None:
@@ -268,8 +308,11 @@ def detectable(nights: Nights, effects: np.ndarray) -> None:
         for at in (10, 60):
             found = nights(effects, Setting(noise=noise, plant=at))
             lines.append(f"{noise} | {at} | {share(found['planted_kept'])}")
-    table("A change as good as the smallest that the session says it would see in 80 % of cases:",
-          "noise | put in as experiment | kept, %", lines)
+    table(
+        "A change as good as the smallest that the session says it would see in 80 % of cases:",
+        "noise | put in as experiment | kept, %",
+        lines,
+    )
 
 
 def simplifications(nights: Nights, effects: np.ndarray) -> None:
@@ -280,10 +323,16 @@ def simplifications(nights: Nights, effects: np.ndarray) -> None:
             setting = Setting(simple=often, simple_effect=None if loss is None else loss * LOW)
             found = nights(effects, setting)
             lost = found["simple_loss"] / LOW
-            lines.append(f"{often:.0%} | {name} | {found['simple_keeps'].mean():.2f} | {lost.mean():.2f} | "
-                         f"{share(lost > 1 + 1e-9)} | {each(found)}")
-    table(f"Simplifications (125 runs, noise {LOW}):", "of changes | true loss of each | kept per night for it | true "
-          "losses together, sd | nights in which they exceed one sd, % | runs each", lines)
+            lines.append(
+                f"{often:.0%} | {name} | {found['simple_keeps'].mean():.2f} | {lost.mean():.2f} | "
+                f"{share(lost > 1 + 1e-9)} | {each(found)}"
+            )
+    table(
+        f"Simplifications (125 runs, noise {LOW}):",
+        "of changes | true loss of each | kept per night for it | true "
+        "losses together, sd | nights in which they exceed one sd, % | runs each",
+        lines,
+    )
 
 
 def main() -> None:
@@ -297,8 +346,12 @@ def main() -> None:
     print(f"{len(effects)} effects, {np.mean(effects < 0):.1%} of them gains; {options.nights} nights each")
     with ProcessPoolExecutor() as pool:
         nights = Nights(pool, options.nights)
-        for name, show in (("gains", gains), ("false", false_nights), ("detectable", detectable),
-                           ("simple", simplifications)):
+        for name, show in (
+            ("gains", gains),
+            ("false", false_nights),
+            ("detectable", detectable),
+            ("simple", simplifications),
+        ):
             if options.only in (None, name):
                 show(nights, effects)
     print(f"\n{time.monotonic() - began:.0f} s")

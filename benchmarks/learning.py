@@ -33,8 +33,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from peers import (  # beside this file
-    add_options, by_steps, check_options, execute, our_name, replaced, run_apart, run_torch_source, torch_source,
-    with_constants)
+    add_options,
+    by_steps,
+    check_options,
+    execute,
+    our_name,
+    replaced,
+    run_apart,
+    run_torch_source,
+    torch_source,
+    with_constants,
+)
 from seed_noise import TRAIN, StepClock
 
 import backends
@@ -60,16 +69,23 @@ def run_ours(options) -> dict:
             return seconds[-1]
 
     def finish(backend, model, data, clock, **_):
-        found.update(initial=clock.initial_weights, data=data.data_tag, notes=backend.device.notes,
-                     attention_provider=backend.device.attention_provider)
+        found.update(
+            initial=clock.initial_weights,
+            data=data.data_tag,
+            notes=backend.device.notes,
+            attention_provider=backend.device.attention_provider,
+        )
         clock.stop()
 
     prepare.Clock, prepare.evaluate_bpb, prepare.report = Clock, finish, lambda *_, **__: None
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(AUTORESEARCH_SEED=str(options.seed), AUTORESEARCH_RESULT=f"{folder}/result.json")
         execute("ours", with_constants(TRAIN.read_text(), options)).main()
-    return dict(found, losses=[float(loss) for loss in losses],
-                tokens_per_second=options.total_batch / statistics.median(seconds))
+    return dict(
+        found,
+        losses=[float(loss) for loss in losses],
+        tokens_per_second=options.total_batch / statistics.median(seconds),
+    )
 
 
 def run_theirs(options) -> dict:
@@ -92,12 +108,15 @@ def run_theirs(options) -> dict:
     made, passed = "\nmodel.init_weights()\n", "        train_loss = loss.detach()\n"
     source = replaced(source, made, f"{made}start_from_ours(model)\n")
     source = replaced(source, passed, f"{passed}        heard(train_loss)\n")
-    theirs = run_torch_source(source, options, data, options.steps, start_from_ours=start_from_ours,
-                              heard=heard.append)
-    return dict(found, losses=torch.stack(heard).reshape(options.steps, -1).mean(1).tolist(),
-                tokens_per_second=(options.steps - 11) * options.total_batch / theirs.total_training_time
-                if options.steps > 11 else None,  # it does not time the first
-                attention_provider=getattr(theirs, "attention_provider", None))
+    theirs = run_torch_source(source, options, data, options.steps, start_from_ours=start_from_ours, heard=heard.append)
+    return dict(
+        found,
+        losses=torch.stack(heard).reshape(options.steps, -1).mean(1).tolist(),
+        tokens_per_second=(options.steps - 11) * options.total_batch / theirs.total_training_time
+        if options.steps > 11
+        else None,  # it does not time the first
+        attention_provider=getattr(theirs, "attention_provider", None),
+    )
 
 
 def our_text(options):
@@ -112,12 +131,16 @@ def our_text(options):
 def run_child(side: str, seed: int) -> dict:
     started = time.time()
     result = run_apart(__file__, f"{side}, seed {seed},", "--child", side, "--seed", str(seed))
-    print(f"{side:6} seed {seed}: last loss {result['losses'][-1]:.4f}, {time.time() - started:.0f} s; "
-          f"Flash Attention 3: {result['attention_provider']}", flush=True)
+    print(
+        f"{side:6} seed {seed}: last loss {result['losses'][-1]:.4f}, {time.time() - started:.0f} s; "
+        f"Flash Attention 3: {result['attention_provider']}",
+        flush=True,
+    )
     return result
 
 
 # ---- Comparison ----
+
 
 def compare(ours: dict, theirs: dict, limit: float) -> bool:
     """Prints the differences; whether their mean's interval is within the limit.
@@ -126,12 +149,16 @@ def compare(ours: dict, theirs: dict, limit: float) -> bool:
         ours, theirs: {"options": {...}, "runs": {seed: {"losses": of each step, "initial": ..., "data": ...}}}.
     """
     if ours["options"] != theirs["options"] or ours["runs"].keys() != theirs["runs"].keys():
-        raise SystemExit(f"not the same runs: {ours['options']}, seeds {[*ours['runs']]}; "
-                         f"{theirs['options']}, seeds {[*theirs['runs']]}")
+        raise SystemExit(
+            f"not the same runs: {ours['options']}, seeds {[*ours['runs']]}; "
+            f"{theirs['options']}, seeds {[*theirs['runs']]}"
+        )
     last, pairs = ours["options"]["last"], {seed: (run, theirs["runs"][seed]) for seed, run in ours["runs"].items()}
     differences = []
-    print(f"\nmean training loss of the last {last} of {ours['options']['steps']} steps, nats\n\n"
-          "| seed | ours | theirs | ours - theirs |\n|---|---|---|---|")
+    print(
+        f"\nmean training loss of the last {last} of {ours['options']['steps']} steps, nats\n\n"
+        "| seed | ours | theirs | ours - theirs |\n|---|---|---|---|"
+    )
     for seed, pair in pairs.items():
         for what in ("initial", "data"):
             if pair[0][what] != pair[1][what]:
@@ -145,22 +172,29 @@ def compare(ours: dict, theirs: dict, limit: float) -> bool:
             print(f"tokens/s of {side}: " + ", ".join(f"{run['tokens_per_second']:,.0f}" for run in runs.values()))
     for side, runs in (("ours", ours["runs"]), ("theirs", theirs["runs"])):
         print(f"Flash Attention 3 of {side}: {', '.join({str(run['attention_provider']) for run in runs.values()})}")
-    print("mean difference over all seeds by steps: " + ", ".join(
-        f"{first + 1} to {first + last} {by_steps_from(pairs, first, last):+.4f}"
-        for first in range(0, ours["options"]["steps"], last)))
+    print(
+        "mean difference over all seeds by steps: "
+        + ", ".join(
+            f"{first + 1} to {first + last} {by_steps_from(pairs, first, last):+.4f}"
+            for first in range(0, ours["options"]["steps"], last)
+        )
+    )
     if len(differences) < 2:
         raise SystemExit("an interval needs two seeds at least")
     mean, low, high = gate.interval(differences)
     within = -limit <= low and high <= limit
-    print(f"mean difference {mean:+.5f}, 90 % interval {low:+.5f} to {high:+.5f}: "
-          f"{'within' if within else 'NOT within'} ±{limit:g}")
+    print(
+        f"mean difference {mean:+.5f}, 90 % interval {low:+.5f} to {high:+.5f}: "
+        f"{'within' if within else 'NOT within'} ±{limit:g}"
+    )
     return within
 
 
 def by_steps_from(pairs: dict, first: int, count: int) -> float:
     """The mean difference of these steps over all seeds."""
-    one, other = ([loss for pair in pairs.values() for loss in pair[side]["losses"][first : first + count]]
-                  for side in (0, 1))
+    one, other = (
+        [loss for pair in pairs.values() for loss in pair[side]["losses"][first : first + count]] for side in (0, 1)
+    )
     return statistics.fmean(one) - statistics.fmean(other)
 
 
@@ -196,9 +230,13 @@ def main() -> int:
     if options.compare:
         sides = [json.loads(path.read_text()) for path in options.compare]
     else:
-        sides = [{"options": {name: getattr(options, name) for name in SAME},
-                  "runs": {str(seed): run_child(side, seed) for seed in options.seeds}}
-                 for side in ([options.only] if options.only else ["ours", "theirs"])]
+        sides = [
+            {
+                "options": {name: getattr(options, name) for name in SAME},
+                "runs": {str(seed): run_child(side, seed) for seed in options.seeds},
+            }
+            for side in ([options.only] if options.only else ["ours", "theirs"])
+        ]
     if options.only:
         options.out.write_text(json.dumps(sides[0]))
         return 0

@@ -87,19 +87,36 @@ def main():
         peaks = {}
         for rows in options.rows:
             done = subprocess.run(
-                [sys.executable, __file__, "--child", "--depths", str(depth), "--rows", str(rows), "--precision",
-                 options.precision], capture_output=True, text=True, check=False,
-                env={**os.environ, "AUTORESEARCH_DEVICE": "cpu"})
+                [
+                    sys.executable,
+                    __file__,
+                    "--child",
+                    "--depths",
+                    str(depth),
+                    "--rows",
+                    str(rows),
+                    "--precision",
+                    options.precision,
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "AUTORESEARCH_DEVICE": "cpu"},
+            )
             if done.returncode:
                 sys.exit(done.stdout + done.stderr)
             peaks[rows] = json.loads(done.stdout.rsplit("RESULT", 1)[1]) / 1e9
         (a, first), (b, second), *others = peaks.items()
         per_row = (second - first) / (b - a)
         fixed = first - a * per_row
-        print(f"{depth:5} {fixed:9.2f} {per_row:9.3f} | "
-              + ", ".join(str(rows_that_fit(fixed, per_row, memory)) for memory in MACS)
-              + "".join(f" | {rows} rows: {peak:.2f} GB, by the line {fixed + rows * per_row:.2f}"
-                        for rows, peak in others), flush=True)
+        print(
+            f"{depth:5} {fixed:9.2f} {per_row:9.3f} | "
+            + ", ".join(str(rows_that_fit(fixed, per_row, memory)) for memory in MACS)
+            + "".join(
+                f" | {rows} rows: {peak:.2f} GB, by the line {fixed + rows * per_row:.2f}" for rows, peak in others
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

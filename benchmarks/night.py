@@ -24,11 +24,18 @@ def main():
     session = Session(folder)
     state, night = session.state, Journal(folder / "night.jsonl")
     tried = [e for e in state.decided if e.number and e.kind != CONFIRM]
-    print(f"{len(tried)} experiments, {sum(len(e.runs) for e in tried)} runs of {session.budget:g} s: "
-          + ", ".join(f"{count} {status}" for status, count in Counter(e.status for e in tried).most_common()))
+    print(
+        f"{len(tried)} experiments, {sum(len(e.runs) for e in tried)} runs of {session.budget:g} s: "
+        + ", ".join(f"{count} {status}" for status, count in Counter(e.status for e in tried).most_common())
+    )
     turns = [event for event in night.events if event["event"] == "turn"]
-    print("turns: " + ", ".join(f"{count} {by} {outcome}" for (by, outcome), count in
-                                Counter((turn["by"], turn["outcome"]) for turn in turns).most_common()))
+    print(
+        "turns: "
+        + ", ".join(
+            f"{count} {by} {outcome}"
+            for (by, outcome), count in Counter((turn["by"], turn["outcome"]) for turn in turns).most_common()
+        )
+    )
     best, baseline = state.mean(state.best), state.mean(state.baseline)
     print(f"best {best:.6f}, experiment {state.best.number}; baseline {baseline:.6f}; noise {session.noise.sd:.6f}")
     for confirmation in (e for e in state.decided if e.kind == CONFIRM):

@@ -42,14 +42,25 @@ import torch  # noqa: E402
 
 import prepare  # noqa: E402
 from apart import (  # noqa: E402
-    STEP_LIMITS, Step, add_options, norm, open_train, optimizer_state, perturbed, schedule_by_name, steps_apart,
-    verdict, walk)
+    STEP_LIMITS,
+    Step,
+    add_options,
+    norm,
+    open_train,
+    optimizer_state,
+    perturbed,
+    schedule_by_name,
+    steps_apart,
+    verdict,
+    walk,
+)
 from peers import our_name  # noqa: E402
 
 LIMITS = {"initial weights": 2e-2, "hyperparameters": 1e-6, **STEP_LIMITS, "evaluate_bpb": 1e-5}
 
 
 # ---- The original ----
+
 
 def load_train(path: Path, vocab_size: int) -> ModuleType:
     """The original's classes, functions and constants, without its setup and loop, computing in float32."""
@@ -66,7 +77,8 @@ def load_train(path: Path, vocab_size: int) -> ModuleType:
             return node.module == "dataclasses"
         if isinstance(node, ast.Assign):  # constants
             return not any(isinstance(part, (ast.Call, ast.Attribute)) for part in ast.walk(node)) and all(
-                isinstance(part.ctx, ast.Store) for part in ast.walk(node) if isinstance(part, ast.Name))
+                isinstance(part.ctx, ast.Store) for part in ast.walk(node) if isinstance(part, ast.Name)
+            )
         return isinstance(node, (ast.ClassDef, ast.FunctionDef))
 
     tree = ast.parse(source, str(path))
@@ -106,8 +118,13 @@ class Original:
         if not own_rotary:
             self.model.cos, self.model.sin = exact_rotary(self.model)
         self.optimizer = self.model.setup_optimizer(
-            unembedding_lr=module.UNEMBEDDING_LR, embedding_lr=module.EMBEDDING_LR, scalar_lr=module.SCALAR_LR,
-            adam_betas=module.ADAM_BETAS, matrix_lr=module.MATRIX_LR, weight_decay=module.WEIGHT_DECAY)
+            unembedding_lr=module.UNEMBEDDING_LR,
+            embedding_lr=module.EMBEDDING_LR,
+            scalar_lr=module.SCALAR_LR,
+            adam_betas=module.ADAM_BETAS,
+            matrix_lr=module.MATRIX_LR,
+            weight_decay=module.WEIGHT_DECAY,
+        )
         self.named = {our_name(name): p for name, p in self.model.named_parameters()}
         self.initial = {name: p.detach().numpy().copy() for name, p in self.named.items()}
         self.groups = {}
@@ -129,11 +146,13 @@ class Original:
             if group["kind"] == "muon":
                 pairs = (("momentum_buffer", "momentum"), ("second_momentum_buffer", "square"))
                 self.optimizer.state[group["params"][0]] = {
-                    theirs: torch.stack([one[key] for one in ours]) for theirs, key in pairs}
+                    theirs: torch.stack([one[key] for one in ours]) for theirs, key in pairs
+                }
             else:
                 for parameter, one in zip(group["params"], ours, strict=True):
                     self.optimizer.state[parameter] = dict(
-                        step=int(one["step"]), exp_avg=one["mean"].clone(), exp_avg_sq=one["square"].clone())
+                        step=int(one["step"]), exp_avg=one["mean"].clone(), exp_avg_sq=one["square"].clone()
+                    )
 
     def gradients(self, x, y):
         """(loss, gradients by name); they stay in the parameters."""
@@ -174,8 +193,11 @@ def original_token_bytes(module, data) -> np.ndarray:
     """The original's byte counts: what its `train_tokenizer` writes when it is given our merges instead of its own."""
     encoding = data.tokenizer
     merges = [(encoding.decode_single_token_bytes(i), i) for i in range(data.bos)]
-    trained = SimpleNamespace(train_from_iterator=lambda *_, **__: None, get_pattern=lambda: prepare.SPLIT_PATTERN,
-                              get_mergeable_ranks=lambda: merges)
+    trained = SimpleNamespace(
+        train_from_iterator=lambda *_, **__: None,
+        get_pattern=lambda: prepare.SPLIT_PATTERN,
+        get_mergeable_ranks=lambda: merges,
+    )
     module.rustbpe, module.list_parquet_files = SimpleNamespace(Tokenizer=lambda: trained), lambda: ["one", "two"]
     with tempfile.TemporaryDirectory() as folder, mock.patch("builtins.print"):
         module.TOKENIZER_DIR = folder
@@ -194,6 +216,7 @@ def original_bpb(module, losses, rows: np.ndarray, token_bytes: np.ndarray) -> f
 
 # ---- Comparison ----
 
+
 def at_one_state(train, trainer, model, original, groups, batch, progress: float, step: int) -> tuple:
     """One step of both from our state: (quantity -> parameter -> how far apart, our loss)."""
     backend = train.backend
@@ -211,10 +234,18 @@ def at_one_state(train, trainer, model, original, groups, batch, progress: float
     original.copy_state(before, state)
     after_same_gradient = original.step(progress, step, gradients)
 
-    here = steps_apart(before, hypers, Step(loss, gradients, after), Step(their_loss, their_gradients, their_after),
-                       (after, after_same_gradient))
-    here["hyperparameters"] = {f"{name} {key}": abs(value - original.hyper(name)[key]) / max(abs(value), 1e-12)
-                               for name, hyper in hypers.items() for key, value in hyper.items()}
+    here = steps_apart(
+        before,
+        hypers,
+        Step(loss, gradients, after),
+        Step(their_loss, their_gradients, their_after),
+        (after, after_same_gradient),
+    )
+    here["hyperparameters"] = {
+        f"{name} {key}": abs(value - original.hyper(name)[key]) / max(abs(value), 1e-12)
+        for name, hyper in hypers.items()
+        for key, value in hyper.items()
+    }
     return here, loss
 
 
@@ -249,10 +280,12 @@ def bpb_apart(options, train, model, trainer, original, data) -> float:
     own_bytes = original_token_bytes(module, data)
     theirs, by_our_bytes = (original_bpb(module, losses, rows, counts) for counts in (own_bytes, data.token_bytes))
     targets = rows[:, 1:]
-    print(f"evaluate_bpb on {len(rows)} validation rows: ours {ours:.8f}; the original's {by_our_bytes:.8f} "
-          f"({by_our_bytes / ours - 1:+.1e}), and {theirs:.8f} ({theirs / ours - 1:+.1e}) by its own byte counts, "
-          f"which differ for {(own_bytes != data.token_bytes).sum()} of {data.vocab_size} tokens and make these rows "
-          f"{own_bytes[targets].sum() / data.token_bytes[targets].sum() - 1:+.1e} longer")
+    print(
+        f"evaluate_bpb on {len(rows)} validation rows: ours {ours:.8f}; the original's {by_our_bytes:.8f} "
+        f"({by_our_bytes / ours - 1:+.1e}), and {theirs:.8f} ({theirs / ours - 1:+.1e}) by its own byte counts, "
+        f"which differ for {(own_bytes != data.token_bytes).sum()} of {data.vocab_size} tokens and make these rows "
+        f"{own_bytes[targets].sum() / data.token_bytes[targets].sum() - 1:+.1e} longer"
+    )
     return abs(by_our_bytes / ours - 1)
 
 
@@ -272,15 +305,20 @@ def main() -> int:
     torch.manual_seed(0)  # of the original's initial weights
     module = load_train(options.original / "train.py", data.vocab_size)
     original = Original(module, train.DEPTH, eps, options.own_rotary)
-    print(f"depth {train.DEPTH}, width {train.model_width(train.DEPTH)}, {options.rows} x {prepare.MAX_SEQ_LEN} "
-          f"tokens, data {data.name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"depth {train.DEPTH}, width {train.model_width(train.DEPTH)}, {options.rows} x {prepare.MAX_SEQ_LEN} "
+        f"tokens, data {data.name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
 
-    findings = [("initial weights", value, name)
-                for name, value in what_is_drawn_or_counted(train, model, shapes, original).items()]
+    findings = [
+        ("initial weights", value, name)
+        for name, value in what_is_drawn_or_counted(train, model, shapes, original).items()
+    ]
     backend.set_weights(model, perturbed(train.initial_weights(shapes, seed=42), options.noise))
     trainer = backend.Trainer(model, train.training_loss, groups)
-    findings += walk(options, train, data, shapes,
-                     lambda *where: at_one_state(train, trainer, model, original, groups, *where))
+    findings += walk(
+        options, train, data, shapes, lambda *where: at_one_state(train, trainer, model, original, groups, *where)
+    )
     bpb = bpb_apart(options, train, model, trainer, original, data)
     findings.append(("evaluate_bpb", bpb, "same weights, rows, bytes"))
 

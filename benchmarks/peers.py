@@ -46,8 +46,12 @@ def trainer(options):
 
 
 def with_constants(source: str, options) -> str:
-    values = {"DEPTH": options.depth, "DEVICE_BATCH_SIZE": options.device_batch,
-              "TOTAL_BATCH_SIZE": options.total_batch, "WINDOW_PATTERN": options.windows}
+    values = {
+        "DEPTH": options.depth,
+        "DEVICE_BATCH_SIZE": options.device_batch,
+        "TOTAL_BATCH_SIZE": options.total_batch,
+        "WINDOW_PATTERN": options.windows,
+    }
     for name, value in values.items():
         source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r} ", source)
         assert found == 1, f"{name} is set {found} times"
@@ -77,8 +81,9 @@ def execute(name: str, source: str, **variables):
 def run_apart(script: str, what: str, *arguments: str, env: dict | None = None) -> dict:
     """What a script, run once more with its own arguments and these, prints after RESULT. Where that fails, so does the
     caller, with what it said."""
-    done = subprocess.run([sys.executable, script, *sys.argv[1:], *arguments], capture_output=True, text=True,
-                          check=False, env=env)
+    done = subprocess.run(
+        [sys.executable, script, *sys.argv[1:], *arguments], capture_output=True, text=True, check=False, env=env
+    )
     if done.returncode:
         sys.exit(f"{what} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.rsplit("RESULT", 1)[1])
@@ -91,6 +96,7 @@ def stub(data, seconds: float, array, evaluate):
         array: makes a tensor of theirs from int32 numpy (B, T).
         evaluate: stands for its evaluate_bpb(model, tokenizer, batch_size).
     """
+
     class Tokenizer:
         from_directory = classmethod(lambda cls: cls())
         get_vocab_size = lambda self: data.vocab_size  # noqa: E731
@@ -100,8 +106,13 @@ def stub(data, seconds: float, array, evaluate):
         for x, y in loader:
             yield array(x), array(y), loader.epoch
 
-    return types.SimpleNamespace(MAX_SEQ_LEN=prepare.MAX_SEQ_LEN, TIME_BUDGET=seconds, Tokenizer=Tokenizer,
-                                 make_dataloader=make_dataloader, evaluate_bpb=evaluate)
+    return types.SimpleNamespace(
+        MAX_SEQ_LEN=prepare.MAX_SEQ_LEN,
+        TIME_BUDGET=seconds,
+        Tokenizer=Tokenizer,
+        make_dataloader=make_dataloader,
+        evaluate_bpb=evaluate,
+    )
 
 
 def scorer(data, backend: type):
@@ -118,6 +129,7 @@ def scorer(data, backend: type):
 
 
 # ---- PyTorch: karpathy/autoresearch and its ports ----
+
 
 def run_torch(options) -> dict:
     """Its clock leaves its first 11 steps uncounted (one, without a GPU): those of compilation, and learned from."""
@@ -136,10 +148,17 @@ def run_torch(options) -> dict:
     source = torch_source(options).replace("step > 10", f"step > {uncounted}")
     theirs = run_torch_source(source, options, data, options.seconds, evaluate)
     counted, seconds = theirs.step - uncounted - 1, theirs.total_training_time
-    return dict(tokens_per_second=counted * theirs.TOTAL_BATCH_SIZE / seconds, steps=theirs.step, seconds=seconds,
-                tokens_per_step=theirs.TOTAL_BATCH_SIZE, rows=theirs.DEVICE_BATCH_SIZE, depth=theirs.DEPTH,
-                flops_per_token=theirs.num_flops_per_token,
-                attention_provider=getattr(theirs, "attention_provider", None), **measured)
+    return dict(
+        tokens_per_second=counted * theirs.TOTAL_BATCH_SIZE / seconds,
+        steps=theirs.step,
+        seconds=seconds,
+        tokens_per_step=theirs.TOTAL_BATCH_SIZE,
+        rows=theirs.DEVICE_BATCH_SIZE,
+        depth=theirs.DEPTH,
+        flops_per_token=theirs.num_flops_per_token,
+        attention_provider=getattr(theirs, "attention_provider", None),
+        **measured,
+    )
 
 
 def torch_source(options) -> str:
@@ -239,6 +258,7 @@ def torch_peak() -> int:
 
 # ---- MLX ----
 
+
 def run_autoresearch_mlx(options) -> dict:
     """train.py of trevin-creator/autoresearch-mlx: ours in shape, but for windows that are one token narrower, and
     AdamW for every parameter."""
@@ -256,8 +276,13 @@ def run_autoresearch_mlx(options) -> dict:
     sys.modules["prepare"] = stub(data, options.seconds, mx.array, evaluate)
     theirs = execute("theirs", sized(mlx_source(options), options))
     counted = theirs.step - theirs.STARTUP_EXCLUDE_STEPS
-    return dict(tokens_per_second=counted * theirs.TOTAL_BATCH_SIZE / theirs.total_training_time, steps=theirs.step,
-                tokens_per_step=theirs.TOTAL_BATCH_SIZE, seconds=theirs.total_training_time, **measured)
+    return dict(
+        tokens_per_second=counted * theirs.TOTAL_BATCH_SIZE / theirs.total_training_time,
+        steps=theirs.step,
+        tokens_per_step=theirs.TOTAL_BATCH_SIZE,
+        seconds=theirs.total_training_time,
+        **measured,
+    )
 
 
 class Trained(Exception):
@@ -309,11 +334,24 @@ def run_parameter_golf(options) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(
-            NUM_LAYERS=options.depth, MODEL_DIM=width, NUM_HEADS=width // 128, NUM_KV_HEADS=width // 128, MLP_MULT=4,
-            VOCAB_SIZE=data.vocab_size, TRAIN_SEQ_LEN=prepare.MAX_SEQ_LEN, TRAIN_BATCH_TOKENS=options.total_batch,
-            GRAD_ACCUM_STEPS=options.total_batch // per_pass, MLX_MAX_MICROBATCH_TOKENS=per_pass, WARMUP_STEPS=2,
-            VAL_BATCH_SIZE=options.total_batch, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=1, ITERATIONS=10**9,
-            MAX_WALLCLOCK_SECONDS=options.seconds, OUT_DIR=folder)
+            NUM_LAYERS=options.depth,
+            MODEL_DIM=width,
+            NUM_HEADS=width // 128,
+            NUM_KV_HEADS=width // 128,
+            MLP_MULT=4,
+            VOCAB_SIZE=data.vocab_size,
+            TRAIN_SEQ_LEN=prepare.MAX_SEQ_LEN,
+            TRAIN_BATCH_TOKENS=options.total_batch,
+            GRAD_ACCUM_STEPS=options.total_batch // per_pass,
+            MLX_MAX_MICROBATCH_TOKENS=per_pass,
+            WARMUP_STEPS=2,
+            VAL_BATCH_SIZE=options.total_batch,
+            VAL_LOSS_EVERY=0,
+            TRAIN_LOG_EVERY=1,
+            ITERATIONS=10**9,
+            MAX_WALLCLOCK_SECONDS=options.seconds,
+            OUT_DIR=folder,
+        )
         os.environ.update({name: str(value) for name, value in settings.items()})
         tokenizer = types.SimpleNamespace(vocab_size=lambda: data.vocab_size)
         sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=lambda model_file: tokenizer)
@@ -332,9 +370,14 @@ def run_parameter_golf(options) -> dict:
         raise SystemExit("no step was counted: give it more --seconds")
     # Its optimizer, which the compilation steps leave out, runs first in step 1.
     rate = (steps - 1) * options.total_batch / (times[steps] - times[1])
-    return dict(tokens_per_second=rate, steps=steps, tokens_per_step=options.total_batch, seconds=times[steps],
-                gigabytes=gigabytes,
-                **(scored(logits) if options.score else {}))
+    return dict(
+        tokens_per_second=rate,
+        steps=steps,
+        tokens_per_step=options.total_batch,
+        seconds=times[steps],
+        gigabytes=gigabytes,
+        **(scored(logits) if options.score else {}),
+    )
 
 
 def mlx_source(options) -> str:

@@ -57,6 +57,7 @@ ARMS = ("proposer", "random search", "random steps", "Parzen")
 
 # --- Recording ---
 
+
 def record(minutes: float) -> None:
     """Trains and scores configurations drawn at random, one after another, and appends them to RECORDED. Every eighth
     is the default with another seed; of some others a second seed is tried, too: from these the noise is known."""
@@ -72,8 +73,9 @@ def record(minutes: float) -> None:
         while time.monotonic() - began < 60 * minutes:
             rng = np.random.default_rng(number)
             changed = [0, len(variables), *[int(rng.integers(1, 9))] * 6][number % 8]
-            values = {variables[i].name: drawn(variables[i], rng)
-                      for i in rng.choice(len(variables), changed, replace=False)}
+            values = {
+                variables[i].name: drawn(variables[i], rng) for i in rng.choice(len(variables), changed, replace=False)
+            }
             for seed in (number, number + 1000) if number % 4 == 2 else (number,):
                 receive, send = fork.Pipe(False)
                 process = fork.Process(target=trial, args=(block.write(text, values), seed, send))
@@ -124,11 +126,14 @@ def prepared():
         module = sys.modules["train_here"] = ModuleType("train_here")
         sizes = calibration.Defaults(*SIZES)
         try:
-            with (mock.patch.object(backends, "load", lambda **_: backend), open(os.devnull, "w") as sys.stdout,
-                  mock.patch.object(prepare, "open_data", lambda: data),
-                  mock.patch.object(prepare, "evaluate_bpb", evaluate),
-                  mock.patch.object(prepare, "report", lambda *_, **__: None),
-                  mock.patch.object(calibration, "defaults", lambda: sizes)):
+            with (
+                mock.patch.object(backends, "load", lambda **_: backend),
+                open(os.devnull, "w") as sys.stdout,
+                mock.patch.object(prepare, "open_data", lambda: data),
+                mock.patch.object(prepare, "evaluate_bpb", evaluate),
+                mock.patch.object(prepare, "report", lambda *_, **__: None),
+                mock.patch.object(calibration, "defaults", lambda: sizes),
+            ):
                 exec(compile(text, "train.py", "exec"), vars(module))
                 module.main()
         finally:  # a configuration that can't be trained is a result, too
@@ -143,6 +148,7 @@ def drawn(variable: block.Variable, rng):
 
 
 # --- What stands for training ---
+
 
 class Surrogate:
     """A Gaussian process through recorded trials: a sum of one smooth function of each variable, and one of all.
@@ -160,8 +166,9 @@ class Surrogate:
             rows = [row for row in csv.DictReader(file, delimiter="\t") if row["val_bpb"] != "crash"]
         groups: dict[tuple, list[float]] = {}
         for row in rows:
-            places = tuple(one.place(row[one.name] if one.kind == "choice" else float(row[one.name]))
-                           for one in variables)
+            places = tuple(
+                one.place(row[one.name] if one.kind == "choice" else float(row[one.name])) for one in variables
+            )
             groups.setdefault((row["clock"], places), []).append(float(row["val_bpb"]))
         default = tuple(one.place(one.value) for one in variables)
         starts = {clock: statistics.fmean(group) for (clock, places), group in groups.items() if places == default}
@@ -176,8 +183,10 @@ class Surrogate:
         self.y = np.array([statistics.fmean(group) - starts[clock] for (clock, _), group in groups.items()])
         self.variances = np.array([variance[clock] / len(group) for (clock, _), group in groups.items()])
         self.mean, self.sd = self.y.mean(), self.y.std()
-        self.r2, self.kernel = max((self.held_out(kernel), kernel) for kernel in (
-            [kernel] if kernel else itertools.product((0.2, 0.3, 0.5, 0.8, 1.2), (0.5, 0.8, 0.95))))
+        self.r2, self.kernel = max(
+            (self.held_out(kernel), kernel)
+            for kernel in ([kernel] if kernel else itertools.product((0.2, 0.3, 0.5, 0.8, 1.2), (0.5, 0.8, 0.95)))
+        )
         self.weights = self.solved(self.x, self.y, self.variances)
 
     def spread(self, places: np.ndarray) -> np.ndarray:
@@ -214,6 +223,7 @@ class Surrogate:
 
 # --- Nights ---
 
+
 class Night:
     """A session as the proposer sees it, whose runs are noise around what the surrogate says."""
 
@@ -238,16 +248,27 @@ class Night:
     def begin(self, text: str, description: str, kind: str = "change") -> None:
         blob, best = f"{zlib.crc32(text.encode()):08x}", self.state.best
         self.texts[blob] = text.encode()
-        self.state.take(dict(event="experiment", number=len(self.state.experiments), kind=kind, blob=blob,
-                             parent=best and best.blob, onto=best and best.number, commit=f"{self.seed}",
-                             description=description, digest=source.describe(text.encode()).digest))
+        self.state.take(
+            dict(
+                event="experiment",
+                number=len(self.state.experiments),
+                kind=kind,
+                blob=blob,
+                parent=best and best.blob,
+                onto=best and best.number,
+                commit=f"{self.seed}",
+                description=description,
+                digest=source.describe(text.encode()).digest,
+            )
+        )
 
     def run(self, experiment, blob: str, seed: int) -> None:
         rng = np.random.default_rng([self.seed, experiment.number, seed, blob != experiment.blob])
         bpb = self.surrogate.true(self.texts[blob].decode()) + self.surrogate.noise * rng.standard_normal()
         number = self.state.next_run()
-        self.state.take(dict(event="run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=1.0,
-                             begun=0.0))
+        self.state.take(
+            dict(event="run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=1.0, begun=0.0)
+        )
         self.state.take(dict(event="ran", run=number, status="ok", result={"val_bpb": bpb}))
 
     def decide(self, status: str, facts: dict) -> None:
@@ -261,8 +282,9 @@ class Night:
         self.begin(text, description)
         experiment = self.state.last
         while True:
-            step = gate.next_step(self.state.results(experiment.blob), self.state.results(best.blob), self.noise,
-                                  self.account)
+            step = gate.next_step(
+                self.state.results(experiment.blob), self.state.results(best.blob), self.noise, self.account
+            )
             if step.action in ("keep", "discard"):
                 break
             self.run(experiment, experiment.blob if step.action == "run candidate" else best.blob, step.seed)
@@ -294,7 +316,8 @@ def parzen(best: dict, noise, written, rng) -> optuna.samplers.BaseSampler:
     free = rng.choice(list(best), rng.integers(1, STEPS + 1), replace=False)
     return optuna.samplers.PartialFixedSampler(
         {name: place for name, place in best.items() if name not in free},
-        optuna.samplers.TPESampler(multivariate=True, n_startup_trials=5, seed=int(rng.integers(2**31))))
+        optuna.samplers.TPESampler(multivariate=True, n_startup_trials=5, seed=int(rng.integers(2**31))),
+    )
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -310,8 +333,13 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=60)
     parser.add_argument("--first", type=int, default=1000, help="seed of the first pair")
     parser.add_argument("--noise", type=float, default=1.0, help="times the recorded one")
-    parser.add_argument("--kernel", type=float, nargs=2, metavar=("LENGTH", "SHARE"),
-                        help="of the surrogate, instead of the one that predicts best")
+    parser.add_argument(
+        "--kernel",
+        type=float,
+        nargs=2,
+        metavar=("LENGTH", "SHARE"),
+        help="of the surrogate, instead of the one that predicts best",
+    )
     options = parser.parse_args()
     if options.record:
         return record(options.record)
@@ -319,24 +347,32 @@ def main() -> None:
     text = text[: text.index("\ndef ")]  # the block is all that the surrogate knows of
     surrogate = Surrogate(RECORDED, block.read(text), options.kernel)
     start = surrogate.true(text)
-    print(f"{surrogate.trials} trials of {len(surrogate.y)} configurations; held-out R2 {surrogate.r2:.3f}, kernel "
-          f"{surrogate.kernel}; noise {surrogate.noise:.4f} ({surrogate.df} degrees of freedom); the default has "
-          f"{start:.4f}, others {surrogate.y.min():+.4f} to {surrogate.y.max():+.4f} beside it")
+    print(
+        f"{surrogate.trials} trials of {len(surrogate.y)} configurations; held-out R2 {surrogate.r2:.3f}, kernel "
+        f"{surrogate.kernel}; noise {surrogate.noise:.4f} ({surrogate.df} degrees of freedom); the default has "
+        f"{start:.4f}, others {surrogate.y.min():+.4f} to {surrogate.y.max():+.4f} beside it"
+    )
     surrogate.noise *= options.noise
     began, ends = time.monotonic(), {}
     for arm in ARMS:
-        ends[arm] = np.array([night(arm, text, surrogate, options.first + pair, options.experiments)
-                              for pair in range(options.pairs)])
+        ends[arm] = np.array(
+            [night(arm, text, surrogate, options.first + pair, options.experiments) for pair in range(options.pairs)]
+        )
         curve = ends[arm][:, :-2].mean(0)
         at = ", ".join(f"{start - curve[n - 1]:.4f} after {n}" for n in (10, 20, 40, 60, 100) if n <= len(curve))
-        print(f"{arm}: gain {start - curve[-1]:.4f} ± {ends[arm][:, -3].std() / math.sqrt(options.pairs):.4f} ({at}); "
-              f"{ends[arm][:, -2].mean():.1f} runs, {ends[arm][:, -1].mean():.1f} kept; "
-              f"{time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{arm}: gain {start - curve[-1]:.4f} ± {ends[arm][:, -3].std() / math.sqrt(options.pairs):.4f} ({at}); "
+            f"{ends[arm][:, -2].mean():.1f} runs, {ends[arm][:, -1].mean():.1f} kept; "
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     for arm in ARMS[1:]:
         difference = ends[arm][:, -3] - ends["proposer"][:, -3]
         wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
-        print(f"proposer against {arm}: better in {wins} of {options.pairs} pairs, worse in {losses}; one-sided sign "
-              f"test p = {sign_test(wins, losses):.2g}")
+        print(
+            f"proposer against {arm}: better in {wins} of {options.pairs} pairs, worse in {losses}; one-sided sign "
+            f"test p = {sign_test(wins, losses):.2g}"
+        )
 
 
 if __name__ == "__main__":

@@ -54,9 +54,17 @@ def run(options) -> dict:
 
 def child(backend: str, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        result = run_apart(__file__, f"{backend}, seed {seed},", "--child", env={
-            **os.environ, "AUTORESEARCH_BACKEND": backend, "AUTORESEARCH_SEED": str(seed),
-            "AUTORESEARCH_RESULT": f"{folder}/result.json"})
+        result = run_apart(
+            __file__,
+            f"{backend}, seed {seed},",
+            "--child",
+            env={
+                **os.environ,
+                "AUTORESEARCH_BACKEND": backend,
+                "AUTORESEARCH_SEED": str(seed),
+                "AUTORESEARCH_RESULT": f"{folder}/result.json",
+            },
+        )
     print(f"{backend} {result['precision']} seed {seed}: val_bpb {result['val_bpb']:.6f}", flush=True)
     return result["val_bpb"]
 
@@ -88,8 +96,10 @@ def main():
     difference = statistics.mean(one) - statistics.mean(other)
     noise = math.sqrt((statistics.variance(one) + statistics.variance(other)) / n)
     bound = gate.t_quantile(0.05, 2 * n - 2) * noise
-    print(f"{' - '.join(found)}: {difference:+.6f}; 90 % interval of no difference: ±{bound:.6f}; "
-          f"{'within' if abs(difference) <= bound else 'BEYOND'} the seed noise")
+    print(
+        f"{' - '.join(found)}: {difference:+.6f}; 90 % interval of no difference: ±{bound:.6f}; "
+        f"{'within' if abs(difference) <= bound else 'BEYOND'} the seed noise"
+    )
 
 
 if __name__ == "__main__":

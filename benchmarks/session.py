@@ -43,8 +43,14 @@ EDITS = [
 
 def lab(where: Path, *arguments: str, home: str | None = None) -> str:
     environment = {**os.environ, **({"AUTORESEARCH_HOME": home} if home else {})}
-    done = subprocess.run([sys.executable, "-m", "lab", *arguments], cwd=where, env=environment, check=False,
-                          stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lab", *arguments],
+        cwd=where,
+        env=environment,
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"python -m lab {' '.join(arguments)} failed")
     return done.stdout
@@ -58,10 +64,14 @@ def repeated(events: list[dict], rows: int) -> list[dict]:
     made = list(events)
     for turn in range(1, rows // runs + 1):
         for event in events[start:]:
-            numbers = {"experiment": experiments, "run": runs,
-                       "number": runs if event["event"] == "run" else experiments}
-            made.append({name: value + turn * numbers[name] if name in numbers else value
-                         for name, value in event.items()})
+            numbers = {
+                "experiment": experiments,
+                "run": runs,
+                "number": runs if event["event"] == "run" else experiments,
+            }
+            made.append(
+                {name: value + turn * numbers[name] if name in numbers else value for name, value in event.items()}
+            )
     return made
 
 
@@ -104,10 +114,15 @@ def main() -> None:
             if len(found["runs"]) == len(alone) == 1:
                 added.append(took - alone[0]["total_seconds"])
             score = f"{found['val_bpb']:.4f}" if found["val_bpb"] else "-"
-            print(f"{expected:8} {said:38} {found['status']:8} {score:7} {len(found['runs'])} runs, {took:.0f} s: "
-                  f"{found['reason'] or ''}", flush=True)
-        print(f"\nseconds that the harness added to a run: median {statistics.median(added):.2f}, most "
-              f"{max(added):.2f}, of {len(added)}\n")
+            print(
+                f"{expected:8} {said:38} {found['status']:8} {score:7} {len(found['runs'])} runs, {took:.0f} s: "
+                f"{found['reason'] or ''}",
+                flush=True,
+            )
+        print(
+            f"\nseconds that the harness added to a run: median {statistics.median(added):.2f}, most "
+            f"{max(added):.2f}, of {len(added)}\n"
+        )
         print(lab(clone, "status"))
         print(f"status took {time_status(clone):.2f} s")
         archive = Path(lab(clone, "export", str(Path(folder, "session.tar.gz"))).strip())

@@ -38,8 +38,15 @@ from peers import add_options, check_options, execute, run_apart, run_parameter_
 ROOT = Path(__file__).resolve().parents[1]
 PEAK = 989.5e12  # FLOP/s of an H100's bfloat16 products as its vendor has it
 COLUMNS = {  # of the table: what a run measured, and its form
-    "tokens_per_second": ",.0f", "ms_per_step": ".1f", "mfu_percent": ".2f", "gigabytes": ".2f", "steps": ".0f",
-    "seconds": ".1f", "beside_training": ".1f", "val_bpb": ".6f"}
+    "tokens_per_second": ",.0f",
+    "ms_per_step": ".1f",
+    "mfu_percent": ".2f",
+    "gigabytes": ".2f",
+    "steps": ".0f",
+    "seconds": ".1f",
+    "beside_training": ".1f",
+    "val_bpb": ".6f",
+}
 
 
 def run_ours(options) -> dict:
@@ -53,10 +60,17 @@ def run_ours(options) -> dict:
 
     def finish(backend, model, data, clock, **how):
         clock.stop()
-        result.update(tokens_per_second=clock.loader.tokens / clock.elapsed, steps=clock.steps, seconds=clock.elapsed,
-                      waited_percent=100 * clock.loader.waited / clock.elapsed, gigabytes=backend.peak_memory() / 1e9,
-                      device=backend.device.name, precision=backend.device.precision, notes=backend.device.notes,
-                      attention_provider=backend.device.attention_provider)
+        result.update(
+            tokens_per_second=clock.loader.tokens / clock.elapsed,
+            steps=clock.steps,
+            seconds=clock.elapsed,
+            waited_percent=100 * clock.loader.waited / clock.elapsed,
+            gigabytes=backend.peak_memory() / 1e9,
+            device=backend.device.name,
+            precision=backend.device.precision,
+            notes=backend.device.notes,
+            attention_provider=backend.device.attention_provider,
+        )
         if options.score:
             bpb = evaluate_bpb(backend, model, data, clock=clock, **how)
             result.update(val_bpb=bpb, val_rows=data.eval_rows, eval=data.eval_tag, data=data.data_tag)
@@ -134,8 +148,10 @@ def main():
 
     columns = [name for name in COLUMNS if all(name in run for runs in results.values() for run in runs)]
     print(f"medians of {options.rounds}\n| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
-    medians = {child: {name: statistics.median(run[name] for run in runs) for name in columns}
-               for child, runs in results.items()}
+    medians = {
+        child: {name: statistics.median(run[name] for run in runs) for name in columns}
+        for child, runs in results.items()
+    }
     for child, median in medians.items():
         print(f"| {child} | " + " | ".join(f"{median[name]:{COLUMNS[name]}}" for name in columns) + " |")
     if not options.only:

@@ -45,14 +45,23 @@ def defaults() -> Defaults:
     named = os.environ.get("AUTORESEARCH_PROFILE")
     path = Path(named) if named else profile.path_of(hardware)
     if not named and not path.exists():
-        return Defaults(**vars(rule.SAFE), notes=(
-            "calibration has not run on this device: these are safe defaults, far from what it can do. Run: "
-            "python -m calibration",))
+        return Defaults(
+            **vars(rule.SAFE),
+            notes=(
+                "calibration has not run on this device: these are safe defaults, far from what it can do. Run: "
+                "python -m calibration",
+            ),
+        )
     found = profile.read(path, hardware)
     settings = profile.settings(found)
     reasons = profile.stale(found, hardware)
     if reasons:
-        return Defaults(**vars(settings), notes=(
-            f"profile {path} is stale: {'; '.join(reasons)}. Its sizes are used; run: python -m calibration",))
-    return Defaults(**vars(settings), calibrated=profile.calibrated(found),
-                    notes=(f"profile {profile.tag(found)} of {found['made']}",))
+        return Defaults(
+            **vars(settings),
+            notes=(f"profile {path} is stale: {'; '.join(reasons)}. Its sizes are used; run: python -m calibration",),
+        )
+    return Defaults(
+        **vars(settings),
+        calibrated=profile.calibrated(found),
+        notes=(f"profile {profile.tag(found)} of {found['made']}",),
+    )

@@ -16,9 +16,13 @@ from calibration import measure, profile, show
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m calibration", description=(
-        "Measures this device, and scales train.py's defaults to it. Takes up to ten minutes; an interrupted one goes "
-        "on where it was."))
+    parser = argparse.ArgumentParser(
+        prog="python -m calibration",
+        description=(
+            "Measures this device, and scales train.py's defaults to it. Takes up to ten minutes; an interrupted one "
+            "goes on where it was."
+        ),
+    )
     parser.add_argument("--quick", action="store_true", help="a minute instead of ten, and a rougher profile")
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted calibration found")
     commands = parser.add_subparsers(dest="command")
@@ -39,8 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
 def calibrate(options: argparse.Namespace) -> int:
     effort = measure.QUICK if options.quick else measure.FULL
     console = Console()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
-                  TextColumn("{task.fields[left]}"), console=console, transient=True) as bar:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+    ) as bar:
         task = bar.add_task("starting", left="")
 
         def progress(text: str, left: float) -> None:

@@ -15,8 +15,13 @@ from backends import machine
 from backends.interface import Hardware
 
 # NVML's reasons for lower clocks that are not the owner's own setting or an idle GPU (nvml.h, clocks event reasons).
-THROTTLED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal limit (software)",
-                0x40: "thermal limit (hardware)", 0x80: "power brake"}
+THROTTLED_BY = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "thermal limit (software)",
+    0x40: "thermal limit (hardware)",
+    0x80: "power brake",
+}
 POWER_CAP = 0x4  # what any GPU meets at full load, and met when it was calibrated
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 AMDGPU = Path("/sys/module/amdgpu/version")
@@ -106,8 +111,13 @@ def _nvidia_now(gpu: str) -> dict:
             ("in_use", lambda: library.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
             ("margin", lambda: library.nvmlDeviceGetMarginTemperature(handle)),
             # Where it is told, this one rather: not the temperature that a GPU is kept at, but where hardware steps in.
-            ("margin", lambda: library.nvmlDeviceGetTemperatureThreshold(
-                handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN) - temperature()),
+            (
+                "margin",
+                lambda: (
+                    library.nvmlDeviceGetTemperatureThreshold(handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
+                    - temperature()
+                ),
+            ),
         ]
         for name, question in questions:
             with suppress(Exception):  # NVML raises by card, driver and permission
@@ -147,8 +157,10 @@ def _nvidia() -> dict:
         ask("power_limit_watts", lambda: library.nvmlDeviceGetPowerManagementLimit(handle) / 1000)
         ask("temperature", lambda: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))
         if platform.system() != "Windows":  # where NVML counts the desktop's
-            ask("other_processes", lambda: len([p for p in library.nvmlDeviceGetComputeRunningProcesses(handle)
-                                                if p.pid != os.getpid()]))
+            ask(
+                "other_processes",
+                lambda: len([p for p in library.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid != os.getpid()]),
+            )
         return found | {"unknown": unknown}
 
 

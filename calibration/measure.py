@@ -64,8 +64,12 @@ def merged(before, now):
         if "median" in before:
             n = before["n"] + now["n"]
             middle = (before["n"] * before["median"] + now["n"] * now["median"]) / n
-            return {"median": float(f"{middle:.5g}"), "low": min(before["low"], now["low"]),
-                    "high": max(before["high"], now["high"]), "n": n}
+            return {
+                "median": float(f"{middle:.5g}"),
+                "low": min(before["low"], now["low"]),
+                "high": max(before["high"], now["high"]),
+                "n": n,
+            }
         return {**before, **{name: merged(before[name], one) if name in before else one for name, one in now.items()}}
     if isinstance(before, list) and isinstance(now, list):
         return [merged(*pair) for pair in zip(before, now)]
@@ -91,8 +95,14 @@ class Measurement:
         self.path = profile.path_of(self.hardware)
         self.partial = self.path.with_suffix(".json.partial")
         self.begun = time.monotonic()
-        self.sort = {"format": profile.FORMAT, "device": self.hardware.slug, "backend": self.hardware.backend,
-                     "versions": self.hardware.versions, "train": profile.baseline(), "effort": effort.name}
+        self.sort = {
+            "format": profile.FORMAT,
+            "device": self.hardware.slug,
+            "backend": self.hardware.backend,
+            "versions": self.hardware.versions,
+            "train": profile.baseline(),
+            "effort": effort.name,
+        }
         self.found = {} if fresh else self._resumed()
         self.earlier = self.found.get("seconds", 0.0)
         self.found |= self.sort
@@ -142,11 +152,14 @@ class Measurement:
             self.backend = backends.load(precision=precision, compiled=compiled, fetch=True)
         self._settle_provider()
         try:
-            self.step("round", "matrix products, memory bandwidth, attention", left,
-                      lambda: self._round(tried, precision))
+            self.step(
+                "round", "matrix products, memory bandwidth, attention", left, lambda: self._round(tried, precision)
+            )
         except Exception as error:  # whatever a framework raises
-            raise CalibrationError(f"measuring this device failed: {bench.reason(bench_, error)}. If its memory is "
-                                   "full, close what uses it; then calibrate again") from error
+            raise CalibrationError(
+                f"measuring this device failed: {bench.reason(bench_, error)}. If its memory is "
+                "full, close what uses it; then calibrate again"
+            ) from error
         self._trials(tried, precision)
         return self._finish()
 
@@ -166,8 +179,11 @@ class Measurement:
 
     def _round(self, tried: dict, precision: str) -> dict:
         """One round of what this process measures."""
-        found = {"products": self._products(tried, precision), "bandwidth": self._bandwidth(),
-                 "attention": (attention := self._attention(precision))}
+        found = {
+            "products": self._products(tried, precision),
+            "bandwidth": self._bandwidth(),
+            "attention": (attention := self._attention(precision)),
+        }
         found["rows"] = max(one["rows"] for one in attention["full"].values() if not isinstance(one, str))
         if best := rule.best_depth(self._known()):
             found["model_products"] = {sizes(best): self._model_products(precision, best)}
@@ -199,8 +215,11 @@ class Measurement:
         square, rates = self._square(precision), {}
         for name, found in tried.items():
             n = square if not isinstance(found, str) and found["product"] * SQUARE_SECONDS * 8 > 2 * square**3 else 512
-            rates[name] = found if isinstance(found, str) else spread(
-                bench.product_rates(self.backend.bench, name, n, self.effort.repeats))
+            rates[name] = (
+                found
+                if isinstance(found, str)
+                else spread(bench.product_rates(self.backend.bench, name, n, self.effort.repeats))
+            )
         return {"square": square, "rates": rates}
 
     def _bandwidth(self) -> dict:
@@ -211,9 +230,15 @@ class Measurement:
     def _attention(self, precision: str) -> dict:
         rows = self.found["round"]["rows"] if "round" in self.found else None
         tried = bench.try_attention(self.backend.bench, precision, self.effort.repeats, forward=True, rows=rows)
-        return {kind: {name: found if isinstance(found, str) else
-                       found | {part: spread(found[part]) for part in ("forward", "both")}
-                       for name, found in by_name.items()} for kind, by_name in tried.items()}
+        return {
+            kind: {
+                name: found
+                if isinstance(found, str)
+                else found | {part: spread(found[part]) for part in ("forward", "both")}
+                for name, found in by_name.items()
+            }
+            for kind, by_name in tried.items()
+        }
 
     def _model_products(self, precision: str, best: Trial) -> list[dict]:
         """At the shapes of the model's weights, for the tokens of a pass."""
@@ -242,8 +267,10 @@ class Measurement:
                 self.found["cut_short"] = f"no time was left to try depth {wanted[0]} with {wanted[1]} rows"
                 break
             depth, rows = wanted
-            self.progress(f"train.py at depth {depth} with {rows} rows a pass",
-                          max(self.effort.limit - self.spent, took) if len(known) < 3 else 3 * took)
+            self.progress(
+                f"train.py at depth {depth} with {rows} rows a pass",
+                max(self.effort.limit - self.spent, took) if len(known) < 3 else 3 * took,
+            )
             start = time.monotonic()
             best = rule.best_depth(known)  # whose batch the optimizer's work is to be spread over as in a whole run
             total = rule.total_batch(best.rate * prepare.TIME_BUDGET) if best else first[2]
@@ -278,22 +305,39 @@ class Measurement:
 
     def _try(self, trial: Trial, attention: dict) -> dict:
         """What a run of train.py at these sizes found: fields of Trial, and "matrices"."""
-        settings = Settings(trial.depth, trial.rows, trial.total_batch_size, trial.window_pattern, trial.precision,
-                            attention)
+        settings = Settings(
+            trial.depth, trial.rows, trial.total_batch_size, trial.window_pattern, trial.precision, attention
+        )
         free = self.backend.free_memory()
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
             asked, result = Path(folder) / "profile.json", Path(folder) / "result.json"
-            prepare.write_json(asked, {**self.sort, "made": "a trial", "settings": asdict(settings),
-                                       "attention_provider": self._provider(attention),
-                                       "kernels": self.found.get("kernels"),
-                                       "products": self.found["round"]["products"], "trials": []})
+            prepare.write_json(
+                asked,
+                {
+                    **self.sort,
+                    "made": "a trial",
+                    "settings": asdict(settings),
+                    "attention_provider": self._provider(attention),
+                    "kernels": self.found.get("kernels"),
+                    "products": self.found["round"]["products"],
+                    "trials": [],
+                },
+            )
             try:
                 done = subprocess.run(
                     [sys.executable, "-m", "calibration.trial", str(result), str(self.effort.trial_seconds)],
-                    cwd=profile.TRAIN.parent, capture_output=True, text=True, errors="replace", check=False,
+                    cwd=profile.TRAIN.parent,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    check=False,
                     timeout=TRIAL_TIMEOUT,
-                    env=environment(AUTORESEARCH_PROFILE=str(asked), AUTORESEARCH_BACKEND=self.hardware.backend,
-                                    **{} if self.effort.compiled else {"TORCH_COMPILE_DISABLE": "1"}))
+                    env=environment(
+                        AUTORESEARCH_PROFILE=str(asked),
+                        AUTORESEARCH_BACKEND=self.hardware.backend,
+                        **{} if self.effort.compiled else {"TORCH_COMPILE_DISABLE": "1"},
+                    ),
+                )
             except subprocess.TimeoutExpired:  # memory that is swapped, most likely
                 return {"free_memory": free, "failed": f"not done after {TRIAL_TIMEOUT} s"}
             if done.returncode or not result.exists():
@@ -309,17 +353,25 @@ class Measurement:
         only_here = "round", "chosen", "matrices", "seconds"
         found = {name: value for name, value in self.found.items() if name not in only_here}
         found |= {name: value for name, value in self.found["round"].items() if name != "rows"}
-        settings, reasons = rule.scale({"chosen": self.found["chosen"][0], "attention": found["attention"],
-                                        "trials": self._known()})
+        settings, reasons = rule.scale(
+            {"chosen": self.found["chosen"][0], "attention": found["attention"], "trials": self._known()}
+        )
         found["model_products"] = found.get("model_products", {}).get(sizes(rule.best_depth(self._known())), [])
-        result = {**found, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(self.spent, 1),
-                  "settings": asdict(settings), "attention_provider": self._provider(settings.attention),
-                  "reasons": reasons}
+        result = {
+            **found,
+            "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(self.spent, 1),
+            "settings": asdict(settings),
+            "attention_provider": self._provider(settings.attention),
+            "reasons": reasons,
+        }
         result["warnings"] = identity.warnings(found["machine"]) + unsteady(result)
         result["trials"] = drifting(result)
         if problem := profile.impossible(result):
-            raise CalibrationError(f"what was measured can't be true: {problem}. Run it again with --fresh; if that "
-                                   f"says the same, please report it with the file {self.partial}")
+            raise CalibrationError(
+                f"what was measured can't be true: {problem}. Run it again with --fresh; if that "
+                f"says the same, please report it with the file {self.partial}"
+            )
         prepare.write_json(self.path, result)
         self.partial.unlink(missing_ok=True)
         return result
@@ -328,8 +380,9 @@ class Measurement:
 def environment(**values: str) -> dict[str, str]:
     """For a trial: nothing of the user's that would change what is measured."""
     of_machine = [f"AUTORESEARCH_{name}" for name in ("HOME", "DEVICE", "FA3_LIBRARY")]
-    inherited = {name: value for name, value in os.environ.items()
-                 if not name.startswith("AUTORESEARCH_") or name in of_machine}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("AUTORESEARCH_") or name in of_machine
+    }
     return {**inherited, **values}
 
 
@@ -352,8 +405,10 @@ def drifting(found: dict) -> list[dict]:
         low, high = (float(f"{side * one['median']:.5g}") for side in (1 / (1 + drift), 1 + drift))
         return {**one, "low": min(low, one["low"]), "high": max(high, one["high"])}
 
-    return [trial if "failed" in trial else {**trial, "tokens_per_second": widened(trial["tokens_per_second"])}
-            for trial in found["trials"]]
+    return [
+        trial if "failed" in trial else {**trial, "tokens_per_second": widened(trial["tokens_per_second"])}
+        for trial in found["trials"]
+    ]
 
 
 def sizes(trial: Trial) -> str:
@@ -363,9 +418,16 @@ def sizes(trial: Trial) -> str:
 def unsteady(found: dict) -> list[str]:
     """Measurements whose repeats are so far apart that something else must have been using the device."""
     precision = found["settings"]["precision"]
-    measured = {f"products in {precision}": found["products"]["rates"][precision],
-                "memory bandwidth": found["bandwidth"]}
-    measured |= {f"train.py at {sizes(trial)}": trial.tokens_per_second for trial in profile.trials(found)
-                 if not trial.failed}
-    return [f"{name}: repeats from {one['low']:.3g} to {one['high']:.3g}: is another program using the device? Close "
-            "it and calibrate again" for name, one in measured.items() if scatter(one) > SCATTER]
+    measured = {
+        f"products in {precision}": found["products"]["rates"][precision],
+        "memory bandwidth": found["bandwidth"],
+    }
+    measured |= {
+        f"train.py at {sizes(trial)}": trial.tokens_per_second for trial in profile.trials(found) if not trial.failed
+    }
+    return [
+        f"{name}: repeats from {one['low']:.3g} to {one['high']:.3g}: is another program using the device? Close "
+        "it and calibrate again"
+        for name, one in measured.items()
+        if scatter(one) > SCATTER
+    ]

@@ -58,8 +58,10 @@ def read(path: Path, hardware: Hardware | None = None) -> dict:
     if problem := impossible(found):
         raise ProfileError(f"{path} can't be true: {problem}; delete it and {AGAIN}")
     if hardware and (found["device"], found["backend"]) != (hardware.slug, hardware.backend):
-        raise ProfileError(f"{path} is of {found['device']} with {found['backend']}, and this is {hardware.slug} with "
-                           f"{hardware.backend}; unset AUTORESEARCH_PROFILE and {AGAIN}")
+        raise ProfileError(
+            f"{path} is of {found['device']} with {found['backend']}, and this is {hardware.slug} with "
+            f"{hardware.backend}; unset AUTORESEARCH_PROFILE and {AGAIN}"
+        )
     return found
 
 
@@ -81,8 +83,10 @@ def impossible(found: dict) -> str | None:
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             return f"sizes are {sizes}, and have to be positive whole numbers"
         if settings.total_batch_size % (settings.device_batch_size * prepare.MAX_SEQ_LEN):
-            return (f"total_batch_size {settings.total_batch_size} is not a multiple of {settings.device_batch_size} "
-                    f"rows of {prepare.MAX_SEQ_LEN} tokens")
+            return (
+                f"total_batch_size {settings.total_batch_size} is not a multiple of {settings.device_batch_size} "
+                f"rows of {prepare.MAX_SEQ_LEN} tokens"
+            )
         if not settings.window_pattern or set(settings.window_pattern) - set("SL"):
             return f"window_pattern is {settings.window_pattern!r}"
         if settings.precision not in PRECISIONS or settings.attention.keys() != KINDS.keys():
@@ -125,8 +129,11 @@ def stale(found: dict, hardware: Hardware, train: str | None = None) -> list[str
         train: `baseline` of the train.py that a session starts from; None while experiments edit it.
     """
     before, now = found["versions"], hardware.versions
-    reasons = [f"made with {name} {before.get(name)}, here is {now.get(name)}" for name in sorted({*before, *now})
-               if name not in WITHOUT_EFFECT and before.get(name) != now.get(name)]
+    reasons = [
+        f"made with {name} {before.get(name)}, here is {now.get(name)}"
+        for name in sorted({*before, *now})
+        if name not in WITHOUT_EFFECT and before.get(name) != now.get(name)
+    ]
     if train and found["train"] != train:
         reasons.append(f"made for another train.py ({found['train']}, here is {train})")
     return reasons
@@ -140,8 +147,15 @@ def calibrated(found: dict) -> Calibrated:
     """What a backend takes from a profile instead of trying it."""
     chosen, products = settings(found), found["products"]
     rate = products["rates"][chosen.precision]["median"]
-    return Calibrated(tag(found), chosen.precision, chosen.attention, rate, products["square"],
-                      found.get("attention_provider"), found.get("kernels"))
+    return Calibrated(
+        tag(found),
+        chosen.precision,
+        chosen.attention,
+        rate,
+        products["square"],
+        found.get("attention_provider"),
+        found.get("kernels"),
+    )
 
 
 def trials(found: dict) -> list[Trial]:

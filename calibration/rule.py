@@ -102,8 +102,10 @@ def window_pattern(attention: dict, chosen: dict[str, str]) -> tuple[str, str]:
     """("SSSL" or "L", why), from what `bench.try_attention` found."""
     full, window = (attention[kind][chosen[kind]]["both"]["median"] for kind in ("full", "window"))
     saves = window / full <= WINDOW_SAVES
-    return ("SSSL" if saves else "L",
-            f"half a row takes {window / full:.2f} of the time of a whole one ({WINDOW_SAVES} or less would pay)")
+    return (
+        "SSSL" if saves else "L",
+        f"half a row takes {window / full:.2f} of the time of a whole one ({WINDOW_SAVES} or less would pay)",
+    )
 
 
 def fitting(trials: list[Trial]) -> list[Trial]:
@@ -176,19 +178,29 @@ def nothing_fits(trials: list[Trial]) -> str:
     smallest = min(trials, key=lambda t: (t.depth, t.rows), default=None)
     if smallest is None:
         return "nothing was tried yet"
-    found = smallest.failed or (f"needs {smallest.peak_memory / 1e9:.2f} GB of the {smallest.free_memory / 1e9:.2f} GB "
-                                f"that are free, more than {SHARE_OF_MEMORY:.0%}")
-    return (f"not even depth {smallest.depth} with {smallest.rows} rows of {MAX_SEQ_LEN} tokens runs on this device: "
-            f"{found}. Close what else uses its memory and calibrate again; or lower MAX_SEQ_LEN in prepare.py")
+    found = smallest.failed or (
+        f"needs {smallest.peak_memory / 1e9:.2f} GB of the {smallest.free_memory / 1e9:.2f} GB "
+        f"that are free, more than {SHARE_OF_MEMORY:.0%}"
+    )
+    return (
+        f"not even depth {smallest.depth} with {smallest.rows} rows of {MAX_SEQ_LEN} tokens runs on this device: "
+        f"{found}. Close what else uses its memory and calibrate again; or lower MAX_SEQ_LEN in prepare.py"
+    )
 
 
 def medians(tried: dict) -> dict:
     """What `bench.choose_attention` reads, from times with their spread."""
-    return {kind: {name: found if isinstance(found, str) else found | {"both": [found["both"]["median"]]}
-                   for name, found in by_name.items()} for kind, by_name in tried.items()}
+    return {
+        kind: {
+            name: found if isinstance(found, str) else found | {"both": [found["both"]["median"]]}
+            for name, found in by_name.items()
+        }
+        for kind, by_name in tried.items()
+    }
 
 
 # --- What to try next ------------------------------------------------------------------------------------------------
+
 
 def start(product_rate: float, free: int) -> tuple[int, int, int]:
     """(depth, rows, total batch) of the first trial: small for what the device seems to be."""
@@ -227,7 +239,7 @@ def _step(best: Trial, tried: set[int]) -> int | None:
     here = LADDER.index(best.depth)
     aim = best.depth * (best.ratio / TOKENS_PER_PARAMETER) ** 0.2  # D / N falls with the fifth power of depth, or so
     if best.ratio > TOKENS_PER_PARAMETER:
-        above = [d for d in LADDER[here + 1:]]
+        above = [d for d in LADDER[here + 1 :]]
         beyond = [d for d in above if d in tried]
         if beyond and beyond[0] == above[0]:
             return None

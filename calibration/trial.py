@@ -80,10 +80,16 @@ def main(result: Path, seconds: float) -> None:
         if (depth, clock.loader.batch_size) != (asked.depth, asked.device_batch_size):
             raise SystemExit("train.py does not take its sizes from the profile: calibrate with an unedited train.py")
         tokens = clock.loader.tokens / clock.steps
-        prepare.write_json(result, {
-            "tokens_per_second": [tokens / took for took in clock.took[1:] or clock.took],
-            "peak_memory": clock.backend.peak_memory(), "num_params": num_params, "flops_per_token": flops_per_token,
-            **noted})
+        prepare.write_json(
+            result,
+            {
+                "tokens_per_second": [tokens / took for took in clock.took[1:] or clock.took],
+                "peak_memory": clock.backend.peak_memory(),
+                "num_params": num_params,
+                "flops_per_token": flops_per_token,
+                **noted,
+            },
+        )
 
     def evaluate(backend, model, data, clock, **_):
         clock.stop()

@@ -35,8 +35,10 @@ def exclusive(session: Session):
 def refuse_if_not_ours(session: Session) -> None:
     """LabError while a night runs the experiments, or nothing is to be run."""
     if session.owned_by_night:
-        raise LabError(f"a night owns this session and runs the experiments: edit {TRAIN} and end your turn, and it is "
-                       "run then. To run one by hand, end the night first: Ctrl-C where it runs")
+        raise LabError(
+            f"a night owns this session and runs the experiments: edit {TRAIN} and end your turn, and it is "
+            "run then. To run one by hand, end the night first: Ctrl-C where it runs"
+        )
     refuse_if_held(session)
 
 
@@ -49,8 +51,10 @@ def refuse_if_held(session: Session) -> None:
 def sound_baseline(session: Session) -> None:
     baseline = session.state.baseline
     if baseline.status != "keep":
-        raise LabError(f"the baseline failed ({baseline.verdict['reason']}): mend that, commit {TRAIN} if it changed, "
-                       "and start another session")
+        raise LabError(
+            f"the baseline failed ({baseline.verdict['reason']}): mend that, commit {TRAIN} if it changed, "
+            "and start another session"
+        )
 
 
 def head_of_best(session: Session) -> str:
@@ -58,11 +62,15 @@ def head_of_best(session: Session) -> str:
     tree, best, head = session.tree, session.state.best, session.tree.commit_of(session.branch)
     if head is None or tree.blob_of(head) != best.blob:
         if head and tree.blob_of(f"{head}^") == best.blob:
-            raise LabError(f"{TRAIN} was committed, which is for the lab to do. Take the commit back, leaving the file "
-                           "as it is, and run again: git reset --soft HEAD^")
-        raise LabError(f"{TRAIN} on the branch {session.branch} is not the best that this session kept. Put it back: "
-                       f"git checkout {best.applied['commit'][:7]} -- {TRAIN} && git commit -m restore; or start "
-                       "another session from what is there")
+            raise LabError(
+                f"{TRAIN} was committed, which is for the lab to do. Take the commit back, leaving the file "
+                "as it is, and run again: git reset --soft HEAD^"
+            )
+        raise LabError(
+            f"{TRAIN} on the branch {session.branch} is not the best that this session kept. Put it back: "
+            f"git checkout {best.applied['commit'][:7]} -- {TRAIN} && git commit -m restore; or start "
+            "another session from what is there"
+        )
     return head
 
 
@@ -81,7 +89,8 @@ def begin_change(session: Session, options) -> Experiment | None:
         content, members = near.together(session)
         described = source.describe(content)
         message = options.message or "near misses together: " + "; ".join(
-            f"{number} {state.experiments[number].description}" for number in members)
+            f"{number} {state.experiments[number].description}" for number in members
+        )
         kind = "near misses"
     else:
         if not edited:
@@ -94,14 +103,24 @@ def begin_change(session: Session, options) -> Experiment | None:
         tree.settle(session.branch, blob, best.blob)
         return same
     session.begin(
-        kind=kind, blob=blob, parent=best.blob, onto=best.number, commit=tree.commit(head, blob, message),
-        description=message, digest=described.digest, nodes=described.nodes, portable=described.portable,
-        patch=tree.patch(best.blob, blob)[1], members=members)
+        kind=kind,
+        blob=blob,
+        parent=best.blob,
+        onto=best.number,
+        commit=tree.commit(head, blob, message),
+        description=message,
+        digest=described.digest,
+        nodes=described.nodes,
+        portable=described.portable,
+        patch=tree.patch(best.blob, blob)[1],
+        members=members,
+    )
     return None
 
 
-def await_verdict(session: Session, experiment: Experiment, process: subprocess.Popen | None = None,
-                  seconds: float = math.inf) -> bool:
+def await_verdict(
+    session: Session, experiment: Experiment, process: subprocess.Popen | None = None, seconds: float = math.inf
+) -> bool:
     """Waits, at most so long, for what carries an experiment out; whether it is done. LabError if that ended before."""
     deadline = time.monotonic() + seconds
     while not experiment.applied:
@@ -111,8 +130,10 @@ def await_verdict(session: Session, experiment: Experiment, process: subprocess.
         session.refresh()
         if ended and not experiment.applied:
             refuse_if_held(session)
-            raise LabError(f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
-                           "python -m lab wait tries again")
+            raise LabError(
+                f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
+                "python -m lab wait tries again"
+            )
         time.sleep(POLL)
     return True
 

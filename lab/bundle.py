@@ -1,17 +1,17 @@
 """What an exported session consists of, and what is refused in one from elsewhere. Nothing of it is ever executed.
 
-    session.json         what was pinned at its start, and which changes were kept
-    results.tsv          the ledger, with all columns of ledger.py
-    results.tsv.damaged  lines of it that could not be read
-    profile.json         the device's calibration
-    train.py             what the session began with
-    patches/NNNN-*       the kept changes of train.py, each on top of the one before
-    changes.json         every change that was decided, what was not kept too; not in format 1
-    rows/NNNN.npz        nats and bytes of each row that a run's weights were scored on
-    README.md            the same for people
-    SUMMARY.md           what was found, in words
-    .gitattributes       where they are in a repository (publish.py): git is to leave them as they are
-    MANIFEST.json        size and sha256 of each of these
+session.json         what was pinned at its start, and which changes were kept
+results.tsv          the ledger, with all columns of ledger.py
+results.tsv.damaged  lines of it that could not be read
+profile.json         the device's calibration
+train.py             what the session began with
+patches/NNNN-*       the kept changes of train.py, each on top of the one before
+changes.json         every change that was decided, what was not kept too; not in format 1
+rows/NNNN.npz        nats and bytes of each row that a run's weights were scored on
+README.md            the same for people
+SUMMARY.md           what was found, in words
+.gitattributes       where they are in a repository (publish.py): git is to leave them as they are
+MANIFEST.json        size and sha256 of each of these
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from lab.errors import LabError
 
 FORMAT = 2
 FORMATS = (1, FORMAT)  # that are read
-NAME = re.compile(r"(session|profile|changes|MANIFEST)\.json|results\.tsv(\.damaged)?|(README|SUMMARY)\.md|train\.py"
-                  r"|\.gitattributes"
-                  r"|patches/[0-9]{4}-[a-z0-9-]{1,50}\.patch|rows/[0-9]{4,9}\.npz")
+NAME = re.compile(
+    r"(session|profile|changes|MANIFEST)\.json|results\.tsv(\.damaged)?|(README|SUMMARY)\.md|train\.py"
+    r"|\.gitattributes"
+    r"|patches/[0-9]{4}-[a-z0-9-]{1,50}\.patch|rows/[0-9]{4,9}\.npz"
+)
 FOLDERS = ("patches", "rows")
 MOST_FILES, MOST_BYTES, MOST_OF_A_PATCH = 5000, 2**28, 2**20  # of a train.py, too
 MOST_OF_JSON = 2**25  # bytes: in memory they are up to twenty times as many
@@ -42,15 +44,27 @@ TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")  # of a session; of a devic
 ATTRIBUTES = b"* -text\n"  # what .gitattributes says
 TEXTS = ("device", "tag", "branch", "backend", "dataset", "eval", "data", "profile", "made", "commit", "python")
 
-CHANGE = {"number": int, "kind": str, "status": str, "description": str, "commit": str, "patch": str, "origin": str,
-          "near_miss": bool, "reason": str, "patch_text": str}  # of a change; beside "parent", "kinds" and
+CHANGE = {
+    "number": int,
+    "kind": str,
+    "status": str,
+    "description": str,
+    "commit": str,
+    "patch": str,
+    "origin": str,
+    "near_miss": bool,
+    "reason": str,
+    "patch_text": str,
+}  # of a change; beside "parent", "kinds" and
 EFFECT = ("gain", "low", "high")
 KINDS_OF_EXPERIMENT = ("baseline", "change", "near misses", "replay", "confirm")
 STATUSES = ("keep", "discard", "crash", "invalid")
 
 HUNK = re.compile(r"@@ -[0-9]{1,7}(?:,([0-9]{1,7}))? \+[0-9]{1,7}(?:,([0-9]{1,7}))? @@( .*)?\r?")
-HEAD = re.compile(r"(diff --git a/train\.py b/train\.py\n)?(index [0-9a-f]{4,64}\.\.[0-9a-f]{4,64}( 100(644|755))?\n)?"
-                  r"--- a/train\.py\n\+\+\+ b/train\.py\n")
+HEAD = re.compile(
+    r"(diff --git a/train\.py b/train\.py\n)?(index [0-9a-f]{4,64}\.\.[0-9a-f]{4,64}( 100(644|755))?\n)?"
+    r"--- a/train\.py\n\+\+\+ b/train\.py\n"
+)
 
 
 class Wrong(ValueError):
@@ -212,9 +226,12 @@ def _kept(told: list, files: dict[str, bytes]) -> list[Kept]:
     kinds = {"number": int, "commit": str, "parent": str, "description": str, "patch": str}
     kept, patches = [], []
     for facts in told:
-        if not (isinstance(facts, dict) and facts.keys() == kinds.keys()
-                and all(type(facts[name]) is kind for name, kind in kinds.items())
-                and all(re.fullmatch("[0-9A-Za-z]{0,64}", facts[name]) for name in ("commit", "parent"))):
+        if not (
+            isinstance(facts, dict)
+            and facts.keys() == kinds.keys()
+            and all(type(facts[name]) is kind for name, kind in kinds.items())
+            and all(re.fullmatch("[0-9A-Za-z]{0,64}", facts[name]) for name in ("commit", "parent"))
+        ):
             raise Wrong(f"session.json has a kept change {str(facts)[:100]}")
         name = facts.pop("patch")
         if not name.startswith(f"patches/{len(kept) + 1:04d}-") or name not in files:
@@ -231,8 +248,11 @@ def _changes(data: bytes, kept: list[Kept]) -> list[dict]:
     if not isinstance(changes, list):
         raise Wrong("changes.json lists no changes")
     for change in changes:
-        if not (isinstance(change, dict) and change.keys() == CHANGE.keys() | {"parent", "kinds", *EFFECT}
-                and all(type(change[name]) is kind for name, kind in CHANGE.items())):
+        if not (
+            isinstance(change, dict)
+            and change.keys() == CHANGE.keys() | {"parent", "kinds", *EFFECT}
+            and all(type(change[name]) is kind for name, kind in CHANGE.items())
+        ):
             raise Wrong(f"changes.json has a change {str(change)[:100]}")
         number, parent, text = change["number"], change["parent"], change["patch_text"]
         name = f"changes.json, change {number}"
@@ -240,16 +260,23 @@ def _changes(data: bytes, kept: list[Kept]) -> list[dict]:
             raise Wrong(f"{name}: its number is out of order")
         if change["kind"] not in KINDS_OF_EXPERIMENT or change["status"] not in STATUSES:
             raise Wrong(f"{name} is a {change['kind'][:40]!r} that was {change['status'][:40]!r}")
-        if (parent is None) != (change["kind"] == "baseline") or parent is not None and (
-                type(parent) is not int or parent not in known):
+        if (
+            (parent is None) != (change["kind"] == "baseline")
+            or parent is not None
+            and (type(parent) is not int or parent not in known)
+        ):
             raise Wrong(f"{name} was made from {str(parent)[:40]}, which is not before it")
-        if not (re.fullmatch("[0-9a-f]{0,64}", change["patch"]) and re.fullmatch("[0-9A-Za-z]{0,64}", change["commit"])
-                and is_origin(change["origin"])):
+        if not (
+            re.fullmatch("[0-9a-f]{0,64}", change["patch"])
+            and re.fullmatch("[0-9A-Za-z]{0,64}", change["commit"])
+            and is_origin(change["origin"])
+        ):
             raise Wrong(f"{name} names its patch, commit or origin in a way that can't be")
         if not (isinstance(change["kinds"], list) and set(map(str, change["kinds"])) <= set(kinds.KINDS)):
             raise Wrong(f"{name} is about {str(change['kinds'])[:100]}")
         if not all(one is None or type(one) in (int, float) and abs(one) < 1e9 for one in map(change.get, EFFECT)) or (
-                len({change[one] is None for one in EFFECT}) > 1):
+            len({change[one] is None for one in EFFECT}) > 1
+        ):
             raise Wrong(f"{name} has a gain of {str([change[one] for one in EFFECT])[:100]}")
         if text:
             check_patch(name, text.encode(errors="replace"))
@@ -278,8 +305,10 @@ def _profile(data: bytes, session: dict) -> dict:
     if problem:
         raise Wrong(f"profile.json can't be true: {problem}")
     if (found["device"], found["backend"]) != (session["device"], session["backend"]):
-        raise Wrong(f"profile.json is of {found['device']} with {found['backend']}, the session of {session['device']} "
-                    f"with {session['backend']}")
+        raise Wrong(
+            f"profile.json is of {found['device']} with {found['backend']}, the session of {session['device']} "
+            f"with {session['backend']}"
+        )
     return found
 
 

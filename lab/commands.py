@@ -11,8 +11,7 @@ from pathlib import Path
 
 import prepare
 from lab import show
-from lab.begin import (POLL, await_verdict, begin_change, exclusive, refuse_if_held, refuse_if_not_ours,
-                       sound_baseline)
+from lab.begin import POLL, await_verdict, begin_change, exclusive, refuse_if_held, refuse_if_not_ours, sound_baseline
 from lab.errors import LabError
 from lab.session import PREFIX, Session, refuse_if_busy
 from lab.state import CONFIRM, Experiment
@@ -22,6 +21,7 @@ TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 
 # --- Commands ---
+
 
 def do_start(options) -> int:
     from backends.interface import BackendError
@@ -34,8 +34,11 @@ def do_start(options) -> int:
     except BackendError as error:
         raise LabError(str(error)) from error
     if not options.json:
-        print(f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
-              f"{show.counted(session.facts['baseline_runs'], 'run')} of {session.budget:g} s", flush=True)
+        print(
+            f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
+            f"{show.counted(session.facts['baseline_runs'], 'run')} of {session.budget:g} s",
+            flush=True,
+        )
     return follow(session, options, session.launch())
 
 
@@ -44,8 +47,9 @@ def do_run(session: Session, options) -> int:
     with exclusive(session):
         refuse_if_busy(session.device_lock)
         if pending := session.state.pending:
-            options.note = (f"experiment {pending.number} had been interrupted, and came first: {TRAIN} was not taken. "
-                            "Run again")
+            options.note = (
+                f"experiment {pending.number} had been interrupted, and came first: {TRAIN} was not taken. Run again"
+            )
         elif answer := begin_change(session, options):
             options.note = "answered from the ledger, not run again (--again runs it)"
             return tell(session, options, answer)
@@ -65,9 +69,17 @@ def do_confirm(session: Session, options) -> int:
             sound_baseline(session)
             if state.best is state.baseline:
                 raise LabError("the baseline is still the best: there is nothing to confirm yet")
-            session.begin(kind=CONFIRM, blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=options.pairs,
-                          commit=state.best.applied["commit"], budget=session.budget * options.times,
-                          description=state.best.description, portable=state.best.portable)
+            session.begin(
+                kind=CONFIRM,
+                blob=state.best.blob,
+                parent=state.baseline.blob,
+                onto=0,
+                pairs=options.pairs,
+                commit=state.best.applied["commit"],
+                budget=session.budget * options.times,
+                description=state.best.description,
+                portable=state.best.portable,
+            )
     return follow(session, options, session.launch())
 
 
@@ -154,8 +166,11 @@ def do_status(session: Session, options) -> int:
 def do_log(session: Session, options) -> int:
     if options.number is None:
         experiments = list(session.state.experiments.values())
-        print(json.dumps([show.facts(session, e) for e in experiments], indent=1) if options.json
-              else show.table(session, experiments))
+        print(
+            json.dumps([show.facts(session, e) for e in experiments], indent=1)
+            if options.json
+            else show.table(session, experiments)
+        )
         return 0
     if options.number not in session.state.experiments:
         raise LabError(f"there is no experiment {options.number}; the last is {max(session.state.experiments)}")
@@ -167,8 +182,10 @@ def do_export(session: Session, options) -> int:
 
     if options.publish:
         branch, commit = publish.publish(session, options.replace)
-        print(f"{branch} at {commit[:7]}: train.py is the best, session/ the export; nothing was sent. To share it: "
-              f"git push REMOTE {branch}")
+        print(
+            f"{branch} at {commit[:7]}: train.py is the best, session/ the export; nothing was sent. To share it: "
+            f"git push REMOTE {branch}"
+        )
         return 0
     if options.target is None:
         raise LabError("say where to: a folder, an archive's name (x.tar.gz), or --publish")
@@ -196,8 +213,9 @@ def do_report(options) -> int:
     from lab import report
     from lab.compare import sources
 
-    for path in report.write(sources.read_all(options.sources or [_checked_out()], options.device), options.out,
-                             options.png):
+    for path in report.write(
+        sources.read_all(options.sources or [_checked_out()], options.device), options.out, options.png
+    ):
         print(path)
     return 0
 
@@ -207,8 +225,10 @@ def _checked_out() -> str:
     tree = here()
     branch = tree and tree.branch()
     if not branch or not branch.startswith(PREFIX):
-        raise LabError("no session's branch is checked out here: name a session, as DEVICE/TAG, a folder, an export or "
-                       "a results.tsv")
+        raise LabError(
+            "no session's branch is checked out here: name a session, as DEVICE/TAG, a folder, an export or "
+            "a results.tsv"
+        )
     return branch
 
 
@@ -227,6 +247,7 @@ def do_supervise(session: Session, options) -> int:
 
 # --- Waiting and telling ---
 
+
 def follow(session: Session, options, process: subprocess.Popen | None = None) -> int:
     """Waits for the pending experiment, at most as long as the options say, and tells how it stands."""
     session.refresh()
@@ -234,8 +255,9 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
     if experiment is None:  # it was as good as done
         return tell(session, options, session.state.last)
     if not await_verdict(session, experiment, process, options.wait):
-        print(json.dumps(show.progress_facts(session, experiment)) if options.json
-              else show.progress(session, experiment))
+        print(
+            json.dumps(show.progress_facts(session, experiment)) if options.json else show.progress(session, experiment)
+        )
         return 0
     return tell(session, options, experiment)
 

@@ -20,8 +20,19 @@ from pathlib import Path
 
 import prepare
 from lab import ledger
-from lab.bundle import (FOLDERS, MOST_BYTES, MOST_FILES, TEXTS, Bundle, Kept, Wrong, check_name, is_tag, unpacked,
-                        verified)
+from lab.bundle import (
+    FOLDERS,
+    MOST_BYTES,
+    MOST_FILES,
+    TEXTS,
+    Bundle,
+    Kept,
+    Wrong,
+    check_name,
+    is_tag,
+    unpacked,
+    verified,
+)
 from lab.errors import LabError
 from lab.packing import files_of, slug
 from lab.tree import Tree
@@ -36,6 +47,7 @@ SHOWN = 5  # damaged lines
 
 
 # --- Export ---
+
 
 def export_session(session_folder: Path, kept: list[Kept], target: Path, changes: list[dict] = ()) -> Path:
     """Writes a session as a folder, or as an archive if `target` ends in .tar.gz: whole or not at all.
@@ -74,20 +86,27 @@ def _of_session(folder: Path, kept: list[Kept], changes: list[dict]) -> Bundle:
     found = ledger.read(folder / "results.tsv")
     session = {name: str(facts.get(name) or "") for name in TEXTS}
     session |= {name: facts[name] for name in NUMBERS if isinstance(facts.get(name), (int, float))}
-    session |= {"branch": f"autoresearch/{facts['device']}/{facts['tag']}", "budget": facts.get("budget"),
-                "sandbox": str(facts.get("sandbox") or "none"), "versions": facts.get("versions", {})}
+    session |= {
+        "branch": f"autoresearch/{facts['device']}/{facts['tag']}",
+        "budget": facts.get("budget"),
+        "sandbox": str(facts.get("sandbox") or "none"),
+        "versions": facts.get("versions", {}),
+    }
     losses = {}
     for run in sorted({row["run"] for row in found.rows} - {None}):
         path = folder / "runs" / f"{run:04d}" / "rows.npz"
         if path.is_file():
             losses[run] = unpacked(str(path), path.read_bytes())
     return Bundle(
-        session=without_paths(session), rows=without_paths(found.rows), losses=losses,
+        session=without_paths(session),
+        rows=without_paths(found.rows),
+        losses=losses,
         kept=[Kept(one.number, one.commit, one.parent, one.patch_text, without_paths(one.description)) for one in kept],
         changes=[without_paths(one) | {"patch_text": one["patch_text"]} for one in changes],
         base=(folder / "judge" / "train.py").read_bytes(),
         profile=without_paths(json.loads((folder / "profile.json").read_text(encoding="utf-8"))),
-        set_aside=without_paths(_told(found.set_aside)))
+        set_aside=without_paths(_told(found.set_aside)),
+    )
 
 
 def _path_remover(*known):
@@ -98,8 +117,10 @@ def _path_remover(*known):
     """
     folders = {str(path) for path in known if path and len(str(path)) > 1}
     roots = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
-    pattern = re.compile(rf"(?<![\w.~/])(?:(?:{roots})(?!{PART})(?:[/\\]+{PART})*|(?:/{PART}){{2,}}"
-                         rf"|[A-Za-z]:(?:[/\\]+{PART})+)")
+    pattern = re.compile(
+        rf"(?<![\w.~/])(?:(?:{roots})(?!{PART})(?:[/\\]+{PART})*|(?:/{PART}){{2,}}"
+        rf"|[A-Za-z]:(?:[/\\]+{PART})+)"
+    )
 
     def name(found):
         return "..." if found[0] in folders else ".../" + re.split(r"[/\\]", found[0])[-1]
@@ -150,9 +171,14 @@ def _archive(files: dict[str, bytes], top: str, file) -> None:
 
 # --- Import ---
 
-def import_session(source: Path | str, home: Path, device: str | None = None,
-                   say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-                   tree: Tree | None = None) -> Path:
+
+def import_session(
+    source: Path | str,
+    home: Path,
+    device: str | None = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    tree: Tree | None = None,
+) -> Path:
     """Checks an exported session (folder, .tar.gz) or a bare ledger, and copies it to home/imported/<device>/<tag>.
 
     Args:
@@ -189,8 +215,10 @@ def import_session(source: Path | str, home: Path, device: str | None = None,
     except (Wrong, OSError):
         same = False
     if not same:
-        raise LabError(f"{target} holds something else under that name; remove it to import {source}, or rename a bare "
-                       "ledger's file")
+        raise LabError(
+            f"{target} holds something else under that name; remove it to import {source}, or rename a bare "
+            "ledger's file"
+        )
     say(f"{bundle.name} is there already")
     return target
 
@@ -208,8 +236,7 @@ def read_bundle(source: Path, device: str | None = None) -> Bundle:
 
 
 def _refusal(source: Path, error: Exception) -> LabError:
-    return LabError(f"{source} was refused: {error}; get the session exported and sent again, or mend what this "
-                    "names")
+    return LabError(f"{source} was refused: {error}; get the session exported and sent again, or mend what this names")
 
 
 def is_ledger(source: Path) -> bool:
@@ -240,8 +267,9 @@ def of_ledger(source: Path, device: str | None, say: Callable[[str], None]) -> B
         raise Wrong("it holds no rows")
     named = {row["device"] for row in found.rows}
     if "" in named and not device:
-        raise LabError(f"the rows of {source} don't say which device they are of; name it, such as: --device "
-                       "nvidia-h100-80gb")
+        raise LabError(
+            f"the rows of {source} don't say which device they are of; name it, such as: --device nvidia-h100-80gb"
+        )
     if others := sorted(named - {"", device or ""}):
         if device or len(others) > 1:
             raise Wrong(f"its rows are of {', '.join(others)}" + f", not of {device}" * bool(device))
@@ -260,6 +288,7 @@ def of_ledger(source: Path, device: str | None, say: Callable[[str], None]) -> B
 
 
 # --- Reading folders and archives, with no trust in either ---
+
 
 class Room:
     """What an export may still have: files and bytes."""
@@ -289,8 +318,13 @@ def branch_files(tree: Tree, name: str) -> dict[str, bytes] | None:
     branch. `name`: a local one's, or a remote one's with or without the remote."""
     known = tree.git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes").split("\n")
     ref = next((ref for ref in known if name == ref.removeprefix("refs/heads/")), None) or next(
-        (ref for ref in known if ref.startswith("refs/remotes/") and name in (
-            ref.split("/", 2)[-1], ref.split("/", 3)[-1])), None)
+        (
+            ref
+            for ref in known
+            if ref.startswith("refs/remotes/") and name in (ref.split("/", 2)[-1], ref.split("/", 3)[-1])
+        ),
+        None,
+    )
     if ref is None:
         return None
     room, blobs = Room(), {}

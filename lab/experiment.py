@@ -83,24 +83,31 @@ def advance(session: Session, experiment: Experiment) -> bool:
 
 # --- What to do next: ("run", (blob, seed, budget)), ("score", run) or ("verdict", its facts) ---
 
+
 def failure(session: Session, experiment: Experiment, runs: list[Run]) -> tuple | None:
     """The verdict on runs that failed, were disturbed or interrupted too often, or on a lab that fails at it."""
     for run in experiment.runs:
         if run.status == "disturbed" and (what := other_attention(session, run.result)):
-            return "verdict", unjudged("invalid", f"{what}. Bring that back, and run this again; or start another "
-                                                  "session")
+            return "verdict", unjudged(
+                "invalid", f"{what}. Bring that back, and run this again; or start another session"
+            )
     for run in runs:
         if run.status in ("crash", "invalid"):
             return "verdict", {"status": run.status, "reason": run.reason}
         again = [one for one in runs if (one.status, one.blob, one.seed) == ("disturbed", run.blob, run.seed)]
         if len(again) >= TRIES:
-            return "verdict", unjudged("invalid", f"{again[-1].reason}, in {len(again)} runs. Free the device, or "
-                                                  "calibrate it again, and run this again")
+            return "verdict", unjudged(
+                "invalid",
+                f"{again[-1].reason}, in {len(again)} runs. Free the device, or calibrate it again, and run this again",
+            )
     if sum(run.status == "lost" and run.reason not in HELD for run in experiment.runs) >= MOST_LOST:
         return "verdict", unjudged("crash", f"it was interrupted {MOST_LOST} times: does it bring the machine down?")
     if experiment.failures >= TRIES:
-        return "verdict", unjudged("invalid", f"the lab failed at it {experiment.failures} times; see supervisor.log "
-                                              "in the session's folder, and please report it")
+        return "verdict", unjudged(
+            "invalid",
+            f"the lab failed at it {experiment.failures} times; see supervisor.log "
+            "in the session's folder, and please report it",
+        )
     return None
 
 
@@ -145,21 +152,33 @@ def plan_change(session: Session, change: Experiment) -> tuple:
     if problem := same_start(sound):
         return "verdict", {"status": "invalid", "reason": problem}
     parent = session.state.parent_of(change)
-    step = gate.next_step({run.seed: run.bpb for run in sound}, session.state.results(change.parent), session.noise,
-                          session.account, simpler=change.nodes < parent.nodes)
+    step = gate.next_step(
+        {run.seed: run.bpb for run in sound},
+        session.state.results(change.parent),
+        session.noise,
+        session.account,
+        simpler=change.nodes < parent.nodes,
+    )
     if step.action in ("run candidate", "run parent"):
         blob = change.blob if step.action == "run candidate" else change.parent
         return "run", (blob, step.seed, session.budget)
-    judged = {"status": step.action, "reason": step.reason, "gate": step.facts(),
-              "mean": statistics.fmean(run.bpb for run in sound),
-              "parent_mean": statistics.fmean(session.state.results(change.parent).values())}
+    judged = {
+        "status": step.action,
+        "reason": step.reason,
+        "gate": step.facts(),
+        "mean": statistics.fmean(run.bpb for run in sound),
+        "parent_mean": statistics.fmean(session.state.results(change.parent).values()),
+    }
     if step.action == "keep":
         best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
         if best.scores is None:
             return "score", best
         if problem := disagreement(best) or not_held_out(session, best, parent):
-            judged |= {"status": "invalid", "reason": problem,
-                       "gate": judged["gate"] | {"better": False, "simpler": False, "loss": 0.0}}
+            judged |= {
+                "status": "invalid",
+                "reason": problem,
+                "gate": judged["gate"] | {"better": False, "simpler": False, "loss": 0.0},
+            }
     return "verdict", judged
 
 
@@ -170,8 +189,10 @@ def plan_further(session: Session, change: Experiment) -> tuple:
         for blob in results:
             if seed not in results[blob] and not failure(session, change, change.runs):
                 return "run", (blob, seed, session.budget)
-    return "verdict", change.judged | {"mean": statistics.fmean(results[change.blob].values()),
-                                       "parent_mean": statistics.fmean(results[change.parent].values())}
+    return "verdict", change.judged | {
+        "mean": statistics.fmean(results[change.blob].values()),
+        "parent_mean": statistics.fmean(results[change.parent].values()),
+    }
 
 
 def plan_confirmation(session: Session, confirmation: Experiment) -> tuple:
@@ -191,18 +212,26 @@ def plan_confirmation(session: Session, confirmation: Experiment) -> tuple:
                 return "run", (blob, seed, confirmation.budget)
     gains = {}
     for rows in ("val_bpb", "held_out_bpb"):
-        by_seed = {blob: {run.seed: run.scores[rows] for run in sound if run.blob == blob}
-                   for blob in (confirmation.blob, confirmation.parent)}
-        gains[rows] = gate.interval([by_seed[confirmation.parent][seed] - value
-                                     for seed, value in sorted(by_seed[confirmation.blob].items())])
+        by_seed = {
+            blob: {run.seed: run.scores[rows] for run in sound if run.blob == blob}
+            for blob in (confirmation.blob, confirmation.parent)
+        }
+        gains[rows] = gate.interval(
+            [by_seed[confirmation.parent][seed] - value for seed, value in sorted(by_seed[confirmation.blob].items())]
+        )
     gain, low, high = gains["held_out_bpb"]
-    return "verdict", {"status": "keep", "confirmed": low > 0, "gains": gains, "mean": statistics.fmean(
-        run.bpb for run in sound if run.blob == confirmation.blob), "reason":
-        f"on held-out rows and {confirmation.pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
-        f"baseline (90 % interval {low:+.6f} to {high:+.6f})"}
+    return "verdict", {
+        "status": "keep",
+        "confirmed": low > 0,
+        "gains": gains,
+        "mean": statistics.fmean(run.bpb for run in sound if run.blob == confirmation.blob),
+        "reason": f"on held-out rows and {confirmation.pairs} new seeds the best is {gain:+.6f} bits per byte better "
+        f"than the baseline (90 % interval {low:+.6f} to {high:+.6f})",
+    }
 
 
 # --- Doing it ---
+
 
 def perform(session: Session, experiment: Experiment, blob: str, seed: int, budget: float) -> None:
     """A guarded run, journalled before and after."""
@@ -221,15 +250,25 @@ def perform(session: Session, experiment: Experiment, blob: str, seed: int, budg
             file.write(ledger_before)
         status, reason = "invalid", "it changed the ledger, which was put back"
     other = elsewhere(session, outcome.result) if status == "ok" else None
-    if status == "ok" and (what := other or other_attention(session, outcome.result)
-                           or disturbance(session, blob, outcome.result)):
+    if status == "ok" and (
+        what := other or other_attention(session, outcome.result) or disturbance(session, blob, outcome.result)
+    ):
         status, reason = "disturbed", what
     flush_files(session.run_folder(run.number))
-    session.log("ran", run=run.number, status=status, reason=reason, result=outcome.result, seconds=outcome.seconds,
-                traceback=outcome.traceback)
+    session.log(
+        "ran",
+        run=run.number,
+        status=status,
+        reason=reason,
+        result=outcome.result,
+        seconds=outcome.seconds,
+        traceback=outcome.traceback,
+    )
     if other:
-        raise LabError(f"{other}. Rows that can't be compared are not compared: put back what was there when the "
-                       "session began, then: python -m lab wait; or start another session")
+        raise LabError(
+            f"{other}. Rows that can't be compared are not compared: put back what was there when the "
+            "session began, then: python -m lab wait; or start another session"
+        )
 
 
 def elsewhere(session: Session, result: dict) -> str | None:
@@ -300,8 +339,10 @@ def disagreement(run: Run) -> str | None:
 def not_held_out(session: Session, run: Run, parent: Experiment) -> str | None:
     """Why a gain on validation rows is not believed: held-out rows don't show at least half of it, allowing for half
     the noise and two standard errors of which rows they are."""
-    known = next((other for other in parent.runs if other.blob == parent.blob and other.scores
-                  and "val_bpb" in other.scores), None)
+    known = next(
+        (other for other in parent.runs if other.blob == parent.blob and other.scores and "val_bpb" in other.scores),
+        None,
+    )
     if known is None:
         return None
     gain, held = (known.scores[rows] - run.scores[rows] for rows in ("val_bpb", "held_out_bpb"))
@@ -311,8 +352,10 @@ def not_held_out(session: Session, run: Run, parent: Experiment) -> str | None:
         error = session.noise.sd
     if gain - held <= max(0.5 * abs(gain), 0.5 * session.noise.sd) + 2 * error:
         return None
-    return (f"its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on those it "
-            "can't have seen")
+    return (
+        f"its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on those it "
+        "can't have seen"
+    )
 
 
 def sampling_error(one: Path, other: Path) -> float:
@@ -328,6 +371,7 @@ def sampling_error(one: Path, other: Path) -> float:
 
 # --- After the verdict ---
 
+
 def apply(session: Session, experiment: Experiment) -> None:
     """Moves the branch or not, records, restores train.py, tidies up. Doing it again changes nothing."""
     tree, commit, left_alone = session.tree, experiment.commit, None
@@ -335,8 +379,10 @@ def apply(session: Session, experiment: Experiment) -> None:
     head = tree.commit_of(session.branch)
     if head is None:
         best = next(e for e in reversed(session.state.kept) if e.applied) if session.state.best else experiment
-        raise LabError(f"the session's branch is gone; get it back with: git branch {session.branch} "
-                       f"{(best.applied or {}).get('commit', best.commit)}; then: python -m lab wait")
+        raise LabError(
+            f"the session's branch is gone; get it back with: git branch {session.branch} "
+            f"{(best.applied or {}).get('commit', best.commit)}; then: python -m lab wait"
+        )
     if kept:
         if tree.blob_of(head) != experiment.blob:
             if tree.commit_of(f"{commit}^") != head:  # somebody has committed to the branch meanwhile, program.md say
@@ -344,8 +390,9 @@ def apply(session: Session, experiment: Experiment) -> None:
             tree.move(f"refs/heads/{session.branch}", commit, head)
         else:
             commit = head
-    ledger.append(session.ledger, [row(session, experiment, run, commit) for run in experiment.runs
-                                   if run.status != "lost"])
+    ledger.append(
+        session.ledger, [row(session, experiment, run, commit) for run in experiment.runs if run.status != "lost"]
+    )
     if experiment.kind not in BESIDE:
         left_alone = tree.settle(session.branch, experiment.blob, experiment.parent)
     tidy(session, experiment, keep=kept or experiment.kind == "baseline")
@@ -370,10 +417,20 @@ def row(session: Session, experiment: Experiment, run: Run, commit: str) -> dict
     of, kept = experiment if own else parent, parent.applied["commit"][:7] if parent else ""
     result = {name: session.facts[name] for name in CONDITIONS} | (run.result or {})
     return ledger.row_of(
-        result, commit=commit[:7] if own else kept, parent=kept if own else "", status=status, reason=reason,
-        description=of.description, patch=of.patch, origin=of.origin, portable="yes" if of.portable else "no",
-        run=run.number, seed=run.seed, total_seconds=run.seconds,
-        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.begun)))
+        result,
+        commit=commit[:7] if own else kept,
+        parent=kept if own else "",
+        status=status,
+        reason=reason,
+        description=of.description,
+        patch=of.patch,
+        origin=of.origin,
+        portable="yes" if of.portable else "no",
+        run=run.number,
+        seed=run.seed,
+        total_seconds=run.seconds,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.begun)),
+    )
 
 
 def tidy(session: Session, experiment: Experiment, keep: bool) -> None:

@@ -109,8 +109,12 @@ class Account:
         """The account after a verdict, from `Step.facts()`."""
         if facts["better"]:
             return replace(self, staked=self.staked + facts["stake"], keeps=self.keeps + 1, tests=0)
-        return replace(self, staked=self.staked + facts["stake"], tests=self.tests + (facts["stake"] > 0),
-                       loss=self.loss + facts["loss"])
+        return replace(
+            self,
+            staked=self.staked + facts["stake"],
+            tests=self.tests + (facts["stake"] > 0),
+            loss=self.loss + facts["loss"],
+        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,9 @@ class Step:
         return {name: value for name, value in vars(self).items() if name not in ("action", "reason", "seed")}
 
 
-def next_step(candidate: Mapping[int, float], parent: Mapping[int, float], noise: Noise, account: Account,
-              simpler: bool = False) -> Step:
+def next_step(
+    candidate: Mapping[int, float], parent: Mapping[int, float], noise: Noise, account: Account, simpler: bool = False
+) -> Step:
     """What the runs so far ask for. Bits per byte everywhere.
 
     Args:
@@ -168,10 +173,23 @@ def next_step(candidate: Mapping[int, float], parent: Mapping[int, float], noise
     variance = 1 / runs + 1 / parents
     error = noise.sd * math.sqrt(variance)
     t, half = gain / error, t_quantile(0.05, noise.df) * error
-    found = Step("discard", "", gain=gain, error=error, low=gain - half, high=gain + half, p=t_tail(t, noise.df),
-                 level=level, runs=runs, parent_runs=parents, stake=account.stake if runs > 1 else 0.0)
-    said = (f"{abs(gain):.6f} bits per byte {'better' if gain > 0 else 'worse'} than its parent "
-            f"({abs(t):.1f} standard errors, {runs} {'run' if runs == 1 else 'runs'} against {parents})")
+    found = Step(
+        "discard",
+        "",
+        gain=gain,
+        error=error,
+        low=gain - half,
+        high=gain + half,
+        p=t_tail(t, noise.df),
+        level=level,
+        runs=runs,
+        parent_runs=parents,
+        stake=account.stake if runs > 1 else 0.0,
+    )
+    said = (
+        f"{abs(gain):.6f} bits per byte {'better' if gain > 0 else 'worse'} than its parent "
+        f"({abs(t):.1f} standard errors, {runs} {'run' if runs == 1 else 'runs'} against {parents})"
+    )
 
     missing = [one for one in candidate if one not in parent]
     share = level * SPLIT[min(runs, ROUNDS) - 1]
@@ -183,8 +201,14 @@ def next_step(candidate: Mapping[int, float], parent: Mapping[int, float], noise
     if runs >= ROUNDS and not missing:
         loss = max(0.0, t_quantile(1 - CONFIDENCE, noise.df) * error - gain)
         if simpler and loss <= allowed:
-            return replace(found, action="keep", simpler=True, near_miss=False, loss=loss, reason=(
-                f"simpler, and {said}: a loss above {loss:.6f} is excluded, {allowed:.6f} was allowed"))
+            return replace(
+                found,
+                action="keep",
+                simpler=True,
+                near_miss=False,
+                loss=loss,
+                reason=(f"simpler, and {said}: a loss above {loss:.6f} is excluded, {allowed:.6f} was allowed"),
+            )
         return replace(found, reason=tested)
 
     # Is it worth going on? `gain` will move by `spread` until the last look, which asks for so much of it:
@@ -204,8 +228,11 @@ def next_step(candidate: Mapping[int, float], parent: Mapping[int, float], noise
         hope = max(hope, chance(1 - CONFIDENCE, less=allowed))
     if not hope >= WORTH:
         return replace(found, reason=f"{said}: {why}")
-    action, which = ("run parent", missing[0]) if missing else (
-        "run candidate", next(one for one in map(seed, range(runs + 1)) if one not in candidate))
+    action, which = (
+        ("run parent", missing[0])
+        if missing
+        else ("run candidate", next(one for one in map(seed, range(runs + 1)) if one not in candidate))
+    )
     return replace(found, action=action, seed=which, near_miss=False, stake=0.0, reason=f"worth another run: {said}")
 
 

@@ -32,12 +32,25 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
 TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock may be behind another in one process
 # Who may write which file in a run's folder: functions of the judge's.
-WRITERS = {"result.json": {"report", "recorded", "open_data"}, "result.safetensors": {"evaluate_bpb"},
-           "score.json": {"built"}, "rows.npz": {"score"}}
+WRITERS = {
+    "result.json": {"report", "recorded", "open_data"},
+    "result.safetensors": {"evaluate_bpb"},
+    "score.json": {"built"},
+    "rows.npz": {"score"},
+}
 # Events whose arguments are paths that get written: which arguments, and which hold the folder they are relative to.
-CHANGES = {"os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.rename": ((0, 2), (1, 3)),
-           "os.link": ((1, 3),), "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.chmod": ((0, 2),),
-           "os.utime": ((0, 3),), "shutil.rmtree": ((0, None),)}
+CHANGES = {
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.utime": ((0, 3),),
+    "shutil.rmtree": ((0, None),),
+}
 
 
 class Guard:
@@ -73,9 +86,14 @@ class Guard:
 
     def install(self) -> None:
         """From here on. There is no way to take it back."""
-        events = {"open": self._open, "import": self._import, **{
-            f"autoresearch.{name}": getattr(self, f"_{name}") for name in (
-                "rows", "clock", "batch", "tick", "evaluate", "scored", "report", "refused", "load")}}
+        events = {
+            "open": self._open,
+            "import": self._import,
+            **{
+                f"autoresearch.{name}": getattr(self, f"_{name}")
+                for name in ("rows", "clock", "batch", "tick", "evaluate", "scored", "report", "refused", "load")
+            },
+        }
         for event, places in CHANGES.items():
             events[event] = functools.partial(self._changed, places, event == "os.mkdir")
         find, busy = events.get, self.busy
@@ -146,11 +164,16 @@ class Guard:
             return
         name, parts = os.path.basename(path), path.split(os.sep)
         if within(path, self.data):
-            if name.endswith(".npy") and (not (by := next(self._callers(sys._getframe(1)), None)) or
-                                          by.f_code.co_filename not in self.readers):
+            if name.endswith(".npy") and (
+                not (by := next(self._callers(sys._getframe(1)), None)) or by.f_code.co_filename not in self.readers
+            ):
                 self._deny(f"it reads {named(name)} itself: data come from prepare, training batches from its Loader")
-        elif within(path, self.runs | {os.path.join(home, "last") for home in self.homes}) \
-                or name.endswith(".safetensors") or "runs" in parts and "sessions" in parts:
+        elif (
+            within(path, self.runs | {os.path.join(home, "last") for home in self.homes})
+            or name.endswith(".safetensors")
+            or "runs" in parts
+            and "sessions" in parts
+        ):
             self._deny(f"it reads what another run left, {named(name)}: a run starts from nothing")
 
     def _changed(self, places, makes: bool, *arguments) -> None:
@@ -177,8 +200,15 @@ class Guard:
         elif within(path, self.protected):
             if os.path.basename(path).startswith("trials") or within(path, self.libraries):
                 raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
-            what = ("judge" if within(path, self.judges) else "ledger" if path.endswith(".tsv") else "harness's files"
-                    if within(path, self.homes) else "repository")
+            what = (
+                "judge"
+                if within(path, self.judges)
+                else "ledger"
+                if path.endswith(".tsv")
+                else "harness's files"
+                if within(path, self.homes)
+                else "repository"
+            )
             self._deny(f"it changes the {what}: {named(os.path.basename(path))}")
         elif within(path, self.libraries):
             raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
@@ -205,7 +235,8 @@ class Guard:
             own = next(self._callers(frame), None) is None
         if not own:
             name = {"train": "training documents: batches come from prepare.Loader, which the clock knows"}.get(
-                which, f"{which} rows: they are for the evaluator")
+                which, f"{which} rows: they are for the evaluator"
+            )
             self._deny(f"it reads the {name}")
 
     def _clock(self, clock, backend) -> None:
@@ -234,7 +265,8 @@ class Guard:
         if self.started is not None:
             elapsed = (self.stopped or self.now()) - self.started
             self.known["prepare", "require_time"](
-                self.budget, elapsed, self.longest, self.ticked - self.started if self.in_step else None)
+                self.budget, elapsed, self.longest, self.ticked - self.started if self.in_step else None
+            )
 
     def _evaluate(self, clock, backend) -> None:
         if clock is None or clock is not self.clock:
@@ -292,13 +324,20 @@ class Guard:
         if backend is not None:
             for one in type(backend).__mro__[:-1]:
                 if one.__module__ not in ("abc", "typing") and not self._judges(
-                        getattr(sys.modules.get(one.__module__), "__file__", None) or ""):
+                    getattr(sys.modules.get(one.__module__), "__file__", None) or ""
+                ):
                     return f"its backend, {named(type(backend).__name__)}, is not one of backends/"
                 for of, value in vars(one).items():
                     if self._foreign(value):
                         return f"it replaces {dotted(one.__name__, of)}"
-            if of := next((of for of in vars(backend) if hasattr(type(backend), of) and callable(vars(backend)[of])
-                           and of != "Trainer"), None):
+            if of := next(
+                (
+                    of
+                    for of in vars(backend)
+                    if hasattr(type(backend), of) and callable(vars(backend)[of]) and of != "Trainer"
+                ),
+                None,
+            ):
                 return f"it replaces {named(of)} of the backend"
         if self.clock is not None:
             seconds, told = self.budget, self.clock.seconds
@@ -317,8 +356,11 @@ class Guard:
             if not name.startswith("__"):
                 yield ("prepare", name), value
                 if isinstance(value, type) and value.__module__ == "prepare":
-                    yield from ((("prepare", f"{name}.{of}"), what) for of, what in list(vars(value).items())
-                                if callable(what) or isinstance(what, property))
+                    yield from (
+                        (("prepare", f"{name}.{of}"), what)
+                        for of, what in list(vars(value).items())
+                        if callable(what) or isinstance(what, property)
+                    )
         yield ("sys.modules", "prepare"), module
         yield from ((("time", name), getattr(time, name)) for name in CLOCKS)
 
@@ -327,8 +369,12 @@ class Guard:
         while isinstance(value, (functools.partial, staticmethod, classmethod)):
             value = value.func if isinstance(value, functools.partial) else value.__func__
         code = getattr(value, "__code__", None) if isinstance(value, types.FunctionType) else None
-        return code is not None and not self._judges(code.co_filename) and not self._library(code.co_filename) \
+        return (
+            code is not None
+            and not self._judges(code.co_filename)
+            and not self._library(code.co_filename)
             and not code.co_filename.startswith("<")
+        )
 
 
 def named(text) -> str:

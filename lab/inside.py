@@ -74,6 +74,7 @@ def make_guard(folder, judge, facts):
 
 # --- Scoring again ---
 
+
 def rescore(folder: Path, judge: Path, facts: dict) -> None:
     """Lets train.py make its model, up to the moment when a Clock would be made; then loads the saved weights and
     scores them, by a copy of prepare that train.py does not know. What it finds goes to score.json and rows.npz."""
@@ -156,6 +157,7 @@ def score(fixed, backend, model, weights: str, folder: Path) -> dict:
 
 # --- Processes ---
 
+
 def limit_files(folder: Path) -> None:
     """No file grows beyond half of what the disk has left; none is written of a crash."""
     try:
@@ -236,8 +238,11 @@ def end_descendants() -> int:
 
     ended, deadline = set(), time.monotonic() + 10
     while time.monotonic() < deadline:
-        alive = [one for one in psutil.Process().children(recursive=True) if one.pid not in ended or one.is_running()
-                 and one.status() != psutil.STATUS_ZOMBIE]
+        alive = [
+            one
+            for one in psutil.Process().children(recursive=True)
+            if one.pid not in ended or one.is_running() and one.status() != psutil.STATUS_ZOMBIE
+        ]
         for one in alive:
             try:
                 one.kill()

@@ -28,8 +28,10 @@ STRONG = (
 WEAK = (
     ("schedule", "progress|multiplier|iters|iterations"),
     ("optimizer", "rate|eps|epsilon|steps|update"),
-    ("architecture",
-     "depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm"),
+    (
+        "architecture",
+        "depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm",
+    ),
 )
 HEADINGS = (
     ("regularisation", "regulari[sz]ation"),
@@ -42,8 +44,11 @@ SPOKEN = (  # words of descriptions that names in train.py don't have
     ("regularisation", "clipping|regulari[sz]ation"),
     ("optimizer", "learning_rates|lrs|ns_steps|newton_schulz"),
     ("schedule", "schedules|cosine"),
-    ("architecture", "ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu"
-                     "|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels"),
+    (
+        "architecture",
+        "ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu"
+        "|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels",
+    ),
 )
 LONGEST = 40  # characters of a value in a summary
 
@@ -114,8 +119,11 @@ def changed(before: bytes, after: bytes) -> list[tuple[Piece | None, Piece | Non
     """
     old, new = pieces(before), pieces(after)
     names = dict.fromkeys([*new, *old])
-    return [(old.get(name), new.get(name)) for name in names
-            if name not in old or name not in new or old[name].text != new[name].text]
+    return [
+        (old.get(name), new.get(name))
+        for name in names
+        if name not in old or name not in new or old[name].text != new[name].text
+    ]
 
 
 @functools.lru_cache(maxsize=64)  # a best is compared with many
@@ -138,12 +146,21 @@ def pieces(content: bytes) -> dict[str, Piece]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             add("the imports", node, "other")
         elif name := _constant(node):
-            add(name, node, _named(name, STRONG) or heading or _named(name, WEAK) or "other", True,
-                ast.unparse(node.value))
+            add(
+                name,
+                node,
+                _named(name, STRONG) or heading or _named(name, WEAK) or "other",
+                True,
+                ast.unparse(node.value),
+            )
         elif isinstance(node, ast.ClassDef):
-            kind = ("architecture" if node.name in models else
-                    "optimizer" if any("Optimizer" in base for base in _bases(node)) else
-                    _named(node.name, STRONG) or heading or _named(node.name, WEAK) or "other")
+            kind = (
+                "architecture"
+                if node.name in models
+                else "optimizer"
+                if any("Optimizer" in base for base in _bases(node))
+                else _named(node.name, STRONG) or heading or _named(node.name, WEAK) or "other"
+            )
             methods = [part for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
             for method in methods:
                 add(f"{node.name}.{method.name}", method, kind)
@@ -153,9 +170,16 @@ def pieces(content: bytes) -> dict[str, Piece]:
             add(node.name, node, _function(node) or heading or _named(node.name, WEAK) or "other")
         else:
             add("the rest", node, "other")
-    return {name: Piece(name, parts[-1][1], len(parts) == 1 and parts[0][2], "\n".join(part[3] for part in parts),
-                        ast.Module([part[0] for part in parts], []))
-            for name, parts in found.items()}
+    return {
+        name: Piece(
+            name,
+            parts[-1][1],
+            len(parts) == 1 and parts[0][2],
+            "\n".join(part[3] for part in parts),
+            ast.Module([part[0] for part in parts], []),
+        )
+        for name, parts in found.items()
+    }
 
 
 def _kind_of(old: Piece | None, new: Piece | None) -> str:

@@ -19,9 +19,11 @@ import filelock
 import prepare
 from lab.errors import LabError
 
-COLUMNS = tuple("""commit val_bpb memory_gb status description device backend run seed started training_seconds
+COLUMNS = tuple(
+    """commit val_bpb memory_gb status description device backend run seed started training_seconds
 total_seconds tokens_M steps params_M depth tok_per_s tflops mfu speed val_rows eval data profile parent patch origin
-portable reason""".split())
+portable reason""".split()
+)
 ORIGINAL = COLUMNS[:5]
 NUMBERS = {  # how they are written; mfu is in percent
     "val_bpb": ".6f", "memory_gb": ".1f", "run": "d", "seed": "d", "training_seconds": ".1f", "total_seconds": ".1f",
@@ -70,6 +72,7 @@ class Ledger:
 
 
 # --- Reading ---
+
 
 def read(path: Path) -> Ledger:
     """A ledger: ours, or the original's with its five columns, in which nothing is escaped.
@@ -128,8 +131,10 @@ def _columns(fields: list[str], name: str) -> tuple[tuple[str, ...], bool]:
             except ValueError:
                 break
             return known, False
-    raise LabError(f"{name} is no ledger: its first line has neither the columns' names, {' '.join(ORIGINAL)} and so "
-                   "on with tabs between, nor a row of them")
+    raise LabError(
+        f"{name} is no ledger: its first line has neither the columns' names, {' '.join(ORIGINAL)} and so "
+        "on with tabs between, nor a row of them"
+    )
 
 
 def _reader(columns: tuple[str, ...]):
@@ -171,6 +176,7 @@ def unescape(text: str) -> str:
 
 # --- Writing ---
 
+
 def append(path: Path, rows: list[dict]) -> None:
     """Appends rows (dicts by column, as `row_of` makes them) and returns once they are on disk. A row whose `run` is in
     the ledger already is left out, so that a step which was interrupted can be done again. What a power failure left of
@@ -186,8 +192,10 @@ def append(path: Path, rows: list[dict]) -> None:
         sound, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
         before = parse(sound, str(path))
         if before.columns and (missing := [name for name in COLUMNS if name not in before.columns]):
-            raise LabError(f"{path} has no column {', '.join(missing)}: rows of this version don't fit there. Move it "
-                           "away and do the same again; a new one is then begun")
+            raise LabError(
+                f"{path} has no column {', '.join(missing)}: rows of this version don't fit there. Move it "
+                "away and do the same again; a new one is then begun"
+            )
         known, new = {row["run"] for row in before.rows} - {None}, []
         for row in rows:
             if row.get("run") not in known:
@@ -217,8 +225,9 @@ def _alone(path: Path):
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise LabError(f"another process has been writing {path} for {PATIENCE} s; end it, and do the same again"
-                           ) from None
+            raise LabError(
+                f"another process has been writing {path} for {PATIENCE} s; end it, and do the same again"
+            ) from None
     try:
         yield
     finally:

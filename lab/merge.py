@@ -92,8 +92,13 @@ def _changes(before: list[bytes], after: list[bytes]) -> list[tuple[int, int, in
     with tempfile.TemporaryDirectory() as folder:
         for name, lines in (("before", before), ("after", after)):
             Path(folder, name).write_bytes(b"".join(lines))
-        done = subprocess.run(["git", *DIFF, "-U0", "--no-index", "before", "after"], cwd=folder, capture_output=True,
-                              check=False, start_new_session=True)
+        done = subprocess.run(
+            ["git", *DIFF, "-U0", "--no-index", "before", "after"],
+            cwd=folder,
+            capture_output=True,
+            check=False,
+            start_new_session=True,
+        )
     found = []
     for row in done.stdout.decode(errors="replace").split("\n"):
         if head := HUNK.match(row):
@@ -107,5 +112,8 @@ def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two ranges of lines share one; or one is an insertion within the other, or both are at one place."""
     if one[0] == one[1] and other[0] == other[1]:
         return one[0] == other[0]
-    return max(one[0], other[0]) < min(one[1], other[1]) or (
-        one[0] == one[1] and other[0] < one[0] < other[1]) or (other[0] == other[1] and one[0] < other[0] < one[1])
+    return (
+        max(one[0], other[0]) < min(one[1], other[1])
+        or (one[0] == one[1] and other[0] < one[0] < other[1])
+        or (other[0] == other[1] and one[0] < other[0] < one[1])
+    )

@@ -12,8 +12,13 @@ def remembered(session: Session) -> list[int]:
     """Numbers of the experiments to try together, the most convincing first: those not tried so before."""
     state = session.state
     used = {number for experiment in state.experiments.values() for number in experiment.members}
-    return gate.together([(e.number, e.verdict["gate"]["gain"], e.verdict["gate"]["error"]) for e in state.decided
-                          if e.number not in used and e.verdict.get("gate", {}).get("near_miss")])
+    return gate.together(
+        [
+            (e.number, e.verdict["gate"]["gain"], e.verdict["gate"]["error"])
+            for e in state.decided
+            if e.number not in used and e.verdict.get("gate", {}).get("near_miss")
+        ]
+    )
 
 
 def together(session: Session) -> tuple[bytes, list[int]]:
@@ -36,8 +41,10 @@ def together(session: Session) -> tuple[bytes, list[int]]:
         except LabError:
             pass  # merged without conflict, and is no Python any more
     if len(members) < gate.FEWEST_TOGETHER or state.same(source.describe(current).digest):
-        raise LabError(f"there are not enough near misses that go together: {len(members)}, and it takes "
-                       f"{gate.FEWEST_TOGETHER}, not tried before")
+        raise LabError(
+            f"there are not enough near misses that go together: {len(members)}, and it takes "
+            f"{gate.FEWEST_TOGETHER}, not tried before"
+        )
     return current, members
 
 

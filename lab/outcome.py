@@ -17,12 +17,31 @@ LARGEST = 2**20  # bytes of a result
 MOST_OF_A_REASON = 160  # characters
 # What prepare.report writes, by type.
 TYPES = {name: {"s": str, "d": int}.get(form[-1], float) for name, form in prepare.SUMMARY.items()}
-TYPES |= {"budget_seconds": float, "tokens_per_second_last_quarter": float, "flops_per_token": float, "dataset": str,
-          "initial_weights": str, "attention_provider": str}
+TYPES |= {
+    "budget_seconds": float,
+    "tokens_per_second_last_quarter": float,
+    "flops_per_token": float,
+    "dataset": str,
+    "initial_weights": str,
+    "attention_provider": str,
+}
 UNKNOWN_ALLOWED = ("mfu_percent", "speed", "attention_provider")  # null where nothing was calibrated, or there is none
 # Without these a run that ended well can't be judged or recorded.
-NEEDED = ("val_bpb", "val_rows", "training_seconds", "total_seconds", "budget_seconds", "peak_vram_mb", "num_steps",
-          "total_tokens_M", "tokens_per_second", "device", "backend", "eval", "data")
+NEEDED = (
+    "val_bpb",
+    "val_rows",
+    "training_seconds",
+    "total_seconds",
+    "budget_seconds",
+    "peak_vram_mb",
+    "num_steps",
+    "total_tokens_M",
+    "tokens_per_second",
+    "device",
+    "backend",
+    "eval",
+    "data",
+)
 TEARDOWN = 30.0  # seconds between prepare.report and the end of the process
 HOLE = r"((?s:.{1,120}))"  # in a text, where code fills something in
 FILLING = re.compile(r"[\w.,+-]{1,64}|\([0-9, ]*\)", re.ASCII)  # a name, a number, an array's shape
@@ -66,12 +85,19 @@ def judged(request, ended: Ended, found, facts, mark, log, known) -> tuple[str, 
     if (request.folder / guard.MARK).exists():
         return ("crash" if mark.get("status") == "crash" else "invalid"), told(mark.get("reason"), known)
     if found is None:
-        return crash(ended, log) if ended.code else (
-            "invalid", "it ended without a result: prepare.report was not called")
+        return (
+            crash(ended, log) if ended.code else ("invalid", "it ended without a result: prepare.report was not called")
+        )
     if found.get("status") != "ok":
         return "crash" if found.get("status") == "crash" else "invalid", told(found.get("reason"), known)
-    wrong = problem(facts, request.budget, ended.seconds, request.memory_ceiling,
-                    request.folder / "result.safetensors", ended.set_by)
+    wrong = problem(
+        facts,
+        request.budget,
+        ended.seconds,
+        request.memory_ceiling,
+        request.folder / "result.safetensors",
+        ended.set_by,
+    )
     return ("invalid", wrong) if wrong else ("ok", "")
 
 
@@ -105,6 +131,7 @@ def unscored(request, ended: Ended, found, log, known) -> str | None:
 
 
 # --- What was left behind ---
+
 
 def read(path: Path) -> dict | None:
     """A JSON object, or None."""
@@ -166,8 +193,9 @@ def _made_of(reason: str, known: list[re.Pattern], depth: int = 1) -> bool:
     return any(all(map(fills, found.groups())) for pattern in known if (found := pattern.fullmatch(reason)))
 
 
-def problem(facts: dict, budget: float, elapsed: float, ceiling: int | None, weights: Path,
-            set_by: float = 0.0) -> str | None:
+def problem(
+    facts: dict, budget: float, elapsed: float, ceiling: int | None, weights: Path, set_by: float = 0.0
+) -> str | None:
     """Why a result that says "ok" is not believed.
 
     Args:

@@ -17,11 +17,21 @@ from lab.summary import readme, summary
 def files_of(bundle: Bundle) -> dict[str, bytes]:
     """The files of an exported session by name; equal sessions give equal files."""
     patches = [f"patches/{place:04d}-{slug(kept.description)}.patch" for place, kept in enumerate(bundle.kept, 1)]
-    told = [{"number": kept.number, "commit": kept.commit, "parent": kept.parent, "description": kept.description,
-             "patch": patch} for kept, patch in zip(bundle.kept, patches)]
+    told = [
+        {
+            "number": kept.number,
+            "commit": kept.commit,
+            "parent": kept.parent,
+            "description": kept.description,
+            "patch": patch,
+        }
+        for kept, patch in zip(bundle.kept, patches)
+    ]
     own = dict.fromkeys(name for row in bundle.rows for name in row if name not in ledger.EMPTY)
-    files = {"session.json": _json({**bundle.session, "format": FORMAT, "kept": told}),
-             "results.tsv": ledger.dumps(bundle.rows, (*ledger.COLUMNS, *own))}
+    files = {
+        "session.json": _json({**bundle.session, "format": FORMAT, "kept": told}),
+        "results.tsv": ledger.dumps(bundle.rows, (*ledger.COLUMNS, *own)),
+    }
     if bundle.set_aside:
         files["results.tsv.damaged"] = bundle.set_aside.encode(errors="replace")
     if bundle.base is not None:
@@ -40,8 +50,11 @@ def files_of(bundle: Bundle) -> dict[str, bytes]:
 
 def sealed(files: dict[str, bytes]) -> dict[str, bytes]:
     """Files by name, and the manifest of them."""
-    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-                if name != "MANIFEST.json"}
+    manifest = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+        if name != "MANIFEST.json"
+    }
     return files | {"MANIFEST.json": _json({"format": FORMAT, "files": manifest})}
 
 

@@ -22,9 +22,17 @@ from lab.tree import here
 def kept_of(session: Session) -> list[Kept]:
     """The changes that moved its branch, in order."""
     state = session.state
-    return [Kept(number=e.number, commit=e.applied["commit"][:7], description=e.description,
-                 parent=state.parent_of(e).applied["commit"][:7], patch_text=session.tree.diff(e.parent, e.blob))
-            for e in state.kept if e.parent and e.applied]
+    return [
+        Kept(
+            number=e.number,
+            commit=e.applied["commit"][:7],
+            description=e.description,
+            parent=state.parent_of(e).applied["commit"][:7],
+            patch_text=session.tree.diff(e.parent, e.blob),
+        )
+        for e in state.kept
+        if e.parent and e.applied
+    ]
 
 
 def changes_of(session: Session) -> list[dict]:
@@ -44,12 +52,21 @@ def _told(session: Session, experiment: Experiment, contents: dict[str, bytes]) 
         text = ""
     found = e.verdict.get("gate", {})
     measured = e.status in ("keep", "discard") and found.get("error")
-    return {"number": e.number, "kind": e.kind, "status": e.status, "description": e.description,
-            "reason": e.verdict["reason"], "near_miss": bool(found.get("near_miss")),
-            **{name: found[name] if measured else None for name in EFFECT},
-            "kinds": list(kinds.of_change(contents[parent], contents[e.blob])) if changes else [],
-            "commit": e.applied["commit"][:7], "parent": e.onto, "patch": e.patch, "origin": e.origin,
-            "patch_text": text}
+    return {
+        "number": e.number,
+        "kind": e.kind,
+        "status": e.status,
+        "description": e.description,
+        "reason": e.verdict["reason"],
+        "near_miss": bool(found.get("near_miss")),
+        **{name: found[name] if measured else None for name in EFFECT},
+        "kinds": list(kinds.of_change(contents[parent], contents[e.blob])) if changes else [],
+        "commit": e.applied["commit"][:7],
+        "parent": e.onto,
+        "patch": e.patch,
+        "origin": e.origin,
+        "patch_text": text,
+    }
 
 
 def bundle_of(session: Session) -> Bundle:
@@ -67,9 +84,11 @@ def own(source: str) -> Session | None:
     for folder in (Path(os.path.expanduser(source)), folder_of(source.removeprefix(PREFIX))):
         if (folder / "journal.jsonl").exists():
             if (prepare.home() / "sessions").resolve() not in folder.resolve().parents:
-                raise LabError(f"{folder} is a session's working folder, and not under {prepare.home() / 'sessions'}: "
-                               "get it exported where it was run (python -m lab export X.tar.gz); or, if that was "
-                               "here, set AUTORESEARCH_HOME to where it belongs")
+                raise LabError(
+                    f"{folder} is a session's working folder, and not under {prepare.home() / 'sessions'}: "
+                    "get it exported where it was run (python -m lab export X.tar.gz); or, if that was "
+                    "here, set AUTORESEARCH_HOME to where it belongs"
+                )
             return Session(folder)
     return None
 
@@ -95,8 +114,10 @@ def find(source: str, device: str | None = None) -> Bundle:
             return verified(files)
     except Wrong as error:
         raise LabError(f"the branch {source} was refused: {error}; get it published again") from None
-    raise LabError(f"there is no session {source}: neither a folder, an archive or a ledger of that name, nor "
-                   f"DEVICE/TAG in {prepare.home()}, nor a branch that lab export --publish made; check the name")
+    raise LabError(
+        f"there is no session {source}: neither a folder, an archive or a ledger of that name, nor "
+        f"DEVICE/TAG in {prepare.home()}, nor a branch that lab export --publish made; check the name"
+    )
 
 
 def publish(session: Session, replace: bool = False) -> tuple[str, str]:
@@ -121,7 +142,9 @@ def publish(session: Session, replace: bool = False) -> tuple[str, str]:
     if there and tree.same_files(there, commit):
         return branch, there
     if there and not replace:
-        raise LabError(f"the branch {branch} exists, at {there[:7]}, and holds something else than this session now: "
-                       f"--replace replaces it")
+        raise LabError(
+            f"the branch {branch} exists, at {there[:7]}, and holds something else than this session now: "
+            f"--replace replaces it"
+        )
     tree.git("branch", "--no-track", *["--force"] * bool(there), branch, commit)
     return branch, commit

@@ -69,6 +69,7 @@ class Step:
 
 # --- What there is to try ---
 
+
 def candidates(bundle: Bundle, more: bool = False) -> list[Candidate]:
     """The changes that a session kept, in order.
 
@@ -79,8 +80,10 @@ def candidates(bundle: Bundle, more: bool = False) -> list[Candidate]:
         LabError: it has none.
     """
     if bundle.base is None:
-        raise LabError(f"{bundle.name} is a bare ledger: it says what was changed in words alone, and there are no "
-                       "patches to replay. Ask for the session itself (python -m lab export); compare reads ledgers")
+        raise LabError(
+            f"{bundle.name} is a bare ledger: it says what was changed in words alone, and there are no "
+            "patches to replay. Ask for the session itself (python -m lab export); compare reads ledgers"
+        )
     told = {one["number"]: one for one in bundle.changes}
     ids = {row["commit"]: (row["patch"], row["origin"]) for row in bundle.rows}
     texts, last, found = {0: _ends(bundle.base)}, 0, []
@@ -101,8 +104,9 @@ def candidates(bundle: Bundle, more: bool = False) -> list[Candidate]:
             problem = str(error)
         if not patch:
             problem = problem or "its patch has no id"
-        found.append(Candidate(number, untrusted.one_line(description, WIDTH), origin, before, after,
-                               facts.get("gain"), problem))
+        found.append(
+            Candidate(number, untrusted.one_line(description, WIDTH), origin, before, after, facts.get("gain"), problem)
+        )
 
     for kept in bundle.kept:
         add(kept.number, kept.description, kept.commit, last, kept.patch_text)
@@ -144,8 +148,11 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
             return Step(candidate, why=f"what it makes of train.py here is no Python: {error}")
         if described.digest == source.describe(here).digest:
             return Step(candidate, why="changes nothing: it is here already")
-        before = state.same(described.digest) if stack else next(
-            (e for e in decided if e.digest == described.digest and e.onto == onto.number), None)
+        before = (
+            state.same(described.digest)
+            if stack
+            else next((e for e in decided if e.digest == described.digest and e.onto == onto.number), None)
+        )
         if before is None:
             return Step(candidate, content, here)
     seeds = {gate.seed(round) for round in range(runs)}
@@ -157,6 +164,7 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
 
 
 # --- Doing it ---
+
 
 def go(session: Session, options) -> int:
     """Replays a session's changes; see __main__.py for the options."""
@@ -171,9 +179,11 @@ def go(session: Session, options) -> int:
         if not options.json:
             print(text, flush=True)
 
-    say(f"{show.counted(len(found), 'change')} of {bundle.name}, each on the "
+    say(
+        f"{show.counted(len(found), 'change')} of {bundle.name}, each on the "
         f"{'best so far' if options.stack else 'baseline'}, at least {show.counted(options.runs, 'run')} of "
-        f"{session.budget:g} s")
+        f"{session.budget:g} s"
+    )
     if not options.dry_run:
         say("they are somebody's code, which --dry-run shows: read it first")
     for name in ("eval", "budget"):
@@ -253,26 +263,51 @@ def _begin(session: Session, step: Step, onto: Experiment, options) -> Experimen
     blob = tree.git("hash-object", "-w", "--stdin", content=step.content)  # as git has it: no filters
     message = candidate.description or f"change {candidate.number} of {candidate.origin}"
     return session.begin(
-        kind="change" if options.stack else REPLAY, blob=blob, parent=onto.blob, onto=onto.number,
-        commit=tree.commit(head, blob, message), description=message, digest=described.digest, nodes=described.nodes,
-        portable=described.portable, patch=tree.patch(onto.blob, blob)[1], origin=candidate.origin, fewest=options.runs)
+        kind="change" if options.stack else REPLAY,
+        blob=blob,
+        parent=onto.blob,
+        onto=onto.number,
+        commit=tree.commit(head, blob, message),
+        description=message,
+        digest=described.digest,
+        nodes=described.nodes,
+        portable=described.portable,
+        patch=tree.patch(onto.blob, blob)[1],
+        origin=candidate.origin,
+        fewest=options.runs,
+    )
 
 
 def _repeat(session: Session, step: Step, runs: int) -> Experiment:
     """Further runs of what was decided before, and of its parent, on the seeds that are missing."""
     e = step.again
     said = {"status": e.status, "reason": f"as experiment {e.number}, of which these are further runs"}
-    return session.begin(kind=REPEAT, blob=e.blob, parent=e.parent, onto=e.onto, commit=e.applied["commit"],
-                         description=e.description, digest=e.digest, nodes=e.nodes, portable=e.portable, patch=e.patch,
-                         origin=e.origin or step.candidate.origin, fewest=runs, judged=said)
+    return session.begin(
+        kind=REPEAT,
+        blob=e.blob,
+        parent=e.parent,
+        onto=e.onto,
+        commit=e.applied["commit"],
+        description=e.description,
+        digest=e.digest,
+        nodes=e.nodes,
+        portable=e.portable,
+        patch=e.patch,
+        origin=e.origin or step.candidate.origin,
+        fewest=runs,
+        judged=said,
+    )
 
 
 # --- Telling ---
 
+
 def effect(session: Session, experiment: Experiment) -> Effect | None:
     """How much it moved val_bpb, by all runs of it and of its parent; None if they have no scores."""
-    own, parent = ([Trial(None, seed, bpb) for seed, bpb in session.state.results(blob).items()]
-                   for blob in (experiment.blob, experiment.parent))
+    own, parent = (
+        [Trial(None, seed, bpb) for seed, bpb in session.state.results(blob).items()]
+        for blob in (experiment.blob, experiment.parent)
+    )
     if not own or not parent or experiment.status not in ("keep", "discard"):
         return None
     return effects.between(own, parent, session.noise)
@@ -283,9 +318,14 @@ def _told(session: Session, step: Step) -> str:
     if step.done is None:
         return f"{step.why or 'applies'}{', and would be run again' * bool(step.again)}: {what}"
     found = effect(session, step.done)
-    numbers = "" if found is None else (
-        f", {found.value:+.6f} against its parent (90 % interval {found.low:+.6f} to {found.high:+.6f}; "
-        f"{found.runs} runs against {found.parent_runs})")
+    numbers = (
+        ""
+        if found is None
+        else (
+            f", {found.value:+.6f} against its parent (90 % interval {found.low:+.6f} to {found.high:+.6f}; "
+            f"{found.runs} runs against {found.parent_runs})"
+        )
+    )
     if not step.content and not step.again:
         return f"{step.why}{numbers}: {what}"
     why = "" if found else f" ({untrusted.one_line(step.done.verdict['reason'], WIDTH)})"
@@ -304,9 +344,16 @@ def _edited(step: Step) -> Iterator[str]:
 
 def _shown(step: Step) -> Iterator[str]:
     """The lines of its conflicts."""
-    rows = [f"{mark} {row.decode(errors='replace')}" for one in step.conflicts for mark, lines in (
-        (f"line {one.line} is here:", one.here), ("was there:", one.before), ("became there:", one.after))
-        for row in lines or [b"(nothing)"]]
+    rows = [
+        f"{mark} {row.decode(errors='replace')}"
+        for one in step.conflicts
+        for mark, lines in (
+            (f"line {one.line} is here:", one.here),
+            ("was there:", one.before),
+            ("became there:", one.after),
+        )
+        for row in lines or [b"(nothing)"]
+    ]
     yield from (untrusted.one_line(row, WIDTH) for row in rows[:MOST_SHOWN])
     if len(rows) > MOST_SHOWN:
         yield f"and {len(rows) - MOST_SHOWN} more lines"
@@ -316,12 +363,19 @@ def _facts(session: Session, step: Step) -> dict:
     """A step for machines."""
     candidate, done = step.candidate, step.done
     found = effect(session, done) if done else None
-    return {"number": candidate.number, "origin": candidate.origin,
-            "description": candidate.description, "gain_there": candidate.gain,
-            "experiment": done.number if done else None, "status": done.status if done else None,
-            "effect": {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
-            if found else None,
-            "why": step.why, "conflicts": list(_shown(step))}
+    return {
+        "number": candidate.number,
+        "origin": candidate.origin,
+        "description": candidate.description,
+        "gain_there": candidate.gain,
+        "experiment": done.number if done else None,
+        "status": done.status if done else None,
+        "effect": {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
+        if found
+        else None,
+        "why": step.why,
+        "conflicts": list(_shown(step)),
+    }
 
 
 def transferred(session: Session, source: str) -> str:

@@ -39,8 +39,10 @@ WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what st
 # Settings that a run inherits, by name or by how it begins, unless it looks like a secret.
 SAFE = """PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX
 SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE""".split()
-SAFE_PREFIXES = tuple("""LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
-VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split())
+SAFE_PREFIXES = tuple(
+    """LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
+VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split()
+)
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
 
 
@@ -136,6 +138,7 @@ def score(request: Request, weights: Path) -> Scores:
 
 # --- A process, from its start to its end ---
 
+
 def clear(folder: Path, records: Sequence[str]) -> None:
     """Makes the folder as a new run finds it."""
     for name in records:
@@ -168,16 +171,35 @@ def remove(folder: Path) -> None:
 def execute(request: Request, mode: str, log: Path, weights: Path | None = None, **settings: str) -> Ended:
     """Starts inside.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
-    facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget,
-             "protected": [str(path) for path in request.protected], "weights": str(weights)}
+    facts = {
+        "mode": mode,
+        "folder": str(folder),
+        "home": str(request.home),
+        "budget": request.budget,
+        "protected": [str(path) for path in request.protected],
+        "weights": str(weights),
+    }
     command = [sys.executable, str(request.judge.absolute() / "lab" / "inside.py"), json.dumps(facts)]
     settings |= environment(request, temporary)
     wrapped = sandbox.wrap(
-        request.sandbox, command, readable=[*readable(request), *([weights.absolute()] if weights else [])],
-        writable=[folder, request.home / "cache"], hidden=hidden(request), temporary=temporary, cwd=folder / "work")
+        request.sandbox,
+        command,
+        readable=[*readable(request), *([weights.absolute()] if weights else [])],
+        writable=[folder, request.home / "cache"],
+        hidden=hidden(request),
+        temporary=temporary,
+        cwd=folder / "work",
+    )
     begun, wall = time.monotonic(), time.time()
-    process = subprocess.Popen(wrapped, cwd=folder / "work", env=settings, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        wrapped,
+        cwd=folder / "work",
+        env=settings,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     output = capture.Log(process.stdout.fileno(), log)
     try:
         problem = watch(process, request, output, begun + request.timeout)
@@ -193,8 +215,10 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
     seconds = time.monotonic() - begun
     set_by = time.time() - wall - seconds
     if not (folder / inside.BEGUN).exists():
-        raise LabError(f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
-                       "sandbox that does not work any more, start a new session")
+        raise LabError(
+            f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
+            "sandbox that does not work any more, start a new session"
+        )
     code = process.returncode
     if inside.LINUX and code > inside.LEFT_RUNNING:
         left, code = left + code - inside.LEFT_RUNNING, 0
@@ -222,8 +246,10 @@ def watch(process: subprocess.Popen, request: Request, output: capture.Log, dead
         if request.unified and request.memory_ceiling is not None and now >= look:
             look = now + MEMORY_EVERY
             if (used := memory(process.pid)) > request.memory_ceiling:
-                return (f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
-                        "allowed")
+                return (
+                    f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
+                    "allowed"
+                )
 
 
 def memory(pid: int) -> int:
@@ -277,8 +303,13 @@ def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
     """
     home, ended, deadline = str(home or prepare.home().absolute()), set(), time.monotonic() + patience
     for _ in range(50):  # what is being ended may start another
-        alive = [one for marked in psutil.process_iter() if _belongs(marked, run_id, home)
-                 for one in tree(marked.pid) if one.pid != os.getpid()]
+        alive = [
+            one
+            for marked in psutil.process_iter()
+            if _belongs(marked, run_id, home)
+            for one in tree(marked.pid)
+            if one.pid != os.getpid()
+        ]
         if not alive:
             break
         if time.monotonic() < deadline:
@@ -306,13 +337,18 @@ def _belongs(process: psutil.Process, run_id: str, home: str) -> bool:
 
 # --- What it gets ---
 
+
 def environment(request: Request, temporary: Path) -> dict[str, str]:
     """All that a run is told."""
+
     def safe(name):
         return (name.upper() in SAFE or name.startswith(SAFE_PREFIXES)) and not any(s in name.upper() for s in SECRET)
 
-    inherited = {name: value for name, value in os.environ.items()  # where compilers write must be its home's cache
-                 if safe(name) and name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()  # where compilers write must be its home's cache
+        if safe(name) and name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    }
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
@@ -321,11 +357,17 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     driver = cache / re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
     driver.mkdir(parents=True, exist_ok=True)
     own = {
-        "HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"),
+        "HOME": str(folder / "home"),
+        "USERPROFILE": str(folder / "home"),
         **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
-        "CUDA_CACHE_PATH": str(driver), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub_cache()),
-        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUSERBASE": site.getuserbase(),
-        **request.settings, "AUTORESEARCH_HOME": str(request.home), "AUTORESEARCH_RUN": request.run_id,
+        "CUDA_CACHE_PATH": str(driver),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(hub_cache()),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUSERBASE": site.getuserbase(),
+        **request.settings,
+        "AUTORESEARCH_HOME": str(request.home),
+        "AUTORESEARCH_RUN": request.run_id,
         "AUTORESEARCH_SEED": str(request.seed),
     }
     if request.budget != prepare.TIME_BUDGET:

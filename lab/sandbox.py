@@ -57,8 +57,15 @@ except TimeoutError:
 except OSError:
     pass
 """
-        command = wrap(name, [sys.executable, "-IS", "-c", code], readable=[seen, *interpreter()], writable=[out],
-                       hidden=[root / "home"], temporary=temporary, cwd=out)
+        command = wrap(
+            name,
+            [sys.executable, "-IS", "-c", code],
+            readable=[seen, *interpreter()],
+            writable=[out],
+            hidden=[root / "home"],
+            temporary=temporary,
+            cwd=out,
+        )
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired):
@@ -70,10 +77,14 @@ def describe(name: str | None) -> str:
     """What is protected by this tool and what is not, in a sentence."""
     if name is None:
         found = " (installing bubblewrap may help)" if sys.platform.startswith("linux") else ""
-        return (f"This system offers no sandbox that works{found}: train.py would run with your rights, could read "
-                "your files and use the network, and only what its own Python code does is looked after.")
-    return (f"Runs are sandboxed by {name}: no network, your home folder hidden, nothing to write to but a run's own "
-            "folder and the compilers' caches; that holds off mistakes and carelessness, not a determined attacker.")
+        return (
+            f"This system offers no sandbox that works{found}: train.py would run with your rights, could read "
+            "your files and use the network, and only what its own Python code does is looked after."
+        )
+    return (
+        f"Runs are sandboxed by {name}: no network, your home folder hidden, nothing to write to but a run's own "
+        "folder and the compilers' caches; that holds off mistakes and carelessness, not a determined attacker."
+    )
 
 
 def refuse_without(name: str | None, unsandboxed: bool) -> None:
@@ -85,15 +96,30 @@ def refuse_without(name: str | None, unsandboxed: bool) -> None:
 def interpreter() -> list[Path]:
     """What this Python needs to run: where it is installed, and its packages."""
     executable = Path(sys.executable)
-    paths = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, executable.parent,
-             executable.resolve().parent, *sys.path[1:]]
+    paths = [
+        sys.prefix,
+        sys.base_prefix,
+        sys.exec_prefix,
+        sys.base_exec_prefix,
+        executable.parent,
+        executable.resolve().parent,
+        *sys.path[1:],
+    ]
     if site.ENABLE_USER_SITE:
         paths.append(site.getuserbase())
     return [Path(path) for path in paths if path and os.path.exists(path)]
 
 
-def wrap(name: str | None, command: Sequence[str], *, readable: Sequence[Path], writable: Sequence[Path],
-         hidden: Sequence[Path], temporary: Path, cwd: Path) -> list[str]:
+def wrap(
+    name: str | None,
+    command: Sequence[str],
+    *,
+    readable: Sequence[Path],
+    writable: Sequence[Path],
+    hidden: Sequence[Path],
+    temporary: Path,
+    cwd: Path,
+) -> list[str]:
     """The command that carries out `command` in `cwd` under a tool; None changes nothing.
 
     Args:
@@ -121,23 +147,43 @@ def resolved(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(form for path in paths for form in (Path(os.path.abspath(path)), Path(path).resolve())))
 
 
-def layers(readable: list[Path], writable: list[Path], hidden: list[Path],
-           temporary: Path) -> list[tuple[str, Path, Path]]:
+def layers(
+    readable: list[Path], writable: list[Path], hidden: list[Path], temporary: Path
+) -> list[tuple[str, Path, Path]]:
     """What is to be mounted over a file tree that can't be written, outer folders first: ("hide", path, path), or
     ("show" or "write", what, where)."""
     covers = [*hidden, SYSTEM_TEMPORARY]
     wanted = {path: "show" for path in readable if any(cover in path.parents for cover in covers)}
-    wanted |= {path: "write" for path in writable if any(cover in path.parents for cover in covers) or
-               path == path.resolve()}
+    wanted |= {
+        path: "write" for path in writable if any(cover in path.parents for cover in covers) or path == path.resolve()
+    }
     wanted |= dict.fromkeys(hidden, "hide")
     steps = [(what, path, path) for path, what in wanted.items() if os.path.exists(path)]
     return sorted([*steps, ("write", temporary, SYSTEM_TEMPORARY)], key=lambda step: len(step[2].parts))
 
 
 def _bwrap(command, steps, temporary, cwd):
-    arguments = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--as-pid-1",
-                 "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev",
-                 "--tmpfs", "/dev/shm", "--proc", "/proc"]
+    arguments = [
+        "bwrap",
+        "--unshare-user",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--as-pid-1",
+        "--die-with-parent",
+        "--cap-drop",
+        "ALL",
+        "--ro-bind",
+        "/",
+        "/",
+        "--dev-bind",
+        "/dev",
+        "/dev",
+        "--tmpfs",
+        "/dev/shm",
+        "--proc",
+        "/proc",
+    ]
     for what, source, target in steps:
         arguments += {"hide": ["--tmpfs"], "show": ["--ro-bind", str(source)], "write": ["--bind", str(source)]}[what]
         arguments.append(str(target))
@@ -155,8 +201,11 @@ def _unshare(command, steps, temporary, cwd):
         return f"mount -o {','.join(['remount', 'bind', 'ro', *sorted(LOCKED & options)])} {where}"
 
     script = ["set -e", f"mkdir -p {at('')}", f"mount --rbind / {at('')}", f"mount --make-rprivate {at('')}"]
-    script += [remount(options, at(target)) + ("" if target == "/" else " 2>/dev/null || true")
-               for target, options in mounts() if not target.startswith(KEPT)]
+    script += [
+        remount(options, at(target)) + ("" if target == "/" else " 2>/dev/null || true")
+        for target, options in mounts()
+        if not target.startswith(KEPT)
+    ]
     script.append(f"mount -t tmpfs tmpfs {at('/dev/shm')} || true")
     for what, source, target in steps:
         if what == "hide":
@@ -166,23 +215,46 @@ def _unshare(command, steps, temporary, cwd):
         script += [f"[ -e {at(target)} ] || {{ {make}; }}", f"mount --bind {shlex.quote(str(source))} {at(target)}"]
         if what == "show":
             script.append(remount(options_of(source), at(target)))
-    script += [f"mount -t proc proc {at('/proc')}", f"cd {at('')}", "pivot_root . .", "umount -l .",
-               f"cd {shlex.quote(str(cwd))}", "ip link set lo up 2>/dev/null || true", 'exec "$@"']
-    return ["unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child",
-            "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin\n" + "\n".join(script), "sh", *command]
+    script += [
+        f"mount -t proc proc {at('/proc')}",
+        f"cd {at('')}",
+        "pivot_root . .",
+        "umount -l .",
+        f"cd {shlex.quote(str(cwd))}",
+        "ip link set lo up 2>/dev/null || true",
+        'exec "$@"',
+    ]
+    return [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "--net",
+        "--ipc",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "sh",
+        "-c",
+        "PATH=$PATH:/usr/sbin:/sbin\n" + "\n".join(script),
+        "sh",
+        *command,
+    ]
 
 
 def mounts() -> list[tuple[str, set[str]]]:
     """(target, options) of what is mounted here."""
     lines = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return [(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line[1]), set(line[3].split(",")))
-            for line in lines]
+    return [
+        (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line[1]), set(line[3].split(","))) for line in lines
+    ]
 
 
 def options_of(path: Path) -> set[str]:
     """Those that a remount of something on this file system has to repeat."""
-    holding = [(target, options) for target, options in mounts()
-               if Path(target) == path or Path(target) in path.parents]
+    holding = [
+        (target, options) for target, options in mounts() if Path(target) == path or Path(target) in path.parents
+    ]
     return max(holding, key=lambda one: len(one[0]))[1]
 
 
@@ -194,11 +266,15 @@ def macos_profile(readable: list[Path], writable: list[Path], hidden: list[Path]
         names = (str(path).replace("\\", "\\\\").replace('"', '\\"') for path in folders)
         return "".join(f'\n  ({kind} "{name}")' for name in names)
 
-    return "\n".join([
-        "(version 1)", "(allow default)", "(deny network*)",
-        f"(deny file-read-data{paths('subpath', hidden)})" if hidden else "",
-        f"(allow file-read-data{paths('subpath', [*readable, *writable])})",
-        '(deny file-write* (subpath "/"))',
-        '(allow file-write*\n  (subpath "/dev")\n  (regex #"^/private/var/folders/[^/]+/[^/]+/C/")'
-        f"{paths('subpath', writable)})",
-    ])
+    return "\n".join(
+        [
+            "(version 1)",
+            "(allow default)",
+            "(deny network*)",
+            f"(deny file-read-data{paths('subpath', hidden)})" if hidden else "",
+            f"(allow file-read-data{paths('subpath', [*readable, *writable])})",
+            '(deny file-write* (subpath "/"))',
+            '(allow file-write*\n  (subpath "/dev")\n  (regex #"^/private/var/folders/[^/]+/[^/]+/C/")'
+            f"{paths('subpath', writable)})",
+        ]
+    )

@@ -189,10 +189,19 @@ class Session:
     def again(self, number: int, seed: int, budget: float) -> runner.Request:
         """As `request`, for a run whose folder is there."""
         return runner.Request(
-            judge=self.judge, folder=self.run_folder(number), seed=seed, budget=budget, timeout=self.timeout(budget),
-            run_id=self.run_id(number), settings=self.facts["settings"], memory_ceiling=self.facts["memory_ceiling"],
-            unified=self.facts["unified"], sandbox=self.facts["sandbox"], protected=[self.tree.path, self.folder],
-            ending=self.ending)
+            judge=self.judge,
+            folder=self.run_folder(number),
+            seed=seed,
+            budget=budget,
+            timeout=self.timeout(budget),
+            run_id=self.run_id(number),
+            settings=self.facts["settings"],
+            memory_ceiling=self.facts["memory_ceiling"],
+            unified=self.facts["unified"],
+            sandbox=self.facts["sandbox"],
+            protected=[self.tree.path, self.folder],
+            ending=self.ending,
+        )
 
     def mend_judge(self) -> list[str]:
         """Files of the judge that are not as they were pinned; they are put back."""
@@ -230,11 +239,15 @@ class Session:
         """Starts the process that brings the pending experiment to its verdict. It outlives whoever started it."""
         program = self.judge / "lab" / "__main__.py"
         command = [self.facts["executable"], str(program), "--session", str(self.folder), "supervise"]
-        detached = ({"start_new_session": True} if os.name == "posix" else
-                    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS})
+        detached = (
+            {"start_new_session": True}
+            if os.name == "posix"
+            else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
+        )
         with open(self.folder / "supervisor.log", "wb") as log:
-            return subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                    **detached)
+            return subprocess.Popen(
+                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **detached
+            )
 
     def begin(self, **facts) -> Experiment:
         """Journals an experiment after the baseline, to be launched. To be called with the lock held."""
@@ -245,8 +258,9 @@ class Session:
 
     def begin_run(self, experiment: Experiment, blob: str, seed: int, budget: float) -> Run:
         number = self.state.next_run()
-        self.log("run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget,
-                 begun=time.time())
+        self.log(
+            "run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget, begun=time.time()
+        )
         return self.state.runs[number]
 
 
@@ -288,8 +302,10 @@ def taken(lock: filelock.FileLock) -> bool:
 def refuse_if_busy(lock: filelock.FileLock) -> None:
     """LabError if something else trains on the device."""
     if taken(lock):
-        raise LabError("another session is training on this device, and two at once would slow each other down: wait "
-                       "until it is done (python -m lab wait, in its repository), then run this again")
+        raise LabError(
+            "another session is training on this device, and two at once would slow each other down: wait "
+            "until it is done (python -m lab wait, in its repository), then run this again"
+        )
 
 
 def at(path: Path) -> Session:
@@ -297,14 +313,18 @@ def at(path: Path) -> Session:
     tree = Tree(path)
     branch = tree.branch()
     if not branch or not branch.startswith(PREFIX):
-        raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
-                       f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>")
-    session = Session(folder_of(branch[len(PREFIX):]))
+        raise LabError(
+            f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
+            f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>"
+        )
+    session = Session(folder_of(branch[len(PREFIX) :]))
     if Path(session.facts["tree"]) != tree.path:
         raise LabError(f"session {session.name} belongs to the repository {session.facts['tree']}, not to {tree.path}")
     if not session.judge.is_dir():
-        raise LabError(f"the session's judge is gone; get it back with: git worktree prune; git worktree add --force "
-                       f"--detach {session.judge} {session.facts['commit']}")
+        raise LabError(
+            f"the session's judge is gone; get it back with: git worktree prune; git worktree add --force "
+            f"--detach {session.judge} {session.facts['commit']}"
+        )
     return session
 
 

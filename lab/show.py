@@ -44,11 +44,20 @@ def facts(session: Session, experiment: Experiment) -> dict:
 
 def run_facts(run: Run, experiment: Experiment) -> dict:
     result = run.result or {}
-    measured = {name: round(result[key] * factor, 4) for key, (name, factor) in NUMBERS.items()
-                if isinstance(result.get(key), (int, float))}
-    return {"run": run.number, "of": "change" if run.blob == experiment.blob else "parent", "seed": run.seed,
-            "status": run.status, "val_bpb": result.get("val_bpb"), **measured,
-            **({"reason": run.reason} if run.reason else {})}
+    measured = {
+        name: round(result[key] * factor, 4)
+        for key, (name, factor) in NUMBERS.items()
+        if isinstance(result.get(key), (int, float))
+    }
+    return {
+        "run": run.number,
+        "of": "change" if run.blob == experiment.blob else "parent",
+        "seed": run.seed,
+        "status": run.status,
+        "val_bpb": result.get("val_bpb"),
+        **measured,
+        **({"reason": run.reason} if run.reason else {}),
+    }
 
 
 def block(session: Session, experiment: Experiment) -> str:
@@ -57,8 +66,7 @@ def block(session: Session, experiment: Experiment) -> str:
     said = found["status"].upper()
     if "confirmed" in found:
         said = "CONFIRMED" if found["confirmed"] else "NOT CONFIRMED"
-    lines = [f"experiment {found['experiment']}: {said}",
-             f"  what              {found['description']}"]
+    lines = [f"experiment {found['experiment']}: {said}", f"  what              {found['description']}"]
     if experiment.kind in (REPLAY, REPEAT):
         lines.append(f"  of                {found['origin']}, on the baseline: the branch stays where it is")
     if found["reason"]:
@@ -74,8 +82,10 @@ def block(session: Session, experiment: Experiment) -> str:
         smallest = gate.smallest_detectable(session.noise, session.account)
         lines.append(f"  noise             {told_noise(asdict(session.noise), smallest)}")
     if best := session.state.best:
-        lines.append(f"  best              {session.state.mean(best):.6f}, experiment {best.number}, commit "
-                     f"{(best.applied or {}).get('commit', best.commit)[:7]}")
+        lines.append(
+            f"  best              {session.state.mean(best):.6f}, experiment {best.number}, commit "
+            f"{(best.applied or {}).get('commit', best.commit)[:7]}"
+        )
     if found["near_miss"]:
         lines.append("  a near miss: remembered, to be tried together with others (run --near-misses)")
     if "left_alone" in found:
@@ -101,8 +111,10 @@ def counted(n: int, what: str) -> str:
 
 def told_noise(noise: dict, smallest: float) -> str:
     """How far chance moves val_bpb, and what can be seen all the same."""
-    return (f"{noise['sd']:.6f} between seeds ({noise['df']} degrees of freedom); a gain has to be about "
-            f"{smallest:.6f} to be kept four times in five")
+    return (
+        f"{noise['sd']:.6f} between seeds ({noise['df']} degrees of freedom); a gain has to be about "
+        f"{smallest:.6f} to be kept four times in five"
+    )
 
 
 def held(held: dict) -> str:
@@ -116,12 +128,19 @@ def paused(session: Session) -> str:
     pending, then = session.state.pending, "Go on with: python -m lab resume"
     run = pending.runs[-1] if pending and pending.runs else None
     if session.supervised:
-        doing = f"run {run.number}" if run and run.status is None else f"experiment {pending.number}" if pending else (
-            "a command")
+        doing = (
+            f"run {run.number}"
+            if run and run.status is None
+            else f"experiment {pending.number}"
+            if pending
+            else ("a command")
+        )
         return f"paused: {doing} is coming to its end, and nothing is begun after it. {then}"
     if run and (run.status, run.reason) == ("lost", "paused"):
-        return (f"paused: run {run.number} of experiment {pending.number} was ended, and is done again later. "
-                f"The device is free. {then}")
+        return (
+            f"paused: run {run.number} of experiment {pending.number} was ended, and is done again later. "
+            f"The device is free. {then}"
+        )
     if pending:
         return f"paused: nothing runs; experiment {pending.number} is left as it is. The device is free. {then}"
     return f"paused: nothing was running, and nothing will be begun. {then}"
@@ -130,34 +149,57 @@ def paused(session: Session) -> str:
 def progress_facts(session: Session, experiment: Experiment) -> dict:
     """How an experiment under way stands; seconds_left is of the run that is on now."""
     now = next((run for run in reversed(experiment.runs) if run.status is None), None)
-    found = {"experiment": experiment.number, "status": "running", "runs_done": sum(
-        run.status not in (None, "lost") for run in experiment.runs)}
+    found = {
+        "experiment": experiment.number,
+        "status": "running",
+        "runs_done": sum(run.status not in (None, "lost") for run in experiment.runs),
+    }
     if now:
         expected = now.budget + (session.overhead() or 30)
-        found |= {"run": now.number, "seed": now.seed, "of": "change" if now.blob == experiment.blob else "parent",
-                  "seconds_left": round(max(1.0, now.begun + expected - time.time()))}
+        found |= {
+            "run": now.number,
+            "seed": now.seed,
+            "of": "change" if now.blob == experiment.blob else "parent",
+            "seconds_left": round(max(1.0, now.begun + expected - time.time())),
+        }
     return found
 
 
 def progress(session: Session, experiment: Experiment) -> str:
     found = progress_facts(session, experiment)
-    doing = (f"run {found['runs_done'] + 1} (of the {found['of']}, seed {found['seed']}) ends in about "
-             f"{found['seconds_left']} s" if "run" in found else "weighing what was found")
-    return (f"experiment {experiment.number} is running: {doing}; it may need several runs. Go on waiting with: "
-            "python -m lab wait")
+    doing = (
+        f"run {found['runs_done'] + 1} (of the {found['of']}, seed {found['seed']}) ends in about "
+        f"{found['seconds_left']} s"
+        if "run" in found
+        else "weighing what was found"
+    )
+    return (
+        f"experiment {experiment.number} is running: {doing}; it may need several runs. Go on waiting with: "
+        "python -m lab wait"
+    )
 
 
 def status_facts(session: Session) -> dict:
     """Where the session stands, for machines."""
     state = session.state
-    found = {"session": session.name, "branch": session.branch, "folder": str(session.folder),
-             "ledger": str(session.ledger), "budget_seconds": session.budget, "sandbox": session.facts["sandbox"],
-             "dataset": session.facts["dataset"], "eval": session.facts["eval"],
-             "experiments": max(0, len(state.experiments) - 1), "held": session.held, "night": session.owned_by_night}
+    found = {
+        "session": session.name,
+        "branch": session.branch,
+        "folder": str(session.folder),
+        "ledger": str(session.ledger),
+        "budget_seconds": session.budget,
+        "sandbox": session.facts["sandbox"],
+        "dataset": session.facts["dataset"],
+        "eval": session.facts["eval"],
+        "experiments": max(0, len(state.experiments) - 1),
+        "held": session.held,
+        "night": session.owned_by_night,
+    }
     for status in ("keep", "discard", "crash", "invalid"):
         found[status] = sum(e.status == status and e.kind in ("change", "near misses") for e in state.decided)
-    found["crashes_in_a_row"] = next((i for i, e in enumerate(reversed(state.decided)) if e.status != "crash"),
-                                     len(state.decided))
+    found["crashes_in_a_row"] = next(
+        (i for i, e in enumerate(reversed(state.decided)) if e.status != "crash"), len(state.decided)
+    )
     if pending := state.pending:
         found["running"] = progress_facts(session, pending) | {"supervised": session.supervised}
     if state.best:
@@ -176,29 +218,42 @@ def status_facts(session: Session) -> dict:
     confirmed = [e for e in state.decided if e.kind == CONFIRM]
     if confirmed:
         found["confirmation"] = confirmed[-1].verdict["reason"]
-    found["recent"] = [{"experiment": e.number, "status": e.status, "val_bpb": (e.verdict or {}).get("mean"),
-                        "description": untrusted.one_line(e.description), "reason": (e.verdict or {}).get("reason")}
-                       for e in list(state.experiments.values())[-RECENT:]]
+    found["recent"] = [
+        {
+            "experiment": e.number,
+            "status": e.status,
+            "val_bpb": (e.verdict or {}).get("mean"),
+            "description": untrusted.one_line(e.description),
+            "reason": (e.verdict or {}).get("reason"),
+        }
+        for e in list(state.experiments.values())[-RECENT:]
+    ]
     return found
 
 
 def status(session: Session) -> str:
     found = status_facts(session)
-    lines = [f"session {found['session']}: {counted(found['experiments'], 'experiment')}, {found['keep']} kept, "
-             f"{found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid"
-             + (f"; {found['replayed']} replayed beside the branch" if "replayed" in found else "")]
+    lines = [
+        f"session {found['session']}: {counted(found['experiments'], 'experiment')}, {found['keep']} kept, "
+        f"{found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid"
+        + (f"; {found['replayed']} replayed beside the branch" if "replayed" in found else "")
+    ]
     if "best" in found:
         best = found["best"]
-        lines += [f"best {best['val_bpb']:.6f} (experiment {best['experiment']}, commit {best['commit']}, mean of "
-                  f"{best['runs']}); baseline {found['baseline']:.6f}",
-                  f"noise {told_noise(found['noise'], found['smallest_detectable'])}"]
+        lines += [
+            f"best {best['val_bpb']:.6f} (experiment {best['experiment']}, commit {best['commit']}, mean of "
+            f"{best['runs']}); baseline {found['baseline']:.6f}",
+            f"noise {told_noise(found['noise'], found['smallest_detectable'])}",
+        ]
     if found["crashes_in_a_row"] > 1:
         lines.append(f"the last {found['crashes_in_a_row']} experiments crashed")
     if "confirmation" in found:
         lines.append(f"confirmation: {found['confirmation']}")
     if found.get("near_misses"):
-        lines.append(f"near misses worth trying together: {', '.join(map(str, found['near_misses']))} (python -m lab "
-                     "run --near-misses)")
+        lines.append(
+            f"near misses worth trying together: {', '.join(map(str, found['near_misses']))} (python -m lab "
+            "run --near-misses)"
+        )
     running = found.get("running")
     if running and running["supervised"]:
         lines.append(progress(session, session.state.pending))

@@ -35,8 +35,9 @@ def describe(content: bytes) -> Source:
         raise LabError(f"train.py is not UTF-8 text ({error}); save it as UTF-8 and run again") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" line {error.lineno}:" if getattr(error, "lineno", None) else ""
-        raise LabError(f"train.py{where} {getattr(error, 'msg', error)}; nothing was run: mend it and run again"
-                       ) from error
+        raise LabError(
+            f"train.py{where} {getattr(error, 'msg', error)}; nothing was run: mend it and run again"
+        ) from error
     without_docstrings(tree)
     digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
     return Source(digest, sum(1 for _ in ast.walk(tree)), portable)

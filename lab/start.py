@@ -49,8 +49,10 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     hardware = backends.identify()
     folder = folder_of(f"{hardware.slug}/{tag}")
     if (folder / "session.json").exists():
-        raise LabError(f"there is a session {tag} already: git switch {PREFIX}{hardware.slug}/{tag} goes on with it; "
-                       "or take another tag")
+        raise LabError(
+            f"there is a session {tag} already: git switch {PREFIX}{hardware.slug}/{tag} goes on with it; "
+            "or take another tag"
+        )
     found = checked_profile(hardware, tree.path / TRAIN, say)
     data = prepare.open_data()
     box = sandbox.probe()
@@ -63,15 +65,21 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     refuse_if_busy(device_lock(hardware.slug, gpu))
     branch = f"{PREFIX}{hardware.slug}/{tag}"
     if tree.commit_of(f"refs/heads/{branch}") not in (None, commit):
-        raise LabError(f"there is a branch {branch} already, without its session; delete or rename it, or take another "
-                       "tag")
-    settings = {f"AUTORESEARCH_{name}": value for name in PASSED_ON
-                if (value := os.environ.get(f"AUTORESEARCH_{name}"))}
+        raise LabError(
+            f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
+        )
+    settings = {
+        f"AUTORESEARCH_{name}": value for name in PASSED_ON if (value := os.environ.get(f"AUTORESEARCH_{name}"))
+    }
     if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
     settings |= {"CUDA_VISIBLE_DEVICES": seen} if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) else {}
-    settings |= {"AUTORESEARCH_HOME": str(prepare.home().absolute()), "AUTORESEARCH_DATA": data.name,
-                 "AUTORESEARCH_PROFILE": str(folder / "profile.json"), "AUTORESEARCH_BACKEND": hardware.backend}
+    settings |= {
+        "AUTORESEARCH_HOME": str(prepare.home().absolute()),
+        "AUTORESEARCH_DATA": data.name,
+        "AUTORESEARCH_PROFILE": str(folder / "profile.json"),
+        "AUTORESEARCH_BACKEND": hardware.backend,
+    }
     facts = {
         "format": FORMAT, "tag": tag, "device": hardware.slug, "backend": hardware.backend, "tree": str(tree.path),
         "commit": commit, "gpu": gpu, "executable": sys.executable, "budget": prepare.budget(), "baseline_runs": runs,
@@ -87,8 +95,16 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         pin(tree, folder, commit)
         prepare.write_json(folder / "profile.json", found)
         Journal(folder / "journal.jsonl").append(
-            "experiment", number=BASELINE, kind="baseline", blob=tree.blob_of(commit), parent=None, commit=commit,
-            description="baseline", begun=time.time(), **vars(source.describe(tree.train())))
+            "experiment",
+            number=BASELINE,
+            kind="baseline",
+            blob=tree.blob_of(commit),
+            parent=None,
+            commit=commit,
+            description="baseline",
+            begun=time.time(),
+            **vars(source.describe(tree.train())),
+        )
         tree.move(f"refs/heads/{branch}", commit)
         tree.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
         # Last: with it there is a session.

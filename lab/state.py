@@ -153,15 +153,28 @@ class State:
 
     def results(self, blob: str) -> dict[int, float]:
         """val_bpb by seed, of undisturbed runs that ended well, confirmations left out."""
-        return {run.seed: run.bpb for run in self._of.get(blob, ()) if run.status == "ok"
-                and self.experiments[run.experiment].kind != CONFIRM}
+        return {
+            run.seed: run.bpb
+            for run in self._of.get(blob, ())
+            if run.status == "ok" and self.experiments[run.experiment].kind != CONFIRM
+        }
 
     def repeats(self, budget: float) -> list[list[float]]:
         """The results of each train.py, one for a seed, at one budget: what the noise is estimated from. What was found
         invalid tells nothing of it."""
-        groups = [{run.seed: run.bpb for run in runs if run.status == "ok" and run.budget == budget
-                   and not (self.experiments[run.experiment].status == "invalid"
-                            and self.experiments[run.experiment].blob == run.blob)} for runs in self._of.values()]
+        groups = [
+            {
+                run.seed: run.bpb
+                for run in runs
+                if run.status == "ok"
+                and run.budget == budget
+                and not (
+                    self.experiments[run.experiment].status == "invalid"
+                    and self.experiments[run.experiment].blob == run.blob
+                )
+            }
+            for runs in self._of.values()
+        ]
         return [list(group.values()) for group in groups if len(group) > 1]
 
     def mean(self, experiment: Experiment) -> float | None:
@@ -171,8 +184,17 @@ class State:
     def same(self, digest: str) -> Experiment | None:
         """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
         of the best."""
-        return next((e for e in reversed(self.decided) if e.digest == digest and e.kind not in (CONFIRM, REPEAT)
-                     and not e.verdict.get("unjudged") and not (e.kind == REPLAY and e.status == "keep")), None)
+        return next(
+            (
+                e
+                for e in reversed(self.decided)
+                if e.digest == digest
+                and e.kind not in (CONFIRM, REPEAT)
+                and not e.verdict.get("unjudged")
+                and not (e.kind == REPLAY and e.status == "keep")
+            ),
+            None,
+        )
 
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1

@@ -21,30 +21,60 @@ def summary(bundle: Bundle) -> str:
     kept = [one for one in tried if one["number"] in {kept.number for kept in bundle.kept}]
     near = [one for one in tried if one["near_miss"] and one["status"] == "discard"]
     counts = Counter(one["status"] for one in tried)
-    lines = [f"# What session {cell(session['tag'])} found on {cell(session['device'])}", "",
-             f"One file, train.py, was changed again and again; each time it was trained{_budget(session)} on "
-             f"{cell(session['device'])} ({cell(session['backend'])}), dataset {cell(session['dataset'])}, and kept if "
-             "validation bits per byte (val_bpb) fell by more than chance explains. Scores compare only where the "
-             f"eval tag is {cell(session['eval'])}, too.", "",
-             f"- changes tried: {len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
-             f"{counts['crash']}; could not be judged: {counts['invalid']}",
-             *_scores(bundle, kept),
-             "- confirmation: " + next((cell(one["reason"]) for one in reversed(changes) if one["kind"] == CONFIRM),
-                                       "none was made; what was kept for its scores is flattered by them")]
+    lines = [
+        f"# What session {cell(session['tag'])} found on {cell(session['device'])}",
+        "",
+        f"One file, train.py, was changed again and again; each time it was trained{_budget(session)} on "
+        f"{cell(session['device'])} ({cell(session['backend'])}), dataset {cell(session['dataset'])}, and kept if "
+        "validation bits per byte (val_bpb) fell by more than chance explains. Scores compare only where the "
+        f"eval tag is {cell(session['eval'])}, too.",
+        "",
+        f"- changes tried: {len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
+        f"{counts['crash']}; could not be judged: {counts['invalid']}",
+        *_scores(bundle, kept),
+        "- confirmation: "
+        + next(
+            (cell(one["reason"]) for one in reversed(changes) if one["kind"] == CONFIRM),
+            "none was made; what was kept for its scores is flattered by them",
+        ),
+    ]
     if kept:
-        lines += ["", "## What was kept", "", "In order, each on top of the one before: patches/ has them. Change of "
-                  "val_bpb: below 0 is better; from the runs that it was kept for, which flatter it.", "",
-                  *_table(kept)]
+        lines += [
+            "",
+            "## What was kept",
+            "",
+            "In order, each on top of the one before: patches/ has them. Change of "
+            "val_bpb: below 0 is better; from the runs that it was kept for, which flatter it.",
+            "",
+            *_table(kept),
+        ]
     if near:
-        lines += ["", "## Near misses", "", "Better, but not told from chance: worth another try where runs are less "
-                  "noisy, or several of them together.", "", *_table(near)]
+        lines += [
+            "",
+            "## Near misses",
+            "",
+            "Better, but not told from chance: worth another try where runs are less "
+            "noisy, or several of them together.",
+            "",
+            *_table(near),
+        ]
     if replayed := [one for one in tried if one["kind"] == REPLAY]:
-        lines += ["", "## What others had found, tried here", "", "On top of the baseline, beside the branch.", "",
-                  *_table(replayed)]
+        lines += [
+            "",
+            "## What others had found, tried here",
+            "",
+            "On top of the baseline, beside the branch.",
+            "",
+            *_table(replayed),
+        ]
     rest = [one for one in tried if not any(one in group for group in (kept, near, replayed))]
     if rest:
-        lines += ["", "## What did not help, by kind of change", "",
-                  "The best first. Change of val_bpb, mostly from one run: enough to see that it does not help much."]
+        lines += [
+            "",
+            "## What did not help, by kind of change",
+            "",
+            "The best first. Change of val_bpb, mostly from one run: enough to see that it does not help much.",
+        ]
     for kind in kinds.KINDS:
         its = [one for one in rest if (one["kinds"] or ["other"])[0] == kind]
         its.sort(key=lambda one: -math.inf if one["gain"] is None else one["gain"], reverse=True)
@@ -73,9 +103,15 @@ def _scores(bundle: Bundle, kept: list[dict]) -> list[str]:
 
 
 def _table(changes: list[dict]) -> list[str]:
-    return ["| experiment | what | kind | change of val_bpb | 90 % interval |", "|---|---|---|---|---|",
-            *(f"| {one['number']} | {cell(one['description'])} | {', '.join(one['kinds'])} | {_effect(one)} | "
-              f"{_interval(one)} |" for one in changes)]
+    return [
+        "| experiment | what | kind | change of val_bpb | 90 % interval |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {one['number']} | {cell(one['description'])} | {', '.join(one['kinds'])} | {_effect(one)} | "
+            f"{_interval(one)} |"
+            for one in changes
+        ),
+    ]
 
 
 def _effect(change: dict) -> str:
@@ -113,6 +149,7 @@ A patch is somebody else's code: read it before it is run. It runs sandboxed, as
 
 # --- README.md ---
 
+
 def readme(bundle: Bundle, patches: list[str]) -> str:
     """A session for people, as Markdown."""
     session, rows = bundle.session, bundle.rows
@@ -122,20 +159,35 @@ def readme(bundle: Bundle, patches: list[str]) -> str:
         runs.setdefault(row["commit"], []).append(row["val_bpb"])
     scores = [statistics.fmean(of) for of in runs.values()]
     statuses = ", ".join(f"{count} {cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
-    facts = [("device", session["device"]), ("backend", session["backend"]), ("begun", session["made"]),
-             ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
-             ("dataset", session["dataset"]), ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
-             ("profile", session["profile"]), ("versions", ", ".join(
-                 f"{name} {version}" for name, version in session.get("versions", {}).items())),
-             ("runs", f"{len(rows)}: {statuses}"),
-             ("val_bpb of what was kept, means", f"first {scores[0]:.6f}, lowest {min(scores):.6f}" if scores else "")]
-    lines = [f"# Session {bundle.session['tag']} on {bundle.session['device']}", "",
-             "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
-             "", "| | |", "|---|---|"]
+    facts = [
+        ("device", session["device"]),
+        ("backend", session["backend"]),
+        ("begun", session["made"]),
+        ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
+        ("dataset", session["dataset"]),
+        ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
+        ("profile", session["profile"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in session.get("versions", {}).items())),
+        ("runs", f"{len(rows)}: {statuses}"),
+        ("val_bpb of what was kept, means", f"first {scores[0]:.6f}, lowest {min(scores):.6f}" if scores else ""),
+    ]
+    lines = [
+        f"# Session {bundle.session['tag']} on {bundle.session['device']}",
+        "",
+        "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {cell(text)} |" for name, text in facts if text]
     if bundle.kept:
-        lines += ["", "## Kept changes, each on top of the one before", "",
-                  "| | experiment | commit | val_bpb | what | patch |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "## Kept changes, each on top of the one before",
+            "",
+            "| | experiment | commit | val_bpb | what | patch |",
+            "|---|---|---|---|---|---|",
+        ]
     for place, (kept, patch) in enumerate(zip(bundle.kept, patches), 1):
         score = f"{statistics.fmean(runs[kept.commit]):.6f}" if kept.commit in runs else ""
         cells = place, kept.number, kept.commit, score, kept.description

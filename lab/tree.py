@@ -22,8 +22,19 @@ from lab.errors import LabError
 TRAIN = "train.py"
 SETTINGS = ("gc.auto=0", "diff.suppressBlankEmpty=false", "commit.gpgSign=false", "core.hooksPath=/dev/null")
 # Whatever the user has set for diffs: the same change has the same id on every machine.
-DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--diff-algorithm=myers", "--indent-heuristic",
-        "--src-prefix=a/", "--dst-prefix=b/", "--inter-hunk-context=0", "--ignore-submodules", "--text")
+DIFF = (
+    "diff",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--diff-algorithm=myers",
+    "--indent-heuristic",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+    "--inter-hunk-context=0",
+    "--ignore-submodules",
+    "--text",
+)
 # Set while a hook runs, these would make git look at another repository.
 ELSEWHERE = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "NAMESPACE", "PREFIX")}
 FALLBACK_IDENTITY = {"NAME": "autoresearch", "EMAIL": "autoresearch@localhost"}
@@ -43,11 +54,20 @@ class Tree:
         self.path = Path(root)
         if not (self.path / TRAIN).is_file():
             known = self.git("ls-files", "--", TRAIN)
-            raise LabError(f"{TRAIN} is gone; get it back with: git checkout HEAD -- {TRAIN}" if known else
-                           f"there is no {TRAIN} at the root of the repository {root}: is this the project?")
+            raise LabError(
+                f"{TRAIN} is gone; get it back with: git checkout HEAD -- {TRAIN}"
+                if known
+                else f"there is no {TRAIN} at the root of the repository {root}: is this the project?"
+            )
 
-    def git(self, *arguments: str, index: Path | None = None, content: bytes | None = None, check: bool = True,
-            environment: dict | None = None) -> str:
+    def git(
+        self,
+        *arguments: str,
+        index: Path | None = None,
+        content: bytes | None = None,
+        check: bool = True,
+        environment: dict | None = None,
+    ) -> str:
         """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
         deadline = time.monotonic() + LOCK_PATIENCE
         done = self._run(arguments, index, content, environment)
@@ -69,16 +89,25 @@ class Tree:
         try:
             settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
             # In a session of its own: Ctrl-C is for who called it.
-            return subprocess.run(["git", "-C", str(self.path), *settings, *arguments], input=content, env=environment,
-                                  capture_output=True, check=False, start_new_session=True)
+            return subprocess.run(
+                ["git", "-C", str(self.path), *settings, *arguments],
+                input=content,
+                env=environment,
+                capture_output=True,
+                check=False,
+                start_new_session=True,
+            )
         except FileNotFoundError as error:
             raise LabError("git was not found; install it") from error
 
     def _identity(self) -> dict[str, str]:
         """Who commits: the user where git knows one."""
         known = {name: self.git("config", f"user.{name.lower()}", check=False) for name in FALLBACK_IDENTITY}
-        return {f"GIT_{role}_{name}": known[name] or fallback for role in ("AUTHOR", "COMMITTER")
-                for name, fallback in FALLBACK_IDENTITY.items()}
+        return {
+            f"GIT_{role}_{name}": known[name] or fallback
+            for role in ("AUTHOR", "COMMITTER")
+            for name, fallback in FALLBACK_IDENTITY.items()
+        }
 
     # --- Reading ---
 
@@ -95,8 +124,10 @@ class Tree:
     def refuse_uncommitted(self) -> None:
         """LabError if train.py has changes that no commit holds."""
         if self.git("status", "--porcelain", "--", TRAIN):
-            raise LabError(f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
-                           f"{TRAIN}, or git checkout -- {TRAIN}")
+            raise LabError(
+                f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
+                f"{TRAIN}, or git checkout -- {TRAIN}"
+            )
 
     def commit_of(self, name: str) -> str | None:
         return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False) or None
@@ -130,8 +161,9 @@ class Tree:
         try:
             return (self.path / TRAIN).read_bytes()
         except OSError as error:
-            raise LabError(f"{self.path / TRAIN} can't be read ({error}); get it back with: git checkout -- {TRAIN}"
-                           ) from error
+            raise LabError(
+                f"{self.path / TRAIN} can't be read ({error}); get it back with: git checkout -- {TRAIN}"
+            ) from error
 
     def store(self, content: bytes) -> str:
         """The blob id of a train.py, which is stored."""
@@ -172,8 +204,9 @@ class Tree:
             paths = [Path(temporary, str(place)) for place in range(len(files))]
             for path, data in zip(paths, files.values()):
                 path.write_bytes(data)
-            blobs = self.git("hash-object", "-w", "--no-filters", "--stdin-paths", content="\n".join(
-                map(str, paths)).encode()).split("\n")
+            blobs = self.git(
+                "hash-object", "-w", "--no-filters", "--stdin-paths", content="\n".join(map(str, paths)).encode()
+            ).split("\n")
         entries += [f"100644 {blob}\t{name}\0" for name, blob in zip(files, blobs)]
         return self._commit(parent, "".join(entries), message)
 
@@ -184,8 +217,16 @@ class Tree:
             self.git("update-index", "-z", "--index-info", index=index, content=entries.encode())
             root = self.git("write-tree", index=index)
         when = self.git("show", "--no-patch", "--format=%cI", like) if like else None
-        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode(errors="replace"),
-                        environment={f"GIT_{role}_DATE": when for role in ("AUTHOR", "COMMITTER")} if when else {})
+        return self.git(
+            "commit-tree",
+            root,
+            "-p",
+            parent,
+            "-F",
+            "-",
+            content=message.encode(errors="replace"),
+            environment={f"GIT_{role}_DATE": when for role in ("AUTHOR", "COMMITTER")} if when else {},
+        )
 
     def same_files(self, one: str, other: str) -> bool:
         """Whether two commits hold the same."""

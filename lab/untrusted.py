@@ -11,12 +11,16 @@ import unicodedata
 
 HEADER = "Traceback (most recent call last):"
 # Escape sequences by their form (ECMA-48): strings (OSC, DCS, SOS, PM, APC) up to their end, control sequences, others.
-ESCAPES = re.compile(r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
-                     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"
-                     r"|\x1b[ -/]*[0-~]?")
+ESCAPES = re.compile(
+    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"
+    r"|\x1b[ -/]*[0-~]?"
+)
 SELECTORS = re.compile("[\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # of variants: unseen, and can spell
-MARKS = re.compile(r"([\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]{3})"
-                   r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+")  # accents piled up over other lines
+MARKS = re.compile(
+    r"([\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]{3})"
+    r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+"
+)  # accents piled up over other lines
 SHOWN_AS = {"Cc": "", "Cf": "", "Cs": "\ufffd", "Co": "\ufffd", "Cn": "\ufffd", "Zl": " ", "Zp": " "}
 
 LONGEST_LINE, LONGEST_TEXT = 2000, 65536  # characters of a diff that are shown
@@ -27,8 +31,9 @@ def plain(text: str) -> str:
     of zero width, no unassigned or private ones."""
     text = ESCAPES.sub("", text.replace("\r\n", "\n")).replace("\r", "\n").expandtabs(4)
     text = MARKS.sub(r"\1", SELECTORS.sub("", text))
-    return "".join(c if c == "\n" or c.isascii() and c.isprintable() else SHOWN_AS.get(unicodedata.category(c), c)
-                   for c in text)
+    return "".join(
+        c if c == "\n" or c.isascii() and c.isprintable() else SHOWN_AS.get(unicodedata.category(c), c) for c in text
+    )
 
 
 def cut(line: str, width: int) -> str:
@@ -46,13 +51,13 @@ def clean(text: str, lines: int = 40, width: int = 200) -> str:
     rows = [cut(row.rstrip(), width) for row in plain(text).split("\n")]
     starts = [i for i, row in enumerate(rows) if row.endswith(HEADER)]  # after what a run left of a line, too
     if not starts:
-        return "\n".join([row for row in rows if row][-(lines // 4):])
-    rows = [HEADER, *rows[starts[-1] + 1:]]
+        return "\n".join([row for row in rows if row][-(lines // 4) :])
+    rows = [HEADER, *rows[starts[-1] + 1 :]]
     frames = next((i for i, row in enumerate(rows) if i and row and not row.startswith(" ")), len(rows) - 1) + 1
     frames, message = rows[:frames], rows[frames:]
     if len(frames) > lines:
         head = lines // 8
-        frames = [*frames[:head], f"  ... {len(frames) - lines + 1} lines left out", *frames[head + 1 - lines:]]
+        frames = [*frames[:head], f"  ... {len(frames) - lines + 1} lines left out", *frames[head + 1 - lines :]]
     return "\n".join([*frames, *message[: lines - len(frames)]]).rstrip()
 
 
@@ -73,8 +78,10 @@ def visible(text: str) -> str:
     endless."""
     cut = len(text) > LONGEST_TEXT
     lines = text[:LONGEST_TEXT].replace("\r\n", "\n").expandtabs(4).split("\n")
-    shown = [_spelt(line[:LONGEST_LINE]) + f" … {len(line) - LONGEST_LINE:,} characters more"
-             * (len(line) > LONGEST_LINE) for line in lines]
+    shown = [
+        _spelt(line[:LONGEST_LINE]) + f" … {len(line) - LONGEST_LINE:,} characters more" * (len(line) > LONGEST_LINE)
+        for line in lines
+    ]
     return "\n".join(shown + [f"… {len(text) - LONGEST_TEXT:,} characters more"] * cut)
 
 

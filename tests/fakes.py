@@ -15,8 +15,14 @@ class Backend:
     name = "fake"
 
     def __init__(self, fits=10**9, peak_flops=1e9):
-        self.device = SimpleNamespace(slug="fake-1gb", name="Fake", peak_flops=peak_flops, profile="abc", speed=0.9,
-                                      attention_provider="library sha256:0123456789ab")
+        self.device = SimpleNamespace(
+            slug="fake-1gb",
+            name="Fake",
+            peak_flops=peak_flops,
+            profile="abc",
+            speed=0.9,
+            attention_provider="library sha256:0123456789ab",
+        )
         self.fits, self.calls, self.synchronized = fits, [], 0
 
     def synchronize(self):

@@ -156,8 +156,10 @@ def test_parquet_keeps_documents_and_row_groups(tmp_path, texts):
 def test_parquet_copies_stay_on_one_side(tmp_path, texts):
     path = write_parquet(tmp_path / "own.parquet", texts * 3)
     source = corpus.own_files([str(path)], [], None)
-    sides = [{text for batch in side.batches() for text in batch} for side in
-             (source.train[0], source.validation, source.held_out)]
+    sides = [
+        {text for batch in side.batches() for text in batch}
+        for side in (source.train[0], source.validation, source.held_out)
+    ]
     assert sum(map(len, sides)) == len(set(texts)) == len(set.union(*sides))
 
 

@@ -37,9 +37,9 @@ NOISE = 0.1  # standard deviation of what is added to the initial weights
 
 # How far apart two backends may be. In brackets, what MLX and PyTorch on one CPU came to, the worst of all edits.
 SAME_GRADIENT = 5e-5  # of a parameter's, relative to its norm or 1e-4 of the whole gradient's (1.2e-5)
-SAME_LOSS = 1e-4      # of each step, relative (3e-6)
-SAME_WEIGHTS = 1e-2   # of a parameter after all steps, relative to the way it went (2e-3)
-OTHER_LOSS = 3e-3     # an edit changes the loss of some step by more than this, relative (at least 9.8e-3)
+SAME_LOSS = 1e-4  # of each step, relative (3e-6)
+SAME_WEIGHTS = 1e-2  # of a parameter after all steps, relative to the way it went (2e-3)
+OTHER_LOSS = 3e-3  # an edit changes the loss of some step by more than this, relative (at least 9.8e-3)
 
 
 class Run(NamedTuple):
@@ -60,12 +60,20 @@ def patched(edit: str, source: str) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         # Within a repository git would pass over a file that is not where the patch says, and call that success.
         environment["GIT_CEILING_DIRECTORIES"] = str(path.parents[1])
-        done = subprocess.run(["git", "apply", str(ROOT / "tests" / "edits" / f"{edit}.patch")], cwd=path.parent,
-                              env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "apply", str(ROOT / "tests" / "edits" / f"{edit}.patch")],
+            cwd=path.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         result = path.read_text(encoding="utf-8")
     if done.returncode or result == source:
-        pytest.fail(f"tests/edits/{edit}.patch does not apply to train.py any more. Rebase the patch: make its edit in "
-                    f"train.py, `git diff -U1 train.py > tests/edits/{edit}.patch`, take the edit out.\n{done.stderr}")
+        pytest.fail(
+            f"tests/edits/{edit}.patch does not apply to train.py any more. Rebase the patch: make its edit in "
+            f"train.py, `git diff -U1 train.py > tests/edits/{edit}.patch`, take the edit out.\n{done.stderr}"
+        )
     return result
 
 
@@ -87,8 +95,11 @@ def executed(source: str, backend) -> ModuleType:
     """This train.py as a module on `backend`, for rows of LENGTH tokens."""
     module = ModuleType("train_here")
     sizes = calibration.Defaults(4, 2, 2**13, "SSSL")
-    with (mock.patch.object(backends, "load", lambda **_: backend), mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH),
-          mock.patch.object(calibration, "defaults", lambda: sizes)):
+    with (
+        mock.patch.object(backends, "load", lambda **_: backend),
+        mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH),
+        mock.patch.object(calibration, "defaults", lambda: sizes),
+    ):
         exec(compile(source, "train.py", "exec"), vars(module))
     return module
 
@@ -123,7 +134,7 @@ def rows(tiny_home):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_HOME", str(tiny_home))
         data = prepare.open_data("tiny")
-    tokens = np.array(data.held_out_rows[:ROWS, :LENGTH + 1], np.int32)
+    tokens = np.array(data.held_out_rows[:ROWS, : LENGTH + 1], np.int32)
     return tokens[:, :-1].copy(), tokens[:, 1:].copy(), data.vocab_size
 
 
@@ -173,6 +184,7 @@ def apart(one, other) -> float:
 
 
 # ---- Every edit ----
+
 
 def test_there_are_edits():
     assert len(EDITS) >= 6

@@ -30,9 +30,15 @@ def test_linux_gets_torch_and_no_mlx():
     assert {"torch", "kernels"} <= required(LINUX) and "mlx" not in required(LINUX)
 
 
-@pytest.mark.parametrize("system, machine, mlx, wanted", [
-    ("Darwin", "arm64", True, "mlx"), ("Darwin", "arm64", False, "sdpa"), ("Darwin", "x86_64", True, "sdpa"),
-    ("Linux", "x86_64", True, "sdpa")])
+@pytest.mark.parametrize(
+    "system, machine, mlx, wanted",
+    [
+        ("Darwin", "arm64", True, "mlx"),
+        ("Darwin", "arm64", False, "sdpa"),
+        ("Darwin", "x86_64", True, "sdpa"),
+        ("Linux", "x86_64", True, "sdpa"),
+    ],
+)
 def test_the_best_backend(monkeypatch, system, machine, mlx, wanted):
     pytest.importorskip("torch")  # which must not be imported for the first time on a Mac that is none
     monkeypatch.setattr(backends.platform, "system", lambda: system)
@@ -43,9 +49,11 @@ def test_the_best_backend(monkeypatch, system, machine, mlx, wanted):
 
 def test_mlx_runs_without_torch(isolated_home):
     pytest.importorskip("mlx.core")
-    program = ("import sys; sys.modules['torch'] = None  # importing it now fails\n"
-               "import prepare, backends\n"
-               "from backends import bench; bench.Bench.attention_shape = 256, 1, 64  # a quick trial\n"
-               "print(backends.load('mlx', 'float32').device.kind)")
+    program = (
+        "import sys; sys.modules['torch'] = None  # importing it now fails\n"
+        "import prepare, backends\n"
+        "from backends import bench; bench.Bench.attention_shape = 256, 1, 64  # a quick trial\n"
+        "print(backends.load('mlx', 'float32').device.kind)"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() in ("metal", "cuda", "cpu"), done.stderr

@@ -71,8 +71,17 @@ def test_nothing_prepared():
         prepare.open_data("tinystories")
 
 
-@pytest.mark.parametrize("stem", ["tokenizer.json", "validation.npy", "held_out.npy", "train_00000.tokens.npy",
-                                  "train_00000.lengths.npy", "train_00000.batches.npy"])
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "tokenizer.json",
+        "validation.npy",
+        "held_out.npy",
+        "train_00000.tokens.npy",
+        "train_00000.lengths.npy",
+        "train_00000.batches.npy",
+    ],
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_damaged_artifact_is_named_and_rebuilt(copy, stem, harm):
     path, before = copy / stem, prepare.open_data("tiny")

@@ -328,6 +328,7 @@ def test_towards_the_end_the_device_is_waited_for(run):
 
 def test_what_the_last_loss_takes_is_training(run):
     """It is train.py's, and could train."""
+
     class Late(Scalar):
         def __float__(self):
             time.sleep(0.05)
@@ -559,8 +560,11 @@ def test_report_of_a_full_budget_without_a_known_peak(tiny_data, result, capsys)
 def test_what_is_written_whole_is_durable_by_name_too(tmp_path, monkeypatch):
     """The file is flushed before it gets its name, and then the folder."""
     done, real = [], (prepare.os.fsync, prepare.os.replace)
-    monkeypatch.setattr(prepare.os, "fsync", lambda file: done.append(
-        "folder" if prepare.Path(f"/dev/fd/{file}").is_dir() else "file") or real[0](file))
+    monkeypatch.setattr(
+        prepare.os,
+        "fsync",
+        lambda file: done.append("folder" if prepare.Path(f"/dev/fd/{file}").is_dir() else "file") or real[0](file),
+    )
     monkeypatch.setattr(prepare.os, "replace", lambda *names: done.append("name") or real[1](*names))
     prepare.write_json(tmp_path / "a" / "result.json", {})
     assert done == ["file", "name", "folder"]

@@ -12,10 +12,30 @@ import pytest
 
 BACKEND = "sdpa" if importlib.util.find_spec("torch") else "mlx"
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"DEPTH = .*": "DEPTH = 2", "ASPECT_RATIO = .*": "ASPECT_RATIO = 32", "HEAD_DIM = .*": "HEAD_DIM = 32",
-         "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1", "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096"}
-SUMMARY = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
-           "num_params_M", "depth", "device", "backend", "profile", "eval", "data", "tokens_per_second"]
+SMALL = {
+    "DEPTH = .*": "DEPTH = 2",
+    "ASPECT_RATIO = .*": "ASPECT_RATIO = 32",
+    "HEAD_DIM = .*": "HEAD_DIM = 32",
+    "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1",
+    "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096",
+}
+SUMMARY = [
+    "val_bpb",
+    "training_seconds",
+    "total_seconds",
+    "peak_vram_mb",
+    "mfu_percent",
+    "total_tokens_M",
+    "num_steps",
+    "num_params_M",
+    "depth",
+    "device",
+    "backend",
+    "profile",
+    "eval",
+    "data",
+    "tokens_per_second",
+]
 
 
 def python_path() -> str:
@@ -36,10 +56,22 @@ def train(tmp_path, tiny_home):
         result = tmp_path / "result.json"
         clean = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH_")}
         done = subprocess.run(
-            [sys.executable, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=300, check=False,
-            env={**clean, "PYTHONPATH": python_path(), "TORCH_COMPILE_DISABLE": "1",
-                 "AUTORESEARCH_HOME": str(tiny_home), "AUTORESEARCH_BACKEND": BACKEND,
-                 "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_BUDGET": "3", **environment})
+            [sys.executable, str(tmp_path / "train.py")],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={
+                **clean,
+                "PYTHONPATH": python_path(),
+                "TORCH_COMPILE_DISABLE": "1",
+                "AUTORESEARCH_HOME": str(tiny_home),
+                "AUTORESEARCH_BACKEND": BACKEND,
+                "AUTORESEARCH_RESULT": str(result),
+                "AUTORESEARCH_BUDGET": "3",
+                **environment,
+            },
+        )
         return done, json.loads(result.read_text()) if result.exists() else None
 
     return run
@@ -49,7 +81,7 @@ def test_an_experiment_from_end_to_end(train, tmp_path):
     done, result = train()
     assert done.returncode == 0, done.stderr
     keys = [line.split(":")[0] for line in done.stdout.partition("---\n")[2].splitlines()]
-    assert keys[:len(SUMMARY)] == SUMMARY
+    assert keys[: len(SUMMARY)] == SUMMARY
     assert result["status"] == "ok" and result.keys() >= set(SUMMARY) - {"val_bpb"} | {"val_rows", "epochs"}
     assert 0 < result["val_bpb"] < 8 and result["num_steps"] >= 1 and result["depth"] == 2
     assert result["total_tokens_M"] == pytest.approx(result["num_steps"] * 4096 / 1e6)
@@ -70,8 +102,7 @@ def test_a_batch_size_that_does_not_divide(train):
 
 def test_a_diverging_loss_stops_the_run(train):
     loss = "return ops.softcapped_cross_entropy("
-    done, result = train({re.escape(loss): loss.replace("return", "return 1000 *")},
-                         AUTORESEARCH_BUDGET="60")
+    done, result = train({re.escape(loss): loss.replace("return", "return 1000 *")}, AUTORESEARCH_BUDGET="60")
     assert done.returncode and result["status"] == "crash" and result["num_steps"] == 1
     assert "loss is" in result["reason"] and result["reason"] in done.stderr
 
@@ -85,7 +116,7 @@ def test_a_model_that_looks_ahead_is_refused(train):
 def test_a_warm_start_is_refused(train):
     load = "backend.set_weights(model, initial_weights(shapes, SEED))"
     biased = f"{load}\n    backend.set_weights(model, knowing(backend.weights(model), data))"
-    knowing = '''
+    knowing = """
 def knowing(weights, data):  # logits that favour the commoner half of the tokens
     counts = np.bincount(np.asarray(data.validation_rows).ravel(), minlength=data.vocab_size)
     weights["wte.weight"][:] = 1
@@ -93,7 +124,7 @@ def knowing(weights, data):  # logits that favour the commoner half of the token
     return weights
 
 
-def main():'''
+def main():"""
     done, result = train({re.escape(load): biased, r"\ndef main\(\):": knowing})
     assert done.returncode and result["status"] == "invalid" and "warm start" in result["reason"]
 

@@ -50,8 +50,9 @@ def muon(train, param, grads, **hyper):
     shape = list(param.shape)
     shape[-1 if shape[-2] >= shape[-1] else -2] = 1
     state = dict(momentum=np.zeros(param.shape), square=np.zeros(shape))
-    return apply(train, train.muon_update, param, grads, dict(lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.0)
-                 | hyper, state)
+    return apply(
+        train, train.muon_update, param, grads, dict(lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.0) | hyper, state
+    )
 
 
 def normal(*shape, seed=0):
@@ -76,8 +77,14 @@ def test_adamw(train):
         unbiased = mean / (1 - beta1**step), square / (1 - beta2**step)
         expected = expected - lr * decay * expected - lr * unbiased[0] / (np.sqrt(unbiased[1]) + eps)
     state = dict(mean=np.zeros_like(param), square=np.zeros_like(param), step=np.zeros(()))
-    found, state = apply(train, train.adamw_update, param, grads,
-                         dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay), state)
+    found, state = apply(
+        train,
+        train.adamw_update,
+        param,
+        grads,
+        dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay),
+        state,
+    )
     close(found, expected)
     close(state["mean"], mean)
     close(state["square"], square)
@@ -149,16 +156,26 @@ def test_muon_decays_only_what_the_update_shrinks(train):
 
 
 def test_optimizer_groups(train):
-    shapes = {"wte.weight": (512, 256), "blocks.0.attn.c_q.weight": (256, 256), "blocks.3.mlp.c_fc.weight": (1024, 256),
-              "value_embeds.layer1.weight": (512, 256), "resid_lambdas": (4,), "x0_lambdas": (4,),
-              "lm_head.weight": (512, 256)}
+    shapes = {
+        "wte.weight": (512, 256),
+        "blocks.0.attn.c_q.weight": (256, 256),
+        "blocks.3.mlp.c_fc.weight": (1024, 256),
+        "value_embeds.layer1.weight": (512, 256),
+        "resid_lambdas": (4,),
+        "x0_lambdas": (4,),
+        "lm_head.weight": (512, 256),
+    }
     groups = train.optimizer_groups(shapes)
     found = {name: (group["stack"], group["hyper"]) for group in groups for name in group["names"]}
     assert sum(len(group["names"]) for group in groups) == len(found) == len(shapes)
     width_scale = (256 / 768) ** -0.5
-    for name, lr, betas in [("wte.weight", 0.6 * width_scale, (0.8, 0.95)), ("resid_lambdas", 0.005, (0.8, 0.95)),
-                            ("value_embeds.layer1.weight", 0.6 * width_scale, (0.8, 0.95)),
-                            ("lm_head.weight", 0.004 * width_scale, (0.8, 0.95)), ("x0_lambdas", 0.5, (0.96, 0.95))]:
+    for name, lr, betas in [
+        ("wte.weight", 0.6 * width_scale, (0.8, 0.95)),
+        ("resid_lambdas", 0.005, (0.8, 0.95)),
+        ("value_embeds.layer1.weight", 0.6 * width_scale, (0.8, 0.95)),
+        ("lm_head.weight", 0.004 * width_scale, (0.8, 0.95)),
+        ("x0_lambdas", 0.5, (0.96, 0.95)),
+    ]:
         stack, hyper = found[name]
         assert not stack and hyper["lr"] == pytest.approx(lr) and (hyper["beta1"], hyper["beta2"]) == betas
         assert hyper["weight_decay"] == 0
@@ -170,13 +187,16 @@ def test_optimizer_groups(train):
 
 
 def scheduled(train, progress, step=0):
-    groups = [dict(hyper=dict(lr=2.0, momentum=0.85, beta2=0.95, weight_decay=0.2)),
-              dict(hyper=dict(lr=3.0, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.0))]
+    groups = [
+        dict(hyper=dict(lr=2.0, momentum=0.85, beta2=0.95, weight_decay=0.2)),
+        dict(hyper=dict(lr=3.0, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.0)),
+    ]
     return train.schedule(groups, progress, step)
 
 
-@pytest.mark.parametrize("progress, multiplier", [(0, 0), (0.05, 0.5), (0.1, 1), (0.3, 1), (0.59, 1), (0.6, 1),
-                                                  (0.8, 0.55), (1, 0.1)])
+@pytest.mark.parametrize(
+    "progress, multiplier", [(0, 0), (0.05, 0.5), (0.1, 1), (0.3, 1), (0.59, 1), (0.6, 1), (0.8, 0.55), (1, 0.1)]
+)
 def test_rates_warm_up_stay_and_fall(train, monkeypatch, progress, multiplier):
     monkeypatch.setattr(train, "WARMUP_RATIO", 0.1)
     monkeypatch.setattr(train, "WARMDOWN_RATIO", 0.4)
@@ -192,7 +212,8 @@ def test_rates_as_they_are_set(train, progress, multiplier):
 
 def test_momentum_rises_with_steps_and_decay_falls_with_progress(train):
     assert [scheduled(train, 0, step)[0]["momentum"] for step in (0, 150, 300, 9000)] == pytest.approx(
-        [0.85, 0.9, 0.95, 0.95])
+        [0.85, 0.9, 0.95, 0.95]
+    )
     assert [scheduled(train, progress)[0]["weight_decay"] for progress in (0, 0.25, 1)] == pytest.approx([0.2, 0.15, 0])
     assert scheduled(train, 0.25, 150)[1] == dict(lr=3.0, beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.0)
 
@@ -222,8 +243,10 @@ def tiny(train, monkeypatch):
     for name, value in dict(ASPECT_RATIO=8, HEAD_DIM=4, KV_RATIO=2, VALUE_GATE_CHANNELS=5, SHORT_WINDOW=3).items():
         monkeypatch.setattr(train, name, value)
     model = train.GPT(3, 17)
-    weights = {name: 0.5 * normal(*weight.shape, seed=i)
-               for i, (name, weight) in enumerate(train.backend.weights(model).items())}
+    weights = {
+        name: 0.5 * normal(*weight.shape, seed=i)
+        for i, (name, weight) in enumerate(train.backend.weights(model).items())
+    }
     train.backend.set_weights(model, weights)
     return model, {name: weight.astype(np.float64) for name, weight in weights.items()}
 
@@ -251,8 +274,9 @@ def test_model_and_loss(train, tiny):
     rows = np.random.default_rng(0).integers(0, 17, (2, 11), np.int32)
     expected = gpt(weights, rows[:, :-1])
     close(train.backend.logits(model, rows[:, :-1]), expected)
-    trainer = train.backend.Trainer(model, train.training_loss, train.optimizer_groups(
-        {name: weight.shape for name, weight in weights.items()}))
+    trainer = train.backend.Trainer(
+        model, train.training_loss, train.optimizer_groups({name: weight.shape for name, weight in weights.items()})
+    )
     loss = float(trainer.backward(rows[:, :-1].copy(), rows[:, 1:].copy()))
     assert loss == pytest.approx(token_losses(expected, rows[:, 1:]).mean(), rel=1e-5)
 
@@ -266,10 +290,18 @@ def test_model_at_the_start_predicts_nothing(train, tiny):
     assert 0 < np.abs(logits).max() < 0.05
 
 
-SHAPES = {"wte.weight": (40, 32), "lm_head.weight": (40, 32), "resid_lambdas": (4,), "x0_lambdas": (4,),
-          "value_embeds.layer1.weight": (40, 32), "blocks.1.attn.ve_gate.weight": (2, 32),
-          "blocks.0.attn.c_q.weight": (32, 32), "blocks.0.attn.c_proj.weight": (32, 32),
-          "blocks.0.mlp.c_fc.weight": (128, 32), "blocks.0.mlp.c_proj.weight": (32, 128)}
+SHAPES = {
+    "wte.weight": (40, 32),
+    "lm_head.weight": (40, 32),
+    "resid_lambdas": (4,),
+    "x0_lambdas": (4,),
+    "value_embeds.layer1.weight": (40, 32),
+    "blocks.1.attn.ve_gate.weight": (2, 32),
+    "blocks.0.attn.c_q.weight": (32, 32),
+    "blocks.0.attn.c_proj.weight": (32, 32),
+    "blocks.0.mlp.c_fc.weight": (128, 32),
+    "blocks.0.mlp.c_proj.weight": (32, 128),
+}
 
 
 def test_initial_weights_are_the_same_bytes_everywhere(train):
@@ -284,11 +316,19 @@ def test_initial_weights_are_the_same_bytes_everywhere(train):
 def test_initial_weights_have_their_spread(train):
     weights = train.initial_weights(SHAPES, 42)
     assert {name for name, weight in weights.items() if not weight.any()} == {
-        "blocks.1.attn.ve_gate.weight", "blocks.0.attn.c_proj.weight", "blocks.0.mlp.c_proj.weight"}
+        "blocks.1.attn.ve_gate.weight",
+        "blocks.0.attn.c_proj.weight",
+        "blocks.0.mlp.c_proj.weight",
+    }
     assert (weights["resid_lambdas"] == 1).all() and (weights["x0_lambdas"] == np.float32(0.1)).all()
     assert all(weight.dtype == np.float32 for weight in weights.values())
-    for name, deviation in [("wte.weight", 1), ("lm_head.weight", 0.001), ("value_embeds.layer1.weight", 256**-0.5),
-                            ("blocks.0.attn.c_q.weight", 256**-0.5), ("blocks.0.mlp.c_fc.weight", 256**-0.5)]:
+    for name, deviation in [
+        ("wte.weight", 1),
+        ("lm_head.weight", 0.001),
+        ("value_embeds.layer1.weight", 256**-0.5),
+        ("blocks.0.attn.c_q.weight", 256**-0.5),
+        ("blocks.0.mlp.c_fc.weight", 256**-0.5),
+    ]:
         assert weights[name].std() == pytest.approx(deviation, rel=0.1)
     assert np.abs(weights["blocks.0.attn.c_q.weight"]).max() <= 3**0.5 / 16  # uniform
 

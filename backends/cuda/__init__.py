@@ -10,14 +10,19 @@ from backends.interface import BackendError, Calibrated, Hardware
 HOPPER = 9, 0  # compute capability
 
 
-def open_backend(precision: str | None = None, compiled: bool | None = None, calibrated: Calibrated | None = None,
-                 fetch: bool = False):
+def open_backend(
+    precision: str | None = None,
+    compiled: bool | None = None,
+    calibrated: Calibrated | None = None,
+    fetch: bool = False,
+):
     """The backend on a Hopper GPU. Raises BackendError on anything else, and where PyTorch is missing or unusable."""
     backend = _backend()
     from backends.cuda import providers
 
-    return backend.open_backend("cuda", precision, compiled, calibrated,
-                                functools.partial(providers.attention, fetch=fetch))
+    return backend.open_backend(
+        "cuda", precision, compiled, calibrated, functools.partial(providers.attention, fetch=fetch)
+    )
 
 
 def identify() -> Hardware:
@@ -37,8 +42,10 @@ def _backend():
     backend = sdpa.pytorch()
     if _capability(backend) != HOPPER:
         name = backend.identify("cuda").name
-        raise BackendError(f"backend cuda needs a Hopper GPU (compute capability 9.0); this is {name}: set "
-                           "AUTORESEARCH_BACKEND=sdpa, or unset it to take the best that works here")
+        raise BackendError(
+            f"backend cuda needs a Hopper GPU (compute capability 9.0); this is {name}: set "
+            "AUTORESEARCH_BACKEND=sdpa, or unset it to take the best that works here"
+        )
     return backend
 
 

@@ -47,8 +47,10 @@ def flash3(q, k, v, window):
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise NotImplementedError("Flash Attention 3 trains in bfloat16 and float16 only")
     if q.shape[-1] % 8 or q.shape[-1] > LARGEST_HEAD:
-        raise NotImplementedError(f"Flash Attention 3 takes heads of up to {LARGEST_HEAD} dimensions, a multiple of 8; "
-                                  f"these have {q.shape[-1]}")
+        raise NotImplementedError(
+            f"Flash Attention 3 takes heads of up to {LARGEST_HEAD} dimensions, a multiple of 8; "
+            f"these have {q.shape[-1]}"
+        )
     return torch.ops.autoresearch.flash3(q, k, v, -1 if window is None else window)[0]
 
 
@@ -96,8 +98,10 @@ def _by_name(op, inputs: str) -> Callable:
     if missing:
         raise Unavailable(f"its {op} has no {', '.join(missing)}")
     places = [names.index(name) for name in inputs]
-    rest = [FIXED[a.name] if a.name in FIXED else a.default_value if a.has_default_value()
-            else NOTHING.get(str(a.type)) for a in arguments]
+    rest = [
+        FIXED[a.name] if a.name in FIXED else a.default_value if a.has_default_value() else NOTHING.get(str(a.type))
+        for a in arguments
+    ]
 
     def call(*values):
         given = rest.copy()
@@ -111,10 +115,14 @@ def _by_name(op, inputs: str) -> Callable:
 # --- The operator ---
 
 _library = torch.library.Library("autoresearch", "FRAGMENT")
-_library.define("flash3(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)",
-                tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("flash3_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int window)"
-                " -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "flash3(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    "flash3_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int window)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _rows(x):

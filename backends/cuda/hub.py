@@ -14,8 +14,10 @@ from backends import bench as benches
 from backends.cuda import flash3
 
 # The publishers whose code is run, and the commits.
-TRUSTED = {"varunneal/flash-attention-3": "de87b9b5af06dd9984df595bef90b2eba44b181a",
-           "kernels-community/flash-attn3": "9542c462013476380ce4b395b9ddc0e8118161ee"}
+TRUSTED = {
+    "varunneal/flash-attention-3": "de87b9b5af06dd9984df595bef90b2eba44b181a",
+    "kernels-community/flash-attn3": "9542c462013476380ce4b395b9ddc0e8118161ee",
+}
 
 
 def kernels(fetch: bool) -> Iterator[tuple]:

@@ -29,8 +29,9 @@ def of_library(path: Path) -> str:
         # It has hundreds of MB: read once.
         digest = trials.remember(f"{path} {facts.st_size} {facts.st_mtime_ns}: sha256", lambda: sha256(path))
     except OSError as error:
-        raise BackendError(f"{VARIABLE}={path} can't be read ({error.strerror}): name a Flash Attention 3 library, or "
-                           "unset it") from error
+        raise BackendError(
+            f"{VARIABLE}={path} can't be read ({error.strerror}): name a Flash Attention 3 library, or unset it"
+        ) from error
     return f"library sha256:{digest[:12]}"
 
 
@@ -46,8 +47,10 @@ def from_library(path: Path) -> flash3.Kernels:
     """Raises BackendError that says what is missing: somebody asked for it."""
     path = path.expanduser().absolute()
     if registered() and os.path.realpath(path) not in torch.ops.loaded_libraries:
-        raise BackendError(f"{VARIABLE}={path} can't be loaded: another Flash Attention 3 is, in the same process. "
-                           "Unset it to use that one")
+        raise BackendError(
+            f"{VARIABLE}={path} can't be loaded: another Flash Attention 3 is, in the same process. "
+            "Unset it to use that one"
+        )
     try:
         for runtime in sorted(path.parent.glob("libcudart.so*")):  # of another CUDA than PyTorch's, put beside it
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
@@ -55,8 +58,10 @@ def from_library(path: Path) -> flash3.Kernels:
     except OSError as error:
         raise BackendError(f"{VARIABLE}={path} can't be loaded: {unloadable(error)}, or unset it") from error
     if not registered():
-        raise BackendError(f"{VARIABLE}={path} does not register torch.ops.flash_attn_3.fwd and .bwd: name a Flash "
-                           "Attention 3 library, or unset it")
+        raise BackendError(
+            f"{VARIABLE}={path} does not register torch.ops.flash_attn_3.fwd and .bwd: name a Flash "
+            "Attention 3 library, or unset it"
+        )
     return flash3.from_ops(torch.ops.flash_attn_3)
 
 
@@ -70,8 +75,10 @@ def unloadable(error: OSError) -> str:
     missing = re.search(r"(lib[\w+-]+\.so)(?:\.(\d+))?[\d.]*: cannot open shared object file", said)
     if missing and missing[1].startswith(("libcuda", "libcublas", "libnvrtc")) and missing[2]:
         name = f"{missing[1]}.{missing[2]}"
-        return (f"{name} is not here. It was built for CUDA {missing[2]}, and PyTorch {torch.__version__} has "
-                f"{torch.version.cuda or 'none'}. Take a build for that, put {name} beside it")
+        return (
+            f"{name} is not here. It was built for CUDA {missing[2]}, and PyTorch {torch.__version__} has "
+            f"{torch.version.cuda or 'none'}. Take a build for that, put {name} beside it"
+        )
     if missing:
         return f"{missing[1]} is not here. Install what has it, put its folder on LD_LIBRARY_PATH"
     if "undefined symbol" in said:
@@ -103,21 +110,51 @@ def from_pytorch() -> flash3.Kernels:
     aten = torch.ops.aten
 
     def forward(q, k, v, scale, window):
-        return aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale,
-                                             window_size_left=window, window_size_right=0)[:2]
+        return aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            True,
+            False,
+            scale=scale,
+            window_size_left=window,
+            window_size_right=0,
+        )[:2]
 
     def backward(dout, q, k, v, out, lse, scale, window):
         unused = q.new_empty(0)  # the state of a dropout that there is none of
         return aten._flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, unused, unused, scale=scale,
-            window_size_left=window, window_size_right=0)
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            True,
+            unused,
+            unused,
+            scale=scale,
+            window_size_left=window,
+            window_size_right=0,
+        )
 
     return flash3.Kernels(forward, backward)
 
 
 def deactivate() -> None:
     """Undoes what `from_pytorch` did, where this PyTorch can (2.13 does)."""
-    current, restore = (getattr(torch.nn.attention, f"{name}_flash_attention_impl", None) for name in
-                        ("current", "restore"))
+    current, restore = (
+        getattr(torch.nn.attention, f"{name}_flash_attention_impl", None) for name in ("current", "restore")
+    )
     if current and restore and current() == "FA3":
         restore()

@@ -61,16 +61,21 @@ def as_calibrated(wanted: str | None) -> tuple[str | None, list[str]]:
     """The provider that a profile names, or none; it was compared with the reference then."""
     notes = []
     if os.environ.get(local.VARIABLE) and not (wanted or "").startswith("library"):
-        notes = [f"{local.VARIABLE} is left alone, as this device was calibrated without it. To use it, run: "
-                 "python -m calibration"]
+        notes = [
+            f"{local.VARIABLE} is left alone, as this device was calibrated without it. To use it, run: "
+            "python -m calibration"
+        ]
     if wanted is None:
         return None, notes
     problem = take(wanted, functools.partial(load_named, wanted))
     if not problem:
         return wanted, notes
     drop()
-    return None, [*notes, f"going on without Flash Attention 3: this device was calibrated with {short(wanted)}, which "
-                          f"can't be used now ({problem}). Bring that back, or run: python -m calibration"]
+    return None, [
+        *notes,
+        f"going on without Flash Attention 3: this device was calibrated with {short(wanted)}, which "
+        f"can't be used now ({problem}). Bring that back, or run: python -m calibration",
+    ]
 
 
 def providers(fetch: bool = False) -> Iterator[Provider]:

@@ -29,8 +29,13 @@ def fused(q, k, v, window):
 def blocks(q, k, v, window):
     """Blocks of queries whose probabilities are kept for the backward pass."""
     q, k, v, shape = *_grouped(q, k, v), q.shape
-    return mx.concatenate([_probabilities(q[..., rows, :], k[..., keys, :], rows, keys, window) @ v[..., keys, :]
-                           for rows, keys in _spans(shape[2], window)], axis=-2).reshape(shape)
+    return mx.concatenate(
+        [
+            _probabilities(q[..., rows, :], k[..., keys, :], rows, keys, window) @ v[..., keys, :]
+            for rows, keys in _spans(shape[2], window)
+        ],
+        axis=-2,
+    ).reshape(shape)
 
 
 def recomputed(q, k, v, window):

@@ -19,8 +19,9 @@ class MlxBackend(interface.Backend):
 
     name = "mlx"
 
-    def __init__(self, precision: str | None = None, compiled: bool | None = None,
-                 calibrated: interface.Calibrated | None = None):
+    def __init__(
+        self, precision: str | None = None, compiled: bool | None = None, calibrated: interface.Calibrated | None = None
+    ):
         if precision not in (None, *benches.PRECISIONS):
             raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(benches.PRECISIONS)}")
         hardware = devices.identify()
@@ -31,28 +32,41 @@ class MlxBackend(interface.Backend):
         if calibrated:
             precision, peak, by_kind = calibrated.precision, calibrated.product_rate, calibrated.attention
         else:
-            tried = trials.remember(f"{key}: products", lambda: benches.try_precisions(Bench(hardware.memory)),
-                                    benches.lasts)
+            tried = trials.remember(
+                f"{key}: products", lambda: benches.try_precisions(Bench(hardware.memory)), benches.lasts
+            )
             rates, asked = benches.products(tried), precision is not None
             precision = precision or benches.choose_precision(tried)
             if isinstance(peak := rates[precision], str):
                 raise BackendError(f"MLX can't compute in {precision} on this device: {peak}")
-            notes += [", ".join(f"{name} {benches.rate(found)}" for name, found in rates.items()),
-                      f"precision {precision}, {'asked for' if asked else 'by trial'}"]
+            notes += [
+                ", ".join(f"{name} {benches.rate(found)}" for name, found in rates.items()),
+                f"precision {precision}, {'asked for' if asked else 'by trial'}",
+            ]
         self.bench = Bench(hardware.memory, getattr(mx, precision), compiled)
         if not calibrated:
-            tried = trials.remember(f"{key} {precision}: attention seconds",
-                                    lambda: benches.try_attention(self.bench, precision), benches.lasts)
+            tried = trials.remember(
+                f"{key} {precision}: attention seconds",
+                lambda: benches.try_attention(self.bench, precision),
+                benches.lasts,
+            )
             by_kind = benches.choose_attention(tried, hardware.memory)
         notes.append("attention: " + ", ".join(f"{kind} {found}" for kind, found in by_kind.items()))
         speed = calibrated and benches.speed(self.bench, calibrated)
-        self.device = interface.Device(**vars(hardware), precision=precision, peak_flops=peak,
-                                       compiled=compiled, speed=speed,
-                                       profile=calibrated and calibrated.profile, notes=tuple(notes))
+        self.device = interface.Device(
+            **vars(hardware),
+            precision=precision,
+            peak_flops=peak,
+            compiled=compiled,
+            speed=speed,
+            profile=calibrated and calibrated.profile,
+            notes=tuple(notes),
+        )
         self.nn = nn.namespace(self.bench.dtype)
         self.ops = ops.namespace(self.bench.dtype, by_kind, hardware.memory)
-        self.Trainer = type("Trainer", (Trainer,),
-                            {"compiled": compiled, "working_set": devices.working_set(hardware.kind)})
+        self.Trainer = type(
+            "Trainer", (Trainer,), {"compiled": compiled, "working_set": devices.working_set(hardware.kind)}
+        )
         self.bench.forget()
 
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:

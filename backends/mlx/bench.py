@@ -94,6 +94,7 @@ class Bench(bench.Bench):
 
 def _repeated(call) -> bench.Work:
     """The device works while the host queues the next call; calls end in the order they began."""
+
     def work(calls):
         for _ in range(calls):
             last = call()

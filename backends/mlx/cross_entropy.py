@@ -78,7 +78,10 @@ def _summed(softcap: float | None, size: int):
         _, to_hidden, to_weight = outputs
         _, weight, targets = inputs
         upstream = cotangents[0]
-        return (to_hidden * upstream).astype(to_hidden.dtype), (to_weight * upstream).astype(weight.dtype), \
-            mx.zeros_like(targets)
+        return (
+            (to_hidden * upstream).astype(to_hidden.dtype),
+            (to_weight * upstream).astype(weight.dtype),
+            mx.zeros_like(targets),
+        )
 
     return summed

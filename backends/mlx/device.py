@@ -43,10 +43,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     Its CPU build says nothing: there an array too large ends the process.
     """
-    signs = ("unable to allocate", "attempting to allocate", "out of memory", "outofmemory", "insufficient memory",
-             "memoryallocation", "bad_alloc")
+    signs = (
+        "unable to allocate",
+        "attempting to allocate",
+        "out of memory",
+        "outofmemory",
+        "insufficient memory",
+        "memoryallocation",
+        "bad_alloc",
+    )
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs))
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
 
 
 def _choose_kind() -> str:
@@ -65,8 +73,10 @@ def warnings(kind: str) -> list[str]:
     """What to say of a CPU that nobody asked for."""
     if kind != "cpu" or os.environ.get("AUTORESEARCH_DEVICE") == "cpu":
         return []
-    return ["WARNING: MLX has neither Metal nor CUDA here and runs on the CPU, many times slower. For an NVIDIA GPU "
-            'install "mlx[cuda13]"; on a CPU PyTorch is faster: AUTORESEARCH_BACKEND=sdpa']
+    return [
+        "WARNING: MLX has neither Metal nor CUDA here and runs on the CPU, many times slower. For an NVIDIA GPU "
+        'install "mlx[cuda13]"; on a CPU PyTorch is faster: AUTORESEARCH_BACKEND=sdpa'
+    ]
 
 
 def _limit_memory(recommended: int) -> None:

@@ -106,8 +106,10 @@ class ModuleDict(Module):
         super().__init__()
         for name, module in dict(modules).items():
             if not isinstance(name, str) or not name or name.isdigit() or "." in name:
-                raise ValueError(f"ModuleDict key {name!r}: use a name that is not purely numeric and has no dot, "
-                                 f'for example "layer_{name}"')
+                raise ValueError(
+                    f"ModuleDict key {name!r}: use a name that is not purely numeric and has no dot, "
+                    f'for example "layer_{name}"'
+                )
             self._register(name, module)
 
     def __len__(self):

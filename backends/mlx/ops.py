@@ -27,8 +27,22 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> Si
     Raises:
         BackendError: this MLX lacks some of them.
     """
-    own = (clip, float32, full, gelu, multiply, relu, rms_norm, rope, rotary_qkv, silu, softmax, squared_relu_mlp, std,
-           var)
+    own = (
+        clip,
+        float32,
+        full,
+        gelu,
+        multiply,
+        relu,
+        rms_norm,
+        rope,
+        rotary_qkv,
+        silu,
+        softmax,
+        squared_relu_mlp,
+        std,
+        var,
+    )
     functions = {function.__name__: function for function in own} | {"sum": mx_sum, "mean": mean}
     functions["compute"] = lambda x: x.astype(precision)
     functions["attention"] = attention_by(attention)

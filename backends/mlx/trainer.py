@@ -60,7 +60,8 @@ class Trainer(interface.Trainer):
         for unit in self._units:
             masters = [self._parameters[name].value for name in unit.names]
             updated, unit.state = unit.update(
-                masters, [gradients.pop(name) for name in unit.names], unit.state, hypers[unit.group], *guard)
+                masters, [gradients.pop(name) for name in unit.names], unit.state, hypers[unit.group], *guard
+            )
             for name, master in zip(unit.names, updated):
                 self._parameters[name].value = master
         if self._loss_scale:
@@ -104,8 +105,12 @@ class Trainer(interface.Trainer):
 
     def gradients(self) -> dict[str, np.ndarray]:
         unscale = 1 / self._loss_scale.value if self._loss_scale else 1.0
-        return {name: np.array(self._gradients[name] * unscale) if self._gradients
-                else np.zeros(parameter.value.shape, np.float32) for name, parameter in self._parameters.items()}
+        return {
+            name: np.array(self._gradients[name] * unscale)
+            if self._gradients
+            else np.zeros(parameter.value.shape, np.float32)
+            for name, parameter in self._parameters.items()
+        }
 
     def _maybe_compile(self, function):
         return mx.compile(function) if self.compiled else function

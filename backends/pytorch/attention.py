@@ -52,8 +52,11 @@ def sdpa_blocks(q, k, v, window):
         stop = min(start + BLOCK, q.shape[2])
         first = 0 if window is None else max(0, start - window)
         mask = _visible(start, stop, first, window, q.device)
-        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop],
-                                                      attn_mask=mask))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], attn_mask=mask
+            )
+        )
     return torch.cat(outputs, 2).transpose(1, 2)
 
 

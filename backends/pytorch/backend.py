@@ -31,8 +31,10 @@ class PyTorchBackend(interface.Backend):
     @torch.no_grad()
     def losses(self, model, tokens, targets):
         # Row by row in float32: the model's own logits are there once, in its precision, and no second time.
-        rows = [torch.nn.functional.cross_entropy(logits.float(), row.long(), reduction="none")
-                for logits, row in zip(model(to_device(tokens)), to_device(targets))]
+        rows = [
+            torch.nn.functional.cross_entropy(logits.float(), row.long(), reduction="none")
+            for logits, row in zip(model(to_device(tokens)), to_device(targets))
+        ]
         return torch.stack(rows).cpu().numpy()
 
     def weights(self, model):
@@ -70,8 +72,13 @@ def identify(name: str) -> interface.Hardware:
     return interface.Hardware(name, *_named(device), devices.versions(device))
 
 
-def open_backend(name: str, precision: str | None = None, compiled: bool | None = None,
-                 calibrated: interface.Calibrated | None = None, further: Callable | None = None) -> PyTorchBackend:
+def open_backend(
+    name: str,
+    precision: str | None = None,
+    compiled: bool | None = None,
+    calibrated: interface.Calibrated | None = None,
+    further: Callable | None = None,
+) -> PyTorchBackend:
     """Finds the device, takes what calibration found out about it, tries the rest (or remembers it), and sets `runtime`
     for this process.
 
@@ -101,9 +108,22 @@ def open_backend(name: str, precision: str | None = None, compiled: bool | None 
     runtime.compiler = devices.load_compiler() if runtime.compiled else None
     speed = calibrated and benches.speed(bench, calibrated)
     bench.forget()
-    device = interface.Device(name, title, slug, kind, memory, versions, precision, peak, runtime.compiled,
-                              calibrated and calibrated.profile, speed, tuple(notes),
-                              bench.attention_provider if "fa3" in runtime.attention.values() else None, chosen)
+    device = interface.Device(
+        name,
+        title,
+        slug,
+        kind,
+        memory,
+        versions,
+        precision,
+        peak,
+        runtime.compiled,
+        calibrated and calibrated.profile,
+        speed,
+        tuple(notes),
+        bench.attention_provider if "fa3" in runtime.attention.values() else None,
+        chosen,
+    )
     return PyTorchBackend(device, bench)
 
 
@@ -124,8 +144,9 @@ def _choose_compiler(key, compiled) -> str:
     if compiled is None and os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         compiled = "is turned off by TORCH_COMPILE_DISABLE"
     elif compiled is None:
-        compiled = trials.remember(f"{key}: compiler", lambda: devices.compiler_works(runtime.device),
-                                   lambda result: result is True)
+        compiled = trials.remember(
+            f"{key}: compiler", lambda: devices.compiler_works(runtime.device), lambda result: result is True
+        )
     runtime.compiled = compiled is True
     if runtime.compiled:
         devices.configure_compiler()
@@ -140,14 +161,16 @@ def _choose_attention(bench, key, precision, calibrated, further) -> list[str]:
     bench.attentions = (*runtime.added_attention, *bench.attentions)
     if calibrated and set(calibrated.attention.values()) <= set(bench.attentions):
         runtime.attention = calibrated.attention
-        runtime.uncompiled_attention = {kind: "sdpa_mask" if found == "flex" else found
-                                        for kind, found in calibrated.attention.items()}
+        runtime.uncompiled_attention = {
+            kind: "sdpa_mask" if found == "flex" else found for kind, found in calibrated.attention.items()
+        }
         if not runtime.compiled:
             runtime.attention = runtime.uncompiled_attention
     else:
         key += f" {bench.attention_provider}" if bench.attention_provider else ""
-        tried = trials.remember(f"{key}: attention seconds", lambda: benches.try_attention(bench, precision),
-                                benches.lasts)
+        tried = trials.remember(
+            f"{key}: attention seconds", lambda: benches.try_attention(bench, precision), benches.lasts
+        )
         runtime.attention = benches.choose_attention(tried, bench.memory)
         runtime.uncompiled_attention = benches.choose_attention(tried, bench.memory, compiled=False)
     return [*notes, "attention: " + ", ".join(f"{kind} {found}" for kind, found in runtime.attention.items())]

@@ -74,9 +74,11 @@ class Bench(bench.Bench):
 
     def _inputs(self, rows):
         """q, k, v and the gradient of the output, each (rows, T, H, D)."""
+
         def draw():
-            row = [self._normal(1, *self.attention_shape, seed=seed).to(self.device, runtime.dtype)
-                   for seed in range(4)]
+            row = [
+                self._normal(1, *self.attention_shape, seed=seed).to(self.device, runtime.dtype) for seed in range(4)
+            ]
             return [x.repeat(rows, 1, 1, 1) for x in row]
 
         return self._once((rows, runtime.dtype), draw)

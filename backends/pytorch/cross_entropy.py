@@ -27,8 +27,10 @@ def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="m
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long().contiguous()
     size = max(1, runtime.logits_at_once // weight.shape[0])
     if reduction == "none":  # each token's weight is known only in the backward pass: the head is multiplied again
-        chunks = [checkpoint(_token_losses, h, weight, t, softcap, use_reentrant=False)
-                  for h, t in zip(rows.split(size), labels.split(size))]
+        chunks = [
+            checkpoint(_token_losses, h, weight, t, softcap, use_reentrant=False)
+            for h, t in zip(rows.split(size), labels.split(size))
+        ]
         return torch.cat(chunks).reshape(targets.shape)
     total = _Summed.apply(rows, weight, labels, softcap, size)
     return total / labels.shape[0] if reduction == "mean" else total
@@ -67,8 +69,13 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return ((grad_hidden * upstream).to(grad_hidden.dtype), (grad_weight * upstream).to(ctx.weight_dtype),
-                None, None, None)
+        return (
+            (grad_hidden * upstream).to(grad_hidden.dtype),
+            (grad_weight * upstream).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _losses_and_gradient(logits, targets, softcap):

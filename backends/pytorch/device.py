@@ -32,14 +32,16 @@ def pick() -> torch.device:
         kind, _, index = wanted.partition(":")
         if kind not in available or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
             why = f" ({without_cuda()})" if kind == "cuda" and kind not in available else ""
-            raise BackendError(f"AUTORESEARCH_DEVICE={wanted}: PyTorch {torch.__version__} has here only "
-                               f"{', '.join(available)}{why}")
+            raise BackendError(
+                f"AUTORESEARCH_DEVICE={wanted}: PyTorch {torch.__version__} has here only {', '.join(available)}{why}"
+            )
         return torch.device(wanted)
     if available == ["cpu"] and (gpu := nvidia_gpu()):
         raise BackendError(
             f"{gpu} is here, but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install the CUDA build "
             "for your driver (https://pytorch.org/get-started/locally) or update the driver; to run on the CPU all the "
-            "same, set AUTORESEARCH_DEVICE=cpu")
+            "same, set AUTORESEARCH_DEVICE=cpu"
+        )
     return torch.device(available[-1])
 
 
@@ -58,8 +60,9 @@ def nvidia_gpu() -> str | None:
     """The name of an NVIDIA GPU in this machine, whether or not PyTorch can use it."""
     if shutil.which("nvidia-smi"):
         try:
-            listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                                    text=True, timeout=20)
+            listed = subprocess.run(
+                ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            )
             if listed.returncode == 0 and listed.stdout.strip():
                 return listed.stdout.splitlines()[0].strip()
         except (OSError, subprocess.TimeoutExpired):
@@ -132,6 +135,7 @@ def configure_compiler() -> None:
 def load_compiler() -> threading.Thread:
     """Imports the compiler, whose modules take a second, beside what waits for the GPU, for the disk or in numpy. To be
     joined before anything is compiled."""
+
     def load():
         try:
             importlib.import_module("torch._inductor.compile_fx")

@@ -54,6 +54,8 @@ class ModuleDict(torch.nn.ModuleDict):
 
     def __init__(self, modules: dict):
         if numeric := [key for key in modules if key.isdigit()]:
-            raise ValueError(f"ModuleDict key {numeric[0]!r} is purely numeric, which MLX takes for a list index: "
-                             f"use a name such as 'layer{numeric[0]}'")
+            raise ValueError(
+                f"ModuleDict key {numeric[0]!r} is purely numeric, which MLX takes for a list index: "
+                f"use a name such as 'layer{numeric[0]}'"
+            )
         super().__init__(modules)

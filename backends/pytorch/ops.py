@@ -7,11 +7,9 @@ What each takes and gives: `backends/interface.py`. PyTorch takes `axis=` and `k
 from __future__ import annotations
 
 import torch
-from torch import (abs, add, broadcast_to, clip, concat, cos, cumsum as cumulative_sum, divide, eq as equal,  # noqa: F401
-                   exp, greater, greater_equal, less, less_equal, log, logical_and, logical_not, logical_or, matmul,
-                   mean, multiply, negative, ones_like, permute as permute_dims, pow, relu, reshape, rsqrt, sigmoid,
-                   sign, sin, softmax, sqrt, square, squeeze, stack, subtract, sum, tan, tanh,
-                   unsqueeze as expand_dims, where, zeros_like)
+from torch import (
+    eq as equal,  # noqa: F401
+)
 from torch.nn.functional import gelu, silu  # noqa: F401
 
 from backends.pytorch import runtime
@@ -19,6 +17,7 @@ from backends.pytorch.attention import attention  # noqa: F401
 from backends.pytorch.cross_entropy import softcapped_cross_entropy  # noqa: F401
 from backends.pytorch.mlp import squared_relu_mlp  # noqa: F401
 from backends.pytorch.rotary import rms_norm, rope, rotary_qkv  # noqa: F401
+
 
 def compute(x):
     """x in the compute precision."""

@@ -85,8 +85,9 @@ def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
     batch, length, _ = x.shape
     if runtime.has_kernel("projection", x) and head_dim & (head_dim - 1) == 0 and x.shape[-1] % 8 == 0:
         widths = [w.shape[0] for w in (w_q, w_k, w_v)]
-        parts = _RotaryProjection.apply(x.reshape(batch * length, -1), torch.cat([w_q, w_k, w_v]),
-                                        *_rotation(length, head_dim // 2, base), widths)
+        parts = _RotaryProjection.apply(
+            x.reshape(batch * length, -1), torch.cat([w_q, w_k, w_v]), *_rotation(length, head_dim // 2, base), widths
+        )
         return tuple(part.reshape(batch, length, -1, head_dim) for part in parts)
     # One product would be no faster here: its gradients would have to be copied together.
     q, k, v = (F.linear(x, w).reshape(batch, length, -1, head_dim) for w in (w_q, w_k, w_v))

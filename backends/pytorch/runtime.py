@@ -27,4 +27,5 @@ def maybe_compile(function):
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error)))
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error))
+    )

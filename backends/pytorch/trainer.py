@@ -20,8 +20,11 @@ class Trainer(interface.Trainer):
         self._optimizer = optimizer
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
         with torch.no_grad():
-            self._buckets = [_Bucket(i, group, [self._named[name] for name in names]) for i, group in
-                             enumerate(optimizer) for names in interface.updated_together(group, shapes)]
+            self._buckets = [
+                _Bucket(i, group, [self._named[name] for name in names])
+                for i, group in enumerate(optimizer)
+                for names in interface.updated_together(group, shapes)
+            ]
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
         self._clear()  # gradients live in the parameters: an earlier trainer's are none of this one's
 
@@ -43,8 +46,16 @@ class Trainer(interface.Trainer):
         unscale, finite = self._scaler.inspect(self._named.values()) if self._scaler else (None, None)
         for bucket in self._buckets:
             grads = [parameter.grad for parameter in bucket.parameters]
-            self._apply(bucket.update, bucket.stack, bucket.parameters, grads, bucket.state, scalars[bucket.group],
-                        unscale, finite)
+            self._apply(
+                bucket.update,
+                bucket.stack,
+                bucket.parameters,
+                grads,
+                bucket.state,
+                scalars[bucket.group],
+                unscale,
+                finite,
+            )
         if self._scaler:
             self._scaler.adjust(finite)
         self._clear()
@@ -90,8 +101,10 @@ class Trainer(interface.Trainer):
 
     def gradients(self):
         unscale = 1 / self._scaler.scale if self._scaler else 1.0
-        return {name: np.zeros(p.shape, np.float32) if p.grad is None else (p.grad * unscale).cpu().numpy()
-                for name, p in self._named.items()}
+        return {
+            name: np.zeros(p.shape, np.float32) if p.grad is None else (p.grad * unscale).cpu().numpy()
+            for name, p in self._named.items()
+        }
 
     def _everything(self):
         """All that a step changes, in a fixed order."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 from backends.interface import BackendError, Calibrated, Hardware
 
 
-def open_backend(precision: str | None = None, compiled: bool | None = None, calibrated: Calibrated | None = None,
-                 fetch: bool = False):
+def open_backend(
+    precision: str | None = None,
+    compiled: bool | None = None,
+    calibrated: Calibrated | None = None,
+    fetch: bool = False,
+):
     """The backend on this machine's best PyTorch device. Raises BackendError where PyTorch is missing or unusable."""
     return pytorch().open_backend("sdpa", precision, compiled, calibrated)
 
@@ -21,8 +25,10 @@ def pytorch():
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise BackendError(f"PyTorch can't be imported ({error}): pip install torch "
-                           "(https://pytorch.org/get-started/locally tells the build for your GPU)") from error
+        raise BackendError(
+            f"PyTorch can't be imported ({error}): pip install torch "
+            "(https://pytorch.org/get-started/locally tells the build for your GPU)"
+        ) from error
     from backends.pytorch import backend
 
     return backend

@@ -95,6 +95,7 @@ def _share(t: float, s: float) -> str:
 
 # --- How many more runs ---
 
+
 def _asked(here: int | None, source: int | None) -> dict | None:
     return None if here is None or source is None else {"here": here, "source": source}
 

@@ -231,14 +231,23 @@ def compare(records: list[Record]) -> Comparison:
     changes = _by_patch(records, places) + _by_words(records, places)
     changes.sort(key=lambda change: len(change.cells) < 2)
     return Comparison(
-        labels, [facts_of(record, place) for record, place in zip(records, places)], changes,
-        [one for by_words in (False, True) for pair in combinations(labels, 2)
-         if (one := _agreement(*pair, [c for c in changes if c.by_words == by_words], by_words))],
-        _paid(records), [point for record, place in zip(records, places) for point in _points(record, place)],
-        _notes(records, places))
+        labels,
+        [facts_of(record, place) for record, place in zip(records, places)],
+        changes,
+        [
+            one
+            for by_words in (False, True)
+            for pair in combinations(labels, 2)
+            if (one := _agreement(*pair, [c for c in changes if c.by_words == by_words], by_words))
+        ],
+        _paid(records),
+        [point for record, place in zip(records, places) for point in _points(record, place)],
+        _notes(records, places),
+    )
 
 
 # --- Places ---
+
 
 def _places(records: list[Record]) -> list[str]:
     """The label of each session's place: the device, and what else it takes to tell places apart."""
@@ -264,8 +273,11 @@ def sort_of(device: str) -> str:
     if parts[0] != "nvidia":
         return "other"
     desktop = {"rtx", "gtx", "titan", "quadro"} & set(parts)
-    return "nvidia datacentre" if not desktop and any(re.fullmatch(DATACENTRE, part) for part in parts) else (
-        "nvidia desktop")
+    return (
+        "nvidia datacentre"
+        if not desktop and any(re.fullmatch(DATACENTRE, part) for part in parts)
+        else ("nvidia desktop")
+    )
 
 
 def _notes(records: list[Record], places: list[str]) -> list[str]:
@@ -279,6 +291,7 @@ def _notes(records: list[Record], places: list[str]) -> list[str]:
 
 
 # --- Changes ---
+
 
 def _by_patch(records: list[Record], places: list[str]) -> list[Shared]:
     """Those whose patch is known, joined by it."""
@@ -300,8 +313,15 @@ def _shared(key: str, its: list[tuple[Record, str, Change]]) -> Shared:
     source = first[1] if first else ""
     _judge(cells, source)
     told = (first or its[0])[2]
-    return Shared(key, told.description, told.kinds, False, source, cells,
-                  {place: tried[0][1].description for place, tried in by_place.items()})
+    return Shared(
+        key,
+        told.description,
+        told.kinds,
+        False,
+        source,
+        cells,
+        {place: tried[0][1].description for place, tried in by_place.items()},
+    )
 
 
 def _source(its: list[tuple[Record, str, Change]]) -> tuple[Record, str, Change] | None:
@@ -312,15 +332,19 @@ def _source(its: list[tuple[Record, str, Change]]) -> tuple[Record, str, Change]
         there = [one for one in own if one[0].name in named]
         # Where its session is not given, a replay on the very device it is from stands for it.
         return next(iter(there), None) or next(
-            (one for one in its if one[0].device in {name.partition("/")[0] for name in named}), None)
+            (one for one in its if one[0].device in {name.partition("/")[0] for name in named}), None
+        )
     return next((one for one in own if one[2].status == "keep"), own[0])
 
 
 def _cell(tried: list[tuple[Record, Change]]) -> Cell:
     known = [one for record, change in tried if (one := effects.effect(record, change))]
     effect = effects.together(known)
-    return Cell(effect, [f"{record.name} #{change.number} {change.status}" for record, change in tried],
-                due=effects.due(effect) if effect else "")
+    return Cell(
+        effect,
+        [f"{record.name} #{change.number} {change.status}" for record, change in tried],
+        due=effects.due(effect) if effect else "",
+    )
 
 
 def _judge(cells: dict[str, Cell], source: str) -> None:
@@ -347,25 +371,47 @@ def _by_words(records: list[Record], places: list[str]) -> list[Shared]:
         for i, j in words.matches([c.description for c in ours], [c.description for c in theirs]):
             a, b = ours[i], theirs[j]
             if not (a.key and b.key):
-                found.append(Shared(a.key or b.key, a.description, a.kinds, True, "",
-                                    {here: _cell([(one, a)]), there: _cell([(other, b)])},
-                                    {here: a.description, there: b.description}))
+                found.append(
+                    Shared(
+                        a.key or b.key,
+                        a.description,
+                        a.kinds,
+                        True,
+                        "",
+                        {here: _cell([(one, a)]), there: _cell([(other, b)])},
+                        {here: a.description, there: b.description},
+                    )
+                )
     return found
 
 
 # --- Agreement, kinds, scores ---
 
+
 def _agreement(one: str, other: str, changes: list[Shared], by_words: bool) -> Agreement | None:
-    pairs = [(change.cells[one].effect, change.cells[other].effect) for change in changes
-             if one in change.cells and other in change.cells]
+    pairs = [
+        (change.cells[one].effect, change.cells[other].effect)
+        for change in changes
+        if one in change.cells and other in change.cells
+    ]
     pairs = [pair for pair in pairs if None not in pair]
     if not pairs:
         return None
     same = sum((a.value < 0) == (b.value < 0) for a, b in pairs)
     low, high = agreement.wilson(same, len(pairs))
     rho = agreement.spearman(*([effect.value for effect in side] for side in zip(*pairs))) or (None, None, None)
-    return Agreement(one, other, len(pairs), same, same / len(pairs), low, high, *rho,
-                     sum(effect.flattered for pair in pairs for effect in pair), by_words)
+    return Agreement(
+        one,
+        other,
+        len(pairs),
+        same,
+        same / len(pairs),
+        low,
+        high,
+        *rho,
+        sum(effect.flattered for pair in pairs for effect in pair),
+        by_words,
+    )
 
 
 def _paid(records: list[Record]) -> list[Paid]:
@@ -376,17 +422,40 @@ def _paid(records: list[Record]) -> list[Paid]:
                 effect = effects.effect(record, change)
                 kind = change.kinds[0] if change.kinds else "other"
                 found.setdefault((kind, sort_of(record.device)), []).append(
-                    (change.status, effect and 100 * effect.relative))
+                    (change.status, effect and 100 * effect.relative)
+                )
     sorts = list(dict.fromkeys(sort_of(record.device) for record in records))
-    return [Paid(kind, sort, len(its), sum(status == "keep" for status, _ in its), statistics.median(known) if (
-        known := [value for _, value in its if value is not None]) else None)
-            for kind in kinds.KINDS for sort in sorts if (its := found.get((kind, sort)))]
+    return [
+        Paid(
+            kind,
+            sort,
+            len(its),
+            sum(status == "keep" for status, _ in its),
+            statistics.median(known) if (known := [value for _, value in its if value is not None]) else None,
+        )
+        for kind in kinds.KINDS
+        for sort in sorts
+        if (its := found.get((kind, sort)))
+    ]
 
 
 def _points(record: Record, place: str) -> list[Point]:
-    return [Point(record.name, place, change.number, change.status, change.description, score,
-                  _mean(record, change, "tokens"), _mean(record, change, "flops"), record.eval, record.budget)
-            for change in record.changes.values() if (score := effects.mean(record, change)) is not None]
+    return [
+        Point(
+            record.name,
+            place,
+            change.number,
+            change.status,
+            change.description,
+            score,
+            _mean(record, change, "tokens"),
+            _mean(record, change, "flops"),
+            record.eval,
+            record.budget,
+        )
+        for change in record.changes.values()
+        if (score := effects.mean(record, change)) is not None
+    ]
 
 
 def _mean(record: Record, change: Change | None, name: str) -> float | None:
@@ -407,13 +476,33 @@ def facts_of(record: Record, place: str = "") -> Facts:
     pairs = [[t for t in effects.counted(record, c) if t.confirms] if c else [] for c in (best, baseline)]
     both = {name: tuple(_mean(record, c, name) for c in (baseline, best)) for name in ("tokens", "flops", "mfu")}
     return Facts(
-        name=record.name, place=place, device=record.device, sort=sort_of(record.device), backend=record.backend,
-        budget=record.budget, eval=record.eval, tagged=record.tagged, baseline=scores[0], best=scores[1],
-        best_number=best.number if best else None, gain=gain, relative=gain / scores[0] if gain is not None else None,
+        name=record.name,
+        place=place,
+        device=record.device,
+        sort=sort_of(record.device),
+        backend=record.backend,
+        budget=record.budget,
+        eval=record.eval,
+        tagged=record.tagged,
+        baseline=scores[0],
+        best=scores[1],
+        best_number=best.number if best else None,
+        gain=gain,
+        relative=gain / scores[0] if gain is not None else None,
         confirmed=effects.between(*pairs, record.noise) if best is not baseline and all(pairs) else None,
-        confirmation=record.confirmation, experiments=len(tried), kept=count["keep"], discarded=count["discard"],
-        crashed=count["crash"], invalid=count["invalid"], keep_rate=count["keep"] / len(tried) if tried else None,
+        confirmation=record.confirmation,
+        experiments=len(tried),
+        kept=count["keep"],
+        discarded=count["discard"],
+        crashed=count["crash"],
+        invalid=count["invalid"],
+        keep_rate=count["keep"] / len(tried) if tried else None,
         crash_rate=count["crash"] / len(tried) if tried else None,
-        per_hour=len(tried) / record.hours if record.hours else None, hours=record.hours, **both,
-        noise=record.noise.sd if record.noise else None, df=record.noise.df if record.noise else None,
-        rows=record.rows, notes=list(record.notes))
+        per_hour=len(tried) / record.hours if record.hours else None,
+        hours=record.hours,
+        **both,
+        noise=record.noise.sd if record.noise else None,
+        df=record.noise.df if record.noise else None,
+        rows=record.rows,
+        notes=list(record.notes),
+    )

@@ -104,8 +104,9 @@ def effect(record: Record, change: Change) -> Effect | None:
     sure = record.noise is not None and bool(later and since)
     own, others = (later, since) if sure else (own, others)
     found = between(own, others, record.noise)
-    return replace(found, flattered=record.noise is not None and not sure, known=bool(change.origin) or picked,
-                   picked=picked)
+    return replace(
+        found, flattered=record.noise is not None and not sure, known=bool(change.origin) or picked, picked=picked
+    )
 
 
 def between(own: list[Trial], others: list[Trial], noise: gate.Noise | None) -> Effect:
@@ -113,9 +114,19 @@ def between(own: list[Trial], others: list[Trial], noise: gate.Noise | None) -> 
     base = statistics.fmean(t.bpb for t in others)
     value = statistics.fmean(t.bpb for t in own) - base
     error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others)) if noise else None
-    return interval(Effect(value, value / base, error, noise and noise.df, noise=noise and noise.sd, runs=len(own),
-                           parent_runs=len(others), tokens=ratio(own, others, "tokens"),
-                           flops=ratio(own, others, "flops")))
+    return interval(
+        Effect(
+            value,
+            value / base,
+            error,
+            noise and noise.df,
+            noise=noise and noise.sd,
+            runs=len(own),
+            parent_runs=len(others),
+            tokens=ratio(own, others, "tokens"),
+            flops=ratio(own, others, "flops"),
+        )
+    )
 
 
 def interval(one: Effect) -> Effect:
@@ -128,8 +139,10 @@ def interval(one: Effect) -> Effect:
 
 def ratio(own: list[Trial], others: list[Trial], name: str) -> float | None:
     """Of the means of something that runs have."""
-    means = [known and statistics.fmean(known) for known in (
-        [getattr(t, name) for t in some if getattr(t, name)] for some in (own, others))]
+    means = [
+        known and statistics.fmean(known)
+        for known in ([getattr(t, name) for t in some if getattr(t, name)] for some in (own, others))
+    ]
     return means[0] / means[1] if all(means) else None
 
 
@@ -148,11 +161,20 @@ def together(effects: list[Effect]) -> Effect | None:
         return None if None in known else math.fsum(share * value for share, value in zip(shares, known))
 
     error = 1 / math.sqrt(math.fsum(weights))
-    return interval(Effect(
-        average("value"), average("relative"), error, satterthwaite([(s * s * one.error**2, one.df) for s, one in zip(
-            shares, sure)]), noise=average("noise"), runs=sum(one.runs for one in sure),
-        parent_runs=sum(one.parent_runs for one in sure), known=all(one.known for one in sure),
-        tokens=average("tokens"), flops=average("flops")))
+    return interval(
+        Effect(
+            average("value"),
+            average("relative"),
+            error,
+            satterthwaite([(s * s * one.error**2, one.df) for s, one in zip(shares, sure)]),
+            noise=average("noise"),
+            runs=sum(one.runs for one in sure),
+            parent_runs=sum(one.parent_runs for one in sure),
+            known=all(one.known for one in sure),
+            tokens=average("tokens"),
+            flops=average("flops"),
+        )
+    )
 
 
 def satterthwaite(parts: list[tuple[float, int]]) -> int:

@@ -50,8 +50,10 @@ def read_all(names: list[str], devices: list[str]) -> list[Record]:
     left = list(devices)
     records = [read(name, left.pop(0) if left and _is_untagged(name) else None) for name in names]
     if left:
-        raise LabError(f"--device {left[0]} is of none of these sessions: it takes one for each ledger that does not "
-                       "say its device, in order")
+        raise LabError(
+            f"--device {left[0]} is of none of these sessions: it takes one for each ledger that does not "
+            "say its device, in order"
+        )
     return records
 
 
@@ -61,6 +63,7 @@ def _is_untagged(name: str) -> bool:
 
 
 # --- Of a session on this machine ---
+
 
 def of_session(session: Session) -> Record:
     """A session of this machine's own, from its journal."""
@@ -77,22 +80,39 @@ def of_session(session: Session) -> Record:
             continue
         before, after = texts.get(e.parent), texts.get(e.blob)
         changes[e.number] = Change(
-            number=e.number, parent=e.onto, status=e.status, kind=e.kind, description=e.description, patch=e.patch,
-            origin=e.origin, kinds=_kinds(before, after, e.description) if e.parent else (),
-            text=_diff(before, after), trials=tuple(trials.get(e.number, ())),
-            commit=(e.applied or {}).get("commit", e.commit)[:7], reason=e.verdict.get("reason", ""),
-            near_miss=bool(e.verdict.get("gate", {}).get("near_miss")), started=_time(e.begun))
+            number=e.number,
+            parent=e.onto,
+            status=e.status,
+            kind=e.kind,
+            description=e.description,
+            patch=e.patch,
+            origin=e.origin,
+            kinds=_kinds(before, after, e.description) if e.parent else (),
+            text=_diff(before, after),
+            trials=tuple(trials.get(e.number, ())),
+            commit=(e.applied or {}).get("commit", e.commit)[:7],
+            reason=e.verdict.get("reason", ""),
+            near_miss=bool(e.verdict.get("gate", {}).get("near_miss")),
+            started=_time(e.begun),
+        )
     ended = [run for run in state.runs.values() if run.status]
     confirmed = [e for e in state.decided if e.kind == CONFIRM]
     facts = {name: session.facts.get(name, "") for name in ("dataset", "eval", "data", "profile", "made", "python")}
     repeated = state.best is not None and bool(state.repeats(budget))
     return Record(
-        session.facts["device"], session.facts["tag"], dict(sorted(changes.items())), session.facts["backend"],
-        session.noise if repeated else None, budget,
+        session.facts["device"],
+        session.facts["tag"],
+        dict(sorted(changes.items())),
+        session.facts["backend"],
+        session.noise if repeated else None,
+        budget,
         (max(r.begun + r.seconds for r in ended) - min(r.begun for r in ended)) / 3600 if ended else None,
         sum(run.status not in (None, "lost") for run in state.runs.values()),
-        confirmation=confirmed[-1].verdict["reason"] if confirmed else "", facts=facts, profile=session.profile,
-        notes=_of_other_budgets(changes, budget))
+        confirmation=confirmed[-1].verdict["reason"] if confirmed else "",
+        facts=facts,
+        profile=session.profile,
+        notes=_of_other_budgets(changes, budget),
+    )
 
 
 def _texts(session: Session) -> dict[str, bytes]:
@@ -120,9 +140,19 @@ def _trial(run: Run, confirms: bool) -> Trial:
     tokens = result["total_tokens_M"] * 1e6 if result.get("total_tokens_M") else None
     per_token, memory = result.get("flops_per_token"), result.get("peak_vram_mb")
     return Trial(
-        run=run.number, seed=run.seed, bpb=run.bpb, eval=result.get("eval", ""), budget=run.budget, tokens=tokens,
-        flops=tokens * per_token if tokens and per_token else None, mfu=result.get("mfu_percent"),
-        memory=memory / 1024 if memory else None, seconds=run.seconds, confirms=confirms, beside=run.experiment)
+        run=run.number,
+        seed=run.seed,
+        bpb=run.bpb,
+        eval=result.get("eval", ""),
+        budget=run.budget,
+        tokens=tokens,
+        flops=tokens * per_token if tokens and per_token else None,
+        mfu=result.get("mfu_percent"),
+        memory=memory / 1024 if memory else None,
+        seconds=run.seconds,
+        confirms=confirms,
+        beside=run.experiment,
+    )
 
 
 def _kinds(before: bytes | None, after: bytes | None, words: str) -> tuple[str, ...]:
@@ -135,8 +165,10 @@ def _diff(before: bytes | None, after: bytes | None) -> str | None:
     if before is None or after is None:
         return None
     lines = [text.decode(errors="replace").splitlines(keepends=True) for text in (before, after)]
-    return "".join(line if line.endswith("\n") else line + "\n"
-                   for line in difflib.unified_diff(*lines, "a/train.py", "b/train.py"))
+    return "".join(
+        line if line.endswith("\n") else line + "\n"
+        for line in difflib.unified_diff(*lines, "a/train.py", "b/train.py")
+    )
 
 
 def _time(seconds: float) -> str:
@@ -149,6 +181,7 @@ def _of_other_budgets(changes: dict[int, Change], budget: float | None) -> list[
 
 
 # --- Of an export, or a ledger alone ---
+
 
 def of_bundle(bundle: Bundle) -> Record:
     """A session from elsewhere, from its ledger and the changes that came with it."""
@@ -170,35 +203,56 @@ def of_bundle(bundle: Bundle) -> Record:
     for number, its in own.items():
         first, facts = its[0], told.get(number, {})
         status = facts.get("status") or next(
-            (one for one in ("keep", "discard", "crash") if any(row["status"] == one for row in its)), "invalid")
+            (one for one in ("keep", "discard", "crash") if any(row["status"] == one for row in its)), "invalid"
+        )
         parent = facts["parent"] if facts else numbers.get(first["parent"]) if tagged else best
         if number == 0:
             parent = None
         changes[number] = Change(
-            number=number, parent=parent, status=status,
+            number=number,
+            parent=parent,
+            status=status,
             kind=facts.get("kind") or ("baseline" if number == 0 else REPLAY if first["origin"] else "change"),
-            description=first["description"], patch=facts.get("patch", first["patch"]),
+            description=first["description"],
+            patch=facts.get("patch", first["patch"]),
             origin=facts.get("origin", first["origin"]),
             kinds=tuple(facts.get("kinds") or (kinds.of_words(first["description"]) if number else ())),
-            text=facts.get("patch_text") or texts.get(number), trials=tuple(trials.get(number, ())),
-            commit=first["commit"], reason=facts.get("reason", SHORTENED.sub("", its[-1]["reason"])),
-            near_miss=bool(facts.get("near_miss")), started=first["started"])
+            text=facts.get("patch_text") or texts.get(number),
+            trials=tuple(trials.get(number, ())),
+            commit=first["commit"],
+            reason=facts.get("reason", SHORTENED.sub("", its[-1]["reason"])),
+            near_miss=bool(facts.get("near_miss")),
+            started=first["started"],
+        )
         if status == "keep":
             best = number
     for number, facts in told.items():
         if number not in changes:  # it has no row: nothing of it was run
             names = "parent", "status", "kind", "description", "patch", "origin", "reason", "near_miss", "commit"
-            changes[number] = Change(number, **{name: facts[name] for name in names}, kinds=tuple(facts["kinds"]),
-                                     text=facts["patch_text"])
+            changes[number] = Change(
+                number, **{name: facts[name] for name in names}, kinds=tuple(facts["kinds"]), text=facts["patch_text"]
+            )
     record = Record(
-        session["device"], session["tag"], dict(sorted(changes.items())), session["backend"], None, budget,
-        _hours(rows), len(rows), tagged, _confirmation(rows),
+        session["device"],
+        session["tag"],
+        dict(sorted(changes.items())),
+        session["backend"],
+        None,
+        budget,
+        _hours(rows),
+        len(rows),
+        tagged,
+        _confirmation(rows),
         [*session.get("notes", []), *_of_other_budgets(changes, budget)],
-        {name: text for name, text in session.items() if isinstance(text, str)}, bundle.profile)
+        {name: text for name, text in session.items() if isinstance(text, str)},
+        bundle.profile,
+    )
     record.noise = noise_of(record)
     if not tagged:
-        record.notes.append("a ledger of five columns: each change was run once, and nothing says how far chance moves "
-                            "scores; its effects are unconfirmed")
+        record.notes.append(
+            "a ledger of five columns: each change was run once, and nothing says how far chance moves "
+            "scores; its effects are unconfirmed"
+        )
     if bundle.set_aside:
         record.notes.append(f"{len(bundle.set_aside.splitlines())} lines of its ledger could not be read")
     return record
@@ -206,14 +260,20 @@ def of_bundle(bundle: Bundle) -> Record:
 
 def _cleaned(texts: dict) -> dict:
     """With no text in it that a terminal would obey."""
-    return {name: text if not isinstance(text, str) or text.isprintable() else untrusted.one_line(text, WORDS)
-            for name, text in texts.items()}
+    return {
+        name: text if not isinstance(text, str) or text.isprintable() else untrusted.one_line(text, WORDS)
+        for name, text in texts.items()
+    }
 
 
 def _believed(row: dict) -> dict:
     """A row of somebody's ledger; a figure that nothing can have measured, and that would break sums, is unknown."""
-    return {name: None if isinstance(value, (int, float)) and name not in ("run", "seed") and not
-            FEWEST < value < MOST else value for name, value in _cleaned(row).items()}
+    return {
+        name: None
+        if isinstance(value, (int, float)) and name not in ("run", "seed") and not FEWEST < value < MOST
+        else value
+        for name, value in _cleaned(row).items()
+    }
 
 
 def _owners(bundle: Bundle, rows: list[dict]) -> list[tuple[int, int]]:
@@ -221,8 +281,9 @@ def _owners(bundle: Bundle, rows: list[dict]) -> list[tuple[int, int]]:
     kept = {one.commit: one.number for one in bundle.kept}
     if not any(row["run"] is not None for row in rows):  # the original's: a row is an experiment
         return [(i, i) for i in range(len(rows))]
-    of_commit = kept | {facts["commit"]: facts["number"] for facts in bundle.changes
-                        if facts["kind"] not in (CONFIRM, REPEAT)}
+    of_commit = kept | {
+        facts["commit"]: facts["number"] for facts in bundle.changes if facts["kind"] not in (CONFIRM, REPEAT)
+    }
     found, last = [], -1
     for i, row in enumerate(rows):
         reason = SHORTENED.sub("", row["reason"])
@@ -235,8 +296,14 @@ def _owners(bundle: Bundle, rows: list[dict]) -> list[tuple[int, int]]:
             continue
         if row["commit"] not in of_commit:
             # Its number is said by the parent's runs beside it, if there are any; else it is the next one.
-            told = next((BESIDE.fullmatch(SHORTENED.sub("", after["reason"])) for after in rows[i + 1 :]
-                         if after["commit"] != row["commit"]), None)
+            told = next(
+                (
+                    BESIDE.fullmatch(SHORTENED.sub("", after["reason"]))
+                    for after in rows[i + 1 :]
+                    if after["commit"] != row["commit"]
+                ),
+                None,
+            )
             of_commit[row["commit"]] = max(last + 1, int(told[1])) if told else last + 1
         last = max(last, of_commit[row["commit"]])
         found.append((of_commit[row["commit"]],) * 2)
@@ -257,10 +324,19 @@ def _trial_of(row: dict, beside: int) -> Trial:
     tokens = row["tokens_M"] * 1e6 if row["tokens_M"] else None
     flops = row["tflops"] * 1e12 / row["tok_per_s"] * tokens if tokens and row["tflops"] and row["tok_per_s"] else None
     return Trial(
-        run=row["run"], seed=row["seed"], bpb=row["val_bpb"], eval=row["eval"],
-        budget=None if row["run"] is None else _budget(row), tokens=tokens, flops=flops, mfu=row["mfu"],
-        memory=row["memory_gb"], seconds=row["total_seconds"],
-        confirms=bool(CONFIRMS.fullmatch(SHORTENED.sub("", row["reason"]))), beside=beside)
+        run=row["run"],
+        seed=row["seed"],
+        bpb=row["val_bpb"],
+        eval=row["eval"],
+        budget=None if row["run"] is None else _budget(row),
+        tokens=tokens,
+        flops=flops,
+        mfu=row["mfu"],
+        memory=row["memory_gb"],
+        seconds=row["total_seconds"],
+        confirms=bool(CONFIRMS.fullmatch(SHORTENED.sub("", row["reason"]))),
+        beside=beside,
+    )
 
 
 def _hours(rows: list[dict]) -> float | None:
@@ -290,16 +366,21 @@ def _confirmation(rows: list[dict]) -> str:
     if len(pairs) < 2:
         return ""
     gain, low, high = gate.interval([scores[base][seed] - scores[best][seed] for seed in pairs])
-    return (f"on held-out rows and {len(pairs)} new seeds the best is {gain:+.6f} bits per byte better than the "
-            f"baseline (90 % interval {low:+.6f} to {high:+.6f})")
+    return (
+        f"on held-out rows and {len(pairs)} new seeds the best is {gain:+.6f} bits per byte better than the "
+        f"baseline (90 % interval {low:+.6f} to {high:+.6f})"
+    )
 
 
 def noise_of(record: Record) -> gate.Noise | None:
     """As a session estimates it: pooled over all that was repeated, with the prior of calibration/noise.py."""
     from calibration.noise import expected
 
-    groups = [[t.bpb for t in change.trials if t.budget == record.budget] for change in record.changes.values()
-              if change.status != "invalid"]
+    groups = [
+        [t.bpb for t in change.trials if t.budget == record.budget]
+        for change in record.changes.values()
+        if change.status != "invalid"
+    ]
     first = next(iter(record.changes[0].trials), None) if 0 in record.changes else None
     if first is None or not first.tokens or not any(len(group) > 1 for group in groups):
         return None

@@ -80,8 +80,15 @@ def due(turns: list[dict], fruitless=frozenset()) -> bool:
     return failures < TIRES or len(rest) >= min(2 ** (failures - TIRES), LONGEST_REST)
 
 
-def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: float, most_bytes: int = PRINTED,
-              stop=lambda: False) -> Turn:
+def take_turn(
+    session: Session,
+    command: str,
+    prompt: str,
+    log: Path,
+    seconds: float,
+    most_bytes: int = PRINTED,
+    stop=lambda: False,
+) -> Turn:
     """Lets the agent edit train.py once. It is remembered until `settle`.
 
     Args:
@@ -98,8 +105,14 @@ def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: f
     notes = recover(session)
     if saved := put_back(session, log.with_suffix(".before.py")):
         notes.append(f"found {TRAIN} edited when its turn began, by somebody else; that is in {saved}")
-    place = {"branch": tree.branch(), "commit": tree.commit_of("HEAD"), "begun": time.time(), "log": str(log),
-             "linked": (tree.path / TRAIN).is_symlink(), "experiment": session.state.last.number}
+    place = {
+        "branch": tree.branch(),
+        "commit": tree.commit_of("HEAD"),
+        "begun": time.time(),
+        "log": str(log),
+        "linked": (tree.path / TRAIN).is_symlink(),
+        "experiment": session.state.last.number,
+    }
     prepare.write_json(_record(session), place)
     before = _digests(session)
     asked = log.with_suffix(".prompt")
@@ -117,8 +130,14 @@ def take_turn(session: Session, command: str, prompt: str, log: Path, seconds: f
             told.append(f"had what it wrote put aside, in {saved}")
         if others:
             told.append(f"changed {_listed(others)}, which has no effect")
-        turn = Turn(outcome, untrusted.one_line("; it ".join([said, *told, *notes]), 500), description,
-                    [untrusted.one_line(name) for name in others[:MOST_NAMED]], time.monotonic() - begun, bool(told))
+        turn = Turn(
+            outcome,
+            untrusted.one_line("; it ".join([said, *told, *notes]), 500),
+            description,
+            [untrusted.one_line(name) for name in others[:MOST_NAMED]],
+            time.monotonic() - begun,
+            bool(told),
+        )
         prepare.write_json(_record(session), place | {"turn": asdict(turn)})
     except BaseException:
         recover(session)
@@ -175,17 +194,28 @@ def _mark(session: Session) -> str:
 
 # --- The agent's processes ---
 
-def _run(command: str, folder: Path, asked: Path, log: Path, mark: str, seconds: float, most_bytes: int, stop
-         ) -> tuple[int | None, str | None, int]:
+
+def _run(
+    command: str, folder: Path, asked: Path, log: Path, mark: str, seconds: float, most_bytes: int, stop
+) -> tuple[int | None, str | None, int]:
     """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
     reading, writing = os.pipe()
     output = capture.Log(reading, log, flood=most_bytes)
-    detached = ({"start_new_session": True} if os.name == "posix" else
-                {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP})
+    detached = (
+        {"start_new_session": True} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    )
     try:
         with open(asked, "rb") as prompt:  # a file: who never reads it blocks nobody
-            process = subprocess.Popen(command, shell=True, cwd=folder, stdin=prompt, stdout=writing, stderr=writing,
-                                       env={**os.environ, MARK: mark}, **detached)
+            process = subprocess.Popen(
+                command,
+                shell=True,
+                cwd=folder,
+                stdin=prompt,
+                stdout=writing,
+                stderr=writing,
+                env={**os.environ, MARK: mark},
+                **detached,
+            )
     finally:
         os.close(writing)
     deadline, problem = time.monotonic() + seconds, None
@@ -193,8 +223,15 @@ def _run(command: str, folder: Path, asked: Path, log: Path, mark: str, seconds:
         while process.poll() is None and not problem:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-            problem = ("flooded" if output.flooded else "stopped" if stop() else
-                       "hung" if time.monotonic() > deadline else None)
+            problem = (
+                "flooded"
+                if output.flooded
+                else "stopped"
+                if stop()
+                else "hung"
+                if time.monotonic() > deadline
+                else None
+            )
         ended = process.poll() is not None
     finally:
         left = end(mark, process.pid, GRACE if process.poll() is None else GRACE_LEFT)
@@ -243,6 +280,7 @@ def _belongs(process: psutil.Process, mark: str, group: int | None) -> bool:
 
 # --- The repository ---
 
+
 def _digests(session: Session) -> dict[str, str]:
     """Of the content of every file that git does not ignore, train.py and the session's own aside."""
     tree, found = session.tree, {}
@@ -256,8 +294,11 @@ def _digests(session: Session) -> dict[str, str]:
             if path.is_symlink():
                 found[name] = f"-> {os.readlink(path)}"
             elif path.is_file():
-                found[name] = (f"{about.st_size} {about.st_mtime_ns}" if about.st_size > LARGE else
-                               hashlib.sha256(path.read_bytes()).hexdigest())
+                found[name] = (
+                    f"{about.st_size} {about.st_mtime_ns}"
+                    if about.st_size > LARGE
+                    else hashlib.sha256(path.read_bytes()).hexdigest()
+                )
     return found
 
 
@@ -339,14 +380,26 @@ def put_back(session: Session, saved: Path | None = None) -> Path | None:
 
 # --- What came of it ---
 
-def _judged(session: Session, log: Path, prompt: str, code: int | None, problem: str | None, seconds: float,
-            elsewhere: bool, others: list[str]) -> tuple[str, str, str]:
+
+def _judged(
+    session: Session,
+    log: Path,
+    prompt: str,
+    code: int | None,
+    problem: str | None,
+    seconds: float,
+    elsewhere: bool,
+    others: list[str],
+) -> tuple[str, str, str]:
     """(outcome, what it did in words, description of the change)."""
     text = untrusted.plain(capture.read(log))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     last = untrusted.one_line(lines[-1], 120) if lines else ""
-    how = {"hung": f"reached its time limit of {seconds:g} s", "stopped": "was stopped with the night",
-           "flooded": "printed more than it may"}.get(problem) or (f"ended with exit status {code}" if code else "")
+    how = {
+        "hung": f"reached its time limit of {seconds:g} s",
+        "stopped": "was stopped with the night",
+        "flooded": "printed more than it may",
+    }.get(problem) or (f"ended with exit status {code}" if code else "")
     if code == 127:
         how += " (the shell did not find the command)"
     if problem in ("stopped", "flooded"):
@@ -398,4 +451,5 @@ def _processes(count: int) -> str:
 
 def _listed(files: list[str], most: int = 3) -> str:
     return ", ".join(untrusted.one_line(name, 80) for name in files[:most]) + (
-        f" and {len(files) - most} more" if len(files) > most else "")
+        f" and {len(files) - most} more" if len(files) > most else ""
+    )

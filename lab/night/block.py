@@ -154,8 +154,10 @@ def read(source: str) -> tuple[Variable, ...]:
         comment, section = _comment(lines, node), _section(lines, node.lineno)
         several = isinstance(node.value, ast.Tuple)
         for i, part in enumerate(node.value.elts if several else [node.value]):
-            begin, end = (starts[line - 1] + _column(lines[line - 1], column) for line, column in (
-                (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+            begin, end = (
+                starts[line - 1] + _column(lines[line - 1], column)
+                for line, column in ((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset))
+            )
             variable = _variable(f"{target.id}[{i}]" if several else target.id, part, section, comment)
             if variable:
                 found[variable.name] = replace(variable, start=begin, end=end)
@@ -178,10 +180,10 @@ def write(source: str, values: dict[str, object]) -> str:
     variables = {variable.name: variable for variable in read(source)}
     for variable in sorted((variables[name] for name in values), key=lambda one: -one.start):
         text = variable.written(values[variable.name])
-        rest, longer = source[variable.end:], len(text) - (variable.end - variable.start)
+        rest, longer = source[variable.end :], len(text) - (variable.end - variable.start)
         if behind := re.match(r"([)\]]?)( +)#", rest):
             gap = len(behind[2])
-            rest = behind[1] + " " * max(2, gap - longer) + rest[behind.end() - 1:]
+            rest = behind[1] + " " * max(2, gap - longer) + rest[behind.end() - 1 :]
         source = source[: variable.start] + text + rest
     return source
 
@@ -209,7 +211,7 @@ def _column(line: str, offset: int) -> int:
 def _comment(lines: list[str], node: ast.AST) -> str:
     """Behind an assignment."""
     line = lines[node.end_lineno - 1]
-    return line[_column(line, node.end_col_offset):].strip()
+    return line[_column(line, node.end_col_offset) :].strip()
 
 
 def _section(lines: list[str], number: int) -> str:

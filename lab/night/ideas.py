@@ -28,8 +28,7 @@ def asked(session: Session) -> list[str]:
 
 def named(session: Session) -> list[int]:
     """Numbers of the experiments that requests may speak of."""
-    return sorted({*_near(session), *_too_complex(session), *_promising(session),
-                   *(e.number for e in _kept(session))})
+    return sorted({*_near(session), *_too_complex(session), *_promising(session), *(e.number for e in _kept(session))})
 
 
 def changes(session: Session) -> list[Experiment]:
@@ -41,15 +40,18 @@ def near_misses(session: Session) -> str | None:
     """Those that could not be told from chance, and were not tried together yet."""
     if not (numbers := _near(session)):
         return None
-    how = ("two or more of them as one change, or one of them stronger," if len(numbers) > 1 else
-           "more of the same, or a clearer form of it,")
+    how = (
+        "two or more of them as one change, or one of them stronger,"
+        if len(numbers) > 1
+        else "more of the same, or a clearer form of it,"
+    )
     return f"{_these(numbers)} looked better and could not be told from chance: {how} may show."
 
 
 def too_complex(session: Session) -> str | None:
     """Those that were good but added much code."""
     if numbers := _too_complex(session):
-        return (f"{_these(numbers)} looked a little better and added code: is there a simpler way to most of it?")
+        return f"{_these(numbers)} looked a little better and added code: is there a simpler way to most of it?"
     return None
 
 
@@ -61,8 +63,9 @@ def untried(session: Session) -> str | None:
     known = [kind for kind in kinds.KINDS if kind != "other"]
     counted = ", ".join(f"{kind} {tried[kind]}" for kind in sorted(known, key=lambda kind: -tried[kind]) if tried[kind])
     if missing := [kind for kind in known if not tried[kind]]:
-        return (f"Not tried {'lately' if len(changes(session)) > LOOKED_BACK else 'yet'}: {', '.join(missing)}"
-                + (f" (tried: {counted})." if counted else "."))
+        return f"Not tried {'lately' if len(changes(session)) > LOOKED_BACK else 'yet'}: {', '.join(missing)}" + (
+            f" (tried: {counted})." if counted else "."
+        )
     least = min(known, key=lambda kind: tried[kind])
     return f"Tried least lately: {least} ({counted})."
 
@@ -74,10 +77,17 @@ def plateau(session: Session) -> str | None:
     if since < max(PATIENCE, 2 * (len(tried) - since) // max(1, len(kept))):  # twice what a keep took before
         return None
     promising, best = _promising(session), [e.number for e in kept[-MOST_NAMED:]]
-    combine = (f"{_these(promising)} came closest; put two or more of them together." if len(promising) > 1 else
-               "two changes of which each helps the other.")
-    ablate = (f"{_these(best)} {'were' if len(best) > 1 else 'was'} kept; what of that, or of what was there before, "
-              "is not needed any more?" if best else "which part of the model or the optimizer is not needed?")
+    combine = (
+        f"{_these(promising)} came closest; put two or more of them together."
+        if len(promising) > 1
+        else "two changes of which each helps the other."
+    )
+    ablate = (
+        f"{_these(best)} {'were' if len(best) > 1 else 'was'} kept; what of that, or of what was there before, "
+        "is not needed any more?"
+        if best
+        else "which part of the model or the optimizer is not needed?"
+    )
     choices = (
         f"This time combine: {combine}",
         f"This time take something away: {ablate}",
@@ -114,15 +124,24 @@ def _near(session: Session) -> list[int]:
 
 def _promising(session: Session) -> list[int]:
     """The best of the lately discarded, on what is the best now."""
-    lost = [e for e in changes(session)[-LOOKED_BACK:] if e.status == "discard" and _t(e) > 0
-            and e.onto == session.state.best.number]
+    lost = [
+        e
+        for e in changes(session)[-LOOKED_BACK:]
+        if e.status == "discard" and _t(e) > 0 and e.onto == session.state.best.number
+    ]
     return [e.number for e in sorted(lost, key=_t, reverse=True)[:MOST_NAMED]]
 
 
 def _too_complex(session: Session) -> list[int]:
     near = _near(session)
-    return [e.number for e in changes(session)[-LOOKED_BACK:] if e.status == "discard" and _t(e) >= PROMISING
-            and e.nodes > MORE_CODE * session.state.parent_of(e).nodes and e.number not in near][-MOST_NAMED:]
+    return [
+        e.number
+        for e in changes(session)[-LOOKED_BACK:]
+        if e.status == "discard"
+        and _t(e) >= PROMISING
+        and e.nodes > MORE_CODE * session.state.parent_of(e).nodes
+        and e.number not in near
+    ][-MOST_NAMED:]
 
 
 def _these(numbers: list[int]) -> str:

@@ -86,6 +86,7 @@ def interrupted(events: list[dict], asked: dict, now: float) -> dict | None:
 
 # --- Troubles ---
 
+
 @dataclass(frozen=True)
 class Trouble:
     """Why a night can't go on now.
@@ -102,8 +103,9 @@ class Trouble:
 
 def troubles(session) -> list[Trouble]:
     """What is the matter now, as far as it can be read: what this system does not tell is no trouble."""
-    found = [Trouble(kind, text, "stop") for kind, text in (("battery", low_battery()), ("disk", full_disk(session)))
-             if text]
+    found = [
+        Trouble(kind, text, "stop") for kind, text in (("battery", low_battery()), ("disk", full_disk(session))) if text
+    ]
     kind = session.profile.get("machine", {}).get("kind", "")
     device, training = identity.now(kind, session.facts["gpu"]), session.supervised
     if text := identity.overheated() or (device.get("margin", 1) <= 0 and "the GPU is as hot as it may get"):
@@ -140,8 +142,10 @@ def full_disk(session) -> str | None:
         with suppress(OSError):
             free = shutil.disk_usage(place).free
             if free < needed:
-                return (f"{free / GB:.1f} GB are free on the disk of {place}, and {RUNS_TO_FIT} runs may take "
-                        f"{needed / GB:.1f} GB: make room")
+                return (
+                    f"{free / GB:.1f} GB are free on the disk of {place}, and {RUNS_TO_FIT} runs may take "
+                    f"{needed / GB:.1f} GB: make room"
+                )
     return None
 
 
@@ -155,8 +159,11 @@ class Others:
         """Who keeps the CPU busy since the last look. Processes that have ended are not counted, so that a run of ours
         which ended in between is not; while one goes on (`training`) its processes can't be told from others."""
         before, last, now = self._seconds, self._at, time.monotonic()
-        alive = {(one.pid, one.info["create_time"]): one.info for one in
-                 psutil.process_iter(["ppid", "name", "cpu_times", "create_time"]) if one.info["cpu_times"]}
+        alive = {
+            (one.pid, one.info["create_time"]): one.info
+            for one in psutil.process_iter(["ppid", "name", "cpu_times", "create_time"])
+            if one.info["cpu_times"]
+        }
         self._seconds = {key: info["cpu_times"].user + info["cpu_times"].system for key, info in alive.items()}
         self._at = now
         if training or not 0 < now - last < STALE:
@@ -183,6 +190,7 @@ def below(pid: int, parents: dict[int, int]) -> set[int]:
 
 # --- Sleep ---
 
+
 @contextmanager
 def awake():
     """Keeps the computer awake meanwhile, where that can be done; yields a line that says whether, and how."""
@@ -192,8 +200,11 @@ def awake():
             how.append(name)
         if identity.in_wsl() and held.enter_context(_kept_by_windows()):
             how.append("Windows, by powershell.exe")
-        yield (f"the computer is kept awake ({' and '.join(how)})" if how else
-               "nothing here can keep the computer awake: if it sleeps by itself, switch that off for the night")
+        yield (
+            f"the computer is kept awake ({' and '.join(how)})"
+            if how
+            else "nothing here can keep the computer awake: if it sleeps by itself, switch that off for the night"
+        )
 
 
 @contextmanager
@@ -218,9 +229,13 @@ def _kept_by_windows():
     """Whether Windows, around this Linux, stays awake. Its child ends with us, however we end: by its input."""
     try:
         lines = STAY_AWAKE.strip().replace("\n", "; ")
-        child = subprocess.Popen(["powershell.exe", "-NoProfile", "-NonInteractive", "-Command", lines],
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                 start_new_session=True)
+        child = subprocess.Popen(
+            ["powershell.exe", "-NoProfile", "-NonInteractive", "-Command", lines],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     except OSError:  # Windows' programs are not to be had here
         yield False
         return

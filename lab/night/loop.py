@@ -74,8 +74,11 @@ class Night:
         if event := limits.interrupted(self.journal.events, asked, now):
             return event["time"], event["first"], event["deadline"]
         first = self.session.state.last.number + 1
-        deadline = (limits.deadline(self.options.hours, self.options.until, datetime.now())
-                    if self.options.planned is None else self.options.planned or None)
+        deadline = (
+            limits.deadline(self.options.hours, self.options.until, datetime.now())
+            if self.options.planned is None
+            else self.options.planned or None
+        )
         self.journal.append("began", time=now, first=first, deadline=deadline, asked=asked)
         return now, first, deadline
 
@@ -167,8 +170,11 @@ class Night:
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
-        took = [run.seconds for run in self.session.state.runs.values() if run.status == "ok"
-                and run.budget == self.session.budget]
+        took = [
+            run.seconds
+            for run in self.session.state.runs.values()
+            if run.status == "ok" and run.budget == self.session.budget
+        ]
         needed = LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
         if self._phase != THINKING and self.options.agent and self._agent_is_due():
             turns = [turn["seconds"] for turn in self.turns if turn.get("seconds")]
@@ -266,11 +272,28 @@ class Night:
             content = session.tree.train() if turn.outcome == "edited" else None
             if content and (same := session.state.same(source.describe(content).digest)):
                 agent.put_back(session)
-                turn, content = replace(turn, outcome="again", said=(
-                    f"made what is equal to experiment {same.number}, {untrusted.one_line(same.description)}, which "
-                    f"was a {same.status}")), None
-            self._journal_turn("agent", turn.outcome, turn.said, turn.description, content, log=log,
-                               others=turn.others, seconds=turn.seconds, righted=turn.righted)
+                turn, content = (
+                    replace(
+                        turn,
+                        outcome="again",
+                        said=(
+                            f"made what is equal to experiment {same.number}, "
+                            f"{untrusted.one_line(same.description)}, which was a {same.status}"
+                        ),
+                    ),
+                    None,
+                )
+            self._journal_turn(
+                "agent",
+                turn.outcome,
+                turn.said,
+                turn.description,
+                content,
+                log=log,
+                others=turn.others,
+                seconds=turn.seconds,
+                righted=turn.righted,
+            )
         agent.settle(session)
         return turn
 
@@ -282,8 +305,19 @@ class Night:
     def _journal_turn(self, by: str, outcome: str, said: str, description="", content: bytes | None = None, **more):
         digest = source.describe(content).digest if content else None
         number = self.session.state.last.number + 1 if outcome == "edited" else None
-        self.turns.append(self.journal.append("turn", time=time.time(), by=by, outcome=outcome, said=said,
-                                              description=description, digest=digest, experiment=number, **more))
+        self.turns.append(
+            self.journal.append(
+                "turn",
+                time=time.time(),
+                by=by,
+                outcome=outcome,
+                said=said,
+                description=description,
+                digest=digest,
+                experiment=number,
+                **more,
+            )
+        )
 
     def _begin(self, description: str | None, near_misses: bool = False) -> None:
         """Journals what is in train.py as an experiment; `_follow` runs it."""
@@ -345,8 +379,11 @@ class Night:
     def _told(self, experiment: Experiment) -> None:
         found = show.facts(self.session, experiment)
         score = f" {found['val_bpb']:.6f}" if found["val_bpb"] is not None else ""
-        gain = (f" ({found['val_bpb'] - found['parent_val_bpb']:+.6f})"
-                if found["val_bpb"] is not None and found["parent_val_bpb"] is not None else "")
+        gain = (
+            f" ({found['val_bpb'] - found['parent_val_bpb']:+.6f})"
+            if found["val_bpb"] is not None and found["parent_val_bpb"] is not None
+            else ""
+        )
         line = f"{experiment.number:4d}  {found['status']:<8}{score}{gain}  {found['description']}"
         self.view.say(line if found["status"] in ("keep", "discard") else f"{line}: {found['reason']}")
         if found["status"] == "keep" and experiment.kind not in BESIDE:
@@ -365,9 +402,16 @@ class Night:
             self._phase, self._since = phase, time.time()
         if self.blind:
             return
-        now = Now(phase=phase, since=self._since, by=by or (self.turns[-1]["by"] if self.turns else "proposer"),
-                  deadline=self.deadline, most=self.options.max_experiments, begun=self.begun, first=self.first,
-                  troubles=[one.text for one in self.troubles])
+        now = Now(
+            phase=phase,
+            since=self._since,
+            by=by or (self.turns[-1]["by"] if self.turns else "proposer"),
+            deadline=self.deadline,
+            most=self.options.max_experiments,
+            begun=self.begun,
+            first=self.first,
+            troubles=[one.text for one in self.troubles],
+        )
         try:
             self.view.update(now)
         except Exception as error:  # costs the picture, and not the night
@@ -410,14 +454,19 @@ def fruitless(experiment: Experiment) -> bool:
 @contextmanager
 def signals(night: Night):
     """Ctrl-C and SIGTERM end the night cleanly; a second Ctrl-C at once. What nohup has it ignore stays so."""
+
     def asked(number, _):
         if night.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
-        night.stopping = "stopped by Ctrl-C" if number == signal.SIGINT else (
-            f"stopped by {signal.Signals(number).name}")
+        night.stopping = (
+            "stopped by Ctrl-C" if number == signal.SIGINT else (f"stopped by {signal.Signals(number).name}")
+        )
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP")
-             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+    names = [
+        name
+        for name in ("SIGINT", "SIGTERM", "SIGHUP")
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+    ]
     before = {name: signal.signal(getattr(signal, name), asked) for name in names}
     try:
         yield

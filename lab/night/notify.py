@@ -43,8 +43,10 @@ def _deliver(command: str, text: str, say) -> None:
         failing.discard(command)
     elif command not in failing:
         failing.add(command)
-        say(f"--notify: the command failed ({untrusted.one_line(problem)}); the night goes on, and tries it again with "
-            "its next message")
+        say(
+            f"--notify: the command failed ({untrusted.one_line(problem)}); the night goes on, and tries it again with "
+            "its next message"
+        )
 
 
 def run(command: str, text: str) -> str | None:
@@ -52,8 +54,15 @@ def run(command: str, text: str) -> str | None:
     with tempfile.TemporaryFile() as message, tempfile.TemporaryFile() as output:
         message.write(text.encode() + b"\n")
         message.seek(0)
-        process = subprocess.Popen(command, shell=True, stdin=message, stdout=output, stderr=output,
-                                   env={**os.environ, "LAB_MESSAGE": text}, start_new_session=os.name == "posix")
+        process = subprocess.Popen(
+            command,
+            shell=True,
+            stdin=message,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "LAB_MESSAGE": text},
+            start_new_session=os.name == "posix",
+        )
         started, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
         while True:
             ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen

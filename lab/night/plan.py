@@ -96,9 +96,18 @@ def plan(path: Path, options) -> Plan:
 
     tree = Tree(path)
     session, tag = found_session(tree, options.tag)
-    made = Plan(path=tree.path, tag=tag, session=session, by="agent" if options.agent else "proposer", dataset="",
-                box=None, unsandboxed=options.unsandboxed, most=options.max_experiments,
-                deadline=limits.deadline(options.hours, options.until, datetime.now()), power=identity.power_source())
+    made = Plan(
+        path=tree.path,
+        tag=tag,
+        session=session,
+        by="agent" if options.agent else "proposer",
+        dataset="",
+        box=None,
+        unsandboxed=options.unsandboxed,
+        most=options.max_experiments,
+        deadline=limits.deadline(options.hours, options.until, datetime.now()),
+        power=identity.power_source(),
+    )
     if session and (night := interrupted(session, options)):
         made.deadline = night["deadline"]
         if made.most is not None:
@@ -136,18 +145,21 @@ def interrupted(session: Session, options) -> dict | None:
 
 # --- What is there ---
 
+
 def found_session(tree: Tree, asked: str | None) -> tuple[Session | None, str]:
     """(the session that is gone on with, its tag), or (None, the tag of the one to begin)."""
     branch = tree.some_branch()
-    name = branch[len(PREFIX):] if branch.startswith(PREFIX) else None
+    name = branch[len(PREFIX) :] if branch.startswith(PREFIX) else None
     if name and folder_of(name).exists() and not (folder_of(name) / "session.json").exists():
         asked = name.rpartition("/")[2]  # its start was interrupted: it is begun once more
     elif name:
         session = at(tree.path)
         if asked not in (None, session.facts["tag"]):
-            raise LabError(f"the branch of session {session.name} is checked out, and --tag says {asked}: leave that "
-                           "out to go on with the session, or switch to the branch that another is to start from (git "
-                           "switch main, say)")
+            raise LabError(
+                f"the branch of session {session.name} is checked out, and --tag says {asked}: leave that "
+                "out to go on with the session, or switch to the branch that another is to start from (git "
+                "switch main, say)"
+            )
         return session, session.facts["tag"]
     tree.refuse_uncommitted()
     return None, asked or time.strftime("%b%d").lower()
@@ -158,8 +170,11 @@ def refuse_if_taken(tree: Tree, hardware, tag: str) -> None:
     folder = folder_of(f"{hardware.slug}/{tag}")
     if (folder / "session.json").exists():
         session = Session(folder)
-        there = (f"git switch {session.branch}, and the same command goes on with it"
-                 if session.facts["tree"] == str(tree.path) else f"it belongs to {session.facts['tree']}")
+        there = (
+            f"git switch {session.branch}, and the same command goes on with it"
+            if session.facts["tree"] == str(tree.path)
+            else f"it belongs to {session.facts['tree']}"
+        )
         raise LabError(f"there is a session {tag} already: {there}; or --tag NAME begins another")
 
 
@@ -226,17 +241,20 @@ def existing(path: Path) -> Path:
 
 # --- What it takes ---
 
-def duration(session: Session | None, profile: dict | None, rows: int,
-             by: str) -> tuple[float, float, float, str]:
+
+def duration(session: Session | None, profile: dict | None, rows: int, by: str) -> tuple[float, float, float, str]:
     """(seconds of a run beside its training, seconds between experiments, runs of each, where that is from)."""
     between, guess = TURN[by], f" (and {TURN['agent'] / 60:.0f} min for the agent, a guess)" if by == "agent" else ""
     if session:
-        runs = [run.seconds - run.result["training_seconds"] for run in session.state.runs.values()
-                if run.status == "ok"]
+        runs = [
+            run.seconds - run.result["training_seconds"] for run in session.state.runs.values() if run.status == "ok"
+        ]
         changes = [e for e in session.state.decided if e.kind not in BESIDE and e.runs]
         if len(changes) >= ENOUGH:
-            pauses = [after.begun - (before.runs[-1].begun + before.runs[-1].seconds)
-                      for before, after in zip(changes, changes[1:])]
+            pauses = [
+                after.begun - (before.runs[-1].begun + before.runs[-1].seconds)
+                for before, after in zip(changes, changes[1:])
+            ]
             between = max(0.0, statistics.median(pauses))  # not the mean: there are days between two nights
             each = statistics.fmean(len(e.runs) for e in changes)
             return statistics.fmean(runs or [GUESSED_OVERHEAD]), between, each, f"from {len(changes)} of this session"
@@ -252,8 +270,16 @@ def duration(session: Session | None, profile: dict | None, rows: int,
 def chosen_trial(profile: dict | None) -> dict:
     """What calibration measured of the defaults it chose, or nothing."""
     trials, chosen = (profile or {}).get("trials", []), (profile or {}).get("settings", {})
-    return next((one for one in trials if one.get("tokens_per_second") and one["depth"] == chosen.get("depth")
-                 and one["rows"] == chosen.get("device_batch_size")), {})
+    return next(
+        (
+            one
+            for one in trials
+            if one.get("tokens_per_second")
+            and one["depth"] == chosen.get("depth")
+            and one["rows"] == chosen.get("device_batch_size")
+        ),
+        {},
+    )
 
 
 def of_night(made: Plan, profile: dict | None, baseline_runs: int) -> float:
@@ -265,38 +291,60 @@ def of_night(made: Plan, profile: dict | None, baseline_runs: int) -> float:
 
 # --- Telling ---
 
+
 def tell(plan: Plan) -> list[str]:
     """The plan in words."""
-    lines = [f"session {plan.session.name}: goes on, with "
-             f"{show.counted(max(0, len(plan.session.state.experiments) - 1), 'experiment')} behind it"
-             if plan.session else f"a new session: {plan.tag}, with the dataset {plan.dataset}"]
-    steps = {"data": f"prepare {plan.dataset} ({plan.download:.1f} GB to download)" if plan.download else
-             f"prepare {plan.dataset}", "calibration": "measure this device (at most ten minutes)",
-             "session": "", "baseline": "run the baseline"}
+    lines = [
+        f"session {plan.session.name}: goes on, with "
+        f"{show.counted(max(0, len(plan.session.state.experiments) - 1), 'experiment')} behind it"
+        if plan.session
+        else f"a new session: {plan.tag}, with the dataset {plan.dataset}"
+    ]
+    steps = {
+        "data": f"prepare {plan.dataset} ({plan.download:.1f} GB to download)"
+        if plan.download
+        else f"prepare {plan.dataset}",
+        "calibration": "measure this device (at most ten minutes)",
+        "session": "",
+        "baseline": "run the baseline",
+    }
     if first := ", ".join(steps[name] for name in plan.missing if steps[name]):
         minutes = f", about {minutes_of(plan.first)}" + (" beside the download" if plan.download else "")
         lines.append(f"first: {first}{minutes}")
     count = plan.experiments
     until = f", until {time.strftime('%a %H:%M', time.localtime(plan.deadline))}" if plan.deadline else ""
-    lines.append(f"then: experiments of about {minutes_of(plan.each)}, {plan.basis}" + (
-        f", about {count} of them{until}" if count is not None else ", until it is stopped (Ctrl-C)"))
-    lines.append(f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free"
-                 + ("" if plan.disk < plan.free else ": NOT ENOUGH, make room first"))
+    lines.append(
+        f"then: experiments of about {minutes_of(plan.each)}, {plan.basis}"
+        + (f", about {count} of them{until}" if count is not None else ", until it is stopped (Ctrl-C)")
+    )
+    lines.append(
+        f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free"
+        + ("" if plan.disk < plan.free else ": NOT ENOUGH, make room first")
+    )
     lines.append(f"changes are proposed by the {plan.by}")
     lines.append(f"sandbox: {plan.box}" if plan.box else sandbox.describe(None))
     if plan.awake:
         lines.append(plan.awake)
-    lines.append({"battery": "power: BATTERY; plug it in, or the night ends early", "mains": "power: mains"}.get(
-        plan.power, "power: the system does not tell"))
+    lines.append(
+        {"battery": "power: BATTERY; plug it in, or the night ends early", "mains": "power: mains"}.get(
+            plan.power, "power: the system does not tell"
+        )
+    )
     return lines
 
 
 def minutes_of(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 600 else (
-        f"{seconds / 60:.0f} min")
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.1f} min"
+        if seconds < 600
+        else (f"{seconds / 60:.0f} min")
+    )
 
 
 # --- Making ---
+
 
 def provide(plan: Plan, options, say) -> None:
     """Makes what is missing, up to a session whose baseline is to be run. Raises LabError where something fails, and
@@ -308,8 +356,10 @@ def provide(plan: Plan, options, say) -> None:
 
     sandbox.refuse_without(plan.box, plan.unsandboxed)
     if plan.disk >= plan.free:
-        raise LabError(f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {prepare.home()}: "
-                       "make room on that disk, or set AUTORESEARCH_HOME to a folder on another")
+        raise LabError(
+            f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {prepare.home()}: "
+            "make room on that disk, or set AUTORESEARCH_HOME to a folder on another"
+        )
     if plan.prepares:
         say(f"preparing {plan.dataset}")
         carried_out(plan.path, *plan.prepares)
@@ -332,5 +382,7 @@ def carried_out(path: Path, *arguments: str) -> None:
     status = subprocess.call([sys.executable, *arguments], cwd=path)
     if status:
         command = shlex.join(["python", *arguments])
-        raise LabError(f"{command} failed, and its last lines say why. Mend that, then run the same again: it goes on "
-                       f"where it was (exit status {status})")
+        raise LabError(
+            f"{command} failed, and its last lines say why. Mend that, then run the same again: it goes on "
+            f"where it was (exit status {status})"
+        )

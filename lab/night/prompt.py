@@ -23,8 +23,15 @@ def write(session: Session, program: str, turns: list[dict], seconds: float | No
         program: what program.md says now.
         turns: events "turn" of the night, in order. seconds: the time limit of the turn.
     """
-    parts = [program.rstrip(), _this_turn(session, seconds), _standing(session), _tried(session), _crash(session),
-             _own_turns(turns), _requests(session)]
+    parts = [
+        program.rstrip(),
+        _this_turn(session, seconds),
+        _standing(session),
+        _tried(session),
+        _crash(session),
+        _own_turns(turns),
+        _requests(session),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -47,13 +54,16 @@ You are called once for each experiment, and this is one call. `train.py` is the
 
 def _standing(session: Session) -> str:
     found = show.status_facts(session)
-    lines = [f"session {found['session']}: {show.counted(found['experiments'], 'experiment')} so far, {found['keep']} "
-             f"kept, {found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid; each trains "
-             f"{found['budget_seconds']:g} s"]
+    lines = [
+        f"session {found['session']}: {show.counted(found['experiments'], 'experiment')} so far, {found['keep']} "
+        f"kept, {found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid; each trains "
+        f"{found['budget_seconds']:g} s"
+    ]
     if best := found.get("best"):
-        lines += [f"best val_bpb {best['val_bpb']:.6f} (experiment {best['experiment']}); baseline "
-                  f"{found['baseline']:.6f}",
-                  "noise " + show.told_noise(found["noise"], found["smallest_detectable"])]
+        lines += [
+            f"best val_bpb {best['val_bpb']:.6f} (experiment {best['experiment']}); baseline {found['baseline']:.6f}",
+            "noise " + show.told_noise(found["noise"], found["smallest_detectable"]),
+        ]
     if found["crashes_in_a_row"] > 1:
         lines.append(f"the last {found['crashes_in_a_row']} experiments crashed: make the next one safe")
     return "# Where the session stands\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -67,9 +77,11 @@ def _tried(session: Session) -> str:
     rows = [_row(e) for e in all_of_them if e.number in named]
     left_out = len(all_of_them) - len(rows)
     text = "number, verdict, gain in bits per byte (standard errors), what" + (
-        f"; {left_out} older ones are left out" if left_out else "")
-    return (f"# What was tried, and how it went\n\n{text}\n\n"
-            + untrusted.fenced("\n".join(rows), "Said by who made the changes, or by their runs"))
+        f"; {left_out} older ones are left out" if left_out else ""
+    )
+    return f"# What was tried, and how it went\n\n{text}\n\n" + untrusted.fenced(
+        "\n".join(rows), "Said by who made the changes, or by their runs"
+    )
 
 
 def _row(experiment: Experiment) -> str:
@@ -95,14 +107,15 @@ def _own_turns(turns: list[dict]) -> str:
     """What came of the agent's turns since the last that gave an experiment, or what was wrong with that one."""
     own = [turn for turn in turns if turn["by"] == "agent" and turn["outcome"] not in agent.NEUTRAL]
     after = next((i for i, turn in enumerate(reversed(own)) if turn["outcome"] == "edited"), len(own))
-    told, said = own[len(own) - after:][-TURNS:], "They gave nothing to run; do otherwise this time."
+    told, said = own[len(own) - after :][-TURNS:], "They gave nothing to run; do otherwise this time."
     if not told and own and own[-1].get("righted"):
         told, said = own[-1:], "The last one gave an experiment; what it did besides had no effect."
     if not told:
         return ""
     rows = "\n".join(f"{turn['outcome']}: {untrusted.one_line(turn['said'], 3 * WIDTH)}" for turn in told)
-    return (f"# Your last turns\n\n{said} What the harness saw you do:\n\n"
-            + untrusted.fenced(rows, "Partly said by the agent"))
+    return f"# Your last turns\n\n{said} What the harness saw you do:\n\n" + untrusted.fenced(
+        rows, "Partly said by the agent"
+    )
 
 
 def _requests(session: Session) -> str:

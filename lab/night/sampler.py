@@ -56,8 +56,11 @@ class StepSampler(optuna.samplers.BaseSampler):
             trials, losses = [trials[i] for i in chosen], losses[chosen]
         worse = losses[(losses > 0) & np.isfinite(losses)]
         losses = np.minimum(losses, max(WORST * np.median(worse) if len(worse) else 0.0, 4 * self.noise))
-        model = Model(coordinates(space, [trial.params for trial in trials]), losses,
-                      np.array([self.noise**2 / max(trial.user_attrs["runs"], 1) for trial in trials]))
+        model = Model(
+            coordinates(space, [trial.params for trial in trials]),
+            losses,
+            np.array([self.noise**2 / max(trial.user_attrs["runs"], 1) for trial in trials]),
+        )
         good = [trials[i].params for i in np.argsort(losses)[: max(3, len(trials) // 5)]]
         known = {key(trial.params) for trial in trials}
         steps = [self.written(self._step(space, good)) for _ in range(STEPS)]
@@ -88,9 +91,19 @@ def key(parameters: dict) -> tuple:
 
 def coordinates(space: dict, rows: list[dict]) -> np.ndarray:
     """Parameters as an array (rows, n): of a category, a column for each."""
-    return np.array([[x for name, one in space.items() for x in (
-        [0.5 * (row[name] == choice) for choice in one.choices] if hasattr(one, "choices") else [row[name]])]
-        for row in rows], float)
+    return np.array(
+        [
+            [
+                x
+                for name, one in space.items()
+                for x in (
+                    [0.5 * (row[name] == choice) for choice in one.choices] if hasattr(one, "choices") else [row[name]]
+                )
+            ]
+            for row in rows
+        ],
+        float,
+    )
 
 
 def expected(gain: np.ndarray, error: np.ndarray) -> np.ndarray:

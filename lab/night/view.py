@@ -39,9 +39,12 @@ PROPOSERS = ("agent", "proposer")
 BLOCKS, BLOCKS_ASCII = " ▁▂▃▄▅▆▇█", " ..::||##"
 PLAINER = str.maketrans("─…", "-.")
 # Of train.py's line of progress; an edited one may have other words in between.
-PROGRESS = {"step": re.compile(r"\bstep[ :=]+(\d{1,9})\b"), "loss": re.compile(r"\bloss[ :=]+(\d{1,9}(?:\.\d{1,9})?)"),
-            "percent": re.compile(r"\b(\d{1,3}(?:\.\d{1,6})?) ?%"),
-            "tok_per_s": re.compile(r"\b(\d[\d,]{0,14}) ?tok(?:ens)?/s")}
+PROGRESS = {
+    "step": re.compile(r"\bstep[ :=]+(\d{1,9})\b"),
+    "loss": re.compile(r"\bloss[ :=]+(\d{1,9}(?:\.\d{1,9})?)"),
+    "percent": re.compile(r"\b(\d{1,3}(?:\.\d{1,6})?) ?%"),
+    "tok_per_s": re.compile(r"\b(\d[\d,]{0,14}) ?tok(?:ens)?/s"),
+}
 
 
 @dataclass
@@ -74,8 +77,11 @@ def run_facts(log: Path, budget: float | None = None) -> dict:
     found, losses = {}, []
     for line in tail(log).split("\n"):
         line = line[:LONGEST]
-        values = {name: float(match[1].replace(",", "")) for name, pattern in PROGRESS.items()
-                  if (match := pattern.search(line))}
+        values = {
+            name: float(match[1].replace(",", ""))
+            for name, pattern in PROGRESS.items()
+            if (match := pattern.search(line))
+        }
         if "step" in values and "loss" in values and values.get("percent", 0) <= 100:
             found = values | {"step": int(values["step"])}
             if "percent" in values:
@@ -139,8 +145,7 @@ class View:
         """Shows how things stand. May be called as often as one likes."""
         pending = self.session.state.pending
         run = under_way(pending)
-        key = (tuple(map(wordless, now.troubles)), wordless(now.phase), run and run.number,
-               pending and pending.number)
+        key = (tuple(map(wordless, now.troubles)), wordless(now.phase), run and run.number, pending and pending.number)
         changed = key != self._key
         if not changed and time.monotonic() < self._drawn + (DRAW_EVERY if self.live else TELL_EVERY):
             return
@@ -163,7 +168,7 @@ class View:
             self._size = self.console.size
             self.console.control(Control.clear(), Control.home())
             self.live.update(Text(""), refresh=True)
-            for line in list(self._said)[-self._size.height:]:
+            for line in list(self._said)[-self._size.height :]:
                 self.console.print(line, soft_wrap=True)
         return self._size
 
@@ -184,8 +189,10 @@ class View:
             lines += [self._line(text, width) for text in wrapped(self._of_run(pending, run, facts), width)]
             rest = height - len(lines) - len(below) - 2
             if facts.get("losses") and (rows := min(max(CURVE[0], rest // 3), CURVE[1])) <= rest:
-                lines += [Text(line, "cyan", no_wrap=True)
-                          for line in curve(facts["losses"], width, rows, BLOCKS if self._fancy else BLOCKS_ASCII)]
+                lines += [
+                    Text(line, "cyan", no_wrap=True)
+                    for line in curve(facts["losses"], width, rows, BLOCKS if self._fancy else BLOCKS_ASCII)
+                ]
         else:
             lines.append(self._line(f"{now.phase}, for {lasting(time.time() - now.since)}", width, "cyan"))
         lines += below
@@ -198,18 +205,29 @@ class View:
     def _heading(self, now: Now, found: dict) -> list[str]:
         hours = (time.time() - now.begun) / 3600
         tried, kept = show.of_night(self.session.state, now.first)
-        return [f"night of {found['session']}", lasting(3600 * hours), show.counted(tried, "experiment"),
-                f"{kept} kept", *estimate(now, tried, hours)]
+        return [
+            f"night of {found['session']}",
+            lasting(3600 * hours),
+            show.counted(tried, "experiment"),
+            f"{kept} kept",
+            *estimate(now, tried, hours),
+        ]
 
     def _standing(self, found: dict, width: int) -> list[Text]:
         """Best against baseline, and the noise; nothing before there is a best one."""
         if "best" not in found:
             return []
         best, base = found["best"], found["baseline"]
-        below = ("it is the baseline" if best["experiment"] == 0 else
-                 f"{100 * (base - best['val_bpb']) / base:.2f} % below the baseline's {base:.6f}")
-        parts = [below, f"noise {found['noise']['sd']:.6f}",
-                 f"gains of {found['smallest_detectable']:.6f} are likely to be seen"]
+        below = (
+            "it is the baseline"
+            if best["experiment"] == 0
+            else f"{100 * (base - best['val_bpb']) / base:.2f} % below the baseline's {base:.6f}"
+        )
+        parts = [
+            below,
+            f"noise {found['noise']['sd']:.6f}",
+            f"gains of {found['smallest_detectable']:.6f} are likely to be seen",
+        ]
         title = f"best {best['val_bpb']:.6f}: experiment {best['experiment']}, commit {best['commit']}"
         return [self._rule(title, width), *(self._line(text, width) for text in wrapped(parts, width))]
 
@@ -217,8 +235,11 @@ class View:
         """A run under way in numbers."""
         least = facts.get("seconds_left", 0) if facts else run.budget  # however long the start took
         left = max(least, show.progress_facts(self.session, experiment).get("seconds_left", 0))
-        parts = [f"run {run.number} ({'of the change' if run.blob == experiment.blob else 'of its parent'}, seed "
-                 f"{run.seed})" if experiment.kind != "baseline" else f"run {run.number} (seed {run.seed})"]
+        parts = [
+            f"run {run.number} ({'of the change' if run.blob == experiment.blob else 'of its parent'}, seed {run.seed})"
+            if experiment.kind != "baseline"
+            else f"run {run.number} (seed {run.seed})"
+        ]
         if "percent" in facts:
             parts.append(f"{facts['percent']:.0f} %" if facts["percent"] < 100 else "is scored")
         elif "step" in facts:
@@ -243,8 +264,9 @@ class View:
         what = untrusted.one_line(e.description)
         if width >= ROOMY and verdict.get("reason"):
             what = f"{cut(what, width // 3)}: {untrusted.one_line(verdict['reason'])}"
-        return self._line(f"{e.number:4d}  {e.status:<8} {score:>9}  {beside:>9}  {what}", width,
-                          COLOURS.get(e.status, ""))
+        return self._line(
+            f"{e.number:4d}  {e.status:<8} {score:>9}  {beside:>9}  {what}", width, COLOURS.get(e.status, "")
+        )
 
     def _line(self, text: str, width: int, style: str = "") -> Text:
         return Text(self._sound(cut(untrusted.plain(text).replace("\n", " "), width)), style, no_wrap=True)
@@ -260,8 +282,10 @@ class View:
         pending = self.session.state.pending
         known, phase, number, _ = before or ((), "", None, ())
         if run and run.number != number:
-            self.say(f"experiment {pending.number}: {untrusted.one_line(pending.description, 100)}: "
-                     f"{', '.join(self._of_run(pending, run, {}))}")
+            self.say(
+                f"experiment {pending.number}: {untrusted.one_line(pending.description, 100)}: "
+                f"{', '.join(self._of_run(pending, run, {}))}"
+            )
         elif self._key[1] != phase:
             self._mention(now.phase)
         elif run and self._key == before:
@@ -348,8 +372,10 @@ def curve(losses: Sequence[tuple[float, float]], width: int, rows: int, blocks: 
             at += 1
         share = min(1.0, (losses[at][1] - low) / (high - low)) if high > low else 0.0
         heights.append(1 + round(share * (8 * rows - 1)))
-    lines = ["".join(blocks[min(8, max(0, height - 8 * row))] for height in heights[:columns])
-             for row in reversed(range(rows))]
+    lines = [
+        "".join(blocks[min(8, max(0, height - 8 * row))] for height in heights[:columns])
+        for row in reversed(range(rows))
+    ]
     margins = [labels[0], *[""] * (rows - 2), labels[1]] if rows > 1 else labels[:1]
     return [f"{text:>{margin - 1}} {line}" for text, line in zip(margins, lines)]
 

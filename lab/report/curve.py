@@ -51,8 +51,9 @@ def progress(view: View, width: float, height: float, size: float = 12.5, head: 
     low = min(*shown, min(line) - sd)
     low -= 0.2 * (high - low)  # room for labels and for what crashed
     last = max(1, view.changes[-1].number)
-    plot = Plot(5.2 * size, head + 2.2 * size, width - 12, height - 3.6 * size, (-0.01 * last, 1.01 * last),
-                (low, high))
+    plot = Plot(
+        5.2 * size, head + 2.2 * size, width - 12, height - 3.6 * size, (-0.01 * last, 1.01 * last), (low, high)
+    )
     plot.axes(figure, size, "experiment", "val_bpb, lower is better", whole=True, most=9 if width > 600 else 5)
 
     edge = plot.top + 5
@@ -68,8 +69,13 @@ def progress(view: View, width: float, height: float, size: float = 12.5, head: 
     steps = _stairs([(plot.x(c.number), plot.y(view.scores[c.number])) for c in view.steps], plot.x(last))
     if sd:
         band = plot.y(low) - plot.y(low + sd)
-        figure.add(Area("band", [(x, max(plot.top, y - band)) for x, y in steps]
-                        + [(x, min(plot.bottom, y + band)) for x, y in reversed(steps)]))
+        figure.add(
+            Area(
+                "band",
+                [(x, max(plot.top, y - band)) for x, y in steps]
+                + [(x, min(plot.bottom, y + band)) for x, y in reversed(steps)],
+            )
+        )
     radius = (3.4 if width > 600 else 2.6) * (1.0 if last <= 400 else 0.6)
     for name, sign, _ in (SIGNS[2], SIGNS[1], SIGNS[3], SIGNS[4], SIGNS[5]):
         if places[name]:
@@ -84,7 +90,7 @@ def legend(view: View, figure: Figure) -> list[tuple[str, str, str]]:
     """(name, sign, meaning) of what a progress chart shows."""
     there = {shape.name for shape in figure.shapes if isinstance(shape, Marks)}
     found = [one for one in SIGNS if one[0] in there]
-    if (sd := _sd(view)):
+    if sd := _sd(view):
         found.insert(1, ("band", "band", f"one standard deviation of a single run ({sd:.6f}) above and below the best"))
     return found
 
@@ -104,12 +110,17 @@ def _stairs(points: list, end: float) -> list:
 def _label(figure: Figure, view: View, plot: Plot, steps: list, dots: list, size: float) -> None:
     """Names the kept steps where there is room, those that gained most first: below the line or above it, and beside
     the dots."""
-    line = Taken([(min(a[0], b[0]) - 2, min(a[1], b[1]) - 3, max(a[0], b[0]) + 2, max(a[1], b[1]) + 3)
-                  for a, b in itertools.pairwise(steps)])
+    line = Taken(
+        [
+            (min(a[0], b[0]) - 2, min(a[1], b[1]) - 3, max(a[0], b[0]) + 2, max(a[1], b[1]) + 3)
+            for a, b in itertools.pairwise(steps)
+        ]
+    )
     labels, points = Taken(), Taken([(x - 3, y - 3, x + 3, y + 3) for x, y in dots])
     small, most = size * 0.9, LABEL if figure.width > 600 else 24
-    gains = {c.number: view.scores[before.number] - view.scores[c.number]
-             for before, c in itertools.pairwise(view.steps)}
+    gains = {
+        c.number: view.scores[before.number] - view.scores[c.number] for before, c in itertools.pairwise(view.steps)
+    }
     for change in sorted(view.steps[1:], key=lambda c: -gains[c.number])[:LABELS]:
         text = untrusted.cut(words(change), most)
         x, y, wide = plot.x(change.number), plot.y(view.scores[change.number]), width_of(text, small)
@@ -141,13 +152,16 @@ def together(views: list[View], width: float, height: float, size: float = 12.5,
     views = [view for _, view in drawn]
     most = max(100 * (1 - view.scores[c.number] / view.scores[0]) for view in views for c in view.steps)
     last = max(1, *(view.changes[-1].number for view in views))
-    plot = Plot(4.2 * size, head + 2.2 * size, width - 12, height - 3.6 * size, (0, 1.01 * last),
-                (0, max(most * 1.12, 0.1)))
-    plot.axes(figure, size, "experiment", "below the session's own baseline, %", whole=True,
-              most=9 if width > 600 else 5)
+    plot = Plot(
+        4.2 * size, head + 2.2 * size, width - 12, height - 3.6 * size, (0, 1.01 * last), (0, max(most * 1.12, 0.1))
+    )
+    plot.axes(
+        figure, size, "experiment", "below the session's own baseline, %", whole=True, most=9 if width > 600 else 5
+    )
     for name, view in drawn:
-        points = [(plot.x(c.number), plot.y(max(0.0, 100 * (1 - view.scores[c.number] / view.scores[0]))))
-                  for c in view.steps]
+        points = [
+            (plot.x(c.number), plot.y(max(0.0, 100 * (1 - view.scores[c.number] / view.scores[0])))) for c in view.steps
+        ]
         figure.add(Line(name, _stairs(points, plot.x(view.changes[-1].number))))
         figure.add(Marks(name.replace("best", "kept"), "dot", points, 3.4))
     return figure
@@ -185,8 +199,11 @@ def card(views: list[View]) -> Figure | None:
 
 def against(view: View, what: str, width: float, height: float, size: float = 12.5) -> Figure | None:
     """Scores against "tokens" or "flops" of a run; None where fewer than two differ."""
-    found = [(view.mean(c, what), view.scores[c.number], c) for c in view.changes
-             if c.number in view.scores and c.status != "invalid"]
+    found = [
+        (view.mean(c, what), view.scores[c.number], c)
+        for c in view.changes
+        if c.number in view.scores and c.status != "invalid"
+    ]
     found = [one for one in found if one[0]]
     if len({round(one[0]) for one in found}) < 2:
         return None
@@ -198,8 +215,14 @@ def against(view: View, what: str, width: float, height: float, size: float = 12
     high = max(kept) + 1.5 * max(max(kept) - min(kept), 4 * _sd(view), 1e-3)
     high, low, pad = min(high, max(ys)), min(ys), 0.04 * (max(xs) - min(xs))
     pad_y = 0.05 * (high - low) or 1e-3
-    plot = Plot(5.2 * size, 2.2 * size, width - 12, height - 3.6 * size, (min(xs) - pad, max(xs) + pad),
-                (low - pad_y, high + pad_y))
+    plot = Plot(
+        5.2 * size,
+        2.2 * size,
+        width - 12,
+        height - 3.6 * size,
+        (min(xs) - pad, max(xs) + pad),
+        (low - pad_y, high + pad_y),
+    )
     plot.axes(figure, size, unit, "val_bpb", most=6)
     places: dict[str, list] = {"discard": [], "kept": [], "far": []}
     for x, (_, score, change) in zip(xs, found):
@@ -217,8 +240,15 @@ def against(view: View, what: str, width: float, height: float, size: float = 12
 def _unit(most: float, what: str) -> tuple[str, float]:
     """(name, factor) that makes numbers handy."""
     power = min(18, max(0, 3 * math.floor(math.log10(most) / 3)))
-    prefix = {0: "", 3: "thousand ", 6: "million ", 9: "billion ", 12: "trillion ", 15: "quadrillion ",
-              18: "quintillion "}[power]
+    prefix = {
+        0: "",
+        3: "thousand ",
+        6: "million ",
+        9: "billion ",
+        12: "trillion ",
+        15: "quadrillion ",
+        18: "quintillion ",
+    }[power]
     return f"{prefix}{'tokens' if what == 'tokens' else 'FLOPs of the model'} in a run", 10.0**power
 
 

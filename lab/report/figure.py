@@ -93,8 +93,17 @@ class Plot:
     def y(self, value: float) -> float:
         return self.bottom - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.bottom - self.top)
 
-    def axes(self, figure: Figure, size: float, across: str, up: str, told_x: Callable = None, told_y: Callable = None,
-             whole: bool = False, most: int = 9) -> None:
+    def axes(
+        self,
+        figure: Figure,
+        size: float,
+        across: str,
+        up: str,
+        told_x: Callable = None,
+        told_y: Callable = None,
+        whole: bool = False,
+        most: int = 9,
+    ) -> None:
         """Draws a grid, ticks and names of the axes.
 
         Args:

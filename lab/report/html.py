@@ -13,8 +13,9 @@ from lab import untrusted
 def el(tag: str, *parts, **attributes) -> Element:
     """An element; parts are elements, texts, or None. Of attributes' names `_` becomes `-`, and goes at the end:
     class_="x". An attribute that is None is left out."""
-    element = Element(tag, {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()
-                            if value is not None})
+    element = Element(
+        tag, {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items() if value is not None}
+    )
     add(element, parts)
     return element
 
@@ -36,13 +37,36 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence], class_: 
     roles keep it a table for those who hear it."""
     body = el("tbody", role="rowgroup")
     for first, *rest in rows:
-        body.append(el("tr", el("th", *_many(first), scope="row", role="rowheader", data_label=heads[0]), *(
-            el("td", *_many(cell), role="cell", data_label=head, class_="n" if _short(cell) else None)
-            for head, cell in zip(heads[1:], rest)), role="row"))
-    return el("div", el("table", el("caption", caption),
-                        el("thead", el("tr", *(el("th", head, scope="col", role="columnheader") for head in heads),
-                                       role="row"), role="rowgroup"), body, class_=class_, role="table"),
-              class_="scroll", tabindex="0", role="region", aria_label=caption)
+        body.append(
+            el(
+                "tr",
+                el("th", *_many(first), scope="row", role="rowheader", data_label=heads[0]),
+                *(
+                    el("td", *_many(cell), role="cell", data_label=head, class_="n" if _short(cell) else None)
+                    for head, cell in zip(heads[1:], rest)
+                ),
+                role="row",
+            )
+        )
+    return el(
+        "div",
+        el(
+            "table",
+            el("caption", caption),
+            el(
+                "thead",
+                el("tr", *(el("th", head, scope="col", role="columnheader") for head in heads), role="row"),
+                role="rowgroup",
+            ),
+            body,
+            class_=class_,
+            role="table",
+        ),
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption,
+    )
 
 
 def _many(cell) -> Sequence:
@@ -68,4 +92,3 @@ def cleaned(text: str, width: int = 200) -> str:
 def number(value: float | None, form: str, unit: str = "") -> str:
     """With a true minus sign; "–" where it is unknown."""
     return "–" if value is None else re.sub("^-", "−", format(value, form)) + unit
-

@@ -25,8 +25,13 @@ def png(figure: Figure) -> bytes:
     for shape in figure.shapes:
         if isinstance(shape, Text):
             font = ImageFont.load_default(shape.size * FINER)
-            draw.text((shape.x * FINER, shape.y * FINER), shape.text, INK[shape.name], font,
-                      {"start": "ls", "middle": "ms", "end": "rs"}[shape.anchor])
+            draw.text(
+                (shape.x * FINER, shape.y * FINER),
+                shape.text,
+                INK[shape.name],
+                font,
+                {"start": "ls", "middle": "ms", "end": "rs"}[shape.anchor],
+            )
         elif isinstance(shape, Marks):
             _marks(draw, shape)
         else:

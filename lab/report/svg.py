@@ -10,16 +10,25 @@ from lab.report.figure import Area, Bars, Figure, Line, Marks, Text
 def svg(figure: Figure, label: str, **attributes: str) -> Element:
     """The element; `label` says it to those who don't see it."""
     attributes = {name.rstrip("_"): value for name, value in attributes.items()}
-    root = Element("svg", {"viewBox": f"0 0 {figure.width:g} {figure.height:g}", "role": "img", "aria-label": label,
-                           **attributes})
+    root = Element(
+        "svg", {"viewBox": f"0 0 {figure.width:g} {figure.height:g}", "role": "img", "aria-label": label, **attributes}
+    )
     for shape in figure.shapes:
         if isinstance(shape, Text):
-            text = SubElement(root, "text", {"class": shape.name, "x": _n(shape.x), "y": _n(shape.y),
-                                             "font-size": f"{shape.size:g}", "text-anchor": shape.anchor})
+            text = SubElement(
+                root,
+                "text",
+                {
+                    "class": shape.name,
+                    "x": _n(shape.x),
+                    "y": _n(shape.y),
+                    "font-size": f"{shape.size:g}",
+                    "text-anchor": shape.anchor,
+                },
+            )
             text.text = shape.text
         elif isinstance(shape, Marks):
-            SubElement(root, "path", {"class": f"{shape.name} {shape.sign}", "d": _signs(shape),
-                                      **_pen(shape)})
+            SubElement(root, "path", {"class": f"{shape.name} {shape.sign}", "d": _signs(shape), **_pen(shape)})
         else:
             SubElement(root, "path", {"class": shape.name, "d": _path(shape)})
     return root
@@ -54,11 +63,15 @@ def _signs(shape: Marks) -> str:
     if shape.sign == "dot":  # of no length, with round ends as wide as the dot
         return "".join(f"M{_n(x)} {_n(y)}h0" for x, y in shape.points)
     if shape.sign == "ring":
-        return "".join(f"M{_n(x - r)} {_n(y)}a{r:g} {r:g} 0 1 0 {_n(2 * r)} 0a{r:g} {r:g} 0 1 0 {_n(-2 * r)} 0"
-                       for x, y in shape.points)
+        return "".join(
+            f"M{_n(x - r)} {_n(y)}a{r:g} {r:g} 0 1 0 {_n(2 * r)} 0a{r:g} {r:g} 0 1 0 {_n(-2 * r)} 0"
+            for x, y in shape.points
+        )
     if shape.sign == "cross":
-        return "".join(f"M{_n(x - r)} {_n(y - r)}l{_n(2 * r)} {_n(2 * r)}m0 {_n(-2 * r)}l{_n(-2 * r)} {_n(2 * r)}"
-                       for x, y in shape.points)
+        return "".join(
+            f"M{_n(x - r)} {_n(y - r)}l{_n(2 * r)} {_n(2 * r)}m0 {_n(-2 * r)}l{_n(-2 * r)} {_n(2 * r)}"
+            for x, y in shape.points
+        )
     return "".join(f"M{_n(x - r)} {_n(y + r)}L{_n(x)} {_n(y - r)}L{_n(x + r)} {_n(y + r)}z" for x, y in shape.points)
 
 

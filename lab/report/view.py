@@ -135,12 +135,20 @@ class View:
         confirming = sum(t.seconds or 0.0 for t in confirms)
         judging = self.spent.keys() - {t.beside for t in confirms}
         rest = (self.record.hours or 0.0) * 3600 - sum(spent.total for spent in self.spent.values())
-        return [(what, seconds / 3600) for what, seconds in (
-            ("training the changes", sum(self.spent[number].own for number in judging)),
-            ("training again: parents beside them, further runs", sum(self.spent[number].beside for number in judging)),
-            ("start, compilation and evaluation of runs", sum(self.spent[number].around for number in judging)),
-            ("confirmations", confirming),
-            ("between runs, crashed runs, thinking", max(0.0, rest))) if seconds > 0]
+        return [
+            (what, seconds / 3600)
+            for what, seconds in (
+                ("training the changes", sum(self.spent[number].own for number in judging)),
+                (
+                    "training again: parents beside them, further runs",
+                    sum(self.spent[number].beside for number in judging),
+                ),
+                ("start, compilation and evaluation of runs", sum(self.spent[number].around for number in judging)),
+                ("confirmations", confirming),
+                ("between runs, crashed runs, thinking", max(0.0, rest)),
+            )
+            if seconds > 0
+        ]
 
     # --- Kinds ---
 
@@ -155,8 +163,15 @@ class View:
         found = []
         for kind, changes in groups.items():
             effects = [effect for effect in map(self.effect, changes) if effect is not None]
-            found.append((kind, len(changes), sum(c.status == "keep" for c in changes),
-                          sum(c.status == "crash" for c in changes), statistics.median(effects) if effects else None))
+            found.append(
+                (
+                    kind,
+                    len(changes),
+                    sum(c.status == "keep" for c in changes),
+                    sum(c.status == "crash" for c in changes),
+                    statistics.median(effects) if effects else None,
+                )
+            )
         return sorted(found, key=lambda one: -one[1])
 
     def mean(self, change: Change, name: str) -> float | None:
@@ -179,11 +194,15 @@ def in_short(view: View) -> tuple[str, str]:
     if gain is None:
         return f"{score:.6f}", "val_bpb of what was kept last. The ledger has no baseline to compare with."
     if view.replays:
-        return (f"{view.counts['keep']} of {view.tried} replayed changes help here",
-                f"Each of them was judged against the baseline, whose val_bpb is {score:.6f}.")
+        return (
+            f"{view.counts['keep']} of {view.tried} replayed changes help here",
+            f"Each of them was judged against the baseline, whose val_bpb is {score:.6f}.",
+        )
     if best.number == 0:
         return "Nothing kept yet", f"The baseline's val_bpb is {score:.6f}, and no experiment of {view.tried} beat it."
     better, less = ("better", "less") if gain > 0 else ("worse", "more")  # a simplification may cost a little
-    return (f"{100 * abs(view.relative):.2f} % {better} than the baseline",
-            f"val_bpb {score:.6f} instead of {view.scores[0]:.6f}: {abs(gain):.6f} bits per byte {less}, after "
-            f"{view.tried} experiments.")
+    return (
+        f"{100 * abs(view.relative):.2f} % {better} than the baseline",
+        f"val_bpb {score:.6f} instead of {view.scores[0]:.6f}: {abs(gain):.6f} bits per byte {less}, after "
+        f"{view.tried} experiments.",
+    )

@@ -47,8 +47,9 @@ class Reference:
         _, length, _, size = x.shape
         angles = np.outer(np.arange(length), base ** (-2 * np.arange(size // 2) / size))[None, :, None]
         x1, x2 = x[..., : size // 2], x[..., size // 2 :]
-        return np.concatenate([x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)],
-                              axis=-1)
+        return np.concatenate(
+            [x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)], axis=-1
+        )
 
     def rotary_qkv(self, x, w_q, w_k, w_v, head_dim, base):
         q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))

@@ -77,7 +77,8 @@ def kind(x) -> str:
 def gradients(backend, function, **values) -> tuple[float, dict[str, np.ndarray]]:
     """function(**arrays), a scalar, and its gradients at these values, through a Trainer."""
     module = holder(backend, **values)
-    trainer = backend.Trainer(module, lambda m, x, y: function(**{name: getattr(m, name) for name in values}),
-                              [tiny.descent(values)])
+    trainer = backend.Trainer(
+        module, lambda m, x, y: function(**{name: getattr(m, name) for name in values}), [tiny.descent(values)]
+    )
     loss = trainer.backward(TOKENS, TOKENS)
     return float(loss), trainer.gradients()

@@ -56,12 +56,15 @@ def test_a_clock_that_stands_still_is_an_error():
         bench.seconds(lambda calls: None, clock=lambda: 1.0)
 
 
-@pytest.mark.parametrize("rates, wanted", [
-    ({"float32": 1.0, "bfloat16": 1.05, "float16": 1.05}, "float32"),  # nothing gained
-    ({"float32": 1.0, "bfloat16": 1.9, "float16": 2.0}, "bfloat16"),
-    ({"float32": 1.0, "bfloat16": 0.2, "float16": 1.8}, "float16"),  # no bfloat16 in hardware
-    ({"bfloat16": 1.0}, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    "rates, wanted",
+    [
+        ({"float32": 1.0, "bfloat16": 1.05, "float16": 1.05}, "float32"),  # nothing gained
+        ({"float32": 1.0, "bfloat16": 1.9, "float16": 2.0}, "bfloat16"),
+        ({"float32": 1.0, "bfloat16": 0.2, "float16": 1.8}, "float16"),  # no bfloat16 in hardware
+        ({"bfloat16": 1.0}, "bfloat16"),
+    ],
+)
 def test_precision_goes_to_digits_and_range_unless_clearly_slower(rates, wanted):
     tried = {"float32": "wrong: relative error 1"} | {name: {"mlp": rate, "product": 9} for name, rate in rates.items()}
     assert bench.choose_precision(tried) == wanted

@@ -50,11 +50,14 @@ def test_weights_are_copies(backend):
     np.testing.assert_array_equal(backend.weights(model)["scale"], kept)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("blocks.0.c_fc.weight"), r"missing blocks\.0\.c_fc\.weight"),
-    (lambda w: w.update(extra=np.zeros(3, np.float32)), "unknown extra"),
-    (lambda w: w.update(scale=np.zeros((1, 2), np.float32)), r"scale has shape \(1, 2\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop("blocks.0.c_fc.weight"), r"missing blocks\.0\.c_fc\.weight"),
+        (lambda w: w.update(extra=np.zeros(3, np.float32)), "unknown extra"),
+        (lambda w: w.update(scale=np.zeros((1, 2), np.float32)), r"scale has shape \(1, 2\)"),
+    ],
+)
 def test_set_weights_names_what_does_not_fit(backend, change, message):
     model = tiny.build(backend)
     before, changed = backend.weights(model), backend.weights(model)
@@ -178,8 +181,9 @@ def test_losses_of_large_logits_are_finite(backend):
 def test_losses_of_half_precision_are_taken_in_float32(low, precision):
     backend = low(precision)
     model, (x, y) = tiny.build(backend), tiny.batch()
-    np.testing.assert_allclose(backend.losses(model, x, y), token_losses(backend.logits(model, x), y), rtol=1e-5,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        backend.losses(model, x, y), token_losses(backend.logits(model, x), y), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_training_loss_is_the_mean_of_losses(backend):
@@ -206,8 +210,15 @@ def test_peak_memory_and_synchronize(backend):
     assert backend.peak_memory() > 100_000  # the masters alone are more
 
 
-@pytest.mark.parametrize("error, answer", [(MemoryError(), True), (RuntimeError("CUDA out of memory"), True),
-                                           (RuntimeError("shapes differ"), False), (ValueError("memory"), False)])
+@pytest.mark.parametrize(
+    "error, answer",
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("memory"), False),
+    ],
+)
 def test_out_of_memory_is_told_apart(backend, error, answer):
     assert backend.is_out_of_memory(error) is answer
 
@@ -230,12 +241,14 @@ def test_gradient_of_the_whole_model(backend):
     trainer, weights = tiny.trainer(backend, model), backend.weights(model)
     trainer.backward(x, y)
     gradients, draw, step = trainer.gradients(), np.random.default_rng(0).standard_normal, 3e-3
-    direction = {name: gradients[name] / np.linalg.norm(gradients[name]) + 0.1 * draw(weights[name].shape)
-                 for name in tiny.NAMES}
+    direction = {
+        name: gradients[name] / np.linalg.norm(gradients[name]) + 0.1 * draw(weights[name].shape) for name in tiny.NAMES
+    }
     values = []
     for sign in (1, -1):
-        backend.set_weights(model, {name: weight + np.float32(sign * step * direction[name])
-                                    for name, weight in weights.items()})
+        backend.set_weights(
+            model, {name: weight + np.float32(sign * step * direction[name]) for name, weight in weights.items()}
+        )
         values.append(backend.losses(model, x, y).mean(dtype=np.float64))
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in weights)
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-2)
@@ -248,7 +261,8 @@ def test_gradients_are_complete_and_cleared(backend):
     trainer.backward(*tiny.batch())
     gradients = trainer.gradients()
     assert {name: (g.shape, g.dtype) for name, g in gradients.items()} == {
-        name: (w.shape, np.dtype(np.float32)) for name, w in backend.weights(model).items()}
+        name: (w.shape, np.dtype(np.float32)) for name, w in backend.weights(model).items()
+    }
     assert all(gradient.any() for gradient in gradients.values())
     trainer.step(tiny.schedule([tiny.adam(backend, []), tiny.descent([])]))
     assert not any(gradient.any() for gradient in trainer.gradients().values())
@@ -256,13 +270,16 @@ def test_gradients_are_complete_and_cleared(backend):
 
 def test_unused_parameter_has_a_zero_gradient(backend):
     model = support.holder(backend, used=np.ones(3), unused=np.ones(2))
-    trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.used * m.used),
-                              [tiny.descent(["used", "unused"])])
+    trainer = backend.Trainer(
+        model, lambda m, x, y: backend.ops.sum(m.used * m.used), [tiny.descent(["used", "unused"])]
+    )
     trainer.backward(support.TOKENS, support.TOKENS)
     assert {name: list(values) for name, values in trainer.gradients().items()} == {"used": [2] * 3, "unused": [0] * 2}
     trainer.step([{"lr": 0.5}])
-    assert {name: list(values) for name, values in backend.weights(model).items()} == {"used": [0] * 3,
-                                                                                      "unused": [1] * 2}
+    assert {name: list(values) for name, values in backend.weights(model).items()} == {
+        "used": [0] * 3,
+        "unused": [1] * 2,
+    }
 
 
 def test_accumulation_equals_one_large_batch(backend):
@@ -450,8 +467,11 @@ def test_rates_change_without_recompiling(name):
             calls.append(1)
         return param - hyper["lr"] * grad, {"last": grad}
 
-    group = {**tiny.descent(["a", "b", "c"], stack=True), "update": update,
-             "init": lambda param: {"last": backend.ops.zeros_like(param)}}
+    group = {
+        **tiny.descent(["a", "b", "c"], stack=True),
+        "update": update,
+        "init": lambda param: {"last": backend.ops.zeros_like(param)},
+    }
     model = support.holder(backend, a=np.ones((2, 3)), b=np.ones((2, 3)), c=np.ones(4))
     trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.a * m.b) + backend.ops.sum(m.c), [group])
     compiled = []
@@ -463,12 +483,15 @@ def test_rates_change_without_recompiling(name):
     assert backend.weights(model)["c"][0] == pytest.approx(1 - 1.35)  # and each rate had its effect
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda groups: groups[0]["names"].remove("wte.weight"), r"wte\.weight is in no group"),
-    (lambda groups: groups[0]["names"].append("wpe.weight"), r"wpe\.weight is not a parameter"),
-    (lambda groups: groups[1]["names"].append("wte.weight"), r"wte\.weight is in two groups"),
-    (lambda groups: groups[1].pop("init"), r"group 1 lacks \['init'\]"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda groups: groups[0]["names"].remove("wte.weight"), r"wte\.weight is in no group"),
+        (lambda groups: groups[0]["names"].append("wpe.weight"), r"wpe\.weight is not a parameter"),
+        (lambda groups: groups[1]["names"].append("wte.weight"), r"wte\.weight is in two groups"),
+        (lambda groups: groups[1].pop("init"), r"group 1 lacks \['init'\]"),
+    ],
+)
 def test_optimizer_errors(backend, change, message):
     optimizer = [tiny.descent([n for n in tiny.NAMES if n != "scale"]), tiny.descent(["scale"])]
     change(optimizer)
@@ -523,8 +546,11 @@ def test_float16_skips_an_overflowing_step_and_recovers(low):
     def update(param, grad, state, hyper):  # the state is seen through the weights: a skipped step must not count
         return param - hyper["lr"] * (grad + 1000 * state["steps"]), {"steps": state["steps"] + 1}
 
-    group = {**tiny.descent(["value"]), "update": update,
-             "init": lambda param: {"steps": backend.ops.zeros_like(param)}}
+    group = {
+        **tiny.descent(["value"]),
+        "update": update,
+        "init": lambda param: {"steps": backend.ops.zeros_like(param)},
+    }
     trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.value * 40), [group])
     for _ in range(12):
         trainer.backward(support.TOKENS, support.TOKENS)

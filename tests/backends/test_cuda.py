@@ -38,19 +38,22 @@ BUILDS = {
         "Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, float? softmax_scale=None, "
         "bool is_causal=False, int window_size_left=-1, int window_size_right=-1, float softcap=0.0, "
         "bool deterministic=False, int sm_margin=0",
-        "(Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor)"),
+        "(Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor)",
+    ),
     "buffers alone": (
         "Tensor q, Tensor k, Tensor v, Tensor? qv, Tensor(out!)? out, Tensor? page_table, float? softmax_scale, "
         "bool causal, int window_size_left, int window_size_right, float softcap, int num_splits, int sm_margin",
         "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq, Tensor(dk!)? dk, "
         "Tensor(dv!)? dv, float? softmax_scale, bool is_causal, int window_size_left, int window_size_right, "
         "float softcap, bool deterministic",
-        "(Tensor, Tensor)"),
+        "(Tensor, Tensor)",
+    ),
     "no buffers": (
         "Tensor v, Tensor k, Tensor q, bool causal, int window_size_right, int window_size_left, float softmax_scale",
         "Tensor softmax_lse, Tensor out, Tensor v, Tensor k, Tensor q, Tensor dout, float softmax_scale, bool causal, "
         "int window_size_right, int window_size_left",
-        "(Tensor, Tensor, Tensor, Tensor)"),
+        "(Tensor, Tensor, Tensor, Tensor)",
+    ),
 }
 
 
@@ -85,8 +88,11 @@ def registered(namespace, build="buffers, gradients returned", factor=1.0):
     """A build's operators under torch.ops, whose outputs are multiplied by a factor."""
     fwd, bwd, returns = BUILDS[build]
     library = torch.library.Library(namespace, "FRAGMENT")
-    library.define(f"fwd({fwd}) -> (Tensor, Tensor, Tensor, Tensor)" if "out!" not in fwd else
-                   f"fwd({fwd}) -> (Tensor(out!), Tensor, Tensor, Tensor)")
+    library.define(
+        f"fwd({fwd}) -> (Tensor, Tensor, Tensor, Tensor)"
+        if "out!" not in fwd
+        else f"fwd({fwd}) -> (Tensor(out!), Tensor, Tensor, Tensor)"
+    )
     library.define(f"bwd({bwd}) -> {returns}")
     ops = getattr(torch.ops, namespace)
 
@@ -105,8 +111,9 @@ def registered(namespace, build="buffers, gradients returned", factor=1.0):
     def run_backward(*given):
         a = arguments(ops.bwd, given)
         assert a["dout"].stride(-1) == 1 and not a.get("deterministic")
-        found = backward(*(a[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse", "softmax_scale",
-                                                "window_size_left")))
+        found = backward(
+            *(a[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse", "softmax_scale", "window_size_left"))
+        )
         if "dq" in a:
             for name, gradient in zip(("dq", "dk", "dv"), found):
                 a[name].copy_(gradient)
@@ -156,13 +163,14 @@ def check(function, window, **shape):
     """Output and gradient of `function` against the definition."""
     qkv, q, k, v, dout = inputs(**shape)
     out = function(q, k, v, window)
-    gradient, = torch.autograd.grad(out, qkv, dout, retain_graph=True)
+    (gradient,) = torch.autograd.grad(out, qkv, dout, retain_graph=True)
     wanted = attention.reference(q, k, v, window)
-    wanted_gradient, = torch.autograd.grad(wanted, qkv, dout.float())
+    (wanted_gradient,) = torch.autograd.grad(wanted, qkv, dout.float())
     assert out.dtype == q.dtype and distance(out, wanted) < 1e-2 and distance(gradient, wanted_gradient) < 2e-2
 
 
 # --- The operator ---
+
 
 @pytest.mark.parametrize("window", [None, 0, 7])
 @pytest.mark.parametrize("build", BUILDS)
@@ -195,9 +203,14 @@ def test_its_fake_has_the_shapes_of_the_real_one(process):
         assert all(x.is_contiguous() for x in found)
 
 
-@pytest.mark.parametrize("shape, match", [(dict(dtype=torch.float32), "bfloat16 and float16 only"),
-                                          (dict(dim=264), "up to 256 dimensions.*these have 264"),
-                                          (dict(dim=12), "these have 12")])
+@pytest.mark.parametrize(
+    "shape, match",
+    [
+        (dict(dtype=torch.float32), "bfloat16 and float16 only"),
+        (dict(dim=264), "up to 256 dimensions.*these have 264"),
+        (dict(dim=12), "these have 12"),
+    ],
+)
 def test_what_it_can_not_do(process, shape, match):
     _, q, k, v, _ = inputs(**shape)
     with pytest.raises(NotImplementedError, match=match):
@@ -233,6 +246,7 @@ def with_profile(provider, **attention_):
 def package(monkeypatch):
     """Installs flash_attn_interface, whose outputs are multiplied by a factor."""
     with contextlib.ExitStack() as stack:
+
         def install(factor=1.0):
             module = ModuleType("flash_attn_interface")
             module.torch, module.flash_attn_3_gpu = torch, stack.enter_context(registered("fa3_package", factor=factor))
@@ -255,8 +269,9 @@ def kernels(monkeypatch):
                 raise FileNotFoundError("Cannot find a build variant for this system")
             module, inner = ModuleType("flash_attn3"), ModuleType("flash_attn3.flash_attn_interface")
             module.flash_attn_interface = inner
-            inner.ops = stack.enter_context(registered(f"fa3_hub{len(here.asked)}", "buffers alone",
-                                                       here.builds[revision]))
+            inner.ops = stack.enter_context(
+                registered(f"fa3_hub{len(here.asked)}", "buffers alone", here.builds[revision])
+            )
             return module
 
         def ask(*_, **__):
@@ -299,8 +314,12 @@ def library(monkeypatch, tmp_path):
 
 def test_the_order_in_which_they_are_tried(process, kernels, library):
     names = [name.split("@")[0] for name, _ in providers.providers()]
-    assert names == [library.name, *(one.split("@")[0] for one in (FIRST, SECOND)), "flash_attn_interface",
-                     f"pytorch {torch.__version__}"]
+    assert names == [
+        library.name,
+        *(one.split("@")[0] for one in (FIRST, SECOND)),
+        "flash_attn_interface",
+        f"pytorch {torch.__version__}",
+    ]
 
 
 def test_without_any_there_is_one_line_that_says_why(small, kernels):
@@ -358,8 +377,10 @@ def test_a_hub_out_of_reach_is_a_line_and_no_error(small, kernels, capsys):
     assert capsys.readouterr().out.count("no kernels can be fetched (ConnectionError") == 1
 
 
-@pytest.mark.parametrize("repository, commit", [("somebody/flash-attn3", SHA), (REPOSITORY, "main"),
-                                                (REPOSITORY, SHA[:12]), (REPOSITORY, "")])
+@pytest.mark.parametrize(
+    "repository, commit",
+    [("somebody/flash-attn3", SHA), (REPOSITORY, "main"), (REPOSITORY, SHA[:12]), (REPOSITORY, "")],
+)
 def test_nothing_but_commits_of_trusted_publishers_is_run(process, kernels, repository, commit):
     kernels.builds[commit] = 1.0
     with pytest.raises(flash3.Unavailable, match="not a commit of varunneal/flash-attention-3 or kernels-community"):
@@ -370,16 +391,20 @@ def test_nothing_but_commits_of_trusted_publishers_is_run(process, kernels, repo
 def test_releases_of_kernels_that_ask_for_no_trust(small, kernels, monkeypatch):
     kernels.builds.update(dict.fromkeys(hub.TRUSTED.values(), 1.0))
     newer = sys.modules["kernels"].get_kernel
-    monkeypatch.setattr(sys.modules["kernels"], "get_kernel", lambda repo_id, revision="main": newer(
-        repo_id, revision=revision, trust_remote_code=[repo_id]))
+    monkeypatch.setattr(
+        sys.modules["kernels"],
+        "get_kernel",
+        lambda repo_id, revision="main": newer(repo_id, revision=revision, trust_remote_code=[repo_id]),
+    )
     assert found(small)[0] == FIRST
 
 
 def test_what_pytorch_activates(small, monkeypatch):
     active = []
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append, raising=False)
-    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: (active or [None])[-1],
-                        raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "current_flash_attention_impl", lambda: (active or [None])[-1], raising=False
+    )
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear, raising=False)
     aten, rest = torch.library.Library("aten", "IMPL"), [torch.empty(0)] * 3
 
@@ -387,8 +412,25 @@ def test_what_pytorch_activates(small, monkeypatch):
         assert causal and not dropout and window_size_right == 0 and active == ["FA3"]
         return *forward(q, k, v, scale, window_size_left), *rest
 
-    def run_backward(dout, q, k, v, out, lse, _, __, long, longest, dropout, causal, state, unused, scale,
-                     window_size_left, window_size_right):
+    def run_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        _,
+        __,
+        long,
+        longest,
+        dropout,
+        causal,
+        state,
+        unused,
+        scale,
+        window_size_left,
+        window_size_right,
+    ):
         return backward(dout, q, k, v, out, lse, scale, window_size_left)
 
     aten.impl("_flash_attention_forward", run_forward, "CPU")
@@ -403,6 +445,7 @@ def test_what_pytorch_activates(small, monkeypatch):
 
 
 # --- The library that the user names ---
+
 
 def test_the_library_named_by_the_user_goes_first(small, library, kernels, package):
     kernels.builds.update(dict.fromkeys(hub.TRUSTED.values(), 1.0))
@@ -419,13 +462,19 @@ def test_a_cuda_runtime_beside_it_is_loaded_first(process, library, monkeypatch)
     assert loaded == [(str(library.path.parent / "libcudart.so.12"), ctypes.RTLD_GLOBAL)]
 
 
-@pytest.mark.parametrize("fails, match", [
-    ("libcudart.so.11.0: cannot open shared object file: No such file or directory",
-     "libcudart.so.11 is not here. It was built for CUDA 11, and PyTorch .* put libcudart.so.11 beside it, or unset"),
-    ("libtorch_cuda.so: cannot open shared object file: No such file or directory", "libtorch_cuda.so is not here"),
-    ("/x/fa3.so: undefined symbol: _ZN3c104cuda9SetDeviceEi", "built for another PyTorch than .*undefined symbol"),
-    ("/x/fa3.so: file too short", "file too short. Take another build"),
-])
+@pytest.mark.parametrize(
+    "fails, match",
+    [
+        (
+            "libcudart.so.11.0: cannot open shared object file: No such file or directory",
+            "libcudart.so.11 is not here. It was built for CUDA 11, and PyTorch .* put libcudart.so.11 beside it, or "
+            "unset",
+        ),
+        ("libtorch_cuda.so: cannot open shared object file: No such file or directory", "libtorch_cuda.so is not here"),
+        ("/x/fa3.so: undefined symbol: _ZN3c104cuda9SetDeviceEi", "built for another PyTorch than .*undefined symbol"),
+        ("/x/fa3.so: file too short", "file too short. Take another build"),
+    ],
+)
 def test_a_library_that_can_not_be_loaded_is_an_error_that_says_why(small, library, package, fails, match):
     package()
     library.fails = fails
@@ -458,6 +507,7 @@ def test_a_library_is_read_once(process, library, monkeypatch):
 
 # --- With a profile ---
 
+
 def test_a_profile_names_the_provider_that_is_loaded_and_nothing_is_compared(small, kernels, package, monkeypatch):
     kernels.builds[SHA] = kernels.builds[hub.TRUSTED[REPOSITORY]] = 1.0
     package()
@@ -467,11 +517,17 @@ def test_a_profile_names_the_provider_that_is_loaded_and_nothing_is_compared(sma
     assert kernels.asked == [(REPOSITORY, SHA, True)]
 
 
-@pytest.mark.parametrize("wanted, why", [
-    (f"kernels {REPOSITORY}@{SHA}", "not on disk"), (f"kernels somebody/flash-attn3@{SHA}", "not a commit of"),
-    ("library sha256:0123456789ab", "AUTORESEARCH_FA3_LIBRARY is not set"),
-    ("flash_attn_interface 9.9.9", "here is flash_attn_interface"), ("pytorch 1.0", "here is pytorch"),
-    ("magic", "it is not here")])
+@pytest.mark.parametrize(
+    "wanted, why",
+    [
+        (f"kernels {REPOSITORY}@{SHA}", "not on disk"),
+        (f"kernels somebody/flash-attn3@{SHA}", "not a commit of"),
+        ("library sha256:0123456789ab", "AUTORESEARCH_FA3_LIBRARY is not set"),
+        ("flash_attn_interface 9.9.9", "here is flash_attn_interface"),
+        ("pytorch 1.0", "here is pytorch"),
+        ("magic", "it is not here"),
+    ],
+)
 def test_where_that_provider_is_gone_one_line_says_so(small, kernels, package, wanted, why):
     package()
     provider, notes = found(small, calibrated=with_profile(wanted))
@@ -510,6 +566,7 @@ def test_a_library_that_the_profile_does_not_know_is_left_alone_and_said(small, 
 
 # --- The backend ---
 
+
 @pytest.fixture
 def on_hopper(process, monkeypatch):
     """As if the CPU were one."""
@@ -522,8 +579,9 @@ def on_hopper(process, monkeypatch):
 
 def test_the_backend_takes_what_the_profile_says(on_hopper, package, isolated_home):
     package()
-    backend = backends.load("cuda", compiled=False, calibrated=with_profile("flash_attn_interface", full="fa3",
-                                                                            window="sdpa_mask"))
+    backend = backends.load(
+        "cuda", compiled=False, calibrated=with_profile("flash_attn_interface", full="fa3", window="sdpa_mask")
+    )
     assert backend.name == "cuda" and backend.device.attention_provider == "flash_attn_interface"
     assert runtime.attention == runtime.uncompiled_attention == {"full": "fa3", "window": "sdpa_mask"}
     check(attention.attention, None)
@@ -540,18 +598,24 @@ def test_without_the_profiles_provider_it_takes_what_sdpa_would(on_hopper, isola
     backends.load("sdpa", "bfloat16", False)
     known = json.loads((isolated_home / "trials.json").read_text())
     assert [key for key in known if key.endswith("attention seconds")] == [
-        key for key in json.loads(kept) if key.endswith("attention seconds")]  # sdpa's own trial
+        key for key in json.loads(kept) if key.endswith("attention seconds")
+    ]  # sdpa's own trial
 
 
 def test_without_a_profile_it_is_tried_beside_the_others(on_hopper, package, isolated_home, monkeypatch):
     package()
     choose = benches.choose_attention
-    monkeypatch.setattr(benches, "choose_attention", lambda tried, memory, compiled=True: choose(
-        {kind: {"fa3": by_name["fa3"]} for kind, by_name in tried.items()}, memory, compiled))
+    monkeypatch.setattr(
+        benches,
+        "choose_attention",
+        lambda tried, memory, compiled=True: choose(
+            {kind: {"fa3": by_name["fa3"]} for kind, by_name in tried.items()}, memory, compiled
+        ),
+    )
     backend = backends.load("cuda", "bfloat16", compiled=False)
     assert backend.device.attention_provider == backend.bench.attention_provider == "flash_attn_interface"
     assert backend.bench.attentions[0] == "fa3" and runtime.attention == {"full": "fa3", "window": "fa3"}
-    trial, = (key for key in json.loads((isolated_home / "trials.json").read_text()) if "attention seconds" in key)
+    (trial,) = (key for key in json.loads((isolated_home / "trials.json").read_text()) if "attention seconds" in key)
     assert "flash_attn_interface" in trial  # another provider is tried anew
 
 
@@ -584,16 +648,21 @@ def test_a_hopper_that_is_not_to_be_used(monkeypatch, wanted):
 def test_asked_for_on_another_gpu_it_says_what_to_do(monkeypatch):
     Gpu(monkeypatch, (8, 6))
     for ask in (backends.load, backends.identify):
-        with pytest.raises(BackendError, match="needs a Hopper GPU .compute capability 9.0.; this is NVIDIA Something: "
-                                               "set AUTORESEARCH_BACKEND=sdpa, or unset it"):
+        with pytest.raises(
+            BackendError,
+            match="needs a Hopper GPU .compute capability 9.0.; this is NVIDIA Something: "
+            "set AUTORESEARCH_BACKEND=sdpa, or unset it",
+        ):
             ask("cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", None])
 def test_a_driver_too_old_is_said_with_what_to_do(monkeypatch, name):
     def init():
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
-                           "driver by downloading and installing a new version from the URL: ...")
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
+            "driver by downloading and installing a new version from the URL: ..."
+        )
 
     monkeypatch.delenv("AUTORESEARCH_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -609,6 +678,7 @@ def test_a_driver_too_old_is_said_with_what_to_do(monkeypatch, name):
 
 
 # --- On a Hopper GPU ---
+
 
 @hopper
 @pytest.mark.skipif(not os.environ.get(local.VARIABLE), reason=f"needs {local.VARIABLE}")

@@ -55,8 +55,11 @@ def compare(function, inputs, tolerance, compiled=False):
     """By the kernels that are loaded, against plain operations in float32, which take none."""
     wanted = with_gradients(function, [t.float() for t in inputs])
     function(*inputs)  # makes tables that a trace can't make
-    with (mock.patch.object(rotary.F, "linear", never), mock.patch.object(mlp.F, "linear", never),
-          mock.patch.object(cross_entropy, "_losses_and_gradient", never)):
+    with (
+        mock.patch.object(rotary.F, "linear", never),
+        mock.patch.object(mlp.F, "linear", never),
+        mock.patch.object(cross_entropy, "_losses_and_gradient", never),
+    ):
         compile_ = torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
         found = with_gradients(compile_, inputs)
     for here, right in zip(found, wanted, strict=True):
@@ -134,8 +137,13 @@ def test_what_a_kernel_does_not_take_is_computed_plainly(monkeypatch):
 
 @pytest.mark.skipif(GPU or INTERPRETED or not importlib.util.find_spec("triton"), reason="needs Triton, and no GPU")
 def test_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "........." in done.stdout
 
@@ -148,8 +156,9 @@ FAST, SLOW = {"kernel": 1.0, "variant": 1, "plain": 1.5}, {"kernel": 1.0, "varia
 def test_kernels_that_are_faster_than_the_compiler_are_chosen():
     tried = {"mlp": FAST, "projection": SLOW, "cross_entropy": "wrong: relative error 1.0e+00"}
     assert trial.choose(tried) == {"mlp": 1}
-    assert trial.described(tried) == ("mlp 1.50 times as fast, projection 0.90 times as fast (not used), cross_entropy "
-                                      "wrong: relative error 1.0e+00")
+    assert trial.described(tried) == (
+        "mlp 1.50 times as fast, projection 0.90 times as fast (not used), cross_entropy wrong: relative error 1.0e+00"
+    )
 
 
 def test_a_kernel_with_wrong_numbers_is_refused(monkeypatch):

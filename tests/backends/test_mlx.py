@@ -33,8 +33,11 @@ def test_compiled_functions_are_traced_once_per_shape():
         traced.append(tuple(param.shape))
         return param - hyper["lr"] * grad, {"last": grad}
 
-    group = {**tiny.descent(["a", "b", "c"], stack=True), "update": update,
-             "init": lambda param: {"last": mlx.ops.zeros_like(param)}}
+    group = {
+        **tiny.descent(["a", "b", "c"], stack=True),
+        "update": update,
+        "init": lambda param: {"last": mlx.ops.zeros_like(param)},
+    }
     model = support.holder(mlx, a=np.ones((2, 3)), b=np.ones((2, 3)), c=np.ones(4))
     losses = []
 
@@ -146,8 +149,9 @@ def test_loss_scale_grows_after_enough_good_steps(mlx):
 def test_a_precision_with_wrong_products_is_refused(mlx, isolated_home, monkeypatch):
     monkeypatch.setattr(bench.Bench, "attention_shape", (256, 1, 64))  # which one wins is no matter here
     right = Bench.product_error
-    monkeypatch.setattr(Bench, "product_error",
-                        lambda self, precision: 0.5 if precision == "bfloat16" else right(self, precision))
+    monkeypatch.setattr(
+        Bench, "product_error", lambda self, precision: 0.5 if precision == "bfloat16" else right(self, precision)
+    )
     found = backends.load("mlx").device
     assert found.precision == "float32"
     assert any("bfloat16 wrong: relative error 5.0e-01" in note for note in found.notes)
@@ -160,8 +164,9 @@ def test_a_precision_whose_kernels_fail_is_left_out(mlx, isolated_home, monkeypa
         raise RuntimeError("[metal::Device] Unable to load kernel steel_gemm_float16")
 
     real = Bench.mlp
-    monkeypatch.setattr(Bench, "mlp", lambda self, precision, n: (no_kernel if precision == "float16" else real)(
-        self, precision, n))
+    monkeypatch.setattr(
+        Bench, "mlp", lambda self, precision, n: (no_kernel if precision == "float16" else real)(self, precision, n)
+    )
     tried = bench.try_precisions(Bench(2**33), repeats=2)
     assert tried["float16"] == "RuntimeError: [metal::Device] Unable to load kernel steel_gemm_float16"
     assert tried["float32"]["mlp"] > 0
@@ -176,7 +181,7 @@ def test_missing_mlx_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_mlx)
-    with pytest.raises(BackendError, match=r'pip install mlx\..*mlx\[cpu\].*mlx\[cuda13\]'):
+    with pytest.raises(BackendError, match=r"pip install mlx\..*mlx\[cpu\].*mlx\[cuda13\]"):
         backends.load("mlx")
 
 
@@ -193,6 +198,7 @@ def test_unknown_precision(mlx):
 
 def test_a_trial_that_lacks_memory_is_not_remembered(mlx, isolated_home, monkeypatch):
     monkeypatch.setattr(bench.Bench, "attention_shape", (256, 1, 64))  # which one wins is no matter here
+
     def full(*_):
         raise RuntimeError("[malloc] Unable to allocate 36864 bytes.")
 
@@ -270,8 +276,10 @@ def test_each_attention_over_blocks(mlx, monkeypatch, name, window, length, kv_h
     """Blocks of 8 queries, the last one shorter, windows shorter, as long and longer than a block."""
     monkeypatch.setattr(attention, "BLOCK", 8)
     rng = np.random.default_rng(0)
-    q, k, v, w = (rng.standard_normal((2, length, heads, 4), dtype=np.float32).swapaxes(1, 2)
-                  for heads in (4, kv_heads, kv_heads, 4))
+    q, k, v, w = (
+        rng.standard_normal((2, length, heads, 4), dtype=np.float32).swapaxes(1, 2)
+        for heads in (4, kv_heads, kv_heads, 4)
+    )
     if window is not None and window >= length:
         pytest.skip("a window this long is none")
     found = mlx_bench._with_gradients(attention.IMPLEMENTATIONS[name], [mx.array(x) for x in (q, k, v, w)], window)
@@ -290,6 +298,7 @@ def test_recomputed_attention_keeps_less(mlx):
 
 def test_a_head_without_a_fused_kernel_is_computed_in_blocks(mlx, monkeypatch):
     """An edit may change HEAD_DIM after `fused` was chosen for another."""
+
     def refuses(*args, **kwargs):
         raise ValueError("force_fused=True but no fused kernel is available")
 

@@ -26,11 +26,24 @@ def normal():
 
 def inputs(normal) -> SimpleNamespace:
     return SimpleNamespace(
-        x=normal(3, 4, 5), y=normal(3, 4, 5), row=normal(5), one=normal(3, 1, 5), square=normal(2, 5, 5),
-        positive=np.abs(normal(3, 4, 5)) + 0.1, rounded=np.round(normal(3, 4, 5)), other=np.round(normal(3, 4, 5)),
-        yes=normal(3, 4, 5) > 0, no=normal(3, 4, 5) > 0, index=np.array([2, 0, 2]),
-        q=normal(2, 7, 4, 8), k=normal(2, 7, 2, 8), v=normal(2, 7, 2, 8), hidden=normal(2, 7, 8),
-        weight=3 * normal(11, 8), targets=np.random.default_rng(0).integers(0, 11, (2, 7)))
+        x=normal(3, 4, 5),
+        y=normal(3, 4, 5),
+        row=normal(5),
+        one=normal(3, 1, 5),
+        square=normal(2, 5, 5),
+        positive=np.abs(normal(3, 4, 5)) + 0.1,
+        rounded=np.round(normal(3, 4, 5)),
+        other=np.round(normal(3, 4, 5)),
+        yes=normal(3, 4, 5) > 0,
+        no=normal(3, 4, 5) > 0,
+        index=np.array([2, 0, 2]),
+        q=normal(2, 7, 4, 8),
+        k=normal(2, 7, 2, 8),
+        v=normal(2, 7, 2, 8),
+        hidden=normal(2, 7, 8),
+        weight=3 * normal(11, 8),
+        targets=np.random.default_rng(0).integers(0, 11, (2, 7)),
+    )
 
 
 INPUTS = inputs(normals(0))
@@ -100,8 +113,10 @@ ROWS = [
     ("rms_norm", lambda o, a: o.rms_norm(a.x * 1e-4)),  # here the epsilon counts
     ("rope", lambda o, a: o.rope(a.q, 10000.0)),
     ("rope", lambda o, a: o.rope(a.q, base=50.0)),
-    *(("rotary_qkv", lambda o, a, i=i: o.rotary_qkv(a.hidden, a.weight[:8], a.weight[3:7], a.weight[7:], 4, 10.0)[i])
-      for i in range(3)),
+    *(
+        ("rotary_qkv", lambda o, a, i=i: o.rotary_qkv(a.hidden, a.weight[:8], a.weight[3:7], a.weight[7:], 4, 10.0)[i])
+        for i in range(3)
+    ),
     ("rsqrt", lambda o, a: o.rsqrt(a.positive)),
     ("sigmoid", lambda o, a: o.sigmoid(a.x)),
     ("sign", lambda o, a: o.sign(a.rounded)),
@@ -109,8 +124,10 @@ ROWS = [
     ("sin", lambda o, a: o.sin(a.x)),
     ("softcapped_cross_entropy", lambda o, a: o.softcapped_cross_entropy(a.hidden, a.weight, a.targets, 15.0, "mean")),
     ("softcapped_cross_entropy", lambda o, a: o.softcapped_cross_entropy(a.hidden, a.weight, a.targets, None, "sum")),
-    ("softcapped_cross_entropy", lambda o, a: o.softcapped_cross_entropy(
-        a.hidden, a.weight, a.targets, softcap=5.0, reduction="none")),
+    (
+        "softcapped_cross_entropy",
+        lambda o, a: o.softcapped_cross_entropy(a.hidden, a.weight, a.targets, softcap=5.0, reduction="none"),
+    ),
     ("softmax", lambda o, a: o.softmax(a.x, axis=-1)),
     ("softmax", lambda o, a: o.softmax(a.x, axis=1)),
     ("sqrt", lambda o, a: o.sqrt(a.positive)),
@@ -163,8 +180,9 @@ def test_offers_every_op(backend):
 @pytest.mark.parametrize("name, expression", ROWS, ids=IDS)
 def test_op(backend, name, expression):
     arrays = SimpleNamespace(**{key: support.array(backend, value) for key, value in vars(INPUTS).items()})
-    exact = SimpleNamespace(**{key: value.astype(np.float64) if value.dtype.kind == "f" else value
-                               for key, value in vars(INPUTS).items()})
+    exact = SimpleNamespace(
+        **{key: value.astype(np.float64) if value.dtype.kind == "f" else value for key, value in vars(INPUTS).items()}
+    )
     found, wanted = expression(backend.ops, arrays), np.asarray(expression(Reference(), exact))
     assert tuple(found.shape) == wanted.shape
     assert support.kind(found).startswith({"f": "float32", "b": "bool", "i": "int"}[wanted.dtype.kind])
@@ -186,8 +204,9 @@ def test_half_precision_is_kept_and_right(low, precision, name):
     found = getattr(backend.ops, name)(*arguments)
     assert support.kind(found) == precision
     exact = [a if isinstance(a, (int, float)) else support.numpy(backend, a).astype(np.float64) for a in arguments]
-    np.testing.assert_allclose(support.numpy(backend, found), getattr(Reference(), name)(*exact), rtol=tolerance,
-                               atol=tolerance)
+    np.testing.assert_allclose(
+        support.numpy(backend, found), getattr(Reference(), name)(*exact), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -195,17 +214,21 @@ def test_rms_norm_accumulates_in_float32(low, normal, precision):
     backend, tolerance = half(low, precision)
     x = support.array(backend, 300 * normal(2, 512))  # squares overflow float16, and their sum drowns in bfloat16
     found = support.numpy(backend, backend.ops.rms_norm(x))
-    np.testing.assert_allclose(found, Reference().rms_norm(support.numpy(backend, x).astype(np.float64)),
-                               rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        found, Reference().rms_norm(support.numpy(backend, x).astype(np.float64)), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_rope_keeps_far_positions(low, normal, precision):
     backend, tolerance = half(low, precision)
     x = support.array(backend, normal(1, 1500, 1, 4))
-    np.testing.assert_allclose(support.numpy(backend, backend.ops.rope(x, 10000.0)),
-                               Reference().rope(support.numpy(backend, x).astype(np.float64), 10000.0),
-                               rtol=tolerance, atol=2 * tolerance)
+    np.testing.assert_allclose(
+        support.numpy(backend, backend.ops.rope(x, 10000.0)),
+        Reference().rope(support.numpy(backend, x).astype(np.float64), 10000.0),
+        rtol=tolerance,
+        atol=2 * tolerance,
+    )
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -279,7 +302,8 @@ def test_attention_gradient_over_blocks(backend, window, kv_heads):
         return float((Reference().attention(**arrays, window=window) * w).sum())
 
     _, found = support.gradients(
-        backend, lambda q, k, v, w: backend.ops.sum(backend.ops.attention(q, k, v, window) * w), **values, w=w)
+        backend, lambda q, k, v, w: backend.ops.sum(backend.ops.attention(q, k, v, window) * w), **values, w=w
+    )
     for name, shape in shapes.items():
         direction, step = draw(shape), 1e-5
         above, below = ({**values, name: values[name] + sign * step * direction} for sign in (1, -1))
@@ -300,13 +324,20 @@ def test_rotary_qkv_gradient(backend, normal):
         q, k, v = o.rotary_qkv(x, w_q, w_k, w_v, 4, 10.0)
         return o.sum(q * w) + o.sum((k + v) * w[:, :, 1:])
 
-    check_gradients(backend, loss, x=normal(1, 3, 5), w_q=normal(8, 5), w_k=normal(4, 5), w_v=normal(4, 5),
-                    w=normal(1, 3, 2, 4))
+    check_gradients(
+        backend, loss, x=normal(1, 3, 5), w_q=normal(8, 5), w_k=normal(4, 5), w_v=normal(4, 5), w=normal(1, 3, 2, 4)
+    )
 
 
 def test_squared_relu_mlp_gradient(backend, normal):
-    check_gradients(backend, lambda o, x, w_in, w_out, w: o.sum(o.squared_relu_mlp(x, w_in, w_out) * w),
-                    x=normal(2, 3, 4), w_in=normal(6, 4), w_out=normal(5, 6), w=normal(2, 3, 5))
+    check_gradients(
+        backend,
+        lambda o, x, w_in, w_out, w: o.sum(o.squared_relu_mlp(x, w_in, w_out) * w),
+        x=normal(2, 3, 4),
+        w_in=normal(6, 4),
+        w_out=normal(5, 6),
+        w=normal(2, 3, 5),
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -333,8 +364,12 @@ def test_cross_entropy_over_several_chunks(backend):
 
     def run(part):
         wanted = support.array(backend, targets[part])
-        return support.gradients(backend, lambda hidden, weight: backend.ops.softcapped_cross_entropy(
-            hidden, weight, wanted, 15.0, "sum"), hidden=hidden[part], weight=weight)
+        return support.gradients(
+            backend,
+            lambda hidden, weight: backend.ops.softcapped_cross_entropy(hidden, weight, wanted, 15.0, "sum"),
+            hidden=hidden[part],
+            weight=weight,
+        )
 
     loss, found = run(slice(None))
     pieces = [run(slice(start, start + 5)) for start in range(0, rows, 5)]
@@ -352,8 +387,12 @@ def test_cross_entropy_gradient_does_not_underflow_in_float16(low):
     weight = draw.standard_normal((97, 16), dtype=np.float32).astype(np.float16).astype(np.float32)
     targets = draw.integers(0, 97, (4, 1024))
     wanted = support.array(backend, targets)
-    _, found = support.gradients(backend, lambda hidden, weight: backend.ops.softcapped_cross_entropy(
-        hidden, weight, wanted, 15.0, "mean"), hidden=hidden, weight=weight)
+    _, found = support.gradients(
+        backend,
+        lambda hidden, weight: backend.ops.softcapped_cross_entropy(hidden, weight, wanted, 15.0, "mean"),
+        hidden=hidden,
+        weight=weight,
+    )
     exact = cross_entropy_gradients(hidden, weight, targets, 15.0)
     for name, gradient in exact.items():
         error = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)

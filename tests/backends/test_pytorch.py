@@ -63,8 +63,9 @@ def test_a_device_that_is_not_there(monkeypatch, without_cuda, wanted):
 
 
 def test_wrong_products_are_not_usable(backend, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.matmul(a, b) * (1 if a.dtype == torch.float32
-                                                                                       else 1.1))
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: torch.matmul(a, b) * (1 if a.dtype == torch.float32 else 1.1)
+    )
     tried = bench.try_precisions(backend.bench, repeats=2)
     assert tried["float32"]["product"] > 0 and tried["bfloat16"].startswith("wrong: relative error 1.0e-01")
 
@@ -76,8 +77,9 @@ def test_wrong_and_failing_attention_is_not_chosen(backend, monkeypatch):
     def broken(q, k, v, window):
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(attention, "IMPLEMENTATIONS", {"off_by_one": off_by_one, "broken": broken,
-                                                       "sdpa_mask": attention.sdpa_mask})
+    monkeypatch.setattr(
+        attention, "IMPLEMENTATIONS", {"off_by_one": off_by_one, "broken": broken, "sdpa_mask": attention.sdpa_mask}
+    )
     small = Bench(runtime.device, 2**30)
     small.attention_shape, small.attentions = (64, 2, 32), tuple(attention.IMPLEMENTATIONS)
     results = bench.try_attention(small, "float32", repeats=1)

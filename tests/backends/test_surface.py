@@ -15,33 +15,36 @@ from backends.surface import FRAMEWORKS, INSTEAD, check, main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("line, found, use", [
-    ("import torch.nn.functional as F", "import torch.nn.functional as F", "backends.load()"),
-    ("from mlx import core as mx", "from mlx import core as mx", "backends.load()"),
-    ("y = ops.cat([x, g])", "ops.cat", "ops.concat"),
-    ("y = backend.ops.softmaxx(x)", "backend.ops.softmaxx", "ops.softmax"),
-    ("y = nn.ModulList([])", "nn.ModulList", "nn.ModuleList"),
-    ("y = ops.mean(x, dim=-1)", "ops.mean(..., dim=...)", "axis="),
-    ("y = ops.sum(x, axis=-1, keepdim=True)", "ops.sum(..., keepdim=...)", "keepdims="),
-    ("y = self.c_q(x).view(B, T)", "self.c_q(x).view(...)", "x.reshape"),
-    ("y = x.mean(-1, keepdim=True)", "x.mean(...)", "ops.mean"),
-    ("y = x.square().sum()", "x.square().sum(...)", "ops.sum"),
-    ("y = (2 * x).to(g.device)", "(2 * x).to(...)", "ops.astype"),
-    ("y = loss.item()", "loss.item(...)", "float(x)"),
-    ("loss.backward()", "loss.backward(...)", "trainer.backward"),
-    ("x.mul_(2).add_(g)", "x.mul_(2).add_(...)", "never changed"),
-    ("x.mul_(2).add_(g)", "x.mul_(...)", "never changed"),
-    ("x.fill_(0)", "x.fill_(...)", "never changed"),
-    ("q, k = x.split(n, dim=2)", "x.split(...)", "slices"),
-    ("q, k = ops.rms_norm(x).split([3, 4])", "ops.rms_norm(x).split(...)", "slices"),
-    ("y = x.size(-1)", "x.size(...)", "x.shape"),
-    ("y = g @ self.weight.mT", "self.weight.mT", "ops.matrix_transpose"),
-    ("y = x[x > 0]", "x[x > 0]", "ops.where"),
-    ("y = x[~(x > 0) & (g < 1)]", "x[~(x > 0) & (g < 1)]", "ops.where"),
-    ("x[:, 0] = 1", "x[:, 0] = ...", "ops.where"),
-    ("x[..., n] *= 2", "x[..., n] = ...", "ops.where"),
-    ("x[x < 0] = 0", "x[x < 0] = ...", "ops.where"),
-])
+@pytest.mark.parametrize(
+    "line, found, use",
+    [
+        ("import torch.nn.functional as F", "import torch.nn.functional as F", "backends.load()"),
+        ("from mlx import core as mx", "from mlx import core as mx", "backends.load()"),
+        ("y = ops.cat([x, g])", "ops.cat", "ops.concat"),
+        ("y = backend.ops.softmaxx(x)", "backend.ops.softmaxx", "ops.softmax"),
+        ("y = nn.ModulList([])", "nn.ModulList", "nn.ModuleList"),
+        ("y = ops.mean(x, dim=-1)", "ops.mean(..., dim=...)", "axis="),
+        ("y = ops.sum(x, axis=-1, keepdim=True)", "ops.sum(..., keepdim=...)", "keepdims="),
+        ("y = self.c_q(x).view(B, T)", "self.c_q(x).view(...)", "x.reshape"),
+        ("y = x.mean(-1, keepdim=True)", "x.mean(...)", "ops.mean"),
+        ("y = x.square().sum()", "x.square().sum(...)", "ops.sum"),
+        ("y = (2 * x).to(g.device)", "(2 * x).to(...)", "ops.astype"),
+        ("y = loss.item()", "loss.item(...)", "float(x)"),
+        ("loss.backward()", "loss.backward(...)", "trainer.backward"),
+        ("x.mul_(2).add_(g)", "x.mul_(2).add_(...)", "never changed"),
+        ("x.mul_(2).add_(g)", "x.mul_(...)", "never changed"),
+        ("x.fill_(0)", "x.fill_(...)", "never changed"),
+        ("q, k = x.split(n, dim=2)", "x.split(...)", "slices"),
+        ("q, k = ops.rms_norm(x).split([3, 4])", "ops.rms_norm(x).split(...)", "slices"),
+        ("y = x.size(-1)", "x.size(...)", "x.shape"),
+        ("y = g @ self.weight.mT", "self.weight.mT", "ops.matrix_transpose"),
+        ("y = x[x > 0]", "x[x > 0]", "ops.where"),
+        ("y = x[~(x > 0) & (g < 1)]", "x[~(x > 0) & (g < 1)]", "ops.where"),
+        ("x[:, 0] = 1", "x[:, 0] = ...", "ops.where"),
+        ("x[..., n] *= 2", "x[..., n] = ...", "ops.where"),
+        ("x[x < 0] = 0", "x[x < 0] = ...", "ops.where"),
+    ],
+)
 def test_reports(line, found, use):
     advice = {problem.found: problem.use for problem in check(f"def f(self, x, g, model, loss, n):\n    {line}\n")}
     assert use in advice[found]
@@ -52,7 +55,7 @@ def test_a_name_counts_as_numpys_only_where_it_is_bound_to_it():
     assert [problem.line for problem in check(source)] == [6]
 
 
-ORDINARY = '''
+ORDINARY = """
 import argparse, math, os, re, statistics, time
 import numpy as np, backends, prepare
 from pathlib import Path
@@ -100,7 +103,7 @@ def main():
     trainer = backend.Trainer(Model([1]), lambda m, x, y: m(x), [dict(names=[], init=dict, hyper={"lr": 1})])
     loss = trainer.backward(x, y, 1.0); backend.save(model, "x"); meter.tile(); data.view(float(loss))
     print(backend.device.name, trainer.gradients()["x"].mean(), backend.weights(model)["x"].std(axis=0))
-'''
+"""
 
 
 def test_no_false_positives_on_ordinary_python():
@@ -121,12 +124,15 @@ def test_every_backend_has_the_nn_names(backend):
     assert [name for name in NN if not hasattr(backend.nn, name)] == []
 
 
-@pytest.mark.parametrize("source, status, out, error", [
-    ("y = 1\nz = f(x).view(3)\n", 1, ":2: f(x).view(...)  use x.reshape(...)\n", ""),
-    ("y = 1\n", 0, "", ""),
-    ("def f(:\n", 1, "", "line 1"),
-    (None, 1, "", "No such file"),
-])
+@pytest.mark.parametrize(
+    "source, status, out, error",
+    [
+        ("y = 1\nz = f(x).view(3)\n", 1, ":2: f(x).view(...)  use x.reshape(...)\n", ""),
+        ("y = 1\n", 0, "", ""),
+        ("def f(:\n", 1, "", "line 1"),
+        (None, 1, "", "No such file"),
+    ],
+)
 def test_command_line(tmp_path, capsys, source, status, out, error):
     file = tmp_path / "edited.py"
     if source:
@@ -146,13 +152,19 @@ def imported(path: Path) -> set[str]:
 
 def project_files() -> list[Path]:
     """By path within the project; none in hidden folders or virtual environments."""
-    return [path for path in (found.relative_to(ROOT) for found in sorted(ROOT.rglob("*.py")))
-            if not any(part.startswith(".") or part in ("venv", "site-packages", "build") for part in path.parts)]
+    return [
+        path
+        for path in (found.relative_to(ROOT) for found in sorted(ROOT.rglob("*.py")))
+        if not any(part.startswith(".") or part in ("venv", "site-packages", "build") for part in path.parts)
+    ]
 
 
 def test_only_backends_import_a_framework():
-    free = [path for path in project_files()
-            if path.parts[0] not in ("backends", "tests", "benchmarks") or path.parent == Path("backends")]
+    free = [
+        path
+        for path in project_files()
+        if path.parts[0] not in ("backends", "tests", "benchmarks") or path.parent == Path("backends")
+    ]
     assert {*map(Path, ("train.py", "prepare.py", "corpus.py", "backends/interface.py"))} <= set(free)
     assert {str(path): names for path in free if (names := imported(path) & FRAMEWORKS)} == {}
 

@@ -10,10 +10,17 @@ import numpy as np
 
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, WINDOW, SOFTCAP = 97, 64, 2, 4, 2, 5, 15.0
 
-NAMES = ["scale", "wte.weight",
-         *(f"blocks.{i}.{name}.weight" for i in range(LAYERS)
-           for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "c_fc", "c_proj")),
-         "value_embeds.layer_1.weight", "lm_head.weight"]
+NAMES = [
+    "scale",
+    "wte.weight",
+    *(
+        f"blocks.{i}.{name}.weight"
+        for i in range(LAYERS)
+        for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "c_fc", "c_proj")
+    ),
+    "value_embeds.layer_1.weight",
+    "lm_head.weight",
+]
 
 
 def build(backend, seed: int = 1, deviation: float = 0.1):
@@ -73,15 +80,17 @@ def build(backend, seed: int = 1, deviation: float = 0.1):
     model = Model()
     rng = np.random.default_rng(seed)
     shapes = backend.shapes(model)
-    backend.set_weights(model, {name: deviation * rng.standard_normal(shapes[name], dtype=np.float32)
-                                for name in sorted(shapes)})
+    backend.set_weights(
+        model, {name: deviation * rng.standard_normal(shapes[name], dtype=np.float32) for name in sorted(shapes)}
+    )
     return model
 
 
 def loss(backend):
     """The model's training loss, for a Trainer."""
     return lambda model, x, y: backend.ops.softcapped_cross_entropy(
-        model.hidden(x), model.lm_head.weight, y, SOFTCAP, "mean")
+        model.hidden(x), model.lm_head.weight, y, SOFTCAP, "mean"
+    )
 
 
 def batch(rows: int = 4, length: int = 12, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +101,13 @@ def batch(rows: int = 4, length: int = 12, seed: int = 2) -> tuple[np.ndarray, n
 
 def descent(names, stack: bool = False, **hyper) -> dict:
     """An optimizer group of plain gradient descent."""
-    return dict(names=list(names), init=lambda param: {}, stack=stack, hyper={"lr": 0.1, **hyper},
-                update=lambda param, grad, state, hyper: (param - hyper["lr"] * grad, state))
+    return dict(
+        names=list(names),
+        init=lambda param: {},
+        stack=stack,
+        hyper={"lr": 0.1, **hyper},
+        update=lambda param, grad, state, hyper: (param - hyper["lr"] * grad, state),
+    )
 
 
 def adam(backend, names, stack: bool = False) -> dict:
@@ -121,5 +135,7 @@ def trainer(backend, model, optimizer: list[dict] | None = None):
 
 def schedule(optimizer: list[dict], factor: float = 1.0) -> list[dict]:
     """The groups' own hyper values, learning rates multiplied by `factor`."""
-    return [{name: value * factor if name == "lr" else value for name, value in group["hyper"].items()}
-            for group in optimizer]
+    return [
+        {name: value * factor if name == "lr" else value for name, value in group["hyper"].items()}
+        for group in optimizer
+    ]

@@ -54,14 +54,25 @@ class Simulated:
         busy = 1 / (1 + self.narrow / 2 / width(depth)) / (1 + self.full_rows * 256 / (rows * width(depth)) / 2)
         rate = self.peak * self.mfu * busy / flops
         memory = 0.3 * GIB + 20 * num_params(depth) + self.a_row * rows * MAX_SEQ_LEN * width(depth) * depth * 45
-        trial = dict(depth=depth, rows=rows, total_batch_size=rows * MAX_SEQ_LEN, window_pattern=self.pattern,
-                     precision="bfloat16", free_memory=int(self.free))
+        trial = dict(
+            depth=depth,
+            rows=rows,
+            total_batch_size=rows * MAX_SEQ_LEN,
+            window_pattern=self.pattern,
+            precision="bfloat16",
+            free_memory=int(self.free),
+        )
         if memory > self.free:
             if not self.spills:
                 return Trial(**trial, failed="out of memory")
             rate, memory = rate / 10, 0.7 * self.free  # what it says it takes, and does not have
-        return Trial(**trial, tokens_per_second=dict(median=rate, low=rate, high=rate, n=5), peak_memory=int(memory),
-                     flops_per_token=flops, num_params=num_params(depth))
+        return Trial(
+            **trial,
+            tokens_per_second=dict(median=rate, low=rate, high=rate, n=5),
+            peak_memory=int(memory),
+            flops_per_token=flops,
+            num_params=num_params(depth),
+        )
 
     def calibrate(self):
         """(settings, reasons, trials) as a full calibration of such a device would have them."""
@@ -71,8 +82,10 @@ class Simulated:
             trials.append(self.run(*wanted))
         window = 0.6 if "S" in self.pattern else 1.0
         one = {"forward": spread(1e-3), "rows": 8, "bytes": None}
-        attention = {"full": {"fused": one | {"both": spread(3e-3)}},
-                     "window": {"fused": one | {"both": spread(3e-3 * window)}, "other": "wrong: relative error 1"}}
+        attention = {
+            "full": {"fused": one | {"both": spread(3e-3)}},
+            "window": {"fused": one | {"both": spread(3e-3 * window)}, "other": "wrong: relative error 1"},
+        }
         measured = {"attention": attention, "chosen": {"full": "fused", "window": "fused"}, "trials": trials}
         return *rule.scale(measured), trials
 

@@ -19,28 +19,38 @@ from calibration import identity
 GIB = 2**30
 
 
-@pytest.mark.parametrize("name, memory, tag", [
-    ("Apple M4", 16 * GIB, "apple-m4-16gb"),
-    ("Apple M4", 24 * GIB, "apple-m4-24gb"),
-    ("Apple M3 Max", 128 * GIB, "apple-m3-max-128gb"),
-    ("NVIDIA GeForce RTX 3090", 24576 * 2**20, "nvidia-rtx-3090-24gb"),
-    ("NVIDIA GeForce RTX 4070 Laptop GPU", 8188 * 2**20, "nvidia-rtx-4070-laptop-gpu-8gb"),
-    ("NVIDIA H200", 143771 * 2**20, "nvidia-h200-141gb"),
-    ("NVIDIA H100 80GB HBM3", 81559 * 2**20, "nvidia-h100-hbm3-80gb"),
-    ("NVIDIA A100-SXM4-40GB", 40960 * 2**20, "nvidia-a100-sxm4-40gb"),
-    ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", 8 * GIB, "nvidia-jetson-orin-nano-super-8gb"),
-    ("AMD Radeon RX 7900 XTX", 24 * GIB, "amd-radeon-rx-7900-xtx-24gb"),
-])
+@pytest.mark.parametrize(
+    "name, memory, tag",
+    [
+        ("Apple M4", 16 * GIB, "apple-m4-16gb"),
+        ("Apple M4", 24 * GIB, "apple-m4-24gb"),
+        ("Apple M3 Max", 128 * GIB, "apple-m3-max-128gb"),
+        ("NVIDIA GeForce RTX 3090", 24576 * 2**20, "nvidia-rtx-3090-24gb"),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", 8188 * 2**20, "nvidia-rtx-4070-laptop-gpu-8gb"),
+        ("NVIDIA H200", 143771 * 2**20, "nvidia-h200-141gb"),
+        ("NVIDIA H100 80GB HBM3", 81559 * 2**20, "nvidia-h100-hbm3-80gb"),
+        ("NVIDIA A100-SXM4-40GB", 40960 * 2**20, "nvidia-a100-sxm4-40gb"),
+        (
+            "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
+            8 * GIB,
+            "nvidia-jetson-orin-nano-super-8gb",
+        ),
+        ("AMD Radeon RX 7900 XTX", 24 * GIB, "amd-radeon-rx-7900-xtx-24gb"),
+    ],
+)
 def test_tags(name, memory, tag):
     assert machine.slug(name, memory) == tag
 
 
-@pytest.mark.parametrize("name, cores, tag", [
-    ("AMD EPYC", 2, "cpu-amd-epyc-2c-24gb"),
-    ("AMD EPYC 7763 64-Core Processor", 128, "cpu-amd-epyc-7763-128c-24gb"),
-    ("11th Gen Intel(R) Core(TM) i7-1165G7 @ 2.80GHz", 8, "cpu-11th-gen-intel-core-i7-1165g7-8c-24gb"),
-    ("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", 28, "cpu-intel-xeon-e5-2680-v4-28c-24gb"),
-])
+@pytest.mark.parametrize(
+    "name, cores, tag",
+    [
+        ("AMD EPYC", 2, "cpu-amd-epyc-2c-24gb"),
+        ("AMD EPYC 7763 64-Core Processor", 128, "cpu-amd-epyc-7763-128c-24gb"),
+        ("11th Gen Intel(R) Core(TM) i7-1165G7 @ 2.80GHz", 8, "cpu-11th-gen-intel-core-i7-1165g7-8c-24gb"),
+        ("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", 28, "cpu-intel-xeon-e5-2680-v4-28c-24gb"),
+    ],
+)
 def test_tags_of_processors(monkeypatch, name, cores, tag):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert machine.slug(name, 24 * GIB, cpu=True) == tag
@@ -125,11 +135,14 @@ class Nvml:
             if name in self.broken:
                 raise RuntimeError("Not Supported")
             return {
-                "nvmlSystemGetDriverVersion": b"580.159.04", "nvmlDeviceGetCurrentClocksThrottleReasons": self.reasons,
-                "nvmlDeviceGetPowerManagementLimit": 700_000, "nvmlDeviceGetTemperature": 41,
+                "nvmlSystemGetDriverVersion": b"580.159.04",
+                "nvmlDeviceGetCurrentClocksThrottleReasons": self.reasons,
+                "nvmlDeviceGetPowerManagementLimit": 700_000,
+                "nvmlDeviceGetTemperature": 41,
                 "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=pid) for pid in self.running],
                 "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=143771 * 2**20),
             }.get(name, "handle")
+
         return answer
 
 
@@ -199,8 +212,9 @@ def test_amd_has_its_drivers_version(monkeypatch, tmp_path):
     assert identity.describe(hardware("cuda", cuda="hip 6.2"))["driver"] == "amdgpu 6.8.5"
 
 
-@pytest.mark.parametrize("therm, throttled", [("CPU_Speed_Limit \t= 70\n", "speed limited to 70 %"),
-                                              ("CPU_Speed_Limit = 100", False)])
+@pytest.mark.parametrize(
+    "therm, throttled", [("CPU_Speed_Limit \t= 70\n", "speed limited to 70 %"), ("CPU_Speed_Limit = 100", False)]
+)
 def test_a_macs_speed_limit(monkeypatch, therm, throttled):
     answers = {"pmset": therm, "system_profiler": '{"SPDisplaysDataType": [{"sppci_cores": "10"}]}'}
     monkeypatch.setattr(machine, "asked", lambda command, *_: answers[command])
@@ -213,9 +227,15 @@ def test_a_mac_that_tells_nothing(monkeypatch):
     assert len(identity.of_device(hardware("metal"))["unknown"]) == 2
 
 
-@pytest.mark.parametrize("limit, governor, preference, throttled", [
-    ("3000", "performance", False, False), ("1500", "performance", False, "limited to 50% of its frequency"),
-    ("3000", "powersave", False, "governor powersave"), ("3000", "powersave", True, False)])
+@pytest.mark.parametrize(
+    "limit, governor, preference, throttled",
+    [
+        ("3000", "performance", False, False),
+        ("1500", "performance", False, "limited to 50% of its frequency"),
+        ("3000", "powersave", False, "governor powersave"),
+        ("3000", "powersave", True, False),
+    ],
+)
 def test_a_slowed_processor(monkeypatch, tmp_path, limit, governor, preference, throttled):
     monkeypatch.setattr(identity, "CPUFREQ", tmp_path)
     for name, text in (("scaling_max_freq", limit), ("cpuinfo_max_freq", "3000"), ("scaling_governor", governor)):
@@ -225,9 +245,15 @@ def test_a_slowed_processor(monkeypatch, tmp_path, limit, governor, preference, 
     assert identity.of_device(hardware("cpu"))["throttled"] == throttled
 
 
-@pytest.mark.parametrize("battery, source", [(None, "mains"), (SimpleNamespace(power_plugged=True), "mains"),
-                                             (SimpleNamespace(power_plugged=False), "battery"),
-                                             (SimpleNamespace(power_plugged=None), None)])
+@pytest.mark.parametrize(
+    "battery, source",
+    [
+        (None, "mains"),
+        (SimpleNamespace(power_plugged=True), "mains"),
+        (SimpleNamespace(power_plugged=False), "battery"),
+        (SimpleNamespace(power_plugged=None), None),
+    ],
+)
 def test_power(monkeypatch, battery, source):
     monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
     assert identity.power_source() == source

@@ -30,6 +30,7 @@ class Bench(bench.Bench):
     def _work(self, seconds):
         def work(calls):
             Bench.now += calls * seconds
+
         return work
 
     def product_error(self, precision):
@@ -90,7 +91,8 @@ def test_a_calibration_writes_a_sound_profile(device):
     assert found["bandwidth"]["median"] == pytest.approx(1e11, rel=1e-3)
     assert found["attention"]["window"]["sdpa_causal"] == "wrong: relative error 5.0e-01"
     assert found["attention"]["full"]["flex"]["forward"]["median"] * 3 == pytest.approx(
-        found["attention"]["full"]["flex"]["both"]["median"], rel=1e-3)
+        found["attention"]["full"]["flex"]["both"]["median"], rel=1e-3
+    )
     assert found["model_products"][0]["rate"]["median"] == pytest.approx(1e12, rel=1e-3)
     assert [(trial["depth"], trial["rows"]) for trial in found["trials"]] == device.tried
     assert any("train.py at depth" in text for text, _ in said) and all(left > 0 for _, left in said)
@@ -129,8 +131,13 @@ def fa3(monkeypatch):
     monkeypatch.setattr(Bench, "attentions", ("fa3", "sdpa_causal"))
     monkeypatch.setattr(Bench, "attention_provider", "kernels a/b@0123")
     monkeypatch.setattr(Bench, "attention_error", lambda *_: 1e-6)
-    monkeypatch.setattr(Bench, "attention", lambda self, name, window, rows, backward: work(
-        self, name, window, rows * (1 if name == "fa3" else 3), backward))
+    monkeypatch.setattr(
+        Bench,
+        "attention",
+        lambda self, name, window, rows, backward: work(
+            self, name, window, rows * (1 if name == "fa3" else 3), backward
+        ),
+    )
 
 
 def test_the_provider_of_attention_is_part_of_the_profile(device, fa3, monkeypatch):
@@ -225,8 +232,11 @@ def test_a_trials_spread_is_at_least_the_drift_of_the_products():
     def found(high):
         rates = {"bfloat16": {"median": 10.0, "low": 8.0, "high": high, "n": 9}}
         trial = {"tokens_per_second": {"median": 100.0, "low": 90.0, "high": 130.0, "n": 5}}
-        return {"settings": {"precision": "bfloat16"}, "products": {"rates": rates},
-                "trials": [trial, {"failed": "no"}]}
+        return {
+            "settings": {"precision": "bfloat16"},
+            "products": {"rates": rates},
+            "trials": [trial, {"failed": "no"}],
+        }
 
     trial, failed = measure.drifting(found(12.0))
     assert trial["tokens_per_second"] == {"median": 100.0, "low": 83.333, "high": 130.0, "n": 5}
@@ -240,8 +250,12 @@ def test_rounds_of_a_measurement_become_one():
 
     first = {"a": one(2.0, 1.0, 3.0, 3), "b": ["text", one(1.0, 1.0, 1.0, 1)], "c": 5}
     later = {"a": one(4.0, 3.5, 5.0, 1), "b": ["text", one(2.0, 2.0, 2.0, 1)], "d": one(1.0, 1.0, 1.0, 1)}
-    assert measure.merged(first, later) == {"a": one(2.5, 1.0, 5.0, 4), "b": ["text", one(1.5, 1.0, 2.0, 2)], "c": 5,
-                                            "d": one(1.0, 1.0, 1.0, 1)}
+    assert measure.merged(first, later) == {
+        "a": one(2.5, 1.0, 5.0, 4),
+        "b": ["text", one(1.5, 1.0, 2.0, 2)],
+        "c": 5,
+        "d": one(1.0, 1.0, 1.0, 1),
+    }
 
 
 def test_a_trial_that_hangs_is_given_up(real, monkeypatch):
@@ -260,9 +274,15 @@ def test_after_a_failure_it_starts_again(device):
     assert measure.Measurement(measure.FULL).run()["settings"]["depth"] >= 2
 
 
-@pytest.mark.parametrize("stderr, status, reason", [
-    ("torch.OutOfMemoryError: CUDA out of memory.", 1, "out of memory"), ("", -9, "killed by signal 9"),
-    ("Traceback\nValueError: no", 1, "ValueError: no"), ("", 3, "exit status 3")])
+@pytest.mark.parametrize(
+    "stderr, status, reason",
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory.", 1, "out of memory"),
+        ("", -9, "killed by signal 9"),
+        ("Traceback\nValueError: no", 1, "ValueError: no"),
+        ("", 3, "exit status 3"),
+    ],
+)
 def test_why_a_trial_failed(stderr, status, reason):
     assert measure.why(SimpleNamespace(stderr=stderr, returncode=status)).startswith(reason)
 
@@ -273,7 +293,10 @@ def test_a_trial_sees_no_settings_of_the_users(monkeypatch):
     monkeypatch.delenv("AUTORESEARCH_FA3_LIBRARY", raising=False)  # which it would keep
     found = measure.environment(AUTORESEARCH_PROFILE="p")
     assert {name for name in found if name.startswith("AUTORESEARCH_")} == {
-        "AUTORESEARCH_HOME", "AUTORESEARCH_DEVICE", "AUTORESEARCH_PROFILE"}
+        "AUTORESEARCH_HOME",
+        "AUTORESEARCH_DEVICE",
+        "AUTORESEARCH_PROFILE",
+    }
 
 
 # --- the command
@@ -283,9 +306,18 @@ def test_show(device, capsys):
     found = measure.Measurement(measure.FULL).run()
     assert command.main(["show"]) == 0
     text = capsys.readouterr().out
-    for part in ("nvidia-rtx-3090-24gb with sdpa", profile.tag(found), "matrix products", "bfloat16: 1 TFLOP/s ± 0%",
-                 "memory bandwidth: 100 GB/s", "* flex", "wrong: relative error", "train.py for a few seconds",
-                 f"depth: {found['settings']['depth']}", "because"):
+    for part in (
+        "nvidia-rtx-3090-24gb with sdpa",
+        profile.tag(found),
+        "matrix products",
+        "bfloat16: 1 TFLOP/s ± 0%",
+        "memory bandwidth: 100 GB/s",
+        "* flex",
+        "wrong: relative error",
+        "train.py for a few seconds",
+        f"depth: {found['settings']['depth']}",
+        "because",
+    ):
         assert part in text
     assert "STALE" not in text and "WARNING" not in text
     assert command.main(["show", "--json"]) == 0
@@ -344,8 +376,9 @@ ATTENTION = {"full": "sdpa_causal", "window": "sdpa_blocks"}
 def test_a_trial_runs_the_real_train_py(real):
     found = real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)
     assert found.get("failed") is None
-    trial = rule.Trial(1, 1, 4096, "L", "float32", **{name: value for name, value in found.items()
-                                                      if name != "matrices"})
+    trial = rule.Trial(
+        1, 1, 4096, "L", "float32", **{name: value for name, value in found.items() if name != "matrices"}
+    )
     assert trial.rate > 0 and trial.tokens_per_second["n"] >= 3 and trial.peak_memory > 2**27
     assert [8192, 128] in found["matrices"] and [512, 128] in found["matrices"]
     assert trial.num_params > 2e6 and trial.flops_per_token == 6 * (12 * 128**2 + 8192 * 128 + 32) + 12 * 128 * 2048
@@ -356,16 +389,33 @@ def test_a_trial_that_fails_says_why(real, monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "TRAIN", tmp_path / "train.py")
     monkeypatch.setenv("PYTHONPATH", str(measure.Path(measure.__file__).resolve().parents[1]))
     sub = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **k: sub(
-        [command[0], "-c", "import sys, runpy\nfrom pathlib import Path\nfrom calibration import trial\n"
-         f"trial.TRAIN = Path({str(tmp_path / 'train.py')!r})\ntrial.main(Path(sys.argv[1]), 1.0)", *command[3:]], **k))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **k: sub(
+            [
+                command[0],
+                "-c",
+                "import sys, runpy\nfrom pathlib import Path\nfrom calibration import trial\n"
+                f"trial.TRAIN = Path({str(tmp_path / 'train.py')!r})\ntrial.main(Path(sys.argv[1]), 1.0)",
+                *command[3:],
+            ],
+            **k,
+        ),
+    )
     found = real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)
     assert found["failed"] == "ValueError: an edit" and found["free_memory"] == 8 * GIB
 
 
 @pytest.mark.slow
 def test_a_quick_calibration_of_this_machine(isolated_home):
-    done = subprocess.run([sys.executable, "-m", "calibration", "--quick"], cwd=profile.TRAIN.parent, timeout=300,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "calibration", "--quick"],
+        cwd=profile.TRAIN.parent,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "defaults" in done.stdout and len(list((isolated_home / "profiles").glob("*.json"))) == 1

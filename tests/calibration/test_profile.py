@@ -13,23 +13,46 @@ from backends.interface import Hardware
 from calibration import profile, rule
 from tests.calibration.devices import RTX_3090, spread
 
-HARDWARE = Hardware("sdpa", "NVIDIA GeForce RTX 3090", "nvidia-rtx-3090-24gb", "cuda", 24 * 2**30,
-                    {"torch": "2.13.0", "cuda": "13.0", "python": "3.11.7"})
-SETTINGS = {"depth": 5, "device_batch_size": 8, "total_batch_size": 65536, "window_pattern": "SSSL",
-            "precision": "bfloat16", "attention": {"full": "sdpa_causal", "window": "flex"}}
+HARDWARE = Hardware(
+    "sdpa",
+    "NVIDIA GeForce RTX 3090",
+    "nvidia-rtx-3090-24gb",
+    "cuda",
+    24 * 2**30,
+    {"torch": "2.13.0", "cuda": "13.0", "python": "3.11.7"},
+)
+SETTINGS = {
+    "depth": 5,
+    "device_batch_size": 8,
+    "total_batch_size": 65536,
+    "window_pattern": "SSSL",
+    "precision": "bfloat16",
+    "attention": {"full": "sdpa_causal", "window": "flex"},
+}
 
 
 @pytest.fixture
 def good():
     """A profile's content, as a calibration writes it."""
     return {
-        "format": profile.FORMAT, "device": HARDWARE.slug, "backend": "sdpa", "versions": HARDWARE.versions,
-        "train": profile.baseline(), "effort": "full", "made": "2026-11-21T12:00:00Z", "seconds": 300.0,
-        "machine": {"os": "Linux", "unknown": []}, "settings": copy.deepcopy(SETTINGS), "reasons": ["measured"],
+        "format": profile.FORMAT,
+        "device": HARDWARE.slug,
+        "backend": "sdpa",
+        "versions": HARDWARE.versions,
+        "train": profile.baseline(),
+        "effort": "full",
+        "made": "2026-11-21T12:00:00Z",
+        "seconds": 300.0,
+        "machine": {"os": "Linux", "unknown": []},
+        "settings": copy.deepcopy(SETTINGS),
+        "reasons": ["measured"],
         "products": {"square": 8192, "rates": {"bfloat16": spread(6e13), "float16": "wrong: relative error 1"}},
-        "bandwidth": spread(9e11), "model_products": [],
-        "attention": {"full": {"sdpa_causal": {"both": spread(2e-3)}},
-                      "window": {"flex": {"both": spread(1e-3)}, "varlen": "wrong"}},
+        "bandwidth": spread(9e11),
+        "model_products": [],
+        "attention": {
+            "full": {"sdpa_causal": {"both": spread(2e-3)}},
+            "window": {"flex": {"both": spread(1e-3)}, "varlen": "wrong"},
+        },
         "trials": [profile.as_json(RTX_3090.run(5, 8))],
     }
 
@@ -106,35 +129,39 @@ def change(where, value):
             del content[last]
         else:
             content[last] = value
+
     return changed
 
 
-@pytest.mark.parametrize("damage, complaint", [
-    (change("settings.depth", 0), "positive whole numbers"),
-    (change("settings.depth", 2.5), "positive whole numbers"),
-    (change("settings.device_batch_size", 7), "not a multiple of 7 rows"),
-    (change("settings.total_batch_size", 1000), "not a multiple"),
-    (change("settings.window_pattern", "SSX"), "window_pattern is 'SSX'"),
-    (change("settings.precision", "float8"), "precision is 'float8'"),
-    (change("settings.precision", "float16"), "no rate of products in float16"),
-    (change("settings.attention", {"full": "flex"}), "attention"),
-    (change("settings.attention", None), "attention|NoneType"),
-    (change("settings.colour", "red"), "colour"),
-    (change("settings", KeyError), "settings"),
-    (change("products.rates.bfloat16", spread(-1.0)), "products.rates.bfloat16 is"),
-    (change("products.rates.bfloat16.median", float("nan")), "products.rates.bfloat16 is"),
-    (change("bandwidth.median", 1e99), "bandwidth is"),
-    (change("trials.0.tokens_per_second.low", 0), "trials.0.tokens_per_second is"),
-    (change("trials.0.spare", 1), "spare"),
-    (change("products.square", 0), "no rate of products"),
-    (change("device", ""), "device is ''"),
-    (change("versions", KeyError), "versions"),
-    (change("train", None), "train is None"),
-    (change("settings.attention.window", "varlen"), "attention varlen is chosen, and was wrong"),
-    (change("settings.attention.window", "unheard"), "unheard"),
-    (change("trials.0.flops_per_token", 0), "a trial at depth 5"),
-    (change("trials", KeyError), "trials"),
-])
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (change("settings.depth", 0), "positive whole numbers"),
+        (change("settings.depth", 2.5), "positive whole numbers"),
+        (change("settings.device_batch_size", 7), "not a multiple of 7 rows"),
+        (change("settings.total_batch_size", 1000), "not a multiple"),
+        (change("settings.window_pattern", "SSX"), "window_pattern is 'SSX'"),
+        (change("settings.precision", "float8"), "precision is 'float8'"),
+        (change("settings.precision", "float16"), "no rate of products in float16"),
+        (change("settings.attention", {"full": "flex"}), "attention"),
+        (change("settings.attention", None), "attention|NoneType"),
+        (change("settings.colour", "red"), "colour"),
+        (change("settings", KeyError), "settings"),
+        (change("products.rates.bfloat16", spread(-1.0)), "products.rates.bfloat16 is"),
+        (change("products.rates.bfloat16.median", float("nan")), "products.rates.bfloat16 is"),
+        (change("bandwidth.median", 1e99), "bandwidth is"),
+        (change("trials.0.tokens_per_second.low", 0), "trials.0.tokens_per_second is"),
+        (change("trials.0.spare", 1), "spare"),
+        (change("products.square", 0), "no rate of products"),
+        (change("device", ""), "device is ''"),
+        (change("versions", KeyError), "versions"),
+        (change("train", None), "train is None"),
+        (change("settings.attention.window", "varlen"), "attention varlen is chosen, and was wrong"),
+        (change("settings.attention.window", "unheard"), "unheard"),
+        (change("trials.0.flops_per_token", 0), "a trial at depth 5"),
+        (change("trials", KeyError), "trials"),
+    ],
+)
 def test_impossible_values(here, good, damage, complaint):
     damage(good)
     write(here, good)
@@ -170,11 +197,13 @@ def test_the_tag_is_of_the_content(good):
     assert profile.tag(good) != profile.tag({**good, "seconds": 301.0})
 
 
-@pytest.mark.parametrize("path", sorted((profile.TRAIN.parent / "calibration" / "profiles").glob("*.json")),
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((profile.TRAIN.parent / "calibration" / "profiles").glob("*.json")), ids=lambda path: path.stem
+)
 def test_reference_profiles_are_sound(path):
     found = profile.read(path)
     assert path.stem == f"{found['device']}-{found['backend']}"
-    settings, _ = rule.scale({"attention": found["attention"], "chosen": found["settings"]["attention"],
-                              "trials": profile.trials(found)})
+    settings, _ = rule.scale(
+        {"attention": found["attention"], "chosen": found["settings"]["attention"], "trials": profile.trials(found)}
+    )
     assert settings == profile.settings(found)  # what today's rule makes of those measurements

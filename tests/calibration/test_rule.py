@@ -44,8 +44,9 @@ def test_defaults_are_ordered_by_compute(calibrated):
     assert order[0].depth < order[3].depth < order[4].depth
 
 
-@pytest.mark.parametrize("name, depths", [("m4", (2, 3, 4)), ("3090", (4, 5, 6)), ("h100", (8, 9, 10)), ("cpu", (2,)),
-                                          ("jetson", (2, 3, 4))])
+@pytest.mark.parametrize(
+    "name, depths", [("m4", (2, 3, 4)), ("3090", (4, 5, 6)), ("h100", (8, 9, 10)), ("cpu", (2,)), ("jetson", (2, 3, 4))]
+)
 def test_defaults_are_near_what_people_ended_at(calibrated, name, depths):
     assert calibrated[name][0].depth in depths
 
@@ -66,9 +67,16 @@ def test_no_other_depth_is_nearer_to_the_ratio(calibrated, name):
 def test_the_reasons_give_the_numbers(calibrated):
     settings, reasons, _ = calibrated["3090"]
     text = "\n".join(reasons)
-    for part in (f"depth {settings.depth}: ", "M tokens in 300 s", f"total batch {settings.total_batch_size}",
-                 "steps", f"device batch {settings.device_batch_size}", "GB that were free", "window SSSL",
-                 "precision bfloat16"):
+    for part in (
+        f"depth {settings.depth}: ",
+        "M tokens in 300 s",
+        f"total batch {settings.total_batch_size}",
+        "steps",
+        f"device batch {settings.device_batch_size}",
+        "GB that were free",
+        "window SSSL",
+        "precision bfloat16",
+    ):
         assert part in text
 
 
@@ -108,8 +116,11 @@ def test_a_device_too_small_for_the_first_try_gets_a_smaller_default():
 
 
 def test_a_device_on_which_nothing_runs_says_what_to_do():
-    with pytest.raises(ValueError, match=r"not even depth 1 with 1 rows of 2048 tokens runs on this device: out of "
-                                         r"memory\. Close what else uses its memory"):
+    with pytest.raises(
+        ValueError,
+        match=r"not even depth 1 with 1 rows of 2048 tokens runs on this device: out of "
+        r"memory\. Close what else uses its memory",
+    ):
         dataclasses.replace(M4, free=0.1 * GIB).calibrate()
 
 
@@ -118,14 +129,21 @@ def test_a_batch_over_80_per_cent_of_the_free_memory_does_not_fit():
     assert rule.fitting([trial]) == [trial]
     assert not rule.fitting([dataclasses.replace(trial, free_memory=int(trial.peak_memory * 1.2))])
     with pytest.raises(ValueError, match="needs .* GB of the .* GB that are free, more than 80%"):
-        rule.scale({"attention": {}, "chosen": {},
-                    "trials": [dataclasses.replace(trial, free_memory=int(trial.peak_memory * 1.2))]})
+        rule.scale(
+            {
+                "attention": {},
+                "chosen": {},
+                "trials": [dataclasses.replace(trial, free_memory=int(trial.peak_memory * 1.2))],
+            }
+        )
 
 
 def test_the_next_batch_is_tried_only_if_it_should_fit():
     trials = [M4.run(2, 4), M4.run(2, 8)]
-    room = [dataclasses.replace(trial, free_memory=int(rule.predicted_peak(trials, 16) / 0.8) + slack)
-            for trial, slack in zip(trials, (10, 10))]
+    room = [
+        dataclasses.replace(trial, free_memory=int(rule.predicted_peak(trials, 16) / 0.8) + slack)
+        for trial, slack in zip(trials, (10, 10))
+    ]
     assert rule.predicted_peak(trials, 16) == pytest.approx(M4.run(2, 16).peak_memory, rel=0.01)
     faster = [room[0], dataclasses.replace(room[1], tokens_per_second=spread(2 * room[0].rate))]
     assert rule._more_rows(faster) == (2, 16)

@@ -50,9 +50,16 @@ def request_for(session, tmp_path, isolated_home):
             source, found = re.subn(pattern, lambda _: text, source)
             assert found, f"{pattern} is not in fake_train.py"
         (folder / "train.py").write_text(source)
-        facts = {"judge": session / "judge", "folder": folder, "seed": 1, "budget": BUDGET, "timeout": 30.0,
-                 "run_id": f"fake-1gb/night/{number}", "protected": [tree, session],
-                 "settings": {"AUTORESEARCH_HOME": str(isolated_home)}}
+        facts = {
+            "judge": session / "judge",
+            "folder": folder,
+            "seed": 1,
+            "budget": BUDGET,
+            "timeout": 30.0,
+            "run_id": f"fake-1gb/night/{number}",
+            "protected": [tree, session],
+            "settings": {"AUTORESEARCH_HOME": str(isolated_home)},
+        }
         return runner.Request(**facts | changes)
 
     return make

@@ -33,24 +33,56 @@ def patch_of(before, after, folder):
 def session_in(home, tmp_path):
     """(the folder of a session with two kept changes and a crash, what was kept)."""
     folder = home / "sessions" / DEVICE / TAG
-    facts = {"format": 1, "tag": TAG, "device": DEVICE, "backend": "sdpa", "tree": str(tmp_path / "my project"),
-             "before": "main", "commit": "c" * 40, "budget": 300.0, "baseline_runs": 2, "dataset": "stdlib",
-             "eval": "e" * 12, "data": "d" * 12, "profile": "p" * 12, "versions": {"torch": "2.13.0+cpu"},
-             "settings": {"AUTORESEARCH_HOME": str(home)}, "sandbox": "bwrap", "memory_ceiling": 10**10,
-             "python": "3.11.7", "made": "2026-11-21T00:00:00Z", "judge": {"prepare.py": "0" * 64}}
+    facts = {
+        "format": 1,
+        "tag": TAG,
+        "device": DEVICE,
+        "backend": "sdpa",
+        "tree": str(tmp_path / "my project"),
+        "before": "main",
+        "commit": "c" * 40,
+        "budget": 300.0,
+        "baseline_runs": 2,
+        "dataset": "stdlib",
+        "eval": "e" * 12,
+        "data": "d" * 12,
+        "profile": "p" * 12,
+        "versions": {"torch": "2.13.0+cpu"},
+        "settings": {"AUTORESEARCH_HOME": str(home)},
+        "sandbox": "bwrap",
+        "memory_ceiling": 10**10,
+        "python": "3.11.7",
+        "made": "2026-11-21T00:00:00Z",
+        "judge": {"prepare.py": "0" * 64},
+    }
     prepare.write_json(folder / "session.json", facts)
     (folder / "judge").mkdir()
     (folder / "judge" / "train.py").write_text(FIRST)
     profile = ROOT / "calibration" / "profiles" / f"{DEVICE}-sdpa.json"
     (folder / "profile.json").write_bytes(profile.read_bytes())
     told = {"device": DEVICE, "backend": "sdpa", "eval": "e" * 12}
-    rows = [ledger.row_of({"val_bpb": 1.5 - run / 100}, run=run, seed=run, commit=commit, status=status,
-                          description=text, reason=reason, **told)
-            for run, (commit, status, text, reason) in enumerate([
-                ("ccccccc", "keep", "baseline", "baseline, 2 seeds"), ("ccccccc", "keep", "baseline", ""),
+    rows = [
+        ledger.row_of(
+            {"val_bpb": 1.5 - run / 100},
+            run=run,
+            seed=run,
+            commit=commit,
+            status=status,
+            description=text,
+            reason=reason,
+            **told,
+        )
+        for run, (commit, status, text, reason) in enumerate(
+            [
+                ("ccccccc", "keep", "baseline", "baseline, 2 seeds"),
+                ("ccccccc", "keep", "baseline", ""),
                 ("aaaa111", "keep", "LR times | three", f"better, see {folder}/runs/0002/run.log"),
                 ("bbbb222", "crash", "depth\t12", 'File "/home/jane/x.py", /usr/lib/python3/zip.py: no memory'),
-                ("dddd333", "keep", "END is 1 <b>[x](http://y)</b>", "simpler")], 1)]
+                ("dddd333", "keep", "END is 1 <b>[x](http://y)</b>", "simpler"),
+            ],
+            1,
+        )
+    ]
     rows[3]["val_bpb"] = None
     ledger.append(folder / "results.tsv", rows)
     for run in (1, 3):
@@ -58,8 +90,10 @@ def session_in(home, tmp_path):
         (folder / "runs" / f"{run:04d}").mkdir(parents=True)
         np.savez(folder / "runs" / f"{run:04d}" / "rows.npz", **losses)
         (folder / "runs" / f"{run:04d}" / "run.log").write_text("secret")
-    kept = [exchange.Kept(1, "aaaa111", "ccccccc", patch_of(FIRST, SECOND, tmp_path), "LR times | three"),
-            exchange.Kept(3, "dddd333", "aaaa111", patch_of(SECOND, THIRD, tmp_path), "END is 1 <b>[x](http://y)</b>")]
+    kept = [
+        exchange.Kept(1, "aaaa111", "ccccccc", patch_of(FIRST, SECOND, tmp_path), "LR times | three"),
+        exchange.Kept(3, "dddd333", "aaaa111", patch_of(SECOND, THIRD, tmp_path), "END is 1 <b>[x](http://y)</b>"),
+    ]
     return folder, kept
 
 
@@ -77,8 +111,9 @@ def tampered(export, sealed=True, **changes):
             (export / name).write_bytes(data)
     if sealed:
         files = {name: data for name, data in contents(export).items() if name != "MANIFEST.json"}
-        manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                    for name, data in files.items()}
+        manifest = {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        }
         prepare.write_json(export / "MANIFEST.json", {"format": bundle.FORMAT, "files": manifest})
     return export
 

@@ -24,8 +24,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEVICE, TAG = "fake-1gb", "night"
 TRAIN = b"LOSS = 1.0\nNOISE = 0.001\nFAILS = None\nLEAK = 0.0\n"
-PROFILE = {"settings": {"precision": "float32"}, "products": {"rates": {"float32": {
-    "median": 100.0, "low": 95.0, "high": 105.0, "n": 9}}}}
+PROFILE = {
+    "settings": {"precision": "float32"},
+    "products": {"rates": {"float32": {"median": 100.0, "low": 95.0, "high": 105.0, "n": 9}}},
+}
 
 
 def git(path: Path, *arguments: str) -> str:
@@ -61,17 +63,45 @@ def make(path: Path, train: bytes = TRAIN, baseline_runs: int = 3, project: bool
     folder = prepare.home() / "sessions" / name
     pin(tree, folder, commit)
     prepare.write_json(folder / "profile.json", PROFILE)
-    prepare.write_json(folder / "session.json", {
-        "format": FORMAT, "tag": TAG, "device": DEVICE, "backend": "fake", "tree": str(tree.path), "commit": commit,
-        "budget": 300.0, "baseline_runs": baseline_runs, "dataset": "tiny", "eval": "e" * 12, "data": "d" * 12,
-        "profile": "p" * 12, "versions": {}, "settings": {}, "sandbox": None, "memory_ceiling": None,
-        "unified": True, "gpu": "", "executable": sys.executable,
-        "judge": fingerprints(folder / "judge"), **facts})
+    prepare.write_json(
+        folder / "session.json",
+        {
+            "format": FORMAT,
+            "tag": TAG,
+            "device": DEVICE,
+            "backend": "fake",
+            "tree": str(tree.path),
+            "commit": commit,
+            "budget": 300.0,
+            "baseline_runs": baseline_runs,
+            "dataset": "tiny",
+            "eval": "e" * 12,
+            "data": "d" * 12,
+            "profile": "p" * 12,
+            "versions": {},
+            "settings": {},
+            "sandbox": None,
+            "memory_ceiling": None,
+            "unified": True,
+            "gpu": "",
+            "executable": sys.executable,
+            "judge": fingerprints(folder / "judge"),
+            **facts,
+        },
+    )
     tree.move(f"refs/heads/{PREFIX}{name}", commit)
     tree.git("symbolic-ref", "HEAD", f"refs/heads/{PREFIX}{name}")
     Journal(folder / "journal.jsonl").append(
-        "experiment", number=0, kind="baseline", blob=tree.blob_of(commit), parent=None, commit=commit,
-        description="baseline", begun=time.time(), **vars(source.describe(train)))
+        "experiment",
+        number=0,
+        kind="baseline",
+        blob=tree.blob_of(commit),
+        parent=None,
+        commit=commit,
+        description="baseline",
+        begun=time.time(),
+        **vars(source.describe(train)),
+    )
     return Session(folder)
 
 
@@ -97,17 +127,37 @@ class Runner:
         if facts.get("DAMAGES"):
             (request.judge / "prepare.py").write_text("BUDGET = 3000\n")
         if facts.get("FAILS"):
-            return SimpleNamespace(status=facts["FAILS"], reason=f"it {facts['FAILS']}ed", result=None, seconds=1.0,
-                                   traceback="Traceback: boom" if facts["FAILS"] == "crash" else "")
+            return SimpleNamespace(
+                status=facts["FAILS"],
+                reason=f"it {facts['FAILS']}ed",
+                result=None,
+                seconds=1.0,
+                traceback="Traceback: boom" if facts["FAILS"] == "crash" else "",
+            )
         bpb = self._bpb(made, facts, request.seed)
         (request.folder / "result.safetensors").write_text(repr(bpb))
-        result = {"val_bpb": bpb - facts.get("LIES", 0), "training_seconds": request.budget, "total_tokens_M": 280.0,
-                  "tokens_per_second": 1000.0, "tokens_per_second_last_quarter": 1000.0 * facts.get("ENDS", 1),
-                  "speed": facts.get("SPEED", 1.0), "peak_vram_mb": 1024.0, "num_steps": 10, "num_params_M": 1.0,
-                  "initial_weights": str(facts.get("FIXED", request.seed)), "eval": facts.get("EVAL", "e" * 12),
-                  "data": "d" * 12, "profile": "p" * 12, "device": DEVICE, "backend": "fake", "depth": 2,
-                  "val_rows": 8, "mfu_percent": 40.0, "attention_provider": facts.get("ATTENTION"),
-                  "total_seconds": request.budget + 20}
+        result = {
+            "val_bpb": bpb - facts.get("LIES", 0),
+            "training_seconds": request.budget,
+            "total_tokens_M": 280.0,
+            "tokens_per_second": 1000.0,
+            "tokens_per_second_last_quarter": 1000.0 * facts.get("ENDS", 1),
+            "speed": facts.get("SPEED", 1.0),
+            "peak_vram_mb": 1024.0,
+            "num_steps": 10,
+            "num_params_M": 1.0,
+            "initial_weights": str(facts.get("FIXED", request.seed)),
+            "eval": facts.get("EVAL", "e" * 12),
+            "data": "d" * 12,
+            "profile": "p" * 12,
+            "device": DEVICE,
+            "backend": "fake",
+            "depth": 2,
+            "val_rows": 8,
+            "mfu_percent": 40.0,
+            "attention_provider": facts.get("ATTENTION"),
+            "total_seconds": request.budget + 20,
+        }
         return SimpleNamespace(status="ok", reason="", result=result, seconds=request.budget + 20, traceback="")
 
     def score(self, request, weights):
@@ -119,8 +169,13 @@ class Runner:
             raise LabError(f"there are no weights: {error}") from error
         rng = np.random.default_rng(0)
         nats = rng.normal(1000, 10, 64)
-        np.savez(request.folder / "rows.npz", val_nats=nats * bpb, val_bytes=np.full(64, 1000.0),
-                 held_nats=nats * (bpb + facts["LEAK"]), held_bytes=np.full(64, 1000.0))
+        np.savez(
+            request.folder / "rows.npz",
+            val_nats=nats * bpb,
+            val_bytes=np.full(64, 1000.0),
+            held_nats=nats * (bpb + facts["LEAK"]),
+            held_bytes=np.full(64, 1000.0),
+        )
         return SimpleNamespace(val_bpb=bpb, held_out_bpb=bpb + 0.01 + facts["LEAK"])
 
     def end(self, run_id):
@@ -141,5 +196,12 @@ class Runner:
 
 def available() -> list:
     """The sandboxes that work here, as parameters; the others are skipped."""
-    return [pytest.param(name, marks=() if shutil.which(name) and sandbox.works(name) else
-                         pytest.mark.skip(reason=f"{name} does not work here")) for name in sandbox.NAMES]
+    return [
+        pytest.param(
+            name,
+            marks=()
+            if shutil.which(name) and sandbox.works(name)
+            else pytest.mark.skip(reason=f"{name} does not work here"),
+        )
+        for name in sandbox.NAMES
+    ]

@@ -60,8 +60,12 @@ def test_what_a_run_prints_is_cleaned_and_fenced(session, runner, monkeypatch):
 
     monkeypatch.setattr("lab.runner.run", hostile)
     found = attempt(session, edited(FAILS="crash"), message="tried " + HOSTILE)
-    for text in (show.block(session, found), json.dumps(show.facts(session, found), ensure_ascii=False),
-                 show.table(session, [found]), show.status(session)):
+    for text in (
+        show.block(session, found),
+        json.dumps(show.facts(session, found), ensure_ascii=False),
+        show.table(session, [found]),
+        show.status(session),
+    ):
         assert not {"\x1b", "\x07", "\u202e"} & set(text)
     assert "not to be trusted" in show.block(session, found)
     assert "\n" not in show.table(session, [found]).splitlines()[-1]
@@ -128,8 +132,10 @@ def test_near_misses_go_together_where_they_do_not_conflict(session, monkeypatch
     content = b"A = 1\n" + far + b"B = 1\n" + far + b"C = 1\n" + far + edited()
     best = attempt(session, content.replace(b"LOSS = 1.0", b"LOSS = 0.9"))
     base = session.tree.content(best.blob)
-    numbers = [attempt(session, base.replace(old, new).replace(b"LOSS = 0.9", b"LOSS = 0.95")).number for old, new in
-               ((b"A = 1", b"A = 2"), (b"B = 1", b"B = 2"), (b"A = 1", b"A = 3"), (b"C = 1", b"C = 2"))]
+    numbers = [
+        attempt(session, base.replace(old, new).replace(b"LOSS = 0.9", b"LOSS = 0.95")).number
+        for old, new in ((b"A = 1", b"A = 2"), (b"B = 1", b"B = 2"), (b"A = 1", b"A = 3"), (b"C = 1", b"C = 2"))
+    ]
     monkeypatch.setattr(near, "remembered", lambda session: numbers)
     monkeypatch.setattr(near.gate, "FEWEST_TOGETHER", 2)
     merged, members = near.together(session)
@@ -143,11 +149,21 @@ def test_near_misses_go_together_where_they_do_not_conflict(session, monkeypatch
 
 def test_near_misses_that_are_kept_are_in_the_tree(session, monkeypatch):
     far = b"".join(b"# %d\n" % i for i in range(8))
-    best = attempt(session, b"".join(b"GAIN%d = 0.0\n" % i + far for i in range(3)) + edited() + b"LOSS = 0.9\n"
-                   + far + b"LOSS -= GAIN0 + GAIN1 + GAIN2\n")
+    best = attempt(
+        session,
+        b"".join(b"GAIN%d = 0.0\n" % i + far for i in range(3))
+        + edited()
+        + b"LOSS = 0.9\n"
+        + far
+        + b"LOSS -= GAIN0 + GAIN1 + GAIN2\n",
+    )
     base = session.tree.content(best.blob)
-    numbers = [attempt(session, base.replace(b"GAIN%d = 0.0" % i, b"GAIN%d = 0.1" % i).replace(
-        b"LOSS = 0.9", b"LOSS = 1.9")).number for i in range(3)]
+    numbers = [
+        attempt(
+            session, base.replace(b"GAIN%d = 0.0" % i, b"GAIN%d = 0.1" % i).replace(b"LOSS = 0.9", b"LOSS = 1.9")
+        ).number
+        for i in range(3)
+    ]
     monkeypatch.setattr(near, "remembered", lambda session: numbers)
     # What stood in their way is in all of them, and merges: put it right in the file that is tried.
     monkeypatch.setattr(near, "together", lambda session: (base.replace(b" = 0.0\n# 0", b" = 0.1\n# 0"), numbers))
@@ -174,15 +190,32 @@ def test_near_misses_are_not_mixed_with_an_edit(session):
 
 
 def test_the_parser_knows_every_command():
-    for line in ("start x", "run -m y", "wait", "status --json", "log 3", "confirm --pairs 2 --times 4", "export x",
-                 "import x --device y", "replay x --stack --runs 3 --dry-run", "export --publish", "pause --after-run",
-                 "resume", "night --until 07:00 --proposer"):
+    for line in (
+        "start x",
+        "run -m y",
+        "wait",
+        "status --json",
+        "log 3",
+        "confirm --pairs 2 --times 4",
+        "export x",
+        "import x --device y",
+        "replay x --stack --runs 3 --dry-run",
+        "export --publish",
+        "pause --after-run",
+        "resume",
+        "night --until 07:00 --proposer",
+    ):
         name = parser().parse_args(line.split()).command
         assert hasattr(commands, f"do_{name}")
 
 
 def test_outside_a_session_the_command_says_how_to_begin(tmp_path):
     sessions.repository(tmp_path / "project")
-    done = subprocess.run([sys.executable, str(ROOT / "lab" / "__main__.py"), "status"], cwd=tmp_path / "project",
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "lab" / "__main__.py"), "status"],
+        cwd=tmp_path / "project",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and "lab start TAG" in done.stderr and "Traceback" not in done.stderr

@@ -23,6 +23,7 @@ def session(isolated_home, tmp_path):
 
 # --- There and back ---
 
+
 @pytest.mark.parametrize("ending", ["", ".tar.gz", ".tgz"])
 def test_a_session_arrives_as_it_was_exported(session, export, tmp_path, ending):
     sent = exchange.export_session(*session, tmp_path / f"sent{ending}")
@@ -39,7 +40,12 @@ def test_what_arrives_is_what_was_there(session, export):
     assert found.kept == session[1] and found.name == f"{DEVICE}/{TAG}"
     assert found.session["budget"] == 300 and found.session["versions"] == {"torch": "2.13.0+cpu"}
     assert [(r["run"], r["val_bpb"], r["status"]) for r in found.rows] == [
-        (1, 1.49, "keep"), (2, 1.48, "keep"), (3, 1.47, "keep"), (4, None, "crash"), (5, 1.45, "keep")]
+        (1, 1.49, "keep"),
+        (2, 1.48, "keep"),
+        (3, 1.47, "keep"),
+        (4, None, "crash"),
+        (5, 1.45, "keep"),
+    ]
     assert found.rows[3]["description"] == "depth\t12"
     assert sorted(found.losses) == [1, 3] and found.losses[3]["held_nats"].tolist() == [0, 3, 6, 9]
     assert found.profile["device"] == DEVICE and found.set_aside == ""
@@ -53,7 +59,9 @@ def test_the_patches_apply_in_order(export, tmp_path):
         subprocess.run(["git", "apply", patch], cwd=tree, check=True, env=os.environ | {"GIT_DIR": "/dev/null"})
     assert (tree / "train.py").read_text() == THIRD
     assert [p.name for p in sorted((export / "patches").iterdir())] == [
-        "0001-lr-times-three.patch", "0002-end-is-1-b-x-http-y-b.patch"]
+        "0001-lr-times-three.patch",
+        "0002-end-is-1-b-x-http-y-b.patch",
+    ]
 
 
 def test_patches_without_blanks_on_empty_lines_travel(session, tmp_path):
@@ -79,20 +87,36 @@ def test_an_archive_is_the_same_each_time(session, tmp_path, monkeypatch):
 
 def test_nothing_of_the_machine_goes_along(session, export, isolated_home, tmp_path):
     text = b"\n".join(data for name, data in contents(export).items() if not name.endswith(".npz")).decode()
-    for private in (str(isolated_home), str(tmp_path), str(Path.home()) + "/", "jane", "/usr/lib", "my project",
-                    "judge", "AUTORESEARCH_HOME", "secret"):
+    for private in (
+        str(isolated_home),
+        str(tmp_path),
+        str(Path.home()) + "/",
+        "jane",
+        "/usr/lib",
+        "my project",
+        "judge",
+        "AUTORESEARCH_HOME",
+        "secret",
+    ):
         assert private not in text, private
     reasons = [r["reason"] for r in exchange.read_bundle(export).rows]
     assert reasons[2:4] == ["better, see .../run.log", 'File ".../x.py", .../zip.py: no memory']
 
 
-@pytest.mark.parametrize("text, cut", [
-    ("/home/jane/x.py failed", ".../x.py failed"), ("C:\\Users\\jane\\x.py failed", ".../x.py failed"),
-    ("in /data/my files/lab/run.log.", "in .../run.log."), ("in /data/my files", "in ..."),
-    ("=/usr/include", "=.../include"),
-    ("and/or 1/2/4 a/b/c", "and/or 1/2/4 a/b/c"), ("https://example.org/a/b", "https://example.org/a/b"),
-    ("\\alpha\\beta lr/2 ~/x/y ../a/b", "\\alpha\\beta lr/2 ~/x/y ../a/b"), ("a /data/my files2", "a .../my files2"),
-])
+@pytest.mark.parametrize(
+    "text, cut",
+    [
+        ("/home/jane/x.py failed", ".../x.py failed"),
+        ("C:\\Users\\jane\\x.py failed", ".../x.py failed"),
+        ("in /data/my files/lab/run.log.", "in .../run.log."),
+        ("in /data/my files", "in ..."),
+        ("=/usr/include", "=.../include"),
+        ("and/or 1/2/4 a/b/c", "and/or 1/2/4 a/b/c"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("\\alpha\\beta lr/2 ~/x/y ../a/b", "\\alpha\\beta lr/2 ~/x/y ../a/b"),
+        ("a /data/my files2", "a .../my files2"),
+    ],
+)
 def test_paths_are_cut_down_to_names(text, cut):
     assert exchange._path_remover(Path("/data/my files"), None)({"a": [text, 1, None]}) == {"a": [cut, 1, None]}
 
@@ -138,12 +162,15 @@ def test_lines_that_were_set_aside_go_along(session, tmp_path):
     assert found.set_aside.endswith(r": torn\t1." + "\n")
 
 
-@pytest.mark.parametrize("damage, match", [
-    (lambda folder: (folder / "runs/0001/rows.npz").write_bytes(b"x"), "0001/rows.npz does not hold losses"),
-    (lambda folder: (folder / "profile.json").write_text("{}"), "profile.json is of format None"),
-    (lambda folder: (folder / "profile.json").write_text("{"), "can't be exported"),
-    (lambda folder: (folder / "results.tsv").unlink(), "there is no ledger"),
-])
+@pytest.mark.parametrize(
+    "damage, match",
+    [
+        (lambda folder: (folder / "runs/0001/rows.npz").write_bytes(b"x"), "0001/rows.npz does not hold losses"),
+        (lambda folder: (folder / "profile.json").write_text("{}"), "profile.json is of format None"),
+        (lambda folder: (folder / "profile.json").write_text("{"), "can't be exported"),
+        (lambda folder: (folder / "results.tsv").unlink(), "there is no ledger"),
+    ],
+)
 def test_a_damaged_session_is_not_exported(session, tmp_path, damage, match):
     damage(session[0])
     with pytest.raises(LabError, match=match):
@@ -170,8 +197,10 @@ def test_only_a_bare_ledger_takes_a_device(export, tmp_path):
 
 # --- Bare ledgers ---
 
-FIVE = ("commit\tval_bpb\tmemory_gb\tstatus\tdescription\nbaseline\t1.250000\t12.5\tkeep\tbaseline\n"
-        "aaaa111\t0.000000\t0.0\tcrash\tC:\\new | odd\n")
+FIVE = (
+    "commit\tval_bpb\tmemory_gb\tstatus\tdescription\nbaseline\t1.250000\t12.5\tkeep\tbaseline\n"
+    "aaaa111\t0.000000\t0.0\tcrash\tC:\\new | odd\n"
+)
 
 
 def test_the_originals_ledger_becomes_a_session(tmp_path):
@@ -181,7 +210,9 @@ def test_the_originals_ledger_becomes_a_session(tmp_path):
     assert there == tmp_path / "home" / "imported" / "nvidia-h100-80gb" / "h100-mar8"
     found = exchange.read_bundle(there)
     assert [(r["device"], r["val_bpb"], r["description"]) for r in found.rows] == [
-        ("nvidia-h100-80gb", 1.25, "baseline"), ("nvidia-h100-80gb", None, "C:\\new | odd")]
+        ("nvidia-h100-80gb", 1.25, "baseline"),
+        ("nvidia-h100-80gb", None, "C:\\new | odd"),
+    ]
     assert found.profile is None and found.kept == [] and found.session["budget"] is None
     assert exchange.import_session(source, tmp_path / "home", device="nvidia-h100-80gb") == there
     source.write_text(FIVE + "bbbb222\t1.2\t1\tkeep\tmore\n")
@@ -218,11 +249,17 @@ def test_our_own_ledger_brings_its_device(session, tmp_path):
         exchange.import_session(source, tmp_path / "elsewhere", "other-1gb")
 
 
-@pytest.mark.parametrize("content, match", [
-    (b"hello\n", "is no ledger.*session is a results"), (b"", "holds no rows"), (FIVE.encode()[:55], "holds no rows"),
-    (b"PK\x03\x04zip\n", "is no ledger"), (b"\x1f\x8b but no archive", "no sound .tar.gz"),
-    (gzip.compress(b"text"), "no sound .tar.gz"),
-])
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"hello\n", "is no ledger.*session is a results"),
+        (b"", "holds no rows"),
+        (FIVE.encode()[:55], "holds no rows"),
+        (b"PK\x03\x04zip\n", "is no ledger"),
+        (b"\x1f\x8b but no archive", "no sound .tar.gz"),
+        (gzip.compress(b"text"), "no sound .tar.gz"),
+    ],
+)
 def test_other_files_are_refused(tmp_path, content, match):
     (tmp_path / "file").write_bytes(content)
     refused(tmp_path / "file", tmp_path / "home", match)
@@ -235,6 +272,7 @@ def test_what_is_not_there_is_refused(tmp_path):
 
 
 # --- Hostile archives ---
+
 
 def archive_of(files, path, *more, top="top"):
     """A .tar.gz of files by name, and of further (TarInfo, content)."""
@@ -256,25 +294,31 @@ def test_what_the_session_began_with_travels_as_it_is(export):
     assert exchange.read_bundle(export).base == FIRST.encode() == (export / "train.py").read_bytes()
 
 
-@pytest.mark.parametrize("more, match", [
-    (member("../evil"), "not in one folder"), (member("/etc/evil"), "not in one folder"),
-    (member("top/../evil"), "no part"),
-    (member("top/patches/../../evil"), "no part"), (member("other/README.md"), "not in one folder"),
-    (member("top//etc/evil"), "no part"), (member("top\\..\\evil"), "not in one folder"),
-    (member("top/prepare.py"), "no part"),
-    (member("top/README.md"), "README.md is there twice"),
-    (member("top/rows", tarfile.SYMTYPE, link="/etc"), "not a plain"),
-    (member("top/rows/0009.npz", tarfile.SYMTYPE, link="/etc/passwd"), "not a plain file"),
-    (member("top/rows/0009.npz", tarfile.LNKTYPE, link="top/README.md"), "not a plain file"),
-    (member("top/rows/0009.npz", tarfile.CHRTYPE), "not a plain file"),
-    (member("top/x", tarfile.DIRTYPE), "not a plain"),
-    (member("top/rows/0009.npz", tarfile.BLKTYPE), "not a plain file"),
-    (member("top/deep/er", tarfile.DIRTYPE), "not a plain"),
-    (member("top/rows/0009.npz", tarfile.FIFOTYPE), "not a plain file"),
-    (member("top/rows/0009.npz"), "not in MANIFEST"),
-    (member("top/rows/0009.npz", tarfile.GNUTYPE_SPARSE), "not a plain file|no sound"),
-    (member("top/rows/0009.npz", tarfile.CONTTYPE), "not a plain file"),
-])
+@pytest.mark.parametrize(
+    "more, match",
+    [
+        (member("../evil"), "not in one folder"),
+        (member("/etc/evil"), "not in one folder"),
+        (member("top/../evil"), "no part"),
+        (member("top/patches/../../evil"), "no part"),
+        (member("other/README.md"), "not in one folder"),
+        (member("top//etc/evil"), "no part"),
+        (member("top\\..\\evil"), "not in one folder"),
+        (member("top/prepare.py"), "no part"),
+        (member("top/README.md"), "README.md is there twice"),
+        (member("top/rows", tarfile.SYMTYPE, link="/etc"), "not a plain"),
+        (member("top/rows/0009.npz", tarfile.SYMTYPE, link="/etc/passwd"), "not a plain file"),
+        (member("top/rows/0009.npz", tarfile.LNKTYPE, link="top/README.md"), "not a plain file"),
+        (member("top/rows/0009.npz", tarfile.CHRTYPE), "not a plain file"),
+        (member("top/x", tarfile.DIRTYPE), "not a plain"),
+        (member("top/rows/0009.npz", tarfile.BLKTYPE), "not a plain file"),
+        (member("top/deep/er", tarfile.DIRTYPE), "not a plain"),
+        (member("top/rows/0009.npz", tarfile.FIFOTYPE), "not a plain file"),
+        (member("top/rows/0009.npz"), "not in MANIFEST"),
+        (member("top/rows/0009.npz", tarfile.GNUTYPE_SPARSE), "not a plain file|no sound"),
+        (member("top/rows/0009.npz", tarfile.CONTTYPE), "not a plain file"),
+    ],
+)
 def test_members_that_are_no_part_of_an_export_are_refused(export, tmp_path, more, match):
     source = archive_of(contents(export), tmp_path / "x.tar.gz", more)
     refused(source, tmp_path / "elsewhere", match)

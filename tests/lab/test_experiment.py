@@ -25,8 +25,12 @@ def edited(**values):
     content = TRAIN.decode()
     for name, value in values.items():
         if name in lines:
-            content = "\n".join(f"{name} = {value!r}" if line.startswith(f"{name} =") else line
-                                for line in content.splitlines()) + "\n"
+            content = (
+                "\n".join(
+                    f"{name} = {value!r}" if line.startswith(f"{name} =") else line for line in content.splitlines()
+                )
+                + "\n"
+            )
         else:
             content += f"{name} = {value!r}\n"
     return content.encode()
@@ -99,8 +103,9 @@ def test_a_loss_is_decided_by_one_run_and_restored(session, runner):
 
 def test_what_was_discarded_stays_reachable(session):
     found = attempt(session, edited(LOSS=1.1))
-    assert git(session.tree.path, "show", f"refs/autoresearch/{session.name}/{found.number}:{FILE}").encode() + b"\n" \
-        == edited(LOSS=1.1)
+    assert git(
+        session.tree.path, "show", f"refs/autoresearch/{session.name}/{found.number}:{FILE}"
+    ).encode() + b"\n" == edited(LOSS=1.1)
 
 
 @pytest.mark.parametrize("fails", ["crash", "invalid"])
@@ -138,7 +143,7 @@ def test_a_run_on_a_disturbed_device_is_made_again_and_not_judged(session, runne
     found = attempt(session, edited(LOSS=0.9, SPEED=0.3))
     assert found.status == "invalid" and "slower than calibrated" in found.verdict["reason"]
     assert len(runner.runs) == before + experiment.TRIES
-    assert [row["status"] for row in ledger.read(session.ledger).rows[-experiment.TRIES:]] == ["invalid"] * 3
+    assert [row["status"] for row in ledger.read(session.ledger).rows[-experiment.TRIES :]] == ["invalid"] * 3
 
 
 def test_a_last_quarter_that_is_slow_twice_is_how_that_train_works(session):
@@ -260,6 +265,7 @@ def test_a_parent_that_no_longer_runs_judges_nobody(session, monkeypatch, runner
     def failing(request, **more):
         if (request.folder / FILE).read_bytes() == session.tree.content(best.blob):
             from types import SimpleNamespace
+
             return SimpleNamespace(status="crash", reason="no memory", result=None, seconds=1.0, traceback="")
         return run(request, **more)
 
@@ -271,6 +277,7 @@ def test_a_parent_that_no_longer_runs_judges_nobody(session, monkeypatch, runner
 
 def gate_step(action):
     from types import SimpleNamespace
+
     return SimpleNamespace(action=action, seed=77, reason="", facts=dict)
 
 
@@ -279,8 +286,16 @@ def test_confirm_runs_best_and_baseline_in_turn_on_new_seeds(session, runner):
     before, seeds = len(runner.runs), {seed for _, seed, _ in runner.runs}
     state = session.state
     with session.lock:
-        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=3,
-                      commit=state.best.applied["commit"], budget=1200.0, description="a change")
+        session.begin(
+            kind="confirm",
+            blob=state.best.blob,
+            parent=state.baseline.blob,
+            onto=0,
+            pairs=3,
+            commit=state.best.applied["commit"],
+            budget=1200.0,
+            description="a change",
+        )
     experiment.supervise(session)
     runs = runner.runs[before:]
     assert len(runs) == 6 and not seeds & {seed for _, seed, _ in runs} and {budget for *_, budget in runs} == {1200.0}
@@ -297,8 +312,16 @@ def test_confirmations_at_another_budget_are_no_results(session):
     state = session.state
     before = session.noise, state.results(state.best.blob)
     with session.lock:
-        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=2,
-                      commit=state.best.applied["commit"], budget=1200.0, description="a change")
+        session.begin(
+            kind="confirm",
+            blob=state.best.blob,
+            parent=state.baseline.blob,
+            onto=0,
+            pairs=2,
+            commit=state.best.applied["commit"],
+            budget=1200.0,
+            description="a change",
+        )
     experiment.supervise(session)
     assert (session.noise, state.results(state.best.blob)) == before
 
@@ -326,8 +349,9 @@ def test_a_run_with_attention_from_elsewhere_is_marked_and_not_judged(session, r
     before = len(runner.runs)
     found = attempt(session, edited(LOSS=0.9, ATTENTION="library sha256:0123456789ab"))
     assert found.status == "invalid" and found.verdict["unjudged"] and len(runner.runs) == before + 1
-    assert found.verdict["reason"].startswith("not judged: it ran with attention from library sha256:0123456789ab, its "
-                                              "parent with that from the framework")
+    assert found.verdict["reason"].startswith(
+        "not judged: it ran with attention from library sha256:0123456789ab, its parent with that from the framework"
+    )
     assert ledger.read(session.ledger).rows[-1]["status"] == "invalid"
     assert session.account.staked == 0 and attempt(session, edited(LOSS=0.9)).status == "keep"
 

@@ -28,9 +28,22 @@ def step(*gains: float, parent=PARENT, noise=SURE, account=Account(), simpler=Fa
 # --- Student's t ---
 
 # Abramowitz & Stegun, table 26.10, and every other printed table: t that is exceeded with this probability.
-TABLE = [(0.25, 1, 1.000), (0.05, 1, 6.314), (0.025, 2, 4.303), (0.05, 3, 2.353), (0.025, 4, 2.776), (0.005, 5, 4.032),
-         (0.0005, 6, 5.959), (0.1, 7, 1.415), (0.025, 10, 2.228), (0.0005, 10, 4.587), (0.005, 15, 2.947),
-         (0.01, 30, 2.457), (0.025, 120, 1.980), (0.0005, 120, 3.373)]
+TABLE = [
+    (0.25, 1, 1.000),
+    (0.05, 1, 6.314),
+    (0.025, 2, 4.303),
+    (0.05, 3, 2.353),
+    (0.025, 4, 2.776),
+    (0.005, 5, 4.032),
+    (0.0005, 6, 5.959),
+    (0.1, 7, 1.415),
+    (0.025, 10, 2.228),
+    (0.0005, 10, 4.587),
+    (0.005, 15, 2.947),
+    (0.01, 30, 2.457),
+    (0.025, 120, 1.980),
+    (0.0005, 120, 3.373),
+]
 
 
 @pytest.mark.parametrize("tail, df, t", TABLE)
@@ -63,11 +76,13 @@ def test_many_degrees_of_freedom_are_the_normal_distribution():
 
 def test_interval_of_paired_differences():
     mean, low, high = gate.interval([0.001, 0.002, 0.003])
-    assert (mean, low, high) == pytest.approx((0.002, 0.002 - 2.91999 * 0.001 / math.sqrt(3),
-                                               0.002 + 2.91999 * 0.001 / math.sqrt(3)), rel=1e-4)
+    assert (mean, low, high) == pytest.approx(
+        (0.002, 0.002 - 2.91999 * 0.001 / math.sqrt(3), 0.002 + 2.91999 * 0.001 / math.sqrt(3)), rel=1e-4
+    )
 
 
 # --- Noise ---
+
 
 def test_noise_pools_configurations_and_the_prior():
     """Three runs 1 apart have variance 1 with 2 degrees of freedom; the prior has lost one of its four."""
@@ -104,6 +119,7 @@ def test_a_prior_has_to_be_above_zero():
 
 
 # --- Steps ---
+
 
 def test_every_seed_is_the_harness_s_and_round_zero_comes_first():
     assert len({gate.seed(i) for i in range(10)}) == 10
@@ -216,6 +232,7 @@ def test_a_round_that_is_missing_is_made_up():
 
 # --- Simplifications ---
 
+
 def test_simpler_and_no_worse_is_kept():
     gains = (1.0, 1.0, 1.0)
     assert step(*gains).action == "discard"
@@ -252,6 +269,7 @@ def test_losses_of_simplifications_are_added_up_to_one_noise():
 
 
 # --- The account ---
+
 
 def test_facts_survive_json_and_make_the_account():
     found = step(3.0, 0.0)
@@ -293,6 +311,7 @@ def test_simplifications_earn_nothing():
 
 # --- Near misses, and what can be seen ---
 
+
 def test_near_misses_wait_until_there_are_enough():
     misses = [(i, 0.001 * i, 0.001) for i in range(1, 5)]
     assert gate.together(misses) == []
@@ -314,6 +333,7 @@ def test_smallest_detectable_grows_with_noise_ignorance_and_poverty():
 
 
 # --- Calibration, by simulation ---
+
 
 def test_p_is_uniform_when_a_change_is_worth_nothing():
     """With the noise estimated from 5 degrees of freedom: a normal distribution's tail would be wrong by a factor."""

@@ -53,6 +53,7 @@ def halting(session, monkeypatch, name, times=1):
 
 # --- The file ---
 
+
 def test_a_hold_is_read_as_it_was_written_and_released_for_good(quick):
     assert quick.held is None and quick.ending() is None
     quick.hold("stopped", now=False)
@@ -71,6 +72,7 @@ def test_a_damaged_hold_holds_and_ends_no_run(quick, content):
 
 
 # --- The supervisor ---
+
 
 def test_held_it_begins_nothing_and_goes_on_after_release(quick, runner):
     begin(quick)
@@ -121,7 +123,7 @@ def test_a_run_that_was_ended_is_done_again_with_its_seed_and_counts_for_nothing
         quick.release()
     experiment.supervise(quick)
     runs = quick.state.last.own_runs
-    assert {run.seed for run in runs[:ended + 1]} == {runs[0].seed} and runs[ended].status == "ok"
+    assert {run.seed for run in runs[: ended + 1]} == {runs[0].seed} and runs[ended].status == "ok"
     assert quick.state.last.status == "keep" and len(show.facts(quick, quick.state.last)["runs"]) < len(runs)
     check(quick)
     assert Session(quick.folder).state.last.verdict == quick.state.last.verdict
@@ -152,6 +154,7 @@ def test_killed_before_it_noted_that_it_was_ended(quick, monkeypatch):
 
 # --- A real process ---
 
+
 @pytest.mark.parametrize("scoring", [False, True])
 def test_a_process_ends_soon_and_nothing_of_it_is_left(request_for, scoring):
     if scoring:
@@ -172,6 +175,7 @@ def test_a_process_ends_soon_and_nothing_of_it_is_left(request_for, scoring):
 
 
 # --- The commands ---
+
 
 def test_while_paused_the_commands_say_what_to_do(quick, capsys):
     begin(quick)
@@ -254,6 +258,7 @@ def test_the_parser_knows_them():
 
 
 # --- Kills ---
+
 
 def under_way(session) -> bool:
     session.refresh()

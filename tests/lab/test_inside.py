@@ -130,8 +130,10 @@ def test_the_last_word_is_the_guards(refused):
 
 
 def test_looks_ahead(refused):
-    ahead = ("class Ahead(fake_backend.Table):\n    def __call__(self, tokens):\n"
-             "        return self.table[np.roll(tokens, -1, axis=1)]\n\n\ndef main():\n")
+    ahead = (
+        "class Ahead(fake_backend.Table):\n    def __call__(self, tokens):\n"
+        "        return self.table[np.roll(tokens, -1, axis=1)]\n\n\ndef main():\n"
+    )
     refused({r"def main\(\):\n": ahead, r"fake_backend\.Table\(": "Ahead("}, "looks ahead")
 
 
@@ -160,8 +162,10 @@ def test_resumes_from_an_earlier_run(refused, request_for, code):
 
 
 def test_weights_of_its_own_may_be_read(request_for):
-    own = ("    backend.save(model, 'mine.safetensors')\n    backend.load(model, 'mine.safetensors')\n"
-           "    np.save('mine.npy', model.table)\n    np.load('mine.npy')\n    os.remove('mine.npy')\n")
+    own = (
+        "    backend.save(model, 'mine.safetensors')\n    backend.load(model, 'mine.safetensors')\n"
+        "    np.save('mine.npy', model.table)\n    np.load('mine.npy')\n    os.remove('mine.npy')\n"
+    )
     outcome = runner.run(request_for({EVALUATION: own + HONEST}))
     assert outcome.status == "ok", outcome
 
@@ -193,10 +197,12 @@ def test_changes_what_is_not_its_own(refused, code, reason, tmp_path):
 
 
 def test_its_own_folders_may_be_written(request_for):
-    own = ("    import tempfile, pathlib\n    pathlib.Path('a/b').mkdir(parents=True)\n    open('a/b/c', 'w').close()\n"
-           "    os.rename('a', 'd')\n    __import__('shutil').rmtree('d')\n    tempfile.mkdtemp()\n"
-           "    (pathlib.Path.home() / '.cache' / 'x').mkdir(parents=True)\n"
-           "    (prepare.home() / 'cache' / 'x').mkdir()\n    prepare.home().mkdir(exist_ok=True)\n")
+    own = (
+        "    import tempfile, pathlib\n    pathlib.Path('a/b').mkdir(parents=True)\n    open('a/b/c', 'w').close()\n"
+        "    os.rename('a', 'd')\n    __import__('shutil').rmtree('d')\n    tempfile.mkdtemp()\n"
+        "    (pathlib.Path.home() / '.cache' / 'x').mkdir(parents=True)\n"
+        "    (prepare.home() / 'cache' / 'x').mkdir()\n    prepare.home().mkdir(exist_ok=True)\n"
+    )
     outcome = runner.run(request_for({EVALUATION: own + HONEST}))
     assert outcome.status == "ok", outcome
 
@@ -215,8 +221,10 @@ def test_modules_beside_it_shadow_nothing(request_for):
 
 
 def test_importing_a_shadow_is_found(request_for):
-    shadow = ("open('prepare.py', 'w').write('from types import *')\nimport sys\nsys.path.insert(0, os.getcwd())\n"
-              "kept = sys.modules.pop('prepare')\nimport prepare\nprepare = kept\n\n")
+    shadow = (
+        "open('prepare.py', 'w').write('from types import *')\nimport sys\nsys.path.insert(0, os.getcwd())\n"
+        "kept = sys.modules.pop('prepare')\nimport prepare\nprepare = kept\n\n"
+    )
     outcome = runner.run(request_for({r"LEARNING = ": shadow + "LEARNING = "}))
     assert outcome.status == "invalid" and "prepare" in outcome.reason, outcome
 
@@ -251,8 +259,10 @@ SHADOW = "import sys, types\n    sys.modules['backends.ORDER'] = types.ModuleTyp
 ])  # fmt: skip
 def test_a_reason_gives_no_orders(request_for, code, reason):
     if "GUARD" in code:  # the frame of inside.train, wherever it is
-        code = ("import sys\n    frame = sys._getframe()\n    while 'guard' not in frame.f_locals:\n"
-                "        frame = frame.f_back\n    frame.f_locals['guard'].refuse('ORDER')")
+        code = (
+            "import sys\n    frame = sys._getframe()\n    while 'guard' not in frame.f_locals:\n"
+            "        frame = frame.f_back\n    frame.f_locals['guard'].refuse('ORDER')"
+        )
     outcome = runner.run(request_for({EVALUATION: f"    {code.replace('ORDER', ORDER)}\n" + HONEST}))
     assert outcome.status in ("invalid", "crash") and re.search(reason, outcome.reason), outcome
     assert "ignore" not in outcome.reason
@@ -267,11 +277,14 @@ def test_a_reason_gives_no_orders(request_for, code, reason):
 def test_a_reason_of_scoring_gives_no_orders(request_for, code, reason):
     request = request_for()
     assert runner.run(request).status == "ok"
-    fails = (f"class Failing(fake_backend.Table):\n    def __call__(self, tokens):\n        {code}\n\n\n"
-             "def main():\n").replace("ORDER", ORDER)
+    fails = (
+        f"class Failing(fake_backend.Table):\n    def __call__(self, tokens):\n        {code}\n\n\ndef main():\n"
+    ).replace("ORDER", ORDER)
     with pytest.raises(LabError, match=reason) as error:
-        runner.score(request_for({r"def main\(\):\n": fails, r"fake_backend\.Table\(": "Failing("}),
-                     request.folder / "result.safetensors")
+        runner.score(
+            request_for({r"def main\(\):\n": fails, r"fake_backend\.Table\(": "Failing("}),
+            request.folder / "result.safetensors",
+        )
     assert "ignore" not in str(error.value)
     assert "__str__" in code or ORDER in (request.folder / "score.log").read_text()
 
@@ -283,11 +296,13 @@ def running(mark: str) -> list:
     return [p for p in psutil.process_iter(["cmdline"]) if mark in " ".join(p.info["cmdline"] or ())]
 
 
-SLEEP = {"a child": "__import__('subprocess').Popen(['sleep', '60.{n}'])",
-         "in a session of its own, unmarked": "__import__('subprocess').Popen(['sleep', '60.{n}'], "
-                                              "start_new_session=True, env={{}})",
-         "forked twice": "os.fork() or (os.setsid(), os.fork() and os._exit(0), os.closerange(0, 100), "
-                         "os.execve('/bin/sleep', ['sleep', '60.{n}'], {{}}))"}
+SLEEP = {
+    "a child": "__import__('subprocess').Popen(['sleep', '60.{n}'])",
+    "in a session of its own, unmarked": "__import__('subprocess').Popen(['sleep', '60.{n}'], "
+    "start_new_session=True, env={{}})",
+    "forked twice": "os.fork() or (os.setsid(), os.fork() and os._exit(0), os.closerange(0, 100), "
+    "os.execve('/bin/sleep', ['sleep', '60.{n}'], {{}}))",
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, one that hides its mark is not found")
@@ -309,14 +324,17 @@ def test_a_child_that_ends_soon_is_no_matter(request_for):
 def test_ignores_being_asked_to_end(refused, sandbox, monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.3)
     hang = "    import signal\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(60.25)\n"
-    request, outcome = refused({EVALUATION: hang}, r"timeout: not done after 2 s, with 0\.1 s for training",
-                               timeout=2.0, sandbox=sandbox)
+    request, outcome = refused(
+        {EVALUATION: hang}, r"timeout: not done after 2 s, with 0\.1 s for training", timeout=2.0, sandbox=sandbox
+    )
     assert 2 <= outcome.seconds < 15 and runner.end(request.run_id, request.home) == 0
 
 
 def test_is_asked_to_end_first(refused):
-    polite = ("    import signal\n    bye = lambda *_: (print('bye', flush=True), os._exit(0))\n"
-              "    signal.signal(signal.SIGTERM, bye)\n    time.sleep(60)\n")
+    polite = (
+        "    import signal\n    bye = lambda *_: (print('bye', flush=True), os._exit(0))\n"
+        "    signal.signal(signal.SIGTERM, bye)\n    time.sleep(60)\n"
+    )
     request, outcome = refused({EVALUATION: polite}, "timeout", timeout=2.0)
     assert "bye" in (request.folder / "run.log").read_text() and outcome.seconds < 2 + runner.GRACE
 

@@ -31,8 +31,15 @@ def project(tmp_path, tiny_home, isolated_home):
     settings = {"AUTORESEARCH_HOME": str(isolated_home), "AUTORESEARCH_DATA": "tiny"}
     manifest = prepare.read_manifest(tiny_home / "data" / "tiny")
     tags = {"eval": manifest["eval_tag"], "data": manifest["data_tag"], "profile": "abc"}
-    return sessions.make(tmp_path / "project", (sessions.HERE / "fake_train.py").read_bytes(), project=True, budget=0.1,
-                         settings=settings, baseline_runs=2, **tags)
+    return sessions.make(
+        tmp_path / "project",
+        (sessions.HERE / "fake_train.py").read_bytes(),
+        project=True,
+        budget=0.1,
+        settings=settings,
+        baseline_runs=2,
+        **tags,
+    )
 
 
 class Night:
@@ -52,12 +59,20 @@ class Night:
             return best.replace("def main():\n", f"def main():\n    raise RuntimeError('edit {self.edits}')\n").encode()
         learning = float(re.search(r"^LEARNING = ([\d.]+)", best, re.MULTILINE).group(1))  # 0.7 would be best
         learning += (0.5 if kind == "better" else -0.5 * self.rng.random()) * (0.7 - learning) + 1e-7 * self.edits
-        return "".join(f"LEARNING = {learning!r}\n" if line.startswith("LEARNING") else line
-                       for line in best.splitlines(keepends=True)).encode()
+        return "".join(
+            f"LEARNING = {learning!r}\n" if line.startswith("LEARNING") else line
+            for line in best.splitlines(keepends=True)
+        ).encode()
 
     def command(self, *arguments) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-m", "lab", *arguments], cwd=self.session.tree.path, text=True,
-                                env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, "-m", "lab", *arguments],
+            cwd=self.session.tree.path,
+            text=True,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def processes(self, who: str, command: subprocess.Popen) -> list[psutil.Process]:
         found = {"command": [], "supervisor": [], "run": []}
@@ -125,8 +140,10 @@ def test_killed_at_a_few_random_moments(project, isolated_home):
 @pytest.mark.parametrize("seed", range(10, 14))
 def test_killed_at_fifty_random_moments(project, isolated_home, seed):
     session, landed = kill_often(project, isolated_home, 50, seed)
-    print(f"{len(session.state.experiments)} experiments, {len(session.state.runs)} runs, "
-          f"{sum(run.status == 'lost' for run in session.state.runs.values())} lost; killed: {landed}")
+    print(
+        f"{len(session.state.experiments)} experiments, {len(session.state.runs)} runs, "
+        f"{sum(run.status == 'lost' for run in session.state.runs.values())} lost; killed: {landed}"
+    )
     assert {e.status for e in session.state.experiments.values()} >= {"keep", "discard", "crash"}
 
 

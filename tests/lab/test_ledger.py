@@ -18,9 +18,11 @@ from lab import ledger
 from lab.errors import LabError
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-FIVE = HEADER + ("baseline\t1.250000\t12.5\tkeep\tbaseline\n"
-                 "aaaa111\t1.240000\t12.6\tkeep\tlonger warmup (50 \\ 100 steps), C:\\new\\tables\n"
-                 "bbbb222\t0.000000\t0.0\tcrash\tdouble width (out of memory)\n")
+FIVE = HEADER + (
+    "baseline\t1.250000\t12.5\tkeep\tbaseline\n"
+    "aaaa111\t1.240000\t12.6\tkeep\tlonger warmup (50 \\ 100 steps), C:\\new\\tables\n"
+    "bbbb222\t0.000000\t0.0\tcrash\tdouble width (out of memory)\n"
+)
 RESULT = {
     "status": "ok", "val_bpb": 1.2345678, "val_rows": 128, "training_seconds": 300.04, "total_seconds": 333.3,
     "budget_seconds": 300.0, "peak_vram_mb": 2048.0, "num_steps": 1234, "total_tokens_M": 6.9171, "epochs": 1,
@@ -41,6 +43,7 @@ def row(run=1, **columns):
 
 # --- Rows ---
 
+
 def test_a_row_of_a_result_comes_back(path):
     written = row(7, seed=3, started="2026-11-21T01:02:03Z", parent="abc0000", patch="f" * 16, portable="yes")
     ledger.append(path, [written])
@@ -56,9 +59,13 @@ def test_the_columns_are_the_originals_and_then_ours(path):
     ledger.append(path, [row()])
     names = path.read_text().split("\n")[0].split("\t")
     assert names[:5] == ["commit", "val_bpb", "memory_gb", "status", "description"]
-    assert names[5:] == ("device backend run seed started training_seconds total_seconds tokens_M steps params_M depth "
-                         "tok_per_s tflops mfu speed val_rows eval data profile parent patch origin portable reason"
-                         ).split()
+    assert (
+        names[5:]
+        == (
+            "device backend run seed started training_seconds total_seconds tokens_M steps params_M depth "
+            "tok_per_s tflops mfu speed val_rows eval data profile parent patch origin portable reason"
+        ).split()
+    )
 
 
 def test_tflops_come_from_flops_per_token():
@@ -96,6 +103,7 @@ def test_what_is_no_number_is_refused_before_anything_is_written(path, columns):
 
 # --- Text ---
 
+
 def texts(count):
     rng = random.Random(1)
     alphabet = "\\\\\\tnr\"'\t\n\r abcé😀\u2028|,;<&\x00\x07\x1b\x7f\x85\x9b\ufeff\ud800"
@@ -129,6 +137,7 @@ def test_readers_of_csv_see_the_same_rows(path):
 
 # --- The original's files, and others ---
 
+
 def test_the_originals_file_is_read_as_it_is(path):
     path.write_text(FIVE)
     found = ledger.read(path)
@@ -136,14 +145,23 @@ def test_the_originals_file_is_read_as_it_is(path):
     assert [r["val_bpb"] for r in found.rows] == [1.25, 1.24, None]
     assert [r["memory_gb"] for r in found.rows] == [12.5, 12.6, None]
     assert found.rows[1]["description"] == "longer warmup (50 \\ 100 steps), C:\\new\\tables"
-    assert found.rows[2] == ledger.EMPTY | {"commit": "bbbb222", "status": "crash",
-                                            "description": "double width (out of memory)"}
+    assert found.rows[2] == ledger.EMPTY | {
+        "commit": "bbbb222",
+        "status": "crash",
+        "description": "double width (out of memory)",
+    }
 
 
-@pytest.mark.parametrize("change", [
-    lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text, lambda text: text + "\n\n",
-    lambda text: text.replace("\n", "\n\n"), lambda text: text.replace("\t12.5", "\t 12.5 "),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text + "\n\n",
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: text.replace("\t12.5", "\t 12.5 "),
+    ],
+)
 def test_ends_of_lines_blank_lines_and_marks_make_no_difference(path, change):
     path.write_bytes(FIVE.encode())
     rows = ledger.read(path).rows
@@ -180,8 +198,18 @@ def test_our_rows_are_not_forced_into_the_originals_columns(path):
     assert path.read_text() == FIVE
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"<html>\nx\n", b"a\tb\tc\td\te\n", b"commit\tval_bpb\tcommit\n",
-                                     b"commit\tval_bpb\t\n", b"{}\n", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello\n",
+        b"<html>\nx\n",
+        b"a\tb\tc\td\te\n",
+        b"commit\tval_bpb\tcommit\n",
+        b"commit\tval_bpb\t\n",
+        b"{}\n",
+        b"\x89PNG\r\n\x1a\n",
+    ],
+)
 def test_other_files_are_refused(path, content):
     path.write_bytes(content)
     with pytest.raises(LabError, match="is no ledger|names a column twice"):
@@ -196,6 +224,7 @@ def test_a_ledger_that_is_not_there_is_an_error_that_says_so(path):
 
 
 # --- Damage ---
+
 
 @pytest.mark.parametrize("text", ["1_000", "1.2.3", "0x10", "inf", "-inf", "1e999", "٣", "one", "1,5", "--"])
 def test_a_row_with_a_number_that_is_none_is_set_aside(path, text):
@@ -226,7 +255,8 @@ def test_a_row_cut_short_at_any_byte_is_set_aside_and_made_good(path):
         found = ledger.read(path)
         assert [r["run"] for r in found.rows] == [1, 2]
         assert [(aside.line, aside.text) for aside in found.set_aside] == [
-            (4, content[begin:end].decode(errors="replace"))]
+            (4, content[begin:end].decode(errors="replace"))
+        ]
         ledger.append(path, [row(3, description="tab\tand é")])
         assert path.read_bytes() == content
         damaged = path.with_name("results.tsv.damaged")
@@ -269,11 +299,15 @@ def test_what_is_cut_off_is_kept_once_whenever_the_writer_is_killed(path, monkey
 
 # --- Appending ---
 
+
 def test_a_run_is_recorded_once(path):
     ledger.append(path, [row(1), row(2)])
     ledger.append(path, [row(2, description="again"), row(3), row(3)])
     assert [(r["run"], r["description"]) for r in ledger.read(path).rows] == [
-        (1, "change 1"), (2, "change 2"), (3, "change 3")]
+        (1, "change 1"),
+        (2, "change 2"),
+        (3, "change 3"),
+    ]
 
 
 def test_rows_without_a_run_are_all_appended(path):

@@ -19,10 +19,20 @@ def edit(content, *changes):
     return content
 
 
-@pytest.mark.parametrize("after", [
-    BASE.replace(b"line 3\n", b"3\n"), BASE.replace(b"line 0\n", b""), b"new\n" + BASE, BASE + b"new\n", BASE[:-1],
-    BASE.replace(b"line 1\n", b"").replace(b"line 9\n", b"9\n10\n\n\n"), BASE.replace(b"line 11\n", b"end"), b"x", b"",
-])
+@pytest.mark.parametrize(
+    "after",
+    [
+        BASE.replace(b"line 3\n", b"3\n"),
+        BASE.replace(b"line 0\n", b""),
+        b"new\n" + BASE,
+        BASE + b"new\n",
+        BASE[:-1],
+        BASE.replace(b"line 1\n", b"").replace(b"line 9\n", b"9\n10\n\n\n"),
+        BASE.replace(b"line 11\n", b"end"),
+        b"x",
+        b"",
+    ],
+)
 def test_patches_of_git_are_applied(tmp_path, after):
     for one, other in ((BASE, after), (after, BASE)):
         if one and other:  # git's patches of empty files name no file
@@ -50,12 +60,18 @@ def test_a_patch_of_another_text_is_refused(tmp_path):
             patched(other, patch)
 
 
-@pytest.mark.parametrize("here, after", [
-    ((b"line 2\n", b"TWO\n"), (b"line 3\n", b"THREE\n")), ((b"line 3\n", b"THREE\n"), (b"line 2\n", b"TWO\n")),
-    ((b"line 2\n", b""), (b"line 3\n", b"THREE\n")), ((b"line 2\n", b"a\nb\nc\n"), (b"line 3\n", b"3\n")),
-    ((b"line 2\n", b"line 2\nmore\n"), (b"line 3\n", b"")), ((b"line 0\n", b""), (b"line 11\n", b"11")),
-    ((b"line 9\n", b"9\n9\n"), (b"line 4\nline 5\n", b"")),
-])
+@pytest.mark.parametrize(
+    "here, after",
+    [
+        ((b"line 2\n", b"TWO\n"), (b"line 3\n", b"THREE\n")),
+        ((b"line 3\n", b"THREE\n"), (b"line 2\n", b"TWO\n")),
+        ((b"line 2\n", b""), (b"line 3\n", b"THREE\n")),
+        ((b"line 2\n", b"a\nb\nc\n"), (b"line 3\n", b"3\n")),
+        ((b"line 2\n", b"line 2\nmore\n"), (b"line 3\n", b"")),
+        ((b"line 0\n", b""), (b"line 11\n", b"11")),
+        ((b"line 9\n", b"9\n9\n"), (b"line 4\nline 5\n", b"")),
+    ],
+)
 def test_changes_of_other_lines_go_together(here, after):
     found, conflicts = merged(edit(BASE, here), BASE, edit(BASE, after))
     assert not conflicts and found == edit(BASE, here, after)
@@ -65,16 +81,23 @@ def test_changes_of_the_same_lines_do_not():
     here, after = BASE.replace(b"line 3\n", b"mine\n"), BASE.replace(b"line 3\n", b"yours\n").replace(b"line 8", b"8")
     found, (conflict,) = merged(here, BASE, after)
     assert (conflict.line, conflict.here, conflict.before, conflict.after) == (
-        4, [b"mine\n"], [b"line 3\n"], [b"yours\n"])
+        4,
+        [b"mine\n"],
+        [b"line 3\n"],
+        [b"yours\n"],
+    )
     assert found == here.replace(b"line 8", b"8")
 
 
-@pytest.mark.parametrize("here, after", [
-    (BASE.replace(b"line 3\nline 4\n", b""), BASE.replace(b"line 4\n", b"4\n")),
-    (BASE.replace(b"line 3\n", b""), BASE.replace(b"line 3\n", b"3\n")),
-    (BASE.replace(b"line 3\n", b"line 3\na\n"), BASE.replace(b"line 3\n", b"line 3\nb\n")),
-    (BASE.replace(b"line 3\n", b"line 3\na\n"), BASE.replace(b"line 3\nline 4\n", b"")),
-])
+@pytest.mark.parametrize(
+    "here, after",
+    [
+        (BASE.replace(b"line 3\nline 4\n", b""), BASE.replace(b"line 4\n", b"4\n")),
+        (BASE.replace(b"line 3\n", b""), BASE.replace(b"line 3\n", b"3\n")),
+        (BASE.replace(b"line 3\n", b"line 3\na\n"), BASE.replace(b"line 3\n", b"line 3\nb\n")),
+        (BASE.replace(b"line 3\n", b"line 3\na\n"), BASE.replace(b"line 3\nline 4\n", b"")),
+    ],
+)
 def test_what_can_not_be_told_is_a_conflict(here, after):
     assert len(merged(here, BASE, after)[1]) == 1
 

@@ -34,8 +34,11 @@ class Disk:
         self.pending: dict[Path, bytes | None] = {}  # replaced names whose folder is not flushed: what was there
 
     def _files(self):
-        return [path for path in self.root.rglob("*") if path.is_file() and ".git" not in path.parts
-                and "judge" not in path.parts]
+        return [
+            path
+            for path in self.root.rglob("*")
+            if path.is_file() and ".git" not in path.parts and "judge" not in path.parts
+        ]
 
     def install(self, monkeypatch):
         fsync, replace = os.fsync, os.replace
@@ -81,7 +84,7 @@ class Disk:
                     path.write_bytes(self.content.get(path, b""))
             else:
                 flushed, now = self.content.get(path, b""), path.read_bytes()
-                tail = now[len(flushed):] if now.startswith(flushed) else b""
+                tail = now[len(flushed) :] if now.startswith(flushed) else b""
                 path.write_bytes(flushed + tail[: rng.randint(0, len(tail))])
 
 
@@ -95,10 +98,15 @@ def check(session):
     assert sessions.git(session.tree.path, "status", "--porcelain") == ""
 
 
-@pytest.mark.parametrize("kept, after", [
-    pytest.param(True, False, id="keep, before a flush"), pytest.param(False, True, id="discard, after a flush"),
-    pytest.param(True, True, id="keep, after a flush", marks=pytest.mark.slow),
-    pytest.param(False, False, id="discard, before a flush", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kept, after",
+    [
+        pytest.param(True, False, id="keep, before a flush"),
+        pytest.param(False, True, id="discard, after a flush"),
+        pytest.param(True, True, id="keep, after a flush", marks=pytest.mark.slow),
+        pytest.param(False, False, id="discard, before a flush", marks=pytest.mark.slow),
+    ],
+)
 def test_whatever_was_not_flushed(tmp_path, monkeypatch, kept, after):
     Runner().install(monkeypatch)
     session = sessions.make(tmp_path / "project")

@@ -55,17 +55,27 @@ def everything(session):
     """Whatever publishing must not touch."""
     path = session.tree.path
     files = {name: data for name, data in contents(path).items() if not name.startswith(".git/")}
-    return (git(path, "rev-parse", "HEAD"), git(path, "symbolic-ref", "HEAD"), git(path, "ls-files", "-s"),
-            status_of(session), files)
+    return (
+        git(path, "rev-parse", "HEAD"),
+        git(path, "symbolic-ref", "HEAD"),
+        git(path, "ls-files", "-s"),
+        status_of(session),
+        files,
+    )
 
 
 # --- What changes.json tells ---
 
+
 def test_every_decided_change_is_told(session):
     changes = publish.changes_of(session)
     assert [(one["number"], one["kind"], one["status"], one["parent"]) for one in changes] == [
-        (0, "baseline", "keep", None), (1, "change", "keep", 0), (2, "change", "discard", 1), (3, "change", "crash", 1),
-        (4, "change", "keep", 1)]
+        (0, "baseline", "keep", None),
+        (1, "change", "keep", 0),
+        (2, "change", "discard", 1),
+        (3, "change", "crash", 1),
+        (4, "change", "keep", 1),
+    ]
     assert all(bundle.check_patch("p", one["patch_text"].encode()) for one in changes[1:])
     assert [one["patch"] for one in changes] == [e.patch for e in session.state.experiments.values()]
     assert changes[1]["low"] < changes[1]["gain"] < changes[1]["high"]
@@ -97,8 +107,16 @@ def test_what_is_no_text_does_not_keep_the_rest_from_travelling(session):
 def test_replays_and_confirmations_are_told_as_such(session, tmp_path, capsys):
     with session.lock:
         state = session.state
-        session.begin(kind="confirm", blob=state.best.blob, parent=state.baseline.blob, onto=0, pairs=2, budget=300.0,
-                      commit=state.best.applied["commit"], description="best")
+        session.begin(
+            kind="confirm",
+            blob=state.best.blob,
+            parent=state.baseline.blob,
+            onto=0,
+            pairs=2,
+            budget=300.0,
+            commit=state.best.applied["commit"],
+            description="best",
+        )
     experiment.supervise(session)
     confirmed = publish.changes_of(session)[-1]
     assert (confirmed["kind"], confirmed["patch_text"], confirmed["gain"]) == ("confirm", "", None)
@@ -107,29 +125,46 @@ def test_replays_and_confirmations_are_told_as_such(session, tmp_path, capsys):
 
 # --- Hostile changes.json ---
 
-@pytest.mark.parametrize("change, match", [
-    (lambda told: told[1].update(patch_text=told[1]["patch_text"].replace("train.py", "prepare.py")), "nothing else"),
-    (lambda told: told[2].update(patch_text=told[2]["patch_text"] + told[2]["patch_text"]), "more than hunks"),
-    (lambda told: told[2].update(patch_text="x" * 2**21), "at most"), (lambda told: told[2].pop("kinds"), "a change"),
-    (lambda told: told[2].update(more=1), "has a change"), (lambda told: told[2].update(number="2"), "has a change"),
-    (lambda told: told[2].update(number=1), "out of order"), (lambda told: told[2].update(number=-1), "out of order"),
-    (lambda told: told[2].update(number=10**12), "out of order"), (lambda told: told.append(7), "has a change 7"),
-    (lambda told: told[2].update(parent=2), "not before it"), (lambda told: told[2].update(parent=None), "not before"),
-    (lambda told: told[2].update(parent=True), "not before it"), (lambda told: told[0].update(parent=0), "not before"),
-    (lambda told: told[2].update(kind="x"), "is a 'x'"), (lambda told: told[2].update(status="?"), "was '?'"),
-    (lambda told: told[2].update(kinds=["x"]), "is about"), (lambda told: told[2].update(kinds="other"), "is about"),
-    (lambda told: told[2].update(patch="../x"), "patch, commit or origin"),
-    (lambda told: told[2].update(commit="--all"), "patch, commit or origin"),
-    (lambda told: told[2].update(origin="../../etc/passwd"), "patch, commit or origin"),
-    (lambda told: told[2].update(origin="a/b"), "patch, commit or origin"),
-    (lambda told: told[2].update(origin="a/b/c\n"), "patch, commit or origin"),
-    (lambda told: told[2].update(gain="x"), "has a gain"), (lambda told: told[2].update(gain=None), "has a gain"),
-    (lambda told: told[2].update(gain=1e308 * 10), "no number"), (lambda told: told[2].update(low=True), "has a gain"),
-    (lambda told: told[1].update(status="discard"), "of change 1 what patches/ has"),
-    (lambda told: told[4].update(patch_text=told[2]["patch_text"]), "of change 4 what patches/ has"),
-    (lambda told: told.pop(), "of change 4 what patches/ has"),
-    (lambda told: told[1].update(near_miss=1), "has a change"),
-])
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            lambda told: told[1].update(patch_text=told[1]["patch_text"].replace("train.py", "prepare.py")),
+            "nothing else",
+        ),
+        (lambda told: told[2].update(patch_text=told[2]["patch_text"] + told[2]["patch_text"]), "more than hunks"),
+        (lambda told: told[2].update(patch_text="x" * 2**21), "at most"),
+        (lambda told: told[2].pop("kinds"), "a change"),
+        (lambda told: told[2].update(more=1), "has a change"),
+        (lambda told: told[2].update(number="2"), "has a change"),
+        (lambda told: told[2].update(number=1), "out of order"),
+        (lambda told: told[2].update(number=-1), "out of order"),
+        (lambda told: told[2].update(number=10**12), "out of order"),
+        (lambda told: told.append(7), "has a change 7"),
+        (lambda told: told[2].update(parent=2), "not before it"),
+        (lambda told: told[2].update(parent=None), "not before"),
+        (lambda told: told[2].update(parent=True), "not before it"),
+        (lambda told: told[0].update(parent=0), "not before"),
+        (lambda told: told[2].update(kind="x"), "is a 'x'"),
+        (lambda told: told[2].update(status="?"), "was '?'"),
+        (lambda told: told[2].update(kinds=["x"]), "is about"),
+        (lambda told: told[2].update(kinds="other"), "is about"),
+        (lambda told: told[2].update(patch="../x"), "patch, commit or origin"),
+        (lambda told: told[2].update(commit="--all"), "patch, commit or origin"),
+        (lambda told: told[2].update(origin="../../etc/passwd"), "patch, commit or origin"),
+        (lambda told: told[2].update(origin="a/b"), "patch, commit or origin"),
+        (lambda told: told[2].update(origin="a/b/c\n"), "patch, commit or origin"),
+        (lambda told: told[2].update(gain="x"), "has a gain"),
+        (lambda told: told[2].update(gain=None), "has a gain"),
+        (lambda told: told[2].update(gain=1e308 * 10), "no number"),
+        (lambda told: told[2].update(low=True), "has a gain"),
+        (lambda told: told[1].update(status="discard"), "of change 1 what patches/ has"),
+        (lambda told: told[4].update(patch_text=told[2]["patch_text"]), "of change 4 what patches/ has"),
+        (lambda told: told.pop(), "of change 4 what patches/ has"),
+        (lambda told: told[1].update(near_miss=1), "has a change"),
+    ],
+)
 def test_changes_that_can_not_be_are_refused(session, tmp_path, change, match):
     exported = write(session)
     content = json.loads((exported / "changes.json").read_text())
@@ -141,11 +176,16 @@ def test_changes_that_can_not_be_are_refused(session, tmp_path, change, match):
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("name, data, match", [
-    ("changes.json", b"[" * 100_000, "is no JSON"), ("changes.json", b'{"format": 1, "changes": []}', "format 1"),
-    ("changes.json", b'{"format": 2, "changes": {}}', "lists no changes"),
-    (".gitattributes", b"* filter=evil\n", ".gitattributes says something else"), ("SUMMARY.md", b"\x1b[2J", "control"),
-])
+@pytest.mark.parametrize(
+    "name, data, match",
+    [
+        ("changes.json", b"[" * 100_000, "is no JSON"),
+        ("changes.json", b'{"format": 1, "changes": []}', "format 1"),
+        ("changes.json", b'{"format": 2, "changes": {}}', "lists no changes"),
+        (".gitattributes", b"* filter=evil\n", ".gitattributes says something else"),
+        ("SUMMARY.md", b"\x1b[2J", "control"),
+    ],
+)
 def test_other_files_that_can_not_be_are_refused(session, tmp_path, name, data, match):
     files = exchange.read_files(write(session)) | {name: data}
     with pytest.raises(LabError, match=match):
@@ -161,6 +201,7 @@ def test_more_json_than_a_session_needs_is_refused(session, monkeypatch):
 
 # --- The branch ---
 
+
 def test_the_branch_is_the_kept_steps_and_the_export(session, capsys):
     before = everything(session)
     assert commands.do_export(session, argparse.Namespace(publish=True, replace=False, target=None)) == 0
@@ -168,11 +209,15 @@ def test_the_branch_is_the_kept_steps_and_the_export(session, capsys):
     assert everything(session) == before
     path, first = session.tree.path, session.facts["commit"]
     assert git(path, "log", "--format=%s", "--reverse", f"{first}..{BRANCH}").split("\n") == [
-        "A is a tenth, see .../notes.txt", "C <b>more</b>", f"session {DEVICE}/{TAG}: its export"]
+        "A is a tenth, see .../notes.txt",
+        "C <b>more</b>",
+        f"session {DEVICE}/{TAG}: its export",
+    ]
     assert git(path, "diff", "--name-only", first, f"{BRANCH}^") == "train.py"
     assert show(session, "train.py").encode() + b"\n" == session.tree.content(session.state.best.blob)
     assert git(path, "diff", "--name-only", f"{BRANCH}^", BRANCH).split("\n") == sorted(
-        f"session/{name}" for name in exchange.read_files(write(session)))
+        f"session/{name}" for name in exchange.read_files(write(session))
+    )
     assert show(session, "session/.gitattributes") == "* -text"
 
 
@@ -218,6 +263,7 @@ def test_where_to_has_to_be_said(session):
 
 # --- And back ---
 
+
 def imported(session, capsys, source):
     capsys.readouterr()
     assert commands.do_import(argparse.Namespace(source=source, device=None)) == 0
@@ -251,13 +297,16 @@ def test_a_published_branch_is_replayed(session, tmp_path, capsys, monkeypatch):
     assert [(one["kind"], one["parent"]) for one in told] == [("baseline", None), ("replay", 0), ("replay", 0)]
 
 
-@pytest.mark.parametrize("entries, match", [
-    ({"session/README.md": ("120000", b"/etc/passwd")}, "README.md' is not a plain file"),
-    ({"session/run.sh": ("100755", b"#!/bin/sh\n")}, "no part of an exported session"),
-    ({"session/deep/er.json": ("100644", b"{}")}, "no part of an exported session"),
-    ({"session/README.md": ("100644", b"changed")}, "README.md is damaged"),
-    ({"session/MANIFEST.json": ("100644", b"{}")}, "format None"),
-])
+@pytest.mark.parametrize(
+    "entries, match",
+    [
+        ({"session/README.md": ("120000", b"/etc/passwd")}, "README.md' is not a plain file"),
+        ({"session/run.sh": ("100755", b"#!/bin/sh\n")}, "no part of an exported session"),
+        ({"session/deep/er.json": ("100644", b"{}")}, "no part of an exported session"),
+        ({"session/README.md": ("100644", b"changed")}, "README.md is damaged"),
+        ({"session/MANIFEST.json": ("100644", b"{}")}, "format None"),
+    ],
+)
 def test_a_hostile_branch_is_refused(session, tmp_path, isolated_home, capsys, entries, match):
     publish.publish(session)
     tree = session.tree
@@ -292,6 +341,7 @@ def test_a_branch_too_large_is_refused_before_it_is_read(session, monkeypatch):
 
 
 # --- In words ---
+
 
 def test_the_summary_says_what_was_found(session):
     text = summary.summary(exchange.read_bundle(write(session)))

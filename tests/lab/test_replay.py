@@ -20,29 +20,65 @@ BETTER = {"A": 0.1, "B": 0.2, "C": 0.05}
 
 def with_(content, **values):
     lines = content.decode().splitlines(keepends=True)
-    return "".join(f"{line.split(' = ')[0]} = {values[line.split(' = ')[0]]!r}\n"
-                   if line.split(" = ")[0] in values and "LOSS -" not in line else line for line in lines).encode()
+    return "".join(
+        f"{line.split(' = ')[0]} = {values[line.split(' = ')[0]]!r}\n"
+        if line.split(" = ")[0] in values and "LOSS -" not in line
+        else line
+        for line in lines
+    ).encode()
 
 
 def foreign(tmp_path, *steps, base=BASE, device="far-1gb", name="far", told=True):
     """An export of another machine's session. `steps`: (train.py, status, near_miss) on the best before it."""
     kept, changes, best = [], [], (0, base)
-    plain = {"description": "baseline", "reason": "", "patch": "", "origin": "", "near_miss": False, "kinds": [],
-             "gain": None, "low": None, "high": None, "patch_text": ""}
+    plain = {
+        "description": "baseline",
+        "reason": "",
+        "patch": "",
+        "origin": "",
+        "near_miss": False,
+        "kinds": [],
+        "gain": None,
+        "low": None,
+        "high": None,
+        "patch_text": "",
+    }
     changes.append(plain | {"number": 0, "kind": "baseline", "status": "keep", "parent": None, "commit": "c0"})
     rows = [ledger.row_of({"val_bpb": 1.0, "device": device}, run=1, commit="c0", status="keep", eval="f" * 12)]
     for number, (content, status, near) in enumerate(steps, 1):
         text = patch_of(best[1].decode(), content.decode(), tmp_path)
-        facts = {"number": number, "kind": "change", "status": status, "parent": best[0], "commit": f"c{number}",
-                 "patch": f"{number:016x}", "near_miss": near, "description": f"step {number}", "patch_text": text}
+        facts = {
+            "number": number,
+            "kind": "change",
+            "status": status,
+            "parent": best[0],
+            "commit": f"c{number}",
+            "patch": f"{number:016x}",
+            "near_miss": near,
+            "description": f"step {number}",
+            "patch_text": text,
+        }
         changes.append(plain | facts | ({"gain": 0.1, "low": 0.05, "high": 0.15} if status == "keep" else {}))
-        rows.append(ledger.row_of({"val_bpb": 0.9, "device": device}, run=number + 1, commit=f"c{number}",
-                                  status=status, patch=f"{number:016x}", parent=f"c{best[0]}"))
+        rows.append(
+            ledger.row_of(
+                {"val_bpb": 0.9, "device": device},
+                run=number + 1,
+                commit=f"c{number}",
+                status=status,
+                patch=f"{number:016x}",
+                parent=f"c{best[0]}",
+            )
+        )
         if status == "keep":
             kept.append(bundle.Kept(number, f"c{number}", f"c{best[0]}", text, f"step {number}"))
             best = number, content
-    session = dict.fromkeys(bundle.TEXTS, "") | {"device": device, "tag": "night", "budget": 300.0, "versions": {},
-                                                 "eval": "f" * 12}
+    session = dict.fromkeys(bundle.TEXTS, "") | {
+        "device": device,
+        "tag": "night",
+        "budget": 300.0,
+        "versions": {},
+        "eval": "f" * 12,
+    }
     made = bundle.Bundle(session, rows, kept, None, base, changes=changes if told else [])
     return str(exchange.write(packing.files_of(made), tmp_path / f"{name}.tar.gz"))
 
@@ -59,8 +95,16 @@ def session(tmp_path, runner, monkeypatch):
 
 def replayed(session, source, capsys, **values):
     capsys.readouterr()
-    options = {"source": source, "all": False, "stack": False, "runs": 1, "limit": None, "dry_run": False,
-               "json": False, **values}
+    options = {
+        "source": source,
+        "all": False,
+        "stack": False,
+        "runs": 1,
+        "limit": None,
+        "dry_run": False,
+        "json": False,
+        **values,
+    }
     assert commands.do_replay(session, argparse.Namespace(**options)) == 0
     return capsys.readouterr().out
 
@@ -70,6 +114,7 @@ def of(session, kind=REPLAY):
 
 
 # --- On the baseline ---
+
 
 def test_each_is_judged_against_the_baseline_and_the_branch_stays(session, tmp_path, capsys):
     second = with_(BASE, A=0.1, B=-0.2)
@@ -137,8 +182,12 @@ def test_a_kept_replay_does_not_stand_in_the_way_of_the_change_itself(session, t
 
 
 def test_near_misses_come_along_when_asked(session, tmp_path, capsys):
-    source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (with_(BASE, A=0.1, C=0.05), "discard", True),
-                     (with_(BASE, A=0.1, B=-9.0), "discard", False))
+    source = foreign(
+        tmp_path,
+        (with_(BASE, A=0.1), "keep", False),
+        (with_(BASE, A=0.1, C=0.05), "discard", True),
+        (with_(BASE, A=0.1, B=-9.0), "discard", False),
+    )
     replayed(session, source, capsys)
     assert [e.description for e in of(session)] == ["step 1"]
     replayed(session, source, capsys, all=True)
@@ -155,10 +204,15 @@ def test_older_exports_are_replayed_too(session, tmp_path, capsys):
 
 # --- What does not apply ---
 
+
 def test_a_conflict_is_shown_and_not_forced(session, tmp_path, capsys):
     base = with_(BASE, A=0.5)
-    source = foreign(tmp_path, (with_(base, A=0.6, B=0.1), "keep", False), (with_(base, A=0.6, B=0.1, C=0.05), "keep",
-                     False), base=base)
+    source = foreign(
+        tmp_path,
+        (with_(base, A=0.6, B=0.1), "keep", False),
+        (with_(base, A=0.6, B=0.1, C=0.05), "keep", False),
+        base=base,
+    )
     said = replayed(session, source, capsys)
     assert "does not apply" in said and "line 1 is here: A = 0.0" in said
     assert "was there: A = 0.5" in said and "became there: A = 0.6" in said
@@ -167,9 +221,12 @@ def test_a_conflict_is_shown_and_not_forced(session, tmp_path, capsys):
 
 def test_what_is_here_already_or_no_python_is_said(session, tmp_path, capsys):
     base = BASE.replace(b"C = 0.0\n", b"C = (0.0\n)\n")
-    source = foreign(tmp_path, (base.replace(b"A = 0.0\n", b"A = 0.0  # fine\n"), "keep", False),
-                     (base.replace(b"A = 0.0\n", b"A = 0.0  # fine\n").replace(b")\n\n", b"+ 1)\n\n"), "keep", False),
-                     base=base)
+    source = foreign(
+        tmp_path,
+        (base.replace(b"A = 0.0\n", b"A = 0.0  # fine\n"), "keep", False),
+        (base.replace(b"A = 0.0\n", b"A = 0.0  # fine\n").replace(b")\n\n", b"+ 1)\n\n"), "keep", False),
+        base=base,
+    )
     said = replayed(session, source, capsys)
     assert "changes nothing: it is here already" in said and "does not apply" in said
     broken = foreign(tmp_path, (BASE.replace(b"A = 0.0", b"A = (("), "keep", False), name="broken")
@@ -178,8 +235,9 @@ def test_what_is_here_already_or_no_python_is_said(session, tmp_path, capsys):
 
 
 def test_a_patch_that_does_not_fit_its_own_train_is_said(session, tmp_path, capsys):
-    made = exchange.read_bundle(foreign(tmp_path, (with_(BASE, A=0.1), "keep", False),
-                                        (with_(BASE, A=0.1, B=0.1), "keep", False)))
+    made = exchange.read_bundle(
+        foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (with_(BASE, A=0.1, B=0.1), "keep", False))
+    )
     made.base = with_(BASE, A=0.3)
     source = str(exchange.write(packing.files_of(made), tmp_path / "odd.tar.gz"))
     said = replayed(session, source, capsys)
@@ -195,18 +253,25 @@ def test_a_change_that_makes_an_endless_train_is_not_made(session, tmp_path, cap
 
 
 def test_line_ends_of_another_system_are_no_change(session, tmp_path, capsys):
-    source = foreign(tmp_path, (with_(BASE, A=0.1).replace(b"\n", b"\r\n"), "keep", False),
-                     base=BASE.replace(b"\n", b"\r\n"))
+    source = foreign(
+        tmp_path, (with_(BASE, A=0.1).replace(b"\n", b"\r\n"), "keep", False), base=BASE.replace(b"\n", b"\r\n")
+    )
     replayed(session, source, capsys)
     assert session.tree.content(of(session)[0].blob) == with_(BASE, A=0.1)
 
 
-@pytest.mark.parametrize("make, match", [
-    (lambda path: foreign(path), "kept no change"),
-    (lambda path: foreign(path, (with_(BASE, A=0.1), "discard", True)), "--all takes its near misses"),
-    (lambda path: str(path / "nothing.tar.gz"), "there is no session"),
-    (lambda path: foreign(path, (with_(BASE, A=0.1), "keep", False), device=sessions.DEVICE), "this session itself"),
-])
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda path: foreign(path), "kept no change"),
+        (lambda path: foreign(path, (with_(BASE, A=0.1), "discard", True)), "--all takes its near misses"),
+        (lambda path: str(path / "nothing.tar.gz"), "there is no session"),
+        (
+            lambda path: foreign(path, (with_(BASE, A=0.1), "keep", False), device=sessions.DEVICE),
+            "this session itself",
+        ),
+    ],
+)
 def test_what_has_nothing_to_replay_is_refused(session, tmp_path, capsys, make, match):
     with pytest.raises(LabError, match=match):
         replayed(session, make(tmp_path), capsys)
@@ -222,12 +287,16 @@ def test_a_bare_ledger_is_refused(session, tmp_path, capsys):
 
 # --- Stacked ---
 
+
 def test_stacked_what_is_kept_moves_the_branch(session, tmp_path, capsys):
     steps = [with_(BASE, A=0.1), with_(BASE, A=0.1, B=-0.2), with_(BASE, A=0.1, B=-0.2, C=0.05)]
     source = foreign(tmp_path, *((step, "keep", False) for step in steps))
     replayed(session, source, capsys, stack=True)
     assert [(e.kind, e.status) for e in list(session.state.experiments.values())[1:]] == [
-        ("change", "keep"), ("change", "discard"), ("change", "keep")]
+        ("change", "keep"),
+        ("change", "discard"),
+        ("change", "keep"),
+    ]
     train = (session.tree.path / "train.py").read_bytes()
     assert train == with_(BASE, A=0.1, C=0.05) == session.tree.content(session.tree.blob_of(session.branch))
     assert status_of(session) == "" and git(session.tree.path, "log", "-1", "--format=%s", session.branch) == "step 3"
@@ -255,6 +324,7 @@ def test_an_edit_of_the_users_is_left_alone(session, tmp_path, capsys):
 
 # --- More runs ---
 
+
 def test_further_runs_estimate_and_do_not_judge(session, tmp_path, capsys, runner):
     source = foreign(tmp_path, (with_(BASE, A=-0.1), "keep", False))
     replayed(session, source, capsys, runs=5)
@@ -266,8 +336,9 @@ def test_further_runs_estimate_and_do_not_judge(session, tmp_path, capsys, runne
     assert (effect.runs, effect.parent_runs) == (5, 5) and effect.low < effect.value < effect.high
     assert effect.value == pytest.approx(0.1, abs=0.003)
     before = len(runner.runs)
-    again = foreign(tmp_path, (with_(BASE, A=-0.1), "keep", False), (with_(BASE, A=-0.1, B=-0.1), "keep", False),
-                    name="again")
+    again = foreign(
+        tmp_path, (with_(BASE, A=-0.1), "keep", False), (with_(BASE, A=-0.1, B=-0.1), "keep", False), name="again"
+    )
     replayed(session, again, capsys, runs=5)
     assert len(runner.runs) == before + 5  # of the second; the baseline has its runs
 
@@ -344,6 +415,7 @@ def test_a_replay_that_is_only_simpler_costs_nothing_of_what_may_be_lost(session
 
 
 # --- Before and beside ---
+
 
 @pytest.mark.parametrize("stack", [False, True])
 def test_a_dry_run_runs_nothing(session, tmp_path, capsys, runner, stack):

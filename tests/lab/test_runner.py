@@ -71,10 +71,14 @@ def test_what_a_run_is_given(request_for, monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "CUDA_SECRET", "MY_SETTING", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'tree'}{os.pathsep}{tmp_path}")
-    show = ("    import json, sys\n    print('\\n' + json.dumps([dict(os.environ), os.getcwd(), sys.path, sys.argv, "
-            "__import__('resource').getrlimit(4), sys.stdin.read()]))\n")
-    request = request_for({EVALUATION: show + HONEST}, settings={
-        "AUTORESEARCH_HOME": os.environ["AUTORESEARCH_HOME"], "AUTORESEARCH_DATA": "tiny"})
+    show = (
+        "    import json, sys\n    print('\\n' + json.dumps([dict(os.environ), os.getcwd(), sys.path, sys.argv, "
+        "__import__('resource').getrlimit(4), sys.stdin.read()]))\n"
+    )
+    request = request_for(
+        {EVALUATION: show + HONEST},
+        settings={"AUTORESEARCH_HOME": os.environ["AUTORESEARCH_HOME"], "AUTORESEARCH_DATA": "tiny"},
+    )
     assert runner.run(request).status == "ok"
     line = next(line for line in log_of(request).splitlines() if line.startswith("[{"))
     environment, cwd, path, arguments, core, stdin = json.loads(line)
@@ -136,9 +140,22 @@ def test_a_full_budget_is_not_named(request_for):
 
 
 def changed(**facts) -> dict:
-    return {"val_bpb": 1.0, "val_rows": 5, "training_seconds": 300.2, "total_seconds": 340.0, "budget_seconds": 300.0,
-            "peak_vram_mb": 100.0, "num_steps": 10, "total_tokens_M": 1.0, "tokens_per_second": 1e4, "device": "d",
-            "backend": "b", "eval": "e", "data": "d", **facts}
+    return {
+        "val_bpb": 1.0,
+        "val_rows": 5,
+        "training_seconds": 300.2,
+        "total_seconds": 340.0,
+        "budget_seconds": 300.0,
+        "peak_vram_mb": 100.0,
+        "num_steps": 10,
+        "total_tokens_M": 1.0,
+        "tokens_per_second": 1e4,
+        "device": "d",
+        "backend": "b",
+        "eval": "e",
+        "data": "d",
+        **facts,
+    }
 
 
 @pytest.mark.parametrize("facts, reason", [
@@ -362,26 +379,42 @@ def test_it_ends_what_it_began_when_interrupted(request_for, monkeypatch):
 
 # ---- the real train.py ----
 
-SMALL = {"DEPTH = defaults.depth .*": "DEPTH = 2", "ASPECT_RATIO = .*": "ASPECT_RATIO = 32",
-         "HEAD_DIM = .*": "HEAD_DIM = 32", "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1",
-         "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096"}
+SMALL = {
+    "DEPTH = defaults.depth .*": "DEPTH = 2",
+    "ASPECT_RATIO = .*": "ASPECT_RATIO = 32",
+    "HEAD_DIM = .*": "HEAD_DIM = 32",
+    "DEVICE_BATCH_SIZE = .*": "DEVICE_BATCH_SIZE = 1",
+    "TOTAL_BATCH_SIZE = .*": "TOTAL_BATCH_SIZE = 4096",
+}
 
 
 def made_up_profile() -> Path:
     """A profile of this device, so that a run has nothing to find out."""
     hardware, spread = backends.identify(BACKEND), {"median": 1e10, "low": 9e9, "high": 2e10, "n": 3}
-    kinds = {"sdpa": {"full": "sdpa_causal", "window": "sdpa_blocks"},
-             "mlx": {"full": "fused", "window": "fused"}}[BACKEND]
+    kinds = {"sdpa": {"full": "sdpa_causal", "window": "sdpa_blocks"}, "mlx": {"full": "fused", "window": "fused"}}[
+        BACKEND
+    ]
     path = prepare.home() / "sessions" / "profile.json"
-    prepare.write_json(path, {
-        "format": profile.FORMAT, "device": hardware.slug, "backend": BACKEND, "made": "now", "train": "x",
-        "versions": hardware.versions, "products": {"square": 64, "rates": {"float32": spread}}, "trials": [],
-        "settings": {**asdict(rule.SAFE), "precision": "float32", "attention": kinds}})
+    prepare.write_json(
+        path,
+        {
+            "format": profile.FORMAT,
+            "device": hardware.slug,
+            "backend": BACKEND,
+            "made": "now",
+            "train": "x",
+            "versions": hardware.versions,
+            "products": {"square": 64, "rates": {"float32": spread}},
+            "trials": [],
+            "settings": {**asdict(rule.SAFE), "precision": "float32", "attention": kinds},
+        },
+    )
     return path
 
 
-@pytest.mark.parametrize("sandbox", [None, *(pytest.param(*one.values, marks=[pytest.mark.slow, *one.marks])
-                                           for one in available())])
+@pytest.mark.parametrize(
+    "sandbox", [None, *(pytest.param(*one.values, marks=[pytest.mark.slow, *one.marks]) for one in available())]
+)
 def test_the_real_train_py(request_for, sandbox, monkeypatch):
     """In every sandbox: it runs, and its weights score the same in a fresh process."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
@@ -389,9 +422,17 @@ def test_the_real_train_py(request_for, sandbox, monkeypatch):
     for pattern, text in SMALL.items():
         source, found = re.subn(rf"(?m)^{pattern}$", text, source)
         assert found, pattern
-    request = request_for(source, budget=2.0, timeout=200.0, sandbox=sandbox, settings={
-        "AUTORESEARCH_HOME": os.environ["AUTORESEARCH_HOME"], "AUTORESEARCH_BACKEND": BACKEND,
-        "AUTORESEARCH_PROFILE": str(made_up_profile())})
+    request = request_for(
+        source,
+        budget=2.0,
+        timeout=200.0,
+        sandbox=sandbox,
+        settings={
+            "AUTORESEARCH_HOME": os.environ["AUTORESEARCH_HOME"],
+            "AUTORESEARCH_BACKEND": BACKEND,
+            "AUTORESEARCH_PROFILE": str(made_up_profile()),
+        },
+    )
     found = runner.run(request)
     assert found.status == "ok", (found, log_of(request))
     again = runner.score(request, request.folder / "result.safetensors")

@@ -27,11 +27,24 @@ def inside(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "home" / "seen")
 
     def run(name, code, **changes):
-        folders = {"readable": [tmp_path / "home" / "seen", tmp_path / "home" / "profile.json", tmp_path / "none",
-                                tmp_path / "link", *sandbox.interpreter()],
-                   "writable": [tmp_path / "home" / "out", tmp_path / "cwd"], "hidden": [tmp_path / "home"]}
-        command = sandbox.wrap(name, [sys.executable, "-IS", "-c", f"import os\nROOT = {str(tmp_path)!r}\n{code}"],
-                               temporary=tmp_path / "temporary", cwd=tmp_path / "cwd", **folders | changes)
+        folders = {
+            "readable": [
+                tmp_path / "home" / "seen",
+                tmp_path / "home" / "profile.json",
+                tmp_path / "none",
+                tmp_path / "link",
+                *sandbox.interpreter(),
+            ],
+            "writable": [tmp_path / "home" / "out", tmp_path / "cwd"],
+            "hidden": [tmp_path / "home"],
+        }
+        command = sandbox.wrap(
+            name,
+            [sys.executable, "-IS", "-c", f"import os\nROOT = {str(tmp_path)!r}\n{code}"],
+            temporary=tmp_path / "temporary",
+            cwd=tmp_path / "cwd",
+            **folders | changes,
+        )
         done = subprocess.run(command, cwd=tmp_path / "cwd", capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -42,8 +55,10 @@ def inside(tmp_path):
 @pytest.mark.parametrize("name", available())
 def test_what_is_hidden(inside, name):
     assert inside(name, "print(sorted(os.listdir(ROOT + '/home')))") == "['out', 'profile.json', 'seen']"
-    assert inside(name, "print(open(ROOT + '/home/seen/deep/file').read(), open(ROOT + '/home/profile.json').read())"
-                  ) == "seen profile"
+    assert (
+        inside(name, "print(open(ROOT + '/home/seen/deep/file').read(), open(ROOT + '/home/profile.json').read())")
+        == "seen profile"
+    )
 
 
 @pytest.mark.parametrize("name", available())
@@ -69,9 +84,12 @@ def test_folders_in_folders(inside, name, tmp_path):
     """Hidden in what is shown, shown in what is hidden there."""
     (tmp_path / "home" / "seen" / "other").mkdir()
     (tmp_path / "home" / "seen" / "other" / "run").mkdir()
-    seen = inside(name, "print(os.listdir(ROOT + '/home/seen/other'), os.listdir(ROOT + '/home/seen/deep'))",
-                  hidden=[tmp_path / "home", tmp_path / "home" / "seen" / "other"],
-                  writable=[tmp_path / "home" / "seen" / "other" / "run", tmp_path / "cwd"])
+    seen = inside(
+        name,
+        "print(os.listdir(ROOT + '/home/seen/other'), os.listdir(ROOT + '/home/seen/deep'))",
+        hidden=[tmp_path / "home", tmp_path / "home" / "seen" / "other"],
+        writable=[tmp_path / "home" / "seen" / "other" / "run", tmp_path / "cwd"],
+    )
     assert seen == "['run'] ['file']"
 
 
@@ -133,9 +151,15 @@ def test_described_in_a_sentence(name):
 def test_the_profile_for_macos():
     text = sandbox.macos_profile([Path("/Users/me/venv"), Path('/a "b"')], [Path("/Users/me/run")], [Path("/Users/me")])
     shown = "".join(f"\n  (subpath {one})" for one in ('"/Users/me/venv"', '"/a \\"b\\""', '"/Users/me/run"'))
-    order = ["(version 1)", "(allow default)", "(deny network*)", '(deny file-read-data\n  (subpath "/Users/me"))',
-             f"(allow file-read-data{shown})",
-             '(deny file-write* (subpath "/"))', "(allow file-write*"]
+    order = [
+        "(version 1)",
+        "(allow default)",
+        "(deny network*)",
+        '(deny file-read-data\n  (subpath "/Users/me"))',
+        f"(allow file-read-data{shown})",
+        '(deny file-write* (subpath "/"))',
+        "(allow file-write*",
+    ]
     places = [text.index(part) for part in order]
     assert places == sorted(places) and text.rindex('(subpath "/Users/me/run")') > places[-1]
-    assert text.count("(") == text.count(")") and '(subpath "/Users/me/venv")' not in text[places[-1]:]
+    assert text.count("(") == text.count(")") and '(subpath "/Users/me/venv")' not in text[places[-1] :]

@@ -35,8 +35,10 @@ def test_a_framework_makes_it_not_portable():
     assert not source.describe(b"import torch\n").portable
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"def f(:\n", "line 1"), (b"x = 1\n  y = 2\n", "line 2"), (b"\xff\xfe", "UTF-8"), (b"x = 1\0", "null")])
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"def f(:\n", "line 1"), (b"x = 1\n  y = 2\n", "line 2"), (b"\xff\xfe", "UTF-8"), (b"x = 1\0", "null")],
+)
 def test_what_is_no_python_is_refused_with_the_reason(content, said):
     with pytest.raises(LabError, match=said):
         source.describe(content)

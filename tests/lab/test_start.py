@@ -19,8 +19,14 @@ from lab.session import Session, at, device_lock
 from lab.start import start, which_gpu
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
-HARDWARE = Hardware(name="CPU", slug=PROFILE["device"], kind="cpu", backend=PROFILE["backend"], memory=24 * 2**30,
-                    versions=PROFILE["versions"])
+HARDWARE = Hardware(
+    name="CPU",
+    slug=PROFILE["device"],
+    kind="cpu",
+    backend=PROFILE["backend"],
+    memory=24 * 2**30,
+    versions=PROFILE["versions"],
+)
 
 
 @pytest.fixture
@@ -203,8 +209,10 @@ def test_a_busy_device_is_refused_before_anything_is_made(tree):
     assert untouched(tree)
 
 
-@pytest.mark.parametrize("visible, device, gpu", [
-    ("", "", "0"), ("0", "", "0"), ("", "cuda", "0"), ("2,3", "", "2"), ("2,3", "cuda:1", "3"), ("", "cuda:1", "1")])
+@pytest.mark.parametrize(
+    "visible, device, gpu",
+    [("", "", "0"), ("0", "", "0"), ("", "cuda", "0"), ("2,3", "", "2"), ("2,3", "cuda:1", "3"), ("", "cuda:1", "1")],
+)
 def test_one_gpu_has_one_name(monkeypatch, visible, device, gpu):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("AUTORESEARCH_DEVICE", device)

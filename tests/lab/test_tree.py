@@ -76,9 +76,16 @@ def test_the_patch_id_is_the_same_wherever_the_change_is_made(tree):
 def test_settings_for_diffs_change_nothing(tree):
     before, after = tree.store(FIRST), tree.store(FIRST.replace(b"LR = 1", b"LR = 3"))
     plain = tree.patch(before, after)
-    for setting in ("color.ui=always", "diff.noprefix=true", "diff.mnemonicPrefix=true", "diff.context=9",
-                    "diff.external=false", "diff.algorithm=patience", "diff.suppressBlankEmpty=true",
-                    "diff.interHunkContext=5"):
+    for setting in (
+        "color.ui=always",
+        "diff.noprefix=true",
+        "diff.mnemonicPrefix=true",
+        "diff.context=9",
+        "diff.external=false",
+        "diff.algorithm=patience",
+        "diff.suppressBlankEmpty=true",
+        "diff.interHunkContext=5",
+    ):
         git(tree.path, "config", *setting.split("="))
     assert tree.patch(before, after) == plain
 

@@ -8,10 +8,10 @@ import pytest
 from lab import untrusted
 from lab.untrusted import clean, fenced, one_line
 
-TRACE = '''Traceback (most recent call last):
+TRACE = """Traceback (most recent call last):
   File "train.py", line 1, in <module>
     main()
-ValueError: no such layer'''
+ValueError: no such layer"""
 
 
 @pytest.mark.parametrize("hostile", [
@@ -54,7 +54,7 @@ def test_many_frames():
     frames = "".join(f'  File "a.py", line {i}\n    call()\n' for i in range(500))
     rows = clean(f"Traceback (most recent call last):\n{frames}RecursionError: too deep").splitlines()
     assert len(rows) == 40 and rows[0].startswith("Traceback") and rows[-1] == "RecursionError: too deep"
-    assert 'line 499' in rows[-3] and 'line 0' in rows[1] and any("lines left out" in row for row in rows)
+    assert "line 499" in rows[-3] and "line 0" in rows[1] and any("lines left out" in row for row in rows)
 
 
 def test_without_a_traceback_a_few_last_lines():

@@ -14,8 +14,18 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _row(logits, targets, losses, inner, outer, ln_2, CAPPED: tl.constexpr, SHIFTED: tl.constexpr,
-         VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+def _row(
+    logits,
+    targets,
+    losses,
+    inner,
+    outer,
+    ln_2,
+    CAPPED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    VOCABULARY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Logits in powers of two, which is what the hardware has: `outer` and `inner` turn them into such."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -47,13 +57,25 @@ def _launch(logits, targets, losses, softcap):
     rows, vocabulary = logits.shape
     inner, outer = (0.0, LOG2_E) if softcap is None else (-2 / softcap * LOG2_E, 2 * softcap * LOG2_E)
     shifted = softcap is None or softcap > 40  # else the smallest exponential, exp(-2 softcap), is a float32
-    _row[(rows,)](logits, targets, losses, inner, outer, math.log(2), softcap is not None, shifted, vocabulary,
-                  triton.next_power_of_2(vocabulary), num_warps=VARIANTS[variant])
+    _row[(rows,)](
+        logits,
+        targets,
+        losses,
+        inner,
+        outer,
+        math.log(2),
+        softcap is not None,
+        shifted,
+        vocabulary,
+        triton.next_power_of_2(vocabulary),
+        num_warps=VARIANTS[variant],
+    )
 
 
 @torch.library.custom_op("autoresearch::softcapped_cross_entropy", mutates_args=())
-def summed(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None,
-           size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def summed(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Nats of targets (N,) under logits hidden (N, C) @ weight (V, C).T, `size` rows at a time.
 
     Returns:
@@ -76,6 +98,8 @@ def summed(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, so
 
 @summed.register_fake
 def _(hidden, weight, targets, softcap, size):
-    return (hidden.new_empty((), dtype=torch.float32),
-            torch.empty_like(hidden, memory_format=torch.contiguous_format),
-            torch.empty(weight.shape, dtype=torch.float32, device=weight.device))
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format),
+        torch.empty(weight.shape, dtype=torch.float32, device=weight.device),
+    )

@@ -21,9 +21,22 @@ GROUP = 8  # rows of tiles that share what they read of the weight
 
 
 @triton.jit
-def _product(a_desc, b_desc, out_desc, activation_desc, M, N, K, TRANSPOSED: tl.constexpr, BACKWARD: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-             PROGRAMS: tl.constexpr):
+def _product(
+    a_desc,
+    b_desc,
+    out_desc,
+    activation_desc,
+    M,
+    N,
+    K,
+    TRANSPOSED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         first = tile // (GROUP * columns) * GROUP
@@ -59,11 +72,23 @@ def _launch(a, b, transposed, activation=None):
     programs = processors(a)
     half = [m, n // 2]
     _product[(programs,)](
-        TensorDescriptor.from_tensor(a, [m, k]), TensorDescriptor.from_tensor(b, [n, k] if transposed else [k, n]),
+        TensorDescriptor.from_tensor(a, [m, k]),
+        TensorDescriptor.from_tensor(b, [n, k] if transposed else [k, n]),
         TensorDescriptor.from_tensor(out, half),
         TensorDescriptor.from_tensor(out if activation is None else activation, half),
-        rows, columns, inner, transposed, activation is not None, m, n, k, GROUP, programs,
-        num_warps=warps, num_stages=stages)
+        rows,
+        columns,
+        inner,
+        transposed,
+        activation is not None,
+        m,
+        n,
+        k,
+        GROUP,
+        programs,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return out
 
 

@@ -21,13 +21,27 @@ BLOCK_M, BLOCK_K, WARPS, STAGES = 128, 64, 8, 3  # of that product, two heads wi
 @triton.jit
 def _angles(cosines, sines, token, channel, inside, length, HALF: tl.constexpr):
     table = token % length * HALF + channel
-    return (tl.load(cosines + table, mask=inside, other=0).to(tl.float32),
-            tl.load(sines + table, mask=inside, other=0).to(tl.float32))
+    return (
+        tl.load(cosines + table, mask=inside, other=0).to(tl.float32),
+        tl.load(sines + table, mask=inside, other=0).to(tl.float32),
+    )
 
 
 @triton.jit
-def _forward(qkv, inverse, cosines, sines, count, length, width, heads, epsilon, TOKENS: tl.constexpr,
-             HEADS: tl.constexpr, HALF: tl.constexpr):
+def _forward(
+    qkv,
+    inverse,
+    cosines,
+    sines,
+    count,
+    length,
+    width,
+    heads,
+    epsilon,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, HALF)[None, :]
     inside = token < count
@@ -45,8 +59,25 @@ def _forward(qkv, inverse, cosines, sines, count, length, width, heads, epsilon,
 
 
 @triton.jit
-def _backward(upstream, normed, inverse, cosines, sines, out, count, length, heads, of_normed, of_out, head_of_inverse,
-              heads_of_inverse, NORMED: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _backward(
+    upstream,
+    normed,
+    inverse,
+    cosines,
+    sines,
+    out,
+    count,
+    length,
+    heads,
+    of_normed,
+    of_out,
+    head_of_inverse,
+    heads_of_inverse,
+    NORMED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     """The gradient before rotation and norm, written into its columns of `out`; without NORMED a copy."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, HALF)[None, :]
@@ -87,8 +118,24 @@ def _rotated(head, cosines, sines, inverse, token, count, length, heads, which, 
 
 
 @triton.jit
-def _product(x_desc, weight_desc, out_desc, inverse, cosines, sines, count, width, inner, length, heads, epsilon,
-             BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, PROGRAMS: tl.constexpr):
+def _product(
+    x_desc,
+    weight_desc,
+    out_desc,
+    inverse,
+    cosines,
+    sines,
+    count,
+    width,
+    inner,
+    length,
+    heads,
+    epsilon,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     columns = tl.cdiv(width, 4 * HALF)
     for tile in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK_M) * columns, PROGRAMS, flatten=True):
         m, pair = tile // columns * BLOCK_M, tile % columns * 2
@@ -112,9 +159,24 @@ def _launch_product(x, weight, inverse, cosines, sines, heads, epsilon):
     programs = processors(x)
     _product[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
-        TensorDescriptor.from_tensor(weight, [4 * half, block_k]), TensorDescriptor.from_tensor(out, [block_m, half]),
-        inverse, cosines, sines, count, width, inner, length, heads, epsilon, block_m, block_k, half, programs,
-        num_warps=WARPS, num_stages=STAGES)
+        TensorDescriptor.from_tensor(weight, [4 * half, block_k]),
+        TensorDescriptor.from_tensor(out, [block_m, half]),
+        inverse,
+        cosines,
+        sines,
+        count,
+        width,
+        inner,
+        length,
+        heads,
+        epsilon,
+        block_m,
+        block_k,
+        half,
+        programs,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
     return out
 
 
@@ -130,8 +192,9 @@ def _launch(kernel, arrays, count, heads, numbers, half):
 
 
 @torch.library.custom_op("autoresearch::rotary_projection", mutates_args=())
-def project(x: torch.Tensor, weight: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, heads: int,
-            epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def project(
+    x: torch.Tensor, weight: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, heads: int, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, C) @ weight (W, C).T, of which the first `heads` heads are rotated and divided by their root mean square.
 
     Args:
@@ -155,9 +218,16 @@ def _(x, weight, cosines, sines, heads, epsilon):
 
 
 @torch.library.custom_op("autoresearch::rotary_projection_gradient", mutates_args=())
-def project_gradient(grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, q: torch.Tensor,
-                     k: torch.Tensor, inverse: torch.Tensor, cosines: torch.Tensor,
-                     sines: torch.Tensor) -> torch.Tensor:
+def project_gradient(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    inverse: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+) -> torch.Tensor:
     """The gradient of the product (N, W) inside `project`, from those of its rotated and normalised q and k and of v,
     each (N, its heads * D), and from q and k themselves, which may be columns of a wider array."""
     count, (length, _, half) = q.shape[0], cosines.shape
@@ -165,9 +235,14 @@ def project_gradient(grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.T
     start = 0
     for grad, normed in ((grad_q, q), (grad_k, k), (grad_v, None)):
         heads, source = grad.shape[1] // (2 * half), grad if normed is None else normed
-        _launch(_backward, (grad.contiguous(), source, inverse, cosines, sines, out[:, start:]), count, heads,
-                (length, heads, source.stride(0), out.stride(0), start // (2 * half), inverse.shape[1],
-                 normed is not None), half)
+        _launch(
+            _backward,
+            (grad.contiguous(), source, inverse, cosines, sines, out[:, start:]),
+            count,
+            heads,
+            (length, heads, source.stride(0), out.stride(0), start // (2 * half), inverse.shape[1], normed is not None),
+            half,
+        )
         start += grad.shape[1]
     return out
 

@@ -83,10 +83,18 @@ def _module(name):
 
 def try_apart() -> dict:
     """`try_all` in a process of its own: a kernel that faults on this chip takes only that down."""
-    runs_on = [str(runtime.device), str(runtime.dtype).removeprefix("torch."), str(int(runtime.compiled)),
-               str(runtime.logits_at_once)]
-    done = subprocess.run([sys.executable, "-m", __name__, *runs_on], cwd=Path(__file__).resolve().parents[3],
-                          capture_output=True, text=True)
+    runs_on = [
+        str(runtime.device),
+        str(runtime.dtype).removeprefix("torch."),
+        str(int(runtime.compiled)),
+        str(runtime.logits_at_once),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *runs_on],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+    )
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -131,16 +139,22 @@ def _try(name: str, variant: int) -> float | str:
 
 def choose(tried: dict) -> dict[str, int]:
     """The variant of each kernel that is faster than the compiler."""
-    return {name: found["variant"] for name, found in tried.items()
-            if not isinstance(found, str) and found["kernel"] < found["plain"]}
+    return {
+        name: found["variant"]
+        for name, found in tried.items()
+        if not isinstance(found, str) and found["kernel"] < found["plain"]
+    }
 
 
 def described(tried: dict) -> str:
     """For a note: how each fared."""
     chosen = choose(tried)
-    return ", ".join(f"{name} {found}" if isinstance(found, str) else f"{name} "
-                     f"{found['plain'] / found['kernel']:.2f} times as fast{'' if name in chosen else ' (not used)'}"
-                     for name, found in tried.items())
+    return ", ".join(
+        f"{name} {found}"
+        if isinstance(found, str)
+        else f"{name} {found['plain'] / found['kernel']:.2f} times as fast{'' if name in chosen else ' (not used)'}"
+        for name, found in tried.items()
+    )
 
 
 def _error(name: str) -> float:

@@ -31,7 +31,8 @@ def test_spearman_with_ties_is_pearson_of_the_ranks():
     a, b = ranks(xs), ranks(ys)
     mean = 3.5
     expected = sum((x - mean) * (y - mean) for x, y in zip(a, b)) / math.sqrt(
-        sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+        sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b)
+    )
     assert spearman(xs, ys)[0] == pytest.approx(expected)
 
 

@@ -17,9 +17,19 @@ def effect(value, error=0.001, df=20, **facts):
 SOURCE = effect(-0.010, known=True)
 
 
-@pytest.mark.parametrize("value, said", [
-    (-0.010, HOLDS), (-0.020, HOLDS), (-0.0051, HOLDS), (0.0, FADES), (-0.002, FADES), (0.001, FADES),
-    (0.004, REVERSES), (0.010, REVERSES)])
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (-0.010, HOLDS),
+        (-0.020, HOLDS),
+        (-0.0051, HOLDS),
+        (0.0, FADES),
+        (-0.002, FADES),
+        (0.001, FADES),
+        (0.004, REVERSES),
+        (0.010, REVERSES),
+    ],
+)
 def test_a_precise_effect_elsewhere_is_classed_by_its_share(value, said):
     found, why, more = classify.classify(SOURCE, effect(value))
     assert found == said and more is None and f"{-value / 0.010:+.0%}" in why
@@ -53,8 +63,7 @@ def test_one_side_is_tested_where_the_way_was_known():
 
 
 def test_a_source_that_was_not_measured_again_says_nothing_and_asks_for_runs_there():
-    found, why, more = classify.classify(effect(-0.010, flattered=True, known=True, picked=True),
-                                          effect(-0.010))
+    found, why, more = classify.classify(effect(-0.010, flattered=True, known=True, picked=True), effect(-0.010))
     assert found == OPEN and why.startswith("not measured since it was selected") and more["source"] >= 1
     for known in (False, True):  # discarded on top of what was kept, or replayed there
         _, why, more = classify.classify(effect(-0.010, flattered=True, known=known), effect(-0.010))

@@ -46,8 +46,12 @@ def ledgers(tmp_path):
 def found_and_replayed(there, *, source=(-0.010,) * 3, known=True, **facts):
     """A change that H100 kept, measured again there if `known`, and replayed on the CPU with these effects."""
     after = {"after": trials([1 + one for one in source], beside=2)} if known else {}
-    first = record(H100, "night", change(1, [0.98], "keep", patch=A, kinds=("schedule",), **after),
-                   after=trials([1.0] * 3, beside=2) if known else ())
+    first = record(
+        H100,
+        "night",
+        change(1, [0.98], "keep", patch=A, kinds=("schedule",), **after),
+        after=trials([1.0] * 3, beside=2) if known else (),
+    )
     return first, record(CPU, "copy", replay(1, [1 + one for one in there], f"{H100}/night/{A}", **facts))
 
 
@@ -63,8 +67,9 @@ def test_ledgers_without_tags_are_counted_from_the_files_themselves(ledgers):
         statuses = [row["status"] for row in rows]
         kept = [float(row["val_bpb"]) for row in rows if row["status"] == "keep"]
         assert facts.rows == len(rows) == facts.experiments + 1
-        assert (facts.kept + 1, facts.discarded, facts.crashed) == tuple(map(statuses.count, (
-            "keep", "discard", "crash")))
+        assert (facts.kept + 1, facts.discarded, facts.crashed) == tuple(
+            map(statuses.count, ("keep", "discard", "crash"))
+        )
         assert (facts.baseline, facts.best) == (kept[0], kept[-1])
         assert facts.gain == pytest.approx(kept[0] - kept[-1]) and facts.noise is None and not facts.tagged
         assert facts.keep_rate == facts.kept / facts.experiments
@@ -76,7 +81,8 @@ def test_words_join_where_there_is_nothing_else_and_are_said_to(ledgers):
     assert all(one.by_words and not one.source for one in found.shared)
     assert [tuple(one.texts.values()) for one in found.shared] == [
         ("halve batch 524K to 262K (more steps in 5 min)", "halve total batch size to 2^16"),
-        ("matrix LR 0.04 to 0.05", "increase matrix LR to 0.05")]
+        ("matrix LR 0.04 to 0.05", "increase matrix LR to 0.05"),
+    ]
     assert {c.verdict for one in found.shared for c in one.cells.values()} == {""}
     (pair,) = found.agreements
     assert pair.by_words and (pair.n, pair.same, pair.rho) == (2, 1, None)
@@ -84,8 +90,10 @@ def test_words_join_where_there_is_nothing_else_and_are_said_to(ledgers):
     assert "By its words: probably the same change" in text and text.count("unconfirmed") >= 4
 
 
-@pytest.mark.parametrize("there, said", [((-0.011, -0.009, -0.010), "holds"), ((0.0, 0.001, -0.001), "fades"),
-                                         ((0.010, 0.009, 0.010), "reverses")])
+@pytest.mark.parametrize(
+    "there, said",
+    [((-0.011, -0.009, -0.010), "holds"), ((0.0, 0.001, -0.001), "fades"), ((0.010, 0.009, 0.010), "reverses")],
+)
 def test_a_replay_is_joined_by_its_origin_and_classed(there, said):
     found = compare(found_and_replayed(there))
     (one,) = found.shared
@@ -146,8 +154,9 @@ def test_another_backend_or_evaluator_or_budget_on_one_device_is_another_place()
     found = compare([session("a"), session("b", backend="mlx"), session("c")])
     assert found.places == [f"{CPU} (sdpa)", f"{CPU} (mlx)"] and len(found.shared[0].cells) == 2
     other = record(CPU, "d", change(1, [0.99], patch=A))
-    other.changes = {n: comparison.Change(**{**vars(c), "trials": trials([1.0], eval="f" * 12)})
-                     for n, c in other.changes.items()}
+    other.changes = {
+        n: comparison.Change(**{**vars(c), "trials": trials([1.0], eval="f" * 12)}) for n, c in other.changes.items()
+    }
     found = compare([session("a"), other])
     assert found.places == [f"{CPU} (eval eeeeee)", f"{CPU} (eval ffffff)"]
     assert any("same evaluator" in note for note in found.notes)
@@ -159,8 +168,17 @@ def test_another_backend_or_evaluator_or_budget_on_one_device_is_another_place()
 def test_facts_of_a_session():
     confirms = {"confirms": True, "beside": 3}
     best = change(1, [0.98, 0.98], "keep", tokens=2e6, after=trials([0.985, 0.987], tokens=2e6, **confirms))
-    session = record(CPU, "a", best, change(2, [], "crash", parent=1), tokens=1e6, hours=2.0, rows=11,
-                     after=trials([1.0, 1.002], tokens=1e6, **confirms), confirmation="it is")
+    session = record(
+        CPU,
+        "a",
+        best,
+        change(2, [], "crash", parent=1),
+        tokens=1e6,
+        hours=2.0,
+        rows=11,
+        after=trials([1.0, 1.002], tokens=1e6, **confirms),
+        confirmation="it is",
+    )
     (facts,) = compare([session]).sessions
     assert (facts.baseline, facts.best, facts.best_number) == (1.0, 0.98, 1) and facts.relative == pytest.approx(0.02)
     assert (facts.experiments, facts.kept, facts.crashed, facts.rows, facts.per_hour) == (2, 1, 1, 11, 1.0)
@@ -177,8 +195,13 @@ def test_a_session_without_a_score():
 
 
 def test_kinds_by_sort_of_device():
-    one = record(H100, "a", change(1, [0.98] * 3, "keep", kinds=("batch", "schedule")),
-                 change(2, [1.02] * 3, parent=0, kinds=("batch",)), change(3, [], "crash", kinds=("architecture",)))
+    one = record(
+        H100,
+        "a",
+        change(1, [0.98] * 3, "keep", kinds=("batch", "schedule")),
+        change(2, [1.02] * 3, parent=0, kinds=("batch",)),
+        change(3, [], "crash", kinds=("architecture",)),
+    )
     found = {(paid.kind, paid.sort): paid for paid in compare([one, record(CPU, "b")]).kinds}
     assert found.keys() == {("batch", "nvidia datacentre"), ("architecture", "nvidia datacentre")}
     batch = found["batch", "nvidia datacentre"]
@@ -186,15 +209,26 @@ def test_kinds_by_sort_of_device():
     assert found["architecture", "nvidia datacentre"].median is None
 
 
-@pytest.mark.parametrize("device, sort", [
-    ("nvidia-h100-80gb-hbm3-80gb", "nvidia datacentre"), ("nvidia-a100-sxm4-80gb", "nvidia datacentre"),
-    ("nvidia-h200-141gb", "nvidia datacentre"), ("nvidia-gb200-192gb", "nvidia datacentre"),
-    ("nvidia-rtx-3090-24gb", "nvidia desktop"), ("nvidia-rtx-a6000-48gb", "nvidia desktop"),
-    ("nvidia-titan-v-12gb", "nvidia desktop"), ("nvidia-l40s-48gb", "nvidia datacentre"),
-    ("nvidia-gh200-96gb", "nvidia datacentre"), ("nvidia-a10g-24gb", "nvidia datacentre"),
-    ("nvidia-gb10-120gb", "nvidia desktop"), ("nvidia-jetson-agx-orin-64gb", "jetson"),
-    ("apple-m4-16gb", "apple"), ("cpu-amd-epyc-2c-24gb", "cpu"),
-    ("fake-1gb", "other")])
+@pytest.mark.parametrize(
+    "device, sort",
+    [
+        ("nvidia-h100-80gb-hbm3-80gb", "nvidia datacentre"),
+        ("nvidia-a100-sxm4-80gb", "nvidia datacentre"),
+        ("nvidia-h200-141gb", "nvidia datacentre"),
+        ("nvidia-gb200-192gb", "nvidia datacentre"),
+        ("nvidia-rtx-3090-24gb", "nvidia desktop"),
+        ("nvidia-rtx-a6000-48gb", "nvidia desktop"),
+        ("nvidia-titan-v-12gb", "nvidia desktop"),
+        ("nvidia-l40s-48gb", "nvidia datacentre"),
+        ("nvidia-gh200-96gb", "nvidia datacentre"),
+        ("nvidia-a10g-24gb", "nvidia datacentre"),
+        ("nvidia-gb10-120gb", "nvidia desktop"),
+        ("nvidia-jetson-agx-orin-64gb", "jetson"),
+        ("apple-m4-16gb", "apple"),
+        ("cpu-amd-epyc-2c-24gb", "cpu"),
+        ("fake-1gb", "other"),
+    ],
+)
 def test_sorts(device, sort):
     assert sort_of(device) == sort
 
@@ -202,8 +236,12 @@ def test_sorts(device, sort):
 def test_agreement_over_what_both_measured():
     effects = [-0.01, -0.005, 0.0, 0.005, 0.01]
     one = record(H100, "a", *(change(i + 1, [1 + e] * 3, patch=f"{i:016x}") for i, e in enumerate(effects)))
-    other = record(CPU, "b", *(change(i + 1, [1 + 2 * e] * 3, patch=f"{i:016x}") for i, e in enumerate(effects)),
-                   change(9, [], "crash", patch="9" * 16))
+    other = record(
+        CPU,
+        "b",
+        *(change(i + 1, [1 + 2 * e] * 3, patch=f"{i:016x}") for i, e in enumerate(effects)),
+        change(9, [], "crash", patch="9" * 16),
+    )
     (pair,) = compare([one, other]).agreements
     assert (pair.n, pair.same, pair.share, pair.flattered) == (5, 5, 1.0, 0) and pair.rho == pytest.approx(1.0)
     assert pair.share_low < 1 == pair.share_high and pair.rho_low < 1
@@ -241,8 +279,14 @@ def test_facts_are_json():
 def test_the_command_works_outside_of_a_session(ledgers, tmp_path):
     def lab(*arguments):
         program = sessions.ROOT / "lab" / "__main__.py"
-        return subprocess.run([sys.executable, str(program), "compare", *arguments], cwd=tmp_path, capture_output=True,
-                              text=True, check=False, env=os.environ | {"LAB_TURN": "1"})
+        return subprocess.run(
+            [sys.executable, str(program), "compare", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"LAB_TURN": "1"},
+        )
 
     done = lab(*ledgers, "--device", H100, "--device", "apple-m4-16gb", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["sessions"][0]["rows"] == 6
@@ -287,7 +331,8 @@ def test_planted_truths_are_recovered(simulation):
 def test_runs_make_the_difference(simulation):
     few, many = (simulation.outcomes("same", runs, 4)[0] for runs in (1, 6))
     assert simulation.share(many, "C", ("holds",), lambda right: (right,)) > simulation.share(
-        few, "C", ("holds",), lambda right: (right,))
+        few, "C", ("holds",), lambda right: (right,)
+    )
 
 
 def test_the_simulated_runs_have_the_effects_they_should(simulation):

@@ -29,8 +29,11 @@ def test_what_was_chosen_for_its_scores_is_flattered_until_it_and_its_parent_are
     again = trials([0.99, 0.97], beside=2)
     only = of(record("d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again)))
     assert only.flattered and only.runs == 4  # its parent was not
-    both = of(record("d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again),
-                     after=trials([1.01], beside=2)))
+    both = of(
+        record(
+            "d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again), after=trials([1.01], beside=2)
+        )
+    )
     assert not both.flattered and both.known and (both.runs, both.parent_runs) == (2, 1)
     assert both.value == pytest.approx(0.98 - 1.01)
 
@@ -93,10 +96,17 @@ def test_satterthwaite_of_equal_parts_adds_their_degrees():
     assert effects.satterthwaite([(2.0, 5), (1e-9, 1)]) == 5
 
 
-@pytest.mark.parametrize("score, tokens, words", [
-    (0.9, 120.0, "more tokens"), (0.9, 80.0, "fewer tokens, better per token"),
-    (0.9, 101.0, "as many tokens, better per token"), (1.1, 80.0, "fewer tokens"),
-    (1.1, 120.0, "more tokens, worse per token"), (1.0, 120.0, "")])
+@pytest.mark.parametrize(
+    "score, tokens, words",
+    [
+        (0.9, 120.0, "more tokens"),
+        (0.9, 80.0, "fewer tokens, better per token"),
+        (0.9, 101.0, "as many tokens, better per token"),
+        (1.1, 80.0, "fewer tokens"),
+        (1.1, 120.0, "more tokens, worse per token"),
+        (1.0, 120.0, ""),
+    ],
+)
 def test_what_an_effect_was_due_to(score, tokens, words):
     found = of(record("d", "t", change(1, [score] * 3, tokens=tokens), tokens=100.0))
     assert effects.due(found) == words and found.tokens == pytest.approx(tokens / 100)

@@ -33,8 +33,16 @@ def session(tmp_path, runner):
     attempt(session, edited(LOSS=0.9, FAILS="crash"), message="a crash")
     with commands.exclusive(session):
         best = session.state.best
-        session.begin(kind="confirm", blob=best.blob, parent=session.state.baseline.blob, onto=0, pairs=3,
-                      commit=best.applied["commit"], budget=session.budget, description=best.description)
+        session.begin(
+            kind="confirm",
+            blob=best.blob,
+            parent=session.state.baseline.blob,
+            onto=0,
+            pairs=3,
+            commit=best.applied["commit"],
+            budget=session.budget,
+            description=best.description,
+        )
     experiment.supervise(session)
     attempt(session, edited(LOSS=0.8), message="LOSS further down")
     real = sessions.ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json"
@@ -45,15 +53,35 @@ def session(tmp_path, runner):
 
 def told(record):
     """What has to be the same in a session and in its export, which has fewer digits."""
-    return {number: (c.parent, c.status, c.kind, c.description, c.patch, c.kinds, c.commit, c.near_miss, c.reason, [
-        (t.run, t.seed, pytest.approx(t.bpb, abs=1e-6), t.eval, t.budget, t.confirms, t.beside,
-         round(t.tokens)) for t in c.trials]) for number, c in record.changes.items()}
+    return {
+        number: (
+            c.parent,
+            c.status,
+            c.kind,
+            c.description,
+            c.patch,
+            c.kinds,
+            c.commit,
+            c.near_miss,
+            c.reason,
+            [
+                (t.run, t.seed, pytest.approx(t.bpb, abs=1e-6), t.eval, t.budget, t.confirms, t.beside, round(t.tokens))
+                for t in c.trials
+            ],
+        )
+        for number, c in record.changes.items()
+    }
 
 
 def test_a_session_of_ones_own(session):
     found = sources.read(session.name)
     assert [(c.number, c.parent, c.status) for c in found.changes.values()] == [
-        (0, None, "keep"), (1, 0, "keep"), (2, 1, "discard"), (3, 1, "crash"), (5, 1, "keep")]
+        (0, None, "keep"),
+        (1, 0, "keep"),
+        (2, 1, "discard"),
+        (3, 1, "crash"),
+        (5, 1, "keep"),
+    ]
     assert found.name == session.name and found.tagged and found.budget == 300.0 and found.noise == session.noise
     assert found.rows == len(ledger.read(session.ledger).rows)
     baseline, best = found.changes[0], found.changes[1]
@@ -87,7 +115,11 @@ def test_an_export_of_the_first_format_tells_the_same_of_what_it_has(session):
     for number, change in own.changes.items():
         other = found.changes[number]
         assert (other.parent, other.status, other.trials, other.patch) == (
-            change.parent, change.status, change.trials, change.patch)
+            change.parent,
+            change.status,
+            change.trials,
+            change.patch,
+        )
 
 
 def test_a_published_branch_is_read_without_being_checked_out(session, monkeypatch):
@@ -105,23 +137,54 @@ def test_the_originals_ledger(tmp_path):
     found = sources.read(path, "nvidia-h100-80gb")
     assert not found.tagged and found.noise is None and found.rows == 5 and found.hours is None
     assert [(c.parent, c.status, len(c.trials)) for c in found.changes.values()] == [
-        (None, "keep", 1), (0, "keep", 1), (1, "discard", 1), (1, "crash", 0), (1, "keep", 1)]
-    assert [c.kinds for c in found.changes.values()] == [
-        (), ("batch",), ("schedule",), ("batch",), ("schedule",)]
+        (None, "keep", 1),
+        (0, "keep", 1),
+        (1, "discard", 1),
+        (1, "crash", 0),
+        (1, "keep", 1),
+    ]
+    assert [c.kinds for c in found.changes.values()] == [(), ("batch",), ("schedule",), ("batch",), ("schedule",)]
     assert "unconfirmed" in found.notes[-1]
 
 
-@pytest.mark.parametrize("odd", [
-    {"eval": "\x1b[2J\u202e", "backend": "\x1b]0;owned\x07"}, {"reason": "trial of 1.2.3 s; x"},
-    {"reason": "trial of 0 s; x"}, {"reason": "trial of 1e+999 s; x"}, {"val_bpb": "-1"}, {"val_bpb": "1e308"},
-    {"tokens_M": "1e308"}, {"tokens_M": "-5"}, {"total_seconds": "0"}, {"total_seconds": "1e308"}, {"mfu": "1e308"},
-    {"memory_gb": "1e308"}, {"tok_per_s": "1e-300"}, {"tflops": "1e300"}, {"started": "0001-01-01T00:00:00Z"}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"eval": "\x1b[2J\u202e", "backend": "\x1b]0;owned\x07"},
+        {"reason": "trial of 1.2.3 s; x"},
+        {"reason": "trial of 0 s; x"},
+        {"reason": "trial of 1e+999 s; x"},
+        {"val_bpb": "-1"},
+        {"val_bpb": "1e308"},
+        {"tokens_M": "1e308"},
+        {"tokens_M": "-5"},
+        {"total_seconds": "0"},
+        {"total_seconds": "1e308"},
+        {"mfu": "1e308"},
+        {"memory_gb": "1e308"},
+        {"tok_per_s": "1e-300"},
+        {"tflops": "1e300"},
+        {"started": "0001-01-01T00:00:00Z"},
+    ],
+)
 def test_odd_figures_and_words_of_a_ledger_break_nothing(tmp_path, odd):
     usual = dict.fromkeys(ledger.COLUMNS, "") | {
-        "val_bpb": "1.0", "memory_gb": "1.0", "status": "keep", "description": "d", "device": "d-1gb", "eval": "e" * 12,
-        "tokens_M": "1", "tok_per_s": "10", "tflops": "1", "total_seconds": "330", "started": "2026-01-01T00:00:00Z"}
-    rows = [usual | {"commit": commit, "run": str(run), "seed": str(run), "parent": "a" * (commit != "a")} | odd
-            for run, commit in enumerate("aab")]
+        "val_bpb": "1.0",
+        "memory_gb": "1.0",
+        "status": "keep",
+        "description": "d",
+        "device": "d-1gb",
+        "eval": "e" * 12,
+        "tokens_M": "1",
+        "tok_per_s": "10",
+        "tflops": "1",
+        "total_seconds": "330",
+        "started": "2026-01-01T00:00:00Z",
+    }
+    rows = [
+        usual | {"commit": commit, "run": str(run), "seed": str(run), "parent": "a" * (commit != "a")} | odd
+        for run, commit in enumerate("aab")
+    ]
     path = tmp_path / "odd.tsv"
     path.write_text("".join("\t".join(row) + "\n" for row in (ledger.COLUMNS, *map(dict.values, rows))))
     found = sources.read(path)
@@ -170,8 +233,16 @@ def test_the_repository_may_be_gone(session):
 def test_runs_of_another_length_are_noted(session):
     with commands.exclusive(session):
         best = session.state.best
-        session.begin(kind="confirm", blob=best.blob, parent=session.state.baseline.blob, onto=0, pairs=2,
-                      commit=best.applied["commit"], budget=1200.0, description=best.description)
+        session.begin(
+            kind="confirm",
+            blob=best.blob,
+            parent=session.state.baseline.blob,
+            onto=0,
+            pairs=2,
+            commit=best.applied["commit"],
+            budget=1200.0,
+            description=best.description,
+        )
     experiment.supervise(session)
     assert sources.read(session.name).notes == ["4 runs of 1200 s instead of 300 s are left out"]
 

@@ -45,15 +45,40 @@ def tried(searched):
         content = content.replace(old.encode(), new.encode())
         blob, head = tree.store(content), tree.commit_of(session.branch)
         commit = tree.commit(head, blob, new)
-        change = session.begin(kind="change", blob=blob, parent=best.blob, onto=best.number, commit=commit,
-                               description=new, **vars(source.describe(content)))
+        change = session.begin(
+            kind="change",
+            blob=blob,
+            parent=best.blob,
+            onto=best.number,
+            commit=commit,
+            description=new,
+            **vars(source.describe(content)),
+        )
         if status == "keep":
             run = session.begin_run(change, blob, 42, session.budget)
-            session.log("ran", run=run.number, status="ok", seconds=310.0,
-                        result={"val_bpb": 1 - t * 0.001, "training_seconds": 300.0})
-        session.log("verdict", experiment=change.number, status=status, reason="", mean=1.0, parent_mean=1.0, gate={
-            "gain": t * 0.001, "error": 0.001, "near_miss": near_miss, "better": status == "keep", "stake": 0.0,
-            "loss": 0.0})
+            session.log(
+                "ran",
+                run=run.number,
+                status="ok",
+                seconds=310.0,
+                result={"val_bpb": 1 - t * 0.001, "training_seconds": 300.0},
+            )
+        session.log(
+            "verdict",
+            experiment=change.number,
+            status=status,
+            reason="",
+            mean=1.0,
+            parent_mean=1.0,
+            gate={
+                "gain": t * 0.001,
+                "error": 0.001,
+                "near_miss": near_miss,
+                "better": status == "keep",
+                "stake": 0.0,
+                "loss": 0.0,
+            },
+        )
         session.log("applied", experiment=change.number, commit=commit)
         if status == "keep":
             tree.move(f"refs/heads/{session.branch}", commit)

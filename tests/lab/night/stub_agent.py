@@ -28,19 +28,24 @@ def install(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
         program = folder / name
-        program.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(os.path.abspath(__file__))} "
-                           f'{name} "$@"\n')
+        program.write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(os.path.abspath(__file__))} {name} "$@"\n'
+        )
         program.chmod(0o755)
     return folder
 
 
 # --- How the real ones are called: (prompt, may it edit, does it commit); unknown arguments exit with 2 ---
 
+
 def claude(arguments):
     one = argparse.ArgumentParser("claude", allow_abbrev=False)
     one.add_argument("-p", "--print", action="store_true")
-    one.add_argument("--permission-mode", default="default",
-                     choices=["default", "acceptEdits", "plan", "auto", "dontAsk", "bypassPermissions"])
+    one.add_argument(
+        "--permission-mode",
+        default="default",
+        choices=["default", "acceptEdits", "plan", "auto", "dontAsk", "bypassPermissions"],
+    )
     one.add_argument("--dangerously-skip-permissions", action="store_true")
     one.add_argument("--output-format", default="text", choices=["text", "json", "stream-json"])
     one.add_argument("--allowedTools", "--allowed-tools", nargs="+", default=[])
@@ -56,8 +61,9 @@ def claude(arguments):
 
 def codex(arguments):
     one = argparse.ArgumentParser("codex exec", allow_abbrev=False)
-    one.add_argument("-s", "--sandbox", default="read-only",
-                     choices=["read-only", "workspace-write", "danger-full-access"])
+    one.add_argument(
+        "-s", "--sandbox", default="read-only", choices=["read-only", "workspace-write", "danger-full-access"]
+    )
     one.add_argument("-c", "--config", action="append")
     for name in ("--oss", "--skip-git-repo-check", "--ephemeral", "--json"):
         one.add_argument(name, action="store_true")
@@ -88,8 +94,19 @@ def gemini(arguments):
 
 def aider(arguments):
     one = argparse.ArgumentParser("aider", allow_abbrev=False)
-    for name in ("auto-commits", "dirty-commits", "gitignore", "pretty", "stream", "check-update", "analytics",
-                 "show-model-warnings", "detect-urls", "suggest-shell-commands", "git"):
+    for name in (
+        "auto-commits",
+        "dirty-commits",
+        "gitignore",
+        "pretty",
+        "stream",
+        "check-update",
+        "analytics",
+        "show-model-warnings",
+        "detect-urls",
+        "suggest-shell-commands",
+        "git",
+    ):
         one.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True)
     one.add_argument("--yes-always", action="store_true")
     one.add_argument("--message-file", "-f")
@@ -121,6 +138,7 @@ def stub(arguments):
 
 # --- What it does ---
 
+
 def edit(prompt, say=True):
     """Another value for one of the rates in train.py, as the prompt has it: the same prompt gives the same edit."""
     source = TRAIN.read_text()
@@ -128,7 +146,7 @@ def edit(prompt, say=True):
     chance = random.Random(hashlib.sha256(prompt.encode()).digest())
     name, equals, value = (place := chance.choice(places)).groups()
     new = f"{float(value) * chance.uniform(0.9, 1.1):.6g}"
-    TRAIN.write_text(source[:place.start()] + name + equals + new + source[place.end():])
+    TRAIN.write_text(source[: place.start()] + name + equals + new + source[place.end() :])
     if say:
         print(f"I thought about it.\n\n**CHANGE:** {name} from {value} to {new}, a guess")
 
@@ -137,13 +155,17 @@ def bold(prompt):
     """One rate three times as high: an idea that helps where runs are short."""
     source = TRAIN.read_text()
     old = re.search(r"^MATRIX_LR *= *(\d+\.?\d*)", source, re.M)
-    TRAIN.write_text(f"{source[:old.start(1)]}{3 * float(old[1]):.6g}{source[old.end(1):]}")
+    TRAIN.write_text(f"{source[: old.start(1)]}{3 * float(old[1]):.6g}{source[old.end(1) :]}")
     print(f"CHANGE: MATRIX_LR from {old[1]} to three times that: there is little time")
 
 
 def git(*arguments):
-    subprocess.run(["git", "-c", "user.name=agent", "-c", "user.email=a@b", *arguments], check=False,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        ["git", "-c", "user.name=agent", "-c", "user.email=a@b", *arguments],
+        check=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def child(code, **options):
@@ -175,6 +197,7 @@ def stubborn(prompt):
 def checkout(where):
     def deed(prompt):
         git("checkout", "-q", *where)
+
     return deed
 
 
@@ -182,6 +205,7 @@ def steps(*deeds):
     def deed(prompt):
         for one in deeds:
             one(prompt)
+
     return deed
 
 
@@ -189,6 +213,7 @@ def leave(code):
     def deed(prompt):
         sys.stdout.flush()
         sys.exit(code)
+
     return deed
 
 

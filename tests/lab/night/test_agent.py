@@ -22,7 +22,7 @@ RECIPES = {  # as in the README
     "gemini": "gemini --skip-trust --approval-mode auto_edit",
     "codex, local": "codex exec --oss --local-provider ollama --sandbox workspace-write -",
     "aider, local": "aider --model ollama_chat/qwen3-coder --yes-always --no-auto-commits --no-show-model-warnings "
-                    "--no-detect-urls --no-pretty --message-file /dev/stdin train.py",
+    "--no-detect-urls --no-pretty --message-file /dev/stdin train.py",
     "opencode, local": 'opencode run -m ollama/qwen3-coder "$(cat)"',
 }
 PROMPT = "Improve it.\n- End with the line `CHANGE: what, and why`\nCHANGE: what, and why\n"
@@ -37,8 +37,15 @@ def night(tmp_path, runner) -> Session:
     content = tree.train().replace(b"LOSS = 1.0", b"LOSS = 0.9")
     head, blob = tree.commit_of(session.branch), tree.store(content)
     described = vars(sessions.source.describe(content))
-    session.begin(kind="change", blob=blob, parent=tree.blob_of(head), onto=0, commit=tree.commit(head, blob, "less"),
-                  description="less", **described)
+    session.begin(
+        kind="change",
+        blob=blob,
+        parent=tree.blob_of(head),
+        onto=0,
+        commit=tree.commit(head, blob, "less"),
+        description="less",
+        **described,
+    )
     supervise(session)
     assert session.state.best.number == 1
     (tree.path / "program.md").write_text("be better\n")
@@ -86,15 +93,18 @@ def test_a_recipe_of_the_readme(take, tmp_path, monkeypatch, recipe):
     assert re.fullmatch(r"LOSS from 0.9 to \S+, a guess", turn.description)
 
 
-@pytest.mark.parametrize("command, outcome, said", [
-    ("claude -p", "asked", "May I?"),
-    ("codex exec -", "asked", "May I?"),
-    ("codex exec --ask-for-approval never -", "failed", "exit status 2"),
-    ("gemini --yolo --approval-mode yolo", "failed", "exit status 2"),
-    ("aider --yes-always --message-file /dev/stdin train.py", "edited", "committed, which was taken back"),
-    ("opencode", "failed", "a terminal is needed"),
-    ("no-such-agent --please", "failed", "did not find the command"),
-])
+@pytest.mark.parametrize(
+    "command, outcome, said",
+    [
+        ("claude -p", "asked", "May I?"),
+        ("codex exec -", "asked", "May I?"),
+        ("codex exec --ask-for-approval never -", "failed", "exit status 2"),
+        ("gemini --yolo --approval-mode yolo", "failed", "exit status 2"),
+        ("aider --yes-always --message-file /dev/stdin train.py", "edited", "committed, which was taken back"),
+        ("opencode", "failed", "a terminal is needed"),
+        ("no-such-agent --please", "failed", "did not find the command"),
+    ],
+)
 def test_an_agent_called_otherwise(take, tmp_path, monkeypatch, command, outcome, said):
     path = stub_agent.install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
@@ -102,21 +112,24 @@ def test_an_agent_called_otherwise(take, tmp_path, monkeypatch, command, outcome
     assert turn.outcome == outcome and said in turn.said
 
 
-@pytest.mark.parametrize("word, outcome, said", [
-    ("edit", "edited", "edited train.py: LOSS from 0.9"),
-    ("silent", "edited", "edited train.py: LOSS 0.9 -> "),
-    ("deaf", "edited", "edited train.py"),
-    ("edit-fail", "edited", "ended with exit status 3"),
-    ("nothing", "nothing", "did not edit train.py"),
-    ("comments", "nothing", "changed only comments"),
-    ("delete", "nothing", "deleted train.py"),
-    ("folder", "nothing", "deleted train.py"),
-    ("link", "nothing", "or made a folder or a link of it"),
-    ("ask", "asked", 'nobody answers: "Shall I **go on?**"'),
-    ("fail", "failed", 'exit status 1; its last line: "Error: no credit left"'),
-    ("elsewhere", "elsewhere", "changed notes.txt, prepare.py, which has no effect"),
-    ("nopython", "no python", "wrote what is no Python: train.py line 1"),
-])
+@pytest.mark.parametrize(
+    "word, outcome, said",
+    [
+        ("edit", "edited", "edited train.py: LOSS from 0.9"),
+        ("silent", "edited", "edited train.py: LOSS 0.9 -> "),
+        ("deaf", "edited", "edited train.py"),
+        ("edit-fail", "edited", "ended with exit status 3"),
+        ("nothing", "nothing", "did not edit train.py"),
+        ("comments", "nothing", "changed only comments"),
+        ("delete", "nothing", "deleted train.py"),
+        ("folder", "nothing", "deleted train.py"),
+        ("link", "nothing", "or made a folder or a link of it"),
+        ("ask", "asked", 'nobody answers: "Shall I **go on?**"'),
+        ("fail", "failed", 'exit status 1; its last line: "Error: no credit left"'),
+        ("elsewhere", "elsewhere", "changed notes.txt, prepare.py, which has no effect"),
+        ("nopython", "no python", "wrote what is no Python: train.py line 1"),
+    ],
+)
 def test_an_outcome(take, night, word, outcome, said):
     turn = take(word)
     assert (turn.outcome, said in turn.said) == (outcome, True), turn.said
@@ -139,12 +152,15 @@ def test_other_files_are_named_and_left(take, night):
     assert take("edit").others == []  # what an earlier turn has changed is not blamed on this one
 
 
-@pytest.mark.parametrize("word, outcome, said", [
-    ("hang", "hung", "reached its time limit of 2 s"),
-    ("stubborn", "hung", "reached its time limit"),
-    ("nopython-hang", "hung", "wrote what is no Python"),
-    ("edit-hang", "edited", "it reached its time limit of 2 s"),
-])
+@pytest.mark.parametrize(
+    "word, outcome, said",
+    [
+        ("hang", "hung", "reached its time limit of 2 s"),
+        ("stubborn", "hung", "reached its time limit"),
+        ("nopython-hang", "hung", "wrote what is no Python"),
+        ("edit-hang", "edited", "it reached its time limit of 2 s"),
+    ],
+)
 def test_a_turn_that_does_not_end(take, word, outcome, said):
     turn = take(word, seconds=2.0)
     assert turn.outcome == outcome and said in turn.said
@@ -167,17 +183,32 @@ def test_processes_that_it_leaves_are_ended(take, word):
     assert turn.outcome == "edited" and "left 1 process running" in turn.said
 
 
-@pytest.mark.parametrize("word, outcome", [
-    ("commit", "edited"), ("amend", "edited"), ("branch", "edited"), ("checkout-edit", "edited"), ("lock", "edited"),
-    ("commit-elsewhere", "elsewhere"), ("checkout", "nothing"), ("detach", "nothing"),
-    ("unborn", "nothing"), ("lose-branch", "nothing"), ("reset", "nothing"), ("stash", "elsewhere"),
-])
+@pytest.mark.parametrize(
+    "word, outcome",
+    [
+        ("commit", "edited"),
+        ("amend", "edited"),
+        ("branch", "edited"),
+        ("checkout-edit", "edited"),
+        ("lock", "edited"),
+        ("commit-elsewhere", "elsewhere"),
+        ("checkout", "nothing"),
+        ("detach", "nothing"),
+        ("unborn", "nothing"),
+        ("lose-branch", "nothing"),
+        ("reset", "nothing"),
+        ("stash", "elsewhere"),
+    ],
+)
 def test_git_is_put_right(take, night, word, outcome):
     program = night.tree.path / "program.md"
     turn = take(word)
     assert turn.outcome == outcome, turn.said
-    assert turn.others == {"commit-elsewhere": ["notes.txt", "prepare.py"], "stash": ["program.md"],
-                           "reset": ["program.md"]}.get(word, [])
+    assert turn.others == {
+        "commit-elsewhere": ["notes.txt", "prepare.py"],
+        "stash": ["program.md"],
+        "reset": ["program.md"],
+    }.get(word, [])
     # What the agent itself has put away or thrown away is not ours to bring back.
     assert program.read_text() == ("be good\n" if word in ("stash", "reset") else "be better\n")
     assert bool(night.tree.git("stash", "list")) == (word == "stash")
@@ -245,8 +276,14 @@ def test_what_was_kept_since_an_interrupted_turn_stays(night, tmp_path, monkeypa
     assert os.waitpid(pid, 0)[1]
     head = night.tree.commit_of(night.branch)
     blob = night.tree.store(b"LOSS = 0.5\nNOISE = 0.001\nLEAK = 0\n")
-    night.begin(kind="change", blob=blob, parent=night.state.best.blob, onto=1, description="better",
-                commit=night.tree.commit(head, blob, "better"))
+    night.begin(
+        kind="change",
+        blob=blob,
+        parent=night.state.best.blob,
+        onto=1,
+        description="better",
+        commit=night.tree.commit(head, blob, "better"),
+    )
     supervise(night)
     now = night.tree.commit_of(night.branch)
     assert night.state.best.number == 2 and now != head
@@ -264,16 +301,41 @@ def test_no_git_no_turn(night, tmp_path):
 
 
 def turns(text: str) -> list[dict]:
-    """"F": the agent failed; "E": it edited; "S": stopped; "p": the proposer."""
+    """ "F": the agent failed; "E": it edited; "S": stopped; "p": the proposer."""
     outcomes = {"F": "failed", "E": "edited", "S": "stopped", "I": "interrupted", "p": "edited"}
-    return [{"event": "turn", "by": "proposer" if one == "p" else "agent", "outcome": outcomes[one], "said": "",
-             "experiment": i if one in "Ep" else None} for i, one in enumerate(text)]
+    return [
+        {
+            "event": "turn",
+            "by": "proposer" if one == "p" else "agent",
+            "outcome": outcomes[one],
+            "said": "",
+            "experiment": i if one in "Ep" else None,
+        }
+        for i, one in enumerate(text)
+    ]
 
 
-@pytest.mark.parametrize("text, due", [
-    ("", True), ("FF", True), ("FFF", False), ("FFFp", True), ("FFFpF", False), ("FFFpFp", False), ("FFFpFpp", True),
-    ("FFFpFppFppp", False), ("FFFpFppFpppp", True), ("F" * 9 + "p" * 7, False), ("F" * 9 + "p" * 8, True),
-    ("F" * 99 + "p" * 8, True), ("FFFpEFF", True), ("FFFpEFFF", False), ("FFEF", True), ("FFSSIS", True), ("ppp", True),
-])
+@pytest.mark.parametrize(
+    "text, due",
+    [
+        ("", True),
+        ("FF", True),
+        ("FFF", False),
+        ("FFFp", True),
+        ("FFFpF", False),
+        ("FFFpFp", False),
+        ("FFFpFpp", True),
+        ("FFFpFppFppp", False),
+        ("FFFpFppFpppp", True),
+        ("F" * 9 + "p" * 7, False),
+        ("F" * 9 + "p" * 8, True),
+        ("F" * 99 + "p" * 8, True),
+        ("FFFpEFF", True),
+        ("FFFpEFFF", False),
+        ("FFEF", True),
+        ("FFSSIS", True),
+        ("ppp", True),
+    ],
+)
 def test_when_the_agent_is_asked(text, due):
     assert agent.due(turns(text)) is due

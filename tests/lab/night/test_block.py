@@ -20,11 +20,27 @@ def only(source):
 
 def test_reads_ours():
     found = {one.name: one for one in block.read(TRAIN)}
-    assert {"DEPTH", "WINDOW_PATTERN", "TOTAL_BATCH_SIZE", "MATRIX_LR", "ADAM_BETAS[1]", "MOMENTUM[0]", "MUON_STEPS",
-            "WARMUP_RATIO"} <= set(found)
+    assert {
+        "DEPTH",
+        "WINDOW_PATTERN",
+        "TOTAL_BATCH_SIZE",
+        "MATRIX_LR",
+        "ADAM_BETAS[1]",
+        "MOMENTUM[0]",
+        "MUON_STEPS",
+        "WARMUP_RATIO",
+    } <= set(found)
     assert not {"SEED", "DEVICE_BATCH_SIZE", "POLAR_EXPRESS"} & set(found)
-    kinds = {"DEPTH": "more", "HEAD_DIM": "size", "SOFTCAP": "whole", "WINDOW_PATTERN": "choice", "MATRIX_LR": "number",
-             "ADAM_BETAS[1]": "decay", "WARMDOWN_RATIO": "part", "TOTAL_BATCH_SIZE": "times"}
+    kinds = {
+        "DEPTH": "more",
+        "HEAD_DIM": "size",
+        "SOFTCAP": "whole",
+        "WINDOW_PATTERN": "choice",
+        "MATRIX_LR": "number",
+        "ADAM_BETAS[1]": "decay",
+        "WARMDOWN_RATIO": "part",
+        "TOTAL_BATCH_SIZE": "times",
+    }
     assert {name: found[name].kind for name in kinds} == kinds
     assert found["MUON_STEPS"].high == 5  # as its comment has it
     for one in found.values():
@@ -37,19 +53,22 @@ def test_a_zero_has_no_place_on_a_logarithmic_scale():
     assert block.read("ADAM_BETAS = (0.9, 0.99999)\n") == block.read("ADAM_BETAS = (0.9, 1.0)\n")[:1]
 
 
-@pytest.mark.parametrize("line, low, high, scale", [
-    ("LR = 0.04", 0.004, 0.4, "log"),
-    ("LR = 4e-05", 4e-6, 4e-4, "log"),
-    ("LR = 0.04  # Muon [0.01 .. 0.1, linear]", 0.01, 0.1, "linear"),
-    ("LR = 0.04  # [1e-3..2e-1]", 0.001, 0.2, "log"),
-    ("WARM_RATIO = 0.0", 0.0, 0.5, "linear"),
-    ("STEPS = 5  # at most 5", 3, 5, "linear"),
-    ("STEPS = 3  # [1 .. 9]", 1, 9, "linear"),
-    ("EVERY = 1", 1, 3, "linear"),
-    ("OFFSET = -2.0", -4.0, 0.0, "linear"),
-    ("ROPE_BASE = 10000", 1000, 100000, "log"),
-    ("HEAD_DIM = 64", 16, 256, "log"),
-])
+@pytest.mark.parametrize(
+    "line, low, high, scale",
+    [
+        ("LR = 0.04", 0.004, 0.4, "log"),
+        ("LR = 4e-05", 4e-6, 4e-4, "log"),
+        ("LR = 0.04  # Muon [0.01 .. 0.1, linear]", 0.01, 0.1, "linear"),
+        ("LR = 0.04  # [1e-3..2e-1]", 0.001, 0.2, "log"),
+        ("WARM_RATIO = 0.0", 0.0, 0.5, "linear"),
+        ("STEPS = 5  # at most 5", 3, 5, "linear"),
+        ("STEPS = 3  # [1 .. 9]", 1, 9, "linear"),
+        ("EVERY = 1", 1, 3, "linear"),
+        ("OFFSET = -2.0", -4.0, 0.0, "linear"),
+        ("ROPE_BASE = 10000", 1000, 100000, "log"),
+        ("HEAD_DIM = 64", 16, 256, "log"),
+    ],
+)
 def test_bounds(line, low, high, scale):
     one = only(line)
     assert (one.low, one.high, one.scale) == (pytest.approx(low), pytest.approx(high), scale)
@@ -69,10 +88,31 @@ def test_a_section_in_fractions():
     assert [one.kind for one in block.read(source)] == ["part", "part", "number"]
 
 
-@pytest.mark.parametrize("line", [
-    "A = f(3)", "A = True", "A = None", "A = [1, 2]", "A = 'text'", "A = 1e999", "A = b * 2", "a = 3", "A, B = 1, 2",
-    "A: int = 3", "A = defaults.batch // 3", "A = defaults.x ** 2", "SEED = 4", "A = 2 ** 17", "A = 1  # [3 .. 1]",
-    "A = 0.1  # [1.2.3 .. 4]", "A = '''S\nL'''", "A = (", "def f():\n    B = 3", "DEVICE_BATCH_SIZE = 8"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "A = f(3)",
+        "A = True",
+        "A = None",
+        "A = [1, 2]",
+        "A = 'text'",
+        "A = 1e999",
+        "A = b * 2",
+        "a = 3",
+        "A, B = 1, 2",
+        "A: int = 3",
+        "A = defaults.batch // 3",
+        "A = defaults.x ** 2",
+        "SEED = 4",
+        "A = 2 ** 17",
+        "A = 1  # [3 .. 1]",
+        "A = 0.1  # [1.2.3 .. 4]",
+        "A = '''S\nL'''",
+        "A = (",
+        "def f():\n    B = 3",
+        "DEVICE_BATCH_SIZE = 8",
+    ],
+)
 def test_leaves_alone_what_it_cannot_read(line):
     assert block.read(line + "\n") == ()
 
@@ -84,8 +124,7 @@ def test_only_the_block():
     assert only("LR = 1.0\n\n\nclass A:\n    pass\n\n\nAFTER = 1.0\n").name == "LR"
 
 
-@pytest.mark.parametrize("value, text", [
-    (0, "defaults.depth"), (2, "defaults.depth + 2"), (-1, "defaults.depth - 1")])
+@pytest.mark.parametrize("value, text", [(0, "defaults.depth"), (2, "defaults.depth + 2"), (-1, "defaults.depth - 1")])
 def test_stays_relative_to_the_depth(value, text):
     for source in ("DEPTH = defaults.depth\n", "DEPTH = defaults.depth + 1\n", "DEPTH = defaults.depth - 2\n"):
         assert block.write(source, {"DEPTH": value}) == f"DEPTH = {text}\n"
@@ -103,11 +142,15 @@ def test_a_window_is_not_longer_than_a_row():
 
 
 def test_writes_only_the_values():
-    before = ("# ± é\nLR = 0.04            # Muon ±\nBETAS = (0.8, 0.95)  # Adam\nPATTERN = 'SSSL'  # a pattern\n"
-              "A_SIZE = 16#\n")
+    before = (
+        "# ± é\nLR = 0.04            # Muon ±\nBETAS = (0.8, 0.95)  # Adam\nPATTERN = 'SSSL'  # a pattern\n"
+        "A_SIZE = 16#\n"
+    )
     after = block.write(before, {"LR": 0.0375, "BETAS[1]": 0.9875, "PATTERN": '"L"', "A_SIZE": 64})
-    assert after == ("# ± é\nLR = 0.0375          # Muon ±\nBETAS = (0.8, 0.9875)  # Adam\n"
-                     'PATTERN = "L"     # a pattern\nA_SIZE = 64#\n')
+    assert after == (
+        "# ± é\nLR = 0.0375          # Muon ±\nBETAS = (0.8, 0.9875)  # Adam\n"
+        'PATTERN = "L"     # a pattern\nA_SIZE = 64#\n'
+    )
     assert block.structure(before) == block.structure(after)
     assert block.structure(before) != block.structure(before.replace("Adam", "Adan"))
 

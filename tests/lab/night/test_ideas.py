@@ -12,7 +12,8 @@ def test_kinds_that_were_not_tried(searched, tried):
     tried("MATRIX_LR = 0.04", "MATRIX_LR = 0.06")
     tried("DEPTH = 4", "DEPTH = 5")
     assert ideas.untried(searched) == (
-        "Not tried yet: schedule, batch, regularisation (tried: optimizer 2, architecture 1).")
+        "Not tried yet: schedule, batch, regularisation (tried: optimizer 2, architecture 1)."
+    )
     tried("BATCH_SIZE = 8", "BATCH_SIZE = 4")
     tried("WARMUP_RATIO = 0.0", "WARMUP_RATIO = 0.1")
     tried("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.2")
@@ -63,7 +64,10 @@ def test_a_plateau_asks_for_one_thing_after_another(searched, tried):
         said.append(ideas.plateau(searched))
         tried("WARMUP_RATIO = 0.0", f"WARMUP_RATIO = 0.{i + 1}")
     assert sorted(text.split(". ")[1].split(":")[0].split(" that")[0] for text in said) == [
-        "This time be bold", "This time combine", "This time take something away"]
+        "This time be bold",
+        "This time combine",
+        "This time take something away",
+    ]
     combine = next(text for text in said if "combine" in text)
     assert f"Experiments {numbers[2]}, {numbers[1]} and {numbers[0]} came closest" in combine
     assert any(f"Experiment {kept} was kept" in text for text in said)

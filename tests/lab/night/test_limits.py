@@ -26,6 +26,7 @@ Times = namedtuple("Times", "user system")
 
 # --- The time ---
 
+
 @pytest.fixture
 def berlin(monkeypatch):
     monkeypatch.setenv("TZ", "Europe/Berlin")
@@ -35,18 +36,21 @@ def berlin(monkeypatch):
     time.tzset()
 
 
-@pytest.mark.parametrize("now, hours, until, end", [
-    (EVENING, 8, None, datetime(2025, 11, 22, 6, 30)),
-    (EVENING, None, "07:00", datetime(2025, 11, 22, 7)),
-    (EVENING, None, "23:00", datetime(2025, 11, 21, 23)),
-    (EVENING, None, "22:30", datetime(2025, 11, 22, 22, 30)),
-    (EVENING, 8, "7:00", datetime(2025, 11, 22, 6, 30)),
-    (EVENING, 10, "07:00", datetime(2025, 11, 22, 7)),
-    (EVENING, 0.5, None, datetime(2025, 11, 21, 23)),
-    (datetime(2025, 10, 25, 22), None, "07:00", datetime(2025, 10, 26, 7)),  # the night has an hour more
-    (datetime(2025, 3, 29, 22), 8, None, datetime(2025, 3, 30, 7)),  # an hour less: eight of them end later
-    (datetime(2025, 10, 26, 2, 30, fold=1), None, "02:45", datetime(2025, 10, 26, 2, 45, fold=1)),  # comes twice
-])
+@pytest.mark.parametrize(
+    "now, hours, until, end",
+    [
+        (EVENING, 8, None, datetime(2025, 11, 22, 6, 30)),
+        (EVENING, None, "07:00", datetime(2025, 11, 22, 7)),
+        (EVENING, None, "23:00", datetime(2025, 11, 21, 23)),
+        (EVENING, None, "22:30", datetime(2025, 11, 22, 22, 30)),
+        (EVENING, 8, "7:00", datetime(2025, 11, 22, 6, 30)),
+        (EVENING, 10, "07:00", datetime(2025, 11, 22, 7)),
+        (EVENING, 0.5, None, datetime(2025, 11, 21, 23)),
+        (datetime(2025, 10, 25, 22), None, "07:00", datetime(2025, 10, 26, 7)),  # the night has an hour more
+        (datetime(2025, 3, 29, 22), 8, None, datetime(2025, 3, 30, 7)),  # an hour less: eight of them end later
+        (datetime(2025, 10, 26, 2, 30, fold=1), None, "02:45", datetime(2025, 10, 26, 2, 45, fold=1)),  # comes twice
+    ],
+)
 def test_the_end_of_a_night(berlin, now, hours, until, end):
     assert limits.deadline(hours, until, now) == end.timestamp()
     elsewhere = now.astimezone(timezone(timedelta(hours=-5)))
@@ -71,6 +75,7 @@ def test_times_of_day_that_are_none(until):
 
 # --- Troubles ---
 
+
 @pytest.fixture
 def sound(tmp_path, monkeypatch):
     """A session on a machine with which all is well."""
@@ -80,8 +85,14 @@ def sound(tmp_path, monkeypatch):
     monkeypatch.setattr(limits.shutil, "disk_usage", lambda place: disk)
     monkeypatch.setattr(identity, "now", lambda kind, gpu: {})
     monkeypatch.setattr(limits, "others", limits.Others())
-    return SimpleNamespace(folder=tmp_path, facts={"tree": str(tmp_path), "gpu": "0"}, supervised=False, disk=disk,
-                           profile={"machine": {"kind": "cuda"}}, device_lock=filelock.FileLock(tmp_path / "device"))
+    return SimpleNamespace(
+        folder=tmp_path,
+        facts={"tree": str(tmp_path), "gpu": "0"},
+        supervised=False,
+        disk=disk,
+        profile={"machine": {"kind": "cuda"}},
+        device_lock=filelock.FileLock(tmp_path / "device"),
+    )
 
 
 def test_another_session_on_the_device_is_waited_for(sound):
@@ -101,8 +112,10 @@ def test_all_is_well(sound):
     assert told(sound) == []
 
 
-@pytest.mark.parametrize("plugged, percent, found", [
-    (False, 39.0, [("battery", "stop")]), (False, 40.0, []), (True, 5.0, []), (None, 5.0, [])])
+@pytest.mark.parametrize(
+    "plugged, percent, found",
+    [(False, 39.0, [("battery", "stop")]), (False, 40.0, []), (True, 5.0, []), (None, 5.0, [])],
+)
 def test_battery(sound, monkeypatch, plugged, percent, found):
     monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=plugged, percent=percent))
     assert told(sound) == found
@@ -129,18 +142,28 @@ def test_disk(sound):
     assert told(sound) == []
 
 
-@pytest.mark.parametrize("current, critical, found", [
-    (100.0, 100.0, [("hot", "wait")]), (99.0, 100.0, []), (40.0, None, []), (40.0, 0.0, []), (70000.0, 65261.8, [])])
+@pytest.mark.parametrize(
+    "current, critical, found",
+    [(100.0, 100.0, [("hot", "wait")]), (99.0, 100.0, []), (40.0, None, []), (40.0, 0.0, []), (70000.0, 65261.8, [])],
+)
 def test_heat_of_the_system(sound, monkeypatch, current, critical, found):
     sensors = {"coretemp": [SimpleNamespace(label="Package", current=current, high=None, critical=critical)]}
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: sensors)
     assert told(sound) == found
 
 
-@pytest.mark.parametrize("training, now, found", [
-    (False, {"margin": 0}, [("hot", "wait")]), (False, {"margin": 12}, []),
-    (False, {"throttled": "power brake"}, [("throttled", "wait")]), (False, {"throttled": False}, []),
-    (False, {"in_use": 0.9}, [("busy", "wait")]), (False, {"in_use": 0.2}, []), (True, {"in_use": 0.9}, [])])
+@pytest.mark.parametrize(
+    "training, now, found",
+    [
+        (False, {"margin": 0}, [("hot", "wait")]),
+        (False, {"margin": 12}, []),
+        (False, {"throttled": "power brake"}, [("throttled", "wait")]),
+        (False, {"throttled": False}, []),
+        (False, {"in_use": 0.9}, [("busy", "wait")]),
+        (False, {"in_use": 0.2}, []),
+        (True, {"in_use": 0.9}, []),
+    ],
+)
 def test_a_gpu(sound, monkeypatch, training, now, found):
     monkeypatch.setattr(identity, "now", lambda kind, gpu: now if (kind, gpu) == ("cuda", "0") else {})
     sound.supervised = training
@@ -168,17 +191,29 @@ class Nvml:
             if name in ("nvmlInit", "nvmlShutdown") or "Handle" in name:
                 return name
             return self.answers[name]
+
         return answer
 
 
-@pytest.mark.parametrize("answers, found", [
-    ({"nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x1}, {"throttled": False}),
-    ({"nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x40}, {"throttled": "thermal limit (hardware)"}),
-    ({"nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=97)}, {"in_use": 0.97}),
-    ({"nvmlDeviceGetMarginTemperature": 3}, {"margin": 3}),
-    ({"nvmlDeviceGetMarginTemperature": 0, "nvmlDeviceGetTemperatureThreshold": 98, "nvmlDeviceGetTemperature": 87},
-     {"margin": 11}),
-    ({"nvmlDeviceGetTemperatureThreshold": 98}, {}), ({}, {})])
+@pytest.mark.parametrize(
+    "answers, found",
+    [
+        ({"nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x1}, {"throttled": False}),
+        ({"nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x40}, {"throttled": "thermal limit (hardware)"}),
+        ({"nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=97)}, {"in_use": 0.97}),
+        ({"nvmlDeviceGetMarginTemperature": 3}, {"margin": 3}),
+        (
+            {
+                "nvmlDeviceGetMarginTemperature": 0,
+                "nvmlDeviceGetTemperatureThreshold": 98,
+                "nvmlDeviceGetTemperature": 87,
+            },
+            {"margin": 11},
+        ),
+        ({"nvmlDeviceGetTemperatureThreshold": 98}, {}),
+        ({}, {}),
+    ],
+)
 def test_what_nvml_tells_of_now(monkeypatch, answers, found):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(**answers))
     assert identity.now("cuda", "0") == found
@@ -204,15 +239,29 @@ def test_other_devices_tell_whether_they_are_throttled(monkeypatch, tmp_path):
 
 # --- Other programs on the CPU ---
 
+
 @pytest.fixture
 def processes(sound, monkeypatch):
     """Sets which processes there are, at which time: pid -> (parent, seconds of the CPU so far)."""
     clock = SimpleNamespace(now=1000.0, found={})
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(limits.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(psutil, "process_iter", lambda attrs: [SimpleNamespace(pid=pid, info={
-        "ppid": parent, "name": f"game\x1b[2J{pid}", "cpu_times": None if seconds is None else Times(seconds, 0.5),
-        "create_time": 1.0}) for pid, (parent, seconds) in clock.found.items()])
+    monkeypatch.setattr(
+        psutil,
+        "process_iter",
+        lambda attrs: [
+            SimpleNamespace(
+                pid=pid,
+                info={
+                    "ppid": parent,
+                    "name": f"game\x1b[2J{pid}",
+                    "cpu_times": None if seconds is None else Times(seconds, 0.5),
+                    "create_time": 1.0,
+                },
+            )
+            for pid, (parent, seconds) in clock.found.items()
+        ],
+    )
     sound.profile["machine"]["kind"] = "cpu"
 
     def look(after, training=False, **found):
@@ -269,6 +318,7 @@ def test_below():
 
 # --- Sleep ---
 
+
 @pytest.fixture
 def unkept(monkeypatch):
     monkeypatch.setenv("WAKEPY_FORCE_FAILURE", "1")
@@ -312,8 +362,10 @@ def windows(folder, answer: str, ends: str = "cat > /dev/null") -> None:
     """A powershell.exe on PATH: notes what it is asked and that it ends by its input's end."""
     folder.mkdir()
     script = folder / "powershell.exe"
-    script.write_text(f'#!/bin/sh\nprintf %s "$*" > {folder}/asked\necho $$ > {folder}/pid\necho {answer}\n{ends}\n'
-                      f"echo done > {folder}/ended\n")
+    script.write_text(
+        f'#!/bin/sh\nprintf %s "$*" > {folder}/asked\necho $$ > {folder}/pid\necho {answer}\n{ends}\n'
+        f"echo done > {folder}/ended\n"
+    )
     script.chmod(0o755)
 
 
@@ -362,12 +414,15 @@ def test_wsl_without_windows_programs(wsl):
 
 def test_its_child_ends_with_a_night_that_is_killed(wsl):
     windows(wsl, "True")
-    night = ("import platform, sys, time; from lab.night import limits; from calibration import identity\n"
-             "identity.in_wsl = lambda: True\n"
-             "with limits.awake() as line:\n    print(line, flush=True)\n    time.sleep(600)")
+    night = (
+        "import platform, sys, time; from lab.night import limits; from calibration import identity\n"
+        "identity.in_wsl = lambda: True\n"
+        "with limits.awake() as line:\n    print(line, flush=True)\n    time.sleep(600)"
+    )
     root = os.path.dirname(os.path.dirname(os.path.abspath(limits.__file__)))
-    process = subprocess.Popen([sys.executable, "-c", night], stdout=subprocess.PIPE, text=True,
-                               cwd=os.path.dirname(root))
+    process = subprocess.Popen(
+        [sys.executable, "-c", night], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(root)
+    )
     assert "Windows" in process.stdout.readline()
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -71,8 +71,18 @@ def proposals(monkeypatch):
 
 
 def options(**values):
-    return argparse.Namespace(**{"agent": None, "turn_seconds": 60.0, "hours": None, "until": None,
-                                 "max_experiments": 3, "notify": None, "planned": None, **values})
+    return argparse.Namespace(
+        **{
+            "agent": None,
+            "turn_seconds": 60.0,
+            "hours": None,
+            "until": None,
+            "max_experiments": 3,
+            "notify": None,
+            "planned": None,
+            **values,
+        }
+    )
 
 
 def night(session, **values):
@@ -87,8 +97,12 @@ def test_a_night_runs_the_baseline_and_as_many_experiments_as_were_wanted(sessio
     proposals.append(edited(LOSS=0.9))
     one = night(session)
     assert one.run() == "3 experiments, as many as were wanted"
-    assert statuses(session) == [("keep", "baseline"), ("keep", "proposal 1"), ("discard", "proposal 2"),
-                                 ("discard", "proposal 3")]
+    assert statuses(session) == [
+        ("keep", "baseline"),
+        ("keep", "proposal 1"),
+        ("discard", "proposal 2"),
+        ("discard", "proposal 3"),
+    ]
     assert [turn["experiment"] for turn in one.turns] == [1, 2, 3]
     assert any("keep" in line and "proposal 1" in line for line in one.view.lines)
 
@@ -341,8 +355,14 @@ def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals
     one._between()
     one._began_at, one.troubles = {}, [limits.Trouble("hot", "97 degrees", "wait")]
     one._looked = float("inf")
-    session.begin(kind="change", blob=session.state.best.blob, parent=session.state.best.blob, onto=0, commit="HEAD",
-                  description="x")
+    session.begin(
+        kind="change",
+        blob=session.state.best.blob,
+        parent=session.state.best.blob,
+        onto=0,
+        commit="HEAD",
+        description="x",
+    )
 
     def wait():
         waited.append(session.held)
@@ -383,6 +403,7 @@ def test_near_misses_are_tried_together_before_anything_new(session, proposals, 
 
 
 # --- With an agent ---
+
 
 @pytest.fixture
 def turns(monkeypatch):

@@ -34,18 +34,42 @@ STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name
 def start(session, home, experiments: int, agent: bool) -> subprocess.Popen:
     """A night, as its command would be begun by the judge: but busy machines don't matter to it."""
     processes = Processes(session, home, random.Random(0))
-    command = [sys.executable, "-c", LOOP, str(session.judge), "--session", str(session.folder), "night", "--planned=0",
-               "--max-experiments", str(experiments), *(["--agent", STUB] if agent else [])]
-    return subprocess.Popen(command, cwd=session.tree.path, env=processes.environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-c",
+        LOOP,
+        str(session.judge),
+        "--session",
+        str(session.folder),
+        "night",
+        "--planned=0",
+        "--max-experiments",
+        str(experiments),
+        *(["--agent", STUB] if agent else []),
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=session.tree.path,
+        env=processes.environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def came_to(session) -> list[tuple]:
     """What does not depend on when things happened."""
     state = Session(session.folder).state
-    return [(e.digest, e.description, e.status, e.onto,
-             [run.seed for run in e.runs if run.status not in ("lost", "disturbed")])  # those are made again
-            for e in state.experiments.values()]
+    return [
+        (
+            e.digest,
+            e.description,
+            e.status,
+            e.onto,
+            [run.seed for run in e.runs if run.status not in ("lost", "disturbed")],
+        )  # those are made again
+        for e in state.experiments.values()
+    ]
 
 
 def undisturbed(session, home, experiments, agent) -> tuple[list[tuple], float]:

@@ -69,10 +69,14 @@ def test_what_cannot_be_started_is_a_failure_too(monkeypatch):
     assert "no more processes" in sent("true")[0]
 
 
-@pytest.mark.parametrize("command", [
-    "echo $$ >> {0}; trap '' TERM; sleep 1000 & echo $! >> {0}; wait",
-    "{1} -c 'import os, time; os.setsid(); open(\"{0}\", \"a\").write(str(os.getpid()) + \"\\n\"); time.sleep(1000)' & "
-    "sleep 1; exit 0"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "echo $$ >> {0}; trap '' TERM; sleep 1000 & echo $! >> {0}; wait",
+        '{1} -c \'import os, time; os.setsid(); open("{0}", "a").write(str(os.getpid()) + "\\n"); time.sleep(1000)\' & '
+        "sleep 1; exit 0",
+    ],
+)
 def test_one_that_does_not_end_is_ended_with_what_it_started(tmp_path, monkeypatch, command):
     monkeypatch.setattr(notify, "LIMIT", 2.0)
     pids = tmp_path / "pids"

@@ -19,8 +19,14 @@ from lab.night import plan as plans
 from lab.session import Session
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
-HARDWARE = Hardware(name="CPU", slug=PROFILE["device"], kind="cpu", backend=PROFILE["backend"], memory=24 * 2**30,
-                    versions=PROFILE["versions"])
+HARDWARE = Hardware(
+    name="CPU",
+    slug=PROFILE["device"],
+    kind="cpu",
+    backend=PROFILE["backend"],
+    memory=24 * 2**30,
+    versions=PROFILE["versions"],
+)
 
 
 def options(**changes):
@@ -66,11 +72,13 @@ def told(tree, **changes):
 
 
 def files(tree):
-    return sorted(str(path) for path in [*tree.path.rglob("*"), *prepare.home().rglob("*")]
-                  if "/objects/" not in str(path))
+    return sorted(
+        str(path) for path in [*tree.path.rglob("*"), *prepare.home().rglob("*")] if "/objects/" not in str(path)
+    )
 
 
 # --- What is missing ---
+
 
 def test_where_there_is_nothing_everything_is_missing_and_nothing_is_done(tree):
     before = files(tree)
@@ -157,9 +165,13 @@ def test_a_start_that_was_interrupted_is_begun_again(tree, data, calibrated, com
     assert Session(folder).state.pending.kind == "baseline"
 
 
-@pytest.mark.parametrize("spoil, reason", [
-    (lambda path: (path / "train.py").write_text("LOSS = 2.0\n"), "not committed"),
-    (lambda path: git(path, "switch", "-q", "--detach"), "git switch -c")])
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda path: (path / "train.py").write_text("LOSS = 2.0\n"), "not committed"),
+        (lambda path: git(path, "switch", "-q", "--detach"), "git switch -c"),
+    ],
+)
 def test_what_no_session_can_start_from_is_said_before_anything_is_fetched(tree, spoil, reason):
     spoil(tree.path)
     with pytest.raises(LabError, match=reason):
@@ -176,6 +188,7 @@ def test_a_backend_that_cannot_run_says_so(tree, monkeypatch):
 
 
 # --- What it takes ---
+
 
 def test_experiments_are_counted_by_the_time_and_by_their_number(tree, data, calibrated):
     made = planned(tree, hours=8)
@@ -199,8 +212,17 @@ def test_a_session_is_asked_how_long_its_experiments_take(tmp_path, runner):
     tree, at = session.tree, time.time()
     for number in range(1, 5):  # two runs of 320 s each, and 40 s between experiments
         blob = tree.store(sessions.TRAIN + f"N = {number}\n".encode())
-        session.log("experiment", number=number, begun=at, kind="change", blob=blob, parent=session.state.best.blob,
-                    onto=0, commit="c" * 40, description="")
+        session.log(
+            "experiment",
+            number=number,
+            begun=at,
+            kind="change",
+            blob=blob,
+            parent=session.state.best.blob,
+            onto=0,
+            commit="c" * 40,
+            description="",
+        )
         for i in range(2):
             run = session.state.next_run()
             session.log("run", number=run, experiment=number, blob=blob, seed=42 + i, budget=300.0, begun=at + 320 * i)
@@ -227,6 +249,7 @@ def test_power_and_sleep_are_told(tree, monkeypatch):
 
 
 # --- Making it ---
+
 
 def test_it_makes_what_is_missing_in_order_and_then_the_session(tree, data, commands, monkeypatch):
     def make(path, *arguments):

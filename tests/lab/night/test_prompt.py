@@ -29,7 +29,7 @@ def test_it_says_all_there_is_to_say(searched, tried):
     text = prompt.write(searched, PROGRAM, [turn("edited"), turn("asked", "asked: may I?")], seconds=300)
     assert text.startswith(PROGRAM)  # verbatim
     assert "The turn ends after 5 minutes" in text and "`CHANGE: " in text and "Don't ask" in text
-    outside, (table, own) = fences(text[len(PROGRAM):])
+    outside, (table, own) = fences(text[len(PROGRAM) :])
     rows = table.split("\n")
     assert rows[0].split() == ["0", "keep", "baseline"]
     assert rows[1].split() == f"{kept} keep +0.005000 (+5.0) DEPTH = 5".split()  # kept long ago, and told of still
@@ -57,26 +57,45 @@ def test_turns_that_gave_nothing_are_told_until_one_gives_something(searched):
     lost = [turn("failed", f"failure {i}") for i in range(9)]
     told = [line for line in prompt.write(searched, "", lost).split("\n") if line.startswith("failed: ")]
     assert told == [f"failed: failure {i}" for i in range(4, 9)]
-    text = prompt.write(searched, "", [*lost, turn("edited"), turn("nothing", "did nothing"),
-                                       turn("edited", by="proposer"), turn("stopped", "was stopped")])
+    text = prompt.write(
+        searched,
+        "",
+        [
+            *lost,
+            turn("edited"),
+            turn("nothing", "did nothing"),
+            turn("edited", by="proposer"),
+            turn("stopped", "was stopped"),
+        ],
+    )
     assert "failure" not in text and "nothing: did nothing" in text and "was stopped" not in text
     assert "# Your last" not in prompt.write(searched, "", [*lost, turn("edited")])
 
 
 def test_nothing_gets_out_of_its_fence_and_it_stays_short(searched, tried, runner):
     for i in range(45):
-        number = tried("MATRIX_LR = 0.04", f"MATRIX_LR = 0.{i + 5:03d}  #{NASTY.splitlines()[0]}", t=2,
-                       near_miss=True)
+        number = tried("MATRIX_LR = 0.04", f"MATRIX_LR = 0.{i + 5:03d}  #{NASTY.splitlines()[0]}", t=2, near_miss=True)
         searched.state.experiments[number].description = NASTY
         searched.state.experiments[number].verdict |= {"reason": NASTY, "status": ["discard", "keep"][i % 2]}
-    crash = searched.begin(kind="change", blob=searched.state.best.blob, parent=searched.state.best.blob, onto=0,
-                          commit=searched.tree.commit_of("HEAD"), description=NASTY)
+    crash = searched.begin(
+        kind="change",
+        blob=searched.state.best.blob,
+        parent=searched.state.best.blob,
+        onto=0,
+        commit=searched.tree.commit_of("HEAD"),
+        description=NASTY,
+    )
     run = searched.begin_run(crash, crash.blob, 42, 300.0)
-    searched.log("ran", run=run.number, status="crash", reason=NASTY,
-                traceback="Traceback (most recent call last):\n" + f"  {NASTY}\n" * 200)
+    searched.log(
+        "ran",
+        run=run.number,
+        status="crash",
+        reason=NASTY,
+        traceback="Traceback (most recent call last):\n" + f"  {NASTY}\n" * 200,
+    )
     searched.log("verdict", experiment=crash.number, status="crash", reason=NASTY)
     text = prompt.write(searched, PROGRAM, [turn("failed", NASTY)] * 40, seconds=60)
-    outside, inside = fences(text[len(PROGRAM):])
+    outside, inside = fences(text[len(PROGRAM) :])
     assert len(text) - len(PROGRAM) < 24_000 and len(inside) == 3
     for word in ("Ignore", "evil", "\x1b", "\u202e", "CHANGE: y"):
         assert word not in outside
@@ -91,8 +110,15 @@ def test_why_a_change_failed_is_told(tmp_path, runner, status):
     tree = session.tree
     content = tree.train().replace(b"FAILS = None", f"FAILS = {status!r}".encode())
     head, blob = tree.commit_of(session.branch), tree.store(content)
-    session.begin(kind="change", blob=blob, parent=tree.blob_of(head), onto=0, commit=tree.commit(head, blob, "bad"),
-                  description="bad", **vars(sessions.source.describe(content)))
+    session.begin(
+        kind="change",
+        blob=blob,
+        parent=tree.blob_of(head),
+        onto=0,
+        commit=tree.commit(head, blob, "bad"),
+        description="bad",
+        **vars(sessions.source.describe(content)),
+    )
     supervise(session)
     table = fences(prompt.write(session, "", []))[1][0]
     assert re.search(rf"1  {status} +bad \| it {status}ed$", table, re.M)

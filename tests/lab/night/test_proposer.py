@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[3]
 # The score is best at LR = 0.01 and DEPTH = 6.
 VALLEY = sessions.TRAIN.replace(b"NOISE = 0.001", b"NOISE = 1e-6") + (
     b"LR = 0.04  # of the matrices\nDEPTH = 4\nBETAS = (0.9, 0.95)\n\n\ndef loss():\n    import math\n"
-    b"    return 1 + 0.05 * math.log(LR / 0.01) ** 2 + 0.02 * (DEPTH - 6) ** 2\n\n\nLOSS = loss()\n")
+    b"    return 1 + 0.05 * math.log(LR / 0.01) ** 2 + 0.02 * (DEPTH - 6) ** 2\n\n\nLOSS = loss()\n"
+)
 VALLEY = VALLEY.replace(b"LOSS = 1.0\nNOISE = 1e-6\nFAILS = None\nLEAK = 0.0\n", b"") + (
-    b"NOISE, FAILS, LEAK = 1e-6, None, 0.0\n")
+    b"NOISE, FAILS, LEAK = 1e-6, None, 0.0\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +72,19 @@ def test_says_what_it_changes(valley):
 
 
 def test_leaves_the_others_as_they_are(tmp_path, runner):
-    session = begun(tmp_path / "project", VALLEY.replace(b"0.95)", b"0.951234)").replace(b"DEPTH = 4\n", b"DEPTH = 4\n"
-                    b"A = 0.123456\nB = 12345\nC = 0.7  # [1 .. 2]\nHALF_RATIO = 0.33333\nD = 1.23456  # [1 .. 2]\n"))
+    session = begun(
+        tmp_path / "project",
+        VALLEY.replace(b"0.95)", b"0.951234)").replace(
+            b"DEPTH = 4\n",
+            b"DEPTH = 4\nA = 0.123456\nB = 12345\nC = 0.7  # [1 .. 2]\nHALF_RATIO = 0.33333\nD = 1.23456  # [1 .. 2]\n",
+        ),
+    )
     before = (session.tree.path / "train.py").read_text().splitlines()
     for _ in range(6):
         proposal = proposer.propose(session)
-        changed = {one.split(" = ")[0] for one, other in zip(before, proposal.content.decode().splitlines())
-                   if one != other}
+        changed = {
+            one.split(" = ")[0] for one, other in zip(before, proposal.content.decode().splitlines()) if one != other
+        }
         named = {part.split(" ")[0].split("[")[0] for part in proposal.description.split(", ")}
         assert changed == named and 1 <= len(proposal.description.split(", ")) <= 3
         attempt(session, proposal)
@@ -127,8 +135,11 @@ def test_says_so_where_nothing_can_be_read(tmp_path, runner):
 @pytest.fixture
 def ours(tmp_path, runner, monkeypatch):
     """A session with our train.py, where whatever is edited makes no difference."""
-    monkeypatch.setattr(sessions.Runner, "_facts", staticmethod(
-        lambda folder: ((folder / "train.py").read_bytes(), {"LOSS": 1.0, "NOISE": 0.001, "LEAK": 0.0})))
+    monkeypatch.setattr(
+        sessions.Runner,
+        "_facts",
+        staticmethod(lambda folder: ((folder / "train.py").read_bytes(), {"LOSS": 1.0, "NOISE": 0.001, "LEAK": 0.0})),
+    )
     return begun(tmp_path / "project", (ROOT / "train.py").read_bytes())
 
 

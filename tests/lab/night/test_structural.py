@@ -75,8 +75,7 @@ def test_learns_and_looks_only_back(trained, name, backend):
 def test_changes_the_schedule(name, backend, rows):
     def hypers(source):
         train = executed(shrunk(source), opened(backend, "float32"))
-        groups = train.optimizer_groups(
-            {key: weight.shape for key, weight in initialised(train, rows[2])[1].items()})
+        groups = train.optimizer_groups({key: weight.shape for key, weight in initialised(train, rows[2])[1].items()})
         return [train.schedule(groups, progress, 1000) for progress in (0.0, 0.75, 1.0)]
 
     (first, later, last), (was_first, was_later, _) = hypers(edited(name)), hypers(TRAIN)

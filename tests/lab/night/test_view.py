@@ -29,8 +29,14 @@ def begin(session, description="a change", status=None, mean=None):
     tree, best = session.tree, session.state.best
     number = session.state.last.number + 1
     blob = tree.store(sessions.TRAIN + f"N = {number}\n".encode())
-    e = session.begin(kind="change", blob=blob, parent=best.blob, onto=best.number, description=description,
-                      commit=tree.commit(tree.commit_of(session.branch), blob, "a change"))
+    e = session.begin(
+        kind="change",
+        blob=blob,
+        parent=best.blob,
+        onto=best.number,
+        description=description,
+        commit=tree.commit(tree.commit_of(session.branch), blob, "a change"),
+    )
     run = session.begin_run(e, blob, 43, 300.0)
     if status:
         session.log("ran", run=run.number, status="crash", reason="", result=None, seconds=1.0, traceback="")
@@ -48,15 +54,23 @@ def train(session, percent=50, before=""):
 
 
 def now(phase="training", **changes):
-    facts = {"since": time.time() - 5, "by": "agent", "deadline": None, "most": None, "begun": time.time() - 3600,
-             "first": 1, "troubles": []}
+    facts = {
+        "since": time.time() - 5,
+        "by": "agent",
+        "deadline": None,
+        "most": None,
+        "begun": time.time() - 3600,
+        "first": 1,
+        "troubles": [],
+    }
     return Now(phase=phase, **facts | changes)
 
 
 def console(width=80, height=24, encoding="utf-8", terminal=True):
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    return Console(file=file, width=width, height=height, force_terminal=terminal, highlight=False,
-                   _environ={"TERM": "xterm"})
+    return Console(
+        file=file, width=width, height=height, force_terminal=terminal, highlight=False, _environ={"TERM": "xterm"}
+    )
 
 
 def written(console):
@@ -69,6 +83,7 @@ def picture(session, at=None, width=79, height=20, encoding="utf-8"):
 
 # --- Logs ---
 
+
 def log(tmp_path, text):
     path = tmp_path / "run.log"
     path.write_text(text)
@@ -77,8 +92,14 @@ def log(tmp_path, text):
 
 def test_a_run_under_way_is_read_from_its_log(tmp_path):
     path = log(tmp_path, "device x | data y\n" + LINE.format(1, 10.0, 9.5) + LINE.format(2, 25.0, 7.25))
-    assert run_facts(path, 300) == {"step": 2, "percent": 25.0, "loss": 7.25, "tok_per_s": 15952.0,
-                                    "losses": [(10.0, 9.5), (25.0, 7.25)], "seconds_left": 225.0}
+    assert run_facts(path, 300) == {
+        "step": 2,
+        "percent": 25.0,
+        "loss": 7.25,
+        "tok_per_s": 15952.0,
+        "losses": [(10.0, 9.5), (25.0, 7.25)],
+        "seconds_left": 225.0,
+    }
     assert "seconds_left" not in run_facts(path)
 
 
@@ -91,9 +112,16 @@ def test_an_edited_line_of_progress_is_read_as_far_as_it_goes(tmp_path):
     assert (found["step"], found["loss"], found["losses"]) == (12, 3.5, []) and "percent" not in found
 
 
-@pytest.mark.parametrize("line", [
-    "step 1 (50.0%) | loss nan | 1 tokens/s", "step 1 (999%) | loss 1.0", "\x1b]0;step\x07 loss 1.0",
-    "step 99999999999999999999 | loss 1.0", "step 1 |" + " " * 10_000 + "loss 1.0"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step 1 (50.0%) | loss nan | 1 tokens/s",
+        "step 1 (999%) | loss 1.0",
+        "\x1b]0;step\x07 loss 1.0",
+        "step 99999999999999999999 | loss 1.0",
+        "step 1 |" + " " * 10_000 + "loss 1.0",
+    ],
+)
 def test_what_only_looks_like_progress_is_none(tmp_path, line):
     assert run_facts(log(tmp_path, line + "\n")) == {}
 
@@ -110,6 +138,7 @@ def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
 
 
 # --- The curve ---
+
 
 def test_the_curve_falls_and_reaches_as_far_as_the_run():
     losses = [(i, 5 - i / 25) for i in range(1, 51)]
@@ -134,15 +163,31 @@ def test_a_curve_of_anything_keeps_to_its_size(losses, width, rows):
 
 # --- The picture ---
 
+
 def test_it_shows_the_run_with_its_curve_and_the_best(session):
     begin(session, "a faster start", "discard", 0.9)
     begin(session, "a longer end")
     train(session)
     text = "\n".join(picture(session, now(most=9, deadline=time.time() + 7300)))
-    for part in ("experiment 2, proposed by the agent", "a longer end", "of the change, seed 43", "50 %",
-                 "15,952 tokens/s", "1.0 GB", "loss 6.5", "6.500 █", "best ", "it is the baseline", "noise ",
-                 "1 experiment, 0 kept", "1.0 an hour", "in 2 h 01 min", "about 2 more to come", "a faster start",
-                 "0.900000"):
+    for part in (
+        "experiment 2, proposed by the agent",
+        "a longer end",
+        "of the change, seed 43",
+        "50 %",
+        "15,952 tokens/s",
+        "1.0 GB",
+        "loss 6.5",
+        "6.500 █",
+        "best ",
+        "it is the baseline",
+        "noise ",
+        "1 experiment, 0 kept",
+        "1.0 an hour",
+        "in 2 h 01 min",
+        "about 2 more to come",
+        "a faster start",
+        "0.900000",
+    ):
         assert part in text, part
     assert re.search(r"run \d+ .*, (4|5) min left", text)
 
@@ -189,6 +234,7 @@ def test_without_unicode_it_is_drawn_in_ascii(session):
 
 
 # --- On a terminal, and not ---
+
 
 def test_on_a_terminal_said_lines_stay_and_the_picture_goes(session):
     output = console()

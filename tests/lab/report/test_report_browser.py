@@ -25,6 +25,7 @@ def chromium():
 @pytest.fixture
 def show(chromium, tmp_path):
     """show(content, size=DESK, **more) -> the page, with what it asked for and complained of."""
+
     def show(content, size=DESK, **more):
         path = tmp_path / "report.html"
         path.write_bytes(content)
@@ -35,6 +36,7 @@ def show(chromium, tmp_path):
         opened.goto(path.as_uri())
         opened.uri = path.as_uri()
         return opened
+
     return show
 
 
@@ -112,11 +114,12 @@ def test_the_ledger_is_sorted_and_filtered(show):
     for order, reverse in (("ascending", False), ("descending", True)):
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == order
-        scores = {number: sum(t.bpb for t in c.trials) / len(c.trials)
-                  for number, c in record.changes.items() if c.trials}
+        scores = {
+            number: sum(t.bpb for t in c.trials) / len(c.trials) for number, c in record.changes.items() if c.trials
+        }
         numbers = shown_numbers(shown)
         assert numbers[: len(scores)] == sorted(scores, key=lambda number: round(scores[number], 6), reverse=reverse)
-        assert set(numbers[len(scores):]) == record.changes.keys() - scores.keys()  # the unknown last, both ways
+        assert set(numbers[len(scores) :]) == record.changes.keys() - scores.keys()  # the unknown last, both ways
     shown.select_option("select", "crashed")
     assert {record.changes[number].status for number in shown_numbers(shown)} == {"crash"}
     shown.fill("input", "no such words")

@@ -19,8 +19,9 @@ def drawn(record, *size):
 
 
 def marks(figure, name):
-    return [point for shape in figure.shapes if isinstance(shape, Marks) and shape.name == name
-            for point in shape.points]
+    return [
+        point for shape in figure.shapes if isinstance(shape, Marks) and shape.name == name for point in shape.points
+    ]
 
 
 def test_each_experiment_is_drawn_once_where_it_belongs():
@@ -106,8 +107,9 @@ def test_time_adds_up():
 
 def test_runs_beside_others_and_confirmations_are_told_apart():
     record = session(4)
-    record.changes[0] = Change(**{**vars(record.changes[0]), "trials": (
-        trial(1, 1.2, 0), trial(2, 1.2, 3), trial(3, 1.2, 9, confirms=True))})
+    record.changes[0] = Change(
+        **{**vars(record.changes[0]), "trials": (trial(1, 1.2, 0), trial(2, 1.2, 3), trial(3, 1.2, 9, confirms=True))}
+    )
     view = View(record)
     shares = dict(view.shares)
     assert shares["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
@@ -128,13 +130,20 @@ def test_several_sessions_are_drawn_by_their_gain_and_replays_are_not():
     views = [View(session(10)), View(session(20, tag="other")), View(replayed(source([-0.01]), [-0.01]))]
     figure = curve.together(views, 1120, 330)
     assert [shape.name for shape in figure.shapes if isinstance(shape, Line) and "hue" in shape.name] == [
-        "best hue0", "best hue1"]
+        "best hue0",
+        "best hue1",
+    ]
     assert curve.together([View(Record("cpu-x", "t", {}))], 1120, 330) is None
 
 
-@pytest.mark.parametrize("low, high, most, ticks", (
-    (0.0, 10.0, 5, [0, 2, 4, 6, 8, 10]), (0.9697, 0.9979, 6, [0.97, 0.975, 0.98, 0.985, 0.99, 0.995]),
-    (-3.2, 3.1, 4, [-2, 0, 2])))
+@pytest.mark.parametrize(
+    "low, high, most, ticks",
+    (
+        (0.0, 10.0, 5, [0, 2, 4, 6, 8, 10]),
+        (0.9697, 0.9979, 6, [0.97, 0.975, 0.98, 0.985, 0.99, 0.995]),
+        (-3.2, 3.1, 4, [-2, 0, 2]),
+    ),
+)
 def test_ticks_are_round(low, high, most, ticks):
     found, _ = nice(low, high, most)
     assert found == pytest.approx(ticks)

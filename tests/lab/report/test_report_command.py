@@ -16,8 +16,14 @@ from lab.session import Session
 
 ROOT = Path(__file__).resolve().parents[3]
 LEDGER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "".join(
-    f"{line}\n" for line in ("aaaaaaa\t0.997900\t44.0\tkeep\tbaseline", "bbbbbbb\t0.986041\t43.9\tkeep\thalve batch",
-                             "ccccccc\t0.000000\t0.0\tcrash\tdouble depth", "ddddddd\t0.990000\t44.0\tdiscard\twarmup"))
+    f"{line}\n"
+    for line in (
+        "aaaaaaa\t0.997900\t44.0\tkeep\tbaseline",
+        "bbbbbbb\t0.986041\t43.9\tkeep\thalve batch",
+        "ccccccc\t0.000000\t0.0\tcrash\tdouble depth",
+        "ddddddd\t0.990000\t44.0\tdiscard\twarmup",
+    )
+)
 
 
 @pytest.fixture(name="session")
@@ -94,8 +100,13 @@ def test_an_agent_may_ask_for_it_in_its_turn(ledger, tmp_path, monkeypatch):
 
 
 def test_without_a_session_it_says_what_to_name(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "lab" / "__main__.py"), "report"], cwd=tmp_path,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "lab" / "__main__.py"), "report"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and "name a session" in done.stderr and not list(tmp_path.iterdir())
 
 

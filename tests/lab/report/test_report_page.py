@@ -15,9 +15,11 @@ from lab.report import page
 from lab.report.view import View
 
 FILES = Path(page.__file__).parent
-ATTRIBUTES = set("""anchor aria-expanded aria-hidden aria-label aria-labelledby aria-live autocomplete charset class
+ATTRIBUTES = set(
+    """anchor aria-expanded aria-hidden aria-label aria-labelledby aria-live autocomplete charset class
 content d data-label data-session font-size for hidden href http-equiv id lang name rel role scope spellcheck
-stroke-width tabindex text-anchor type viewBox viewbox x y""".split())
+stroke-width tabindex text-anchor type viewBox viewbox x y""".split()
+)
 VOID = {"meta", "link", "input", "br"}
 
 
@@ -49,8 +51,11 @@ class Parsed(HTMLParser):
         return " ".join(" ".join(texts) for tag, texts in self.texts.items() if tag not in ("script", "style"))
 
     def all(self, tag, **wanted):
-        return [found for name, found in self.elements
-                if name == tag and all(found.get(key) == value for key, value in wanted.items())]
+        return [
+            found
+            for name, found in self.elements
+            if name == tag and all(found.get(key) == value for key, value in wanted.items())
+        ]
 
 
 def parsed(*records):
@@ -62,6 +67,7 @@ def data_of(found):
 
 
 # --- Nothing hostile gets out ---
+
 
 @pytest.mark.parametrize("several", (False, True))
 def test_hostile_words_stay_words(several):
@@ -99,6 +105,7 @@ def test_an_endless_line_is_cut_and_said_so():
 
 # --- No network, no script but its own ---
 
+
 def test_its_policy_allows_its_own_style_and_script_and_nothing_else():
     found = parsed(session(3), session(3, tag="other"))
     policy = next(meta["content"] for meta in found.all("meta") if meta.get("http-equiv"))
@@ -112,15 +119,22 @@ def test_its_policy_allows_its_own_style_and_script_and_nothing_else():
 
 def test_it_refers_to_no_other_file():
     found = parsed(session(12), session(3, tag="other"))
-    links = [value for _, attributes in found.elements for name, value in attributes.items()
-             if name in ("href", "src", "action", "xlink:href", "srcset")]
+    links = [
+        value
+        for _, attributes in found.elements
+        for name, value in attributes.items()
+        if name in ("href", "src", "action", "xlink:href", "srcset")
+    ]
     assert links and all(link.startswith(("#", "data:")) for link in links)
     assert not re.search(r"url\(|@import|@font-face", (FILES / "page.css").read_text())
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|fetch|XMLHttp|import\(|new Function",
-                         (FILES / "page.js").read_text())
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|fetch|XMLHttp|import\(|new Function",
+        (FILES / "page.js").read_text(),
+    )
 
 
 # --- What it says ---
+
 
 def test_the_headline_has_gain_noise_and_counts():
     record = session(10, sd=0.002)
@@ -133,13 +147,19 @@ def test_the_headline_has_gain_noise_and_counts():
     assert "moves a single run by 0.002000" in text and f"the gain is {(base - best) / 0.002:.1f} times that" in text
 
 
-CONFIRMED = ("on held-out rows and 3 new seeds the best is {} bits per byte better than the baseline (90 % interval {} "
-             "to {})")
+CONFIRMED = (
+    "on held-out rows and 3 new seeds the best is {} bits per byte better than the baseline (90 % interval {} to {})"
+)
 
 
-@pytest.mark.parametrize("confirmation, badge", (
-    ("", "Unconfirmed"), (CONFIRMED.format("+0.020000", "+0.010000", "+0.030000"), "Confirmed"),
-    (CONFIRMED.format("+0.001000", "-0.010000", "+0.012000"), "Not confirmed")))
+@pytest.mark.parametrize(
+    "confirmation, badge",
+    (
+        ("", "Unconfirmed"),
+        (CONFIRMED.format("+0.020000", "+0.010000", "+0.030000"), "Confirmed"),
+        (CONFIRMED.format("+0.001000", "-0.010000", "+0.012000"), "Not confirmed"),
+    ),
+)
 def test_what_a_confirmation_came_to_is_said(confirmation, badge):
     found = parsed(session(5, confirmation=confirmation))
     assert badge in found.texts["span"] and confirmation[1:] in found.text
@@ -187,9 +207,11 @@ UNKNOWN = {"seed": None, "eval": "", "budget": None, "tokens": None, "flops": No
 
 def bare(device="nvidia-h100-80gb"):
     """As read from a ledger of five columns."""
-    changes = {0: Change(0, None, "keep", "baseline", "baseline", trials=(trial(None, 0.9979, 0, **UNKNOWN),)),
-               1: Change(1, 0, "keep", "change", "halve batch", trials=(trial(None, 0.986, 1, **UNKNOWN),)),
-               2: Change(2, 1, "discard", "change", "warmup", trials=(trial(None, 0.987, 2, **UNKNOWN),))}
+    changes = {
+        0: Change(0, None, "keep", "baseline", "baseline", trials=(trial(None, 0.9979, 0, **UNKNOWN),)),
+        1: Change(1, 0, "keep", "change", "halve batch", trials=(trial(None, 0.986, 1, **UNKNOWN),)),
+        2: Change(2, 1, "discard", "change", "warmup", trials=(trial(None, 0.987, 2, **UNKNOWN),)),
+    }
     return Record(device, "mar8", changes, tagged=False)
 
 
@@ -197,8 +219,7 @@ def test_a_ledger_of_five_columns_leaves_out_what_it_does_not_know():
     found = parsed(bare())
     assert "1.19 % better" in found.text and "nobody knows how far chance moves" in found.text
     assert "minutes " not in found.text and "tokens" not in " ".join(found.texts["th"])
-    assert data_of(found)["sessions"]["s0"]["1"] == {
-        "facts": [["made from", "experiment 0"]], "runs": [], "diff": None}
+    assert data_of(found)["sessions"]["s0"]["1"] == {"facts": [["made from", "experiment 0"]], "runs": [], "diff": None}
 
 
 def test_a_session_that_has_just_begun_can_be_reported():
@@ -210,6 +231,7 @@ def test_a_session_that_has_just_begun_can_be_reported():
 
 
 # --- Several sessions ---
+
 
 def test_several_sessions_are_compared():
     of = source([-0.02, -0.01, -0.015, -0.001])
@@ -223,7 +245,8 @@ def test_scores_of_different_evaluators_stand_in_different_tables():
     of = source([-0.02])
     captions = parsed(of, replayed(of, [-0.02])).texts["caption"]
     assert [text for text in captions if text.startswith("Measured by")] == [
-        f"Measured by evaluator {12 * letter}, after 300 s of training" for letter in "ef"]
+        f"Measured by evaluator {12 * letter}, after 300 s of training" for letter in "ef"
+    ]
     unknown = [bare(device=device) for device in ("nvidia-a", "nvidia-b")]
     assert sum(text.startswith("Measured by what is not known") for text in parsed(*unknown).texts["caption"]) == 2
     same = [session(5, device=device) for device in ("cpu-a", "cpu-b")]
@@ -245,6 +268,7 @@ def test_without_a_shared_change_it_says_how_to_get_one():
 
 # --- To everybody ---
 
+
 def test_headings_tables_and_charts_are_named():
     found = parsed(session(12), session(12, tag="other"))
     levels = [int(tag[1]) for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
@@ -254,5 +278,6 @@ def test_headings_tables_and_charts_are_named():
     assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in found.all("svg"))
     ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert all(attributes["aria-labelledby"] in ids for _, attributes in found.elements
-               if "aria-labelledby" in attributes)
+    assert all(
+        attributes["aria-labelledby"] in ids for _, attributes in found.elements if "aria-labelledby" in attributes
+    )
