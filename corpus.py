@@ -38,26 +38,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prepare import (
+from dataset import (
     FORMAT,
     ROW,
     SPECIALS,
     SPLIT_PATTERN,
     VOCAB_SIZE,
-    DataError,
     damage,
-    digest_of,
-    disk_full,
-    home,
     load_tokenizer,
     pack,
     read_manifest,
     read_tokens,
-    sha256,
     tags,
-    whole,
-    write_json,
 )
+from storage import DataError, atomic, digest_of, disk_full, home, sha256, write_json
 
 STORED_ROWS = 10_240  # of validation, and of held-out: 40 * 2^19 tokens, what the original's figures were made with
 REFILL_DOCUMENTS = 128  # what the packing buffer takes in at once
@@ -462,7 +456,7 @@ def write_rows(folder: Path, stem: str, encoded: Iterable[tuple[np.ndarray, list
     rows = list(itertools.islice(pack(encoded), STORED_ROWS))
     if not rows:
         raise DataError(f"too small: the {stem} documents don't fill one row of {ROW} tokens; use more text")
-    with whole(folder / f"{stem}.npy") as file:
+    with atomic(folder / f"{stem}.npy") as file:
         np.save(file, np.stack(rows))
     return {"rows": len(rows)}
 
@@ -471,7 +465,7 @@ def write_documents(folder: Path, stem: str, encoded: Iterable[tuple[np.ndarray,
     """Writes a shard's tokens as they come, then what is known about them; returns the counts."""
     lengths, batches = [np.empty(0, np.uint32)], []
     header = {"descr": "<u2", "fortran_order": False, "shape": (0,)}
-    with whole(folder / f"{stem}.tokens.npy") as file:
+    with atomic(folder / f"{stem}.tokens.npy") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for tokens, sizes in encoded:
             file.write(tokens.astype("<u2", copy=False))
@@ -481,9 +475,9 @@ def write_documents(folder: Path, stem: str, encoded: Iterable[tuple[np.ndarray,
         total = int(lengths.sum(dtype=np.int64))
         file.seek(0)  # numpy pads the header to a length that stays the same while the first axis grows
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (total,)})
-    with whole(folder / f"{stem}.lengths.npy") as file:
+    with atomic(folder / f"{stem}.lengths.npy") as file:
         np.save(file, lengths)
-    with whole(folder / f"{stem}.batches.npy") as file:
+    with atomic(folder / f"{stem}.batches.npy") as file:
         np.save(file, np.array(batches, np.uint32))
     return {"documents": len(lengths), "tokens": total}
 
@@ -569,7 +563,7 @@ def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool)
     for path in folder.iterdir():
         if path.is_file() and path.name not in listed:
             path.unlink()
-    with whole(home() / "data" / "current") as file:
+    with atomic(home() / "data" / "current") as file:
         file.write(manifest["name"].encode())
 
 

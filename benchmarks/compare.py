@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab import gate
+from lab.verdict import gate
 from lab.compare import comparison
 from lab.compare.classify import CLASSES, FADES, HALF, HOLDS, OPEN, REVERSES
 from lab.compare.record import Change, Record, Trial

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab import gate
+from lab.verdict import gate
 
 gate.t_quantile = lru_cache(maxsize=100_000)(gate.t_quantile)
 BASELINE_RUNS = 3

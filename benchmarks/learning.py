@@ -48,7 +48,7 @@ from seed_noise import TRAIN, StepClock
 
 import backends
 import prepare
-from lab import gate
+from lab.verdict import gate
 
 OUR_EPS = 1e-4  # of AdamW for the scalars, in our train.py
 SAME = ("depth", "total_batch", "windows", "steps", "last", "float32")  # options that both sides have to share

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lab.journal import Journal  # noqa: E402
-from lab.session import Session  # noqa: E402
-from lab.state import CONFIRM  # noqa: E402
+from lab.session.journal import Journal  # noqa: E402
+from lab.session.session import Session  # noqa: E402
+from lab.session.state import CONFIRM  # noqa: E402
 
 
 def main():

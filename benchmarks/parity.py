@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import dataset
 import prepare  # noqa: E402
 from apart import (  # noqa: E402
     STEP_LIMITS,
@@ -195,7 +196,7 @@ def original_token_bytes(module, data) -> np.ndarray:
     merges = [(encoding.decode_single_token_bytes(i), i) for i in range(data.bos)]
     trained = SimpleNamespace(
         train_from_iterator=lambda *_, **__: None,
-        get_pattern=lambda: prepare.SPLIT_PATTERN,
+        get_pattern=lambda: dataset.SPLIT_PATTERN,
         get_mergeable_ranks=lambda: merges,
     )
     module.rustbpe, module.list_parquet_files = SimpleNamespace(Tokenizer=lambda: trained), lambda: ["one", "two"]

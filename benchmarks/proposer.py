@@ -40,9 +40,10 @@ import numpy as np
 import optuna
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab import gate, source
+from lab.genome import syntax as source
+from lab.verdict import gate
 from lab.night import block, proposer, sampler
-from lab.state import State
+from lab.session.state import State
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("recorded_trials.tsv")
@@ -92,12 +93,13 @@ def prepared():
     """A function that trains a train.py in a process of its own: (source, seed, where to send (val_bpb, steps))."""
     import backends
     import calibration
+    import dataset
     import prepare
 
     backend, data = backends.load(calibrated=calibration.defaults().calibrated), prepare.open_data()
     rows = data.validation_rows[:, : prepare.MAX_SEQ_LEN].reshape(-1, LENGTH)[:ROWS]
     data._stored["validation"], data.eval_rows = np.concatenate([rows, rows[:, -1:]], axis=1), ROWS
-    prepare.MAX_SEQ_LEN, prepare.ROW = LENGTH, LENGTH + 1
+    prepare.MAX_SEQ_LEN, dataset.ROW = LENGTH, LENGTH + 1
     now, found = [0.0], ["crash", 0]
     prepare.time = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
     score = prepare.evaluate_bpb

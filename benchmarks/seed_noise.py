@@ -22,7 +22,7 @@ from pathlib import Path
 from peers import execute, run_apart, with_constants  # beside this file
 
 import prepare
-from lab import gate
+from lab.verdict import gate
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import backends
 import prepare
+import storage
 from backends import bench
 from calibration import identity, profile, rule
 from calibration.rule import Settings, Trial
@@ -30,7 +31,7 @@ SCATTER = 0.15  # half the range of repeats over their median, beyond which some
 TRIAL_TIMEOUT = 300  # seconds, of which compiling may take a hundred
 
 
-class CalibrationError(prepare.Stop):
+class CalibrationError(storage.Stop):
     """This device can't be calibrated; the reason says what to do."""
 
 
@@ -128,7 +129,7 @@ class Measurement:
         return self.found[name]
 
     def _keep(self) -> None:
-        prepare.write_json(self.partial, self.found | {"seconds": self.spent})
+        storage.write_json(self.partial, self.found | {"seconds": self.spent})
 
     def run(self) -> dict:
         """The finished profile, which is also written.
@@ -311,7 +312,7 @@ class Measurement:
         free = self.backend.free_memory()
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
             asked, result = Path(folder) / "profile.json", Path(folder) / "result.json"
-            prepare.write_json(
+            storage.write_json(
                 asked,
                 {
                     **self.sort,
@@ -372,7 +373,7 @@ class Measurement:
                 f"what was measured can't be true: {problem}. Run it again with --fresh; if that "
                 f"says the same, please report it with the file {self.partial}"
             )
-        prepare.write_json(self.path, result)
+        storage.write_json(self.path, result)
         self.partial.unlink(missing_ok=True)
         return result
 

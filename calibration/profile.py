@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import prepare
+import storage
 from backends.bench import KINDS, PRECISIONS
 from backends.interface import Calibrated, Hardware
 from calibration.rule import Settings, Trial
@@ -19,18 +20,18 @@ AGAIN = "run: python -m calibration"
 WITHOUT_EFFECT = {"python", "system"}  # on what a device can do
 
 
-class ProfileError(prepare.Stop):
+class ProfileError(storage.Stop):
     """A profile can't be used; the reason says what to do."""
 
 
 def path_of(hardware: Hardware) -> Path:
     """Where the profile of this device is kept, one for each backend."""
-    return prepare.home() / "profiles" / f"{hardware.slug}-{hardware.backend}.json"
+    return storage.home() / "profiles" / f"{hardware.slug}-{hardware.backend}.json"
 
 
 def baseline(path: Path = TRAIN) -> str:
     """Tag of the `train.py` that a calibration measures and a session starts from."""
-    return prepare.sha256(path)[:12]
+    return storage.sha256(path)[:12]
 
 
 def tag(found: dict) -> str:

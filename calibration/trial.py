@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import calibration
+import dataset
 import prepare
+import storage
 from backends import interface
 from calibration.profile import TRAIN
 
@@ -28,14 +30,14 @@ LONGEST = 20  # times the seconds asked for, when steps are slow
 class Tokens:
     """A dataset of random tokens with the frequencies of words, where `prepare.open_data` gives a real one."""
 
-    name, eval_rows, vocab_size, bos = "random", 8, prepare.VOCAB_SIZE, 0
+    name, eval_rows, vocab_size, bos = "random", 8, dataset.VOCAB_SIZE, 0
     eval_tag = data_tag = "random"
 
     def __init__(self):
         self._rng = np.random.default_rng(0)
         frequencies = 1 / np.arange(1, self.vocab_size + 1)  # Zipf's law
         self._cumulative = np.cumsum(frequencies / frequencies.sum())
-        self.validation_rows = self.held_out_rows = self._draw(self.eval_rows * prepare.ROW).reshape(-1, prepare.ROW)
+        self.validation_rows = self.held_out_rows = self._draw(self.eval_rows * dataset.ROW).reshape(-1, dataset.ROW)
         self.train = [(self._draw(2**22), None, None)]
 
     def _draw(self, count):
@@ -80,7 +82,7 @@ def main(result: Path, seconds: float) -> None:
         if (depth, clock.loader.batch_size) != (asked.depth, asked.device_batch_size):
             raise SystemExit("train.py does not take its sizes from the profile: calibrate with an unedited train.py")
         tokens = clock.loader.tokens / clock.steps
-        prepare.write_json(
+        storage.write_json(
             result,
             {
                 "tokens_per_second": [tokens / took for took in clock.took[1:] or clock.took],

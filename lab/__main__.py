@@ -158,9 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.command not in ELSEWHERE and not options.session and (program := judges()):
         return hand_over(program, arguments)
-    from lab import commands
-    from lab.session import Session, at
-    from prepare import Stop
+    from lab.cli import commands
+    from lab.session.session import Session, at
+    from storage import Stop
 
     try:
         if options.command in ELSEWHERE:

@@ -1,6 +1,6 @@
 """What stops a command of the lab."""
 
-from prepare import Stop
+from storage import Stop
 
 
 class LabError(Stop):

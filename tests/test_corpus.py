@@ -13,8 +13,9 @@ import pytest
 from texts import prepared, sentences, write_files
 
 import corpus
+import dataset
 import prepare
-from prepare import DataError
+from storage import DataError
 
 ROOT = os.path.dirname(corpus.__file__)
 
@@ -224,7 +225,7 @@ def test_segments_change_no_token(tmp_path, monkeypatch):
     odd = "  \n\n\t don't 12345 ... !!\r\n" * 50 + "    indented more\n" * 50 + ("a" + " " * 30 + "b ") * 20
     text = odd + sentences(5, 300)
     corpus.train_tokenizer(tmp_path / "tokenizer.json", [[text]], 10**9)  # learns blanks of several characters too
-    tokenizer = prepare.load_tokenizer(tmp_path)
+    tokenizer = dataset.load_tokenizer(tmp_path)
     expected = tokenizer.encode_ordinary(text)
     for size in (40, 97, 1000):
         monkeypatch.setattr(corpus, "SEGMENT_CHARS", size)
@@ -243,7 +244,7 @@ def test_tokenizer_limits(tmp_path):
     """Of each document 10,000 characters are read and counted, and no document after `max_chars`."""
     for limit, second in ((10_000, False), (10_001, True)):
         corpus.train_tokenizer(tmp_path / "tokenizer.json", [["zq" * 20_000, "vw" * 100]], limit)
-        tokens = prepare.read_tokens(tmp_path)
+        tokens = dataset.read_tokens(tmp_path)
         assert b"zq" in tokens and (b"vw" in tokens) == second
 
 

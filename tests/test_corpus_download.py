@@ -16,6 +16,7 @@ from texts import sentences
 
 import corpus
 import prepare
+import storage
 
 ROOT = os.path.dirname(prepare.__file__)
 # Waiting between attempts is patched away; the library reads its settings when it is imported, hence the subprocess.
@@ -176,7 +177,7 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, isolated_home, cause):
         full = OSError(errno.ENOSPC, "No space left on device")
         raise RuntimeError("xet failed") from full if cause else full
 
-    with pytest.raises(prepare.DataError, match="no room for shard.*make room") as caught:
+    with pytest.raises(storage.DataError, match="no room for shard.*make room") as caught:
         corpus.retrying(download, "shard")
     assert calls == ["download"] and str(isolated_home) in str(caught.value) and "hub" not in str(caught.value)
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from texts import prepared, sentences, write_files
 
+import dataset
 import prepare
-from prepare import DataError
+import storage
+from storage import DataError
 
 ROOT = os.path.dirname(prepare.__file__)
 
@@ -130,9 +132,9 @@ def test_no_pickle_is_ever_loaded(copy):
     with open(path, "wb") as file:
         np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
     manifest = json.loads((copy / "manifest.json").read_text())
-    known = {"size": path.stat().st_size, "sha256": prepare.sha256(path)}
+    known = {"size": path.stat().st_size, "sha256": storage.sha256(path)}
     manifest["parts"]["validation"]["files"]["validation.npy"] = known
-    (copy / "manifest.json").write_text(json.dumps(manifest | prepare.tags(manifest)))
+    (copy / "manifest.json").write_text(json.dumps(manifest | dataset.tags(manifest)))
     with pytest.raises(ValueError, match="Python objects|pickle"):
         prepare.open_data("tiny")
 
@@ -140,7 +142,7 @@ def test_no_pickle_is_ever_loaded(copy):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), prepare.whole(path) as file:
+    with pytest.raises(RuntimeError), storage.atomic(path) as file:
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path, *tmp_path.glob("home")]
@@ -148,7 +150,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("number, full", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
 def test_room_is_asked_for_only_on_a_full_disk(tmp_path, number, full):
-    with pytest.raises(DataError, match="could not write") as caught, prepare.whole(tmp_path / "file"):
+    with pytest.raises(DataError, match="could not write") as caught, storage.atomic(tmp_path / "file"):
         raise OSError(number, os.strerror(number))
     assert ("make room" in str(caught.value)) == full and os.strerror(number) in str(caught.value)
 
@@ -198,6 +200,6 @@ except Exception:
 
 
 def test_the_reason_can_be_caught():
-    with pytest.raises(prepare.Stop) as caught:
+    with pytest.raises(storage.Stop) as caught:
         raise prepare.Invalid("the reason")
     assert str(caught.value) == "the reason"

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from fakes import Backend, Bigram, OutOfMemory, nats
 
+import dataset
 import prepare
-from prepare import Clock, DataError, Diverged, Invalid, Loader, evaluate_bpb, report
+import storage
+from prepare import Clock, Diverged, Invalid, Loader, evaluate_bpb, report
+from storage import DataError
 
 
 @pytest.fixture
 def model(tiny_data):
-    rows = np.stack(list(prepare.pack(tiny_data.batches()))[:40])
+    rows = np.stack(list(dataset.pack(tiny_data.batches()))[:40])
     return Bigram(tiny_data).train(rows)
 
 
@@ -566,9 +569,9 @@ def test_what_is_written_whole_is_durable_by_name_too(tmp_path, monkeypatch):
         lambda file: done.append("folder" if prepare.Path(f"/dev/fd/{file}").is_dir() else "file") or real[0](file),
     )
     monkeypatch.setattr(prepare.os, "replace", lambda *names: done.append("name") or real[1](*names))
-    prepare.write_json(tmp_path / "a" / "result.json", {})
+    storage.write_json(tmp_path / "a" / "result.json", {})
     assert done == ["file", "name", "folder"]
-    prepare.sync_folder(tmp_path / "none")
+    storage.sync_folder(tmp_path / "none")
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -583,7 +586,7 @@ def test_where_it_takes_more_the_drive_is_flushed(tmp_path, monkeypatch, refuses
 
     monkeypatch.setattr(prepare, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
     monkeypatch.setattr(prepare.os, "fsync", flushed.append)
-    prepare.write_json(tmp_path / "result.json", {})
+    storage.write_json(tmp_path / "result.json", {})
     assert asked == [51, 51] and len(flushed) == (2 if refuses else 0), "the file and its folder"
 
 
@@ -593,8 +596,8 @@ import resource, prepare
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 try:
-    prepare.write_json(Path("result.json"), {"status": "ok", "val_bpb": 1.0})
-except prepare.DataError as error:
+    storage.write_json(Path("result.json"), {"status": "ok", "val_bpb": 1.0})
+except storage.DataError as error:
     print(error)
 """
     root = str(prepare.__file__).rpartition("/")[0]

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-import prepare
+import dataset
 from prepare import Clock, Invalid, Loader
 
 BOS = 9
@@ -128,7 +128,7 @@ def test_fewer_documents_than_the_buffer_holds():
 @pytest.mark.parametrize("kind", ["mixed", "long", "ties"])
 def test_stored_rows_drain_the_buffer_and_never_wrap(kind):
     data = FakeData(grouped(documents(sizes(kind, 1300)), 77, 300))
-    rows = [row.tolist() for row in prepare.pack(data.batches())]
+    rows = [row.tolist() for row in dataset.pack(data.batches())]
     assert rows == [row for row, _ in reference_rows(data.groups, endless=False)] and rows
 
 

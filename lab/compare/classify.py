@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 
 from lab.compare.effects import Effect, quantile, satterthwaite
-from lab.gate import t_tail
+from lab.verdict.gate import t_tail
 
 CLASSES = HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
 NO_RUNS = "unconfirmed", "its parent there flatters itself"  # reasons that further runs of a replay don't mend

@@ -13,12 +13,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
-from lab import kinds
+from lab.genome import kinds
 from lab.compare import agreement, classify, effects, words
 from lab.compare.effects import Effect
 from lab.compare.record import Change, Record
 from lab.errors import LabError
-from lab.state import REPLAY
+from lab.session.state import REPLAY
 
 DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
 SOURCE = "source"

@@ -24,7 +24,7 @@ import statistics
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lab import gate
+from lab.verdict import gate
 from lab.compare.record import Change, Record, Trial
 
 quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times

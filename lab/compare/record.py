@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lab.gate import Noise
+from lab.verdict.gate import Noise
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from lab.compare import classify, effects
 from lab.compare.comparison import SOURCE, Agreement, Cell, Comparison, Facts, Paid, Point, Shared, tally
-from lab.show import counted
+from lab.cli.render import counted
 from lab.untrusted import cut, one_line
 
 WIDTH = 100

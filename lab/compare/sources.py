@@ -14,12 +14,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import prepare
-from lab import exchange, gate, kinds, ledger, publish, untrusted
-from lab.bundle import Bundle
+from lab import untrusted
+from lab.genome import kinds
+from lab.session import ledger
+from lab.share import exchange, publish
+from lab.verdict import gate
+from lab.share.bundle import Bundle
 from lab.compare.record import Change, Record, Trial
 from lab.errors import LabError
-from lab.session import Session
-from lab.state import CONFIRM, REPEAT, REPLAY, Run, State
+from lab.session.session import Session
+from lab.session.state import CONFIRM, REPEAT, REPLAY, Run, State
 
 BESIDE = re.compile(r"the parent again, beside experiment ([0-9]{1,9})")
 FURTHER = re.compile(r"as experiment [0-9]{1,9}, of which these are further runs")

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import psutil
 
-import prepare
-from lab import capture, kinds, source, untrusted
+import storage
+from lab import untrusted
+from lab.genome import kinds, syntax as source
+from lab.run import log as capture
 from lab.errors import LabError
-from lab.processes import runs
-from lab.session import Session
-from lab.tree import TRAIN, Tree
+from lab.run.processes import runs
+from lab.session.session import Session
+from lab.session.repository import TRAIN, Tree
 
 RECORD = "turn.json"  # in the session's folder, while a turn is under way: where HEAD was
 MARK = "LAB_TURN"  # in the environment of everything that a turn starts
@@ -113,7 +115,7 @@ def take_turn(
         "linked": (tree.path / TRAIN).is_symlink(),
         "experiment": session.state.last.number,
     }
-    prepare.write_json(_record(session), place)
+    storage.write_json(_record(session), place)
     before = _digests(session)
     asked = log.with_suffix(".prompt")
     asked.write_text(prompt, encoding="utf-8", errors="replace")
@@ -138,7 +140,7 @@ def take_turn(
             time.monotonic() - begun,
             bool(told),
         )
-        prepare.write_json(_record(session), place | {"turn": asdict(turn)})
+        storage.write_json(_record(session), place | {"turn": asdict(turn)})
     except BaseException:
         recover(session)
         raise
@@ -358,7 +360,7 @@ def _restore(tree: Tree, commit: str) -> None:
     blob = tree.blob_of(commit)
     if blob is None:
         return
-    with prepare.whole(path) as file:
+    with storage.atomic(path) as file:
         file.write(tree.content(blob))
     if mode == "100755":
         path.chmod(0o755)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 from collections import Counter
 
-from lab import kinds
-from lab.session import Session
-from lab.state import Experiment
-from lab.tree import Tree
+from lab.genome import kinds
+from lab.session.session import Session
+from lab.session.state import Experiment
+from lab.session.repository import Tree
 
 LOOKED_BACK = 40  # experiments, whose kinds are counted
 PATIENCE = 10  # experiments without a keep, at least, before it is called a plateau

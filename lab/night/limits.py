@@ -17,11 +17,12 @@ from pathlib import Path
 
 import psutil
 
-import prepare
+import storage
 from calibration import identity
-from lab import capture, untrusted
+from lab import untrusted
+from lab.run import log as capture
 from lab.errors import LabError
-from lab.session import taken
+from lab.session.session import taken
 
 GB = 10**9
 LOWEST_CHARGE = 40  # percent of a battery that is being used up
@@ -138,7 +139,7 @@ def full_disk(session) -> str | None:
     weights = session.folder / "best.safetensors"
     size = weights.stat().st_size if weights.exists() else 0
     needed = max(LEAST_FREE, RUNS_TO_FIT * (size + capture.FLOOD))
-    for place in (prepare.home(), Path(session.facts["tree"])):
+    for place in (storage.home(), Path(session.facts["tree"])):
         with suppress(OSError):
             free = shutil.disk_usage(place).free
             if free < needed:

@@ -18,16 +18,19 @@ from types import SimpleNamespace
 
 import filelock
 
-import prepare
-from lab import near, show, source, untrusted
-from lab.begin import begin_change, last_words, sound_baseline
+import storage
+from lab import untrusted
+from lab.cli import render as show
+from lab.genome import syntax as source
+from lab.verdict import near_misses as near
+from lab.session.begin import begin_change, last_words, sound_baseline
 from lab.errors import LabError
-from lab.journal import Journal
+from lab.session.journal import Journal
 from lab.night import agent, limits, notify, prompt, proposer
 from lab.night.view import Now, View
-from lab.session import Session
-from lab.state import BESIDE, Experiment
-from lab.tree import TRAIN
+from lab.session.session import Session
+from lab.session.state import BESIDE, Experiment
+from lab.session.repository import TRAIN
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -99,7 +102,7 @@ class Night:
                 else:
                     sound_baseline(self.session)
                     self._propose_somehow()
-        except (Over, prepare.Stop, Exception) as error:
+        except (Over, storage.Stop, Exception) as error:
             why = str(error) if isinstance(error, Over) else self.stopping or untrusted.one_line(f"trouble: {error}")
             self._hold()
             self.journal.append("ended", time=time.time(), why=why)
@@ -190,7 +193,7 @@ class Night:
                 return self._propose()
             except Over:
                 raise
-            except (prepare.Stop, Exception) as error:
+            except (storage.Stop, Exception) as error:
                 if self.stopping or pause is None:
                     raise
                 self._tell(f"no experiment could be begun: {untrusted.one_line(str(error))}", "trouble")
@@ -219,7 +222,7 @@ class Night:
         if kept := agent.put_back(session, self._turns_folder() / f"before-{session.state.last.number + 1}.py"):
             self.view.say(f"{TRAIN} had other remarks than the best; it is in {kept}")
         self._journal_turn("proposer", "edited", "", proposal.description, proposal.content)
-        with prepare.whole(tree.path / TRAIN) as file:
+        with storage.atomic(tree.path / TRAIN) as file:
             file.write(proposal.content)
         self._begin(proposal.description)
 

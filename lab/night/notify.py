@@ -12,7 +12,7 @@ from contextlib import suppress
 import psutil
 
 from lab import untrusted
-from lab.processes import runs
+from lab.run.processes import runs
 
 LIMIT = 30.0  # seconds
 POLL = 0.1  # seconds

@@ -14,15 +14,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import dataset as stored
 import prepare
-from lab import sandbox, show
+import storage
+from lab.cli import render as show
+from lab.run import sandbox
 from lab.errors import LabError
-from lab.experiment import BASELINE_RUNS
-from lab.journal import Journal
+from lab.verdict.executor import BASELINE_RUNS
+from lab.session.journal import Journal
 from lab.night import limits
-from lab.session import PREFIX, Session, at, folder_of
-from lab.state import BESIDE
-from lab.tree import TRAIN, Tree
+from lab.session.session import PREFIX, Session, at, folder_of
+from lab.session.state import BESIDE
+from lab.session.repository import TRAIN, Tree
 
 DEFAULT = "climbmix"  # what prepare.py makes when it is not told
 # Gigabytes, about: to download, and prepared on the disk with what was downloaded. climbmix has eleven files of 0.1 GB
@@ -134,7 +137,7 @@ def plan(path: Path, options) -> Plan:
     if "data" in made.missing:
         made.download, made.disk = SIZES.get(made.dataset, (0.0, 0.0))
     made.disk += of_night(made, profile, runs)
-    made.free = shutil.disk_usage(existing(prepare.home())).free / 1e9
+    made.free = shutil.disk_usage(existing(storage.home())).free / 1e9
     return made
 
 
@@ -196,19 +199,19 @@ def dataset(asked: str | None) -> tuple[str, dict | None, list[str]]:
     Args:
         asked: a name or path; None takes the one prepared last.
     """
-    data, current = prepare.home() / "data", prepare.home() / "data" / "current"
+    data, current = storage.home() / "data", storage.home() / "data" / "current"
     if not asked and current.is_file():
         asked = current.read_text(encoding="utf-8").strip()
     asked = asked or DEFAULT
     origin = str(Path(asked).expanduser().resolve())
     for path in sorted(data.glob("*/manifest.json")):
         try:
-            manifest = prepare.read_manifest(path.parent)
-        except prepare.DataError:
+            manifest = stored.read_manifest(path.parent)
+        except storage.DataError:
             continue
         if manifest["name"] != asked and manifest["origin"] != origin:
             continue
-        files = [(path.parent / name, known["size"]) for name, known in prepare.known_files(manifest).items()]
+        files = [(path.parent / name, known["size"]) for name, known in stored.known_files(manifest).items()]
         if "eval_tag" in manifest and all(file.is_file() and file.stat().st_size == size for file, size in files):
             return manifest["name"], manifest, []
         if (command := shlex.split(manifest["command"]))[:2] == ["python", "prepare.py"]:
@@ -219,7 +222,7 @@ def dataset(asked: str | None) -> tuple[str, dict | None, list[str]]:
 def usable_profile(hardware, tree: Tree) -> dict | None:
     """What calibration found out about this device; None if it has to be measured first."""
     from calibration.profile import ProfileError
-    from lab.start import checked_profile
+    from lab.session.start import checked_profile
 
     try:
         return checked_profile(hardware, tree.path / TRAIN, say=lambda text: None)
@@ -352,12 +355,12 @@ def provide(plan: Plan, options, say) -> None:
     if plan.session:
         return
     from backends.interface import BackendError
-    from lab.start import start
+    from lab.session.start import start
 
     sandbox.refuse_without(plan.box, plan.unsandboxed)
     if plan.disk >= plan.free:
         raise LabError(
-            f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {prepare.home()}: "
+            f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {storage.home()}: "
             "make room on that disk, or set AUTORESEARCH_HOME to a folder on another"
         )
     if plan.prepares:

@@ -4,10 +4,11 @@ tried, what became of its own last turns, and what to try. What runs printed sta
 
 from __future__ import annotations
 
-from lab import show, untrusted
+from lab import untrusted
+from lab.cli import render as show
 from lab.night import agent, ideas
-from lab.session import Session
-from lab.state import CONFIRM, REPEAT, REPLAY, Experiment
+from lab.session.session import Session
+from lab.session.state import CONFIRM, REPEAT, REPLAY, Experiment
 
 LATEST = 20  # experiments that are told of
 KEPT = 15  # of those that were kept, the last

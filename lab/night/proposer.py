@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lab import source
+from lab.genome import syntax as source
 from lab.errors import LabError
 from lab.night import block, edits
-from lab.session import Session
-from lab.state import CONFIRM, Experiment, State
+from lab.session.session import Session
+from lab.session.state import CONFIRM, Experiment, State
 
 EVERY = 6  # proposals, of which one is a structural edit
 ATTEMPTS = 20  # at something new before the bounds are widened

@@ -22,9 +22,10 @@ from rich.control import Control
 from rich.live import Live
 from rich.text import Text
 
-from lab import show, untrusted
-from lab.session import Session
-from lab.state import Experiment, Run
+from lab import untrusted
+from lab.cli import render as show
+from lab.session.session import Session
+from lab.session.state import Experiment, Run
 
 DRAW_EVERY = 0.5  # seconds
 TELL_EVERY = 60.0  # seconds between lines of progress where there is no terminal

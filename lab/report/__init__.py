@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import prepare
+import storage
 from lab.compare.record import Record
 from lab.errors import LabError
 
@@ -35,7 +35,7 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
     for path, (_, begins) in files.items():
         _refuse_other(path, begins)
     for path, (content, _) in files.items():
-        with prepare.whole(path) as file:
+        with storage.atomic(path) as file:
             file.write(content)
     return list(files)
 

@@ -9,7 +9,7 @@ from lab import untrusted
 from lab.report.figure import Area, Bars, Figure, Line, Marks, Plot, Taken, Text, width_of
 from lab.report.html import cleaned
 from lab.report.view import View, in_short, words
-from lab.state import REPLAY
+from lab.session.state import REPLAY
 
 LABEL = 48  # characters of a label in a chart
 LABELS = 80  # that are tried; the table below the chart has the rest

@@ -11,7 +11,7 @@ from functools import cached_property
 from lab.compare import comparison, effects
 from lab.compare.record import Change, Record, Trial
 from lab.report.html import cleaned
-from lab.state import REPLAY
+from lab.session.state import REPLAY
 
 ABOVE_ZERO = re.compile(r"90 % interval ([+-][0-9.]+) to ([+-][0-9.]+)\)")
 SHORT = 200  # characters of a description

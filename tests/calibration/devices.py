@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calibration import rule
 from calibration.rule import Trial
-from prepare import MAX_SEQ_LEN, VOCAB_SIZE
+from dataset import MAX_SEQ_LEN, VOCAB_SIZE
 
 GIB = 2**30
 WINDOWS = {"S": MAX_SEQ_LEN // 2, "L": MAX_SEQ_LEN}

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import sessions
 
-from lab import exchange, runner
+from lab.run import runner
+from lab.share import exchange
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-JUDGED = ("prepare.py", "backends", "calibration", "lab")
+JUDGED = ("prepare.py", "dataset.py", "storage.py", "backends", "calibration", "lab")
 BUDGET = 0.1
 
 

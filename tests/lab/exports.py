@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prepare
-from lab import bundle, exchange, ledger
+import storage
+from lab.session import ledger
+from lab.share import bundle, exchange
 from lab.errors import LabError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def session_in(home, tmp_path):
         "made": "2026-11-21T00:00:00Z",
         "judge": {"prepare.py": "0" * 64},
     }
-    prepare.write_json(folder / "session.json", facts)
+    storage.write_json(folder / "session.json", facts)
     (folder / "judge").mkdir()
     (folder / "judge" / "train.py").write_text(FIRST)
     profile = ROOT / "calibration" / "profiles" / f"{DEVICE}-sdpa.json"
@@ -114,7 +115,7 @@ def tampered(export, sealed=True, **changes):
         manifest = {
             name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
         }
-        prepare.write_json(export / "MANIFEST.json", {"format": bundle.FORMAT, "files": manifest})
+        storage.write_json(export / "MANIFEST.json", {"format": bundle.FORMAT, "files": manifest})
     return export
 
 

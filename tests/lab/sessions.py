@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import prepare
-from lab import runner, sandbox, source
+import storage
+from lab.genome import syntax as source
+from lab.run import runner, sandbox
 from lab.errors import LabError
-from lab.journal import Journal
-from lab.session import FORMAT, PREFIX, Session, fingerprints
-from lab.start import pin
-from lab.tree import Tree
+from lab.session.journal import Journal
+from lab.session.session import FORMAT, PREFIX, Session, fingerprints
+from lab.session.start import pin
+from lab.session.repository import Tree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -48,7 +49,7 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Tree:
     if project:
         for name in ("backends", "calibration", "lab"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for source in (ROOT / "prepare.py", HERE / "fake_backend.py"):
+        for source in (*(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py")), HERE / "fake_backend.py"):
             shutil.copy(source, path)
         (path / ".gitignore").write_text("__pycache__/\n")
     git(path, "add", ".")
@@ -60,10 +61,10 @@ def make(path: Path, train: bytes = TRAIN, baseline_runs: int = 3, project: bool
     """A session as `start` leaves it, in a repository of its own. `facts` are for session.json."""
     tree = repository(path, train, project)
     commit, name = tree.commit_of("HEAD"), f"{DEVICE}/{TAG}"
-    folder = prepare.home() / "sessions" / name
+    folder = storage.home() / "sessions" / name
     pin(tree, folder, commit)
-    prepare.write_json(folder / "profile.json", PROFILE)
-    prepare.write_json(
+    storage.write_json(folder / "profile.json", PROFILE)
+    storage.write_json(
         folder / "session.json",
         {
             "format": FORMAT,

@@ -1,7 +1,7 @@
 """Records of sessions that never were."""
 
 from lab.compare.record import Change, Record, Trial
-from lab.gate import Noise
+from lab.verdict.gate import Noise
 
 BUDGET = 300.0
 

@@ -6,7 +6,7 @@ import random
 import pytest
 from records import change, record, replay, trials
 
-from lab import gate
+from lab.verdict import gate
 from lab.compare import effects
 
 

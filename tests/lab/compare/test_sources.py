@@ -10,7 +10,11 @@ import pytest
 import sessions
 from test_experiment import attempt, edited
 
-from lab import commands, exchange, experiment, ledger, publish, report
+from lab import report
+from lab.cli import commands
+from lab.session import ledger
+from lab.share import exchange, publish
+from lab.verdict import executor as experiment
 from lab.compare import comparison, show, sources
 from lab.errors import LabError
 
@@ -218,7 +222,7 @@ def test_what_is_no_session_is_said(tmp_path, monkeypatch):
 
 def test_somebody_elses_working_folder_is_refused_before_its_repository_is_looked_at(session, tmp_path, monkeypatch):
     shutil.copytree(session.folder, tmp_path / "sent")
-    monkeypatch.setattr("lab.session.Tree.contents", lambda *_: pytest.fail("git was run there"))
+    monkeypatch.setattr("lab.session.repository.Tree.contents", lambda *_: pytest.fail("git was run there"))
     for read in (sources.read, publish.find):
         with pytest.raises(LabError, match="working folder, and not under .*lab export"):
             read(str(tmp_path / "sent"))

@@ -3,8 +3,8 @@
 import pytest
 import sessions
 
-from lab import source
-from lab.experiment import supervise
+from lab.genome import syntax as source
+from lab.verdict.executor import supervise
 
 TRAIN = b"""# Model
 LOSS = 1.0

@@ -11,9 +11,9 @@ import sessions
 import stub_agent
 
 from lab.errors import LabError
-from lab.experiment import supervise
+from lab.verdict.executor import supervise
 from lab.night import agent
-from lab.session import Session
+from lab.session.session import Session
 
 STUB = Path(stub_agent.__file__)
 RECIPES = {  # as in the README

@@ -16,7 +16,7 @@ import pytest
 
 from backends import machine
 from calibration import identity
-from lab import capture
+from lab.run import log as capture
 from lab.errors import LabError
 from lab.night import limits
 

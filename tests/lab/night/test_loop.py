@@ -8,10 +8,10 @@ import pytest
 import sessions
 from test_experiment import edited
 
-from lab import experiment
+from lab.verdict import executor as experiment
 from lab.errors import LabError
 from lab.night import agent, limits, loop, notify, proposer
-from lab.session import Session
+from lab.session.session import Session
 
 
 class Killed(BaseException):

@@ -16,8 +16,8 @@ from test_kill import Night as Processes
 from test_kill import project  # noqa: F401 (a fixture)
 from test_power_loss import check
 
-import prepare
-from lab.session import Session, fingerprints
+import storage
+from lab.session.session import Session, fingerprints
 
 LONGEST = 2.0  # experiments: that a night goes on before it is killed
 WHO = ("command", "supervisor", "command and supervisor", "all")  # a run alone, killed, is a crash
@@ -128,11 +128,11 @@ def test_killed_now_and_then(project, isolated_home, agent):  # noqa: F811
 def never_give_up(session):
     """Has the judge make a run again however often it was interrupted: of a hundred kills five in a row hit the same
     experiment by chance, which is taken to bring the machine down."""
-    source, facts = session.judge / "lab" / "experiment.py", session.folder / "session.json"
+    source, facts = session.judge / "lab" / "verdict" / "executor.py", session.folder / "session.json"
     text = source.read_text()
     assert text.count("\nMOST_LOST = 5 ") == 1
     source.write_text(text.replace("\nMOST_LOST = 5 ", "\nMOST_LOST = 1000 "))
-    prepare.write_json(facts, {**json.loads(facts.read_text()), "judge": fingerprints(session.judge)})
+    storage.write_json(facts, {**json.loads(facts.read_text()), "judge": fingerprints(session.judge)})
 
 
 @pytest.mark.slow

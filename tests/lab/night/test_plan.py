@@ -10,13 +10,14 @@ import sessions
 from sessions import ROOT, git
 
 import backends
-import prepare
+import storage
 from backends.interface import BackendError, Hardware
 from calibration import identity, profile
-from lab import experiment, sandbox
+from lab.run import sandbox
+from lab.verdict import executor as experiment
 from lab.errors import LabError
 from lab.night import plan as plans
-from lab.session import Session
+from lab.session.session import Session
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
 HARDWARE = Hardware(
@@ -52,7 +53,7 @@ def data(tree, isolated_home, tiny_home):
 
 @pytest.fixture
 def calibrated(tree):
-    prepare.write_json(profile.path_of(HARDWARE), PROFILE)
+    storage.write_json(profile.path_of(HARDWARE), PROFILE)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def told(tree, **changes):
 
 def files(tree):
     return sorted(
-        str(path) for path in [*tree.path.rglob("*"), *prepare.home().rglob("*")] if "/objects/" not in str(path)
+        str(path) for path in [*tree.path.rglob("*"), *storage.home().rglob("*")] if "/objects/" not in str(path)
     )
 
 
@@ -118,7 +119,7 @@ def test_a_dataset_that_lost_a_file_is_made_again_as_it_was(tree, calibrated, is
 
 
 def test_a_stale_profile_is_none(tree, data):
-    prepare.write_json(profile.path_of(HARDWARE), PROFILE | {"versions": {"torch": "0.1"}})
+    storage.write_json(profile.path_of(HARDWARE), PROFILE | {"versions": {"torch": "0.1"}})
     assert planned(tree).missing == ["calibration", "session", "baseline"]
 
 
@@ -157,7 +158,7 @@ def test_it_does_not_begin_another_beside_a_session_unasked(tmp_path, runner, tr
 
 def test_a_start_that_was_interrupted_is_begun_again(tree, data, calibrated, commands):
     plans.provide(planned(tree, tag="mine"), options(), lambda text: None)
-    folder = next(prepare.home().glob("sessions/*/mine"))
+    folder = next(storage.home().glob("sessions/*/mine"))
     (folder / "session.json").unlink()
     made = planned(tree)
     assert made.tag == "mine" and made.session is None
@@ -255,7 +256,7 @@ def test_it_makes_what_is_missing_in_order_and_then_the_session(tree, data, comm
     def make(path, *arguments):
         commands.append(arguments)
         if "calibration" in arguments:
-            prepare.write_json(profile.path_of(HARDWARE), PROFILE)
+            storage.write_json(profile.path_of(HARDWARE), PROFILE)
 
     made, said = planned(tree, dataset="stdlib"), []
     monkeypatch.setattr(plans, "carried_out", make)

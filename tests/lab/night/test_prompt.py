@@ -5,7 +5,7 @@ import re
 import pytest
 import sessions
 
-from lab.experiment import supervise
+from lab.verdict.executor import supervise
 from lab.night import ideas, prompt
 
 PROGRAM = "# program.md\n\nBe *bold*, and\n    keep it ```small```.\n"

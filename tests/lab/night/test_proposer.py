@@ -7,11 +7,11 @@ import pytest
 import sessions
 
 from backends import surface
-from lab import commands
+from lab.cli import commands
 from lab.errors import LabError
-from lab.experiment import supervise
+from lab.verdict.executor import supervise
 from lab.night import edits, proposer
-from lab.session import Session
+from lab.session.session import Session
 
 ROOT = Path(__file__).resolve().parents[3]
 # The score is best at LR = 0.01 and DEPTH = 6.

@@ -10,7 +10,7 @@ import sessions
 from rich.cells import cell_len
 from rich.console import Console
 
-from lab import experiment
+from lab.verdict import executor as experiment
 from lab.night import view
 from lab.night.view import Now, View, run_facts
 

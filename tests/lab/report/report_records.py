@@ -3,7 +3,7 @@
 import random
 
 from lab.compare.record import Change, Record, Trial
-from lab.gate import Noise
+from lab.verdict.gate import Noise
 
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",

@@ -10,9 +10,11 @@ import sessions
 from report_records import session as made_up
 from test_experiment import attempt, edited
 
-from lab import __main__ as main, exchange, experiment, report
+from lab import __main__ as main, report
+from lab.share import exchange
+from lab.verdict import executor as experiment
 from lab.errors import LabError
-from lab.session import Session
+from lab.session.session import Session
 
 ROOT = Path(__file__).resolve().parents[3]
 LEDGER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "".join(

@@ -1,0 +1,400 @@
+"""What a guarded run may not do: looked after inside its process by a hook that Python calls before it acts (PEP 578).
+
+The hook sees files being opened, removed and renamed, and what `prepare` and `backends` announce by `sys.audit`:
+batches, ticks, the evaluation, rows that are read. It holds off mistakes and lazy cheats. What is done in C (another
+framework's reader) or by a program that a run starts, it does not see: that is for the sandbox, and for scoring the
+weights again.
+
+A refusal raises prepare.Invalid and leaves a mark beside the result, so that catching the exception gains nothing.
+Its reason is shown to agents as it is: of what train.py chooses, it has names that are words, and numbers.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import re
+import sys
+import sysconfig
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import dataset
+import prepare
+import storage
+
+JUDGES = ("prepare", "dataset", "storage", "backends", "calibration")  # modules and packages of the judge's
+OWN = ("home", "tmp", "work")  # parts of a run's folder that are its own
+MARK = "refused"
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
+TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock may be behind another in one process
+# Who may write which file in a run's folder: functions of the judge's.
+WRITERS = {
+    "result.json": {"report", "recorded", "open_data"},
+    "result.safetensors": {"evaluate_bpb"},
+    "score.json": {"built"},
+    "rows.npz": {"score"},
+}
+# Events whose arguments are paths that get written: which arguments, and which hold the folder they are relative to.
+CHANGES = {
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.utime": ((0, 3),),
+    "shutil.rmtree": ((0, None),),
+}
+
+
+class Guard:
+    """Looks after one run.
+
+    Args:
+        folder: the run's. judge: the code that judges. home: AUTORESEARCH_HOME.
+        protected: more folders that are not to be written.
+        budget: seconds of training.
+        trusted: the file that scores weights again, and may read rows for it.
+    """
+
+    def __init__(self, folder: Path, judge: Path, home: Path, protected: list[Path], budget: float, trusted: str):
+        def forms(path):  # a path may be used as it is written or with links followed
+            return {os.path.abspath(path), os.path.realpath(path)}
+
+        self.budget, self.mark = budget, os.path.join(folder, MARK)
+        self.folders, self.judges, self.homes = forms(folder), forms(judge), forms(home)
+        self.data = forms(Path(home) / "data")
+        self.free = {os.path.join(own, part) for own in self.folders for part in OWN}
+        self.free |= {os.path.join(each, "cache") for each in self.homes}
+        self.protected = set().union(self.homes, self.data, self.judges, *map(forms, protected))
+        self.runs = set().union(*(forms(Path(each).parent) for each in self.folders))
+        paths = sysconfig.get_paths()
+        self.libraries = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+        self.libraries |= {os.path.dirname(os.__file__), *(path for path in sys.path if "site-packages" in path)}
+        self.trusted, self.readers = trusted, {prepare.__file__, dataset.__file__, storage.__file__, trusted}
+        self.busy = threading.local()
+        self.clock = self.backend = self.score = None
+        self.now, self.started, self.ticked, self.longest, self.in_step = time.perf_counter, None, None, 0.0, False
+        self.stopped = None
+        self.known = dict(self._judged())
+
+    def install(self) -> None:
+        """From here on. There is no way to take it back."""
+        events = {
+            "open": self._open,
+            "import": self._import,
+            **{
+                f"autoresearch.{name}": getattr(self, f"_{name}")
+                for name in ("rows", "clock", "batch", "tick", "evaluate", "scored", "report", "refused", "load")
+            },
+        }
+        for event, places in CHANGES.items():
+            events[event] = functools.partial(self._changed, places, event == "os.mkdir")
+        find, busy = events.get, self.busy
+
+        def hook(event, arguments):
+            if (action := find(event)) and not getattr(busy, "now", False):
+                busy.now = True  # what the guard itself does is its own affair
+                try:
+                    action(*arguments)
+                finally:
+                    busy.now = False
+
+        sys.addaudithook(hook)
+
+    def refuse(self, reason: str, kind: str = "Invalid") -> None:
+        """Leaves the mark. The first reason stays."""
+        before, self.busy.now = getattr(self.busy, "now", False), True
+        try:
+            with open(os.open(self.mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
+                json.dump({"status": "invalid" if kind == "Invalid" else "crash", "reason": reason}, file)
+        except FileExistsError:
+            pass
+        finally:
+            self.busy.now = before
+
+    def _deny(self, reason: str):
+        self.refuse(reason)
+        raise prepare.Invalid(reason)
+
+    # --- Who is asking ---
+
+    def _callers(self, frame) -> Iterator[types.FrameType]:
+        """Frames from the innermost on, without those of Python, its libraries and this file."""
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if name != __file__ and (self._judges(name) or not self._library(name)):
+                yield frame
+            frame = frame.f_back
+
+    def _library(self, name: str) -> bool:
+        return name.startswith("<frozen ") or within(name, self.libraries) and not within(name, self.folders)
+
+    def _judges(self, name: str) -> bool:
+        return within(name, self.judges)
+
+    def _functions(self) -> set[str]:
+        """Names of the judge's functions that act, without those of others that called them."""
+        names = set()
+        for frame in self._callers(sys._getframe(1)):
+            if not self._judges(frame.f_code.co_filename):
+                break
+            names.add(frame.f_code.co_name)
+        return names
+
+    # --- Files ---
+
+    def _open(self, path, mode, flags) -> None:
+        if isinstance(path, int):
+            return
+        if flags and flags & WRITING:
+            self._write(path)
+        else:
+            self._read(path)
+
+    def _read(self, path) -> None:
+        path = os.path.abspath(os.fsdecode(path))
+        if not within(path, self.homes | self.data | self.runs) or within(path, self.folders | self.judges):
+            return
+        name, parts = os.path.basename(path), path.split(os.sep)
+        if within(path, self.data):
+            if name.endswith(".npy") and (
+                not (by := next(self._callers(sys._getframe(1)), None)) or by.f_code.co_filename not in self.readers
+            ):
+                self._deny(f"it reads {named(name)} itself: data come from prepare, training batches from its Loader")
+        elif (
+            within(path, self.runs | {os.path.join(home, "last") for home in self.homes})
+            or name.endswith(".safetensors")
+            or "runs" in parts
+            and "sessions" in parts
+        ):
+            self._deny(f"it reads what another run left, {named(name)}: a run starts from nothing")
+
+    def _changed(self, places, makes: bool, *arguments) -> None:
+        for which, beside in places:
+            folder = arguments[beside] if beside is not None and beside < len(arguments) else -1
+            path = os.fsdecode(arguments[which]) if not isinstance(arguments[which], int) else ""
+            if isinstance(folder, int) and folder >= 0 and not os.path.isabs(path):
+                try:
+                    path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+                except OSError:  # only Linux tells
+                    continue
+            if path and not (makes and os.path.isdir(path)):
+                self._write(path)
+
+    def _write(self, path) -> None:
+        path = os.path.realpath(os.fsdecode(path))
+        if within(path, self.free):
+            return
+        if within(path, self.folders):
+            name = os.path.basename(path)
+            writers = next((by for known, by in WRITERS.items() if name.startswith(known)), set())
+            if not self._functions() & writers:
+                self._deny(f"it writes {named(name)} in its run's folder: results come from prepare.report")
+        elif within(path, self.protected):
+            if os.path.basename(path).startswith("trials") or within(path, self.libraries):
+                raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
+            what = (
+                "judge"
+                if within(path, self.judges)
+                else "ledger"
+                if path.endswith(".tsv")
+                else "harness's files"
+                if within(path, self.homes)
+                else "repository"
+            )
+            self._deny(f"it changes the {what}: {named(os.path.basename(path))}")
+        elif within(path, self.libraries):
+            raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
+
+    def _import(self, module, *_) -> None:
+        if module.partition(".")[0] == "safetensors":
+            by = next(self._callers(sys._getframe(1)), None)
+            if by and not self._judges(by.f_code.co_filename):
+                self._deny("it imports safetensors: weights are written by evaluate_bpb, and a run starts from nothing")
+
+    # --- What prepare and backends announce ---
+
+    def _announced(self, function: str) -> bool:
+        """Whether the judge's function of this name announces what is being handled."""
+        code = sys._getframe(3).f_code
+        return self._judges(code.co_filename) and code.co_name == function
+
+    def _rows(self, which) -> None:
+        frame = sys._getframe(3)  # who reads the property
+        own = frame.f_code.co_filename in self.readers
+        while own and which == "train" and frame and frame.f_code.co_filename in self.readers:
+            frame = frame.f_back
+        if own and which == "train":  # by the loader, on its thread
+            own = next(self._callers(frame), None) is None
+        if not own:
+            name = {"train": "training documents: batches come from prepare.Loader, which the clock knows"}.get(
+                which, f"{which} rows: they are for the evaluator"
+            )
+            self._deny(f"it reads the {name}")
+
+    def _clock(self, clock, backend) -> None:
+        if self.clock is not None:
+            self._deny("it makes a second Clock: a run has one")
+        if type(clock) is not self.known["prepare", "Clock"]:
+            self._deny("its Clock is not the one of prepare")
+        self.clock, self.backend = clock, backend
+        self._sound()
+
+    def _batch(self, clock) -> None:
+        if clock is not self.clock:
+            self._deny("it takes batches by another clock than the run's")
+        self._in_time()
+        if self.started is None:
+            self.started = self.ticked = self.now()
+        self.in_step = True
+
+    def _tick(self, clock) -> None:
+        if clock is self.clock and self.started is not None:
+            now = self.now()
+            self.longest, self.ticked, self.in_step = max(self.longest, now - self.ticked), now, False
+
+    def _in_time(self) -> None:
+        """By the guard's own watch, whatever became of the clock's."""
+        if self.started is not None:
+            elapsed = (self.stopped or self.now()) - self.started
+            self.known["prepare", "require_time"](
+                self.budget, elapsed, self.longest, self.ticked - self.started if self.in_step else None
+            )
+
+    def _evaluate(self, clock, backend) -> None:
+        if clock is None or clock is not self.clock:
+            self._deny("evaluate_bpb without the run's clock: a run is scored once, at its end")
+        try:
+            self._in_time()
+        except prepare.Invalid as error:
+            self._deny(str(error))
+        self.stopped = self.stopped or self.now()
+        self.backend = backend
+        self._sound()
+
+    def _scored(self, clock, score) -> None:
+        if self._announced("evaluate_bpb"):
+            self.score = score
+
+    def _report(self, clock) -> None:
+        if self.score is None and clock.val_bpb is None:
+            return  # prepare says what is missing
+        if clock is not self.clock or clock.val_bpb != self.score:
+            self._deny("it reports another score than the evaluator's")
+        self._sound()
+
+    def _refused(self, error) -> None:
+        if not self._announced("recorded"):
+            return
+        kind, by = "Invalid" if isinstance(error, prepare.Invalid) else "Diverged", error.__traceback__
+        own = type(error) in (prepare.Invalid, prepare.Diverged)
+        while own and by:  # through whose functions it came
+            own, by = by.tb_frame.f_code.co_filename in (prepare.__file__, __file__), by.tb_next
+        self.refuse(str(error) if own else f"it raised prepare.{kind} itself", kind)
+
+    def _load(self, path) -> None:
+        if sys._getframe(3).f_code.co_filename != self.trusted and not within(os.path.realpath(path), self.free):
+            self._deny(f"it loads weights, {named(os.path.basename(path))}: a run starts from nothing")
+
+    # --- The judge's code, as it is in this process ---
+
+    def _sound(self) -> None:
+        if problem := self.problem(self.backend):
+            self._deny(problem)
+
+    def problem(self, backend=None) -> str | None:
+        """What is no more as it was before train.py ran: the judge's functions, the clocks, the budget."""
+        for place, value in self._judged():
+            if self.known.get(place) is not value:
+                return f"it replaces {dotted(*place)}"
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] in JUDGES:
+                if not self._judges(getattr(module, "__file__", None) or ""):
+                    return f"it shadows {named(name)}"
+                for of, value in list(vars(module).items()):
+                    if self._foreign(value):
+                        return f"it replaces {dotted(name, of)}"
+        if backend is not None:
+            for one in type(backend).__mro__[:-1]:
+                if one.__module__ not in ("abc", "typing") and not self._judges(
+                    getattr(sys.modules.get(one.__module__), "__file__", None) or ""
+                ):
+                    return f"its backend, {named(type(backend).__name__)}, is not one of backends/"
+                for of, value in vars(one).items():
+                    if self._foreign(value):
+                        return f"it replaces {dotted(one.__name__, of)}"
+            if of := next(
+                (
+                    of
+                    for of in vars(backend)
+                    if hasattr(type(backend), of) and callable(vars(backend)[of]) and of != "Trainer"
+                ),
+                None,
+            ):
+                return f"it replaces {named(of)} of the backend"
+        if self.clock is not None:
+            seconds, told = self.budget, self.clock.seconds
+            if told != seconds:
+                return f"its clock allows {number(told)} s; the budget is {seconds:g} s"
+            if self.stopped is not None and self.clock.stopped is not None:
+                elapsed, told = self.stopped - self.started if self.started else 0.0, self.clock.elapsed
+                if not told >= elapsed - TOLERANCE[0] - TOLERANCE[1] * elapsed:
+                    return f"its clock shows {number(told)} s of training; there were {elapsed:.1f} s"
+        return None
+
+    def _judged(self) -> Iterator[tuple[tuple[str, str], object]]:
+        """What is compared, and where it is found."""
+        for judge in (prepare, dataset, storage):
+            for name, value in list(vars(judge).items()):
+                if not name.startswith("__"):
+                    yield (judge.__name__, name), value
+                    if isinstance(value, type) and value.__module__ == judge.__name__:
+                        yield from (
+                            ((judge.__name__, f"{name}.{of}"), what)
+                            for of, what in list(vars(value).items())
+                            if callable(what) or isinstance(what, property)
+                        )
+            yield ("sys.modules", judge.__name__), sys.modules.get(judge.__name__)
+        yield from ((("time", name), getattr(time, name)) for name in CLOCKS)
+
+    def _foreign(self, value) -> bool:
+        """Whether this is a function whose code is neither the judge's nor a library's."""
+        while isinstance(value, (functools.partial, staticmethod, classmethod)):
+            value = value.func if isinstance(value, functools.partial) else value.__func__
+        code = getattr(value, "__code__", None) if isinstance(value, types.FunctionType) else None
+        return (
+            code is not None
+            and not self._judges(code.co_filename)
+            and not self._library(code.co_filename)
+            and not code.co_filename.startswith("<")
+        )
+
+
+def named(text) -> str:
+    """A name that train.py chose, if it is a word and not a sentence."""
+    found = re.fullmatch(r"[\w.-]{1,40}", text, re.ASCII) if isinstance(text, str) else None
+    return found[0] if found else "..."
+
+
+def dotted(*names) -> str:
+    return ".".join(map(named, names))
+
+
+def number(value) -> str:
+    """A number, and nothing else that is in its place."""
+    return f"{value:g}" if type(value) in (int, float) else "..."
+
+
+def within(path: str, folders: set[str]) -> bool:
+    """Whether a path is one of these folders or in one."""
+    return any(path == folder or path.startswith(folder + os.sep) for folder in folders)

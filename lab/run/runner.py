@@ -1,0 +1,420 @@
+"""One guarded run of a train.py, and the scoring of what it left: processes of their own, watched from here.
+
+A run can crash, hang, print without end, use up memory or leave processes behind: it is ended, and what it was is told.
+It gets a home, a temporary and a working folder of its own, and of the environment what it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+import prepare
+import storage
+from lab import untrusted
+from lab.run import child as inside, guard, log as capture, outcome, sandbox
+from lab.errors import LabError
+from lab.run.outcome import Ended, Outcome
+from lab.run.processes import tree
+
+GRACE = 5.0  # seconds between being asked to end and being ended
+MEMORY_EVERY = 1.0  # seconds
+PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
+OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, inside.BEGUN)
+RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
+WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
+
+# Settings that a run inherits, by name or by how it begins, unless it looks like a secret.
+SAFE = """PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX
+SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE""".split()
+SAFE_PREFIXES = tuple(
+    """LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
+VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split()
+)
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be run.
+
+    Attributes:
+        judge: the folder whose prepare.py, backends/ and lab/ it runs with.
+        folder: the run's own; holds train.py, and gets everything else.
+        seed: of the initial weights. budget: seconds of training. timeout: seconds for everything.
+        run_id: marks every process of the run.
+        settings: AUTORESEARCH_* variables by their full names; AUTORESEARCH_HOME has to be among them.
+        memory_ceiling: bytes of device memory; more is invalid.
+        unified: device memory is the machine's own, so that what the run's processes hold counts too.
+        sandbox: one of sandbox.NAMES, or None.
+        protected: folders that the run has nothing to write in, its own excepted.
+        ending: asked while it lasts; a reason to end it that is not its fault, or None.
+    """
+
+    judge: Path
+    folder: Path
+    seed: int
+    budget: float
+    timeout: float
+    run_id: str
+    settings: dict[str, str] = field(default_factory=dict)
+    memory_ceiling: int | None = None
+    unified: bool = False
+    sandbox: str | None = None
+    protected: Sequence[Path] = ()
+    ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
+
+    @property
+    def home(self) -> Path:
+        return Path(self.settings.get("AUTORESEARCH_HOME") or storage.home())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of saved weights, in bits per byte. rows.npz in the run's folder has each row's nats and bytes: val_nats,
+    val_bytes, held_nats, held_bytes, float64 (rows,)."""
+
+    val_bpb: float
+    held_out_bpb: float
+
+
+class Halted(Exception):
+    """What was being run was ended because the request's `ending` said so; that is the reason."""
+
+
+def run(request: Request) -> Outcome:
+    """Trains and evaluates.
+
+    Raises:
+        Halted: it was ended from outside.
+        LabError: it could not be begun, which is not train.py's fault.
+    """
+    folder, known = request.folder, outcome.reasons()  # read before a run that might change them
+    clear(folder, RECORDS)
+    ended = execute(request, "train", folder / "run.log", AUTORESEARCH_RESULT=str(folder / "result.json"))
+    log = capture.read(folder / "run.log")
+    found = outcome.read(folder / "result.json")
+    mark = outcome.read(folder / guard.MARK) or {}
+    facts = outcome.sound(found) if found else None
+    status, reason = outcome.judged(request, ended, found, facts, mark, log, known)
+    if facts and abs(ended.set_by) > outcome.CLOCKS_APART:
+        facts["total_seconds"] = ended.seconds
+    if status != "ok" and facts:
+        facts.pop("val_bpb", None)
+    trace = untrusted.clean(log) if status == "crash" else ""
+    return Outcome(status, untrusted.one_line(reason), facts, ended.seconds, trace)
+
+
+def score(request: Request, weights: Path) -> Scores:
+    """Scores the weights of a run again, in a fresh process and by the judge's evaluator.
+
+    Raises:
+        Halted: it was ended from outside.
+        LabError: they can't be scored; the reason is a line.
+    """
+    known = outcome.reasons()
+    clear(request.folder, OF_SCORE)
+    if not weights.is_file():
+        raise LabError(f"there are no weights {weights}")
+    ended = execute(request, "score", request.folder / "score.log", weights=weights)
+    found = outcome.read(request.folder / "score.json") or {}
+    log = capture.read(request.folder / "score.log")
+    if problem := outcome.unscored(request, ended, found, log, known):
+        raise LabError(untrusted.one_line(problem))
+    return Scores(found["val_bpb"], found["held_out_bpb"])
+
+
+# --- A process, from its start to its end ---
+
+
+def clear(folder: Path, records: Sequence[str]) -> None:
+    """Makes the folder as a new run finds it."""
+    for name in records:
+        (folder / name).unlink(missing_ok=True)
+    for name in guard.OWN:
+        remove(folder / name)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, even one whose contents may not be listed or changed; as much of it as can be."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return
+
+    def allow(path):
+        if not path.is_symlink():
+            with suppress(OSError):
+                path.chmod(0o700)
+
+    allow(folder)
+    for place, folders, files in os.walk(folder):  # which lists a folder after it was allowed to
+        for name in [*folders, *(files if os.name == "nt" else [])]:
+            allow(Path(place, name))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def execute(request: Request, mode: str, log: Path, weights: Path | None = None, **settings: str) -> Ended:
+    """Starts child.py, watches it, and sees to it that nothing of it is left."""
+    folder, temporary = request.folder.absolute(), short_temporary(request)
+    facts = {
+        "mode": mode,
+        "folder": str(folder),
+        "home": str(request.home),
+        "budget": request.budget,
+        "protected": [str(path) for path in request.protected],
+        "weights": str(weights),
+    }
+    command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
+    settings |= environment(request, temporary)
+    wrapped = sandbox.wrap(
+        request.sandbox,
+        command,
+        readable=[*readable(request), *([weights.absolute()] if weights else [])],
+        writable=[folder, request.home / "cache"],
+        hidden=hidden(request),
+        temporary=temporary,
+        cwd=folder / "work",
+    )
+    begun, wall = time.monotonic(), time.time()
+    process = subprocess.Popen(
+        wrapped,
+        cwd=folder / "work",
+        env=settings,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    output = capture.Log(process.stdout.fileno(), log)
+    try:
+        problem = watch(process, request, output, begun + request.timeout)
+    finally:
+        try:
+            ask_to_end(process)
+        finally:
+            process.stdin.close()  # the lifeline
+            left = end(request.run_id, request.home, 0.0 if inside.LINUX else inside.LINGER)
+            output.close()
+            if temporary != folder / "tmp":
+                remove(temporary)
+    seconds = time.monotonic() - begun
+    set_by = time.time() - wall - seconds
+    if not (folder / inside.BEGUN).exists():
+        raise LabError(
+            f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
+            "sandbox that does not work any more, start a new session"
+        )
+    code = process.returncode
+    if inside.LINUX and code > inside.LEFT_RUNNING:
+        left, code = left + code - inside.LEFT_RUNNING, 0
+    if left and not problem:
+        problem = f"it left {left} process{'es' if left > 1 else ''} running"
+    return Ended(128 - code if code > 128 else code, seconds, set_by, problem)
+
+
+def watch(process: subprocess.Popen, request: Request, output: capture.Log, deadline: float) -> str | None:
+    """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now."""
+    look = time.monotonic()
+    while True:
+        try:
+            process.wait(0.25)
+            return None
+        except subprocess.TimeoutExpired:
+            pass
+        if why := request.ending():
+            raise Halted(why)
+        if output.flooded:
+            return f"it printed more than {capture.FLOOD // 2**20} MB"
+        now = time.monotonic()
+        if now > deadline:
+            return f"timeout: not done after {request.timeout:.0f} s, with {request.budget:g} s for training"
+        if request.unified and request.memory_ceiling is not None and now >= look:
+            look = now + MEMORY_EVERY
+            if (used := memory(process.pid)) > request.memory_ceiling:
+                return (
+                    f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
+                    "allowed"
+                )
+
+
+def memory(pid: int) -> int:
+    """Bytes that a process and those below it hold; what they share counts once where that can be told."""
+    resident = proportional = 0
+    processes = tree(pid)
+    for one in processes:
+        try:
+            resident += one.memory_info().rss
+        except psutil.Error:
+            continue
+    if len(processes) < 2 or not inside.LINUX:
+        return resident
+    for one in processes:  # telling them apart takes longer, and matters only to processes that share much
+        try:
+            proportional += one.memory_full_info().pss
+        except (psutil.Error, OSError):
+            return resident
+    return proportional
+
+
+def ask_to_end(process: subprocess.Popen) -> None:
+    """SIGTERM to everything below a process that still runs; a little later, SIGKILL."""
+    if process.poll() is not None:
+        return
+    processes = tree(process.pid)
+    for one in processes:
+        try:
+            if one.name() not in WRAPPERS:
+                one.terminate()
+        except psutil.Error:
+            pass
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    for one in dict.fromkeys([*processes, *tree(process.pid)]):
+        try:
+            one.kill()
+        except psutil.Error:
+            pass
+    process.wait()
+
+
+def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
+    """Ends every process of a run, found by the mark in its environment, and those below; how many there were.
+
+    Args:
+        home: the AUTORESEARCH_HOME of the run; prepare's by default.
+        patience: seconds that they are given to end by themselves.
+    """
+    home, ended, deadline = str(home or storage.home().absolute()), set(), time.monotonic() + patience
+    for _ in range(50):  # what is being ended may start another
+        alive = [
+            one
+            for marked in psutil.process_iter()
+            if _belongs(marked, run_id, home)
+            for one in tree(marked.pid)
+            if one.pid != os.getpid()
+        ]
+        if not alive:
+            break
+        if time.monotonic() < deadline:
+            time.sleep(0.1)
+            continue
+        for one in dict.fromkeys(alive):
+            try:
+                one.kill()
+                ended.add(one.pid)
+            except psutil.Error:
+                pass
+        psutil.wait_procs(alive, 0.2)
+    return len(ended)
+
+
+def _belongs(process: psutil.Process, run_id: str, home: str) -> bool:
+    try:
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        of = process.environ()
+    except (psutil.Error, OSError):
+        return False
+    return (of.get("AUTORESEARCH_RUN"), of.get("AUTORESEARCH_HOME")) == (run_id, home)
+
+
+# --- What it gets ---
+
+
+def environment(request: Request, temporary: Path) -> dict[str, str]:
+    """All that a run is told."""
+
+    def safe(name):
+        return (name.upper() in SAFE or name.startswith(SAFE_PREFIXES)) and not any(s in name.upper() for s in SECRET)
+
+    inherited = {
+        name: value
+        for name, value in os.environ.items()  # where compilers write must be its home's cache
+        if safe(name) and name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    }
+    protected = {str(path) for path in request.protected}
+    if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
+        inherited["PYTHONPATH"] = os.pathsep.join(path)
+    cache, folder = request.home.absolute() / "cache", request.folder.absolute()
+    gpu = "".join(f"-{request.settings.get(name, '')}" for name in ("CUDA_VISIBLE_DEVICES", "AUTORESEARCH_DEVICE"))
+    driver = cache / re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
+    driver.mkdir(parents=True, exist_ok=True)
+    own = {
+        "HOME": str(folder / "home"),
+        "USERPROFILE": str(folder / "home"),
+        **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
+        "CUDA_CACHE_PATH": str(driver),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(hub_cache()),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUSERBASE": site.getuserbase(),
+        **request.settings,
+        "AUTORESEARCH_HOME": str(request.home),
+        "AUTORESEARCH_RUN": request.run_id,
+        "AUTORESEARCH_SEED": str(request.seed),
+    }
+    if request.budget != prepare.TIME_BUDGET:
+        own["AUTORESEARCH_BUDGET"] = f"{request.budget!r}"
+    return inherited | own
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what was fetched, by its own rules."""
+    asked = os.environ.get
+    root = asked("HF_HOME") or Path(asked("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(asked("HF_HUB_CACHE") or asked("HUGGINGFACE_HUB_CACHE") or Path(root) / "hub").expanduser()
+
+
+def short_temporary(request: Request) -> Path:
+    """The run's folder for temporary files: its own, unless sockets could not be made under so long a path."""
+    own = request.folder.absolute() / "tmp"
+    if len(str(sandbox.seen(request.sandbox, own))) <= PATH_LIMIT:
+        return own
+    name = hashlib.sha256(f"{own}".encode()).hexdigest()[:12]
+    path = Path(tempfile.gettempdir()) / f"autoresearch-{name}"
+    remove(path)
+    try:
+        path.mkdir(mode=0o700)  # nobody else's: it must not be there
+    except FileExistsError:
+        raise LabError(f"{path} is in the way and can't be removed; remove it, and do the same again") from None
+    return path
+
+
+def hidden(request: Request) -> list[Path]:
+    """What a run is not to see: the user's home, other runs, and the sockets of the user's session."""
+    return [Path.home(), request.home, Path("/run/user")]
+
+
+def readable(request: Request) -> list[Path]:
+    """What it needs of that."""
+    search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")]
+    named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
+    if library := request.settings.get("AUTORESEARCH_FA3_LIBRARY"):
+        named += Path(library).parent.glob("libcudart.so*")  # which is loaded from beside it
+    named += [request.home / "data", *request.home.glob("trials*.json"), request.judge, hub_cache()]
+    return [*sandbox.interpreter(), *(Path(path) for path in [*search, *named] if path and os.path.isabs(path))]
+
+
+def listed(name: str) -> list[str]:
+    """The folders that a variable lists."""
+    return [part for part in os.environ.get(name, "").split(os.pathsep) if part]

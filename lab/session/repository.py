@@ -1,0 +1,332 @@
+"""The user's git repository: what the lab reads of it, and the few things it changes.
+
+An experiment's commit is made beside the branch, without touching index or files; refs/autoresearch/ keeps it for good.
+The branch moves, in one step, when the experiment is kept. So at every moment it is at the best commit kept so far.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+import storage
+from lab.errors import LabError
+
+TRAIN = "train.py"
+SETTINGS = ("gc.auto=0", "diff.suppressBlankEmpty=false", "commit.gpgSign=false", "core.hooksPath=/dev/null")
+# Whatever the user has set for diffs: the same change has the same id on every machine.
+DIFF = (
+    "diff",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--diff-algorithm=myers",
+    "--indent-heuristic",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+    "--inter-hunk-context=0",
+    "--ignore-submodules",
+    "--text",
+)
+# Set while a hook runs, these would make git look at another repository.
+ELSEWHERE = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "NAMESPACE", "PREFIX")}
+FALLBACK_IDENTITY = {"NAME": "autoresearch", "EMAIL": "autoresearch@localhost"}
+LOCK_PATIENCE = 5.0  # seconds that another git may hold a lock
+
+
+class Tree:
+    """A repository with train.py at its root.
+
+    Raises:
+        LabError: there is no git or no such repository.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        root = self.git("rev-parse", "--show-toplevel")
+        self.path = Path(root)
+        if not (self.path / TRAIN).is_file():
+            known = self.git("ls-files", "--", TRAIN)
+            raise LabError(
+                f"{TRAIN} is gone; get it back with: git checkout HEAD -- {TRAIN}"
+                if known
+                else f"there is no {TRAIN} at the root of the repository {root}: is this the project?"
+            )
+
+    def git(
+        self,
+        *arguments: str,
+        index: Path | None = None,
+        content: bytes | None = None,
+        check: bool = True,
+        environment: dict | None = None,
+    ) -> str:
+        """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
+        deadline = time.monotonic() + LOCK_PATIENCE
+        done = self._run(arguments, index, content, environment)
+        while done.returncode and check and b".lock'" in done.stderr and time.monotonic() < deadline:
+            time.sleep(0.1)  # an editor looks at the repository, say
+            done = self._run(arguments, index, content, environment)
+        if done.returncode and check:
+            message = "; ".join(done.stderr.decode(errors="replace").split("\n")).strip("; ")
+            raise LabError(f"git {arguments[0]} failed in {self.path}: {message}")
+        return "" if done.returncode else done.stdout.decode(errors="replace").rstrip("\n")
+
+    def _run(self, arguments, index=None, content=None, more=None) -> subprocess.CompletedProcess:
+        environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+        if arguments[0] == "commit-tree":
+            environment = self._identity() | environment
+        environment |= more or {}
+        if index:
+            environment["GIT_INDEX_FILE"] = str(index)
+        try:
+            settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
+            # In a session of its own: Ctrl-C is for who called it.
+            return subprocess.run(
+                ["git", "-C", str(self.path), *settings, *arguments],
+                input=content,
+                env=environment,
+                capture_output=True,
+                check=False,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise LabError("git was not found; install it") from error
+
+    def _identity(self) -> dict[str, str]:
+        """Who commits: the user where git knows one."""
+        known = {name: self.git("config", f"user.{name.lower()}", check=False) for name in FALLBACK_IDENTITY}
+        return {
+            f"GIT_{role}_{name}": known[name] or fallback
+            for role in ("AUTHOR", "COMMITTER")
+            for name, fallback in FALLBACK_IDENTITY.items()
+        }
+
+    # --- Reading ---
+
+    def branch(self) -> str | None:
+        """The branch that is checked out; None if HEAD is detached."""
+        return self.git("symbolic-ref", "--quiet", "--short", "HEAD", check=False) or None
+
+    def some_branch(self) -> str:
+        """The branch that is checked out. LabError if HEAD is detached."""
+        if (branch := self.branch()) is None:
+            raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+        return branch
+
+    def refuse_uncommitted(self) -> None:
+        """LabError if train.py has changes that no commit holds."""
+        if self.git("status", "--porcelain", "--", TRAIN):
+            raise LabError(
+                f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
+                f"{TRAIN}, or git checkout -- {TRAIN}"
+            )
+
+    def commit_of(self, name: str) -> str | None:
+        return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False) or None
+
+    def blob_of(self, commit: str, path: str = TRAIN) -> str | None:
+        """The id of a file's content in a commit."""
+        return self.git("rev-parse", "--verify", "--quiet", f"{commit}:{path}", check=False) or None
+
+    def content(self, blob: str) -> bytes:
+        """As it would be checked out as train.py."""
+        done = self._run(("cat-file", "--filters", f"--path={TRAIN}", blob))
+        if done.returncode:
+            raise LabError(f"git does not have {blob}: {done.stderr.decode(errors='replace').strip()}")
+        return done.stdout
+
+    def contents(self, blobs: list[str]) -> dict[str, bytes]:
+        """Blob id -> what git stores for it, of many at once; those that it does not have are left out."""
+        done = self._run(("cat-file", "--batch"), content="\n".join(dict.fromkeys(blobs)).encode())
+        found, at, text = {}, 0, done.stdout
+        while at < len(text):
+            end = text.index(b"\n", at)
+            blob, *facts = text[at:end].decode().split(" ")
+            at = end + 1
+            if facts[0] == "blob":
+                size = int(facts[1])
+                found[blob], at = text[at : at + size], at + size + 1
+        return found
+
+    def train(self) -> bytes:
+        """The user's train.py as it is now, in bytes. LabError if it can't be read."""
+        try:
+            return (self.path / TRAIN).read_bytes()
+        except OSError as error:
+            raise LabError(
+                f"{self.path / TRAIN} can't be read ({error}); get it back with: git checkout -- {TRAIN}"
+            ) from error
+
+    def store(self, content: bytes) -> str:
+        """The blob id of a train.py, which is stored."""
+        return self.git("hash-object", "-w", f"--path={TRAIN}", "--stdin", content=content)
+
+    def changed(self) -> list[str]:
+        """Files other than train.py that differ from what is committed, or are new."""
+        entries = self.git("status", "--porcelain", "-z", "--no-renames").split("\0")
+        return [entry[3:] for entry in entries if entry and entry[3:] != TRAIN]
+
+    def patch(self, before: str, after: str) -> tuple[str, str]:
+        """(unified diff, stable patch id) from one blob of train.py to another. The id is made without context lines,
+        so that it stays the same when a line nearby has changed."""
+        bare = self.git(*DIFF, "-U0", before, after)
+        identity = self.git("patch-id", "--stable", content=_named(bare).encode()) if bare else ""
+        return self.diff(before, after), identity.split(" ")[0][:16]
+
+    def diff(self, before: str, after: str) -> str:
+        """Unified diff from one blob of train.py to another."""
+        return _named(self.git(*DIFF, "-U3", before, after)) + "\n"
+
+    # --- Changing ---
+
+    def commit(self, parent: str, blob: str, message: str, like: str | None = None) -> str:
+        """A commit on top of `parent` with this train.py and nothing else changed; no branch, index or file is.
+
+        Args:
+            like: a commit that it is made at the time of.
+        """
+        return self._commit(parent, f"{self._mode(parent)} {blob}\t{TRAIN}\0", message, like)
+
+    def commit_files(self, parent: str, folder: str, files: dict[str, bytes], message: str) -> str:
+        """A commit on top of `parent` in which a folder (its name with a slash) holds these files, by path, and nothing
+        else; no branch, index or file is changed."""
+        known = filter(None, self.git("ls-tree", "-r", "--name-only", "-z", parent, "--", folder).split("\0"))
+        entries = [f"0 {'0' * len(parent)}\t{path}\0" for path in known]
+        with tempfile.TemporaryDirectory() as temporary:
+            paths = [Path(temporary, str(place)) for place in range(len(files))]
+            for path, data in zip(paths, files.values()):
+                path.write_bytes(data)
+            blobs = self.git(
+                "hash-object", "-w", "--no-filters", "--stdin-paths", content="\n".join(map(str, paths)).encode()
+            ).split("\n")
+        entries += [f"100644 {blob}\t{name}\0" for name, blob in zip(files, blobs)]
+        return self._commit(parent, "".join(entries), message)
+
+    def _commit(self, parent: str, entries: str, message: str, like: str | None = None) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            index = Path(folder) / "index"
+            self.git("read-tree", parent, index=index)
+            self.git("update-index", "-z", "--index-info", index=index, content=entries.encode())
+            root = self.git("write-tree", index=index)
+        when = self.git("show", "--no-patch", "--format=%cI", like) if like else None
+        return self.git(
+            "commit-tree",
+            root,
+            "-p",
+            parent,
+            "-F",
+            "-",
+            content=message.encode(errors="replace"),
+            environment={f"GIT_{role}_DATE": when for role in ("AUTHOR", "COMMITTER")} if when else {},
+        )
+
+    def same_files(self, one: str, other: str) -> bool:
+        """Whether two commits hold the same."""
+        return self.git("rev-parse", f"{one}^{{tree}}") == self.git("rev-parse", f"{other}^{{tree}}")
+
+    def _mode(self, commit: str) -> str:
+        return self.git("ls-tree", commit, TRAIN).split(" ")[0]
+
+    def move(self, ref: str, commit: str, before: str | None = None) -> None:
+        """Sets a ref; LabError if it is not at `before`, where that is given."""
+        self.git("update-ref", ref, commit, *([before] if before else []))
+
+    def settle(self, branch: str, tested: str, parent: str) -> str | None:
+        """Makes train.py and its index entry those of the branch again after an experiment; or, if another branch is
+        checked out, those of that one.
+
+        Args:
+            tested, parent: blobs that train.py may be at, as nobody has edited it then.
+
+        Returns:
+            Why train.py was left as it is, or None.
+        """
+        head = self.blob_of("HEAD")
+        here = self.branch() == branch
+        now = self.git("hash-object", f"--path={TRAIN}", "--", str(self.path / TRAIN))
+        if here and now not in (tested, parent, head) or not here and now not in (tested, head):
+            return f"{TRAIN} was edited meanwhile, and was left as it is"
+        if head is None:
+            return f"{self.branch() or 'HEAD'} has no {TRAIN}: it was left as it is"
+        if now != head:
+            path = (self.path / TRAIN).resolve()
+            mode = path.stat().st_mode
+            with storage.atomic(path) as file:
+                file.write(self.content(head))
+            path.chmod(mode)
+        # Not `reset`: it keeps what the index knew of the file's size, which line ends may have changed.
+        self.git("update-index", "--cacheinfo", f"{self._mode('HEAD')},{head},{TRAIN}")
+        return None if here else f"{branch} is not checked out; go back to it: git switch {branch}"
+
+    def unlock(self, branch: str) -> list[str]:
+        """Removes locks that a killed git left on what the lab changes, and names them."""
+        names = ("index", "HEAD", f"refs/heads/{branch}", "packed-refs")
+        locks = [self.path / self.git("rev-parse", "--git-path", f"{name}.lock") for name in names]
+        refs = self.path / self.git("rev-parse", "--git-path", "refs/autoresearch")
+        locks += refs.rglob("*.lock") if refs.is_dir() else ()
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while (held := [lock for lock in locks if lock.exists()]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if not self._git_runs():
+                break
+        if held and self._git_runs():
+            raise LabError(f"another git holds {held[0]}; let it end, then run this again")
+        for lock in held:
+            lock.unlink(missing_ok=True)
+        return [str(lock) for lock in held]
+
+    def sweep(self) -> None:
+        """Removes what a killed `settle` has left."""
+        for path in self.path.glob(f"{TRAIN}.*.tmp"):
+            if re.fullmatch(re.escape(TRAIN) + r"\.\d+\.tmp", path.name):
+                path.unlink(missing_ok=True)
+
+    def _git_runs(self) -> bool:
+        """Whether a git works on this repository."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if (process.info["name"] or "").startswith("git"):
+                try:
+                    inside = self.path in (cwd := Path(process.cwd())).parents or cwd == self.path
+                except (psutil.Error, OSError):
+                    continue
+                if inside or str(self.path) in (process.info["cmdline"] or ()):
+                    return True
+        return False
+
+
+def here() -> Tree | None:
+    """The repository of the working directory; None if that is in none."""
+    try:
+        return Tree(Path.cwd())
+    except LabError:
+        return None
+
+
+@functools.cache
+def durable() -> str:
+    """The setting that makes git flush what it writes."""
+    done = subprocess.run(["git", "version"], capture_output=True, text=True, check=False)
+    version = tuple(map(int, re.findall(r"\d+", done.stdout)[:2]))
+    return "core.fsync=all" if version >= (2, 36) else "core.fsyncObjectFiles=true"
+
+
+def _named(diff: str) -> str:
+    """A diff of two blobs as one of train.py."""
+    lines = diff.split("\n")
+    for i, line in enumerate(lines):
+        if line.startswith("@@"):
+            break
+        for mark, side in (("--- ", "a"), ("+++ ", "b")):
+            if line.startswith(mark):
+                lines[i] = f"{mark}{side}/{TRAIN}"
+        if line.startswith("diff --git"):
+            lines[i] = f"diff --git a/{TRAIN} b/{TRAIN}"
+    return "\n".join(lines)

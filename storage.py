@@ -1,0 +1,113 @@
+"""Files that a crash or a power failure leaves whole, and where they are kept. Everything here may use this module.
+
+A file is replaced as a whole (`atomic`), and what was written is on the disk before anything relies on it (`sync`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Stop(SystemExit):
+    """Ends the process with exit status 1 and the reason, `str(error)`, as its last line: "Invalid: it looks ahead".
+    Being a SystemExit it shows no traceback, and an `except Exception` in train.py does not swallow it."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.code = f"\n{type(self).__name__}: {reason}"  # Python prints this; a line of progress may be unfinished
+
+
+class DataError(Stop):
+    """Data are missing, damaged or too small; the reason says what to do next."""
+
+
+def home() -> Path:
+    """The folder that everything is kept under: `AUTORESEARCH_HOME`, else ~/.cache/autoresearch."""
+    return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
+
+
+def disk_full(error: BaseException) -> bool:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or bool(re.search("No space left|requested and .* written", str(error)))  # safetensors; numpy
+
+
+@contextmanager
+def writing(path: Path):
+    """Makes the folder of `path`; what goes wrong with the disk meanwhile becomes a DataError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or disk_full(error)):
+            raise
+        advice = "; make room on that disk and run the same again" if disk_full(error) else ""
+        raise DataError(f"could not write {path} ({error}){advice}") from error
+
+
+@contextmanager
+def atomic(path: Path):
+    """A binary file to write that appears at `path` complete or, on any failure, not at all (see `writing`)."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(descriptor: int) -> None:
+    """Returns once what was written to a file is on the disk. macOS would leave it in the drive's cache at fsync."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a file system that can't
+            pass
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder as durable as what they name; a system that can't open folders does so by itself."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        sync(descriptor)
+    except OSError:  # a file system that can't
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,165 @@
+"""What each tool protects, tried by really running under it; of the one for macOS, what is asked for."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sessions import available
+
+from lab.run import sandbox
+
+ABSENT = [name for name in sandbox.NAMES if not shutil.which(name)]
+
+
+@pytest.fixture
+def inside(tmp_path):
+    """inside(name, code) -> what the code prints, run under a tool. Folders: home (hidden; in it, seen is shown, and
+    out can be written), temporary, cwd."""
+    for part in ("home/seen/deep", "home/out", "home/hidden in it", "temporary", "cwd"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "home" / "secret").write_text("secret")
+    (tmp_path / "home" / "seen" / "deep" / "file").write_text("seen")
+    (tmp_path / "home" / "profile.json").write_text("profile")
+    (tmp_path / "link").symlink_to(tmp_path / "home" / "seen")
+
+    def run(name, code, **changes):
+        folders = {
+            "readable": [
+                tmp_path / "home" / "seen",
+                tmp_path / "home" / "profile.json",
+                tmp_path / "none",
+                tmp_path / "link",
+                *sandbox.interpreter(),
+            ],
+            "writable": [tmp_path / "home" / "out", tmp_path / "cwd"],
+            "hidden": [tmp_path / "home"],
+        }
+        command = sandbox.wrap(
+            name,
+            [sys.executable, "-IS", "-c", f"import os\nROOT = {str(tmp_path)!r}\n{code}"],
+            temporary=tmp_path / "temporary",
+            cwd=tmp_path / "cwd",
+            **folders | changes,
+        )
+        done = subprocess.run(command, cwd=tmp_path / "cwd", capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_is_hidden(inside, name):
+    assert inside(name, "print(sorted(os.listdir(ROOT + '/home')))") == "['out', 'profile.json', 'seen']"
+    assert (
+        inside(name, "print(open(ROOT + '/home/seen/deep/file').read(), open(ROOT + '/home/profile.json').read())")
+        == "seen profile"
+    )
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_can_be_written(inside, name, tmp_path):
+    tried = """
+import sys
+for path in (ROOT + '/home/out/a', ROOT + '/cwd/a', 'b', '/tmp/c', '/dev/null', ROOT + '/home/seen/a',
+             ROOT + '/home/profile.json', '/usr/a', sys.prefix + '/a'):
+    try:
+        open(path, 'w').close()
+        print(1, end=' ')
+    except OSError:
+        print(0, end=' ')
+"""
+    assert inside(name, tried) == "1 1 1 1 1 0 0 0 0"
+    assert (tmp_path / "home" / "out" / "a").exists() and (tmp_path / "cwd" / "b").exists()
+    assert (tmp_path / "temporary" / "c").exists() and not os.path.exists("/tmp/c"), "/tmp is its own"
+    assert (tmp_path / "home" / "profile.json").read_text() == "profile"
+
+
+@pytest.mark.parametrize("name", available())
+def test_folders_in_folders(inside, name, tmp_path):
+    """Hidden in what is shown, shown in what is hidden there."""
+    (tmp_path / "home" / "seen" / "other").mkdir()
+    (tmp_path / "home" / "seen" / "other" / "run").mkdir()
+    seen = inside(
+        name,
+        "print(os.listdir(ROOT + '/home/seen/other'), os.listdir(ROOT + '/home/seen/deep'))",
+        hidden=[tmp_path / "home", tmp_path / "home" / "seen" / "other"],
+        writable=[tmp_path / "home" / "seen" / "other" / "run", tmp_path / "cwd"],
+    )
+    assert seen == "['run'] ['file']"
+
+
+@pytest.mark.parametrize("name", available())
+def test_no_network(inside, name):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        tried = f"""
+import socket
+try:
+    socket.create_connection(('127.0.0.1', {port}), 2)
+    print('connected')
+except OSError:
+    print('no')
+"""
+        assert inside(name, tried) == "no"
+
+
+@pytest.mark.parametrize("name", available())
+def test_where_it_is(inside, name, tmp_path):
+    assert inside(name, "print(os.getcwd())") == str(tmp_path / "cwd")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, processes are not hidden")
+@pytest.mark.parametrize("name", available())
+def test_no_processes_but_its_own(inside, name):
+    assert inside(name, "print(os.getpid(), sorted(int(n) for n in os.listdir('/proc') if n.isdigit()))") == "1 [1]"
+    assert inside(name, "print(os.path.exists('/dev/null'), os.path.isdir('/sys/devices'))") == "True True"
+
+
+def test_the_first_that_works_is_taken(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: name)
+    for first in sandbox.NAMES:
+        monkeypatch.setattr(sandbox, "works", lambda name, first=first: name == first)
+        assert sandbox.probe() == first
+    monkeypatch.setattr(sandbox, "works", lambda name: False)
+    assert sandbox.probe() is None
+
+
+@pytest.mark.parametrize("pretender", ["exit 1", 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'])
+def test_a_tool_that_protects_nothing_does_not_work(pretender, tmp_path, monkeypatch):
+    (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{pretender}\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert not sandbox.works("bwrap")
+
+
+def test_none_changes_nothing(tmp_path):
+    unchanged = sandbox.wrap(None, ["a", "b"], readable=[], writable=[], hidden=[], temporary=tmp_path, cwd=tmp_path)
+    assert unchanged == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", [*sandbox.NAMES, None])
+def test_described_in_a_sentence(name):
+    text = sandbox.describe(name)
+    assert text.endswith(".") and text.count(". ") == 0 and (name or "no sandbox") in text
+
+
+def test_the_profile_for_macos():
+    text = sandbox.macos_profile([Path("/Users/me/venv"), Path('/a "b"')], [Path("/Users/me/run")], [Path("/Users/me")])
+    shown = "".join(f"\n  (subpath {one})" for one in ('"/Users/me/venv"', '"/a \\"b\\""', '"/Users/me/run"'))
+    order = [
+        "(version 1)",
+        "(allow default)",
+        "(deny network*)",
+        '(deny file-read-data\n  (subpath "/Users/me"))',
+        f"(allow file-read-data{shown})",
+        '(deny file-write* (subpath "/"))',
+        "(allow file-write*",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places) and text.rindex('(subpath "/Users/me/run")') > places[-1]
+    assert text.count("(") == text.count(")") and '(subpath "/Users/me/venv")' not in text[places[-1] :]

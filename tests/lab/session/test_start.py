@@ -1,0 +1,228 @@
+"""Beginning a session: what is checked, what is pinned, what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sessions
+from sessions import ROOT, git
+
+import backends
+import prepare
+import storage
+from backends.interface import BackendError, Hardware
+from calibration import profile
+from lab.run import sandbox
+from lab.errors import LabError
+from lab.session.session import Session, at, device_lock
+from lab.session.start import start, which_gpu
+
+PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
+HARDWARE = Hardware(
+    name="CPU",
+    slug=PROFILE["device"],
+    kind="cpu",
+    backend=PROFILE["backend"],
+    memory=24 * 2**30,
+    versions=PROFILE["versions"],
+)
+
+
+@pytest.fixture
+def tree(tmp_path, isolated_home, tiny_home, monkeypatch):
+    monkeypatch.setattr(backends, "identify", lambda name=None: HARDWARE)
+    monkeypatch.setattr(sandbox, "probe", lambda: "bwrap")
+    isolated_home.mkdir()
+    (isolated_home / "data").symlink_to(tiny_home / "data")
+    storage.write_json(profile.path_of(HARDWARE), PROFILE)
+    return sessions.repository(tmp_path / "project")
+
+
+def begin(tree, tag="nov21", **more):
+    return start(tree.path, tag, say=lambda text: None, **more)
+
+
+def untouched(tree):
+    return tree.branch() == "main" and not list(storage.home().glob("sessions/*/*/session.json"))
+
+
+def test_it_makes_branch_judge_and_a_pending_baseline(tree):
+    session = begin(tree)
+    assert tree.branch() == f"autoresearch/{HARDWARE.slug}/nov21" and git(tree.path, "status", "--porcelain") == ""
+    assert (session.judge / "prepare.py").read_text() == "BUDGET = 300\n"
+    assert session.state.pending.kind == "baseline"
+    assert session.profile == PROFILE and session.facts["profile"] == profile.tag(PROFILE)
+    assert session.facts["settings"]["AUTORESEARCH_PROFILE"] == str(session.folder / "profile.json")
+    assert session.facts["settings"]["AUTORESEARCH_DATA"] == "tiny"
+    assert at(tree.path).folder == session.folder
+
+
+def test_the_sandbox_is_told(tree):
+    said = []
+    start(tree.path, "a", say=said.append)
+    assert any("bwrap" in text for text in said)
+
+
+def test_settings_of_the_users_are_pinned(tree, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", "7")
+    monkeypatch.setenv("AUTORESEARCH_FA3_LIBRARY", "fa3.so")
+    session = begin(tree)
+    assert session.facts["settings"]["AUTORESEARCH_DEVICE"] == "cpu" and session.budget == 7
+    assert session.facts["settings"]["AUTORESEARCH_FA3_LIBRARY"] == str(Path.cwd() / "fa3.so")
+
+
+@pytest.mark.parametrize("tag", ["", "a b", "../x", "a..b", "x.lock", "-x", "a/b", "x" * 99])
+def test_a_tag_that_is_no_name_is_refused(tree, tag):
+    with pytest.raises(LabError, match="can't be a tag"):
+        begin(tree, tag)
+    assert untouched(tree)
+
+
+def test_an_existing_tag_is_refused(tree):
+    begin(tree)
+    git(tree.path, "switch", "-q", "main")
+    with pytest.raises(LabError, match="session nov21 already"):
+        begin(tree)
+    assert tree.branch() == "main"
+
+
+def test_a_branch_of_that_name_that_is_somewhere_else_is_refused(tree):
+    git(tree.path, "commit", "-q", "--allow-empty", "-m", "second")
+    git(tree.path, "branch", f"autoresearch/{HARDWARE.slug}/nov21", "HEAD^")
+    with pytest.raises(LabError, match="a branch .* already"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_a_detached_head_is_refused(tree):
+    git(tree.path, "checkout", "-q", "--detach")
+    with pytest.raises(LabError, match="detached"):
+        begin(tree)
+
+
+def test_an_uncommitted_train_is_refused(tree):
+    (tree.path / "train.py").write_text("LOSS = 2\n")
+    with pytest.raises(LabError, match="not committed"):
+        begin(tree)
+    assert untouched(tree) and (tree.path / "train.py").read_text() == "LOSS = 2\n"
+
+
+def test_other_uncommitted_files_are_named_and_stay(tree):
+    (tree.path / "prepare.py").write_text("BUDGET = 1\n")
+    said = []
+    session = start(tree.path, "nov21", say=said.append)
+    assert any("prepare.py" in text for text in said)
+    assert (session.judge / "prepare.py").read_text() == "BUDGET = 300\n"
+
+
+def test_without_a_profile_it_says_what_to_run(tree):
+    profile.path_of(HARDWARE).unlink()
+    with pytest.raises(profile.ProfileError, match="python -m calibration"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_a_stale_profile_is_refused_by_name(tree, monkeypatch):
+    newer = replace(HARDWARE, versions={**HARDWARE.versions, "torch": "9.9"})
+    monkeypatch.setattr(backends, "identify", lambda name=None: newer)
+    with pytest.raises(profile.ProfileError, match="torch .*9.9"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_without_data_it_says_what_to_run(tree, isolated_home):
+    (isolated_home / "data").unlink()
+    with pytest.raises(storage.DataError, match="prepare.py"):
+        begin(tree)
+    assert untouched(tree)
+
+
+def test_a_backend_that_is_not_there_is_its_error(tree, monkeypatch):
+    def fails(name=None):
+        raise BackendError("install it")
+
+    monkeypatch.setattr(backends, "identify", fails)
+    with pytest.raises(BackendError):
+        begin(tree)
+
+
+def test_without_a_sandbox_it_wants_to_be_told(tree, monkeypatch):
+    monkeypatch.setattr(sandbox, "probe", lambda: None)
+    with pytest.raises(LabError, match="--unsandboxed"):
+        begin(tree)
+    assert untouched(tree)
+    assert begin(tree, unsandboxed=True).facts["sandbox"] is None
+
+
+def test_a_start_that_was_killed_half_way_is_begun_again(tree):
+    session = begin(tree)
+    git(tree.path, "switch", "-q", "main")
+    (session.folder / "session.json").unlink()  # it is written last
+    again = begin(tree)
+    assert again.state.pending.kind == "baseline" and (again.judge / "train.py").exists()
+
+
+def test_a_session_of_another_repository_is_refused(tree, tmp_path):
+    begin(tree)
+    shutil.copytree(tree.path, tmp_path / "copy", symlinks=True)
+    with pytest.raises(LabError, match="belongs to the repository"):
+        at(tmp_path / "copy")
+
+
+def test_a_branch_without_a_session_says_how_to_begin(tree):
+    with pytest.raises(LabError, match="lab start TAG"):
+        at(tree.path)
+
+
+def test_a_session_of_another_format_is_refused(tree):
+    session = begin(tree)
+    storage.write_json(session.folder / "session.json", {**session.facts, "format": 99})
+    with pytest.raises(LabError, match="another version"):
+        Session(session.folder)
+
+
+def test_no_baseline_is_refused(tree):
+    with pytest.raises(LabError, match="at least one"):
+        begin(tree, runs=0)
+
+
+def test_a_start_that_is_killed_at_the_end_leaves_no_session(tree, monkeypatch):
+    def killed(path, content):
+        if path.name == "session.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    write = storage.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin(tree)
+    assert begin(tree).state.pending.kind == "baseline"
+
+
+def test_a_busy_device_is_refused_before_anything_is_made(tree):
+    with device_lock(HARDWARE.slug, ""):
+        with pytest.raises(LabError, match="another session is training"):
+            begin(tree)
+    assert untouched(tree)
+
+
+@pytest.mark.parametrize(
+    "visible, device, gpu",
+    [("", "", "0"), ("0", "", "0"), ("", "cuda", "0"), ("2,3", "", "2"), ("2,3", "cuda:1", "3"), ("", "cuda:1", "1")],
+)
+def test_one_gpu_has_one_name(monkeypatch, visible, device, gpu):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", device)
+    assert which_gpu("cuda") == gpu and which_gpu("cpu") == ""
+
+
+def test_worktrees_of_the_users_stay_registered(tree, tmp_path):
+    git(tree.path, "worktree", "add", "-q", str(tmp_path / "drive" / "mine"))
+    shutil.move(tmp_path / "drive", tmp_path / "away")  # not mounted just now
+    begin(tree)
+    shutil.move(tmp_path / "away", tmp_path / "drive")
+    assert git(tmp_path / "drive" / "mine", "status", "--porcelain") == ""
