@@ -153,7 +153,7 @@ def test_a_lock_that_is_held_for_a_moment_is_waited_for(tree):
 
 
 def test_a_lock_that_stays_is_an_error_of_one_line(tree, monkeypatch):
-    monkeypatch.setattr("lab.tree.LOCK_PATIENCE", 0.2)
+    monkeypatch.setattr("lab.session.repository.LOCK_PATIENCE", 0.2)
     (tree.path / ".git" / "index.lock").touch()
     with pytest.raises(LabError, match="index.lock") as refusal:
         tree.settle("main", tree.store(b"x = 1\n"), tree.store(FIRST))
