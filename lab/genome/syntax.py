@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backends import surface
 from lab.errors import LabError
 
 TRAIN = "train.py"
@@ -65,6 +64,8 @@ def normalised(content: bytes) -> bytes:
 @functools.lru_cache(maxsize=256)
 def describe(content: bytes) -> Source:
     """What a train.py is. LabError, with the line, if it is no Python."""
+    from backends import surface  # here, because all the rest needs nothing but Python
+
     try:
         text = content.decode("utf-8-sig")
         tree = parsed(text)
