@@ -84,7 +84,7 @@ def summary(before: bytes, after: bytes, width: int = 200) -> str:
     """
     said, groups = [], {"edited": [], "new": [], "removed": []}
     for old, new in changed(before, after):
-        name = (new or old).name
+        name = new.name if new else old.name if old else ""
         if old and new and old.constant and new.constant:
             said.append(f"{name} {_value(old)} -> {_value(new)}")
         elif new and not old and new.constant:
@@ -147,7 +147,7 @@ def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, st
         names.subtract(map(_identifier, _nodes(old)))
         if any(name and n and _named(name, STRONG) == "regularisation" for name, n in names.items()):
             return "regularisation"
-    return kinds[(new or old).name]
+    return kinds[new.name if new else old.name if old else MODULE]
 
 
 def _nodes(definition: Definition) -> Iterator[ast.AST]:
