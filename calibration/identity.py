@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,23 +105,20 @@ def _nvidia_now(gpu: str) -> dict:
         if library is None:
             return facts
         handle = machine.named_gpu(library, gpu)
-        questions = [
-            ("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & ~POWER_CAP)),
-            ("in_use", lambda: int(library.nvmlDeviceGetUtilizationRates(handle).gpu) / 100),
-            ("margin", lambda: library.nvmlDeviceGetMarginTemperature(handle)),
-            # Replaces the margin above where the GPU tells it: the temperature at which the hardware steps in, rather
-            # than the one that the GPU is kept at.
-            (
-                "margin",
-                lambda: (
-                    library.nvmlDeviceGetTemperatureThreshold(handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
-                    - library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
-                ),
-            ),
-        ]
-        for name, question in questions:
+
+        def ask(name: str, question: Callable):
             with suppress(Exception):  # NVML raises by card, driver and permission
                 facts[name] = question()
+
+        def below_slowdown() -> int:
+            slowdown = library.nvmlDeviceGetTemperatureThreshold(handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
+            return slowdown - library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
+
+        ask("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & ~POWER_CAP))
+        ask("in_use", lambda: int(library.nvmlDeviceGetUtilizationRates(handle).gpu) / 100)
+        ask("margin", lambda: library.nvmlDeviceGetMarginTemperature(handle))
+        # Preferred, where the GPU tells it: where the hardware steps in, not the temperature that the GPU is kept at.
+        ask("margin", below_slowdown)
     return facts
 
 
@@ -132,7 +130,8 @@ def overheated() -> str | None:
         return None
     for name, entries in sensors.items():
         for sensor in entries:
-            if sensor.critical and 50 <= sensor.critical <= 150 and sensor.current >= sensor.critical:  # else made up
+            # A critical temperature outside this range is made up.
+            if sensor.critical and 50 <= sensor.critical <= 150 and sensor.current >= sensor.critical:
                 return f"{sensor.label or name} is at {sensor.current:.0f} °C, its critical temperature"
     return None
 
@@ -145,7 +144,7 @@ def _nvidia() -> dict:
             return {"unknown": ["driver, throttled: NVIDIA's management library (NVML) does not answer"]}
         facts, unknown = {}, []
 
-        def ask(name, question):
+        def ask(name: str, question: Callable):
             try:
                 facts[name] = question()
             except Exception as error:  # each answer is optional: NVML raises by card, driver and permission

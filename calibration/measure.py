@@ -261,6 +261,7 @@ class Measurement:
     # --- The real train.py, each trial in a process of its own ---
 
     def _known(self) -> list[Outcome]:
+        """The outcomes so far."""
         return profiles.trials(self.results) if "trials" in self.results else []
 
     def _trials(self, tried: dict, precision: str) -> Completed:
@@ -286,7 +287,7 @@ class Measurement:
                 max(self.effort.limit - self.spent, took) if len(known) < 3 else 3 * took,
             )
             start = time.monotonic()
-            best = rule.best_depth(known)  # whose batch the optimizer's work is to be spread over as in a whole run
+            best = rule.best_depth(known)  # its batch, so that the optimizer has the share of time of a whole run
             total = rule.total_batch(best.rate * prepare.TIME_BUDGET) if best else first[2]
             same = rule.at(known, depth)  # trials of one depth have one batch, so that rows are all that differs
             total = max(same[0].total_batch_size if same else total, rows * prepare.MAX_SEQ_LEN)

@@ -62,11 +62,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Settings(Sizes):
-    """What a calibration chose.
-
-    Attributes:
-        precision: what the backend computes in. attention: the implementation, by kind of window.
-    """
+    """What a calibration chose: sizes, the precision to compute in, and the attention by kind of window."""
 
     precision: str
     attention: dict[str, str]
@@ -87,7 +83,7 @@ class Spread(TypedDict):
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run of `train.py`, as it is asked for: depth, rows per pass, tokens per optimizer step, and so on."""
+    """What a short run of `train.py` is asked for: `rows` are of a pass, `total_batch_size` is tokens per step."""
 
     depth: int
     rows: int
@@ -98,7 +94,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Completed(Trial):
-    """A trial that ran.
+    """A trial that ran to its end.
 
     Attributes:
         tokens_per_second: over steps.
@@ -124,12 +120,7 @@ class Completed(Trial):
 
 @dataclass(frozen=True)
 class Failed(Trial):
-    """A trial that did not run to its end.
-
-    Attributes:
-        free_memory: bytes, before it started.
-        failed: the reason.
-    """
+    """A trial that did not run to its end; `failed` is the reason."""
 
     free_memory: int
     failed: str
@@ -149,7 +140,7 @@ def window_pattern(attention: dict, chosen: dict[str, str]) -> tuple[str, str]:
 
 
 def fitting(trials: Sequence[Outcome]) -> list[Completed]:
-    """Those trials whose batch fits, by rows."""
+    """The trials of one depth whose batch fits, in the order of their rows."""
     fit = []
     for trial in sorted((t for t in trials if isinstance(t, Completed)), key=lambda t: t.rows):
         in_memory = trial.peak_memory <= SHARE_OF_MEMORY * trial.free_memory
@@ -176,7 +167,7 @@ def best_depth(trials: Sequence[Outcome]) -> Completed | None:
 
 
 def total_batch(tokens: float) -> int:
-    """Tokens per optimizer step, for a run that reads so many."""
+    """Tokens per optimizer step, for a run that reads `tokens` in all."""
     best = BATCH_TOKENS * (tokens / BATCH_AT) ** BATCH_EXPONENT
     most = math.floor(math.log2(max(1, tokens / LEAST_STEPS)))
     return 2 ** max(int(math.log2(MAX_SEQ_LEN)), min(round(math.log2(best)), most))
