@@ -103,7 +103,7 @@ REFUSALS = {
     "other_budget": "its clock allows {told} s; the budget is {budget:g} s",
     "clock_behind": "its clock shows {told} s of training; there were {elapsed:.1f} s",
     "evaluates_without_clock": "evaluate_bpb without the run's clock: a run is scored once, at its end",
-    "other_score": "it reports another score than the evaluator's",
+    "reports_other_score": "it reports another score than the evaluator's",
     "raises_itself": "it raised prepare.{name} itself",
 }
 

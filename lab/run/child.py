@@ -51,8 +51,8 @@ def train(folder: Path, judge: Path, facts: dict) -> None:
         show(error)
         raise SystemExit(1) from None
     finally:
-        if problem := guard.problem(guard.backend):
-            guard.refuse(problem)
+        if reason := guard.problem(guard.backend):
+            guard.refuse(reason)
 
 
 def show(error: Exception) -> None:
@@ -77,36 +77,35 @@ def make_guard(folder, judge, facts):
 
 def rescore(folder: Path, judge: Path, facts: dict) -> None:
     """Lets train.py make its model, up to the moment when a Clock would be made; then loads the saved weights and
-    scores them, by a copy of prepare that train.py does not know. What it finds goes to score.json and rows.npz."""
+    scores them, by a copy of prepare that train.py does not know. The scores go to score.json and rows.npz."""
     import traceback
 
     import prepare
-    from storage import atomic
     from backends import interface
+    from storage import atomic
 
     fixed = private_copy(prepare.__file__)
 
     def built(backend, model, *_, **__):
+        error = None
         try:
             guard.busy.now = True  # what follows is the judge's
-            if problem := guard.problem(backend):
-                guard.refuse(problem)
-                raise fixed.Invalid(problem)
+            if reason := guard.problem(backend):
+                guard.refuse(reason)
+                raise fixed.Invalid(reason["code"], **reason["facts"])
             guard.busy.now = False
-            found = score(fixed, atomic, backend, model, facts["weights"], folder)
-        except BaseException as error:  # SystemExit too: train.py is to have no say in it
-            found, failed = {"problem": type(error).__name__}, error  # its text goes to the log, not into a reason
-        else:
-            failed = None
+            scores = score(fixed, atomic, backend, model, facts["weights"], folder)
+        except BaseException as raised:  # SystemExit too: train.py is to have no say in it
+            error, scores = raised, {"problem": type(raised).__name__}  # its text goes to the log, not into a reason
         status = 1
         try:
-            fixed.write_json(folder / "score.json", found)
+            fixed.write_json(folder / "score.json", scores)
             status = 0
-            if failed:
-                traceback.print_exception(failed)
+            if error:
+                traceback.print_exception(error)
             sys.stdout.flush()
             sys.stderr.flush()
-            end_descendants()  # such as a compiler's workers, which start for seconds and were not needed
+            end_all()  # such as a compiler's workers, which start for seconds and were not needed
         finally:  # whatever the text of an error does
             os._exit(status)
 
@@ -129,31 +128,25 @@ def private_copy(path: str):
 
 def score(fixed, atomic, backend, model, weights: str, folder: Path) -> dict:
     """Bits per byte on validation rows and as many held-out ones. Each row's nats and bytes are written to rows.npz."""
+    from functools import partial
+    from types import SimpleNamespace
+
     import numpy as np
 
-    class Fixed:  # the class's own methods, whatever the object was given
-        @staticmethod
-        def losses(*arguments):
-            return type(backend).losses(backend, *arguments)
-
-        @staticmethod
-        def logits(*arguments):
-            return type(backend).logits(backend, *arguments)
-
-        @staticmethod
-        def is_out_of_memory(error):
-            return type(backend).is_out_of_memory(backend, error)
-
+    methods = {
+        name: partial(getattr(type(backend), name), backend) for name in ("losses", "logits", "is_out_of_memory")
+    }
+    plain = SimpleNamespace(**methods)  # the class's own methods, whatever the object was given
     data = fixed.open_data()
     type(backend).load(backend, model, weights)
-    found, rows = {}, {}
+    scores, rows = {}, {}
     for name, key, stored in (("val_bpb", "val", data.validation_rows), ("held_out_bpb", "held", data.held_out_rows)):
-        nats, sizes = fixed.score_rows(Fixed, model, data, stored[: data.eval_rows], 8)
+        nats, sizes = fixed.score_rows(plain, model, data, stored[: data.eval_rows], 8)
         rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-        found[name] = fixed.bits_per_byte(nats, sizes)
+        scores[name] = fixed.bits_per_byte(nats, sizes)
     with atomic(folder / "rows.npz") as file:
         np.savez(file, **rows)
-    return found
+    return scores
 
 
 # --- Processes ---
@@ -190,14 +183,14 @@ def stay_behind() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # meant for the run, which is sent it too
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True, args=(lifeline, end_descendants)).start()
+    threading.Thread(target=follow, daemon=True, args=(lifeline, end_all)).start()
     status = reap(child)
     deadline = time.monotonic() + LINGER
     while children := not nothing_left():
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    if children and (left := end_descendants()):
+    if children and (left := end_all()):
         os._exit(LEFT_RUNNING + min(left, 15))
     os._exit(status if status >= 0 else 128 - status)
 
@@ -233,27 +226,11 @@ def end_group() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def end_descendants() -> int:
+def end_all() -> int:
     """Kills all processes below this one; how many there were."""
-    import psutil
+    from lab.run.processes import below, end
 
-    ended, deadline = set(), time.monotonic() + 10
-    while time.monotonic() < deadline:
-        alive = [
-            one
-            for one in psutil.Process().children(recursive=True)
-            if one.pid not in ended or one.is_running() and one.status() != psutil.STATUS_ZOMBIE
-        ]
-        for one in alive:
-            try:
-                one.kill()
-                ended.add(one.pid)
-            except psutil.Error:
-                pass
-        if nothing_left():
-            break
-        time.sleep(0.02)
-    return len(ended)
+    return end(below)
 
 
 if __name__ == "__main__":

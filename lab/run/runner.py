@@ -25,16 +25,17 @@ import psutil
 
 import prepare
 import storage
-from lab import untrusted
-from lab.run import child as inside, guard, log as capture, outcome, sandbox
 from lab.errors import LabError
+from lab.reasons import Reason, because, sentence
+from lab.run import child, guard, outcome, processes, sandbox
+from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
 from lab.run.processes import tree
 
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
-OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, inside.BEGUN)
+OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
 
@@ -76,7 +77,7 @@ class Request:
     unified: bool = False
     sandbox: str | None = None
     protected: Sequence[Path] = ()
-    ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
+    ending: Callable[[], Reason | str | None] = field(default=lambda: None, repr=False)
 
     @property
     def home(self) -> Path:
@@ -93,7 +94,15 @@ class Scores:
 
 
 class Halted(Exception):
-    """What was being run was ended because the request's `ending` said so; that is the reason."""
+    """What was being run was ended because the request's `ending` said so; that is its argument."""
+
+
+class Unscored(LabError):
+    """Saved weights can't be scored; `reason` says why."""
+
+    def __init__(self, reason: Reason):
+        self.reason = reason
+        super().__init__(sentence(reason))
 
 
 def run(request: Request) -> Outcome:
@@ -103,20 +112,10 @@ def run(request: Request) -> Outcome:
         Halted: it was ended from outside.
         LabError: it could not be begun, which is not train.py's fault.
     """
-    folder, known = request.folder, outcome.reasons()  # read before a run that might change them
-    clear(folder, RECORDS)
-    ended = execute(request, "train", folder / "run.log", AUTORESEARCH_RESULT=str(folder / "result.json"))
-    log = capture.read(folder / "run.log")
-    found = outcome.read(folder / "result.json")
-    mark = outcome.read(folder / guard.MARK) or {}
-    facts = outcome.sound(found) if found else None
-    status, reason = outcome.judged(request, ended, found, facts, mark, log, known)
-    if facts and abs(ended.set_by) > outcome.CLOCKS_APART:
-        facts["total_seconds"] = ended.seconds
-    if status != "ok" and facts:
-        facts.pop("val_bpb", None)
-    trace = untrusted.clean(log) if status == "crash" else ""
-    return Outcome(status, untrusted.one_line(reason), facts, ended.seconds, trace)
+    clear(request.folder, RECORDS)
+    result = request.folder / "result.json"
+    ended = execute(request, "train", request.folder / "run.log", AUTORESEARCH_RESULT=str(result))
+    return outcome.of_run(request, ended)
 
 
 def score(request: Request, weights: Path) -> Scores:
@@ -124,18 +123,17 @@ def score(request: Request, weights: Path) -> Scores:
 
     Raises:
         Halted: it was ended from outside.
-        LabError: they can't be scored; the reason is a line.
+        LabError: it could not be begun.
+        Unscored: they can't be scored.
     """
-    known = outcome.reasons()
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
-        raise LabError(f"there are no weights {weights}")
+        raise Unscored(because("no_weights"))
     ended = execute(request, "score", request.folder / "score.log", weights=weights)
-    found = outcome.read(request.folder / "score.json") or {}
-    log = capture.read(request.folder / "score.log")
-    if problem := outcome.unscored(request, ended, found, log, known):
-        raise LabError(untrusted.one_line(problem))
-    return Scores(found["val_bpb"], found["held_out_bpb"])
+    scores = outcome.read(request.folder / "score.json") or {}
+    if reason := outcome.unscored(request, ended, scores):
+        raise Unscored(reason)
+    return Scores(scores["val_bpb"], scores["held_out_bpb"])
 
 
 # --- A process, from its start to its end ---
@@ -202,7 +200,9 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    output = capture.Log(process.stdout.fileno(), log)
+    assert process.stdin and process.stdout
+    output = Log(os.dup(process.stdout.fileno()), log)
+    process.stdout.close()
     try:
         problem = watch(process, request, output, begun + request.timeout)
     finally:
@@ -210,64 +210,58 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
             ask_to_end(process)
         finally:
             process.stdin.close()  # the lifeline
-            left = end(request.run_id, request.home, 0.0 if inside.LINUX else inside.LINGER)
+            left = end(request.run_id, request.home, 0.0 if child.LINUX else child.LINGER)
             output.close()
             if temporary != folder / "tmp":
                 remove(temporary)
     seconds = time.monotonic() - begun
     set_by = time.time() - wall - seconds
-    if not (folder / inside.BEGUN).exists():
+    if not (folder / child.BEGUN).exists():
         raise LabError(
             f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
             "sandbox that does not work any more, start a new session"
         )
     code = process.returncode
-    if inside.LINUX and code > inside.LEFT_RUNNING:
-        left, code = left + code - inside.LEFT_RUNNING, 0
+    if child.LINUX and code > child.LEFT_RUNNING:
+        left, code = left + code - child.LEFT_RUNNING, 0
     if left and not problem:
-        problem = f"it left {left} process{'es' if left > 1 else ''} running"
+        problem = because("left_processes", count=left)
     return Ended(128 - code if code > 128 else code, seconds, set_by, problem)
 
 
-def watch(process: subprocess.Popen, request: Request, output: capture.Log, deadline: float) -> str | None:
+def watch(process: subprocess.Popen, request: Request, output: Log, deadline: float) -> Reason | None:
     """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now."""
+    ceiling = request.memory_ceiling if request.unified else None
     look = time.monotonic()
     while True:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(0.25)
             return None
-        except subprocess.TimeoutExpired:
-            pass
         if why := request.ending():
             raise Halted(why)
         if output.flooded:
-            return f"it printed more than {capture.FLOOD // 2**20} MB"
+            return because("flooded", most=FLOOD // 2**20)
         now = time.monotonic()
         if now > deadline:
-            return f"timeout: not done after {request.timeout:.0f} s, with {request.budget:g} s for training"
-        if request.unified and request.memory_ceiling is not None and now >= look:
+            return because("timeout", seconds=request.timeout, budget=request.budget)
+        if ceiling is not None and now >= look:
             look = now + MEMORY_EVERY
-            if (used := memory(process.pid)) > request.memory_ceiling:
-                return (
-                    f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
-                    "allowed"
-                )
+            if (used := memory(process.pid)) > ceiling:
+                return because("memory", used_mb=used / 2**20, most_mb=ceiling / 2**20)
 
 
 def memory(pid: int) -> int:
     """Bytes that a process and those below it hold; what they share counts once where that can be told."""
     resident = proportional = 0
-    processes = tree(pid)
-    for one in processes:
-        try:
-            resident += one.memory_info().rss
-        except psutil.Error:
-            continue
-    if len(processes) < 2 or not inside.LINUX:
+    family = tree(pid)
+    for process in family:
+        with suppress(psutil.Error):
+            resident += process.memory_info().rss
+    if len(family) < 2 or not child.LINUX:
         return resident
-    for one in processes:  # telling them apart takes longer, and matters only to processes that share much
+    for process in family:  # telling them apart takes longer, and matters only to processes that share much
         try:
-            proportional += one.memory_full_info().pss
+            proportional += process.memory_full_info().pss
         except (psutil.Error, OSError):
             return resident
     return proportional
@@ -275,25 +269,17 @@ def memory(pid: int) -> int:
 
 def ask_to_end(process: subprocess.Popen) -> None:
     """SIGTERM to everything below a process that still runs; a little later, SIGKILL."""
-    if process.poll() is not None:
-        return
-    processes = tree(process.pid)
-    for one in processes:
-        try:
-            if one.name() not in WRAPPERS:
-                one.terminate()
-        except psutil.Error:
-            pass
+    if process.poll() is None:
+        processes.end(lambda: [each for each in tree(process.pid) if not is_wrapper(each)], GRACE, ask=True)
+        processes.end(lambda: tree(process.pid))
+        process.wait()
+
+
+def is_wrapper(process: psutil.Process) -> bool:
     try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass
-    for one in dict.fromkeys([*processes, *tree(process.pid)]):
-        try:
-            one.kill()
-        except psutil.Error:
-            pass
-    process.wait()
+        return process.name() in WRAPPERS
+    except psutil.Error:
+        return False
 
 
 def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
@@ -303,38 +289,8 @@ def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
         home: the AUTORESEARCH_HOME of the run; prepare's by default.
         patience: seconds that they are given to end by themselves.
     """
-    home, ended, deadline = str(home or storage.home().absolute()), set(), time.monotonic() + patience
-    for _ in range(50):  # what is being ended may start another
-        alive = [
-            one
-            for marked in psutil.process_iter()
-            if _belongs(marked, run_id, home)
-            for one in tree(marked.pid)
-            if one.pid != os.getpid()
-        ]
-        if not alive:
-            break
-        if time.monotonic() < deadline:
-            time.sleep(0.1)
-            continue
-        for one in dict.fromkeys(alive):
-            try:
-                one.kill()
-                ended.add(one.pid)
-            except psutil.Error:
-                pass
-        psutil.wait_procs(alive, 0.2)
-    return len(ended)
-
-
-def _belongs(process: psutil.Process, run_id: str, home: str) -> bool:
-    try:
-        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        of = process.environ()
-    except (psutil.Error, OSError):
-        return False
-    return (of.get("AUTORESEARCH_RUN"), of.get("AUTORESEARCH_HOME")) == (run_id, home)
+    mark = {"AUTORESEARCH_RUN": run_id, "AUTORESEARCH_HOME": str(home or storage.home().absolute())}
+    return processes.end(lambda: processes.marked(**mark), patience)
 
 
 # --- What it gets ---

@@ -16,6 +16,7 @@ import storage
 from lab.genome import syntax as source
 from lab.run import runner, sandbox
 from lab.errors import LabError
+from lab.reasons import because
 from lab.session.journal import Journal
 from lab.session.session import FORMAT, PREFIX, Session, fingerprints
 from lab.session.start import pin
@@ -49,7 +50,10 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Tree:
     if project:
         for name in ("backends", "calibration", "lab"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for source in (*(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py")), HERE / "fake_backend.py"):
+        for source in (
+            *(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py", "results.py")),
+            HERE / "fake_backend.py",
+        ):
             shutil.copy(source, path)
         (path / ".gitignore").write_text("__pycache__/\n")
     git(path, "add", ".")
@@ -130,7 +134,7 @@ class Runner:
         if facts.get("FAILS"):
             return SimpleNamespace(
                 status=facts["FAILS"],
-                reason=f"it {facts['FAILS']}ed",
+                reason=because("raised", error="Boom"),
                 result=None,
                 seconds=1.0,
                 traceback="Traceback: boom" if facts["FAILS"] == "crash" else "",
@@ -159,7 +163,7 @@ class Runner:
             "attention_provider": facts.get("ATTENTION"),
             "total_seconds": request.budget + 20,
         }
-        return SimpleNamespace(status="ok", reason="", result=result, seconds=request.budget + 20, traceback="")
+        return SimpleNamespace(status="ok", reason=None, result=result, seconds=request.budget + 20, traceback="")
 
     def score(self, request, weights):
         _, facts = self._facts(request.folder)
