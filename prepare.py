@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -102,7 +103,8 @@ class Loader(Iterator, AbstractContextManager):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.data, self.batch_size = data, batch_size
         self.batches = self.rows = self.tokens = 0
-        self.epoch, self.waited, self.clock = 1, 0.0, None  # the Clock sets itself
+        self.epoch, self.waited = 1, 0.0
+        self.clock: Clock | None = None  # which sets itself
         self._rows = pack(self._endless())
         self._packing_epoch, self._closed = 0, False
         self._thread = ThreadPoolExecutor(1, "loader")
@@ -120,7 +122,7 @@ class Loader(Iterator, AbstractContextManager):
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
         if self._closed:
             raise RuntimeError("the loader is closed")
-        admit(self.clock)
+        clock = admit(self.clock)
         asked = time.perf_counter()
         try:
             x, y, self.epoch = self._ahead.popleft().result()
@@ -132,7 +134,7 @@ class Loader(Iterator, AbstractContextManager):
         self.batches += 1
         self.rows += self.batch_size
         self.tokens += self.batch_size * MAX_SEQ_LEN
-        self.clock.start()
+        clock.start()
         return x, y
 
     def close(self) -> None:
@@ -161,9 +163,12 @@ class Clock:
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
-        self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
+        self.started: float | None = None  # times by time.perf_counter()
+        self.stopped: float | None = None
+        self.ticked = self._took = 0.0
         self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
-        self.loss = self._unread = self._took = None
+        self.loss: float | None = None
+        self._unread: tuple[int, Any] | None = None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
@@ -263,15 +268,17 @@ def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:
     return digest.hexdigest()[:12]
 
 
-def admit(clock: Clock | None) -> None:
-    """Refuses training before a clock checked the model, after the evaluation, or far beyond the budget."""
+def admit(clock: Clock | None) -> Clock:
+    """The clock of a run. Refuses training before a clock checked the model, after the evaluation, or far beyond the
+    budget."""
     with recorded(clock):
         if clock is None:
             raise Invalid("batch_before_clock")
         if clock.stopped is not None:
             raise Invalid("batch_after_evaluation")
-        under_way = clock.ticked - clock.started if clock.in_step else None
+        under_way = clock.ticked - clock.started if clock.in_step and clock.started is not None else None
         require_time(clock.seconds, clock.elapsed, clock.longest, under_way)
+        return clock
 
 
 def require_time(seconds: float, elapsed: float, longest: float, under_way: float | None) -> None:

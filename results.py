@@ -112,7 +112,7 @@ class _Lenient(Formatter):
     """Shows "?" for a fact that is missing or unknown, and as it is a fact that its format does not fit."""
 
     def get_value(self, key, args, kwargs):
-        return kwargs.get(key)
+        return kwargs.get(str(key))
 
     def format_field(self, value, format_spec):
         try:

@@ -79,9 +79,10 @@ def temporary_of(path: Path) -> Path:
 
 def sync(descriptor: int) -> None:
     """Returns once what was written to a file is on the disk. macOS would leave it in the drive's cache at fsync."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    flush_drive = getattr(fcntl, "F_FULLFSYNC", None)
+    if fcntl and flush_drive is not None:
         try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(descriptor, flush_drive)
             return
         except OSError:  # a file system that can't
             pass

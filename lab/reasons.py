@@ -39,7 +39,7 @@ OF_A_RUN = {
     "raised": "{error}",
     "killed_by_signal": "killed by {signal}",
     "killed_for_memory": "killed by {signal}: most likely out of memory",
-    "exit_status": "exit status {code}",
+    "exit_status": "exit status {status}",
     "result_lacks": "its result lacks {names}, or they are of the wrong kind",
     "bpb_not_positive": "val_bpb is {val_bpb}",
     "trained_with_other_budget": "it trained with a budget of {told:g} s instead of {budget:g} s",

@@ -110,7 +110,7 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
             os._exit(status)
 
     prepare.Clock = built
-    interface.Trainer.warm_up = lambda *_: None  # nothing will be trained, so nothing is to be compiled
+    interface.Trainer.warm_up = lambda self, x, y: None  # nothing will be trained, so nothing is to be compiled
     guard = make_guard(folder, judge, facts)
     guard.install()
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -118,11 +118,11 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
 
 def private_copy(path: str):
     """Another copy of a module, which no name leads to."""
-    import importlib.util
+    from importlib.machinery import SourceFileLoader
+    from types import ModuleType
 
-    spec = importlib.util.spec_from_file_location("prepare_of_the_judge", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType("prepare_of_the_judge")
+    SourceFileLoader(module.__name__, path).exec_module(module)
     return module
 
 

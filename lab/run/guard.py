@@ -83,8 +83,10 @@ class Guard:
         self.trusted, self.readers = trusted, {prepare.__file__, dataset.__file__, storage.__file__, trusted}
         self.busy = threading.local()
         self.clock = self.backend = self.score = None
-        self.now, self.started, self.ticked, self.longest, self.in_step = time.perf_counter, None, None, 0.0, False
-        self.stopped = None
+        self.now, self.require_time = time.perf_counter, prepare.require_time
+        self.started: float | None = None  # times by `now`
+        self.stopped: float | None = None
+        self.ticked, self.longest, self.in_step = 0.0, 0.0, False
         self.known = dict(self._judged())
 
     def install(self) -> None:
@@ -252,9 +254,8 @@ class Guard:
         """By the guard's own watch, whatever became of the clock's."""
         if self.started is not None:
             elapsed = (self.stopped or self.now()) - self.started
-            self.known["prepare", "require_time"](
-                self.budget, elapsed, self.longest, self.ticked - self.started if self.in_step else None
-            )
+            under_way = self.ticked - self.started if self.in_step else None
+            self.require_time(self.budget, elapsed, self.longest, under_way)
 
     def _evaluate(self, clock, backend) -> None:
         if clock is None or clock is not self.clock:

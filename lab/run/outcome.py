@@ -93,7 +93,7 @@ def crash(ended: Ended, printed: str) -> Reason:
     header, *lines = untrusted.clean(printed).splitlines() or [""]
     error = next((line for line in lines if line and not line.startswith(" ")), "")
     name = header == untrusted.HEADER and re.match(r"[A-Za-z_][\w.]{0,60}(?=:|$)", error, re.ASCII)
-    return because("raised", error=name[0]) if name else because("exit_status", code=ended.code)
+    return because("raised", error=name[0]) if name else because("exit_status", status=ended.code)
 
 
 def unscored(request, ended: Ended, scores: dict) -> Reason | None:

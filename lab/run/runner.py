@@ -363,7 +363,9 @@ def hidden(request: Request) -> list[Path]:
 def readable(request: Request) -> list[Path]:
     """What it needs of that."""
     search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
-    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")]
+    named: list[str | Path | None] = [
+        os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")
+    ]
     named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
     if library := request.settings.get("AUTORESEARCH_FA3_LIBRARY"):
         named += Path(library).parent.glob("libcudart.so*")  # which is loaded from beside it

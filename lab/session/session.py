@@ -265,17 +265,20 @@ class Session:
         return self.state.runs[number]
 
 
+# Files and folders that appear by themselves, made by Python, git, file managers, and macOS on foreign disks.
+BY_THEMSELVES = re.compile(r"__pycache__|\.git|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+
+
 def fingerprints(judge: Path) -> dict[str, str]:
-    """sha256 of each of a judge's files."""
-    found = {}
+    """sha256 of each of a judge's files, those aside that appear by themselves."""
+    digests = {}
     for folder, folders, files in os.walk(judge):
-        folders[:] = [name for name in folders if name not in ("__pycache__", ".git")]
-        for name in files:
-            path = Path(folder, name)
-            if name != ".git":
-                name = path.relative_to(judge).as_posix()
-                found[name] = storage.sha256(path) if path.is_file() else "a link to nothing"
-    return found
+        folders[:] = [name for name in folders if not BY_THEMSELVES.fullmatch(name)]
+        for path in (Path(folder, name) for name in files if not BY_THEMSELVES.fullmatch(name)):
+            digests[path.relative_to(judge).as_posix()] = (
+                storage.sha256(path) if path.is_file() else "a link to nothing"
+            )
+    return digests
 
 
 def differing(judge: Path, pinned: dict[str, str]) -> list[str]:

@@ -110,7 +110,7 @@ def test_evaluates_twice(refused, edits, reason):
     ({REPORT: "    open(os.environ['AUTORESEARCH_RESULT'], 'w').write('{}')\n"}, "writes result.json"),
     ({REPORT: "    prepare.write_json(prepare.result_path(), {'status': 'ok'})\n"}, "writes result.json"),
     ({REPORT: HONEST_REPORT + hushed("os.rename('x', prepare.result_path())")}, "writes result.json"),
-    ({EVALUATION: "    backend.losses = lambda m, x, y: np.zeros(y.shape, np.float32)\n" + HONEST}, "replaces losses"),
+    ({EVALUATION: "    backend.losses = lambda m, x, y: np.zeros(y.shape, np.float32)\n" + HONEST}, r"replaces Backend\.losses"),
     ({EVALUATION: "    type(backend).losses = lambda s, m, x, y: np.zeros(y.shape, np.float32)\n" + HONEST},
      "replaces .*losses"),
     ({r"backend = fake_backend\.Backend\(\)": "class Mine(fake_backend.Backend):\n    pass\n\n\nbackend = Mine()"},
@@ -417,7 +417,7 @@ def test_the_saved_weights_score_the_same(request_for):
 
 @pytest.mark.parametrize("edits, reason", [
     ({BEFORE_CLOCK: "    fake_backend.Backend.losses = lambda *_: 0\n" + CLOCK}, "replaces .*losses"),
-    ({BEFORE_CLOCK: "    backend.logits = lambda *_: 0\n" + CLOCK}, "replaces logits"),
+    ({BEFORE_CLOCK: "    backend.logits = lambda *_: 0\n" + CLOCK}, r"replaces Backend\.logits"),
     ({BEFORE_CLOCK: "    prepare.probe = print\n" + CLOCK}, r"replaces prepare\.probe"),
     ({BEFORE_CLOCK: hushed("prepare.write_json(prepare.Path('../score.json'), {})") + CLOCK}, "writes score.json"),
     ({BEFORE_CLOCK: "    clock = None\n", LOOP: "if False:"}, "AttributeError|NoneType|TypeError|exit status"),
