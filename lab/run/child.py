@@ -13,13 +13,19 @@ import sys
 if __name__ == "__main__":  # run by its path: modules come from the judge's folder, and not from lab/
     sys.path[0] = __file__.replace("\\", "/").rsplit("/", 3)[0]
 
+import ctypes  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import runpy  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
+from functools import partial  # noqa: E402
+from importlib.machinery import SourceFileLoader  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import ModuleType, SimpleNamespace  # noqa: E402
 
 LINUX = sys.platform.startswith("linux")
 LINGER = 3.0  # seconds that children may take to end after the run has
@@ -57,8 +63,6 @@ def train(folder: Path, judge: Path, facts: dict) -> None:
 
 def show(error: Exception) -> None:
     """Prints a traceback that begins where train.py does."""
-    import traceback
-
     frames = error.__traceback__
     while frames and frames.tb_frame.f_code.co_filename != sys.argv[0]:
         frames = frames.tb_next
@@ -78,8 +82,6 @@ def make_guard(folder, judge, facts):
 def rescore(folder: Path, judge: Path, facts: dict) -> None:
     """Lets train.py make its model, up to the moment when a Clock would be made; then loads the saved weights and
     scores them, by a copy of prepare that train.py does not know. The scores go to score.json and rows.npz."""
-    import traceback
-
     import prepare
     from backends import interface
     from storage import atomic
@@ -118,9 +120,6 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
 
 def private_copy(path: str):
     """Another copy of a module, which no name leads to."""
-    from importlib.machinery import SourceFileLoader
-    from types import ModuleType
-
     module = ModuleType("prepare_of_the_judge")
     SourceFileLoader(module.__name__, path).exec_module(module)
     return module
@@ -128,9 +127,6 @@ def private_copy(path: str):
 
 def score(fixed, atomic, backend, model, weights: str, folder: Path) -> dict:
     """Bits per byte on validation rows and as many held-out ones. Each row's nats and bytes are written to rows.npz."""
-    from functools import partial
-    from types import SimpleNamespace
-
     import numpy as np
 
     methods = {
@@ -158,8 +154,6 @@ def limit_files(folder: Path) -> None:
         import resource
     except ImportError:  # Windows
         return
-    import shutil
-
     for which, wanted in ((resource.RLIMIT_FSIZE, shutil.disk_usage(folder).free // 2), (resource.RLIMIT_CORE, 0)):
         most = resource.getrlimit(which)[1]
         limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
@@ -168,8 +162,6 @@ def limit_files(folder: Path) -> None:
 
 def stay_behind() -> None:
     """Returns in a new process; this one ends when that has, and all that it started."""
-    import ctypes
-
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     lifeline, parent = os.dup(0), os.getpid()

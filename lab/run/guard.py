@@ -36,24 +36,15 @@ CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
 TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock may be behind another in one process
 # Who may write which file in a run's folder: functions of the judge's.
 WRITERS = {
-    "result.json": {"report", "recorded", "open_data"},
-    "result.safetensors": {"evaluate_bpb"},
-    "score.json": {"built"},
-    "rows.npz": {"score"},
-}
+    "result.json": {"report", "recorded", "open_data"}, "result.safetensors": {"evaluate_bpb"},
+    "score.json": {"built"}, "rows.npz": {"score"},
+}  # fmt: skip
 # Events whose arguments are paths that get written: which arguments, and which hold the folder they are relative to.
 CHANGES = {
-    "os.remove": ((0, 1),),
-    "os.rmdir": ((0, 1),),
-    "os.mkdir": ((0, 2),),
-    "os.rename": ((0, 2), (1, 3)),
-    "os.link": ((1, 3),),
-    "os.symlink": ((1, 2),),
-    "os.truncate": ((0, None),),
-    "os.chmod": ((0, 2),),
-    "os.utime": ((0, 3),),
-    "shutil.rmtree": ((0, None),),
-}
+    "os.remove": [(0, 1)], "os.rmdir": [(0, 1)], "os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)],
+    "os.link": [(1, 3)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)], "os.chmod": [(0, 2)],
+    "os.utime": [(0, 3)], "shutil.rmtree": [(0, None)],
+}  # fmt: skip
 
 
 class Guard:
@@ -77,6 +68,7 @@ class Guard:
         self.free |= {os.path.join(each, "cache") for each in self.homes}
         self.protected = set().union(self.homes, self.data, self.judges, *map(forms, protected))
         self.runs = set().union(*(forms(Path(each).parent) for each in self.folders))
+        self.left = self.runs | {os.path.join(each, "last") for each in self.homes}  # what other runs have left
         paths = sysconfig.get_paths()
         self.libraries = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
         self.libraries |= {os.path.dirname(os.__file__), *(path for path in sys.path if "site-packages" in path)}
@@ -164,15 +156,10 @@ class Guard:
             return
         name, parts = os.path.basename(path), path.split(os.sep)
         if within(path, self.data):
-            if name.endswith(".npy") and (
-                not (by := next(self._callers(sys._getframe(1)), None)) or by.f_code.co_filename not in self.readers
-            ):
+            by = next(self._callers(sys._getframe(1)), None)
+            if name.endswith(".npy") and not (by and by.f_code.co_filename in self.readers):
                 self._deny("reads_data", name=named(name))
-        elif (
-            within(path, self.runs | {os.path.join(home, "last") for home in self.homes})
-            or name.endswith(".safetensors")
-            or {"runs", "sessions"} <= set(parts)
-        ):
+        elif within(path, self.left) or name.endswith(".safetensors") or {"runs", "sessions"} <= set(parts):
             self._deny("reads_another_run", name=named(name))
 
     def _changed(self, places, makes: bool, *arguments) -> None:
@@ -220,14 +207,12 @@ class Guard:
     def _rows(self, which) -> None:
         frame = sys._getframe(3)  # who reads the property
         own = frame.f_code.co_filename in self.readers
-        while own and which == "train" and frame and frame.f_code.co_filename in self.readers:
+        if which != "train":
+            return None if own else self._deny("reads_rows", name=which)
+        while frame and frame.f_code.co_filename in self.readers:
             frame = frame.f_back
-        if own and which == "train":  # by the loader, on its thread
-            own = next(self._callers(frame), None) is None
-        if not own and which == "train":
+        if not own or next(self._callers(frame), None):  # the loader's thread has nobody else below it
             self._deny("reads_documents")
-        elif not own:
-            self._deny("reads_rows", name=which)
 
     def _clock(self, clock, backend) -> None:
         if self.clock is not None:
@@ -346,12 +331,10 @@ class Guard:
             for name, value in list(vars(judge).items()):
                 if not name.startswith("__"):
                     yield (judge.__name__, name), value
-                    if isinstance(value, type) and value.__module__ == judge.__name__:
-                        yield from (
-                            ((judge.__name__, f"{name}.{of}"), what)
-                            for of, what in list(vars(value).items())
-                            if callable(what) or isinstance(what, property)
-                        )
+                    own = isinstance(value, type) and value.__module__ == judge.__name__
+                    for of, part in list(vars(value).items()) if own else ():
+                        if callable(part) or isinstance(part, property):
+                            yield (judge.__name__, f"{name}.{of}"), part
             yield ("sys.modules", judge.__name__), sys.modules.get(judge.__name__)
         yield from ((("time", name), getattr(time, name)) for name in CLOCKS)
 
@@ -359,13 +342,8 @@ class Guard:
         """Whether this is a function whose code is neither the judge's nor a library's."""
         while isinstance(value, (functools.partial, staticmethod, classmethod)):
             value = value.func if isinstance(value, functools.partial) else value.__func__
-        code = getattr(value, "__code__", None) if isinstance(value, types.FunctionType) else None
-        return (
-            code is not None
-            and not self._judges(code.co_filename)
-            and not self._library(code.co_filename)
-            and not code.co_filename.startswith("<")
-        )
+        file = value.__code__.co_filename if isinstance(value, types.FunctionType) else "<no function>"
+        return not (file.startswith("<") or self._judges(file) or self._library(file))
 
 
 def named(text) -> str:

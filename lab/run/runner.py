@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import site
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 import psutil
 
@@ -39,14 +39,15 @@ OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
 
-# Settings that a run inherits, by name or by how it begins, unless it looks like a secret.
+# Settings that a run inherits, by name or by how it begins.
 SAFE = """PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX
 SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE""".split()
 SAFE_PREFIXES = tuple(
     """LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
 VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split()
 )
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
+# Parts of names: of secrets, and of where compilers write, which must be its home's cache.
+NOT_SAFE = "TOKEN KEY SECRET PASSW CREDENTIAL AUTH TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR".split()
 
 
 @dataclass(frozen=True)
@@ -155,50 +156,35 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         return
-
-    def allow(path):
-        if not path.is_symlink():
-            with suppress(OSError):
-                path.chmod(0o700)
-
-    allow(folder)
+    with suppress(OSError):
+        folder.chmod(0o700)
     for place, folders, files in os.walk(folder):  # which lists a folder after it was allowed to
-        for name in [*folders, *(files if os.name == "nt" else [])]:
-            allow(Path(place, name))
+        for path in (Path(place, name) for name in [*folders, *(files if os.name == "nt" else [])]):
+            with suppress(OSError):
+                if not path.is_symlink():
+                    path.chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def execute(request: Request, mode: str, log: Path, weights: Path | None = None, **settings: str) -> Ended:
     """Starts child.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
-    facts = {
-        "mode": mode,
-        "folder": str(folder),
-        "home": str(request.home),
-        "budget": request.budget,
-        "protected": [str(path) for path in request.protected],
-        "weights": str(weights),
-    }
+    facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
+    facts |= {"protected": [str(path) for path in request.protected], "weights": str(weights)}
     command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
-    settings |= environment(request, temporary)
-    wrapped = sandbox.wrap(
+    command = sandbox.wrap(
         request.sandbox,
         command,
         readable=[*readable(request), *([weights.absolute()] if weights else [])],
         writable=[folder, request.home / "cache"],
-        hidden=hidden(request),
+        hidden=[Path.home(), request.home, Path("/run/user")],  # the user's files, other runs, the session's sockets
         temporary=temporary,
         cwd=folder / "work",
     )
+    settings |= environment(request, temporary)
     begun, wall = time.monotonic(), time.time()
-    process = subprocess.Popen(
-        wrapped,
-        cwd=folder / "work",
-        env=settings,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    process = Popen(
+        command, cwd=folder / "work", env=settings, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True
     )
     assert process.stdin and process.stdout
     output = Log(os.dup(process.stdout.fileno()), log)
@@ -229,12 +215,12 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
     return Ended(128 - code if code > 128 else code, seconds, set_by, problem)
 
 
-def watch(process: subprocess.Popen, request: Request, output: Log, deadline: float) -> Reason | None:
+def watch(process: Popen, request: Request, output: Log, deadline: float) -> Reason | None:
     """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now."""
     ceiling = request.memory_ceiling if request.unified else None
     look = time.monotonic()
     while True:
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(TimeoutExpired):
             process.wait(0.25)
             return None
         if why := request.ending():
@@ -252,22 +238,17 @@ def watch(process: subprocess.Popen, request: Request, output: Log, deadline: fl
 
 def memory(pid: int) -> int:
     """Bytes that a process and those below it hold; what they share counts once where that can be told."""
-    resident = proportional = 0
-    family = tree(pid)
+    family, resident = tree(pid), 0
+    if len(family) > 1 and child.LINUX:  # it takes longer to tell, and matters only to processes that share much
+        with suppress(psutil.Error, OSError):
+            return sum(process.memory_full_info().pss for process in family)
     for process in family:
         with suppress(psutil.Error):
             resident += process.memory_info().rss
-    if len(family) < 2 or not child.LINUX:
-        return resident
-    for process in family:  # telling them apart takes longer, and matters only to processes that share much
-        try:
-            proportional += process.memory_full_info().pss
-        except (psutil.Error, OSError):
-            return resident
-    return proportional
+    return resident
 
 
-def ask_to_end(process: subprocess.Popen) -> None:
+def ask_to_end(process: Popen) -> None:
     """SIGTERM to everything below a process that still runs; a little later, SIGKILL."""
     if process.poll() is None:
         processes.end(lambda: [each for each in tree(process.pid) if not is_wrapper(each)], GRACE, ask=True)
@@ -300,13 +281,10 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     """All that a run is told."""
 
     def safe(name):
-        return (name.upper() in SAFE or name.startswith(SAFE_PREFIXES)) and not any(s in name.upper() for s in SECRET)
+        named = name.upper() in SAFE or name.startswith(SAFE_PREFIXES)
+        return named and not any(secret in name.upper() for secret in NOT_SAFE)
 
-    inherited = {
-        name: value
-        for name, value in os.environ.items()  # where compilers write must be its home's cache
-        if safe(name) and name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    }
+    inherited = {name: value for name, value in os.environ.items() if safe(name)}
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
@@ -355,13 +333,8 @@ def short_temporary(request: Request) -> Path:
     return path
 
 
-def hidden(request: Request) -> list[Path]:
-    """What a run is not to see: the user's home, other runs, and the sockets of the user's session."""
-    return [Path.home(), request.home, Path("/run/user")]
-
-
 def readable(request: Request) -> list[Path]:
-    """What it needs of that."""
+    """What a run needs of folders that are hidden from it."""
     search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
     named: list[str | Path | None] = [
         os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")
