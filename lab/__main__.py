@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help=("asked once for each experiment: gets a prompt on its standard input, and edits train.py"),
     )
-    who.add_argument("--proposer", action="store_true", help="no agent: search by Optuna (the default)")
+    who.add_argument("--proposer", action="store_true", help="no agent: the built-in search (the default)")
     night.add_argument(
         "--turn-seconds", type=float, default=TURN, metavar="S", help=(f"for the agent, each time (default {TURN:g})")
     )

@@ -9,20 +9,18 @@ import msgspec
 
 from results import REFUSALS, fill
 
-Fact = bool | int | float | str | None
-
 
 class Reason(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A code of TEXTS, and the facts that its sentence names."""
+    """A code of TEXTS, and the facts that its sentence names: numbers, names, and other reasons."""
 
     code: str
-    facts: dict[str, Fact] = {}
+    facts: dict[str, bool | int | float | str | Reason | None] = {}
 
     def __str__(self) -> str:
         return sentence(self)
 
 
-def because(code: str, **facts: Fact) -> Reason:
+def because(code: str, **facts: bool | int | float | str | Reason | None) -> Reason:
     """A reason. KeyError for a code that has no sentence."""
     TEXTS[code]
     return Reason(code, facts)
@@ -54,6 +52,52 @@ OF_A_RUN = {
 TEXTS: dict[str, str] = {
     **REFUSALS,
     **OF_A_RUN,
+    # The verdict (verdict/gate.py, verdict/plan.py)
+    "baseline": "the baseline",
+    "not_run": "not run yet",
+    "parent_not_run": "its parent has no runs",
+    "not_a_number": "a score that is not a finite number can't be compared",
+    "tested": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
+    "{parent_runs} runs): p = {p:.2g}, at most {share:.2g} was asked for",
+    "simpler": "simpler, and {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} "
+    "against {parent_runs} runs): a loss above {loss:.6f} is excluded, {allowed:.6f} was allowed",
+    "simpler_and_equal": "simpler, and its score is its parent's to the last bit, on {seeds} of the same seeds",
+    "screened": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
+    "{parent_runs} runs): at least {wanted:g} better was asked for",
+    "hopeless": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
+    "{parent_runs} runs): its chance of being kept after {rounds} runs is {hope:.0%}, at least {wanted:.0%} was asked "
+    "for",
+    "worth_another_run": "worth another run: {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard "
+    "errors, {runs} against {parent_runs} runs)",
+    "parent": "the parent again, beside experiment {of}",
+    "further_runs": "as experiment {of}, of which these are further runs",
+    "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
+    "baseline (90 % interval {low:+.6f} to {high:+.6f})",
+    "same_start": "it starts from the same weights whatever AUTORESEARCH_SEED says: chance could not be told from gain",
+    "not_scored_again": "its saved weights could not be scored again: {problem}",
+    "other_score": "it reported {reported:.6f}; its saved weights, scored again, have {again:.6f}",
+    "not_held_out": "its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on "
+    "those it can't have seen",
+    "other_conditions": "the run was made under other conditions: {what}",
+    "other_attention": "it ran with attention from {now}, its parent with that from {before}. Bring that back, and run "
+    "this again; or start another session",
+    "slower": "the device was slower than calibrated: speed {speed:.2f}, below {least:.2f}",
+    "slowed_down": "its last quarter ran at {share:.2f} of its tokens/s, below {least:.2f}",
+    "disturbed": "{why}, in {times} runs. Free the device, or calibrate it again, and run this again",
+    "parent_fails": "its parent does not run any more: {why}",
+    "interrupted": "it was interrupted {times} times: does it bring the machine down?",
+    "harness_failed": "the lab failed at it {times} times; see supervisor.log in the session's folder, and "
+    "please report it",
+    "changed_judge": "it changed the judge's files, which were put back: {files}",
+    "changed_ledger": "it changed the ledger, which was put back",
+    # Runs that are made again (verdict/executor.py)
+    "killed": "the harness was killed",
+    "paused": "the session was paused",
+    "stopped": "the night ended",
+    # After the verdict (session/repository.py)
+    "edited_meanwhile": "train.py was edited meanwhile, and was left as it is",
+    "no_train": "{branch} has no train.py: it was left as it is",
+    "not_checked_out": "{branch} is not checked out; go back to it: git switch {branch}",
 }
 
 

@@ -73,6 +73,18 @@ def one_line(text: str, width: int = 200) -> str:
     return cut(" ".join(plain(text).split()), width)
 
 
+def listed(names: list[str], most: int = 5) -> str:
+    """Names with commas between them, cut after the first few."""
+    return ", ".join(one_line(name, 80) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
+
+
+def counted(count: int, what: str) -> str:
+    """ "1 run", "3 runs"."""
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def visible(text: str) -> str:
     """A diff as it is, but for what can't be seen: that is spelt out, so that nothing hides in it. Cut where it is
     endless."""

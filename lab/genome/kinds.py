@@ -1,6 +1,6 @@
 """What a change of train.py is about, by its syntax tree: to see what was not tried yet, and what helped where.
 
-A file is taken apart into pieces (constants, functions, methods, what else a class says, the rest). A piece is of the
+A file is taken apart into definitions (constants, functions, methods, what else a class says, the rest). Each is of the
 kind that its name says, or the heading that it stands under ("# Optimizer"), or what it is: a model's class, an update
 rule. What can't be told is "other".
 """
@@ -11,13 +11,13 @@ import ast
 import functools
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from lab import untrusted
-from lab.genome import syntax as source
+from lab.genome.syntax import MODULE, Definition, canonical, definitions
 
 KINDS = ("architecture", "optimizer", "schedule", "batch", "regularisation", "other")
-# By words of a name, in the order in which they are asked. The first are said whatever heading a piece stands under.
+# By words of a name, in the order in which they are asked. The first are said whatever heading it stands under.
 STRONG = (
     ("other", "seed"),
     ("schedule", "lr_decay"),
@@ -54,32 +54,15 @@ SPOKEN = (  # words of descriptions that names in train.py don't have
 LONGEST = 40  # characters of a value in a summary
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Of a train.py.
-
-    Attributes:
-        name: "MATRIX_LR", "Attention.forward"; "the imports" and "the rest" for what has none.
-        kind: one of KINDS. constant: it is an assignment at the top of the file.
-        text: without comments and layout; of a constant, its value's.
-    """
-
-    name: str
-    kind: str
-    constant: bool
-    text: str
-    node: ast.AST
-
-
 def of_change(before: bytes, after: bytes) -> tuple[str, ...]:
     """Which of KINDS a change touches, the one most is changed of first; none if nothing is."""
     try:
-        changes = changed(before, after)
+        changes, kinds = changed(before, after), {**definition_kinds(before), **definition_kinds(after)}
     except SyntaxError:
         return ("other",)
     sizes = Counter()
     for old, new in changes:
-        sizes[_kind_of(old, new)] += _size(old, new)
+        sizes[_kind_of(old, new, kinds)] += _size(old, new)
     return tuple(sorted(sizes, key=lambda kind: (kind == "other", -sizes[kind], KINDS.index(kind))))
 
 
@@ -101,118 +84,84 @@ def summary(before: bytes, after: bytes, width: int = 200) -> str:
     """
     said, groups = [], {"edited": [], "new": [], "removed": []}
     for old, new in changed(before, after):
-        name = (new or old).name
+        name = new.name if new else old.name if old else ""
         if old and new and old.constant and new.constant:
-            said.append(f"{name} {untrusted.cut(old.text, LONGEST)} -> {untrusted.cut(new.text, LONGEST)}")
+            said.append(f"{name} {_value(old)} -> {_value(new)}")
         elif new and not old and new.constant:
-            said.append(f"{name} = {untrusted.cut(new.text, LONGEST)}")
+            said.append(f"{name} = {_value(new)}")
         else:
             groups["edited" if old and new else "new" if new else "removed"].append(name)
     said += [f"{what} {', '.join(names)}" for what, names in groups.items() if names]
     return untrusted.one_line("; ".join(said), width)
 
 
-def changed(before: bytes, after: bytes) -> list[tuple[Piece | None, Piece | None]]:
-    """(before, after) of each piece that differs, in the order of the file; None where it is not there.
+def _value(definition: Definition) -> str:
+    """What a constant is set to, as source text."""
+    return untrusted.cut(ast.unparse(definition.nodes[0].value), LONGEST)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def changed(before: bytes, after: bytes) -> list[tuple[Definition | None, Definition | None]]:
+    """(before, after) of each definition that differs, in the order of the file; None where it is not there.
 
     Raises:
         SyntaxError: one of them is no Python.
     """
-    old, new = pieces(before), pieces(after)
-    names = dict.fromkeys([*new, *old])
+    old, new = definitions(before), definitions(after)
     return [
         (old.get(name), new.get(name))
-        for name in names
-        if name not in old or name not in new or old[name].text != new[name].text
+        for name in dict.fromkeys([*new, *old])
+        if name not in old or name not in new or old[name].canonical != new[name].canonical
     ]
 
 
 @functools.lru_cache(maxsize=64)  # a best is compared with many
-def pieces(content: bytes) -> dict[str, Piece]:
-    """A train.py taken apart, by name. SyntaxError if it is no Python."""
-    try:
-        text = content.decode("utf-8-sig")
-        tree = ast.parse(text)
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise SyntaxError(str(error)) from error
-    source.without_docstrings(tree)
-    headings, models = _headings(text), _models(tree)
-    found: dict[str, list[tuple]] = {}  # name -> (node, kind, constant, text) of each statement that it stands for
-
-    def add(name, node, kind, constant=False, text=None):
-        found.setdefault(name, []).append((node, kind, constant, ast.unparse(node) if text is None else text))
-
-    for node in tree.body:
+def definition_kinds(content: bytes) -> dict[str, str]:
+    """The kind of each definition of a train.py, by its name. SyntaxError if it is no Python."""
+    text = content.decode("utf-8-sig")
+    headings, models = _headings(text), _models(content)
+    kinds = {}
+    for name, definition in definitions(content).items():
+        node = definition.nodes[-1]
         heading = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            add("the imports", node, "other")
-        elif name := _constant(node):
-            add(
-                name,
-                node,
-                _named(name, STRONG) or heading or _named(name, WEAK) or "other",
-                True,
-                ast.unparse(node.value),
-            )
-        elif isinstance(node, ast.ClassDef):
-            kind = (
-                "architecture"
-                if node.name in models
-                else "optimizer"
-                if any("Optimizer" in base for base in _bases(node))
-                else _named(node.name, STRONG) or heading or _named(node.name, WEAK) or "other"
-            )
-            methods = [part for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
-            for method in methods:
-                add(f"{node.name}.{method.name}", method, kind)
-            node.body = [part for part in node.body if part not in methods] or [ast.Pass()]
-            add(node.name, node, kind)
+        owner = name.partition(".")[0]
+        if name == MODULE:
+            kinds[name] = "other"
+        elif owner in models:
+            kinds[name] = "architecture"
+        elif isinstance(node, ast.ClassDef) and any("Optimizer" in base for base in _bases(node)):
+            kinds[name] = "optimizer"
+        elif "." in name:
+            kinds[name] = kinds.get(owner, "other")
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            add(node.name, node, _function(node) or heading or _named(node.name, WEAK) or "other")
+            kinds[name] = _function(node) or heading or _named(name, WEAK) or "other"
         else:
-            add("the rest", node, "other")
-    return {
-        name: Piece(
-            name,
-            parts[-1][1],
-            len(parts) == 1 and parts[0][2],
-            "\n".join(part[3] for part in parts),
-            ast.Module([part[0] for part in parts], []),
-        )
-        for name, parts in found.items()
-    }
+            kinds[name] = _named(name, STRONG) or heading or _named(name, WEAK) or "other"
+    return kinds
 
 
-def _kind_of(old: Piece | None, new: Piece | None) -> str:
-    """Of a change of a piece. A model's class that dropout came into is regularised: what it reads now says so."""
-    piece = new or old
+def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, str]) -> str:
+    """The kind of a changed definition. A model's class that dropout came into is regularised: what it reads now
+    says so."""
     if old and new:
-        names = Counter(map(_identifier, ast.walk(new.node)))
-        names.subtract(map(_identifier, ast.walk(old.node)))
+        names = Counter(map(_identifier, _nodes(new)))
+        names.subtract(map(_identifier, _nodes(old)))
         if any(name and n and _named(name, STRONG) == "regularisation" for name, n in names.items()):
             return "regularisation"
-    return piece.kind
+    return kinds[new.name if new else old.name if old else MODULE]
 
 
-def _size(old: Piece | None, new: Piece | None) -> int:
+def _nodes(definition: Definition) -> Iterator[ast.AST]:
+    return (node for statement in definition.nodes for node in ast.walk(statement))
+
+
+def _size(old: Definition | None, new: Definition | None) -> int:
     """How many nodes of its syntax tree were changed, about; a moved one is none."""
-    nodes = [Counter(ast.dump(node) for node in ast.walk(piece.node)) if piece else Counter() for piece in (old, new)]
-    return max(1, ((nodes[0] - nodes[1]) + (nodes[1] - nodes[0])).total())
+    counts = [Counter(map(canonical, _nodes(side))) if side else Counter() for side in (old, new)]
+    return max(1, ((counts[0] - counts[1]) + (counts[1] - counts[0])).total())
 
 
 def _identifier(node: ast.AST) -> str | None:
     return getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
-
-
-def _constant(node: ast.stmt) -> str | None:
-    """The name that a statement at the top of the file gives a value."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1:
-        target = node.targets[0]
-    elif isinstance(node, ast.AnnAssign) and node.value:
-        target = node.target
-    else:
-        return None
-    return target.id if isinstance(target, ast.Name) else None
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
@@ -233,13 +182,14 @@ def _bases(node: ast.ClassDef) -> list[str]:
     return [ast.unparse(base).rpartition(".")[2] for base in node.bases]
 
 
-def _models(tree: ast.Module) -> set[str]:
+def _models(content: bytes) -> set[str]:
     """Names of the classes that are a Module, or inherit from one here."""
-    found: set[str] = set()
-    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        if any(base == "Module" or base in found for base in _bases(node)):
-            found.add(node.name)
-    return found
+    models: set[str] = set()
+    for name, definition in definitions(content).items():
+        node = definition.nodes[-1]
+        if isinstance(node, ast.ClassDef) and any(base == "Module" or base in models for base in _bases(node)):
+            models.add(name)
+    return models
 
 
 def _headings(text: str) -> list[tuple[int, str | None]]:

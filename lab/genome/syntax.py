@@ -1,13 +1,24 @@
-"""What can be said of a train.py without running it: whether it is Python, what it amounts to, how complex it is."""
+"""What can be said of a train.py without running it: whether it is Python, what it amounts to, how complex it is.
+
+A syntax tree is written as a text of its own here (`canonical`), because `ast.dump` differs between Python versions:
+a digest has to be the same on every machine of a comparison, and after an update during a session.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backends import surface
 from lab.errors import LabError
+
+TRAIN = "train.py"
+IGNORED = ("ctx", "type_comment", "kind", "type_ignores")  # fields that don't change what is computed
+CALIBRATED = "defaults"  # its attributes stand for numbers
+MODULE = "the module"  # name of what stands at the top level and defines no single name
+Definitional = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(frozen=True)
@@ -16,37 +27,149 @@ class Source:
 
     Attributes:
         digest: equal for files with equal syntax trees, whatever their comments, layout and docstrings.
-        nodes: of the syntax tree, docstrings aside: the measure of simplicity.
+        complexity: size of the syntax tree, docstrings aside. A number and an attribute of `defaults` count alike.
         portable: it uses only what every backend offers, as far as can be told.
     """
 
     digest: str
-    nodes: int
+    complexity: int
     portable: bool
 
 
+@dataclass(frozen=True)
+class Definition:
+    """A named part of a train.py: a function, a method, the rest of a class, a top-level name, or MODULE.
+
+    Attributes:
+        name: "MATRIX_LR", "Attention.forward", "GPT", MODULE.
+        nodes: its statements. lines: those that it covers, from 1. constant: it is one assignment at the top level.
+    """
+
+    name: str
+    nodes: tuple[ast.stmt, ...]
+    lines: frozenset[int]
+    constant: bool = False
+
+    @functools.cached_property
+    def canonical(self) -> str:
+        """Its syntax, the same under every Python version."""
+        return "".join(map(canonical, self.nodes))
+
+
+def normalised(content: bytes) -> bytes:
+    """A train.py with line ends as git stores them."""
+    return content.replace(b"\r\n", b"\n")
+
+
+@functools.lru_cache(maxsize=256)
 def describe(content: bytes) -> Source:
-    """Raises LabError, with the line, if it is no Python."""
+    """What a train.py is. LabError, with the line, if it is no Python."""
+    from backends import surface  # here, because all the rest needs nothing but Python
+
     try:
         text = content.decode("utf-8-sig")
-        tree = ast.parse(text, "train.py")
+        tree = parsed(text)
         portable = not surface.check(text)
     except UnicodeDecodeError as error:
-        raise LabError(f"train.py is not UTF-8 text ({error}); save it as UTF-8 and run again") from error
+        raise LabError(f"{TRAIN} is not UTF-8 text ({error}); save it as UTF-8 and run again") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f" line {error.lineno}:" if getattr(error, "lineno", None) else ""
-        raise LabError(
-            f"train.py{where} {getattr(error, 'msg', error)}; nothing was run: mend it and run again"
-        ) from error
-    without_docstrings(tree)
-    digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-    return Source(digest, sum(1 for _ in ast.walk(tree)), portable)
+        where = f" line {error.lineno}:" if isinstance(error, SyntaxError) and error.lineno else ""
+        problem = error.msg if isinstance(error, SyntaxError) else error
+        raise LabError(f"{TRAIN}{where} {problem}; nothing was run: fix it and run again") from error
+    digest = hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
+    return Source(digest, sum(1 for _ in counted(tree)), portable)
 
 
-def without_docstrings(tree: ast.AST) -> None:
-    """Removes them in place."""
+def parsed(text: str) -> ast.Module:
+    """The syntax tree without docstrings."""
+    tree = ast.parse(text, TRAIN)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+        if isinstance(node, (ast.Module, *Definitional)) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def canonical(node: ast.AST) -> str:
+    """A syntax tree as text: names of nodes, and of their fields what is neither empty nor ignored."""
+    parts = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if name in IGNORED or value is None or value == []:
+            continue
+        parts.append(f"{name}={_written(value)}")
+    return f"{type(node).__name__}({','.join(parts)})"
+
+
+def _written(value: object) -> str:
+    if isinstance(value, ast.AST):
+        return canonical(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return repr(value)
+
+
+def counted(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that make a program complex: contexts of names and the inside of `defaults.depth` are none."""
+    yield tree
+    if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == CALIBRATED:
+        return
+    for child in ast.iter_child_nodes(tree):
+        if not isinstance(child, ast.expr_context):
+            yield from counted(child)
+
+
+@functools.lru_cache(maxsize=256)
+def definitions(content: bytes) -> dict[str, Definition]:
+    """A train.py taken apart, by name, in the order of the file. SyntaxError if it is no Python."""
+    try:
+        tree = parsed(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise SyntaxError(str(error)) from error
+    parts: dict[str, list[ast.stmt]] = {}
+    constants = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            node.body = [part for part in node.body if part not in methods] or [ast.Pass()]
+            parts.setdefault(node.name, []).append(node)
+            for method in methods:
+                parts.setdefault(f"{node.name}.{method.name}", []).append(method)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts.setdefault(node.name, []).append(node)
+        elif name := assigned_name(node):
+            parts.setdefault(name, []).append(node)
+            constants.add(name)
+        else:
+            parts.setdefault(MODULE, []).append(node)
+    return {
+        name: Definition(name, tuple(nodes), _lines(nodes), name in constants and len(nodes) == 1)
+        for name, nodes in parts.items()
+    }
+
+
+def assigned_name(node: ast.stmt) -> str | None:
+    """The name that a statement gives a value, if it is a single one."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target = node.targets[0]
+    elif isinstance(node, ast.AnnAssign) and node.value:
+        target = node.target
+    else:
+        return None
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _lines(nodes: list[ast.stmt]) -> frozenset[int]:
+    """The lines of statements; of a class only those of what is left of it, so that methods keep theirs."""
+    lines: set[int] = set()
+    for node in nodes:
+        decorators = getattr(node, "decorator_list", [])
+        first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+        if isinstance(node, ast.ClassDef):
+            lines.update(range(first, node.body[0].lineno if hasattr(node.body[0], "lineno") else node.lineno + 1))
+            lines.update(*(range(part.lineno, (part.end_lineno or part.lineno) + 1) for part in node.body
+                           if hasattr(part, "lineno")))  # fmt: skip
+        else:
+            lines.update(range(first, (node.end_lineno or node.lineno) + 1))
+    return frozenset(lines)

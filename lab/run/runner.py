@@ -26,7 +26,7 @@ import psutil
 import prepare
 import storage
 from lab.errors import LabError
-from lab.reasons import Reason, because, sentence
+from lab.reasons import Reason, because
 from lab.run import child, guard, outcome, processes, sandbox
 from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
@@ -64,7 +64,7 @@ class Request:
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
         protected: folders that the run has nothing to write in, its own excepted.
-        ending: asked while it lasts; a reason to end it that is not its fault, or None.
+        ending: asked while it lasts; the code of a reason to end it that is not its fault, or None.
     """
 
     judge: Path
@@ -78,7 +78,7 @@ class Request:
     unified: bool = False
     sandbox: str | None = None
     protected: Sequence[Path] = ()
-    ending: Callable[[], Reason | str | None] = field(default=lambda: None, repr=False)
+    ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
     @property
     def home(self) -> Path:
@@ -95,15 +95,7 @@ class Scores:
 
 
 class Halted(Exception):
-    """What was being run was ended because the request's `ending` said so; that is its argument."""
-
-
-class Unscored(LabError):
-    """Saved weights can't be scored; `reason` says why."""
-
-    def __init__(self, reason: Reason):
-        self.reason = reason
-        super().__init__(sentence(reason))
+    """What was being run was ended because the request's `ending` gave this code of a reason."""
 
 
 def run(request: Request) -> Outcome:
@@ -119,22 +111,22 @@ def run(request: Request) -> Outcome:
     return outcome.of_run(request, ended)
 
 
-def score(request: Request, weights: Path) -> Scores:
+def score(request: Request, weights: Path) -> Scores | Reason:
     """Scores the weights of a run again, in a fresh process and by the judge's evaluator.
+
+    Returns:
+        Their scores, or why they can't be scored.
 
     Raises:
         Halted: it was ended from outside.
         LabError: it could not be begun.
-        Unscored: they can't be scored.
     """
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
-        raise Unscored(because("no_weights"))
+        return because("no_weights")
     ended = execute(request, "score", request.folder / "score.log", weights=weights)
     scores = outcome.read(request.folder / "score.json") or {}
-    if reason := outcome.unscored(request, ended, scores):
-        raise Unscored(reason)
-    return Scores(scores["val_bpb"], scores["held_out_bpb"])
+    return outcome.unscored(request, ended, scores) or Scores(scores["val_bpb"], scores["held_out_bpb"])
 
 
 # --- A process, from its start to its end ---

@@ -1,66 +1,115 @@
-"""A file of events, each one a line of JSON, appended and flushed to disk before what it announces is done."""
+"""A file of events, each a line of JSON, appended and on the disk before what it announces is done."""
 
 from __future__ import annotations
 
-import json
+import time
 from pathlib import Path
 
+import filelock
+import msgspec
+
+from lab.errors import LabError
+from lab.session.events import EVENTS, Event
 from storage import sync, sync_folder
+
+PATIENCE = 60.0  # seconds that another writer may take
 
 
 class Journal:
-    """The events of one session. It has one writer at a time (whoever holds the session's lock).
+    """The events of a session.
+
+    Args:
+        decoder: of its events.
 
     Attributes:
-        events: those read so far, as dicts with at least "event".
+        events: those read so far.
+
+    Raises:
+        LabError: a line is damaged, or of a kind that this version does not know. Only the last one may be: what a
+            power failure cut short is no event, as nothing was done on the strength of it.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.events, self._read = path, [], 0
+    def __init__(self, path: Path, decoder: msgspec.json.Decoder = EVENTS):
+        self.path, self.decoder = path, decoder
+        self.events: list = []
+        self._read = 0  # bytes
         self.refresh()
 
-    def refresh(self) -> list[dict]:
-        """The events that others appended since; a last line that a power failure cut short is none: nothing was done
-        on the strength of it."""
+    def refresh(self) -> list:
+        """The events that others appended since."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self._read)
                 text = file.read()
         except FileNotFoundError:
             return []
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        new = [event for line in whole.split(b"\n") if (event := _parsed(line))]
-        self.events += new
-        return new
+        lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+        events = []
+        for place, line in enumerate(lines):
+            try:
+                events.append(self.decoder.decode(line))
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                if not any(map(self._sound, lines[place + 1 :])) and not kind_of(line):
+                    break
+                raise LabError(self._damage(line, len(self.events) + place + 1, error)) from error
+            self._read += len(line)
+        self.events += events
+        return events
 
-    def append(self, event: str, **facts) -> dict:
-        """Returns once the event is on disk."""
-        self.refresh()
-        line = {"event": event, **facts}
-        created = not self.path.exists()
-        with open(self.path, "ab") as file:
-            file.truncate(self._read)  # what was cut short
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            sync(file.fileno())
-        if created:
-            sync_folder(self.path.parent)
-        self._read = self.path.stat().st_size
-        self.events.append(line)
-        return line
+    def append(self, event: Event) -> list:
+        """Returns once the event is on disk: the events since the last look, this one last."""
+        with filelock.FileLock(f"{self.path}.lock", timeout=PATIENCE, poll_interval=0.005):
+            new = self.refresh()
+            event.time = event.time or time.time()
+            created = not self.path.exists()
+            with open(self.path, "ab") as file:
+                file.truncate(self._read)  # what was cut short
+                file.write(msgspec.json.encode(event) + b"\n")
+                file.flush()
+                sync(file.fileno())
+            if created:
+                sync_folder(self.path.parent)
+            self._read = self.path.stat().st_size
+        self.events.append(event)
+        return [*new, event]
+
+    def _sound(self, line: bytes) -> bool:
+        try:
+            self.decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        return True
+
+    def _damage(self, line: bytes, number: int, error: Exception) -> str:
+        if (kind := kind_of(line)) and "Invalid value" in str(error) and "$.event" in str(error):
+            return (
+                f"{self.path}, line {number}: an event of the unknown kind {kind[:40]!r}; another version of this "
+                "project wrote it: use that one"
+            )
+        return f"{self.path}, line {number} is damaged ({error}); put back a copy of it, or import the session's export"
 
 
-def _parsed(line: bytes) -> dict | None:
-    """The event on a line; None where blocks of a file were lost, which can only be its last ones."""
+def kind_of(line: bytes) -> str | None:
+    """The kind of event that a line says it is; None if it is no JSON object."""
     try:
-        event = json.loads(line)
-    except ValueError:
+        content = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    return str(content.get("event", "")) if isinstance(content, dict) else None
 
 
-def flush_files(folder: Path) -> None:
+def read_events(content: bytes, decoder: msgspec.json.Decoder = EVENTS) -> list:
+    """The events of a whole journal. ValueError with the line for what is none."""
+    events = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            events.append(decoder.decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return events
+
+
+def sync_files(folder: Path) -> None:
     """Makes the files of a folder, which others wrote, durable before the journal speaks of them."""
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""The ledger, results.tsv: a row for each run, flushed to disk before anything follows from it, read without guessing.
+"""The ledger, results.tsv: a view of the journal with a row for each run, and the reading of ledgers from elsewhere.
 
 Its first five columns are the original's, so that notebooks for those read it: a run without a score or a peak of
 memory has 0.000000 and 0.0 there; elsewhere what is unknown is empty. In text, tabs, line ends and backslashes are
@@ -10,39 +10,139 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-
-import storage
 from lab.errors import LabError
+from lab.reasons import because, sentence
+from lab.session.state import Experiment, Run, State
+from results import MEASURES
+from storage import DataError, atomic
 
-COLUMNS = tuple(
-    """commit val_bpb memory_gb status description device backend run seed started training_seconds
-total_seconds tokens_M steps params_M depth tok_per_s tflops mfu speed val_rows eval data profile parent patch origin
-portable reason""".split()
-)
-ORIGINAL = COLUMNS[:5]
-NUMBERS = {  # how they are written; mfu is in percent
-    "val_bpb": ".6f", "memory_gb": ".1f", "run": "d", "seed": "d", "training_seconds": ".1f", "total_seconds": ".1f",
-    "tokens_M": ".3f", "steps": "d", "params_M": ".3f", "depth": "d", "tok_per_s": ".1f", "tflops": ".4g", "mfu": ".2f",
-    "speed": ".2f", "val_rows": "d",
+ORIGINAL = ("commit", "val_bpb", "memory_gb", "status", "description")
+OWN = ("experiment", "kind", "run", "seed", "started", "held_out_bpb")  # beside what runs measure
+CHANGE = ("parent", "change", "family", "origin", "portable", "reason")
+MEASURED = {measure.column: measure for measure in MEASURES if measure.column}
+COLUMNS = (*ORIGINAL, *OWN, *(name for name in MEASURED if name not in ORIGINAL), *CHANGE)
+FORMS = {name: measure.form for name, measure in MEASURED.items() if measure.type in (int, float)} | {
+    "experiment": "d", "run": "d", "seed": "d", "held_out_bpb": ".6f",
 }  # fmt: skip
 NEVER_ZERO = ("val_bpb", "memory_gb")  # a zero there says that nothing was measured
-EMPTY = {name: None if name in NUMBERS else "" for name in COLUMNS}
-FROM_RESULT = {  # columns by the names that prepare.report gives them
-    "val_bpb": "val_bpb", "training_seconds": "training_seconds", "total_seconds": "total_seconds",
-    "tokens_M": "total_tokens_M", "steps": "num_steps", "params_M": "num_params_M", "depth": "depth",
-    "tok_per_s": "tokens_per_second", "mfu": "mfu_percent", "speed": "speed", "val_rows": "val_rows", "eval": "eval",
-    "data": "data", "profile": "profile", "device": "device", "backend": "backend",
-}  # fmt: skip
+EMPTY = {name: None if name in FORMS else "" for name in COLUMNS}
 
-PATIENCE = 60  # seconds for another writer to end
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 ESCAPING = {**dict.fromkeys([*range(32), *range(127, 160)]), **{ord(plain): text for plain, text in ESCAPES.items()}}
 MEANING = {text[1]: plain for plain, text in ESCAPES.items()} | {'"': '"'}
+
+
+# --- A view of the journal ---
+
+
+def rows_of(state: State) -> list[dict]:
+    """A row for each run of the experiments that are done, in the order in which they were."""
+    return [
+        row_of(state, experiment, run)
+        for experiment in state.done
+        for run in experiment.runs
+        if run.status not in (None, "lost")
+    ]
+
+
+def row_of(state: State, experiment: Experiment, run: Run) -> dict:
+    """A run as a row, by column. Of a run of the parent beside it, the row is about the parent."""
+    started, parent = state.started, state.parent_of(experiment)
+    subject = parent if parent and run.blob != experiment.blob else experiment
+    own = subject is experiment
+    verdict = experiment.verdict
+    status, said = (verdict.status, verdict.said) if own else ("keep", str(because("parent", of=experiment.number)))
+    if not run.ok:
+        status, said = ("crash" if run.status == "crash" else "invalid"), sentence(run.reason)
+    conditions = {name: getattr(started, name) for name in ("device", "backend", "eval", "data", "profile")}
+    return {
+        **EMPTY,
+        **measured(conditions | {"budget_seconds": run.budget} | run.result),
+        "commit": subject.here[:7],
+        "status": status,
+        "description": subject.description,
+        "experiment": experiment.number,
+        "kind": experiment.kind if own else "parent",
+        "run": run.number,
+        "seed": run.seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.time)) if run.time else "",
+        "held_out_bpb": run.scored.held_out_bpb if run.scored else None,
+        "total_seconds": run.seconds or None,
+        "parent": parent.here[:7] if own and parent else "",
+        "change": subject.change,
+        "family": subject.family,
+        "origin": subject.origin,
+        "portable": "yes" if subject.portable else "no",
+        "reason": said,
+    }
+
+
+def measured(result: dict) -> dict:
+    """The columns that a run's measures fill; what is unknown is left out."""
+    row = {}
+    for name, measure in MEASURED.items():
+        value = result.get(measure.name)
+        if value is not None:
+            known = ("yes" if value else "no") if measure.type is bool else value
+            row[name] = value * measure.scale if measure.type is float else known
+    return row
+
+
+def write(path: Path, state: State) -> str | None:
+    """Rewrites the ledger whole, if it is not as the journal has it.
+
+    Returns:
+        A line for people: that an edited ledger was put back, and where the edited one is; or that it can't be written
+        now. None if all is well.
+    """
+    content = dumps(rows_of(state))
+    try:
+        there = path.read_bytes() if path.exists() else b""
+        if there == content:
+            return None
+        edited = None
+        if not content.startswith(there):  # an older one is a beginning of this
+            edited = path.with_name(f"{path.stem}.edited{path.suffix}")
+            with atomic(edited) as file:
+                file.write(there)
+        with atomic(path) as file:
+            file.write(content)
+    except (DataError, OSError) as error:
+        return f"{path} could not be written ({error}); close what has it open: it is written again with the next event"
+    return (
+        f"{path} was edited, and is put back as the journal has it; what was there is in {edited}" if edited else None
+    )
+
+
+def dumps(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> bytes:
+    """A ledger's content: header and rows."""
+    lines = ["\t".join(map(escape, columns))]
+    lines += ["\t".join(_written(name, row.get(name)) for name in columns) for row in rows]
+    return "".join(line + "\n" for line in lines).encode(errors="replace")
+
+
+def _written(name: str, value) -> str:
+    if name not in FORMS:
+        return escape("" if value is None else str(value))
+    if value is None or not math.isfinite(value):
+        return format(0.0, FORMS[name]) if name in NEVER_ZERO else ""
+    return format(value, FORMS[name])
+
+
+def escape(text: str) -> str:
+    text = text.translate(ESCAPING)
+    return "\\" + text if text.startswith('"') else text
+
+
+def unescape(text: str) -> str:
+    return re.sub(r"\\(.)", lambda match: MEANING.get(match[1], match[0]), text)
+
+
+# --- Ledgers from elsewhere ---
 
 
 @dataclass(frozen=True)
@@ -71,9 +171,6 @@ class Ledger:
     headed: bool
 
 
-# --- Reading ---
-
-
 def read(path: Path) -> Ledger:
     """A ledger: ours, or the original's with its five columns, in which nothing is escaped.
 
@@ -91,7 +188,8 @@ def read(path: Path) -> Ledger:
 def parse(content: bytes, name: str = "results.tsv") -> Ledger:
     """As `read`, of a file's content; `name` is what errors call it."""
     *lines, tail = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    rows, set_aside, row_of_fields, columns, headed = [], [], None, (), False
+    rows, set_aside, row_of_fields, headed = [], [], None, False
+    columns: tuple[str, ...] = ()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -123,14 +221,13 @@ def _columns(fields: list[str], name: str) -> tuple[tuple[str, ...], bool]:
     if {"commit", "val_bpb"} <= set(names):
         if len(set(names)) == len(names) and all(name and name.isprintable() for name in names):
             return names, True
-        raise LabError(f"{name} names a column twice, or not at all: {', '.join(names)}; mend its first line")
-    for known in (ORIGINAL, COLUMNS):
-        if len(fields) == len(known):
-            try:
-                _number("val_bpb", fields[1])
-            except ValueError:
-                break
-            return known, False
+        raise LabError(f"{name} names a column twice, or not at all: {', '.join(names)}; fix its first line")
+    if len(fields) == len(ORIGINAL):
+        try:
+            _number("val_bpb", fields[1])
+            return ORIGINAL, False
+        except ValueError:
+            pass
     raise LabError(
         f"{name} is no ledger: its first line has neither the columns' names, {' '.join(ORIGINAL)} and so "
         "on with tabs between, nor a row of them"
@@ -139,21 +236,21 @@ def _columns(fields: list[str], name: str) -> tuple[tuple[str, ...], bool]:
 
 def _reader(columns: tuple[str, ...]):
     """fields -> row."""
-    numbers = [name for name in columns if name in NUMBERS]
-    words = [name for name in columns if name not in NUMBERS]
+    numbers = [name for name in columns if name in FORMS]
+    words = [name for name in columns if name not in FORMS]
     escaped = "run" in columns  # the original escapes nothing
 
     def row(fields: list[str]) -> dict:
         if len(fields) != len(columns):
             raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
-        found = EMPTY | dict(zip(columns, fields))
+        values: dict = EMPTY | dict(zip(columns, fields))
         for name in numbers:
-            found[name] = _number(name, found[name])
+            values[name] = _number(name, values[name])
         if escaped:
             for name in words:
-                if "\\" in found[name]:
-                    found[name] = unescape(found[name])
-        return found
+                if "\\" in values[name]:
+                    values[name] = unescape(values[name])
+        return values
 
     return row
 
@@ -162,121 +259,9 @@ def _number(name: str, text: str) -> int | float | None:
     if not (text := text.strip()):
         return None
     try:
-        value = int(text) if NUMBERS[name] == "d" else float(text)
+        value = int(text) if FORMS[name] == "d" else float(text)
     except ValueError:
         value = math.inf
-    if value == math.inf or value == -math.inf or "_" in text or not text.isascii():  # Python takes 1_0
+    if value in (math.inf, -math.inf) or "_" in text or not text.isascii():  # Python takes 1_0
         raise ValueError(f"{name} is {text[:40]!r}, not a number that fits its column")
     return None if value != value or value == 0 and name in NEVER_ZERO else value
-
-
-def unescape(text: str) -> str:
-    return re.sub(r"\\(.)", lambda found: MEANING.get(found[1], found[0]), text)
-
-
-# --- Writing ---
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Appends rows (dicts by column, as `row_of` makes them) and returns once they are on disk. A row whose `run` is in
-    the ledger already is left out, so that a step which was interrupted can be done again. What a power failure left of
-    a last line is moved to <name>.damaged first. Safe beside other writers.
-
-    Raises:
-        LabError: the file there is another ledger or none, or another writer does not end.
-        DataError: it can't be written; the reason says why.
-    """
-    path = Path(path)
-    with _alone(path), storage.writing(path):
-        content = path.read_bytes() if path.exists() else b""
-        sound, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-        before = parse(sound, str(path))
-        if before.columns and (missing := [name for name in COLUMNS if name not in before.columns]):
-            raise LabError(
-                f"{path} has no column {', '.join(missing)}: rows of this version don't fit there. Move it "
-                "away and do the same again; a new one is then begun"
-            )
-        known, new = {row["run"] for row in before.rows} - {None}, []
-        for row in rows:
-            if row.get("run") not in known:
-                new.append(row)
-                known |= {row.get("run")} - {None}
-        added = dumps(new, before.columns) if before.columns else dumps(new)
-        if before.columns:
-            added = added.split(b"\n", 1)[1]
-        if tail:
-            _move_to_damaged(path, tail)
-        if not (tail or new):
-            return
-        with open(path, "ab") as file:
-            file.truncate(len(sound))
-            file.write(added)
-            file.flush()
-            storage.sync(file.fileno())
-        if not content:
-            storage.sync_folder(path.parent)
-
-
-@contextmanager
-def _alone(path: Path):
-    """The only writer. The system itself takes this lock from a process that dies."""
-    with storage.writing(path):
-        lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=PATIENCE, poll_interval=0.005)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise LabError(
-                f"another process has been writing {path} for {PATIENCE} s; end it, and do the same again"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _move_to_damaged(path: Path, tail: bytes) -> None:
-    """Copies what is about to be cut off, unless a process that was killed has done it just before."""
-    damaged = path.with_name(path.name + ".damaged")
-    there = damaged.read_bytes() if damaged.exists() else b""
-    if there.endswith(tail + b"\n"):
-        return
-    with open(damaged, "ab") as file:
-        file.write(tail + b"\n")
-        file.flush()
-        storage.sync(file.fileno())
-    storage.sync_folder(path.parent)
-
-
-def dumps(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> bytes:
-    """A ledger's content: header and rows. ValueError for a number that is none."""
-    lines = ["\t".join(map(escape, columns))]
-    lines += ["\t".join(_written(name, row.get(name)) for name in columns) for row in rows]
-    return "".join(line + "\n" for line in lines).encode(errors="replace")
-
-
-def _written(name: str, value) -> str:
-    if name not in NUMBERS:
-        return escape("" if value is None else str(value))
-    try:
-        if value is None or not math.isfinite(value):
-            return format(0, NUMBERS[name]) if name in NEVER_ZERO else ""
-        return format(value, NUMBERS[name])
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} is {value!r}, which does not fit its column ({NUMBERS[name]})") from None
-
-
-def escape(text: str) -> str:
-    text = text.translate(ESCAPING)
-    return "\\" + text if text.startswith('"') else text
-
-
-def row_of(result: dict, **columns) -> dict:
-    """A row from what `prepare.report` measured, {} after a crash. Columns given by name win over that."""
-    if unknown := columns.keys() - EMPTY.keys():
-        raise TypeError(f"the ledger has no column {', '.join(sorted(unknown))}")
-    row = EMPTY | {name: result[key] for name, key in FROM_RESULT.items() if result.get(key) is not None}
-    if (megabytes := result.get("peak_vram_mb")) is not None:
-        row["memory_gb"] = megabytes / 1024
-    if (per_token := result.get("flops_per_token")) and (rate := result.get("tokens_per_second")):
-        row["tflops"] = per_token * rate / 1e12
-    return row | columns

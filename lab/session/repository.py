@@ -18,30 +18,17 @@ import psutil
 
 import storage
 from lab.errors import LabError
+from lab.genome.syntax import TRAIN, normalised
+from lab.reasons import Reason, because
 
-TRAIN = "train.py"
-SETTINGS = ("gc.auto=0", "diff.suppressBlankEmpty=false", "commit.gpgSign=false", "core.hooksPath=/dev/null")
-# Whatever the user has set for diffs: the same change has the same id on every machine.
-DIFF = (
-    "diff",
-    "--no-color",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--diff-algorithm=myers",
-    "--indent-heuristic",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
-    "--inter-hunk-context=0",
-    "--ignore-submodules",
-    "--text",
-)
+SETTINGS = ("gc.auto=0", "commit.gpgSign=false", "core.hooksPath=/dev/null")
 # Set while a hook runs, these would make git look at another repository.
 ELSEWHERE = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "NAMESPACE", "PREFIX")}
 FALLBACK_IDENTITY = {"NAME": "autoresearch", "EMAIL": "autoresearch@localhost"}
 LOCK_PATIENCE = 5.0  # seconds that another git may hold a lock
 
 
-class Tree:
+class Repository:
     """A repository with train.py at its root.
 
     Raises:
@@ -166,24 +153,21 @@ class Tree:
             ) from error
 
     def store(self, content: bytes) -> str:
-        """The blob id of a train.py, which is stored."""
-        return self.git("hash-object", "-w", f"--path={TRAIN}", "--stdin", content=content)
+        """The blob id of a train.py, which is stored: with the line ends that git has, whatever an editor makes of
+        them."""
+        content = content if self._stores_crlf else normalised(content)
+        return self.git("hash-object", "-w", "--no-filters", "--stdin", content=content)
+
+    @functools.cached_property
+    def _stores_crlf(self) -> bool:
+        """Whether train.py was committed with the line ends of Windows."""
+        blob = self.blob_of("HEAD")
+        return bool(blob) and b"\r\n" in self.contents([blob]).get(blob, b"")
 
     def changed(self) -> list[str]:
         """Files other than train.py that differ from what is committed, or are new."""
         entries = self.git("status", "--porcelain", "-z", "--no-renames").split("\0")
         return [entry[3:] for entry in entries if entry and entry[3:] != TRAIN]
-
-    def patch(self, before: str, after: str) -> tuple[str, str]:
-        """(unified diff, stable patch id) from one blob of train.py to another. The id is made without context lines,
-        so that it stays the same when a line nearby has changed."""
-        bare = self.git(*DIFF, "-U0", before, after)
-        identity = self.git("patch-id", "--stable", content=_named(bare).encode()) if bare else ""
-        return self.diff(before, after), identity.split(" ")[0][:16]
-
-    def diff(self, before: str, after: str) -> str:
-        """Unified diff from one blob of train.py to another."""
-        return _named(self.git(*DIFF, "-U3", before, after)) + "\n"
 
     # --- Changing ---
 
@@ -239,7 +223,7 @@ class Tree:
         """Sets a ref; LabError if it is not at `before`, where that is given."""
         self.git("update-ref", ref, commit, *([before] if before else []))
 
-    def settle(self, branch: str, tested: str, parent: str) -> str | None:
+    def settle(self, branch: str, tested: str, parent: str) -> Reason | None:
         """Makes train.py and its index entry those of the branch again after an experiment; or, if another branch is
         checked out, those of that one.
 
@@ -249,22 +233,33 @@ class Tree:
         Returns:
             Why train.py was left as it is, or None.
         """
-        head = self.blob_of("HEAD")
-        here = self.branch() == branch
-        now = self.git("hash-object", f"--path={TRAIN}", "--", str(self.path / TRAIN))
+        head, here, now = self.blob_of("HEAD"), self.branch() == branch, self.edited_blob()
         if here and now not in (tested, parent, head) or not here and now not in (tested, head):
-            return f"{TRAIN} was edited meanwhile, and was left as it is"
+            return because("edited_meanwhile")
         if head is None:
-            return f"{self.branch() or 'HEAD'} has no {TRAIN}: it was left as it is"
-        if now != head:
-            path = (self.path / TRAIN).resolve()
-            mode = path.stat().st_mode
+            return because("no_train", branch=self.branch() or "HEAD")
+        self.put_back("HEAD")
+        return None if here else because("not_checked_out", branch=branch)
+
+    def edited_blob(self) -> str | None:
+        """The id that train.py would have as it is now; None if it is no file."""
+        path = self.path / TRAIN
+        return self.store(path.read_bytes()) if path.is_file() else None
+
+    def put_back(self, commit: str) -> None:
+        """Makes train.py and its index entry those of a commit. A link stays one, and a mode stays what it is."""
+        blob, mode = self.blob_of(commit), self._mode(commit)
+        if blob is None:
+            return
+        path = (self.path / TRAIN).resolve()
+        content = self.content(blob)
+        if not path.is_file() or path.read_bytes() != content:
+            there = path.stat().st_mode if path.exists() else None
             with storage.atomic(path) as file:
-                file.write(self.content(head))
-            path.chmod(mode)
+                file.write(content)
+            path.chmod(there if there is not None else 0o755 if mode == "100755" else 0o644)
         # Not `reset`: it keeps what the index knew of the file's size, which line ends may have changed.
-        self.git("update-index", "--cacheinfo", f"{self._mode('HEAD')},{head},{TRAIN}")
-        return None if here else f"{branch} is not checked out; go back to it: git switch {branch}"
+        self.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{TRAIN}")
 
     def unlock(self, branch: str) -> list[str]:
         """Removes locks that a killed git left on what the lab changes, and names them."""
@@ -302,10 +297,10 @@ class Tree:
         return False
 
 
-def here() -> Tree | None:
+def here() -> Repository | None:
     """The repository of the working directory; None if that is in none."""
     try:
-        return Tree(Path.cwd())
+        return Repository(Path.cwd())
     except LabError:
         return None
 
@@ -316,17 +311,3 @@ def durable() -> str:
     done = subprocess.run(["git", "version"], capture_output=True, text=True, check=False)
     version = tuple(map(int, re.findall(r"\d+", done.stdout)[:2]))
     return "core.fsync=all" if version >= (2, 36) else "core.fsyncObjectFiles=true"
-
-
-def _named(diff: str) -> str:
-    """A diff of two blobs as one of train.py."""
-    lines = diff.split("\n")
-    for i, line in enumerate(lines):
-        if line.startswith("@@"):
-            break
-        for mark, side in (("--- ", "a"), ("+++ ", "b")):
-            if line.startswith(mark):
-                lines[i] = f"{mark}{side}/{TRAIN}"
-        if line.startswith("diff --git"):
-            lines[i] = f"diff --git a/{TRAIN} b/{TRAIN}"
-    return "\n".join(lines)

@@ -1,60 +1,96 @@
-"""A session: what was pinned at its start, where its things are, and how it is found, locked and resumed."""
+"""A session: a folder with its journal and what was pinned at its start; how it is found, locked, held and resumed."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import subprocess
-import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import filelock
+import msgspec
+import psutil
 
 import storage
-from lab.run import runner
-from lab.verdict import gate
 from lab.errors import LabError
+from lab.reasons import because
+from lab.session import ledger
+from lab.session.events import (
+    Event,
+    ExperimentOpened,
+    RunEnded,
+    RunStarted,
+    SessionStarted,
+)
 from lab.session.journal import Journal
-from lab.session.state import REPLAY, Experiment, Run, State
-from lab.session.repository import TRAIN, Tree
+from lab.session.repository import Repository
+from lab.session.state import Experiment, Run, State
 
-FORMAT = 1
-HOLD = "hold.json"
+FORMAT = 2
+HOLD, SUPERVISOR = "hold.json", "supervisor.json"
 PREFIX = "autoresearch/"  # of branches: autoresearch/<device>/<tag>
-FIRST_TIMEOUT = 1200  # seconds beyond the budget, before anything was measured
-SLACK = 120  # seconds beyond the budget and twice what start and evaluation took: another shape has to be compiled
-HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night
+HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night; also codes of reasons
 PASSED_ON = ("BACKEND", "DEVICE", "FA3_LIBRARY")  # settings of the user's that stay as they were at the start
+BY_ITSELF = re.compile(r"\.DS_Store|\._.*|\.Spotlight-V100|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # of file managers
+
+
+class Local(msgspec.Struct):
+    """What is true of the session on this machine alone: session.json. It does not leave the machine.
+
+    Attributes:
+        repository: the user's. commit: where the session began, and its judge is. gpu: which one, "" for the only one.
+        executable: the Python. settings: AUTORESEARCH_* variables of its runs. judge: sha256 of the judge's files.
+        memory_ceiling: bytes a run may use. unified: they are the machine's own.
+    """
+
+    format: int
+    repository: str
+    commit: str
+    gpu: str
+    executable: str
+    settings: dict[str, str]
+    memory_ceiling: int | None
+    unified: bool
+    judge: dict[str, str]
 
 
 class Session:
     """An open session.
 
     Attributes:
-        folder: where everything is kept. facts: session.json. journal, state: what happened so far.
+        folder: where everything is kept. local: session.json. journal, state: what happened so far.
         lock: held by whoever writes the journal. night_lock: by the night that owns the session.
+
+    Raises:
+        LabError: there is none, or it can't be read.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self.facts = json.loads((folder / "session.json").read_text(encoding="utf-8"))
+            content = (folder / "session.json").read_bytes()
+            if json.loads(content).get("format") != FORMAT:
+                raise LabError(f"{folder} was made by another version of this project: use that one, or start anew")
+            self.local = msgspec.json.decode(content, type=Local)
         except FileNotFoundError:
             raise LabError(f"there is no session in {folder}; begin one: python -m lab start TAG") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, AttributeError, OSError, msgspec.DecodeError) as error:
             raise LabError(f"{folder / 'session.json'} can't be read ({error})") from error
-        if not isinstance(self.facts, dict) or self.facts.get("format") != FORMAT:
-            raise LabError(f"{folder} was made by another version of this project: use that one, or start anew")
         self.journal = Journal(folder / "journal.jsonl")
         self.state = State(self.journal.events)
         self.lock = filelock.FileLock(folder / "lock")
         self.night_lock = filelock.FileLock(folder / "night.lock")
 
     @property
+    def started(self) -> SessionStarted:
+        return self.state.started
+
+    @property
     def name(self) -> str:
-        return f"{self.facts['device']}/{self.facts['tag']}"
+        return self.state.name
 
     @property
     def branch(self) -> str:
@@ -70,215 +106,178 @@ class Session:
 
     @property
     def budget(self) -> float:
-        return self.facts["budget"]
+        """Seconds of training of a run."""
+        return self.started.budget or 0.0
 
     @cached_property
-    def tree(self) -> Tree:
-        path = Path(self.facts["tree"])
+    def repository(self) -> Repository:
+        path = Path(self.local.repository)
         if not path.is_dir():
             raise LabError(f"the session's repository is gone: {path}")
-        return Tree(path)
+        return Repository(path)
 
     @cached_property
     def profile(self) -> dict:
+        """The device's calibration."""
         return json.loads((self.folder / "profile.json").read_text(encoding="utf-8"))
 
     @property
-    def device_lock(self) -> filelock.FileLock:
-        return device_lock(self.facts["device"], self.facts["gpu"])
+    def device_lock(self) -> filelock.BaseFileLock:
+        return device_lock(self.started.device, self.local.gpu)
 
-    def log(self, event: str, **facts) -> None:
+    def log(self, event: Event) -> None:
         """Journals an event, and takes it into the state."""
-        seen = len(self.journal.events)
-        self.journal.append(event, **facts)
-        for new in self.journal.events[seen:]:
+        for new in self.journal.append(event):
             self.state.take(new)
 
     def refresh(self) -> None:
+        """Takes in what others have journalled."""
         for event in self.journal.refresh():
             self.state.take(event)
 
+    def write_ledger(self) -> str | None:
+        """Makes results.tsv what the journal says; a line for people if it was not written, or was edited by hand."""
+        return ledger.write(self.ledger, self.state)
+
     @property
     def supervised(self) -> bool:
-        """Whether a process is at work on this session."""
-        return taken(self.lock)
+        """Whether a process is at work on this session, or is about to be."""
+        return is_held(self.lock) or self.starting
+
+    @property
+    def starting(self) -> bool:
+        """Whether the process that was launched last still runs: until it has the lock, nothing else tells."""
+        try:
+            known = json.loads((self.folder / SUPERVISOR).read_bytes())
+            process = psutil.Process(known["pid"])
+            return process.create_time() == known["created"] and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, KeyError, psutil.Error):
+            return False
 
     @property
     def owned_by_night(self) -> bool:
         """Whether a night is at work on this session: this process's own, or another's."""
-        return self.night_lock.is_locked or taken(self.night_lock)
+        return self.night_lock.is_locked or is_held(self.night_lock)
 
     # --- Held: nothing is to use the device ---
 
     @property
-    def held(self) -> dict | None:
+    def held(self) -> dict[str, Any] | None:
         """{"why": one of HELD, "now": whether a run under way ends, too}, or None. A file that says neither still
         holds, as somebody wanted the device left alone; but no run is ended on the strength of it."""
         try:
-            found = json.loads((self.folder / HOLD).read_bytes())
+            content = json.loads((self.folder / HOLD).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            found = None
-        found = found if isinstance(found, dict) else {}
-        return {"why": found["why"] if found.get("why") in HELD else HELD[0], "now": found.get("now") is True}
+            content = None
+        content = content if isinstance(content, dict) else {}
+        return {"why": content["why"] if content.get("why") in HELD else HELD[0], "now": content.get("now") is True}
 
     def hold(self, why: str, now: bool) -> None:
-        """From here on nothing is trained or scored, until `release`.
+        """From here on nothing is trained or scored, until `release`. A pause that somebody asked for stays one.
 
         Args:
             why: one of HELD. now: what is being trained or scored ends, too, and is done again later.
         """
-        storage.write_json(self.folder / HOLD, {"why": why, "now": now})
+        with filelock.FileLock(self.folder / "hold.lock", timeout=10):
+            held = self.held
+            if held and held["why"] == "paused" and why != "paused":
+                why, now = "paused", now or held["now"]
+            storage.write_json(self.folder / HOLD, {"why": why, "now": now})
 
-    def release(self) -> None:
-        (self.folder / HOLD).unlink(missing_ok=True)
-        storage.sync_folder(self.folder)
+    def release(self, why: str | None = None) -> None:
+        """Ends the hold; with `why`, only one for this reason."""
+        with filelock.FileLock(self.folder / "hold.lock", timeout=10):
+            if why is None or (self.held or {}).get("why") == why:
+                (self.folder / HOLD).unlink(missing_ok=True)
+                storage.sync_folder(self.folder)
 
     def ending(self) -> str | None:
-        """Why a run under way is to end now, if it is."""
+        """Why a run under way is to end now, if it is: one of HELD."""
         held = self.held
         return held["why"] if held and held["now"] else None
 
-    # --- What the gate needs ---
-
-    @property
-    def noise(self) -> gate.Noise:
-        """Standard deviation of val_bpb between seeds: pooled over the session's repeats, calibration's as a prior."""
-        return gate.pooled(self.state.repeats(self.budget), self._noise_prior())
-
-    def _noise_prior(self) -> float:
-        from calibration.noise import expected  # here, because what only reads a session shall start fast
-
-        run = next(run for run in self.state.baseline.runs if run.status == "ok")
-        return run.bpb * expected(run.result["total_tokens_M"] * 1e6)
-
-    @property
-    def account(self) -> gate.Account:
-        account = gate.Account()
-        for experiment in self.state.decided:
-            if "gate" in experiment.verdict:
-                costs = {"loss": 0.0} if experiment.kind == REPLAY else {}  # the branch did not move
-                account = account.after(experiment.verdict["gate"] | costs)
-        return account
-
-    # --- What a run needs ---
-
-    def overhead(self) -> float | None:
-        """The most seconds that a run took beside its training."""
-        took = [run.seconds - run.result["training_seconds"] for run in self.state.runs.values() if run.status == "ok"]
-        return max(took, default=None)
-
-    def timeout(self, budget: float) -> float:
-        overhead = self.overhead()
-        return budget + (FIRST_TIMEOUT if overhead is None else 2 * overhead + SLACK)
+    # --- Runs ---
 
     def run_folder(self, number: int) -> Path:
         return self.folder / "runs" / f"{number:04d}"
 
     def run_id(self, number: int) -> str:
+        """What marks every process of a run."""
         return f"{self.name}/{number}"
 
-    def request(self, number: int, blob: str, seed: int, budget: float) -> runner.Request:
-        """A guarded run of this train.py, whose folder is made anew."""
-        folder = self.run_folder(number)
-        runner.remove(folder)
-        folder.mkdir(parents=True)
-        (folder / TRAIN).write_bytes(self.tree.content(blob))
-        return self.again(number, seed, budget)
+    def open_experiment(self, **facts) -> Experiment:
+        """Journals an experiment after the baseline. To be called with the lock held."""
+        number = self.state.last.number + 1
+        self.repository.move(f"refs/autoresearch/{self.name}/{number}", facts["commit"])
+        self.log(ExperimentOpened(number=number, **facts))
+        return self.state.experiments[number]
 
-    def again(self, number: int, seed: int, budget: float) -> runner.Request:
-        """As `request`, for a run whose folder is there."""
-        return runner.Request(
-            judge=self.judge,
-            folder=self.run_folder(number),
-            seed=seed,
-            budget=budget,
-            timeout=self.timeout(budget),
-            run_id=self.run_id(number),
-            settings=self.facts["settings"],
-            memory_ceiling=self.facts["memory_ceiling"],
-            unified=self.facts["unified"],
-            sandbox=self.facts["sandbox"],
-            protected=[self.tree.path, self.folder],
-            ending=self.ending,
-        )
-
-    def mend_judge(self) -> list[str]:
-        """Files of the judge that are not as they were pinned; they are put back."""
-        wrong = differing(self.judge, self.facts["judge"])
-        if wrong:
-            judge = Tree(self.judge)
-            judge.git("checkout", "--force", "--quiet", self.facts["commit"], "--", ".")
-            judge.git("clean", "-ffdxq")
-            if still := differing(self.judge, self.facts["judge"]):
-                raise LabError(f"the session's judge can't be restored: {', '.join(still[:5])} in {self.judge}")
-        return wrong
+    def start_run(self, experiment: Experiment, blob: str, seed: int, budget: float) -> Run:
+        """Journals that a run begins. To be called with the lock held."""
+        number = self.state.next_run()
+        self.log(RunStarted(number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget))
+        return self.state.runs[number]
 
     # --- Resuming ---
 
-    def recover(self) -> list[str]:
-        """After a kill or a power failure: ends what is left of a run, frees what a dead git locked, and notes runs
-        that were lost. To be called with the lock held. Returns what it did, in words."""
+    def restore_judge(self) -> list[str]:
+        """Puts back the judge's files that are not as they were pinned, and names them."""
+        wrong = differing(self.judge, self.local.judge)
+        if wrong:
+            judge = Repository(self.judge)
+            judge.git("checkout", "--force", "--quiet", self.local.commit, "--", ".")
+            judge.git("clean", "-ffdxq")
+            if still := differing(self.judge, self.local.judge):
+                raise LabError(f"the session's judge can't be restored: {', '.join(still[:5])} in {self.judge}")
+        return wrong
+
+    def recover(self, end_run: Callable[[str], int]) -> list[str]:
+        """After a kill or a power failure: ends what is left of runs, frees what a dead git locked, notes runs that
+        were lost, and makes git and the ledger what the journal says. To be called with the lock held.
+
+        Args:
+            end_run: ends every process of a run, by its id.
+
+        Returns:
+            What it did, in lines for people.
+        """
         self.refresh()
-        state, tree = self.state, self.tree
-        done = [f"removed a lock that a killed git had left: {path}" for path in tree.unlock(self.branch)]
-        tree.sweep()
-        if state.pending and state.pending.runs:
-            runner.end(self.run_id(state.pending.runs[-1].number))  # training, or being scored
+        state, repository = self.state, self.repository
+        done = [f"removed a lock that a killed git had left: {path}" for path in repository.unlock(self.branch)]
+        repository.sweep()
+        for experiment in state.open:
+            if experiment.runs:
+                end_run(self.run_id(experiment.runs[-1].number))  # training, or being scored
         for run in state.runs.values():
-            if run.status is None:
-                self.log("ran", run=run.number, status="lost", reason=self.ending() or "the harness was killed")
+            if run.ended is None:
+                self.log(RunEnded(run=run.number, status="lost", reason=because(self.ending() or "killed")))
                 done.append(f"run {run.number} was interrupted")
-        best, head = state.best, tree.commit_of(self.branch)
-        if best and best.applied and head and head == tree.commit_of(f"{best.applied['commit']}^"):
-            tree.move(f"refs/heads/{self.branch}", best.applied["commit"], head)
-            done.append(f"the branch was behind: it is at {best.applied['commit'][:7]} again")
+        best, head = state.best, repository.commit_of(self.branch)
+        if best and best.applied and head and head == repository.commit_of(f"{best.here}^"):
+            repository.move(f"refs/heads/{self.branch}", best.here, head)
+            done.append(f"the branch was behind: it is at {best.here[:7]} again")
+        if said := self.write_ledger():
+            done.append(said)
         return done
 
-    def launch(self) -> subprocess.Popen:
-        """Starts the process that brings the pending experiment to its verdict. It outlives whoever started it."""
-        program = self.judge / "lab" / "__main__.py"
-        command = [self.facts["executable"], str(program), "--session", str(self.folder), "supervise"]
-        detached = (
-            {"start_new_session": True}
-            if os.name == "posix"
-            else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
-        )
-        with open(self.folder / "supervisor.log", "wb") as log:
-            return subprocess.Popen(
-                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **detached
-            )
 
-    def begin(self, **facts) -> Experiment:
-        """Journals an experiment after the baseline, to be launched. To be called with the lock held."""
-        number = self.state.last.number + 1
-        self.tree.move(f"refs/autoresearch/{self.name}/{number}", facts["commit"])
-        self.log("experiment", number=number, begun=time.time(), **facts)
-        return self.state.experiments[number]
-
-    def begin_run(self, experiment: Experiment, blob: str, seed: int, budget: float) -> Run:
-        number = self.state.next_run()
-        self.log(
-            "run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget, begun=time.time()
-        )
-        return self.state.runs[number]
-
-
-# Files and folders that appear by themselves, made by Python, git, file managers, and macOS on foreign disks.
-BY_THEMSELVES = re.compile(r"__pycache__|\.git|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+# --- The judge ---
 
 
 def fingerprints(judge: Path) -> dict[str, str]:
-    """sha256 of each of a judge's files, those aside that appear by themselves."""
-    digests = {}
+    """sha256 of each of a judge's files, without those that systems put anywhere by themselves."""
+    known = {}
     for folder, folders, files in os.walk(judge):
-        folders[:] = [name for name in folders if not BY_THEMSELVES.fullmatch(name)]
-        for path in (Path(folder, name) for name in files if not BY_THEMSELVES.fullmatch(name)):
-            digests[path.relative_to(judge).as_posix()] = (
-                storage.sha256(path) if path.is_file() else "a link to nothing"
-            )
-    return digests
+        folders[:] = [name for name in folders if name not in ("__pycache__", ".git")]
+        for name in files:
+            path = Path(folder, name)
+            if name != ".git" and not BY_ITSELF.fullmatch(name):
+                known[path.relative_to(judge).as_posix()] = (
+                    storage.sha256(path) if path.is_file() else "a link to nothing"
+                )
+    return known
 
 
 def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
@@ -286,7 +285,10 @@ def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
     return sorted({name for name, _ in fingerprints(judge).items() ^ pinned.items()})
 
 
-def device_lock(device: str, gpu: str) -> filelock.FileLock:
+# --- Locks ---
+
+
+def device_lock(device: str, gpu: str) -> filelock.BaseFileLock:
     """Held while anything trains on this device, in whatever session."""
     name = re.sub(r"[^0-9A-Za-z.-]", "", f"{device}-{gpu}".strip("-"))
     path = storage.home() / "locks" / f"{name}.lock"
@@ -294,43 +296,58 @@ def device_lock(device: str, gpu: str) -> filelock.FileLock:
     return filelock.FileLock(path)
 
 
-def taken(lock: filelock.FileLock) -> bool:
-    """Whether a lock is held, by another process or another object of this one."""
+def is_held(lock: filelock.BaseFileLock) -> bool:
+    """Whether a lock is held, by another process or another object of this one. Looking never takes it where the
+    system can tell: a look must not keep anybody from work."""
     try:
-        with lock.acquire(blocking=False):
-            return False
-    except filelock.Timeout:
+        import fcntl
+    except ImportError:  # Windows: there is no other way than to try
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except filelock.Timeout:
+            return True
+    try:
+        descriptor = os.open(lock.lock_file, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: pollers do not see one another
+        return False
+    except OSError:
         return True
+    finally:
+        os.close(descriptor)
 
 
-def refuse_if_busy(lock: filelock.FileLock) -> None:
+def refuse_if_busy(lock: filelock.BaseFileLock) -> None:
     """LabError if something else trains on the device."""
-    if taken(lock):
-        raise LabError(
-            "another session is training on this device, and two at once would slow each other down: wait "
-            "until it is done (python -m lab wait, in its repository), then run this again"
-        )
+    if is_held(lock):
+        raise LabError("another session is training on this device, and two at once would slow each other down: wait "
+                       "until it is done (python -m lab wait, in its repository), then run this again")  # fmt: skip
+
+
+# --- Finding one ---
 
 
 def at(path: Path) -> Session:
     """The session whose branch is checked out in the repository at `path`. LabError if there is none."""
-    tree = Tree(path)
-    branch = tree.branch()
+    repository = Repository(path)
+    branch = repository.branch()
     if not branch or not branch.startswith(PREFIX):
-        raise LabError(
-            f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
-            f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>"
-        )
+        raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
+                       f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>")  # fmt: skip
     session = Session(folder_of(branch[len(PREFIX) :]))
-    if Path(session.facts["tree"]) != tree.path:
-        raise LabError(f"session {session.name} belongs to the repository {session.facts['tree']}, not to {tree.path}")
-    if not session.judge.is_dir():
+    if Path(session.local.repository) != repository.path:
         raise LabError(
-            f"the session's judge is gone; get it back with: git worktree prune; git worktree add --force "
-            f"--detach {session.judge} {session.facts['commit']}"
+            f"session {session.name} belongs to the repository {session.local.repository}, not to {repository.path}"
         )
+    if not session.judge.is_dir():
+        raise LabError(f"the session's judge is gone; get it back with: git worktree prune; git worktree add --force "
+                       f"--detach {session.judge} {session.local.commit}")  # fmt: skip
     return session
 
 
 def folder_of(name: str) -> Path:
+    """Where the session of this name, DEVICE/TAG, is kept."""
     return storage.home() / "sessions" / name

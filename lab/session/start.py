@@ -9,22 +9,36 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
 import backends
 import prepare
 import storage
 from backends import machine
-from calibration import profile, rule
-from lab.cli import render as show
-from lab.genome import syntax as source
-from lab.run import sandbox
+from calibration import profile as profiles, rule
+from lab import untrusted
 from lab.errors import LabError
-from lab.verdict.executor import BASELINE_RUNS
+from lab.genome.syntax import TRAIN, describe
+from lab.run import sandbox
+from lab.session.events import ExperimentOpened, SessionStarted
 from lab.session.journal import Journal
-from lab.session.session import FORMAT, PASSED_ON, PREFIX, Session, device_lock, fingerprints, folder_of, refuse_if_busy
+from lab.session.repository import Repository
+from lab.session.session import (
+    FORMAT,
+    PASSED_ON,
+    PREFIX,
+    Local,
+    Session,
+    device_lock,
+    fingerprints,
+    folder_of,
+    refuse_if_busy,
+)
 from lab.session.state import BASELINE
-from lab.session.repository import TRAIN, Tree
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
+BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
 
 
 def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_RUNS, say=print) -> Session:
@@ -41,13 +55,13 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         raise LabError("the baseline needs at least one run")
     if not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag:
         raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
-    tree = Tree(path)
-    tree.some_branch()
-    commit = tree.commit_of("HEAD")
-    if commit is None or tree.blob_of(commit) is None:
+    repository = Repository(path)
+    repository.some_branch()
+    commit = repository.commit_of("HEAD")
+    if commit is None or repository.blob_of(commit) is None:
         raise LabError(f"{TRAIN} is not committed yet: commit it first")
-    tree.refuse_uncommitted()
-    source.describe(tree.train())
+    repository.refuse_uncommitted()
+    describe(repository.train())
 
     hardware = backends.identify()
     folder = folder_of(f"{hardware.slug}/{tag}")
@@ -56,18 +70,18 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
             f"there is a session {tag} already: git switch {PREFIX}{hardware.slug}/{tag} goes on with it; "
             "or take another tag"
         )
-    found = checked_profile(hardware, tree.path / TRAIN, say)
+    profile = checked_profile(hardware, repository.path / TRAIN, say)
     data = prepare.open_data()
     box = sandbox.probe()
     sandbox.refuse_without(box, unsandboxed)
     say(sandbox.describe(box))
-    if others := tree.changed():
-        say(f"not part of the session, being no part of its commit: {show.listed(others)}")
+    if others := repository.changed():
+        say(f"not part of the session, being no part of its commit: {untrusted.listed(others)}")
 
     gpu = which_gpu(hardware.kind)
     refuse_if_busy(device_lock(hardware.slug, gpu))
     branch = f"{PREFIX}{hardware.slug}/{tag}"
-    if tree.commit_of(f"refs/heads/{branch}") not in (None, commit):
+    if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(
             f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
         )
@@ -83,35 +97,58 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         "AUTORESEARCH_PROFILE": str(folder / "profile.json"),
         "AUTORESEARCH_BACKEND": hardware.backend,
     }
-    facts = {
-        "format": FORMAT, "tag": tag, "device": hardware.slug, "backend": hardware.backend, "tree": str(tree.path),
-        "commit": commit, "gpu": gpu, "executable": sys.executable, "budget": prepare.budget(), "baseline_runs": runs,
-        "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag, "profile": profile.tag(found),
-        "versions": hardware.versions, "settings": settings, "sandbox": box,
-        "memory_ceiling": int(rule.SHARE_OF_MEMORY * found["free_memory"]),
-        "unified": hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
-        "python": sys.version.split()[0], "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    source, blob, now = describe(repository.train()), repository.blob_of(commit) or "", time.time()
+    rates = profile["products"]["rates"][profile["settings"]["precision"]]
+    started = SessionStarted(
+        time=now,
+        tag=tag,
+        device=hardware.slug,
+        backend=hardware.backend,
+        commit=commit,
+        budget=prepare.budget(),
+        baseline_runs=runs,
+        dataset=data.name,
+        eval=data.eval_tag,
+        data=data.data_tag,
+        profile=profiles.tag(profile),
+        versions=hardware.versions,
+        sandbox=box,
+        python=sys.version.split()[0],
+        slowest=BAND * rates["low"] / rates["median"],
+        attention_provider=profile.get("attention_provider"),
+    )
+    baseline = ExperimentOpened(
+        number=BASELINE,
+        kind="baseline",
+        blob=blob,
+        commit=commit,
+        description="baseline",
+        digest=source.digest,
+        complexity=source.complexity,
+        portable=source.portable,
+    )
     with device_lock(hardware.slug, f"start-{tag}"):  # two commands with one tag
         if (folder / "session.json").exists():
             raise LabError(f"session {tag} was started by another command just now")
-        pin(tree, folder, commit)
-        storage.write_json(folder / "profile.json", found)
-        Journal(folder / "journal.jsonl").append(
-            "experiment",
-            number=BASELINE,
-            kind="baseline",
-            blob=tree.blob_of(commit),
-            parent=None,
+        pin(repository, folder, commit)
+        storage.write_json(folder / "profile.json", profile)
+        journal = Journal(folder / "journal.jsonl")
+        journal.append(started)
+        journal.append(baseline)
+        repository.move(f"refs/heads/{branch}", commit)
+        repository.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
+        local = Local(
+            format=FORMAT,
+            repository=str(repository.path),
             commit=commit,
-            description="baseline",
-            begun=time.time(),
-            **vars(source.describe(tree.train())),
+            gpu=gpu,
+            executable=sys.executable,
+            settings=settings,
+            memory_ceiling=int(rule.SHARE_OF_MEMORY * profile["free_memory"]),
+            unified=hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
+            judge=fingerprints(folder / "judge"),
         )
-        tree.move(f"refs/heads/{branch}", commit)
-        tree.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
-        # Last: with it there is a session.
-        storage.write_json(folder / "session.json", facts | {"judge": fingerprints(folder / "judge")})
+        storage.write_json(folder / "session.json", msgspec.to_builtins(local))  # last: with it there is a session
     return Session(folder)
 
 
@@ -126,19 +163,19 @@ def which_gpu(kind: str) -> str:
 
 def checked_profile(hardware, train: Path, say) -> dict:
     """The profile of this device. ProfileError if there is none, or one made with other versions."""
-    path = Path(os.environ.get("AUTORESEARCH_PROFILE") or profile.path_of(hardware))
+    path = Path(os.environ.get("AUTORESEARCH_PROFILE") or profiles.path_of(hardware))
     if not path.exists():
-        raise profile.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profile.AGAIN}")
-    found = profile.read(path, hardware)
-    if reasons := profile.stale(found, hardware):
-        raise profile.ProfileError(f"the profile is stale: {'; '.join(reasons)}; {profile.AGAIN}")
-    if profile.stale(found, hardware, profile.baseline(train)):
+        raise profiles.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profiles.AGAIN}")
+    profile = profiles.read(path, hardware)
+    if reasons := profiles.stale(profile, hardware):
+        raise profiles.ProfileError(f"the profile is stale: {'; '.join(reasons)}; {profiles.AGAIN}")
+    if profiles.stale(profile, hardware, profiles.baseline(train)):
         say("the profile was measured with another train.py than this one: its sizes are used all the same")
-    return found
+    return profile
 
 
-def pin(tree: Tree, folder: Path, commit: str) -> None:
+def pin(repository: Repository, folder: Path, commit: str) -> None:
     """Makes the judge: a worktree of the commit. What a start that was killed has left goes first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tree.git("worktree", "add", "--quiet", "--force", "--detach", str(folder / "judge"), commit)
+    repository.git("worktree", "add", "--quiet", "--force", "--detach", str(folder / "judge"), commit)

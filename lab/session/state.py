@@ -3,185 +3,296 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
-BASELINE, CONFIRM = 0, "confirm"
-REPLAY = "replay"  # a change from elsewhere on the baseline: it is judged, and the branch stays where it is
-REPEAT = "repeat"  # further runs of a replay, which leave its verdict as it is
-BESIDE = ("baseline", CONFIRM, REPLAY, REPEAT)  # kinds that never move the branch
+from msgspec.structs import replace
+
+from lab.errors import LabError
+from lab.reasons import Reason
+from lab.session.events import (
+    Event,
+    ExperimentApplied,
+    ExperimentDecided,
+    ExperimentJudged,
+    ExperimentOpened,
+    HarnessFailed,
+    RunEnded,
+    RunScored,
+    RunStarted,
+    SessionStarted,
+    StakeReserved,
+    Verdict,
+)
+
+BASELINE = 0  # its number
+BESIDE = ("baseline", "confirm", "replay", "repeat")  # kinds that never move the branch
+MEASURING = ("confirm", "repeat")  # kinds that try nothing new
 
 
-@dataclass
-class Run:
-    """One training of one train.py.
+class Run(RunStarted, tag="run", kw_only=True):
+    """One training of one train.py, and how it ended.
 
     Attributes:
-        blob: of the train.py. seed: of its initial weights. budget: seconds.
-        status: "ok", "crash", "invalid", "disturbed" (the device was not itself: never judged) or "lost" (the harness
-            was killed, or it was ended because the session was held); None while it lasts.
-        result: what prepare.report measured. scores: {"val_bpb", "held_out_bpb"} of its weights, scored again.
+        ended: None while it lasts. scored: None if its weights were not scored again.
     """
 
-    number: int
-    experiment: int
-    blob: str
-    seed: int
-    budget: float
-    begun: float
-    status: str | None = None
-    reason: str = ""
-    result: dict | None = None
-    seconds: float = 0.0
-    traceback: str = ""
-    scores: dict | None = None
+    ended: RunEnded | None = None
+    scored: RunScored | None = None
+
+    @property
+    def status(self) -> str | None:
+        """As of RunEnded; None while it lasts."""
+        return self.ended.status if self.ended else None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def reason(self) -> Reason | None:
+        return self.ended.reason if self.ended else None
+
+    @property
+    def result(self) -> dict:
+        """What it measured, by the names of results.py; {} if nothing."""
+        return (self.ended.result or {}) if self.ended else {}
 
     @property
     def bpb(self) -> float:
         return self.result["val_bpb"]
 
+    @property
+    def seconds(self) -> float:
+        return self.ended.seconds if self.ended else 0.0
 
-@dataclass
-class Experiment:
-    """One change of train.py, or the baseline (number 0), or a confirmation.
+
+class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
+    """One change of train.py, and what became of it.
 
     Attributes:
-        blob, parent: of its train.py and of the best one it is judged against, which experiment `onto` was kept for.
-            commit: where it is stored.
-        digest, nodes, portable: see source.py. patch: stable id of the change.
-        kind: "change", "near misses" (of `members`, by number), or one of BESIDE.
-        origin: "DEVICE/TAG/PATCH" of the change that this one repeats. fewest: seeds that it and its parent are run on
-            at least. judged: the verdict, while further runs are made that don't change it.
-        verdict: the event that ended it: "status", "reason", the gate's numbers; "unjudged" if nothing was learnt.
+        runs: those made for it, its parent's too. stake: what it may cost the account, once it goes beyond one run.
+        judged: the verdict while further runs are made that don't change it. decided: the verdict.
         applied: all of it is done. failures: of the harness at it.
     """
 
-    number: int
-    kind: str
-    blob: str
-    parent: str | None
-    commit: str
-    description: str
-    digest: str = ""
-    nodes: int = 0
-    portable: bool = True
-    patch: str = ""
-    origin: str = ""
-    members: tuple[int, ...] = ()
-    pairs: int = 0
-    budget: float | None = None
-    fewest: int = 1
-    judged: dict | None = None
-    onto: int | None = None
-    begun: float = 0.0
+    runs: list[Run] = []
+    stake: float | None = None
+    judged: Verdict | None = None
+    decided: Verdict | None = None
+    applied: ExperimentApplied | None = None
     failures: int = 0
-    runs: list[Run] = field(default_factory=list)
-    verdict: dict | None = None
-    applied: dict | None = None
 
     @property
     def status(self) -> str:
-        return self.verdict["status"] if self.verdict else "running"
+        return self.decided.status if self.decided else "running"
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of a decided experiment."""
+        if self.decided is None:
+            raise ValueError(f"experiment {self.number} is not decided yet")
+        return self.decided
 
     @property
     def own_runs(self) -> list[Run]:
         """Of its own train.py, not of its parent's."""
         return [run for run in self.runs if run.blob == self.blob]
 
+    @property
+    def here(self) -> str:
+        """The commit that its train.py is at."""
+        return self.applied.commit if self.applied and self.applied.commit else self.commit
+
+    @property
+    def near_miss(self) -> bool:
+        return bool(self.decided and self.decided.evidence and self.decided.evidence.near_miss)
+
+    @property
+    def key(self) -> str:
+        """Equal for the same change on every machine: what it repeats, or its own id; "" if only words are known."""
+        return self.origin.rpartition("/")[2] or self.change
+
 
 class State:
     """The session so far.
 
     Attributes:
-        experiments: by number, in order. runs: by number.
-        best: the experiment that is kept as the best; None before the baseline is.
+        started: what it rests on. experiments: by number, in order. runs: by number.
+        kept: the experiments that moved the branch, the baseline first. decided, done: those with a
+            verdict, and of them those whose verdict is carried out, each in that order.
+
+    Raises:
+        LabError: the events contradict each other.
     """
 
-    def __init__(self, events: list[dict] = ()):
+    def __init__(self, events: Iterable[Event] = ()):
+        self._started: SessionStarted | None = None
         self.experiments: dict[int, Experiment] = {}
         self.runs: dict[int, Run] = {}
         self.kept: list[Experiment] = []
-        self.decided: list[Experiment] = []  # those with a verdict, in order
-        self._of: dict[str, list[Run]] = {}  # runs by blob
+        self.decided: list[Experiment] = []
+        self.done: list[Experiment] = []
+        self._by_blob: dict[str, list[Run]] = {}
         for event in events:
             self.take(event)
 
-    def take(self, event: dict) -> None:
-        facts = {name: value for name, value in event.items() if name != "event"}
-        kind = event["event"]
-        if kind == "experiment":
-            facts["members"] = tuple(facts.get("members", ()))
-            experiment = Experiment(**facts)
-            self.experiments[experiment.number] = experiment
-        elif kind == "run":
-            run = Run(**facts)
-            self.runs[run.number] = run
-            self.experiments[run.experiment].runs.append(run)
-            self._of.setdefault(run.blob, []).append(run)
-        elif kind == "judged":
-            self.experiments[facts.pop("experiment")].judged = facts
-        elif kind == "failed":
-            self.experiments[facts["experiment"]].failures += 1
-        elif kind in ("ran", "scored"):
-            run = self.runs[facts.pop("run")]
-            for name, value in facts.items():
-                setattr(run, name, value)
-        elif kind == "verdict":
-            experiment = self.experiments[facts["experiment"]]
-            experiment.verdict = facts
-            self.decided.append(experiment)
-            if facts["status"] == "keep" and (experiment.kind not in BESIDE or experiment.kind == "baseline"):
-                self.kept.append(experiment)
-        elif kind == "applied":
-            self.experiments[facts["experiment"]].applied = facts
+    @property
+    def started(self) -> SessionStarted:
+        if self._started is None:
+            raise LabError("the journal does not begin with what the session rests on; import the session's export")
+        return self._started
 
     @property
-    def pending(self) -> Experiment | None:
-        """The experiment under way; there is always a last one, as a session begins with its baseline."""
-        return None if self.last.applied else self.last
+    def name(self) -> str:
+        return f"{self.started.device}/{self.started.tag}"
+
+    # --- Taking events ---
+
+    def take(self, event: Event) -> None:
+        """Adds an event. One that says again what is known changes nothing; LabError for one that contradicts it."""
+        if isinstance(event, SessionStarted):
+            self._started = self._once(self._started, event)
+        elif isinstance(event, ExperimentOpened):
+            self._open(event)
+        elif isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, RunEnded):
+            run = self._run(event.run)
+            run.ended = self._once(run.ended, event)
+        elif isinstance(event, RunScored):
+            self._run(event.run).scored = event
+        elif isinstance(event, ExperimentDecided):
+            self._decide(event)
+        elif isinstance(event, ExperimentApplied):
+            self._apply(event)
+        elif isinstance(event, ExperimentJudged):
+            self._experiment(event.experiment).judged = event.verdict
+        elif isinstance(event, StakeReserved):
+            self._experiment(event.experiment).stake = event.stake
+        elif isinstance(event, HarnessFailed):
+            self._experiment(event.experiment).failures += 1
+        else:
+            raise LabError(f"an event of the kind {type(event).__name__} is none of a session's")
+
+    @staticmethod
+    def _once(known, event):
+        if known is not None and replace(known, time=0) != replace(event, time=0):
+            raise LabError(f"the journal contradicts itself: {event} comes after {known}; import the session's export")
+        return event
+
+    def _open(self, event: ExperimentOpened) -> None:
+        facts = {name: getattr(event, name) for name in event.__struct_fields__}
+        if known := self.experiments.get(event.number):
+            if any(getattr(known, name) != value for name, value in facts.items()):
+                raise LabError(f"the journal opens experiment {event.number} twice; import the session's export")
+            return
+        if event.onto is not None:
+            self._experiment(event.onto)
+        self.experiments[event.number] = Experiment(**facts)
+
+    def _start(self, event: RunStarted) -> None:
+        if known := self.runs.get(event.number):
+            if any(getattr(known, name) != getattr(event, name) for name in event.__struct_fields__):
+                raise LabError(f"the journal starts run {event.number} twice; import the session's export")
+            return
+        run = Run(**{name: getattr(event, name) for name in event.__struct_fields__})
+        self._experiment(event.experiment).runs.append(run)
+        self.runs[run.number] = run
+        self._by_blob.setdefault(run.blob, []).append(run)
+
+    def _decide(self, event: ExperimentDecided) -> None:
+        experiment = self._experiment(event.experiment)
+        if experiment.decided is not None:
+            if experiment.decided != event.verdict:
+                raise LabError(f"the journal decides experiment {event.experiment} twice; import the session's export")
+            return
+        experiment.decided = event.verdict
+        self.decided.append(experiment)
+        if event.verdict.status == "keep" and (experiment.kind not in BESIDE or experiment.kind == "baseline"):
+            self.kept.append(experiment)
+
+    def _apply(self, event: ExperimentApplied) -> None:
+        experiment = self._experiment(event.experiment)
+        if experiment.applied is None:
+            self.done.append(experiment)
+        experiment.applied = self._once(experiment.applied, event)
+
+    def _experiment(self, number: int) -> Experiment:
+        if number not in self.experiments:
+            raise LabError(f"the journal speaks of experiment {number}, which it never opened")
+        return self.experiments[number]
+
+    def _run(self, number: int) -> Run:
+        if number not in self.runs:
+            raise LabError(f"the journal speaks of run {number}, which it never started")
+        return self.runs[number]
+
+    # --- Asking ---
+
+    @property
+    def open(self) -> list[Experiment]:
+        """The experiments that are not done yet, the oldest first."""
+        return [experiment for experiment in self.experiments.values() if experiment.applied is None]
+
+    @property
+    def oldest_open(self) -> Experiment | None:
+        return next(iter(self.open), None)
 
     @property
     def last(self) -> Experiment:
+        """There is always one: a session begins with its baseline."""
         return next(reversed(self.experiments.values()))
 
     @property
     def best(self) -> Experiment | None:
+        """The experiment that is kept as the best; None before the baseline is."""
         return self.kept[-1] if self.kept else None
 
     @property
     def baseline(self) -> Experiment:
         return self.experiments[BASELINE]
 
+    def parent_of(self, experiment: Experiment) -> Experiment | None:
+        """The experiment that it is judged against."""
+        return None if experiment.onto is None else self.experiments[experiment.onto]
+
+    def runs_of(self, blob: str) -> list[Run]:
+        """All runs of a train.py, for whatever experiment."""
+        return self._by_blob.get(blob, [])
+
     def results(self, blob: str) -> dict[int, float]:
-        """val_bpb by seed, of undisturbed runs that ended well, confirmations left out."""
+        """val_bpb by seed, of undisturbed runs that ended well, confirmations left out. Where no seed is known, each
+        run counts by itself."""
         return {
-            run.seed: run.bpb
-            for run in self._of.get(blob, ())
-            if run.status == "ok" and self.experiments[run.experiment].kind != CONFIRM
+            -run.number if run.seed is None else run.seed: run.bpb
+            for run in self.runs_of(blob)
+            if run.ok and self.experiments[run.experiment].kind != "confirm"
         }
 
-    def repeats(self, budget: float) -> list[list[float]]:
+    def mean(self, experiment: Experiment) -> float | None:
+        """val_bpb over the runs of its train.py; None without any."""
+        scores = self.results(experiment.blob)
+        return statistics.fmean(scores.values()) if scores else None
+
+    def repeats(self, budget: float | None) -> list[list[float]]:
         """The results of each train.py, one for a seed, at one budget: what the noise is estimated from. What was found
         invalid tells nothing of it."""
         groups = [
             {
-                run.seed: run.bpb
+                -run.number if run.seed is None else run.seed: run.bpb
                 for run in runs
-                if run.status == "ok"
+                if run.ok
                 and run.budget == budget
                 and not (
                     self.experiments[run.experiment].status == "invalid"
                     and self.experiments[run.experiment].blob == run.blob
                 )
             }
-            for runs in self._of.values()
+            for runs in self._by_blob.values()
         ]
         return [list(group.values()) for group in groups if len(group) > 1]
 
-    def mean(self, experiment: Experiment) -> float | None:
-        values = self.results(experiment.blob)
-        return statistics.fmean(values.values()) if values else None
-
-    def same(self, digest: str) -> Experiment | None:
+    def equal(self, digest: str) -> Experiment | None:
         """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
         of the best."""
         return next(
@@ -189,9 +300,9 @@ class State:
                 e
                 for e in reversed(self.decided)
                 if e.digest == digest
-                and e.kind not in (CONFIRM, REPEAT)
-                and not e.verdict.get("unjudged")
-                and not (e.kind == REPLAY and e.status == "keep")
+                and e.kind not in MEASURING
+                and e.verdict.judged
+                and not (e.kind == "replay" and e.status == "keep")
             ),
             None,
         )
@@ -199,6 +310,7 @@ class State:
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1
 
-    def parent_of(self, experiment: Experiment) -> Experiment | None:
-        """The experiment that it is judged against."""
-        return None if experiment.onto is None else self.experiments[experiment.onto]
+    def overhead(self) -> float | None:
+        """The most seconds that a run took beside its training."""
+        took = [run.seconds - run.result["training_seconds"] for run in self.runs.values() if run.ok]
+        return max(took, default=None)

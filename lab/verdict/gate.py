@@ -20,8 +20,9 @@ of what scores lower is no better; and to run everything three times costs two t
    worthless change gets past the screen; so the hopeless ones, which are most, cost nothing (after ADDIS: Tian &
    Ramdas, NeurIPS 2019).
 5. **Near misses**, better by NEAR standard errors and not kept, are tried together: gains add up, noise doesn't.
-6. **Simpler and no worse** is kept too, if a loss of MARGIN of the noise is excluded (non-inferiority) at CONFIDENCE;
-   losses that could not be excluded are added up, and stay below one standard deviation per session.
+6. **Simpler and no worse** is kept too: with bit for bit the same score on a seed that the parent has, after one run;
+   else if a loss of MARGIN of the noise is excluded (non-inferiority) at CONFIDENCE. Losses that could not be excluded
+   are added up, and stay below one standard deviation per session.
 
 The theorems behind 4 ask for independent tests, exact p-values and a charge for every change. Here tests share parents
 and an estimated noise, and a change that ends after one run is not charged. That the bounds hold all the same, wrong
@@ -34,6 +35,11 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import msgspec
+
+from lab.reasons import Reason, because
+from lab.session.events import Evidence
 
 ROUNDS = 3  # runs of a change at most
 SCREEN = 0.7  # standard errors that the first run has to be better
@@ -86,8 +92,9 @@ class Account:
     """What a session has staked and earned.
 
     Attributes:
-        staked: on all tests so far, in false keeps to be expected. keeps: because they were better.
-        tests: since the last of these. loss: bits per byte that simplifications may have cost, in all.
+        staked: on all tests so far, in false keeps to be expected; what open tests have reserved is staked already.
+        keeps: because they were better. tests: since the last of these, open ones too.
+        loss: bits per byte that simplifications may have cost, in all.
     """
 
     staked: float = 0.0
@@ -97,24 +104,28 @@ class Account:
 
     @property
     def stake(self) -> float:
-        """Of the next test that is run again."""
-        return (ALPHA * max(1, self.keeps) - self.staked) / (self.tests + STAKE)
+        """What the next test that is run again may stake. However many are open, something is left."""
+        return max(0.0, ALPHA * max(1, self.keeps) - self.staked) / (self.tests + STAKE)
 
     @property
     def level(self) -> float:
         """The chance of a false keep that the next test may have."""
         return PASSES * self.stake
 
-    def after(self, facts: Mapping) -> Account:
-        """The account after a verdict, from `Step.facts()`."""
-        if facts["better"]:
-            return replace(self, staked=self.staked + facts["stake"], keeps=self.keeps + 1, tests=0)
+    def after(self, evidence: Evidence) -> Account:
+        """The account after a verdict."""
+        if evidence.better:
+            return replace(self, staked=self.staked + evidence.stake, keeps=self.keeps + 1, tests=0)
         return replace(
             self,
-            staked=self.staked + facts["stake"],
-            tests=self.tests + (facts["stake"] > 0),
-            loss=self.loss + facts["loss"],
+            staked=self.staked + evidence.stake,
+            tests=self.tests + (evidence.stake > 0),
+            loss=self.loss + evidence.loss,
         )
+
+    def reserving(self, stake: float) -> Account:
+        """The account while a test is open that has this stake: as if it were lost."""
+        return replace(self, staked=self.staked + stake, tests=self.tests + 1)
 
 
 @dataclass(frozen=True)
@@ -123,59 +134,44 @@ class Step:
 
     Attributes:
         action: "run candidate" or "run parent" (with `seed`), "keep" or "discard".
-        reason: a sentence.
-        gain: parent's mean minus the candidate's; above 0 is better. error: its standard error.
-        low, high: its 90 % interval. p: of a worthless change doing as well. level: for p, split over the rounds.
-        runs, parent_runs: how many this rests on. better, simpler: why it is kept, if it is.
-        near_miss: worth trying together with others. stake, loss: for the account.
+        reason: why. evidence: the numbers that it rests on.
     """
 
     action: str
-    reason: str
+    reason: Reason
     seed: int | None = None
-    gain: float = 0.0
-    error: float = 0.0
-    low: float = 0.0
-    high: float = 0.0
-    p: float = 1.0
-    level: float = 0.0
-    runs: int = 0
-    parent_runs: int = 0
-    better: bool = False
-    simpler: bool = False
-    near_miss: bool = False
-    stake: float = 0.0
-    loss: float = 0.0
-
-    def facts(self) -> dict:
-        """Its numbers, for a journal (JSON)."""
-        return {name: value for name, value in vars(self).items() if name not in ("action", "reason", "seed")}
+    evidence: Evidence = Evidence()
 
 
 def next_step(
-    candidate: Mapping[int, float], parent: Mapping[int, float], noise: Noise, account: Account, simpler: bool = False
+    candidate: Mapping[int, float],
+    parent: Mapping[int, float],
+    noise: Noise,
+    account: Account,
+    simpler: bool = False,
+    stake: float | None = None,
 ) -> Step:
     """What the runs so far ask for. Bits per byte everywhere.
 
     Args:
         candidate, parent: val_bpb by seed.
-        noise, account: of the session so far; the account stays the same until the verdict.
-        simpler: the candidate has fewer syntax nodes than its parent.
+        noise, account: of the session so far.
+        simpler: the candidate's syntax tree is smaller than its parent's.
+        stake: what this test has reserved, once it has; the account's next one by default.
     """
     if not candidate:
-        return Step("run candidate", "not run yet", seed=seed(0))
+        return Step("run candidate", because("not_run"), seed=seed(0))
     if not parent:
-        return Step("run parent", "its parent has no runs", seed=min(candidate))
+        return Step("run parent", because("parent_not_run"), seed=min(candidate))
     if not all(map(math.isfinite, [*candidate.values(), *parent.values()])):
-        return Step("discard", "a score that is not a finite number can't be compared", runs=len(candidate))
-    runs, parents, level = len(candidate), len(parent), account.level
+        return Step("discard", because("not_a_number"), evidence=Evidence(runs=len(candidate)))
+    stake = account.stake if stake is None else stake
+    runs, parents, level = len(candidate), len(parent), PASSES * stake
     gain = statistics.fmean(parent.values()) - statistics.fmean(candidate.values())
     variance = 1 / runs + 1 / parents
     error = noise.sd * math.sqrt(variance)
     t, half = gain / error, t_quantile(0.05, noise.df) * error
-    found = Step(
-        "discard",
-        "",
+    evidence = Evidence(
         gain=gain,
         error=error,
         low=gain - half,
@@ -184,32 +180,33 @@ def next_step(
         level=level,
         runs=runs,
         parent_runs=parents,
-        stake=account.stake if runs > 1 else 0.0,
+        stake=stake if runs > 1 else 0.0,
     )
-    said = (
-        f"{abs(gain):.6f} bits per byte {'better' if gain > 0 else 'worse'} than its parent "
-        f"({abs(t):.1f} standard errors, {runs} {'run' if runs == 1 else 'runs'} against {parents})"
-    )
+    facts = {
+        "amount": abs(gain),
+        "direction": "better" if gain > 0 else "worse",
+        "t": abs(t),
+        "runs": runs,
+        "parent_runs": parents,
+    }
 
+    common = candidate.keys() & parent.keys()
+    if simpler and common and all(candidate[one] == parent[one] for one in common):
+        equal = replace_evidence(evidence, simpler=True, stake=0.0)
+        return Step("keep", because("simpler_and_equal", seeds=len(common)), evidence=equal)
     missing = [one for one in candidate if one not in parent]
     share = level * SPLIT[min(runs, ROUNDS) - 1]
-    tested = f"{said}: p = {found.p:.2g}, at most {share:.2g} was asked for"
-    if not missing and found.p <= share:
-        return replace(found, action="keep", reason=tested, better=True, stake=account.stake)
-    found = replace(found, near_miss=t >= NEAR)
+    tested = because("tested", **facts, p=evidence.p, share=share)
+    if not missing and share > 0 and evidence.p <= share:
+        return Step("keep", tested, evidence=replace_evidence(evidence, better=True, stake=stake))
+    evidence = replace_evidence(evidence, near_miss=t >= NEAR)
     allowed = max(0.0, min(MARGIN * noise.sd, noise.sd - account.loss))  # that a simplification may lose
     if runs >= ROUNDS and not missing:
         loss = max(0.0, t_quantile(1 - CONFIDENCE, noise.df) * error - gain)
         if simpler and loss <= allowed:
-            return replace(
-                found,
-                action="keep",
-                simpler=True,
-                near_miss=False,
-                loss=loss,
-                reason=(f"simpler, and {said}: a loss above {loss:.6f} is excluded, {allowed:.6f} was allowed"),
-            )
-        return replace(found, reason=tested)
+            reason = because("simpler", **facts, loss=loss, allowed=allowed)
+            return Step("keep", reason, evidence=replace_evidence(evidence, simpler=True, near_miss=False, loss=loss))
+        return Step("discard", tested, evidence=evidence)
 
     # Is it worth going on? `gain` will move by `spread` until the last look, which asks for so much of it:
     final = 1 / ROUNDS + 1 / max(ROUNDS, parents)
@@ -220,20 +217,25 @@ def next_step(
         return normal_tail((t_quantile(tail, df) * noise.sd * math.sqrt(final) - less - gain) / spread)
 
     if not t >= SCREEN:
-        hope, why = 0.0, f"at least {SCREEN:g} was asked for"
+        hope, reason = 0.0, because("screened", **facts, wanted=SCREEN)
     else:
         hope = chance(level * SPLIT[-1])
-        why = f"its chance of being kept after {ROUNDS} runs is {hope:.0%}, at least {WORTH:.0%} was asked for"
+        reason = because("hopeless", **facts, hope=hope, rounds=ROUNDS, wanted=WORTH)
     if simpler and allowed > 0:
         hope = max(hope, chance(1 - CONFIDENCE, less=allowed))
     if not hope >= WORTH:
-        return replace(found, reason=f"{said}: {why}")
+        return Step("discard", reason, evidence=evidence)
     action, which = (
         ("run parent", missing[0])
         if missing
         else ("run candidate", next(one for one in map(seed, range(runs + 1)) if one not in candidate))
     )
-    return replace(found, action=action, seed=which, near_miss=False, stake=0.0, reason=f"worth another run: {said}")
+    evidence = replace_evidence(evidence, near_miss=False, stake=0.0)
+    return Step(action, because("worth_another_run", **facts), seed=which, evidence=evidence)
+
+
+def replace_evidence(evidence: Evidence, **changes) -> Evidence:
+    return msgspec.structs.replace(evidence, **changes)
 
 
 def smallest_detectable(noise: Noise, account: Account, power: float = 0.8) -> float:
@@ -283,7 +285,10 @@ def t_tail(t: float, df: int) -> float:
 
 
 def t_quantile(tail: float, df: int) -> float:
-    """The t that is exceeded with probability `tail`, by bisection. `tail` above 1e-12, at most 0.5."""
+    """The t that is exceeded with probability `tail`, by bisection; `tail` at most 0.5. Infinite below 1e-12, where
+    rounding hides the tail: a test without a level keeps nothing."""
+    if not tail > 1e-12:
+        return math.inf
     low, high = 0.0, 1.0
     while t_tail(high, df) > tail:
         low, high = high, 2 * high

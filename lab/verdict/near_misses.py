@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from lab.genome import syntax as source
-from lab.verdict import gate
 from lab.errors import LabError
 from lab.genome.merge import merged
+from lab.genome.syntax import describe
 from lab.session.session import Session
+from lab.session.state import State
+from lab.verdict import gate
 
 
-def remembered(session: Session) -> list[int]:
+def remembered(state: State) -> list[int]:
     """Numbers of the experiments to try together, the most convincing first: those not tried so before."""
-    state = session.state
     used = {number for experiment in state.experiments.values() for number in experiment.members}
     return gate.together(
         [
-            (e.number, e.verdict["gate"]["gain"], e.verdict["gate"]["error"])
+            (e.number, e.verdict.evidence.gain, e.verdict.evidence.error)
             for e in state.decided
-            if e.number not in used and e.verdict.get("gate", {}).get("near_miss")
+            if e.number not in used and e.near_miss and e.verdict.evidence
         ]
     )
 
@@ -28,20 +28,22 @@ def together(session: Session) -> tuple[bytes, list[int]]:
     Raises:
         LabError: there are too few.
     """
-    state, tree = session.state, session.tree
-    current, members = tree.content(state.best.blob), []
-    for number in remembered(session):
+    state, repository = session.state, session.repository
+    if state.best is None:
+        raise LabError("there is no best yet to try near misses on")
+    current, members = repository.content(state.best.blob), []
+    for number in remembered(state):
         if len(members) == gate.MOST_TOGETHER:
             break
         miss = state.experiments[number]
-        content, conflicts = merged(current, tree.content(miss.parent), tree.content(miss.blob))
+        content, conflicts = merged(current, repository.content(miss.parent or ""), repository.content(miss.blob))
         try:
             if not conflicts and content != current:
-                source.describe(content)
+                describe(content)
                 current, members = content, [*members, number]
         except LabError:
             pass  # merged without conflict, and is no Python any more
-    if len(members) < gate.FEWEST_TOGETHER or state.same(source.describe(current).digest):
+    if len(members) < gate.FEWEST_TOGETHER or state.equal(describe(current).digest):
         raise LabError(
             f"there are not enough near misses that go together: {len(members)}, and it takes "
             f"{gate.FEWEST_TOGETHER}, not tried before"
@@ -52,6 +54,6 @@ def together(session: Session) -> tuple[bytes, list[int]]:
 def ready(session: Session) -> list[int]:
     """Those that would be tried together now; none while there are too few."""
     try:
-        return together(session)[1] if remembered(session) else []
+        return together(session)[1] if remembered(session.state) else []
     except LabError:
         return []

@@ -8,7 +8,6 @@ import pytest
 import sessions
 
 from lab.run import runner
-from lab.share import exchange
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -70,9 +69,3 @@ def request_for(session, tmp_path, isolated_home):
 def quick_runner(monkeypatch) -> sessions.Runner:
     """In place of the runner: nothing is trained."""
     return sessions.Runner().install(monkeypatch)
-
-
-@pytest.fixture
-def export(session, tmp_path) -> Path:
-    """The folder of an export of the session that a module has: (its folder, what was kept)."""
-    return exchange.export_session(*session, tmp_path / "out" / "exported")

@@ -1,26 +1,30 @@
 """Sessions without training: a small repository, and a runner that computes a score instead of a model."""
 
+import argparse
 import hashlib
 import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
 import storage
-from lab.genome import syntax as source
+from lab.genome.syntax import describe
+from lab.reasons import Reason
 from lab.run import runner, sandbox
-from lab.errors import LabError
-from lab.reasons import because
+from lab.session import ledger
+from lab.session.events import ExperimentOpened, SessionStarted
 from lab.session.journal import Journal
-from lab.session.session import FORMAT, PREFIX, Session, fingerprints
+from lab.session.repository import Repository
+from lab.session.session import FORMAT, PREFIX, Local, Session, fingerprints
 from lab.session.start import pin
-from lab.session.repository import Tree
+from lab.session.state import State
+from lab.verdict import executor, opening
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -37,7 +41,7 @@ def git(path: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Tree:
+def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repository:
     """
     Args:
         project: with all that it takes to run and judge a train.py, tests/lab/fake_train.py say.
@@ -58,56 +62,114 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Tree:
         (path / ".gitignore").write_text("__pycache__/\n")
     git(path, "add", ".")
     git(path, "commit", "-qm", "first")
-    return Tree(path)
+    return Repository(path)
 
 
-def make(path: Path, train: bytes = TRAIN, baseline_runs: int = 3, project: bool = False, **facts) -> Session:
-    """A session as `start` leaves it, in a repository of its own. `facts` are for session.json."""
-    tree = repository(path, train, project)
-    commit, name = tree.commit_of("HEAD"), f"{DEVICE}/{TAG}"
+def make(
+    path: Path,
+    train: bytes = TRAIN,
+    project: bool = False,
+    settings: dict | None = None,
+    device: str = DEVICE,
+    tag: str = TAG,
+    **facts,
+) -> Session:
+    """A session as `start` leaves it, in a repository of its own. `facts` are of SessionStarted."""
+    repository_ = repository(path, train, project)
+    commit, name = repository_.commit_of("HEAD"), f"{device}/{tag}"
     folder = storage.home() / "sessions" / name
-    pin(tree, folder, commit)
+    pin(repository_, folder, commit)
     storage.write_json(folder / "profile.json", PROFILE)
-    storage.write_json(
-        folder / "session.json",
-        {
-            "format": FORMAT,
-            "tag": TAG,
-            "device": DEVICE,
-            "backend": "fake",
-            "tree": str(tree.path),
-            "commit": commit,
-            "budget": 300.0,
-            "baseline_runs": baseline_runs,
-            "dataset": "tiny",
-            "eval": "e" * 12,
-            "data": "d" * 12,
-            "profile": "p" * 12,
-            "versions": {},
-            "settings": {},
-            "sandbox": None,
-            "memory_ceiling": None,
-            "unified": True,
-            "gpu": "",
-            "executable": sys.executable,
-            "judge": fingerprints(folder / "judge"),
-            **facts,
-        },
+    journal = Journal(folder / "journal.jsonl")
+    known = {
+        "device": device,
+        "tag": tag,
+        "backend": "fake",
+        "commit": commit,
+        "budget": 300.0,
+        "baseline_runs": 3,
+        "dataset": "tiny",
+        "eval": "e" * 12,
+        "data": "d" * 12,
+        "profile": "p" * 12,
+        "slowest": 0.9 * 95 / 100,
+    }
+    journal.append(SessionStarted(**known | facts))
+    source = describe(train)
+    journal.append(
+        ExperimentOpened(
+            number=0,
+            kind="baseline",
+            blob=repository_.blob_of(commit),
+            commit=commit,
+            description="baseline",
+            digest=source.digest,
+            complexity=source.complexity,
+            portable=source.portable,
+        )
     )
-    tree.move(f"refs/heads/{PREFIX}{name}", commit)
-    tree.git("symbolic-ref", "HEAD", f"refs/heads/{PREFIX}{name}")
-    Journal(folder / "journal.jsonl").append(
-        "experiment",
-        number=0,
-        kind="baseline",
-        blob=tree.blob_of(commit),
-        parent=None,
+    repository_.move(f"refs/heads/{PREFIX}{name}", commit)
+    repository_.git("symbolic-ref", "HEAD", f"refs/heads/{PREFIX}{name}")
+    local = Local(
+        format=FORMAT,
+        repository=str(repository_.path),
         commit=commit,
-        description="baseline",
-        begun=time.time(),
-        **vars(source.describe(train)),
+        gpu="",
+        executable=sys.executable,
+        settings=settings or {},
+        memory_ceiling=None,
+        unified=True,
+        judge=fingerprints(folder / "judge"),
     )
+    storage.write_json(folder / "session.json", msgspec.to_builtins(local))
     return Session(folder)
+
+
+def edited(**values) -> bytes:
+    """A train.py with other constants."""
+    names = [line.split(b" = ")[0].decode() for line in TRAIN.splitlines()]
+    content = TRAIN.decode()
+    for name, value in values.items():
+        if name in names:
+            lines = [f"{name} = {value!r}" if line.startswith(f"{name} =") else line for line in content.splitlines()]
+            content = "\n".join(lines) + "\n"
+        else:
+            content += f"{name} = {value!r}\n"
+    return content.encode()
+
+
+def attempt(session: Session, content: bytes | None = None, message: str = "why", **more):
+    """What `run` does, to the verdict, in this process. Gives the experiment."""
+    if content is not None:
+        (session.repository.path / "train.py").write_bytes(content)
+    with opening.exclusive(session):
+        if answer := opening.open_change(session, message, **more):
+            return answer
+    executor.supervise(session)
+    return session.state.last
+
+
+def options(**values) -> argparse.Namespace:
+    """What a command is given."""
+    return argparse.Namespace(**{"json": False, "wait": 5.0, "number": None, "note": "", **values})
+
+
+def said(capsys, command, session, **values) -> str:
+    """What a command prints."""
+    capsys.readouterr()
+    assert command(session, options(**values)) == 0
+    return capsys.readouterr().out
+
+
+def check(session: Session) -> None:
+    """No row lost, none twice; the branch at the best; a clean tree; the state is what the journal says."""
+    state = session.state
+    assert state.open == []
+    rows = [row["run"] for row in ledger.read(session.ledger).rows]
+    assert sorted(rows) == sorted(run.number for run in state.runs.values() if run.status != "lost")
+    assert session.repository.blob_of(session.branch) == state.best.blob
+    assert git(session.repository.path, "status", "--porcelain") == ""
+    assert ledger.dumps(ledger.rows_of(State(Journal(session.journal.path).events))) == session.ledger.read_bytes()
 
 
 class Runner:
@@ -134,7 +196,7 @@ class Runner:
         if facts.get("FAILS"):
             return SimpleNamespace(
                 status=facts["FAILS"],
-                reason=because("raised", error="Boom"),
+                reason=Reason("exit_status", {"status": facts["FAILS"]}),
                 result=None,
                 seconds=1.0,
                 traceback="Traceback: boom" if facts["FAILS"] == "crash" else "",
@@ -170,8 +232,8 @@ class Runner:
         self.scored.append(request.folder.name)
         try:
             bpb = float(weights.read_text())
-        except OSError as error:
-            raise LabError(f"there are no weights: {error}") from error
+        except OSError:
+            return Reason("no_weights")
         rng = np.random.default_rng(0)
         nats = rng.normal(1000, 10, 64)
         np.savez(

@@ -7,7 +7,8 @@ import pytest
 from exports import patch_of
 
 from lab.errors import LabError
-from lab.genome.merge import lines_of, merged, patched
+from lab.genome.change import lines_of, patched
+from lab.genome.merge import merged
 
 BASE = b"".join(b"line %d\n" % i for i in range(12))
 

@@ -1,0 +1,286 @@
+"""The events of a session: what its journal holds, one a line of JSON, with every fact as a field.
+
+The journal is the session. Everything else (results.tsv, status, exports, reports) is made of these events.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from lab.reasons import Reason, sentence
+
+Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm"]
+Status = Literal["keep", "discard", "crash", "invalid"]
+RunStatus = Literal["ok", "crash", "invalid", "disturbed", "lost"]
+
+Number = Annotated[int, Meta(ge=0, lt=10**9)]
+Text = Annotated[str, Meta(max_length=4000)]
+Name = Annotated[str, Meta(max_length=200)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]
+Commit = Annotated[str, Meta(pattern="^[0-9A-Za-z]{0,64}$")]
+Origin = Annotated[str, Meta(max_length=200)]  # "DEVICE/TAG/ID" of the change that this one repeats, or ""
+Interval = tuple[float, float, float]  # an estimate, and the ends of its 90 % interval
+
+
+class Evidence(Struct, frozen=True, omit_defaults=True):
+    """The numbers of a verdict, in bits per byte.
+
+    Attributes:
+        gain: the parent's mean minus the candidate's; above 0 is better. error: its standard error.
+        low, high: its 90 % interval. p: of a worthless change doing as well. level: for p, split over the rounds.
+        runs, parent_runs: how many this rests on. better, simpler: why it is kept, if it is.
+        near_miss: worth trying together with others. stake, loss: what it costs the session's account.
+    """
+
+    gain: float = 0.0
+    error: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    p: float = 1.0
+    level: float = 0.0
+    runs: int = 0
+    parent_runs: int = 0
+    better: bool = False
+    simpler: bool = False
+    near_miss: bool = False
+    stake: float = 0.0
+    loss: float = 0.0
+
+
+class Verdict(Struct, frozen=True, omit_defaults=True):
+    """What was decided on an experiment.
+
+    Attributes:
+        mean, parent_mean: val_bpb over the runs. evidence: None where nothing was compared.
+        gains: of a confirmation, by rows ("val_bpb", "held_out_bpb"): the best against the baseline, above 0 is better.
+        judged: False if nothing was learnt of the change.
+    """
+
+    status: Status
+    reason: Reason
+    mean: float | None = None
+    parent_mean: float | None = None
+    evidence: Evidence | None = None
+    gains: dict[str, Interval] | None = None
+    judged: bool = True
+
+    @property
+    def said(self) -> str:
+        """The reason in words."""
+        return ("" if self.judged else "not judged: ") + sentence(self.reason)
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether a confirmation showed a gain on held-out rows; None if this is none."""
+        return self.gains["held_out_bpb"][1] > 0 if self.gains else None
+
+
+class Event(Struct, kw_only=True, omit_defaults=True, tag_field="event"):
+    """`time`: seconds since the epoch."""
+
+    time: float = 0.0
+
+
+class SessionStarted(Event, tag="session"):
+    """What the session rests on.
+
+    Attributes:
+        commit: of the train.py that it began with. budget: seconds of training. eval, data, profile: tags.
+        slowest: share of the calibrated speed below which the device is not itself.
+        attention_provider: where the profile's attention comes from, None for the framework.
+        source: "session", or "ledger" where only a results.tsv of somebody is known.
+    """
+
+    tag: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")]
+    device: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")]
+    backend: Name = ""
+    commit: Commit = ""
+    budget: Annotated[float, Meta(gt=0, lt=1e9)] | None = None
+    baseline_runs: Number = 0
+    dataset: Name = ""
+    eval: Name = ""
+    data: Name = ""
+    profile: Name = ""
+    versions: dict[Name, Name] = {}
+    sandbox: Name | None = None
+    python: Name = ""
+    slowest: float = 0.0
+    attention_provider: Name | None = None
+    source: Literal["session", "ledger"] = "session"
+    notes: list[Text] = []
+
+
+class ExperimentOpened(Event, tag="experiment"):
+    """One change of train.py, or the baseline (number 0), or a confirmation.
+
+    Attributes:
+        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one.
+        blob, parent: git's ids of its train.py and of the one that it is judged against, which experiment `onto` was
+            kept for. commit: where it is stored.
+        digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
+        kinds: what it is about, see genome/kinds.py. diff: a unified diff from parent to blob.
+        members: numbers of the near misses that it puts together. min_runs: seeds that it and its parent are run on at
+            least. pairs, budget: of a confirmation.
+    """
+
+    number: Number
+    kind: Kind
+    blob: Digest
+    parent: Digest | None = None
+    onto: Number | None = None
+    commit: Commit = ""
+    description: Text = ""
+    digest: Digest = ""
+    complexity: Number = 0
+    portable: bool = True
+    change: Digest = ""
+    family: Digest = ""
+    kinds: list[Name] = []
+    diff: Annotated[str, Meta(max_length=2**21)] = ""
+    origin: Origin = ""
+    members: list[Number] = []
+    min_runs: Number = 1
+    pairs: Number = 0
+    budget: float | None = None
+
+
+class RunStarted(Event, tag="run"):
+    """A training of one train.py, for an experiment: its own, or its parent's beside it."""
+
+    number: Number
+    experiment: Number
+    blob: Digest
+    seed: Annotated[int, Meta(ge=-(2**62), lt=2**62)] | None = None
+    budget: float | None = None
+
+
+class RunEnded(Event, tag="ran"):
+    """How a run ended.
+
+    Attributes:
+        status: "disturbed" if the device was not itself, which is never judged; "lost" if the harness was killed, or
+            ended it because the session was held.
+        result: measures by name, see results.py. seconds: from start to end, as seen from outside.
+    """
+
+    run: Number
+    status: RunStatus
+    reason: Reason | None = None
+    result: dict[Name, bool | int | float | Text | None] | None = None
+    seconds: float = 0.0
+    traceback: Annotated[str, Meta(max_length=20_000)] = ""
+
+
+class RunScored(Event, tag="scored"):
+    """A run's saved weights, scored again in a fresh process.
+
+    Attributes:
+        val_bpb, held_out_bpb: None, and why (`problem`), where they could not be.
+        rows: sha256 of rows.npz, which has each row's nats and bytes.
+        against, error: another scored run, and the standard error of the difference between this run's gain over it on
+            validation rows and on held-out rows.
+    """
+
+    run: Number
+    val_bpb: float | None = None
+    held_out_bpb: float | None = None
+    problem: Reason | None = None
+    rows: Digest = ""
+    against: Number | None = None
+    error: float | None = None
+
+
+class StakeReserved(Event, tag="staked"):
+    """What an open experiment may cost the account of false keeps, fixed when it first goes beyond one run."""
+
+    experiment: Number
+    stake: float
+
+
+class ExperimentJudged(Event, tag="judged"):
+    """The verdict is known, and further runs are made that leave it as it is."""
+
+    experiment: Number
+    verdict: Verdict
+
+
+class ExperimentDecided(Event, tag="decided"):
+    """The verdict."""
+
+    experiment: Number
+    verdict: Verdict
+
+
+class ExperimentApplied(Event, tag="applied"):
+    """All of a verdict is done: `commit` is where the change is; `left_alone` says why train.py was not put back."""
+
+    experiment: Number
+    commit: Commit = ""
+    left_alone: Reason | None = None
+
+
+class HarnessFailed(Event, tag="failed"):
+    """The lab itself failed at an experiment."""
+
+    experiment: Number
+
+
+AnyEvent = (
+    SessionStarted
+    | ExperimentOpened
+    | RunStarted
+    | RunEnded
+    | RunScored
+    | StakeReserved
+    | ExperimentJudged
+    | ExperimentDecided
+    | ExperimentApplied
+    | HarnessFailed
+)
+
+
+# --- What an agent or a search did between experiments: night.jsonl ---
+
+
+class NightBegan(Event, tag="night"):
+    """Attributes:
+    first: number of its first experiment. deadline: as of time.time(), None without one. asked: the limits as given.
+    """
+
+    first: Number
+    deadline: float | None = None
+    asked: dict[str, float | str | None] = {}
+
+
+class TurnTaken(Event, tag="turn"):
+    """A proposal.
+
+    Attributes:
+        by: who made it. outcome: "edited" if it gave an experiment, of that number; see night/agent.py for the others.
+        said: what was seen, a clean line. log: path of what it printed. others: files beside train.py that changed.
+        digest: of the train.py. righted: something beside train.py had to be put right.
+    """
+
+    by: Literal["agent", "proposer"]
+    outcome: str
+    said: str = ""
+    description: str = ""
+    digest: str | None = None
+    experiment: int | None = None
+    log: str = ""
+    others: list[str] = []
+    seconds: float = 0.0
+    righted: bool = False
+
+
+class NightEnded(Event, tag="ended"):
+    why: str = ""
+
+
+NightEvent = NightBegan | TurnTaken | NightEnded
+
+EVENTS = msgspec.json.Decoder(AnyEvent)
+NIGHT_EVENTS = msgspec.json.Decoder(NightEvent)

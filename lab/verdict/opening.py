@@ -1,0 +1,193 @@
+"""Opening an experiment, and waiting for its verdict: what the commands, a night and a replay have in common."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import filelock
+
+from lab.errors import LabError
+from lab.genome.change import diff, identify
+from lab.genome.kinds import of_change
+from lab.genome.syntax import TRAIN, describe
+from lab.reasons import sentence
+from lab.run import runner
+from lab.session.session import HELD, Session
+from lab.session.state import Experiment
+from lab.verdict import near_misses
+
+RUNNING = "an experiment is running; wait for it: python -m lab wait"
+POLL = 0.1  # seconds
+PATIENCE = 0.5  # seconds for somebody who only looks whether the lock is free, or is about to let go of it
+LONGEST_DESCRIPTION = 500  # characters
+SAID_OF_HELD: dict[str, str] = dict(
+    zip(HELD, ("this session is paused", "this session was stopped, at the end of a night"), strict=True)
+)
+
+
+@contextmanager
+def exclusive(session: Session, patience: float = PATIENCE, say=lambda line: print(line, file=sys.stderr)):
+    """The session to oneself, resumed. LabError while something runs."""
+    try:
+        lock = session.lock.acquire(timeout=patience, poll_interval=0.01)
+    except filelock.Timeout:
+        raise LabError(RUNNING) from None
+    with lock:
+        if session.starting:
+            raise LabError(RUNNING)
+        for line in session.recover(runner.end):
+            say(line)
+        yield
+
+
+def refuse_if_not_ours(session: Session) -> None:
+    """LabError while a night runs the experiments, or nothing is to be run."""
+    if session.owned_by_night:
+        raise LabError(
+            f"a night owns this session and runs the experiments: edit {TRAIN} and end your turn, and it is "
+            "run then. To run one by hand, end the night first: Ctrl-C where it runs"
+        )
+    refuse_if_held(session)
+
+
+def refuse_if_held(session: Session) -> None:
+    """LabError while nothing is to be run."""
+    if held := session.held:
+        raise LabError(said_of_held(held["why"]))
+
+
+def said_of_held(why: str) -> str:
+    """Why nothing is run, and what to do."""
+    return f"{SAID_OF_HELD[why]}: nothing is run until somebody says: python -m lab resume"
+
+
+def sound_baseline(session: Session) -> None:
+    """LabError if the session's baseline failed."""
+    baseline = session.state.baseline
+    if baseline.decided is None or baseline.status != "keep":
+        reason = sentence(baseline.decided.reason) if baseline.decided else "it is not done yet"
+        raise LabError(
+            f"the baseline failed ({reason}): fix that, commit {TRAIN} if it changed, and start another session"
+        )
+
+
+def best_of(session: Session) -> Experiment:
+    """The best so far. LabError before there is one."""
+    if session.state.best is None:
+        raise LabError("the baseline is not done yet: python -m lab wait")
+    return session.state.best
+
+
+def head_of_best(session: Session) -> str:
+    """The branch's last commit. LabError if its train.py is not the best."""
+    repository, best, head = session.repository, best_of(session), session.repository.commit_of(session.branch)
+    if head is None or repository.blob_of(head) != best.blob:
+        if head and repository.blob_of(f"{head}^") == best.blob:
+            raise LabError(
+                f"{TRAIN} was committed, which is for the lab to do. Take the commit back, leaving the file "
+                "as it is, and run again: git reset --soft HEAD^"
+            )
+        raise LabError(
+            f"{TRAIN} on the branch {session.branch} is not the best that this session kept. Put it back: "
+            f"git checkout {best.here[:7]} -- {TRAIN} && git commit -m restore; or start "
+            "another session from what is there"
+        )
+    return head
+
+
+def facts_of_change(session: Session, parent: Experiment, content: bytes) -> dict:
+    """What an ExperimentOpened says of a train.py that is made on an experiment's, which is stored. LabError if it is
+    no Python."""
+    source, before = describe(content), session.repository.content(parent.blob)
+    change = identify(before, content)
+    return {
+        "blob": session.repository.store(content),
+        "parent": parent.blob,
+        "onto": parent.number,
+        "digest": source.digest,
+        "complexity": source.complexity,
+        "portable": source.portable,
+        "change": change.exact,
+        "family": change.family,
+        "kinds": list(of_change(before, content)),
+        "diff": diff(before, content),
+    }
+
+
+def open_change(
+    session: Session, message: str | None, near_misses_together: bool = False, again: bool = False
+) -> Experiment | None:
+    """Journals what is in train.py, or the near misses together, as an experiment.
+
+    Args:
+        message: what was changed, and why. again: also if an equal train.py was decided on before.
+
+    Returns:
+        An experiment that was decided on an equal train.py, in which case none is opened; else None.
+
+    Raises:
+        LabError: there is nothing to run; the reason says what to do.
+    """
+    sound_baseline(session)
+    repository, state = session.repository, session.state
+    best, head = best_of(session), head_of_best(session)
+    content, members = repository.train(), []
+    edited = describe(content).digest != best.digest
+    if near_misses_together:
+        if edited:
+            raise LabError(f"{TRAIN} has an edit of yours; run that first, or put it back: git checkout -- {TRAIN}")
+        content, members = near_misses.together(session)
+        message = message or "near misses together: " + "; ".join(
+            f"{number} {state.experiments[number].description}" for number in members
+        )
+    else:
+        if not edited:
+            raise LabError(f"{TRAIN} is not edited (comments and docstrings aside): there is nothing to run yet")
+        if not (message or "").strip():
+            raise LabError('say what was changed, and why: python -m lab run -m "..."')
+    description = (message or "")[:LONGEST_DESCRIPTION]
+    facts = facts_of_change(session, best, content)
+    if (equal := state.equal(facts["digest"])) and not again:
+        repository.settle(session.branch, facts["blob"], best.blob)
+        return equal
+    session.open_experiment(
+        kind="near misses" if near_misses_together else "change",
+        commit=repository.commit(head, facts["blob"], description),
+        description=description,
+        members=members,
+        **facts,
+    )
+    return None
+
+
+def await_verdict(
+    session: Session, experiment: Experiment, process: subprocess.Popen | None = None, seconds: float = math.inf
+) -> bool:
+    """Waits, at most so long, for what carries an experiment out; whether it is done. LabError if that ended before."""
+    deadline = time.monotonic() + seconds
+    while not experiment.applied:
+        if time.monotonic() > deadline:
+            return False
+        ended = (process is None or process.poll() is not None) and not session.supervised
+        session.refresh()
+        if ended and not experiment.applied:
+            refuse_if_held(session)
+            raise LabError(
+                f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
+                "python -m lab wait tries again"
+            )
+        time.sleep(POLL)
+    return True
+
+
+def last_words(session: Session) -> str:
+    """The last line that the process which carries out experiments has left."""
+    try:
+        lines = (session.folder / "supervisor.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "it was killed"

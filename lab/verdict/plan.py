@@ -1,0 +1,290 @@
+"""What an experiment still wants: runs, a second scoring of weights, or its verdict. A function of the journal alone.
+
+`plan` does nothing and remembers nothing. An executor carries out what it wants, on one device or many, journals what
+came of it, and asks again. Runs that are under way count as asked for.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from enum import IntEnum
+
+from lab.reasons import Reason, because
+from lab.session.events import Verdict
+from lab.session.state import Experiment, Run, State
+from lab.verdict import gate
+
+FAILED = ("crash", "invalid", "disturbed")
+TRIES = 3  # of a run on a device that is not itself, of a parent that fails, of a harness that does
+AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
+MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
+HELD = ("paused", "stopped")  # codes of reasons that a run was ended for, without a fault of its own
+CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
+
+
+class Urgency(IntEnum):
+    """Whose run comes first where there is a choice."""
+
+    PARENT = 0  # a seed that the parent lacks: a comparison waits for it
+    REPEAT = 1  # of what looks promising
+    FIRST = 2
+    FURTHER = 3  # the verdict is known
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is wanted: one train.py, one seed, seconds of training."""
+
+    blob: str
+    seed: int
+    budget: float
+    urgency: Urgency
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment wants.
+
+    Attributes:
+        jobs: runs, the most urgent first. score: numbers of runs whose weights are to be scored again.
+        verdict: what is decided; nothing is wanted any more. stake: to be reserved before the jobs are begun.
+    """
+
+    jobs: tuple[Job, ...] = ()
+    score: tuple[int, ...] = ()
+    verdict: Verdict | None = None
+    stake: float | None = None
+
+
+def plan(experiment: Experiment, state: State) -> Plan:
+    """What an experiment wants now. Nothing, if all that it wants is under way."""
+    if experiment.judged is not None:
+        return _further(experiment, state)
+    planned = {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
+    return planned
+
+
+# --- What every session's verdicts rest on ---
+
+
+def noise_of(state: State) -> gate.Noise:
+    """Standard deviation of val_bpb between seeds: pooled over the session's repeats, calibration's as a prior."""
+    from calibration.noise import expected  # here, because what only reads a session shall start fast
+
+    first = next(run for run in state.baseline.runs if run.ok)
+    prior = first.bpb * expected(first.result.get("total_tokens_M", 0.0) * 1e6)
+    return gate.pooled(state.repeats(state.started.budget), prior)
+
+
+def account_of(state: State) -> gate.Account:
+    """What the session has staked, on decided tests and on those that are open."""
+    account = gate.Account()
+    for experiment in state.decided:
+        if evidence := experiment.verdict.evidence:
+            account = account.after(
+                gate.replace_evidence(evidence, loss=0.0) if experiment.kind == "replay" else evidence
+            )
+    for experiment in state.open:
+        if experiment.stake is not None and experiment.decided is None:
+            account = account.reserving(experiment.stake)
+    return account
+
+
+# --- Kinds of experiments ---
+
+
+def _baseline(baseline: Experiment, state: State) -> Plan:
+    if failed := _failure(baseline, baseline.runs, state):
+        return Plan(verdict=failed)
+    sound = [run for run in baseline.runs if run.ok]
+    if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(state.started.baseline_runs)]):
+        return Plan(jobs)
+    if _under_way(baseline):
+        return Plan()
+    last = sound[-1]
+    if last.scored is None:
+        return Plan(score=(last.number,))
+    if problem := disagreement(last) or _same_start(sound):
+        return Plan(verdict=Verdict("invalid", problem))
+    return Plan(verdict=Verdict("keep", because("baseline"), statistics.fmean(run.bpb for run in sound)))
+
+
+def _change(change: Experiment, state: State) -> Plan:
+    parent = state.parent_of(change)
+    if parent is None:
+        raise ValueError(f"experiment {change.number} is judged against nothing")
+    if failed := _failure(change, change.own_runs, state):
+        return Plan(verdict=failed)
+    failing = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
+    if len(failing) >= TRIES:
+        return Plan(verdict=_unjudged("invalid", because("parent_fails", why=failing[-1].reason)))
+    sound = [run for run in change.own_runs if run.ok]
+    if problem := _same_start(sound):
+        return Plan(verdict=Verdict("invalid", problem))
+    step = gate.next_step(
+        {run.seed: run.bpb for run in sound if run.seed is not None},
+        state.results(parent.blob),
+        noise_of(state),
+        account_of(state),
+        simpler=change.complexity < parent.complexity,
+        stake=change.stake,
+    )
+    if step.seed is not None:
+        candidate = step.action == "run candidate"
+        blob = change.blob if candidate else parent.blob
+        if step.seed in _begun(state, blob):
+            return Plan()
+        urgency = Urgency.PARENT if not candidate else Urgency.REPEAT if sound else Urgency.FIRST
+        reserve = account_of(state).stake if sound and change.stake is None else None
+        return Plan((Job(blob, step.seed, state.started.budget or 0.0, urgency),), stake=reserve)
+    verdict = Verdict(
+        "keep" if step.action == "keep" else "discard",
+        step.reason,
+        statistics.fmean(run.bpb for run in sound),
+        statistics.fmean(state.results(parent.blob).values()),
+        step.evidence,
+    )
+    if verdict.status == "keep":
+        best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
+        if best.scored is None:
+            return Plan(score=(best.number,))
+        if problem := disagreement(best) or _not_held_out(best, state):
+            evidence = gate.replace_evidence(step.evidence, better=False, simpler=False, loss=0.0)
+            verdict = Verdict("invalid", problem, verdict.mean, verdict.parent_mean, evidence)
+    return Plan(verdict=verdict)
+
+
+def _further(change: Experiment, state: State) -> Plan:
+    """Runs that make a judged change's effect better known: of it and of its parent, on the same seeds."""
+    judged, parent = change.judged, state.parent_of(change)
+    if judged is None or parent is None:
+        raise ValueError(f"experiment {change.number} has no verdict that further runs could leave as it is")
+    if not _failure(change, change.runs, state):
+        seeds = [gate.seed(i) for i in range(change.min_runs)]
+        jobs = [job for blob in (parent.blob, change.blob) for job in _missing(state, blob, seeds, Urgency.FURTHER)]
+        if jobs or _under_way(change):
+            return Plan(tuple(sorted(jobs, key=lambda job: job.seed)))
+    means = [state.results(blob).values() for blob in (change.blob, parent.blob)]
+    mean, parent_mean = (statistics.fmean(scores) if scores else None for scores in means)
+    return Plan(verdict=Verdict(judged.status, judged.reason, mean, parent_mean, judged.evidence))
+
+
+def _confirmation(confirmation: Experiment, state: State) -> Plan:
+    """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
+    if failed := _failure(confirmation, confirmation.runs, state):
+        return Plan(verdict=failed)
+    sound = [run for run in confirmation.runs if run.ok]
+    if unscored := tuple(run.number for run in sound if run.scored is None):
+        return Plan(score=unscored)
+    if problem := next(filter(None, map(disagreement, sound)), None):
+        return Plan(verdict=Verdict("invalid", problem))
+    budget, parent = confirmation.budget or state.started.budget or 0.0, confirmation.parent or ""
+    jobs = []
+    for pair in range(confirmation.pairs):
+        seed = CONFIRM_SEEDS + 100 * confirmation.number + pair
+        order = (confirmation.blob, parent) if pair % 2 == 0 else (parent, confirmation.blob)
+        asked = {(run.blob, run.seed) for run in confirmation.runs if run.ok or run.ended is None}
+        jobs += [Job(blob, seed, budget, Urgency.REPEAT) for blob in order if (blob, seed) not in asked]
+    if jobs or _under_way(confirmation):
+        return Plan(tuple(jobs))
+    gains = {}
+    for rows in ("val_bpb", "held_out_bpb"):
+        scores = {
+            blob: {run.seed: getattr(run.scored, rows) for run in sound if run.blob == blob}
+            for blob in (confirmation.blob, parent)
+        }
+        gains[rows] = gate.interval(
+            [scores[parent][seed] - score for seed, score in sorted(scores[confirmation.blob].items())]
+        )
+    gain, low, high = gains["held_out_bpb"]
+    reason = because("confirmed", pairs=confirmation.pairs, gain=gain, low=low, high=high)
+    mean = statistics.fmean(run.bpb for run in sound if run.blob == confirmation.blob)
+    return Plan(verdict=Verdict("keep", reason, mean, gains=gains))
+
+
+def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:
+    """Jobs for the seeds that a train.py was not run on, and is not being run on."""
+    known = _begun(state, blob) | state.results(blob).keys()
+    return tuple(Job(blob, seed, state.started.budget or 0.0, urgency) for seed in seeds if seed not in known)
+
+
+def _begun(state: State, blob: str) -> set[int | None]:
+    """Seeds that a train.py is being run on."""
+    return {run.seed for run in state.runs_of(blob) if run.ended is None}
+
+
+def _under_way(experiment: Experiment) -> bool:
+    return any(run.ended is None for run in experiment.runs)
+
+
+# --- Why runs are not believed ---
+
+
+def _failure(experiment: Experiment, runs: list[Run], state: State) -> Verdict | None:
+    """The verdict on runs that failed, were disturbed or interrupted too often, or on a lab that fails at it."""
+    for run in experiment.runs:
+        if run.status == "disturbed" and run.reason and run.reason.code == "other_attention":
+            return _unjudged("invalid", run.reason)
+    for run in runs:
+        if run.status in ("crash", "invalid") and run.reason:
+            return Verdict("crash" if run.status == "crash" else "invalid", run.reason)
+        again = [one for one in runs if (one.status, one.blob, one.seed) == ("disturbed", run.blob, run.seed)]
+        if len(again) >= TRIES:
+            return _unjudged("invalid", because("disturbed", why=again[-1].reason, times=len(again)))
+    lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in HELD) for run in experiment.runs)
+    if lost >= MOST_LOST:
+        return _unjudged("crash", because("interrupted", times=lost))
+    if experiment.failures >= TRIES:
+        return _unjudged("invalid", because("harness_failed", times=experiment.failures))
+    return None
+
+
+def _unjudged(status, reason: Reason) -> Verdict:
+    """A verdict that says nothing of the change."""
+    return Verdict(status, reason, judged=False)
+
+
+def _same_start(runs: list[Run]) -> Reason | None:
+    """Why runs with different seeds are no repeats: noise can't be told from a seed that is always the same."""
+    starts = {run.seed: run.result.get("initial_weights") for run in runs if run.ok}
+    known = [start for start in starts.values() if start]
+    return because("same_start") if len(set(known)) < len(known) else None
+
+
+def disagreement(run: Run) -> Reason | None:
+    """Why a run's own score is not believed, after its weights were scored again."""
+    scored = run.scored
+    if scored is None or scored.val_bpb is None:
+        return because("not_scored_again", problem=scored.problem if scored else None)
+    if not abs(scored.val_bpb - run.bpb) <= AGREES:
+        return because("other_score", reported=run.bpb, again=scored.val_bpb)
+    return None
+
+
+def _not_held_out(run: Run, state: State) -> Reason | None:
+    """Why a gain on validation rows is not believed: held-out rows don't show at least half of it, allowing for half
+    the noise and two standard errors of which rows they are."""
+    scored, known = run.scored, state.runs.get(run.scored.against or 0) if run.scored else None
+    before = known.scored if known else None
+    if scored is None or before is None or None in (before.val_bpb, before.held_out_bpb, scored.held_out_bpb):
+        return None
+    gain, held = before.val_bpb - scored.val_bpb, before.held_out_bpb - scored.held_out_bpb  # pyright: ignore
+    sd = noise_of(state).sd
+    error = sd if scored.error is None else scored.error  # somebody has tidied up
+    if gain - held <= max(0.5 * abs(gain), 0.5 * sd) + 2 * error:
+        return None
+    return because("not_held_out", gain=gain, held=held)
+
+
+def scored_parent(experiment: Experiment, state: State) -> Run | None:
+    """The run of an experiment's parent that its weights' scores are compared with."""
+    parent = state.parent_of(experiment)
+    return (
+        next(
+            (run for run in parent.runs if run.blob == parent.blob and run.scored and run.scored.val_bpb is not None),
+            None,
+        )
+        if parent
+        else None
+    )
