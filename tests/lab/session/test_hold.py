@@ -16,7 +16,7 @@ from lab.cli import commands, render
 from lab.run import runner
 from lab.verdict import executor, opening
 from lab.verdict.plan import MOST_LOST
-from lab.__main__ import parser
+from lab.cli.arguments import parser
 from lab.errors import LabError
 from lab.run.runner import Halted
 from lab.session.session import Session
