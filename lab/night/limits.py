@@ -112,7 +112,7 @@ def troubles(session: Session) -> list[Trouble]:
     device = identity.now(kind := machine.get("kind", ""), session.local.gpu)
     throttled, in_use = device.get("throttled"), device.get("in_use", 0.0)
     hot = identity.overheated() or (device.get("margin", 1) <= 0 and "the GPU is as hot as it may get")
-    busy = others.look(training) if kind == "cpu" else None
+    busy = others.look(training) if kind == "cpu" else ""
     if not training and in_use >= BUSY_GPU:
         busy = f"another program uses the GPU, {in_use:.0%} of the time"
     known = [

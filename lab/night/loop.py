@@ -163,7 +163,7 @@ class Night:
             self._began_at = still | {t.kind: self._began_at.get(t.kind, time.time()) for t in now.troubles}
         if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
-        if state.open or self.session.held:
+        if state.open:
             return
         if most is not None and state.last.number - now.first + 1 >= most:
             raise Over(f"{counted(most, 'experiment')}, as many as were wanted")

@@ -200,6 +200,13 @@ def test_a_pause_that_comes_while_the_night_checks_stays(session, monkeypatch):
     assert session.held["why"] == "paused" and one._in_the_way().kind == "paused" and branch
 
 
+def test_a_night_that_was_killed_as_it_ended_begins_nothing_more(session, proposals):
+    night(session, max_experiments=0).run()
+    session.hold("stopped", now=True)
+    assert "as many as were wanted" in night(session, max_experiments=0).run()
+    assert len(statuses(session)) == 1 and session.held is None
+
+
 def test_where_train_py_is_a_link_it_stays_one(session, proposals, tmp_path):
     train, mine = session.repository.path / "train.py", tmp_path / "mine.py"
     train.rename(mine)
