@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import psutil
@@ -60,15 +59,6 @@ class Place(msgspec.Struct):
     link: str | None
     last: int
     turn: TurnTaken | None = None
-
-
-class Ended(NamedTuple):
-    """How the agent's process ended: `status` if it did by itself, else `problem` ("hung", "flooded" or "stopped");
-    `left`: how many processes it left behind."""
-
-    status: int | None
-    problem: str | None
-    left: int
 
 
 def due(turns: list[TurnTaken], fruitless: Collection[int] = ()) -> bool:
@@ -127,14 +117,15 @@ def take_turn(
     asked = log.with_suffix(".prompt")
     asked.write_text(prompt, encoding="utf-8", errors="replace")
     try:
-        ended = _run(command, repository.path, asked, log, _mark(session), seconds, most_bytes, stop)
+        status, problem, left = _run(command, repository.path, asked, log, _mark(session), seconds, most_bytes, stop)
         repository.unlock(session.branch)
         older, told = _go_back(repository, place)
         after = _digests(session)
         others = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        if ended.left:
-            told.append(f"left {_processes(ended.left)} running, which had to be ended")
-        outcome, said, description = _judged(session, log, prompt, ended, seconds, older, bool(others))
+        if left:
+            told.append(f"left {_processes(left)} running, which had to be ended")
+        how = _how(status, problem, seconds)
+        outcome, said, description = _judged(session, log, prompt, problem, how, older, bool(others))
         if outcome != "edited" and (saved := put_back(session, log.with_suffix(".train.py"))):
             told.append(f"had what it wrote put aside, in {saved}")
         if others:
@@ -204,7 +195,10 @@ def _mark(session: Session) -> str:
 # --- The agent's processes ---
 
 
-def _run(command: str, folder: Path, asked: Path, log: Path, mark: str, seconds: float, most_bytes: int, stop) -> Ended:
+def _run(
+    command: str, folder: Path, asked: Path, log: Path, mark: str, seconds: float, most_bytes: int, stop
+) -> tuple[int | None, str | None, int]:
+    """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
     reading, writing = os.pipe()
     output = logs.Log(reading, log, flood=most_bytes)
     try:
@@ -238,7 +232,7 @@ def _run(command: str, folder: Path, asked: Path, log: Path, mark: str, seconds:
         problem = "flooded"
     elif ended and problem == "hung":  # it was done at the last moment
         problem = None
-    return Ended(process.returncode if ended else None, problem, left if ended else 0)
+    return (process.returncode if ended else None), problem, left if ended else 0
 
 
 def _end(mark: str, top: int | None = None, patience: float = GRACE_LEFT) -> int:
@@ -285,7 +279,8 @@ def _go_back(repository: Repository, place: Place) -> tuple[bool, list[str]]:
         (whether train.py is that of another commit and no edit, what was done in words).
     """
     path, branch, commit = repository.path / TRAIN, place.branch, place.commit
-    content = path.read_bytes() if path.is_file() and _pointed(path) in (None, place.link) else None
+    ours = not path.is_symlink() or os.readlink(path) == place.link
+    content = path.read_bytes() if path.is_file() and ours else None
     if path.is_symlink():  # what git writes shall not be written to where it points
         path.unlink()
         if content is not None:
@@ -314,22 +309,13 @@ def _go_back(repository: Repository, place: Place) -> tuple[bool, list[str]]:
             repository.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
         else:
             repository.git("update-ref", "--no-deref", "HEAD", commit)
-    if place.link is not None:
-        _make_link(path, place.link)
+    if place.link is not None:  # what it points to has what was written since
+        if path.is_file():
+            with storage.atomic((path.parent / place.link).resolve()) as file:
+                file.write(path.read_bytes())
+            path.unlink()
+        path.symlink_to(place.link)
     return older, told
-
-
-def _pointed(path: Path) -> str | None:
-    return os.readlink(path) if path.is_symlink() else None
-
-
-def _make_link(path: Path, target: str) -> None:
-    """Makes a file the link that it was: what it points to has its content then."""
-    if path.is_file():
-        with storage.atomic((path.parent / target).resolve()) as file:
-            file.write(path.read_bytes())
-        path.unlink()
-    path.symlink_to(target)
 
 
 def _base(repository: Repository, head: str | None, commit: str, begun: float) -> tuple[str | None, int]:
@@ -365,8 +351,17 @@ def put_back(session: Session, saved: Path | None = None) -> Path | None:
 # --- What came of it ---
 
 
+def _how(status: int | None, problem: str | None, seconds: float) -> str:
+    """How the command ended, in words; "" if it did well."""
+    if problem:
+        limit = {"hung": f"reached its time limit of {seconds:g} s", "flooded": "printed more than it may"}
+        return limit.get(problem, "was stopped with the night")
+    not_found = " (the shell did not find the command)" if status == 127 else ""
+    return f"ended with exit status {status}{not_found}" if status else ""
+
+
 def _judged(
-    session: Session, log: Path, prompt: str, ended: Ended, seconds: float, older: bool, others: bool
+    session: Session, log: Path, prompt: str, problem: str | None, how: str, older: bool, others: bool
 ) -> tuple[str, str, str]:
     """(outcome, what it did in words, description of the change).
 
@@ -374,15 +369,7 @@ def _judged(
         older: train.py is that of another commit. others: other files changed.
     """
     lines = [line.strip() for line in plain(logs.read(log)).split("\n") if line.strip()]
-    last, problem = one_line(lines[-1], 120) if lines else "", ended.problem
-    how = {
-        None: f"ended with exit status {ended.status}" if ended.status else "",
-        "hung": f"reached its time limit of {seconds:g} s",
-        "stopped": "was stopped with the night",
-        "flooded": "printed more than it may",
-    }[problem]
-    if ended.status == 127:
-        how += " (the shell did not find the command)"
+    last = one_line(lines[-1], 120) if lines else ""
     if problem in ("stopped", "flooded"):
         return problem, f"{how}, and {TRAIN} was put back", ""
     content, flaw, why = _edit(session)
@@ -394,7 +381,7 @@ def _judged(
     said = " and ".join(filter(None, [how, why])) or f"did not edit {TRAIN}"
     if problem or flaw == "no python":
         return problem or flaw, said, ""
-    if ended.status:
+    if how:
         return "failed", said + (f'; its last line: "{last}"' if last else ""), ""
     if re.search(r"[?？][\s*_`\"')\]]*$", last):
         return "asked", f'{said} and asked, where nobody answers: "{last}"', ""

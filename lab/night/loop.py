@@ -218,9 +218,8 @@ class Night:
             return self._ask_agent()
         if kept := agent.put_back(session, self._turns_folder() / f"before-{session.state.last.number + 1}.py"):
             self.view.say(f"{TRAIN} had other remarks than the best; it is in {kept}")
-        self._journal(
-            TurnTaken(by="proposer", outcome="edited", description=proposal.description), content=proposal.content
-        )
+        turn = TurnTaken(by="proposer", outcome="edited", description=proposal.description)
+        self._journal(turn, proposal.content)
         agent.write_train(session, proposal.content)
         self._open(proposal.description)
 
@@ -241,12 +240,9 @@ class Night:
 
     def _ask_agent(self) -> None:
         session, seconds = self.session, self.options.turn_seconds
-        log = self._turns_folder() / f"{len(self.turns) + 1:04d}.log"
-        try:
+        log, program = self._turns_folder() / f"{len(self.turns) + 1:04d}.log", ""
+        with suppress(OSError):  # it is gone: the agent is told the rest
             program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            program = ""
-            self.view.say(f"program.md can't be read ({error}): the agent is told the rest")
         text = prompt.write(session, program, self.turns, seconds)
         self.now.by = "agent"
         self._show(THINKING)
@@ -377,7 +373,8 @@ class Night:
 
     def _summary(self) -> str:
         state = self.session.state
-        text = "{}, {} kept".format(*self.now.counts(state))
+        tried, kept = self.now.counts(state)
+        text = f"{counted(tried, 'experiment')}, {kept} kept"
         if state.best and (mean := state.mean(state.best)) is not None:
             text += f"; best {mean:.6f}, baseline {state.mean(state.baseline):.6f}"
         return text

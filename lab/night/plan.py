@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -92,6 +93,7 @@ def plan(path: Path, options) -> Plan:
     Raises:
         LabError: it can't begin; the message says what to do first.
     """
+    import backends
     from calibration import identity
     from lab.session.start import BASELINE_RUNS
 
@@ -110,8 +112,9 @@ def plan(path: Path, options) -> Plan:
         made.missing = [] if session.state.baseline.applied else ["baseline"]
         budget, runs, rows = session.budget, session.started.baseline_runs, scored_rows(made.dataset)
     else:
-        hardware = device()
-        refuse_if_taken(repository, hardware, tag)
+        with backend_errors():
+            hardware = backends.identify()
+        refuse_if_taken(repository, f"{hardware.slug}/{tag}")
         made.box = sandbox.probe()
         made.dataset, manifest, made.prepares = dataset(options.dataset or os.environ.get("AUTORESEARCH_DATA"))
         profile = usable_profile(hardware, repository)
@@ -152,24 +155,23 @@ def checked_out(repository: Repository, asked: str | None) -> tuple[Session | No
     return None, asked or time.strftime("%b%d").lower()
 
 
-def refuse_if_taken(repository: Repository, hardware, tag: str) -> None:
-    """LabError if this device has a session of that tag, whose branch is not the one checked out."""
-    folder = folder_of(f"{hardware.slug}/{tag}")
-    if (folder / "session.json").exists():
-        session = Session(folder)
+def refuse_if_taken(repository: Repository, name: str) -> None:
+    """LabError if this device has a session of that name, whose branch is not the one checked out."""
+    if (folder_of(name) / "session.json").exists():
+        session = Session(folder_of(name))
         there = f"it belongs to {session.local.repository}"
         if session.local.repository == str(repository.path):
             there = f"git switch {session.branch}, and the same command goes on with it"
-        raise LabError(f"there is a session {tag} already: {there}; or --tag NAME begins another")
+        raise LabError(f"there is a session {session.started.tag} already: {there}; or --tag NAME begins another")
 
 
-def device():
-    """The hardware that a session would run on."""
-    import backends
+@contextmanager
+def backend_errors():
+    """Why a backend can't run, as a LabError."""
     from backends.interface import BackendError
 
     try:
-        return backends.identify()
+        yield
     except BackendError as error:
         raise LabError(str(error)) from error
 
@@ -297,7 +299,6 @@ def provide(plan: Plan, options, say) -> None:
     what `start` raises."""
     if plan.session:
         return
-    from backends.interface import BackendError
     from lab.session.start import BASELINE_RUNS, start
 
     sandbox.refuse_without(plan.box, options.unsandboxed)
@@ -316,10 +317,8 @@ def provide(plan: Plan, options, say) -> None:
         say("measuring this device")
         carry_out(path, "-m", "calibration")
     runs = BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
-    try:
+    with backend_errors():
         session = start(path, plan.tag, options.unsandboxed, runs, say)
-    except BackendError as error:
-        raise LabError(str(error)) from error
     say(f"session {session.name} in {session.folder}, on branch {session.branch}")
 
 

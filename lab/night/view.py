@@ -67,24 +67,21 @@ class Now:
     by: str = "proposer"
     troubles: list[Trouble] = field(default_factory=list)
 
-    def counts(self, state: State) -> tuple[str, int]:
-        """("3 experiments", of which so many were kept): those that were decided on in this night."""
+    def counts(self, state: State) -> tuple[int, int]:
+        """(experiments that were decided on in this night, how many of them were kept)."""
         tried = [e for e in state.decided if e.number >= max(1, self.first)]
-        return counted(len(tried), "experiment"), sum(e.status == "keep" and e.kind not in BESIDE for e in tried)
+        return len(tried), sum(e.status == "keep" and e.kind not in BESIDE for e in tried)
 
     def estimate(self, done: int) -> list[str]:
         """Experiments per hour, and when and with how many more the night is likely to end."""
         at, hours = time.time(), (time.time() - self.begun) / 3600
-        rate = done / hours if hours > 0 else 0.0
-        parts = [f"{rate:.1f} an hour"] if rate else []
-        left = [] if self.most is None else [max(0, self.most - done)]
+        rate, left = done / hours if hours > 0 else 0.0, [] if self.most is None else [max(0, self.most - done)]
+        parts = [f"{rate:.1f} an hour"] * bool(rate)
         if self.deadline:
             parts.append(f"until {clock(self.deadline)} (in {lasting(self.deadline - at)})")
-            left += [math.floor(rate * max(0.0, self.deadline - at) / 3600)] if rate else []
+            left += [math.floor(rate * max(0.0, self.deadline - at) / 3600)] * bool(rate)
         if left:
-            parts.append(f"{'about ' if rate and self.deadline else ''}{min(left)} more to come")
-            if rate and min(left) == left[0] and self.most is not None:
-                parts.append(f"done about {clock(at + 3600 * left[0] / rate)}")
+            parts.append(f"{'about ' if self.deadline else ''}{min(left)} more to come")
         return parts if left or self.deadline else [*parts, "until it is stopped (Ctrl-C)"]
 
 
@@ -105,16 +102,13 @@ def progress_of(log: Path) -> dict:
 
 
 def tail(path: Path) -> str:
-    """The end of a file, from the beginning of a line; nothing of what is no file: a pipe would be waited for."""
-    try:
-        if not path.is_file():
-            return ""
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            text = file.read(TAIL)
-    except OSError:
-        return ""
-    return (text.partition(b"\n")[2] if len(text) == TAIL else text).decode("utf-8", errors="replace")
+    """The end of a file; nothing of what is no file: a pipe would be waited for."""
+    with suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - TAIL))
+                return file.read(TAIL).decode("utf-8", errors="replace")
+    return ""
 
 
 class View:
@@ -158,31 +152,28 @@ class View:
         run = under_way(experiment)
         troubles = tuple(numberless(trouble.text) for trouble in now.troubles)
         key = (troubles, numberless(now.phase), run and run.number, experiment and experiment.number)
-        every = DRAW_EVERY if self.live else TELL_EVERY
-        if key == self._key and time.monotonic() < self._drawn + every:
+        if key == self._key and time.monotonic() < self._drawn + (DRAW_EVERY if self.live else TELL_EVERY):
             return
         before, self._key, self._drawn = self._key, key, time.monotonic()
         if not self.live:
-            self._tell(now, experiment, run, before)
-            return
+            return self._tell(now, experiment, run, before)
         with suppress(OSError):
-            width, height = self._size_now(self.live)
+            if self.console.size != self._size:
+                self._start_over(self.live)
             # The last column stays free: many terminals begin a new line once it is written to.
-            lines = self.lines(now, width - 1, height - max(1, height // 6))
+            lines = self.lines(now, self._size.width - 1, self._size.height - max(1, self._size.height // 6))
             self.live.update(SegmentLines(lines, new_lines=True), refresh=True)
 
     # --- On a terminal ---
 
-    def _size_now(self, live: Live) -> tuple[int, int]:
-        """Columns and rows. After a change of them nobody knows where on the screen the last picture is: the screen is
-        cleared, and what was said is said again."""
-        if self.console.size != self._size:
-            self._size = self.console.size
-            self.console.control(Control.clear(), Control.home())
-            live.update(Text(""), refresh=True)
-            for line in list(self._said)[-self._size.height :]:
-                self.console.print(line, soft_wrap=True)
-        return self._size
+    def _start_over(self, live: Live) -> None:
+        """After a change of size nobody knows where on the screen the last picture is: it is cleared, and what was said
+        is said again."""
+        self._size = self.console.size
+        self.console.control(Control.clear(), Control.home())
+        live.update(Text(""), refresh=True)
+        for line in list(self._said)[-self._size.height :]:
+            self.console.print(line, soft_wrap=True)
 
     def lines(self, now: Now, width: int, height: int) -> list[list[Segment]]:
         """The picture: at most `height` lines of at most `width` columns."""
@@ -198,24 +189,24 @@ class View:
 
     def _night(self, now: Now) -> list[Text]:
         tried, kept = now.counts(self.session.state)
-        parts = [f"night of {self.session.name}", lasting(time.time() - now.begun), tried, f"{kept} kept"]
+        parts = [f"night of {self.session.name}", lasting(time.time() - now.begun), counted(tried, "experiment")]
         troubles = [trouble.text for trouble in now.troubles if trouble.text not in now.phase]
-        done = int(tried.split()[0])
-        return [Text(", ".join(parts + now.estimate(done))), *(_line(text, "yellow") for text in troubles)]
+        heading = Text(", ".join([*parts, f"{kept} kept", *now.estimate(tried)]))
+        return [heading, *(_line(text, "yellow") for text in troubles)]
 
     def _experiment(self, now: Now, width: int) -> list[RenderableType]:
         experiment = self.session.state.oldest_open
+        phase = _line(f"{now.phase}, for {lasting(time.time() - now.since)}", "cyan")
         if experiment is None:
-            return [_rule(""), _line(f"{now.phase}, for {lasting(time.time() - now.since)}", "cyan")]
+            return [_rule(""), phase]
         by = f", proposed by the {now.by}" if experiment.kind == "change" else ""
         parts = [_rule(f"experiment {experiment.number}{by}"), _line(experiment.description, "bold")]
-        run = under_way(experiment)
-        if run is None:
-            return [*parts, _line(f"{now.phase}, for {lasting(time.time() - now.since)}", "cyan")]
+        if (run := under_way(experiment)) is None:
+            return [*parts, phase]
         progress = progress_of(self.session.run_folder(run.number) / "run.log")
         parts.append(Text(", ".join(self._of_run(experiment, run, progress))))
-        if "percent" in progress:
-            parts.append(Padding(ProgressBar(100, progress["percent"], width=width), 0))  # a bar has no line end
+        if "percent" in progress:  # a bar has no line end of its own
+            parts.append(Padding(ProgressBar(100, progress["percent"], width=width), 0))
         if progress:
             parts.append(sparkline(progress["losses"], width, ASCII_BLOCKS if self._ascii else BLOCKS))
         return parts
@@ -232,30 +223,29 @@ class View:
             self._noise = f"noise {noise.sd:.6f}, gains of {smallest:.6f} are likely to be seen"
         below = f"{100 * (first - mean) / first:.2f} % below the baseline's {first:.6f}"
         text = below if best is not state.baseline else "it is the baseline"
-        title = f"best {mean:.6f}: experiment {best.number}, commit {best.here[:7]}"
-        return [_rule(title), Text(f"{text}, {self._noise}")]
+        return [
+            _rule(f"best {mean:.6f}: experiment {best.number}, commit {best.here[:7]}"),
+            Text(f"{text}, {self._noise}"),
+        ]
 
     def _of_run(self, experiment: Experiment, run: Run, progress: dict) -> list[str]:
         """A run under way in numbers."""
-        budget, overhead = run.budget or self.session.budget, self.session.state.overhead() or 30.0
-        left = budget * (1 - progress["percent"] / 100) if "percent" in progress else budget  # however long it starts
-        left = max(left, run.time + budget + overhead - time.time())
-        whose = (
-            ""
-            if experiment.kind == "baseline"
-            else f"of {'the change' if run in experiment.own_runs else 'its parent'}, "
-        )
+        budget, percent = run.budget or self.session.budget, progress.get("percent", 0.0)
+        ends = run.time + budget + (self.session.state.overhead() or 30.0)
+        whose = "" if experiment.kind == "baseline" else "of its parent, "
+        whose = "of the change, " if whose and run in experiment.own_runs else whose
         stands = "starts"
-        if "percent" in progress:
-            stands = f"{progress['percent']:.0f} %" if progress["percent"] < 100 else "is scored"
-        elif progress:
-            stands = f"step {progress['step']:.0f}"
+        if progress:
+            stands = (
+                "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else f"step {progress['step']:.0f}"
+            )
+        left = max(budget * (1 - percent / 100), ends - time.time())  # the start may take as long as it likes
         parts = [f"run {run.number} ({whose}seed {run.seed})", stands, f"{lasting(left)} left"]
         parts += [f"loss {progress['loss']:.4g}"] if progress else []
         parts += [f"{progress['tok_per_s']:,.0f} tokens/s"] if progress.get("tok_per_s") else []
-        ended = [other for other in self.session.state.runs.values() if other.ok]
-        known = next((other for other in reversed(ended) if other.blob == run.blob), ended[-1] if ended else None)
-        if known and known.result.get("peak_vram_mb"):
+        ended = [other for other in self.session.state.runs.values() if other.result.get("peak_vram_mb")]
+        if ended:
+            known = next((other for other in reversed(ended) if other.blob == run.blob), ended[-1])
             source = "" if known.blob == run.blob else f" (run {known.number})"
             parts.append(f"{known.result['peak_vram_mb'] / 1024:.1f} GB{source}")
         return parts
