@@ -241,10 +241,10 @@ def _end(mark: str, top: int | None = None, patience: float = GRACE_LEFT) -> int
 
 
 def _alive(mark: str, top: int | None) -> list[psutil.Process]:
-    found = processes.marked(**{MARK: mark})
+    family = processes.marked(**{MARK: mark})
     if top is not None:
-        found += [*processes.tree(top), *processes.in_group(top)]
-    return [process for process in set(found) if processes.runs(process)]
+        family += [*processes.tree(top), *processes.in_group(top)]
+    return [process for process in set(family) if processes.runs(process)]
 
 
 # --- The repository ---
