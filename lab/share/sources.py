@@ -7,22 +7,19 @@ Everything is only read, and no lock is taken, also while a night is at work on 
 from __future__ import annotations
 
 import json
-import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import msgspec
 
 import storage
 from lab.errors import LabError
 from lab.session import ledger
-from lab.session.journal import read_events
 from lab.session.record import Record
 from lab.session.repository import here
 from lab.session.session import PREFIX, Session, folder_of
-from lab.session.state import State
 from lab.share import archive, ledgers
 from lab.share.archive import Files, Wrong
-from lab.share.summary import summary
+from lab.share.export import assembled
 from lab.share.verify import verified
 
 
@@ -75,7 +72,7 @@ def own(source: str) -> Session | None:
             if sessions.resolve() not in folder.resolve().parents:
                 raise LabError(
                     f"{folder} is a session's working folder, and not under {sessions}: get it exported where it was "
-                    "run (python -m lab export X.tar.gz); or, if that was here, set AUTORESEARCH_HOME to where it belongs"
+                    "run (python -m lab export X.tar.gz); or, if that was here, set AUTORESEARCH_HOME to its home"
                 )
             return Session(folder)
     return None
@@ -101,7 +98,7 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     try:
         for path in (Path(source).expanduser(), storage.home() / "imported" / source.removeprefix(PREFIX)):
             if path.is_file() and not archive.is_archive(path):
-                files, device = assembled(encoded(ledgers.events_of(path, device))), None
+                files, device = assembled(ledgers.events_of(path, device)), None
                 break
             if path.exists():
                 files = archive.read(path)
@@ -123,18 +120,36 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     )
 
 
-def encoded(events: list) -> bytes:
-    """A journal's content."""
-    return b"".join(msgspec.json.encode(event) + b"\n" for event in events)
+def import_session(
+    source: str, device: str | None = None, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> Path:
+    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG.
 
+    Args:
+        source, device: as of `read`. say: is told what was set aside.
 
-def assembled(journal: bytes, others: Files | None = None) -> Files:
-    """The files of an export, from its journal and what can't be derived of that: train.py, profile.json, rows/. Equal
-    sessions give equal files. ValueError if the journal is damaged."""
-    others = others or {}
+    Raises:
+        LabError: it is none, is damaged, holds what it must not, or another one is there; nothing was changed.
+    """
+    files, record = find(source, device)
+    files.pop(".gitattributes", None)
+    for note in record.notes:
+        say(note)
+    target = storage.home() / "imported" / record.name
+    if not target.exists():
+        try:
+            return archive.write(files, target, record.name)
+        except storage.DataError:
+            if not target.exists():  # else another import was faster
+                raise
     try:
-        state = State(read_events(journal))
-    except ValueError as error:
-        raise Wrong(f"journal.jsonl: {error}") from None
-    files = {"journal.jsonl": journal, "results.tsv": ledger.dumps(ledger.rows_of(state)), **others}
-    return archive.sealed(files | {"SUMMARY.md": summary(Record(state, others.get("train.py"))).encode()})
+        same = archive.read(target) == files
+    except (Wrong, OSError):
+        same = False
+    if not same:
+        raise LabError(
+            f"{target} holds something else under that name; remove it to import {source}, or rename a bare "
+            "ledger's file"
+        )
+    say(f"{record.name} is there already")
+    return target

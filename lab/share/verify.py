@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import zipfile
 
@@ -61,9 +60,7 @@ def verified(files: Files) -> Record:
         record = Record(state, files.get("train.py"), notes=list(state.started.notes))
         _check_trains(record)
         view = ledger.dumps(ledger.rows_of(state))
-    except Wrong as error:
-        raise Wrong(f"journal.jsonl: {error}") from None
-    except (LabError, RecursionError) as error:
+    except (Wrong, LabError, RecursionError) as error:
         raise Wrong(f"journal.jsonl: {error}") from None
     _check_view(files["results.tsv"], view)
     _check_text("SUMMARY.md", files.get("SUMMARY.md", b""))
