@@ -10,60 +10,64 @@ from contextlib import suppress
 from pathlib import Path
 
 import storage
-from lab.cli import render as show
-from lab.session.begin import (
+from lab import untrusted
+from lab.cli import render
+from lab.errors import LabError
+from lab.genome.syntax import TRAIN
+from lab.session.repository import Repository, here
+from lab.session.session import PREFIX, Session, refuse_if_busy
+from lab.session.state import Experiment
+from lab.untrusted import counted
+from lab.verdict.executor import launch
+from lab.verdict.opening import (
     POLL,
     await_verdict,
-    begin_change,
+    best_of,
     exclusive,
+    open_change,
     refuse_if_held,
     refuse_if_not_ours,
     sound_baseline,
 )
-from lab.errors import LabError
-from lab.session.session import PREFIX, Session, refuse_if_busy
-from lab.session.state import CONFIRM, Experiment
-from lab.session.repository import TRAIN, Tree, here
 
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 
-# --- Commands ---
-
-
 def do_start(options) -> int:
     from backends.interface import BackendError
-    from lab.session.start import start
+    from lab.session.start import BASELINE_RUNS, start
 
-    more = {} if options.baseline_runs is None else {"runs": options.baseline_runs}
-    quiet = {"say": lambda text: print(text, file=sys.stderr)} if options.json else {}
+    def say(text):
+        print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    runs = BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
     try:
-        session = start(Path.cwd(), options.tag, options.unsandboxed, **more, **quiet)
+        session = start(Path.cwd(), options.tag, options.unsandboxed, runs, say)
     except BackendError as error:
         raise LabError(str(error)) from error
-    if not options.json:
-        print(
-            f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
-            f"{show.counted(session.facts['baseline_runs'], 'run')} of {session.budget:g} s",
-            flush=True,
-        )
-    return follow(session, options, session.launch())
+    say(
+        f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
+        f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"
+    )
+    return follow(session, options, launch(session))
 
 
 def do_run(session: Session, options) -> int:
     refuse_if_not_ours(session)
     with exclusive(session):
         refuse_if_busy(session.device_lock)
-        if pending := session.state.pending:
+        if interrupted := session.state.oldest_open:
             options.note = (
-                f"experiment {pending.number} had been interrupted, and came first: {TRAIN} was not taken. Run again"
+                f"experiment {interrupted.number} had been interrupted, and came first: {TRAIN} was not taken. Run "
+                "again"
             )
-        elif answer := begin_change(session, options):
+        elif answer := open_change(session, options.message, options.near_misses, options.again):
             options.note = "answered from the ledger, not run again (--again runs it)"
             return tell(session, options, answer)
-        elif others := session.tree.changed():
-            print(f"not part of the experiment, and left alone: {show.listed(others)}", file=sys.stderr)
-    return follow(session, options, session.launch())
+        elif others := session.repository.changed():
+            print(f"not part of the experiment, and left alone: {untrusted.listed(others)}", file=sys.stderr)
+        process = launch(session)
+    return follow(session, options, process)
 
 
 def do_confirm(session: Session, options) -> int:
@@ -73,22 +77,24 @@ def do_confirm(session: Session, options) -> int:
     with exclusive(session):
         refuse_if_busy(session.device_lock)
         state = session.state
-        if not state.pending:
+        if not state.open:
             sound_baseline(session)
-            if state.best is state.baseline:
+            best = best_of(session)
+            if best is state.baseline:
                 raise LabError("the baseline is still the best: there is nothing to confirm yet")
-            session.begin(
-                kind=CONFIRM,
-                blob=state.best.blob,
+            session.open_experiment(
+                kind="confirm",
+                blob=best.blob,
                 parent=state.baseline.blob,
                 onto=0,
                 pairs=options.pairs,
-                commit=state.best.applied["commit"],
+                commit=best.here,
                 budget=session.budget * options.times,
-                description=state.best.description,
-                portable=state.best.portable,
+                description=best.description,
+                portable=best.portable,
             )
-    return follow(session, options, session.launch())
+        process = launch(session)
+    return follow(session, options, process)
 
 
 def do_wait(session: Session, options) -> int:
@@ -97,9 +103,9 @@ def do_wait(session: Session, options) -> int:
         return follow(session, options)
     refuse_if_held(session)
     with exclusive(session):
-        pending = session.state.pending
-    if pending:
-        return follow(session, options, session.launch())
+        process = launch(session) if session.state.open else None
+    if process:
+        return follow(session, options, process)
     print("nothing is running; the last experiment:", file=sys.stderr)
     return tell(session, options, session.state.last)
 
@@ -111,21 +117,20 @@ def do_pause(session: Session, options) -> int:
     while not options.after_run and session.supervised and time.monotonic() < deadline:
         time.sleep(POLL)
     session.refresh()
-    print(show.paused(session))
+    print(render.paused(session))
     return 0
 
 
 def do_resume(session: Session, options) -> int:
     """Doing it twice changes nothing: of two supervisors the later one leaves."""
-    held = session.held
+    said = "resumed" if session.held else "it was not paused"
     session.release()
     session.refresh()
-    said = "resumed" if held else "it was not paused"
     if session.owned_by_night:
         print(f"{said}: the night goes on by itself")
-    elif pending := session.state.pending:
-        session.launch()
-        print(f"{said}: experiment {pending.number} goes on; python -m lab wait follows it")
+    elif experiment := session.state.oldest_open:
+        launch(session)
+        print(f"{said}: experiment {experiment.number} goes on; python -m lab wait follows it")
     else:
         print(f"{said}: nothing is under way, and the next experiment may come")
     return 0
@@ -138,24 +143,24 @@ def before_night(options) -> bool:
     if options.planned is not None:
         return True
     if not options.plan:
-        _recover_turn(Tree(Path.cwd()))
-    made = plan.plan(Path.cwd(), options)
-    with limits.awake() as made.awake:
-        print(*plan.tell(made), sep="\n", flush=True)
+        _recover_turn(Repository(Path.cwd()))
+    planned = plan.plan(Path.cwd(), options)
+    with limits.awake() as planned.awake:
+        print(*plan.tell(planned), sep="\n", flush=True)
         if not options.plan:
-            plan.provide(made, options, lambda text: print(text, flush=True))
-    options.planned = made.deadline or 0.0
+            plan.provide(planned, options, lambda text: print(text, flush=True))
+    options.planned = planned.deadline or 0.0
     return not options.plan
 
 
-def _recover_turn(tree: Tree) -> None:
+def _recover_turn(repository: Repository) -> None:
     """Puts HEAD back where a night was killed while its agent had another branch checked out."""
     from lab.night import agent
 
     for record in (storage.home() / "sessions").glob(f"*/*/{agent.RECORD}"):
-        with suppress(LabError):  # of another version, say
+        with suppress(LabError):  # made by another version, say
             session = Session(record.parent)
-            if session.facts["tree"] == str(tree.path) and not session.owned_by_night:
+            if session.local.repository == str(repository.path) and not session.owned_by_night:
                 for text in agent.recover(session):
                     print(f"the agent {text}")
 
@@ -167,26 +172,24 @@ def do_night(session: Session, options) -> int:
 
 
 def do_status(session: Session, options) -> int:
-    print(json.dumps(show.status_facts(session), indent=1) if options.json else show.status(session))
+    print(json.dumps(render.status_facts(session), indent=1) if options.json else render.status(session))
     return 0
 
 
 def do_log(session: Session, options) -> int:
+    experiments = session.state.experiments
     if options.number is None:
-        experiments = list(session.state.experiments.values())
-        print(
-            json.dumps([show.facts(session, e) for e in experiments], indent=1)
-            if options.json
-            else show.table(session, experiments)
-        )
+        known = list(experiments.values())
+        facts = [render.facts(session, e) for e in known] if options.json else []
+        print(json.dumps(facts, indent=1) if options.json else render.table(known))
         return 0
-    if options.number not in session.state.experiments:
-        raise LabError(f"there is no experiment {options.number}; the last is {max(session.state.experiments)}")
-    return tell(session, options, session.state.experiments[options.number])
+    if options.number not in experiments:
+        raise LabError(f"there is no experiment {options.number}; the last is {max(experiments)}")
+    return tell(session, options, experiments[options.number])
 
 
 def do_export(session: Session, options) -> int:
-    from lab.share import exchange, publish
+    from lab.share import export, publish
 
     if options.publish:
         branch, commit = publish.publish(session, options.replace)
@@ -197,41 +200,40 @@ def do_export(session: Session, options) -> int:
         return 0
     if options.target is None:
         raise LabError("say where to: a folder, an archive's name (x.tar.gz), or --publish")
-    kept, changes = publish.kept_of(session), publish.changes_of(session)
-    print(exchange.export_session(session.folder, kept, options.target, changes))
+    print(export.export_session(session, options.target))
     return 0
 
 
 def do_import(options) -> int:
-    from lab.share import exchange
+    from lab.share import imports
 
-    print(exchange.import_session(options.source, storage.home(), device=options.device, tree=here()))
+    print(imports.import_session(options.source, storage.home(), device=options.device, repository=here()))
     return 0
 
 
 def do_compare(options) -> int:
-    from lab.compare import comparison, show as pages, sources
+    from lab.compare import comparison, tables
+    from lab.share import sources
 
-    found = comparison.compare(sources.read_all(options.sources, options.device))
-    print(json.dumps(found.facts(), indent=1) if options.json else pages.text(found))
+    compared = comparison.compare(sources.read_all(options.sources, options.device))
+    print(json.dumps(compared.facts(), indent=1) if options.json else tables.text(compared))
     return 0
 
 
 def do_report(options) -> int:
     from lab import report
-    from lab.compare import sources
+    from lab.share import sources
 
-    for path in report.write(
-        sources.read_all(options.sources or [_checked_out()], options.device), options.out, options.png
-    ):
+    records = sources.read_all(options.sources or [_checked_out()], options.device)
+    for path in report.write(records, options.out, options.png):
         print(path)
     return 0
 
 
 def _checked_out() -> str:
     """The session's branch that is checked out here."""
-    tree = here()
-    branch = tree and tree.branch()
+    repository = here()
+    branch = repository and repository.branch()
     if not branch or not branch.startswith(PREFIX):
         raise LabError(
             "no session's branch is checked out here: name a session, as DEVICE/TAG, a folder, an export or "
@@ -257,15 +259,14 @@ def do_supervise(session: Session, options) -> int:
 
 
 def follow(session: Session, options, process: subprocess.Popen | None = None) -> int:
-    """Waits for the pending experiment, at most as long as the options say, and tells how it stands."""
+    """Waits for the open experiment, at most as long as the options say, and tells how it stands."""
     session.refresh()
-    experiment = session.state.pending
+    experiment = session.state.oldest_open
     if experiment is None:  # it was as good as done
         return tell(session, options, session.state.last)
     if not await_verdict(session, experiment, process, options.wait):
-        print(
-            json.dumps(show.progress_facts(session, experiment)) if options.json else show.progress(session, experiment)
-        )
+        known = render.progress_facts(session, experiment)
+        print(json.dumps(known) if options.json else render.progress(session, experiment))
         return 0
     return tell(session, options, experiment)
 
@@ -273,7 +274,7 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
 def tell(session: Session, options, experiment: Experiment) -> int:
     note = {"note": options.note} if getattr(options, "note", "") else {}
     if options.json:
-        print(json.dumps({**show.facts(session, experiment), **note}, indent=1))
+        print(json.dumps({**render.facts(session, experiment), **note}, indent=1))
     else:
-        print(show.block(session, experiment), *note.values(), sep="\n")
+        print(render.block(session, experiment), *note.values(), sep="\n")
     return 0

@@ -153,8 +153,16 @@ class Repository:
             ) from error
 
     def store(self, content: bytes) -> str:
-        """The blob id of a train.py, which is stored, with the line ends that git has whatever an editor made of them."""
-        return self.git("hash-object", "-w", "--no-filters", "--stdin", content=normalised(content))
+        """The blob id of a train.py, which is stored: with the line ends that git has, whatever an editor makes of
+        them."""
+        content = content if self._stores_crlf else normalised(content)
+        return self.git("hash-object", "-w", "--no-filters", "--stdin", content=content)
+
+    @functools.cached_property
+    def _stores_crlf(self) -> bool:
+        """Whether train.py was committed with the line ends of Windows."""
+        blob = self.blob_of("HEAD")
+        return bool(blob) and b"\r\n" in self.contents([blob]).get(blob, b"")
 
     def changed(self) -> list[str]:
         """Files other than train.py that differ from what is committed, or are new."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import filelock
 import msgspec
+import psutil
 
 import storage
 from lab.errors import LabError
@@ -29,7 +30,7 @@ from lab.session.repository import Repository
 from lab.session.state import Experiment, Run, State
 
 FORMAT = 2
-HOLD = "hold.json"
+HOLD, SUPERVISOR = "hold.json", "supervisor.json"
 PREFIX = "autoresearch/"  # of branches: autoresearch/<device>/<tag>
 HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night; also codes of reasons
 PASSED_ON = ("BACKEND", "DEVICE", "FA3_LIBRARY")  # settings of the user's that stay as they were at the start
@@ -140,8 +141,18 @@ class Session:
 
     @property
     def supervised(self) -> bool:
-        """Whether a process is at work on this session."""
-        return is_held(self.lock)
+        """Whether a process is at work on this session, or is about to be."""
+        return is_held(self.lock) or self.starting
+
+    @property
+    def starting(self) -> bool:
+        """Whether the process that was launched last still runs: until it has the lock, nothing else tells."""
+        try:
+            known = json.loads((self.folder / SUPERVISOR).read_bytes())
+            process = psutil.Process(known["pid"])
+            return process.create_time() == known["created"] and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, KeyError, psutil.Error):
+            return False
 
     @property
     def owned_by_night(self) -> bool:

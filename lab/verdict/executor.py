@@ -13,11 +13,14 @@ import os
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
 import numpy as np
+import psutil
 
+import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
 from lab.run import runner
@@ -33,7 +36,7 @@ from lab.session.events import (
 )
 from lab.session.journal import sync_files
 from lab.session.repository import TRAIN
-from lab.session.session import Session
+from lab.session.session import SUPERVISOR, Session
 from lab.session.state import BESIDE, Experiment, Run
 from lab.verdict.plan import Job, Plan, TRIES, plan, scored_parent
 
@@ -44,11 +47,12 @@ SLACK = 120  # seconds beyond the budget and twice what start and evaluation too
 
 
 def launch(session: Session) -> subprocess.Popen:
-    """Starts the process that brings what is open to its verdict. It outlives whoever started it."""
+    """Starts the process that brings what is open to its verdict. It outlives whoever started it. To be called with the
+    lock held, so that nobody takes what it is to carry out for interrupted before it has the lock."""
     program = session.judge / "lab" / "__main__.py"
     command = [session.local.executable, str(program), "--session", str(session.folder), "supervise"]
     with open(session.folder / "supervisor.log", "wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=session.folder,
             stdin=subprocess.DEVNULL,
@@ -57,6 +61,10 @@ def launch(session: Session) -> subprocess.Popen:
             start_new_session=os.name == "posix",
             creationflags=(subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS) if os.name == "nt" else 0,  # pyright: ignore
         )
+    with suppress(psutil.Error):  # it has ended already
+        known = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
+        storage.write_json(session.folder / SUPERVISOR, known)
+    return process
 
 
 def supervise(session: Session) -> None:

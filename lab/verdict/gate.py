@@ -197,7 +197,7 @@ def next_step(
     missing = [one for one in candidate if one not in parent]
     share = level * SPLIT[min(runs, ROUNDS) - 1]
     tested = because("tested", **facts, p=evidence.p, share=share)
-    if not missing and evidence.p <= share:
+    if not missing and share > 0 and evidence.p <= share:
         return Step("keep", tested, evidence=replace_evidence(evidence, better=True, stake=stake))
     evidence = replace_evidence(evidence, near_miss=t >= NEAR)
     allowed = max(0.0, min(MARGIN * noise.sd, noise.sd - account.loss))  # that a simplification may lose

@@ -20,6 +20,7 @@ from lab.session.session import HELD, Session
 from lab.session.state import Experiment
 from lab.verdict import near_misses
 
+RUNNING = "an experiment is running; wait for it: python -m lab wait"
 POLL = 0.1  # seconds
 PATIENCE = 0.5  # seconds for somebody who only looks whether the lock is free, or is about to let go of it
 LONGEST_DESCRIPTION = 500  # characters
@@ -34,8 +35,10 @@ def exclusive(session: Session, patience: float = PATIENCE, say=lambda line: pri
     try:
         lock = session.lock.acquire(timeout=patience, poll_interval=0.01)
     except filelock.Timeout:
-        raise LabError("an experiment is running; wait for it: python -m lab wait") from None
+        raise LabError(RUNNING) from None
     with lock:
+        if session.starting:
+            raise LabError(RUNNING)
         for line in session.recover(runner.end):
             say(line)
         yield

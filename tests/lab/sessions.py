@@ -1,5 +1,6 @@
 """Sessions without training: a small repository, and a runner that computes a score instead of a model."""
 
+import argparse
 import hashlib
 import random
 import shutil
@@ -54,7 +55,10 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repos
     if project:
         for name in ("backends", "calibration", "lab"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for source in (*(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py")), HERE / "fake_backend.py"):
+        for source in (
+            *(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py", "results.py")),
+            HERE / "fake_backend.py",
+        ):
             shutil.copy(source, path)
         (path / ".gitignore").write_text("__pycache__/\n")
     git(path, "add", ".")
@@ -144,6 +148,18 @@ def attempt(session: Session, content: bytes | None = None, message: str = "why"
             return answer
     executor.supervise(session)
     return session.state.last
+
+
+def options(**values) -> argparse.Namespace:
+    """What a command is given."""
+    return argparse.Namespace(**{"json": False, "wait": 5.0, "number": None, "note": "", **values})
+
+
+def said(capsys, command, session, **values) -> str:
+    """What a command prints."""
+    capsys.readouterr()
+    assert command(session, options(**values)) == 0
+    return capsys.readouterr().out
 
 
 def check(session: Session) -> None:

@@ -5,38 +5,34 @@ import random
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import sessions
-from test_commands import options, said
-from test_experiment import edited
+from sessions import check, edited, options, said
 from test_kill import LONGEST, WHO, Night, project  # noqa: F401 (a fixture)
-from test_power_loss import check
 
-from lab.cli import commands, render as show
+from lab.cli import commands, render
 from lab.run import runner
-from lab.verdict import executor as experiment
+from lab.verdict import executor, opening
+from lab.verdict.plan import MOST_LOST
 from lab.__main__ import parser
 from lab.errors import LabError
 from lab.run.runner import Halted
 from lab.session.session import Session
 
-BEGIN = SimpleNamespace(message="m", near_misses=False, again=False, json=False)
-
 
 @pytest.fixture(name="quick")
 def with_a_baseline(tmp_path, runner):
     session = sessions.make(tmp_path / "project")
-    experiment.supervise(session)
+    executor.supervise(session)
     return session
 
 
 def begin(session, content=None):
-    (session.tree.path / "train.py").write_bytes(content or edited(LOSS=0.9))
-    with commands.exclusive(session):
-        assert commands.begin_change(session, BEGIN) is None
+    (session.repository.path / "train.py").write_bytes(content or edited(LOSS=0.9))
+    with opening.exclusive(session):
+        assert opening.open_change(session, "m") is None
 
 
 def halting(session, monkeypatch, name, times=1):
@@ -80,10 +76,10 @@ def test_held_it_begins_nothing_and_goes_on_after_release(quick, runner):
     begin(quick)
     quick.hold("paused", now=False)
     before = len(runner.runs)
-    experiment.supervise(quick)
-    assert len(runner.runs) == before and quick.state.pending
+    executor.supervise(quick)
+    assert len(runner.runs) == before and quick.state.oldest_open
     quick.release()
-    experiment.supervise(quick)
+    executor.supervise(quick)
     assert quick.state.last.status == "keep"
     check(quick)
 
@@ -102,31 +98,31 @@ def held_meanwhile(session, runner, monkeypatch, why):
 def test_after_a_run_it_ends_and_no_run_is_lost(quick, runner, monkeypatch):
     begin(quick)
     held_meanwhile(quick, runner, monkeypatch, "paused")
-    experiment.supervise(quick)
-    assert [run.status for run in quick.state.pending.runs] == ["ok"]
+    executor.supervise(quick)
+    assert [run.status for run in quick.state.oldest_open.runs] == ["ok"]
 
 
 def test_what_needs_no_device_is_done_while_held(quick, runner, monkeypatch):
     begin(quick, edited(LOSS=1.1))
     held_meanwhile(quick, runner, monkeypatch, "stopped")
-    experiment.supervise(quick)
+    executor.supervise(quick)
     assert quick.state.last.status == "discard" and quick.held
     check(quick)
 
 
 def test_a_run_that_was_ended_is_done_again_with_its_seed_and_counts_for_nothing(quick, runner, monkeypatch):
     begin(quick)
-    ended = experiment.MOST_LOST + 2
+    ended = MOST_LOST + 2
     halting(quick, monkeypatch, "run", times=ended)
     for _ in range(ended):
-        experiment.supervise(quick)
-        lost = quick.state.pending.runs[-1]
-        assert (lost.status, lost.reason) == ("lost", "paused")
+        executor.supervise(quick)
+        lost = quick.state.oldest_open.runs[-1]
+        assert (lost.status, lost.reason.code) == ("lost", "paused")
         quick.release()
-    experiment.supervise(quick)
+    executor.supervise(quick)
     runs = quick.state.last.own_runs
     assert {run.seed for run in runs[: ended + 1]} == {runs[0].seed} and runs[ended].status == "ok"
-    assert quick.state.last.status == "keep" and len(show.facts(quick, quick.state.last)["runs"]) < len(runs)
+    assert quick.state.last.status == "keep" and len(render.facts(quick, quick.state.last)["runs"]) < len(runs)
     check(quick)
     assert Session(quick.folder).state.last.verdict == quick.state.last.verdict
 
@@ -134,11 +130,11 @@ def test_a_run_that_was_ended_is_done_again_with_its_seed_and_counts_for_nothing
 def test_a_score_that_was_ended_is_done_again(quick, runner, monkeypatch):
     begin(quick)
     halting(quick, monkeypatch, "score")
-    experiment.supervise(quick)
-    assert quick.state.pending and not any(run.scores for run in quick.state.pending.runs)
+    executor.supervise(quick)
+    assert quick.state.oldest_open and not any(run.scored for run in quick.state.oldest_open.runs)
     trained = len(runner.runs)
     quick.release()
-    experiment.supervise(quick)
+    executor.supervise(quick)
     assert quick.state.last.status == "keep" and len(runner.runs) == trained
     check(quick)
 
@@ -146,12 +142,12 @@ def test_a_score_that_was_ended_is_done_again(quick, runner, monkeypatch):
 def test_killed_before_it_noted_that_it_was_ended(quick, monkeypatch):
     begin(quick)
     with quick.lock:
-        quick.begin_run(quick.state.pending, quick.state.pending.blob, 1, 300.0)
+        quick.start_run(quick.state.oldest_open, quick.state.oldest_open.blob, 1, 300.0)
     quick.hold("paused", now=True)
-    with commands.exclusive(Session(quick.folder)):
+    with opening.exclusive(Session(quick.folder)):
         pass
     quick.refresh()
-    assert quick.state.last.runs[-1].reason == "paused"
+    assert quick.state.last.runs[-1].reason.code == "paused"
 
 
 # --- A real process ---
@@ -199,7 +195,7 @@ def test_who_waits_is_told_of_the_pause(quick):
 
 def test_resume_launches_what_is_pending_unless_a_night_does(quick, capsys, monkeypatch):
     launched = []
-    monkeypatch.setattr(Session, "launch", lambda self: launched.append(self.name))
+    monkeypatch.setattr(commands, "launch", lambda session: launched.append(session.name))
     assert "not paused: nothing is under way" in said(capsys, commands.do_resume, quick)
     quick.hold("paused", now=True)
     assert "resumed: nothing is under way" in said(capsys, commands.do_resume, quick)
@@ -216,7 +212,7 @@ def test_resume_launches_what_is_pending_unless_a_night_does(quick, capsys, monk
 def test_a_pause_after_the_run_lets_it_go_on(quick, capsys):
     begin(quick)
     with quick.lock:
-        quick.begin_run(quick.state.pending, quick.state.pending.blob, 1, 300.0)
+        quick.start_run(quick.state.oldest_open, quick.state.oldest_open.blob, 1, 300.0)
         other = Session(quick.folder)
         text = said(capsys, commands.do_pause, other, after_run=True)
     assert "is coming to its end" in text and "lab resume" in text and other.held == {"why": "paused", "now": False}
@@ -233,7 +229,7 @@ def test_a_pause_waits_until_the_run_has_ended(quick, runner, capsys, monkeypatc
         raise Halted(why)
 
     monkeypatch.setattr("lab.run.runner.run", lasting)
-    supervisor = threading.Thread(target=lambda: experiment.supervise(Session(quick.folder)))
+    supervisor = threading.Thread(target=lambda: executor.supervise(Session(quick.folder)))
     supervisor.start()
     assert begun.wait(20)
     text = said(capsys, commands.do_pause, quick, after_run=False)
@@ -306,7 +302,7 @@ def paused_and_killed(session, home, times, seed):
         after = Session(session.folder)
         if len(after.state.experiments) == taken:  # paused or killed before it was taken
             assert night.train.read_bytes() == content
-            night.train.write_bytes(after.tree.content(after.state.best.blob))
+            night.train.write_bytes(after.repository.content(after.state.best.blob))
         check(after)
         assert after.held is None
         lost += sum(run.reason == "paused" for run in after.state.last.runs)

@@ -5,12 +5,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import sessions
 from sessions import ROOT, git
 
 import backends
-import prepare
 import storage
 from backends.interface import BackendError, Hardware
 from calibration import profile
@@ -52,10 +52,10 @@ def test_it_makes_branch_judge_and_a_pending_baseline(tree):
     session = begin(tree)
     assert tree.branch() == f"autoresearch/{HARDWARE.slug}/nov21" and git(tree.path, "status", "--porcelain") == ""
     assert (session.judge / "prepare.py").read_text() == "BUDGET = 300\n"
-    assert session.state.pending.kind == "baseline"
-    assert session.profile == PROFILE and session.facts["profile"] == profile.tag(PROFILE)
-    assert session.facts["settings"]["AUTORESEARCH_PROFILE"] == str(session.folder / "profile.json")
-    assert session.facts["settings"]["AUTORESEARCH_DATA"] == "tiny"
+    assert session.state.oldest_open.kind == "baseline"
+    assert session.profile == PROFILE and session.started.profile == profile.tag(PROFILE)
+    assert session.local.settings["AUTORESEARCH_PROFILE"] == str(session.folder / "profile.json")
+    assert session.local.settings["AUTORESEARCH_DATA"] == "tiny"
     assert at(tree.path).folder == session.folder
 
 
@@ -70,8 +70,8 @@ def test_settings_of_the_users_are_pinned(tree, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "7")
     monkeypatch.setenv("AUTORESEARCH_FA3_LIBRARY", "fa3.so")
     session = begin(tree)
-    assert session.facts["settings"]["AUTORESEARCH_DEVICE"] == "cpu" and session.budget == 7
-    assert session.facts["settings"]["AUTORESEARCH_FA3_LIBRARY"] == str(Path.cwd() / "fa3.so")
+    assert session.local.settings["AUTORESEARCH_DEVICE"] == "cpu" and session.budget == 7
+    assert session.local.settings["AUTORESEARCH_FA3_LIBRARY"] == str(Path.cwd() / "fa3.so")
 
 
 @pytest.mark.parametrize("tag", ["", "a b", "../x", "a..b", "x.lock", "-x", "a/b", "x" * 99])
@@ -154,7 +154,7 @@ def test_without_a_sandbox_it_wants_to_be_told(tree, monkeypatch):
     with pytest.raises(LabError, match="--unsandboxed"):
         begin(tree)
     assert untouched(tree)
-    assert begin(tree, unsandboxed=True).facts["sandbox"] is None
+    assert begin(tree, unsandboxed=True).started.sandbox is None
 
 
 def test_a_start_that_was_killed_half_way_is_begun_again(tree):
@@ -162,7 +162,7 @@ def test_a_start_that_was_killed_half_way_is_begun_again(tree):
     git(tree.path, "switch", "-q", "main")
     (session.folder / "session.json").unlink()  # it is written last
     again = begin(tree)
-    assert again.state.pending.kind == "baseline" and (again.judge / "train.py").exists()
+    assert again.state.oldest_open.kind == "baseline" and (again.judge / "train.py").exists()
 
 
 def test_a_session_of_another_repository_is_refused(tree, tmp_path):
@@ -179,7 +179,7 @@ def test_a_branch_without_a_session_says_how_to_begin(tree):
 
 def test_a_session_of_another_format_is_refused(tree):
     session = begin(tree)
-    storage.write_json(session.folder / "session.json", {**session.facts, "format": 99})
+    storage.write_json(session.folder / "session.json", {**msgspec.to_builtins(session.local), "format": 99})
     with pytest.raises(LabError, match="another version"):
         Session(session.folder)
 
@@ -197,10 +197,10 @@ def test_a_start_that_is_killed_at_the_end_leaves_no_session(tree, monkeypatch):
 
     write = storage.write_json
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_json", killed)
+        patch.setattr(storage, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             begin(tree)
-    assert begin(tree).state.pending.kind == "baseline"
+    assert begin(tree).state.oldest_open.kind == "baseline"
 
 
 def test_a_busy_device_is_refused_before_anything_is_made(tree):

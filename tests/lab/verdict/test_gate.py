@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 
+import msgspec
 import pytest
 
 from lab.verdict import gate
@@ -128,8 +128,13 @@ def test_every_seed_is_the_harness_s_and_round_zero_comes_first():
 
 def test_one_run_decides_a_loss():
     found = step(-1.0)
-    assert (found.action, found.better, found.near_miss, found.stake) == ("discard", False, False, 0.0)
-    assert "0.001000 bits per byte worse" in found.reason and "0.9 standard errors" in found.reason
+    assert (found.action, found.evidence.better, found.evidence.near_miss, found.evidence.stake) == (
+        "discard",
+        False,
+        False,
+        0.0,
+    )
+    assert "0.001000 bits per byte worse" in str(found.reason) and "0.9 standard errors" in str(found.reason)
 
 
 def test_better_by_less_than_the_screen_is_discarded_even_if_the_level_is_generous():
@@ -141,19 +146,19 @@ def test_better_by_less_than_the_screen_is_discarded_even_if_the_level_is_genero
 
 def test_a_first_run_without_a_chance_at_the_level_is_discarded_as_a_near_miss():
     found = step(1.3)  # 1.1 standard errors
-    assert (found.action, found.near_miss, found.stake) == ("discard", True, 0.0)
-    assert "chance" in found.reason and "20%" in found.reason
+    assert (found.action, found.evidence.near_miss, found.evidence.stake) == ("discard", True, 0.0)
+    assert "chance" in str(found.reason) and "20%" in str(found.reason)
 
 
 def test_a_near_miss_is_at_least_one_standard_error_better():
-    assert not step(0.95 * math.sqrt(4 / 3)).near_miss
-    assert step(1.05 * math.sqrt(4 / 3)).near_miss
+    assert not step(0.95 * math.sqrt(4 / 3)).evidence.near_miss
+    assert step(1.05 * math.sqrt(4 / 3)).evidence.near_miss
 
 
 def test_a_promising_run_is_repeated_with_the_next_seed():
     found = step(3.0)
     assert (found.action, found.seed) == ("run candidate", gate.seed(1))
-    assert not found.near_miss and found.stake == 0.0  # not a verdict
+    assert not found.evidence.near_miss and found.evidence.stake == 0.0  # not a verdict
 
 
 def test_the_parent_is_run_on_the_same_seeds():
@@ -172,8 +177,8 @@ def test_nothing_is_kept_before_the_parent_has_run_on_the_same_seeds():
 
 def test_the_overwhelming_is_kept_after_one_run():
     found = step(10.0)
-    assert (found.action, found.better, found.near_miss) == ("keep", True, False)
-    assert found.stake == Account().stake and found.p < found.level * gate.SPLIT[0]
+    assert (found.action, found.evidence.better, found.evidence.near_miss) == ("keep", True, False)
+    assert found.evidence.stake == Account().stake and found.evidence.p < found.evidence.level * gate.SPLIT[0]
 
 
 def test_early_looks_ask_for_more_than_the_last():
@@ -187,13 +192,13 @@ def test_early_looks_ask_for_more_than_the_last():
 
 def test_what_fades_is_discarded_before_the_third_run():
     found = step(3.0, 0.0)
-    assert (found.action, found.runs, found.stake) == ("discard", 2, Account().stake)
+    assert (found.action, found.evidence.runs, found.evidence.stake) == ("discard", 2, Account().stake)
 
 
 def test_three_runs_are_the_last():
     found = step(2.9, 2.2, 2.2)
-    assert (found.action, found.near_miss, found.runs) == ("discard", True, 3)
-    assert found.p > found.level * gate.SPLIT[2]
+    assert (found.action, found.evidence.near_miss, found.evidence.runs) == ("discard", True, 3)
+    assert found.evidence.p > found.evidence.level * gate.SPLIT[2]
 
 
 def test_few_degrees_of_freedom_ask_for_more():
@@ -204,23 +209,23 @@ def test_few_degrees_of_freedom_ask_for_more():
 
 def test_the_reported_interval_and_p():
     found = step(3.0, 3.0, 3.0)
-    assert found.gain == pytest.approx(3 * SD) and found.error == pytest.approx(SD * math.sqrt(2 / 3))
-    assert found.high - found.gain == pytest.approx(gate.t_quantile(0.05, 40) * found.error)
-    assert found.low + found.high == pytest.approx(2 * found.gain)
-    assert found.p == pytest.approx(gate.t_tail(3 / math.sqrt(2 / 3), 40))
+    assert found.evidence.gain == pytest.approx(3 * SD) and found.evidence.error == pytest.approx(SD * math.sqrt(2 / 3))
+    assert found.evidence.high - found.evidence.gain == pytest.approx(gate.t_quantile(0.05, 40) * found.evidence.error)
+    assert found.evidence.low + found.evidence.high == pytest.approx(2 * found.evidence.gain)
+    assert found.evidence.p == pytest.approx(gate.t_tail(3 / math.sqrt(2 / 3), 40))
 
 
 def test_a_score_that_is_no_number_is_never_kept():
     for score in (math.nan, math.inf, -math.inf):
         found = step(3.0, score)
-        assert (found.action, found.near_miss) == ("discard", False)
-        assert Account().after(found.facts()) == Account()
+        assert (found.action, found.evidence.near_miss) == ("discard", False)
+        assert Account().after(found.evidence) == Account()
 
 
 def test_more_baseline_runs_than_rounds_count():
     parent = {gate.seed(i): 1.0 for i in range(8)}
     found = step(2.5, 2.5, parent=parent)
-    assert found.action == "run candidate" and found.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 8))
+    assert found.action == "run candidate" and found.evidence.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 8))
     assert step(2.5, 2.5, 2.5, parent=parent).action == "keep"
     assert step(1.9, 1.9, parent=parent | {gate.seed(i): 1.0 for i in (8, 9)}).action == "run candidate"
 
@@ -237,8 +242,8 @@ def test_simpler_and_no_worse_is_kept():
     gains = (1.0, 1.0, 1.0)
     assert step(*gains).action == "discard"
     found = step(*gains, simpler=True)
-    assert (found.action, found.simpler, found.better) == ("keep", True, False)
-    assert 0 < found.loss <= gate.MARGIN * SD
+    assert (found.action, found.evidence.simpler, found.evidence.better) == ("keep", True, False)
+    assert 0 < found.evidence.loss <= gate.MARGIN * SD
 
 
 def test_simpler_with_a_loss_that_is_not_excluded_is_discarded():
@@ -254,45 +259,73 @@ def test_simpler_is_run_again_where_a_mere_gain_would_not():
 
 def test_simpler_and_clearly_better_is_a_gain():
     found = step(9.0, simpler=True)
-    assert found.better and not found.simpler and found.loss == 0.0
+    assert found.evidence.better and not found.evidence.simpler and found.evidence.loss == 0.0
 
 
 def test_losses_of_simplifications_are_added_up_to_one_noise():
     account = Account()
     for _ in range(10):
         found = step(1.0, 1.0, 1.0, simpler=True, account=account)
-        account = account.after(found.facts())
+        account = account.after(found.evidence)
     assert 0 < account.loss <= SD
     assert found.action == "discard"
     assert step(0.5, simpler=True, account=Account(loss=SD)).action == "discard"  # no room: not even run again
-    assert step(2.0, 2.0, 2.0, simpler=True, account=Account(loss=2 * SD)).simpler  # no loss left: kept
+    assert step(2.0, 2.0, 2.0, simpler=True, account=Account(loss=2 * SD)).evidence.simpler  # no loss left: kept
+
+
+def test_simpler_and_equal_to_the_last_bit_is_kept_after_one_run():
+    """In one night of a thousand cases none were, although program.md promises it."""
+    rng = random.Random(3)
+    for _ in range(300):
+        score = rng.gauss(1, SD)
+        parent = {gate.seed(0): score, gate.seed(1): rng.gauss(1, SD)}
+        found = next_step({gate.seed(0): score}, parent, SURE, Account(), simpler=True)
+        assert (found.action, found.evidence.simpler, found.evidence.stake) == ("keep", True, 0.0)
+        assert next_step({gate.seed(0): score}, parent, SURE, Account()).action != "keep"
+        other = next_step({gate.seed(0): math.nextafter(score, 2)}, parent, SURE, Account(), simpler=True)
+        assert str(other.reason) != str(found.reason)
 
 
 # --- The account ---
 
 
-def test_facts_survive_json_and_make_the_account():
-    found = step(3.0, 0.0)
-    facts = json.loads(json.dumps(found.facts()))
-    assert facts == found.facts()
-    assert Account().after(facts) == Account(staked=Account().stake, tests=1)
+def test_evidence_survives_json_and_makes_the_account():
+    evidence = step(3.0, 0.0).evidence
+    assert msgspec.json.decode(msgspec.json.encode(evidence), type=type(evidence)) == evidence
+    assert Account().after(evidence) == Account(staked=Account().stake, tests=1)
 
 
 def test_what_ends_after_one_run_costs_nothing():
-    assert Account().after(step(-1.0).facts()) == Account()
+    assert Account().after(step(-1.0).evidence) == Account()
 
 
 def test_stakes_never_exceed_what_there_is():
     account = Account()
     for _ in range(5000):
-        account = account.after(step(3.0, 0.0, account=account).facts())
+        account = account.after(step(3.0, 0.0, account=account).evidence)
     assert 0 < account.staked < gate.ALPHA
     assert account.level > 0
 
 
+def test_open_tests_reserve_what_they_stake():
+    account, stakes = Account(), []
+    for _ in range(200):
+        stakes.append(account.stake)
+        account = account.reserving(account.stake)
+    assert sum(stakes) < gate.ALPHA and all(stake > 0 for stake in stakes)
+    assert account.stake > 0 and step(20.0, account=account).action == "keep"
+
+
+def test_an_account_without_anything_left_keeps_nothing_and_ends():
+    empty = Account(staked=1.0)
+    assert empty.stake == 0 and gate.t_quantile(0.0, 5) == math.inf
+    assert step(50.0, account=empty).action == "discard"
+    assert gate.smallest_detectable(SURE, empty) == math.inf
+
+
 def test_a_keep_earns_and_frees_the_next_levels():
     poor = Account(staked=0.04, keeps=1, tests=12)
-    rich = poor.after(step(20.0, account=poor).facts())
+    rich = poor.after(step(20.0, account=poor).evidence)
     assert rich.keeps == 2 and rich.tests == 0
     assert rich.level > 5 * poor.level
     assert rich.staked < 2 * gate.ALPHA
@@ -306,7 +339,7 @@ def test_the_first_keep_earns_nothing():
 
 def test_simplifications_earn_nothing():
     kept = step(1.0, 1.0, 1.0, simpler=True)
-    assert Account().after(kept.facts()).keeps == 0
+    assert Account().after(kept.evidence).keeps == 0
 
 
 # --- Near misses, and what can be seen ---
@@ -342,7 +375,7 @@ def test_p_is_uniform_when_a_change_is_worth_nothing():
     for _ in range(count):
         groups = [[rng.gauss(0, SD) for _ in range(3)], [rng.gauss(0, SD) for _ in range(4)]]
         noise = gate.pooled(groups, SD, prior_df=0)
-        p = next_step({42: rng.gauss(1, SD)}, {42: rng.gauss(1, SD)}, noise, Account()).p
+        p = next_step({42: rng.gauss(1, SD)}, {42: rng.gauss(1, SD)}, noise, Account()).evidence.p
         for limit in below:
             below[limit] += p < limit
     for limit, found in below.items():
@@ -374,7 +407,7 @@ def night(rng: random.Random, effects, experiments: int, noise_df: int = 40) -> 
         while (found := next_step(candidate, parent, Noise(SD, noise_df), account)).action.startswith("run"):
             own = found.action == "run candidate"
             (candidate if own else parent)[found.seed] = rng.gauss(true + effect * own, SD)
-        account = account.after(found.facts())
+        account = account.after(found.evidence)
         if found.action == "keep":
             true, parent, keeps, false = true + effect, candidate, keeps + 1, false + (effect >= 0)
     return keeps, false

@@ -11,13 +11,10 @@ import time
 import psutil
 import pytest
 import sessions
-from sessions import git
-from test_power_loss import check
-from test_replay import foreign
+from sessions import check, git
 
 import dataset
 from lab.session.session import Session
-from lab.session.state import REPLAY
 
 LONGEST = 3.0  # seconds: what an experiment takes, about
 WHO = ("command", "supervisor", "run", "command and supervisor", "all")
@@ -47,13 +44,13 @@ class Night:
 
     def __init__(self, session, home, rng):
         self.session, self.rng, self.edits = session, rng, 0
-        self.train = session.tree.path / "train.py"
+        self.train = session.repository.path / "train.py"
         self.environment = {**os.environ, "AUTORESEARCH_HOME": str(home)}
 
     def edit(self) -> bytes:
         """The next change of the best: better, worse, or broken."""
         self.edits += 1
-        best = git(self.session.tree.path, "show", f"{self.session.branch}:train.py") + "\n"
+        best = git(self.session.repository.path, "show", f"{self.session.branch}:train.py") + "\n"
         kind = self.rng.choice(["better", "worse", "worse", "broken"])
         if kind == "broken":
             return best.replace("def main():\n", f"def main():\n    raise RuntimeError('edit {self.edits}')\n").encode()
@@ -67,7 +64,7 @@ class Night:
     def command(self, *arguments) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "lab", *arguments],
-            cwd=self.session.tree.path,
+            cwd=self.session.repository.path,
             text=True,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -93,7 +90,7 @@ class Night:
             command = self.command("wait", "--wait", "60")
             said += command.communicate(timeout=120)[0]
             session = Session(self.session.folder)
-            if not session.state.pending:
+            if not session.state.open:
                 return said
         raise AssertionError(f"never done: {said}")
 
@@ -103,7 +100,7 @@ def kill_often(session, home, times, seed):
     night, kills, landed = Night(session, home, rng), 0, dict.fromkeys(WHO, 0)
     night.finish()  # the baseline
     while kills < times:
-        if not git(session.tree.path, "status", "--porcelain"):
+        if not git(session.repository.path, "status", "--porcelain"):
             night.train.write_bytes(night.edit())
         taken = len(Session(session.folder).state.experiments)
         content = night.train.read_bytes()
@@ -125,7 +122,7 @@ def kill_often(session, home, times, seed):
         after = Session(session.folder)
         if len(after.state.experiments) == taken and after.state.experiments:  # killed before it was taken
             assert night.train.read_bytes() == content
-            night.train.write_bytes(after.tree.content(after.state.best.blob))
+            night.train.write_bytes(after.repository.content(after.state.best.blob))
         check(after)
         assert not [p for p in night.processes("run", command) if p.status() != psutil.STATUS_ZOMBIE]
     return Session(session.folder), landed
@@ -133,7 +130,7 @@ def kill_often(session, home, times, seed):
 
 def test_killed_at_a_few_random_moments(project, isolated_home):
     session, _ = kill_often(project, isolated_home, 2, seed=1)
-    assert session.state.baseline.status == "keep" and not session.state.pending
+    assert session.state.baseline.status == "keep" and not session.state.open
 
 
 @pytest.mark.slow
@@ -151,6 +148,8 @@ def test_a_replay_killed_at_random_moments_goes_on_and_repeats_nothing(project, 
     base = (sessions.HERE / "fake_train.py").read_bytes()
     first = base.replace(b"LEARNING = 0.9", b"LEARNING = 0.75")
     second = first.replace(b"BATCH_SIZE = 4", b"BATCH_SIZE = 5")
+    from test_replay import foreign
+
     source = foreign(tmp_path, (first, "keep", False), (second, "keep", False), base=base)
     rng = random.Random(1)
     night = Night(project, isolated_home, rng)
@@ -167,8 +166,8 @@ def test_a_replay_killed_at_random_moments_goes_on_and_repeats_nothing(project, 
     command = night.command("replay", source, "--runs", "3")
     said, after = command.communicate(timeout=120)[0], Session(project.folder)
     assert command.returncode == 0, said
-    replays = [e for e in after.state.decided if e.kind == REPLAY]
-    assert [e.description for e in replays] == ["step 1", "step 2"] and after.state.pending is None, said
+    replays = [e for e in after.state.decided if e.kind == "replay"]
+    assert [e.description for e in replays] == ["step 1", "step 2"] and after.state.open == [], said
     assert all(len(after.state.results(e.blob)) >= 3 for e in replays)
-    assert after.state.best.number == 0 and not git(project.tree.path, "status", "--porcelain")
+    assert after.state.best.number == 0 and not git(project.repository.path, "status", "--porcelain")
     check(after)

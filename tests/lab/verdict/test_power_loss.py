@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import sessions
 from sessions import Runner
-from test_experiment import attempt, edited
+from sessions import attempt, edited
 
 import storage
 from lab.session import ledger
-from lab.verdict import executor as experiment
+from lab.verdict import executor
 from lab.session.session import Session
-from lab.session.repository import TRAIN as FILE
+from lab.genome.syntax import TRAIN as FILE
 
 
 class PowerLost(BaseException):
@@ -92,11 +92,11 @@ class Disk:
 def check(session):
     """No row lost, none twice; the branch at the best; a clean tree."""
     state = session.state
-    assert state.pending is None
+    assert state.oldest_open is None
     rows = [row["run"] for row in ledger.read(session.ledger).rows]
     assert sorted(rows) == sorted(run.number for run in state.runs.values() if run.status != "lost")
-    assert session.tree.blob_of(session.branch) == state.best.blob
-    assert sessions.git(session.tree.path, "status", "--porcelain") == ""
+    assert session.repository.blob_of(session.branch) == state.best.blob
+    assert sessions.git(session.repository.path, "status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def check(session):
 def test_whatever_was_not_flushed(tmp_path, monkeypatch, kept, after):
     Runner().install(monkeypatch)
     session = sessions.make(tmp_path / "project")
-    experiment.supervise(session)
+    executor.supervise(session)
     content = edited(LOSS=0.9 if kept else 1.1)
     snapshot = tmp_path / "snapshot"
     shutil.copytree(tmp_path, snapshot, symlinks=True, ignore=lambda *_: ["snapshot"])
@@ -121,7 +121,7 @@ def test_whatever_was_not_flushed(tmp_path, monkeypatch, kept, after):
             shutil.rmtree(tmp_path / name)
             shutil.copytree(snapshot / name, tmp_path / name, symlinks=True)
         session = Session(storage.home() / "sessions" / sessions.DEVICE / sessions.TAG)
-        (session.tree.path / FILE).write_bytes(content)  # the user's, and flushed long ago
+        (session.repository.path / FILE).write_bytes(content)  # the user's, and flushed long ago
         disk = Disk(tmp_path, fails_at, after)
         with monkeypatch.context() as patch:
             disk.install(patch)
@@ -135,10 +135,10 @@ def test_whatever_was_not_flushed(tmp_path, monkeypatch, kept, after):
         fails_at += 1
         session.lock.release(force=True)
         session = Session(session.folder)
-        taken = session.state.pending is not None or len(session.state.experiments) > 1
-        experiment.supervise(session)
+        taken = session.state.oldest_open is not None or len(session.state.experiments) > 1
+        executor.supervise(session)
         if not taken:  # it had not been taken yet, and train.py is still there to be run
-            assert (session.tree.path / FILE).read_bytes() == content
+            assert (session.repository.path / FILE).read_bytes() == content
             attempt(session, content)
         check(session)
         assert len(session.state.experiments) == 2

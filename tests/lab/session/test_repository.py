@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from lab.errors import LabError
-from lab.session.repository import Tree
+from lab.session.repository import Repository
 
 FIRST = b"LR = 1\nDEPTH = 2\n\n\n\n\n\nEND = True\n"
 
@@ -24,7 +24,7 @@ def tree(tmp_path, monkeypatch):
     (path / "notes.md").write_text("notes")
     git(path, "add", ".")
     git(path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
-    return Tree(path)
+    return Repository(path)
 
 
 def git(path, *arguments):
@@ -55,46 +55,28 @@ def test_an_executable_train_stays_one(tree):
 
 
 def test_content_comes_back_byte_for_byte(tree):
-    for content in (b"x = 1", b"", b"x = 1\r\n", "x = 'ä'\n".encode()):
+    for content in (b"x = 1", b"", b"x = 1\n", "x = 'ä'\n".encode()):
         assert tree.content(tree.store(content)) == content
+
+
+def test_line_ends_of_an_editor_are_no_edit(tree):
+    assert tree.store(FIRST.replace(b"\n", b"\r\n")) == tree.store(FIRST)
+    (tree.path / "train.py").write_bytes(FIRST.replace(b"\n", b"\r\n"))
+    assert tree.edited_blob() == tree.blob_of("HEAD")
+
+
+def test_a_train_that_was_committed_with_other_line_ends_keeps_them(tree):
+    crlf = FIRST.replace(b"\n", b"\r\n")
+    (tree.path / "train.py").write_bytes(crlf)
+    git(tree.path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "as on Windows")
+    again = Repository(tree.path)
+    assert again.edited_blob() == again.blob_of("HEAD") and again.content(again.store(crlf)) == crlf
 
 
 def test_contents_of_many(tree):
     blobs = {tree.store(content): content for content in (FIRST, b"", b"no end", b"\n\nblob 3\n\xff\x00")}
     assert tree.contents([*blobs, "0" * 40, *blobs]) == blobs
     assert tree.contents([]) == {}
-
-
-def test_the_patch_id_is_the_same_wherever_the_change_is_made(tree):
-    one = tree.patch(tree.store(FIRST), tree.store(FIRST.replace(b"LR = 1", b"LR = 3")))
-    moved = FIRST.replace(b"DEPTH = 2", b"DEPTH = 5")
-    other = tree.patch(tree.store(moved), tree.store(moved.replace(b"LR = 1", b"LR = 3")))
-    assert one[1] == other[1] and len(one[1]) == 16
-    assert one[1] != tree.patch(tree.store(FIRST), tree.store(FIRST.replace(b"LR = 1", b"LR = 4")))[1]
-
-
-def test_settings_for_diffs_change_nothing(tree):
-    before, after = tree.store(FIRST), tree.store(FIRST.replace(b"LR = 1", b"LR = 3"))
-    plain = tree.patch(before, after)
-    for setting in (
-        "color.ui=always",
-        "diff.noprefix=true",
-        "diff.mnemonicPrefix=true",
-        "diff.context=9",
-        "diff.external=false",
-        "diff.algorithm=patience",
-        "diff.suppressBlankEmpty=true",
-        "diff.interHunkContext=5",
-    ):
-        git(tree.path, "config", *setting.split("="))
-    assert tree.patch(before, after) == plain
-
-
-def test_the_patch_applies(tree):
-    wanted = FIRST.replace(b"LR = 1", b"LR = 3")
-    text, _ = tree.patch(tree.store(FIRST), tree.store(wanted))
-    subprocess.run(["git", "-C", tree.path, "apply"], input=text.encode(), check=True)
-    assert tree.train() == wanted
 
 
 def test_settle_restores_what_was_tested(tree):
@@ -106,14 +88,14 @@ def test_settle_restores_what_was_tested(tree):
 
 def test_settle_leaves_an_edit_made_meanwhile(tree):
     (tree.path / "train.py").write_bytes(b"newer = 1\n")
-    assert "edited meanwhile" in tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST))
+    assert tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST)).code == "edited_meanwhile"
     assert tree.train() == b"newer = 1\n"
 
 
 def test_settle_on_another_branch_lets_one_go_back(tree):
     git(tree.path, "switch", "-qc", "elsewhere")
     (tree.path / "train.py").write_bytes(b"tested = 1\n")
-    assert "git switch main" in tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST))
+    assert "git switch main" in str(tree.settle("main", tree.store(b"tested = 1\n"), tree.store(FIRST)))
     assert tree.train() == FIRST and git(tree.path, "status", "--porcelain") == ""
     git(tree.path, "switch", "-q", "main")
 
@@ -188,19 +170,19 @@ def test_locks_of_a_dead_git_are_removed(tree):
 
 def test_outside_a_repository_it_says_so(tmp_path):
     with pytest.raises(LabError, match="not a git repository"):
-        Tree(tmp_path)
+        Repository(tmp_path)
 
 
 def test_a_repository_without_train_is_refused(tree):
     git(tree.path, "rm", "-q", "train.py")
     with pytest.raises(LabError, match="no train.py"):
-        Tree(tree.path)
+        Repository(tree.path)
 
 
 def test_a_train_that_was_deleted_can_be_got_back(tree):
     (tree.path / "train.py").unlink()
     with pytest.raises(LabError, match="git checkout HEAD -- train.py"):
-        Tree(tree.path)
+        Repository(tree.path)
 
 
 def test_a_detached_head_has_no_branch(tree):

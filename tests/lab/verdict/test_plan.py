@@ -1,0 +1,101 @@
+"""What experiments want is a function of the journal, whoever carries it out, one at a time or many at once."""
+
+import random
+
+import pytest
+import sessions
+from sessions import attempt, edited
+
+from lab.reasons import because
+from lab.session.events import ExperimentOpened, RunEnded, RunStarted, StakeReserved
+from lab.session.journal import Journal
+from lab.session.state import State
+from lab.verdict import executor, gate
+from lab.verdict.plan import Urgency, account_of, plan
+
+
+@pytest.fixture
+def session(tmp_path, runner):
+    session = sessions.make(tmp_path / "project")
+    executor.supervise(session)
+    return session
+
+
+def opened(state: State, number: int, blob: str) -> None:
+    best = state.best
+    state.take(ExperimentOpened(number=number, kind="change", blob=blob, parent=best.blob, onto=best.number))
+
+
+def ran(state: State, number: int, experiment: int, job, bpb: float) -> None:
+    state.take(RunStarted(number=number, experiment=experiment, blob=job.blob, seed=job.seed, budget=job.budget))
+    result = {"val_bpb": bpb, "training_seconds": 300.0, "initial_weights": f"{job.seed}"}
+    state.take(RunEnded(run=number, status="ok", result=result))
+
+
+def test_the_baseline_wants_all_its_seeds_at_once_and_those_under_way_only_once(tmp_path):
+    state = sessions.make(tmp_path / "project").state
+    jobs = plan(state.baseline, state).jobs
+    assert [job.seed for job in jobs] == [gate.seed(i) for i in range(3)]
+    state.take(RunStarted(number=1, experiment=0, blob=jobs[0].blob, seed=jobs[0].seed, budget=300.0))
+    assert [job.seed for job in plan(state.baseline, state).jobs] == [gate.seed(1), gate.seed(2)]
+    state.take(RunEnded(run=1, status="lost", reason=because("killed")))
+    assert len(plan(state.baseline, state).jobs) == 3
+
+
+def test_planning_changes_nothing(session):
+    opened(session.state, 1, "ab")
+    before = [event for event in session.journal.events]
+    first, second = (plan(session.state.experiments[1], session.state) for _ in range(2))
+    assert first == second and session.journal.events == before and not session.state.experiments[1].runs
+
+
+def test_a_run_that_is_under_way_is_not_asked_for_again(session):
+    state = session.state
+    opened(state, 1, "ab")
+    (job,) = plan(state.experiments[1], state).jobs
+    assert job.urgency == Urgency.FIRST
+    state.take(RunStarted(number=50, experiment=1, blob=job.blob, seed=job.seed, budget=job.budget))
+    assert plan(state.experiments[1], state).jobs == () and plan(state.experiments[1], state).verdict is None
+
+
+def test_many_open_tests_reserve_their_stakes_and_never_overdraw(session):
+    """Forty promising changes at once: each gets less than the one before, and all of them together have enough."""
+    state, rng, number = session.state, random.Random(1), 100
+    for experiment in range(1, 41):
+        opened(state, experiment, f"{experiment:04x}")
+    for experiment in range(1, 41):
+        wanted = plan(state.experiments[experiment], state)
+        ran(state, number := number + 1, experiment, wanted.jobs[0], 0.99 + 1e-4 * rng.random())
+    stakes = []
+    for experiment in range(1, 41):
+        wanted = plan(state.experiments[experiment], state)
+        if wanted.verdict or wanted.score:  # overwhelming already
+            continue
+        assert wanted.jobs[0].urgency in (Urgency.REPEAT, Urgency.PARENT) and wanted.stake is not None
+        state.take(StakeReserved(experiment=experiment, stake=wanted.stake))
+        stakes.append(wanted.stake)
+        assert plan(state.experiments[experiment], state).stake is None
+    assert stakes and sum(stakes) < gate.ALPHA and stakes == sorted(stakes, reverse=True)
+    assert account_of(state).stake > 0
+
+
+def test_a_verdict_frees_what_was_reserved_as_if_it_had_been_alone(session):
+    attempt(session, edited(LOSS=0.9985))
+    known = session.state.last
+    alone = account_of(session.state)
+    assert (known.stake is not None) == (len(known.own_runs) > 1)
+    assert alone == account_of(State(Journal(session.journal.path).events))
+
+
+def test_the_same_jobs_whoever_carries_them_out(session, runner):
+    """Replayed event by event, each state wants what the executor then did."""
+    for content in (edited(LOSS=0.9), edited(LOSS=1.1), edited(LOSS=0.89), edited(FAILS="crash")):
+        attempt(session, content)
+    state, checked = State(), 0
+    for event in Journal(session.journal.path).events:
+        if isinstance(event, RunStarted):
+            jobs = plan(state.experiments[event.experiment], state).jobs
+            assert (event.blob, event.seed, event.budget) in [(job.blob, job.seed, job.budget) for job in jobs]
+            checked += 1
+        state.take(event)
+    assert checked == len(session.state.runs) > 6
