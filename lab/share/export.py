@@ -1,4 +1,4 @@
-"""An export: the journal of a session, what can't be derived of it, and views of it for people (verify.py lists them)."""
+"""An export: the journal of a session, what can't be derived of it, and views of it for people (see verify.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 import storage
 from lab.errors import LabError
-from lab.genome.syntax import TRAIN, normalised
+from lab.genome.syntax import TRAIN
 from lab.session import ledger
 from lab.session.journal import read_events
 from lab.session.record import Record
@@ -20,7 +20,7 @@ from lab.session.state import State
 from lab.share import archive
 from lab.share.archive import Files, Wrong
 from lab.share.summary import summary
-from lab.share.verify import CONTROL, blob_id, verified
+from lab.share.verify import CONTROL, verified
 
 PART = r"[\w.+@$-]+"  # of a path
 
@@ -47,10 +47,9 @@ def files_of(session: Session) -> Files:
         diff = {"diff": event.pop("diff")} if "diff" in event else {}
         events.append(clean(event) | diff)
     try:
-        base, blob = (session.judge / TRAIN).read_bytes(), session.state.baseline.blob
         profile = clean(msgspec.json.decode((session.folder / "profile.json").read_bytes()))
         others = {
-            TRAIN: base if blob_id(base, blob) == blob else normalised(base),
+            TRAIN: (session.judge / TRAIN).read_bytes(),
             "profile.json": msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n",
         }
         for run in session.state.runs.values():

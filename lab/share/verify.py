@@ -194,10 +194,11 @@ def _check_run(state: State, run: Run) -> None:
         raise Wrong(f"run {run.number} ended well without a score")
 
 
-def blob_id(content: bytes, like: str) -> str:
-    """git's id of a file's content, by the algorithm that another id is of."""
-    algorithm = hashlib.sha256 if len(like) == 64 else hashlib.sha1
-    return algorithm(b"blob %d\0" % len(content) + content).hexdigest()
+def is_blob(content: bytes, blob: str) -> bool:
+    """Whether git has this id for a train.py, with the line ends of either system."""
+    algorithm = hashlib.sha256 if len(blob) == 64 else hashlib.sha1
+    texts = content, normalised(content), normalised(content).replace(b"\n", b"\r\n")
+    return any(algorithm(b"blob %d\0" % len(text) + text).hexdigest() == blob for text in texts)
 
 
 def _check_trains(record: Record) -> None:
@@ -207,8 +208,7 @@ def _check_trains(record: Record) -> None:
         if record.started.source != "ledger" or any(experiment.diff for experiment in experiments.values()):
             raise Wrong("train.py, which its diffs are made on, is missing")
         return
-    first = experiments[BASELINE].blob
-    if first not in (blob_id(record.base, first), blob_id(normalised(record.base), first)):
+    if not is_blob(record.base, experiments[BASELINE].blob):
         raise Wrong("train.py is not what the session began with")
     for number, experiment in experiments.items():
         try:
@@ -218,7 +218,7 @@ def _check_trains(record: Record) -> None:
         left -= len(train)
         if len(train) > MOST_TRAIN or left < 0:
             raise Wrong(f"experiment {number} makes a train.py of {len(train):,} bytes: that is too much")
-        if number != BASELINE and blob_id(train, experiment.blob) != experiment.blob:
+        if number != BASELINE and not is_blob(train, experiment.blob):
             raise Wrong(f"experiment {number}: its diff makes another train.py than was run")
 
 
