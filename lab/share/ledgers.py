@@ -112,7 +112,7 @@ def _believed(row: dict) -> dict:
 
 def _time(text: str) -> float:
     try:
-        return float(timegm(strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+        return max(0.0, timegm(strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
     except ValueError:
         return 0.0
 

@@ -7,6 +7,7 @@ Everything is only read, and no lock is taken, also while a night is at work on 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_all(names: list[str], devices: list[str]) -> list[Record]:
 
 
 def _is_untagged(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path.is_file() and not archive.is_archive(path) and not all(row["device"] for row in ledger.read(path).rows)
 
 
@@ -66,7 +67,7 @@ def own(source: str) -> Session | None:
         LabError: it is somebody else's folder. What it says would be believed, and where: git runs in the repository
             that its session.json names, with the settings that are there.
     """
-    for folder in (Path(source).expanduser(), folder_of(source.removeprefix(PREFIX))):
+    for folder in (Path(os.path.expanduser(source)), folder_of(source.removeprefix(PREFIX))):
         if (folder / "session.json").exists():
             sessions = storage.home() / "sessions"
             if sessions.resolve() not in folder.resolve().parents:
@@ -96,7 +97,7 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     """The files and the record of a session from elsewhere, checked: an export, an imported session, a published branch
     or a ledger. LabError if there is none, or it was refused."""
     try:
-        for path in (Path(source).expanduser(), storage.home() / "imported" / source.removeprefix(PREFIX)):
+        for path in (Path(os.path.expanduser(source)), storage.home() / "imported" / source.removeprefix(PREFIX)):
             if path.is_file() and not archive.is_archive(path):
                 files, device = assembled(ledgers.events_of(path, device)), None
                 break
