@@ -31,7 +31,7 @@ from lab.session.events import (
 )
 from lab.session.state import BASELINE, MEASURING
 from lab.share.archive import MOST_BYTES, Wrong
-from lab.share.verify import is_origin, is_tag
+from lab.share.verify import LAST_TIME, is_origin, is_tag
 
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run is measured by
 SHOWN = 5  # damaged lines
@@ -112,9 +112,10 @@ def _believed(row: dict) -> dict:
 
 def _time(text: str) -> float:
     try:
-        return max(0.0, timegm(strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+        time = float(timegm(strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
     except ValueError:
         return 0.0
+    return time if 0 < time < LAST_TIME else 0.0
 
 
 def _only(values: Iterable[str]) -> str:

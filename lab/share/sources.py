@@ -107,7 +107,7 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
         else:
             repository = here()
             files = archive.read_branch(repository, source) if repository else None
-        if files:
+        if files is not None:
             record = verified(files)
             if device and device != record.started.device:
                 raise Wrong(f"it names {record.started.device} itself (leave --device out)")

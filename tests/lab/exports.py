@@ -13,7 +13,7 @@ import storage
 from lab.errors import LabError
 from lab.session.session import Session
 from lab.share import archive, export, replay, sources, verify
-from lab.verdict import executor
+from lab.verdict import executor, opening
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = b"A = 0.0\nB = 0.0\nC = 0.0\n\n\n" + sessions.TRAIN + b"LOSS = LOSS - A - B - C\n"
@@ -48,6 +48,23 @@ def worked(path) -> Session:
     sessions.attempt(session, with_(BASE, A=0.1, FAILS="crash"), message="fails")
     sessions.attempt(session, with_(BASE, A=0.1, C=0.05), message="C <b>more</b>")
     return session
+
+
+def confirm(session, pairs=2, **facts):
+    """Runs a confirmation of the best."""
+    with opening.exclusive(session):
+        best = session.state.best
+        session.open_experiment(
+            kind="confirm",
+            blob=best.blob,
+            parent=session.state.baseline.blob,
+            onto=0,
+            pairs=pairs,
+            commit=best.here,
+            description=best.description,
+            **{"budget": session.budget} | facts,
+        )
+    executor.supervise(session)
 
 
 class AtOnce:

@@ -10,6 +10,7 @@ import sessions
 from exports import (
     BASE,
     begun,
+    confirm,
     contents,
     events_in,
     imported,
@@ -63,22 +64,6 @@ def test_what_arrives_is_what_was_there(session, sent):
     assert sorted(name for name in contents(sent) if name.startswith("rows/")) == [
         f"rows/{run.number:04d}.npz" for run in session.state.runs.values() if run.scored
     ]
-
-
-def confirm(session, pairs=2, **facts):
-    with opening.exclusive(session):
-        best = session.state.best
-        session.open_experiment(
-            kind="confirm",
-            blob=best.blob,
-            parent=session.state.baseline.blob,
-            onto=0,
-            pairs=pairs,
-            commit=best.here,
-            description=best.description,
-            **{"budget": session.budget} | facts,
-        )
-    executor.supervise(session)
 
 
 def test_every_view_is_made_of_the_journal_alone(session, sent, tmp_path, monkeypatch, capsys):
