@@ -11,6 +11,8 @@ import sessions
 
 import storage
 from lab.errors import LabError
+from lab.reasons import because
+from lab.session import events
 from lab.session.session import Session
 from lab.share import archive, export, replay, sources, verify
 from lab.verdict import executor, opening
@@ -31,12 +33,20 @@ def with_(content, **values):
     ).encode()
 
 
-def begun(path, train=BASE, **facts) -> Session:
-    """A session with its baseline run, and a profile that can be true."""
+def begun(path, train=BASE, run=True, **facts) -> Session:
+    """A session with its baseline run, and a profile that can be true.
+
+    Args:
+        run: else the baseline is kept without.
+    """
     session = sessions.make(path, train, **facts)
     profile = PROFILE | {"device": session.started.device, "backend": session.started.backend}
     storage.write_json(session.folder / "profile.json", profile)
-    executor.supervise(session)
+    if run:
+        executor.supervise(session)
+        return session
+    session.log(events.ExperimentDecided(experiment=0, verdict=events.Verdict("keep", because("baseline"))))
+    session.log(events.ExperimentApplied(experiment=0, commit=session.started.commit))
     return session
 
 

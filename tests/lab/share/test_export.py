@@ -236,7 +236,10 @@ def test_an_export_that_fails_leaves_nothing(session, tmp_path, monkeypatch, end
         (lambda folder: (folder / "runs/0003/rows.npz").write_bytes(b"x"), "rows/0003.npz is not what the journal"),
         (lambda folder: (folder / "profile.json").write_text("{}"), "profile.json is of format None"),
         (lambda folder: (folder / "profile.json").write_text("{"), "can't be exported"),
-        (lambda folder: (folder / "judge" / "train.py").write_text("A = 1\n"), "train.py is not what the session began"),
+        (
+            lambda folder: (folder / "judge" / "train.py").write_text("A = 1\n"),
+            "train.py is not what the session began",
+        ),
         (lambda folder: (folder / "judge" / "train.py").unlink(), "can't be exported"),
     ],
 )

@@ -32,7 +32,10 @@ def test_the_originals_ledger_becomes_a_session(tmp_path):
     there = imported(source, elsewhere, "nvidia-h100-80gb")
     assert there == elsewhere / "imported" / "nvidia-h100-80gb" / "h100-mar8"
     record = sources.read(there)
-    assert [(run.status, run.result.get("val_bpb")) for run in record.state.runs.values()] == [("ok", 1.25), ("crash", None)]
+    assert [(run.status, run.result.get("val_bpb")) for run in record.state.runs.values()] == [
+        ("ok", 1.25),
+        ("crash", None),
+    ]
     assert record.state.experiments[1].description == "C:\\new | odd" and record.state.best.number == 0
     assert record.profile is None and record.base is None and record.started.budget is None
     assert imported(source, elsewhere, "nvidia-h100-80gb") == there
@@ -53,7 +56,9 @@ def test_a_row_of_five_columns_is_an_experiment_on_the_best_before_it(tmp_path):
         (1, "keep", 1),
     ]
     assert [e.kinds for e in experiments] == [[], ["batch"], ["schedule"], ["batch"], ["schedule"]]
-    assert record.state.runs[2].result["peak_vram_mb"] == pytest.approx(43.9 * 1024) and record.state.runs[2].seed is None
+    assert (
+        record.state.runs[2].result["peak_vram_mb"] == pytest.approx(43.9 * 1024) and record.state.runs[2].seed is None
+    )
     assert "unconfirmed" in record.notes[-1] and record.started.source == "ledger"
     assert [row["val_bpb"] for row in ledger.rows_of(record.state)] == [0.998, 0.986, 0.987, None, 0.981]
 
@@ -151,8 +156,6 @@ def test_what_is_not_there_is_refused(tmp_path):
     refused(tmp_path / "nothing", tmp_path / "home", "there is no session")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path / "home", "MANIFEST.json is missing")
-
-
 
 
 @pytest.mark.parametrize(

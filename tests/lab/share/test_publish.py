@@ -60,7 +60,9 @@ def test_publishing_again_is_the_same_or_asks(session):
     assert session.repository.commit_of(BRANCH) == commit
     _, later = publish.publish(session, replace=True)
     assert session.repository.commit_of(BRANCH) == later != commit
-    assert session.repository.commit_of(f"{later}~2") == session.repository.commit_of(f"{commit}^")  # the same steps are the same
+    assert session.repository.commit_of(f"{later}~2") == session.repository.commit_of(
+        f"{commit}^"
+    )  # the same steps are the same
 
 
 def test_a_branch_of_somebody_else_is_not_replaced_unasked(session):
@@ -155,5 +157,3 @@ def test_a_branch_too_large_is_refused_before_it_is_read(session, monkeypatch):
     monkeypatch.setattr(archive, "MOST_BYTES", 1000)
     with pytest.raises(LabError, match="more than 1,000 bytes"):
         sources.read(BRANCH)
-
-

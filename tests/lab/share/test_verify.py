@@ -12,7 +12,7 @@ from exports import BASE, events_in, imported, refused, tampered, with_, with_ev
 
 from lab.genome.change import diff
 from lab.reasons import sentence
-from lab.share import archive, sources, verify
+from lab.share import sources, verify
 
 # --- Files ---
 
