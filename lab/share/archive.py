@@ -77,24 +77,17 @@ def _pack(files: Files, top: str, file) -> None:
 # --- Reading ---
 
 
-class Allowance:
-    """The files and bytes that an export may have."""
-
-    def __init__(self):
-        self.names: set[str] = set()
-        self.bytes = 0
-
-    def take(self, name: str, size: int) -> None:
-        if not NAME.fullmatch(name):
-            raise Wrong(f"{name[:200]!r} is no part of an exported session")
-        if name in self.names or size < 0:
-            raise Wrong(f"{name} is there twice, or with a size that can't be")
-        self.names.add(name)
-        self.bytes += size
-        if len(self.names) > MOST_FILES:
-            raise Wrong(f"it holds more than {MOST_FILES:,} files")
-        if self.bytes > MOST_BYTES:
-            raise Wrong(f"with {name} it has more than {MOST_BYTES:,} bytes")
+def _allow(sizes: dict[str, int], name: str, size: int) -> None:
+    """Notes a file that an export may have. Wrong if it may not."""
+    if not NAME.fullmatch(name):
+        raise Wrong(f"{name[:200]!r} is no part of an exported session")
+    if name in sizes or size < 0:
+        raise Wrong(f"{name} is there twice, or with a size that can't be")
+    sizes[name] = size
+    if len(sizes) > MOST_FILES:
+        raise Wrong(f"it holds more than {MOST_FILES:,} files")
+    if sum(sizes.values()) > MOST_BYTES:
+        raise Wrong(f"with {name} it has more than {MOST_BYTES:,} bytes")
 
 
 def read(source: Path) -> Files:
@@ -109,20 +102,19 @@ def is_archive(source: Path) -> bool:
 
 
 def _read_folder(source: Path) -> Files:
-    allowance, files = Allowance(), {}
-    for folder in ("", ROWS):
-        path = source / folder
-        if folder and not path.is_dir():  # a link to one was refused before, in the folder it is in
+    sizes, files = {}, {}
+    for folder in ("", f"{ROWS}/"):
+        if folder and not (source / folder).is_dir():  # a link to one was refused before, in the folder it is in
             continue
-        for entry in os.scandir(path):
-            name = f"{folder}/{entry.name}" if folder else entry.name
+        for entry in os.scandir(source / folder):
+            name, is_file = folder + entry.name, entry.is_file(follow_symlinks=False)
             if name == ROWS and entry.is_dir(follow_symlinks=False):
                 continue
-            if not entry.is_file(follow_symlinks=False):
-                raise Wrong(f"{name[:200]!r} is not a plain file")
             size = entry.stat(follow_symlinks=False).st_size
-            allowance.take(name, size)
-            files[name] = _read_plain(path / entry.name, name, size)
+            if not is_file:
+                raise Wrong(f"{name[:200]!r} is not a plain file")
+            _allow(sizes, name, size)
+            files[name] = _read_plain(source / name, name, size)
     return files
 
 
@@ -135,39 +127,29 @@ def _read_plain(path: Path, name: str, size: int) -> bytes:
         return file.read(size)
 
 
-class Unpacking:
-    """A file being decompressed, up to the most that an export may have."""
-
-    def __init__(self, file):
-        self.file, self.left = file, MOST_BYTES + 3 * 512 * MOST_FILES  # headers, padding, folders
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise Wrong(f"it unpacks to more than {MOST_BYTES:,} bytes")
-        return data
-
-
 def _read_archive(source: Path) -> Files:
-    allowance, files, tops, members = Allowance(), {}, set(), 0
+    sizes, files, tops = {}, {}, set()
+    most = MOST_BYTES + 3 * 512 * MOST_FILES  # with headers, padding and folders
     try:
-        with gzip.open(source, "rb") as packed, tarfile.open(fileobj=Unpacking(packed), mode="r|") as archive:  # pyright: ignore
-            for member in archive:
-                members += 1
-                if members > MOST_FILES + 10:
-                    raise Wrong(f"it holds more than {MOST_FILES:,} files")
+        with gzip.open(source, "rb") as packed:
+            content = packed.read(most + 1)
+        if len(content) > most:
+            raise Wrong(f"it unpacks to more than {MOST_BYTES:,} bytes")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for count, member in enumerate(archive):
                 top, _, name = member.name.partition("/")
                 tops.add(top)
+                if count > MOST_FILES + 10:
+                    raise Wrong(f"it holds more than {MOST_FILES:,} files")
                 if top in ("", "..") or len(tops) > 1:
                     raise Wrong(f"{member.name[:200]!r} is not in one folder with the rest")
                 if member.type == tarfile.DIRTYPE and name in ("", ROWS):
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:  # pyright: ignore
                     raise Wrong(f"{member.name[:200]!r} is not a plain file")
-                allowance.take(name, member.size)
-                content = archive.extractfile(member)
-                files[name] = content.read() if content else b""
+                _allow(sizes, name, member.size)
+                file = archive.extractfile(member)
+                files[name] = file.read() if file else b""
                 if len(files[name]) != member.size:
                     raise Wrong(f"{name} is cut short")
     except Wrong:
@@ -189,14 +171,14 @@ def read_branch(repository: Repository, name: str) -> Files | None:
     ref = next(iter([ref for ref in refs if ref == f"refs/heads/{name}"] + remotes), None)
     if ref is None:
         return None
-    allowance, blobs = Allowance(), {}
+    sizes, blobs = {}, {}
     for entry in filter(None, repository.git("ls-tree", "-r", "-l", "-z", ref, "--", PUBLISHED).split("\0")):
         facts, _, path = entry.partition("\t")
         mode, _, blob, size = facts.split()
         file = path.removeprefix(PUBLISHED)
         if mode not in ("100644", "100755"):
             raise Wrong(f"{file[:200]!r} is not a plain file")
-        allowance.take(file, int(size))
+        _allow(sizes, file, int(size))
         blobs[file] = blob
     if not blobs:
         raise Wrong(f"it has no folder {PUBLISHED}, as lab export --publish makes it")

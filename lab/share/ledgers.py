@@ -7,7 +7,7 @@ import re
 import statistics
 from calendar import timegm
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import strptime
 from typing import get_args
@@ -15,36 +15,21 @@ from typing import get_args
 from lab import untrusted
 from lab.errors import LabError
 from lab.genome.kinds import of_words
-from lab.reasons import because
 from lab.session import ledger
-from lab.session.events import (
-    Event,
-    ExperimentApplied,
-    ExperimentDecided,
-    ExperimentOpened,
-    Kind,
-    RunEnded,
-    RunScored,
-    RunStarted,
-    SessionStarted,
-    Verdict,
-)
+from lab.session.events import Kind
 from lab.session.state import BASELINE, MEASURING
 from lab.share.archive import MOST_BYTES, Wrong
 from lab.share.verify import LAST_TIME, is_origin, is_tag
 
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run is measured by
-SHOWN = 5  # damaged lines
-TEXT, NAME = 4000, 200  # characters
 COUNTED = ("experiment", "run", "seed")
-FIVE = (
-    "a ledger of five columns: each change was run once, and nothing says how far chance moves scores; its effects are "
-    "unconfirmed"
-)
+SHOWN = 5  # damaged lines
+TEXT = 4000  # characters
+FIVE = "a ledger of five columns: each change was run once, and how far chance moves scores is unknown: unconfirmed"
 
 
-def events_of(source: Path, device: str | None) -> list[Event]:
-    """The events of a ledger. Its file's name is the session's tag.
+def events_of(source: Path, device: str | None) -> list[dict]:
+    """The events of a ledger, as JSON has them. Its file's name is the session's tag.
 
     Args:
         device: of the rows that don't say it: its tag, such as nvidia-h100-80gb.
@@ -60,17 +45,19 @@ def events_of(source: Path, device: str | None) -> list[Event]:
         raise LabError(f"{error}; a session is a results.tsv, or a folder or .tar.gz from lab export") from None
     if not content.rows:
         raise Wrong("it holds no rows")
-    rows = [_believed(row) for row in content.rows]
+    rows = [{name: _believed(name, value) for name, value in row.items()} for row in content.rows]
     numbered = all(row["experiment"] is not None and row["run"] is not None for row in rows)
-    started = SessionStarted(
-        time=next((time for row in rows if (time := _time(row["started"]))), 0.0),
-        tag="-".join(re.findall(r"[a-z0-9]+", source.stem.lower()))[:40].strip("-") or "unnamed",
-        device=_device(source, {row["device"] for row in rows}, device),
-        budget=next(iter(Counter(row["budget"] for row in rows if row["budget"])), None),
-        source="ledger",
-        notes=[*_notes(source.name, content), *[FIVE] * (not numbered)],
-        **{name: _only(row[name] for row in rows) for name in ("backend", "eval", "data", "profile")},
-    )
+    values = {name: {row[name] for row in rows} for name in ("backend", "eval", "data", "profile")}
+    started = {
+        "event": "session",
+        "time": next((time for row in rows if (time := _time(row["started"]))), 0.0),
+        "tag": "-".join(re.findall(r"[a-z0-9]+", source.stem.lower()))[:40].strip("-") or "unnamed",
+        "device": _device(source, {row["device"] for row in rows}, device),
+        "budget": Counter(row["budget"] for row in rows).most_common(1)[0][0],
+        "source": "ledger",
+        "notes": [*_notes(source.name, content), *[FIVE] * (not numbered)],
+        **{name: known.pop()[:200] if len(known) == 1 else "" for name, known in values.items()},
+    }
     return [started, *_experiments(rows, numbered)]
 
 
@@ -97,17 +84,13 @@ def _notes(name: str, content: ledger.Ledger) -> Iterator[str]:
         yield f"so were {len(more)} more lines of {name}"
 
 
-def _believed(row: dict) -> dict:
-    """A row with no text that a terminal would obey. A figure that nothing can have measured, and that would break
+def _believed(name: str, value):
+    """A field with no text that a terminal would obey. A figure that nothing can have measured, and that would break
     sums, is unknown."""
-
-    def believed(name: str, value):
-        if isinstance(value, str):
-            return value if value.isprintable() and len(value) <= TEXT else untrusted.one_line(value, TEXT)
-        low, high = (-1, 1e9) if name in COUNTED else (FEWEST, MOST)
-        return value if value is not None and low < value < high else None
-
-    return {name: believed(name, value) for name, value in row.items()}
+    if isinstance(value, str):
+        return value if value.isprintable() and len(value) <= TEXT else untrusted.one_line(value, TEXT)
+    low, high = (-1, 1e9) if name in COUNTED else (FEWEST, MOST)
+    return value if value is not None and low < value < high else None
 
 
 def _time(text: str) -> float:
@@ -118,13 +101,7 @@ def _time(text: str) -> float:
     return time if 0 < time < LAST_TIME else 0.0
 
 
-def _only(values: Iterable[str]) -> str:
-    """What all agree on, or ""."""
-    different = set(values)
-    return different.pop()[:NAME] if len(different) == 1 else ""
-
-
-def _experiments(rows: list[dict], numbered: bool) -> Iterator[Event]:
+def _experiments(rows: list[dict], numbered: bool) -> Iterator[dict]:
     """
     Args:
         numbered: the rows name their experiments and runs; else each is an experiment on the best before it.
@@ -134,83 +111,73 @@ def _experiments(rows: list[dict], numbered: bool) -> Iterator[Event]:
         if not numbered:
             row |= {"experiment": place, "run": place + 1}
         groups.setdefault(row["experiment"], []).append(row)
-    by_commit: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # by commit
     blobs: dict[int, str] = {}
     best = None
     for number, group in groups.items():
         own = [row for row in group if row["kind"] != "parent"]
-        first = (own or group)[0]
-        kind = first["kind"] if own and first["kind"] in get_args(Kind) and number else "change"
-        kind = "baseline" if number == BASELINE else kind if kind != "baseline" else "change"
-        if kind == "change" and first["origin"] and not first["kind"]:
-            kind = "replay"
-        base = first["parent"] or next((row["commit"] for row in group if row["kind"] == "parent"), "")
-        onto = None if number == BASELINE else by_commit.get(base) if numbered else best
-        same = by_commit.get(first["commit"]) if kind in MEASURING else None
-        blobs[number] = blobs[same] if same is not None else _digest(f"{number} {first['commit']}")
-        statuses = {row["status"] for row in own}
-        status = next((known for known in ("keep", "discard", "crash") if known in statuses), "invalid")
-        yield ExperimentOpened(
-            time=_time(first["started"]),
-            number=number,
-            kind=kind,
-            blob=blobs[number],
-            parent=None if onto is None else blobs[onto],
-            onto=onto,
-            commit=(commit := _plain(first["commit"] if own else "", "[^0-9A-Za-z]")),
-            description=first["description"],
-            portable=first["portable"] != "no",
-            change=_plain(first["change"], "^.*[^0-9a-f].*$"),
-            family=_plain(first["family"], "^.*[^0-9a-f].*$"),
-            kinds=list(of_words(first["description"])) if number else [],
-            origin=first["origin"] if is_origin(first["origin"]) else "",
-        )
+        first, scored = (own or group)[0], [row for row in own if _is_ok(row)]
+        kind = _kind(number, first)
+        parent = first["parent"] or next((row["commit"] for row in group if row["kind"] == "parent"), "")
+        onto = None if number == BASELINE else numbers.get(parent) if numbered else best
+        of = numbers.get(first["commit"], number) if kind in MEASURING else number
+        blobs[number] = blobs.get(of) or hashlib.sha256(f"{number} {first['commit']}".encode()).hexdigest()[:40]
+        commit = re.sub("[^0-9A-Za-z]", "", first["commit"])[:64] if own else ""
+        yield {
+            "event": "experiment",
+            "time": _time(first["started"]),
+            "number": number,
+            "kind": kind,
+            "blob": blobs[number],
+            "parent": None if onto is None else blobs[onto],
+            "onto": onto,
+            "commit": commit,
+            "description": first["description"],
+            "portable": first["portable"] != "no",
+            "kinds": of_words(first["description"]) if number else (),
+            "origin": first["origin"] if is_origin(first["origin"]) else "",
+            **{name: first[name] * bool(re.fullmatch("[0-9a-f]{1,64}", first[name])) for name in ("change", "family")},
+        }
         for row in group:
             yield from _run(row, blobs[number if row["kind"] != "parent" or onto is None else onto])
-        scores = [row["val_bpb"] for row in own if _is_ok(row)]
-        told = [row for row in own if _is_ok(row)] or group
-        verdict = Verdict(
-            status, because("told", words=told[-1]["reason"]), statistics.fmean(scores) if scores else None
-        )
-        yield ExperimentDecided(experiment=number, verdict=verdict)
-        yield ExperimentApplied(experiment=number, commit=commit)
+        statuses = {row["status"] for row in own}
+        verdict = {
+            "status": next((known for known in ("keep", "discard", "crash") if known in statuses), "invalid"),
+            "reason": _told((scored or group)[-1]),
+            "mean": statistics.fmean(row["val_bpb"] for row in scored) if scored else None,
+        }
+        yield {"event": "decided", "experiment": number, "verdict": verdict}
+        yield {"event": "applied", "experiment": number, "commit": commit}
         if kind not in MEASURING and own:
-            by_commit[first["commit"]] = number
-        best = number if status == "keep" else best
+            numbers[first["commit"]] = number
+        best = number if verdict["status"] == "keep" else best
 
 
-def _run(row: dict, blob: str) -> Iterator[Event]:
-    time, run = _time(row["started"]), row["run"]
-    ok = _is_ok(row)
+def _kind(number: int, row: dict) -> str:
+    if number == BASELINE or row["kind"] in (set(get_args(Kind)) - {"baseline"}):
+        return "baseline" if number == BASELINE else row["kind"]
+    return "replay" if row["origin"] and not row["kind"] else "change"
+
+
+def _run(row: dict, blob: str) -> Iterator[dict]:
+    time, seconds, run, ok = _time(row["started"]), row["total_seconds"] or 0.0, row["run"], _is_ok(row)
     result = {}
     for name, measure in ledger.MEASURED.items():
-        if (value := row[name]) not in (None, ""):
-            known = (
-                value == "yes" if measure.type is bool else value / measure.scale if measure.type is float else value
-            )
-            result[measure.name] = known
-    yield RunStarted(
-        time=time, number=run, experiment=row["experiment"], blob=blob, seed=row["seed"], budget=row["budget"]
-    )
-    yield RunEnded(
-        time=time and time + (row["total_seconds"] or 0.0),
-        run=run,
-        status="ok" if ok else "crash" if row["status"] == "crash" else "invalid",
-        reason=None if ok else because("told", words=row["reason"]),
-        result=result,
-        seconds=row["total_seconds"] or 0.0,
-    )
+        if row[name] not in (None, ""):
+            value = row[name] == "yes" if measure.type is bool else row[name]
+            result[measure.name] = value / measure.scale if measure.type is float else value
+    facts = {"experiment": row["experiment"], "blob": blob, "seed": row["seed"], "budget": row["budget"]}
+    yield {"event": "run", "time": time, "number": run, **facts}
+    facts = {"result": result, "seconds": seconds, "reason": None if ok else _told(row)}
+    status = "ok" if ok else "crash" if row["status"] == "crash" else "invalid"
+    yield {"event": "ran", "time": time and time + seconds, "run": run, "status": status, **facts}
     if row["held_out_bpb"] is not None:
-        yield RunScored(time=time, run=run, held_out_bpb=row["held_out_bpb"])
+        yield {"event": "scored", "time": time, "run": run, "held_out_bpb": row["held_out_bpb"]}
+
+
+def _told(row: dict) -> dict:
+    return {"code": "told", "facts": {"words": row["reason"]}}
 
 
 def _is_ok(row: dict) -> bool:
     return row["val_bpb"] is not None and row["status"] in ("keep", "discard")
-
-
-def _plain(text: str, odd: str) -> str:
-    return re.sub(odd, "", text)[:64]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:40]

@@ -24,15 +24,7 @@ from lab.session.session import Session, refuse_if_busy
 from lab.session.state import MEASURING, Experiment
 from lab.share import sources
 from lab.untrusted import counted
-from lab.verdict import executor, gate
-from lab.verdict.opening import (
-    await_verdict,
-    exclusive,
-    facts_of_change,
-    head_of_best,
-    refuse_if_not_ours,
-    sound_baseline,
-)
+from lab.verdict import executor, gate, opening
 from lab.verdict.plan import noise_of
 
 WIDTH = 160  # characters of a description, or of a line
@@ -168,7 +160,7 @@ def go(session: Session, options) -> int:
             say(f"its {name} is {there}, here it is {here}: only effects compare")
     if not options.dry_run:
         say("they are somebody's code, which --dry-run shows: read it first")
-        refuse_if_not_ours(session)
+        opening.refuse_if_not_ours(session)
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
         for line in _edited(candidate) if options.dry_run else _conflicts(candidate):
@@ -188,7 +180,7 @@ def _carried_out(session: Session, changes: list[Candidate], options, say: Calla
     begun, stacked = 0, None
     if not options.dry_run:
         _finish(session, say)
-        sound_baseline(session)
+        opening.sound_baseline(session)
     for candidate in changes:
         onto = options.stack and session.state.best or session.state.baseline
         here = stacked or normalised(session.repository.content(onto.blob))
@@ -210,26 +202,26 @@ def _finish(session: Session, say: Callable) -> None:
     session.refresh()
     if (experiment := session.state.oldest_open) and session.supervised:
         say(f"experiment {experiment.number} is running, and comes first")
-        await_verdict(session, experiment)
-    with exclusive(session):
+        opening.await_verdict(session, experiment)
+    with opening.exclusive(session):
         refuse_if_busy(session.device_lock)
         experiment = session.state.oldest_open
         process = executor.launch(session) if experiment else None
     if experiment:
         say(f"experiment {experiment.number} was interrupted, and comes first")
-        await_verdict(session, experiment, process)
+        opening.await_verdict(session, experiment, process)
 
 
 def _run(session: Session, candidate: Candidate, onto: Experiment, options) -> Experiment:
     """Has a candidate's experiment run; the experiment, with its verdict."""
-    refuse_if_not_ours(session)
-    with exclusive(session):
+    opening.refuse_if_not_ours(session)
+    with opening.exclusive(session):
         refuse_if_busy(session.device_lock)
         if session.state.open or options.stack and session.state.best is not onto:
             raise LabError("another command has begun an experiment meanwhile: python -m lab wait, then replay again")
         experiment = _open(session, candidate, onto, options.stack, options.runs)
         process = executor.launch(session)
-    await_verdict(session, experiment, process)
+    opening.await_verdict(session, experiment, process)
     return experiment
 
 
@@ -240,13 +232,13 @@ def _open(session: Session, candidate: Candidate, onto: Experiment, stack: bool,
         facts = {name: getattr(known, name) for name in names}
         facts |= {"kind": "repeat", "commit": known.here, "members": [known.number]}
         return session.open_experiment(**facts, origin=known.origin or candidate.origin, min_runs=runs)
-    head = head_of_best(session) if stack else onto.commit
+    head = opening.head_of_best(session) if stack else onto.commit
     if stack and describe(repository.train()).digest != onto.digest:
         raise LabError("train.py has an edit of yours; run that first, or put it back: git checkout -- train.py")
     content = candidate.content or b""
     if b"\r\n" in repository.content(onto.blob):
         content = content.replace(b"\n", b"\r\n")
-    facts = facts_of_change(session, onto, content)
+    facts = opening.facts_of_change(session, onto, content)
     facts |= {
         "kind": "change" if stack else "replay",
         "commit": repository.commit(head, facts["blob"], candidate.description),
