@@ -54,8 +54,12 @@ def write(files: Files, target: Path, name: str) -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         for path, data in files.items():
-            with storage.atomic(temporary / path) as file:
+            with storage.writing(temporary / path), open(temporary / path, "wb") as file:
                 file.write(data)
+                file.flush()
+                storage.sync(file.fileno())
+        for folder in {(temporary / path).parent for path in files}:
+            storage.sync_folder(folder)
         with storage.writing(target):
             os.rename(temporary, target)
     finally:

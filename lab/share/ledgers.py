@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from time import strptime
-from typing import get_args
+from typing import Any, get_args
 
 from lab import untrusted
 from lab.errors import LabError
@@ -45,7 +45,7 @@ def events_of(source: Path, device: str | None) -> list[dict]:
         raise LabError(f"{error}; a session is a results.tsv, or a folder or .tar.gz from lab export") from None
     if not content.rows:
         raise Wrong("it holds no rows")
-    rows = [{name: _believed(name, value) for name, value in row.items()} for row in content.rows]
+    rows: list[dict[str, Any]] = [{name: _believed(name, value) for name, value in row.items()} for row in content.rows]
     numbered = all(row["experiment"] is not None and row["run"] is not None for row in rows)
     values = {name: {row[name] for row in rows} for name in ("backend", "eval", "data", "profile")}
     started = {
@@ -84,7 +84,7 @@ def _notes(name: str, content: ledger.Ledger) -> Iterator[str]:
         yield f"so were {len(more)} more lines of {name}"
 
 
-def _believed(name: str, value):
+def _believed(name: str, value: Any) -> Any:
     """A field with no text that a terminal would obey. A figure that nothing can have measured, and that would break
     sums, is unknown."""
     if isinstance(value, str):
