@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with Python, git and make:
 #   make demo   environment, offline data, a quick calibration, a session with one experiment, and its row of the ledger
 #   make test   environment and the whole test suite
+# make check looks at form and types.
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
 SHELL := /bin/sh
@@ -14,9 +15,9 @@ DEMO := TORCH_COMPILE_DISABLE=1 AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 
 comma := ,
 # PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
 TRITON := triton==3.8.0
-TEST_EXTRAS := $(if $(filter Linux,$(shell uname -s)),test$(comma)mlx-cpu,test)
+TEST_EXTRAS := test$(comma)check$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow check clean
 
 # The session is begun in a clone, so that the branch that is checked out here stays. Runs of 40 s instead of 300, not
 # compiled because that takes longer, and one baseline instead of three: it shows how it goes, and decides nothing.
@@ -32,6 +33,12 @@ demo: .venv/installed
 
 test: .venv/installed-test
 	$(RUN) -m pytest -m "not slow"
+
+# Form and types.
+check: .venv/installed-test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 test-slow: .venv/installed-test
 	$(RUN) -m pytest

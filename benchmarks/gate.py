@@ -3,7 +3,7 @@
     python benchmarks/gate.py [RESULTS_TSV] [--nights 1000]
 
 No model is trained: changes have effects (val_bpb of the child minus its parent's), runs have normal noise, and
-`lab.gate` decides. Effects are drawn independently from those of a published session, RESULTS_TSV, as they stand there:
+`lab.verdict.gate` decides. Effects are drawn independently from those of a published session, RESULTS_TSV, as they stand there:
 each change minus the best before it. They hold that session's own noise, which spreads them more than true effects are;
 `less_noise` takes it out (a nonparametric maximum-likelihood mixture: Laird, JASA 1978). Without a file they are drawn
 from what was fitted to it, `fitted` below.
@@ -162,14 +162,15 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
                 run(parent, step.seed)
             else:
                 break
-        account = account.after(step.facts())
+        evidence = step.evidence
+        account = account.after(evidence)
         if len(change.results) < 2 and step.action == "discard":
             configurations.pop()  # no repeats: nothing for the noise
-        if step.near_miss and setting.pool:
-            misses[number] = (effect, step.gain, step.error)
+        if evidence.near_miss and setting.pool:
+            misses[number] = (effect, evidence.gain, evidence.error)
         if step.action == "keep":
             parent = change
-            if step.simpler:
+            if evidence.simpler:
                 found["simple_keeps"] += 1
                 found["simple_loss"] += max(0.0, effect)
             else:

@@ -14,37 +14,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lab.session.events import NIGHT_EVENTS, TurnTaken  # noqa: E402
 from lab.session.journal import Journal  # noqa: E402
 from lab.session.session import Session  # noqa: E402
-from lab.session.state import CONFIRM  # noqa: E402
+from lab.verdict.plan import noise_of  # noqa: E402
 
 
 def main():
     folder = Path(sys.argv[1]).expanduser()
     session = Session(folder)
-    state, night = session.state, Journal(folder / "night.jsonl")
-    tried = [e for e in state.decided if e.number and e.kind != CONFIRM]
+    state, night = session.state, Journal(folder / "night.jsonl", NIGHT_EVENTS)
+    tried = [e for e in state.decided if e.number and e.kind != "confirm"]
     print(
         f"{len(tried)} experiments, {sum(len(e.runs) for e in tried)} runs of {session.budget:g} s: "
         + ", ".join(f"{count} {status}" for status, count in Counter(e.status for e in tried).most_common())
     )
-    turns = [event for event in night.events if event["event"] == "turn"]
+    turns = [event for event in night.events if isinstance(event, TurnTaken)]
     print(
         "turns: "
         + ", ".join(
             f"{count} {by} {outcome}"
-            for (by, outcome), count in Counter((turn["by"], turn["outcome"]) for turn in turns).most_common()
+            for (by, outcome), count in Counter((turn.by, turn.outcome) for turn in turns).most_common()
         )
     )
     best, baseline = state.mean(state.best), state.mean(state.baseline)
-    print(f"best {best:.6f}, experiment {state.best.number}; baseline {baseline:.6f}; noise {session.noise.sd:.6f}")
-    for confirmation in (e for e in state.decided if e.kind == CONFIRM):
-        print(f"confirmation: {confirmation.verdict['reason']}")
-    ends = {e.number: max(run.begun + run.seconds for run in e.runs) for e in tried if e.runs}
-    gaps = [e.runs[0].begun - ends[e.number - 1] for e in tried if e.runs and e.number - 1 in ends]
+    print(f"best {best:.6f}, experiment {state.best.number}; baseline {baseline:.6f}; noise {noise_of(state).sd:.6f}")
+    for confirmation in (e for e in state.decided if e.kind == "confirm"):
+        print(f"confirmation: {confirmation.verdict.said}")
+    ends = {e.number: max(run.time + run.seconds for run in e.runs) for e in tried if e.runs}
+    gaps = [e.runs[0].time - ends[e.number - 1] for e in tried if e.runs and e.number - 1 in ends]
     if gaps:
         print(f"between experiments: median {statistics.median(gaps):.1f} s, longest {max(gaps):.1f} s")
-    beside = [run.seconds - run.result["training_seconds"] for run in state.runs.values() if run.status == "ok"]
+    beside = [run.seconds - run.result["training_seconds"] for run in state.runs.values() if run.ok]
     print(f"a run beside its training: median {statistics.median(beside):.1f} s")
 
 

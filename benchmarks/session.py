@@ -4,7 +4,7 @@
 
 In a clone of this repository's last commit, with this machine's profile and data. Prints each verdict; how many seconds
 the harness added to a run (the command's time less the lifetime of the process that trained); and how long `status`
-takes, also when the session's experiments are repeated until there are 2,000 rows.
+takes; and `status`, `export`, `import` and `report` when its experiments are repeated until there are 2,000 runs.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ def repeated(events: list[dict], rows: int) -> list[dict]:
     return made
 
 
-def time_status(where: Path, times: int = 7) -> float:
+def seconds(where: Path, *command: str, times: int = 7, home: str | None = None) -> float:
+    """Median seconds of a command, its interpreter's start included. `{i}` in an argument is the number of the call."""
     took = []
-    for _ in range(times):
+    for i in range(times):
         begun = time.monotonic()
-        lab(where, "status")
+        lab(where, *(part.replace("{i}", str(i)) for part in command), home=home and f"{home}{i}")
         took.append(time.monotonic() - begun)
     return statistics.median(took)
 
@@ -124,14 +125,19 @@ def main() -> None:
             f"{max(added):.2f}, of {len(added)}\n"
         )
         print(lab(clone, "status"))
-        print(f"status took {time_status(clone):.2f} s")
+        print(f"status took {seconds(clone, 'status'):.2f} s")
         archive = Path(lab(clone, "export", str(Path(folder, "session.tar.gz"))).strip())
         print(f"exported: {archive.stat().st_size:,} bytes")
         print("imported to", Path(lab(clone, "import", str(archive), home=str(Path(folder, "elsewhere"))).strip()).name)
         journal = Path(json.loads(lab(clone, "status", "--json"))["folder"], "journal.jsonl")
         events = repeated([json.loads(line) for line in journal.read_text().splitlines()], 2000)
         journal.write_text("".join(json.dumps(event) + "\n" for event in events))
-        print(f"status took {time_status(clone):.2f} s with {sum(e['event'] == 'run' for e in events):,} runs")
+        print(f"with {sum(event['event'] == 'run' for event in events):,} runs, in seconds:")
+        archive = str(Path(folder, "large{i}.tar.gz"))
+        print(f"  status {seconds(clone, 'status'):.2f}")
+        print(f"  export {seconds(clone, 'export', archive, times=3):.2f}")
+        print(f"  import {seconds(clone, 'import', archive, times=3, home=str(Path(folder, 'elsewhere'))):.2f}")
+        print(f"  report {seconds(clone, 'report', '--out', str(Path(folder, 'report.html')), times=3):.2f}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import backends
 from backends.interface import Calibrated
-from calibration import profile, rule
+from calibration import profile as profiles, rule
 
 
 @dataclass(frozen=True)
-class Defaults(rule.Settings):
-    """Settings for `train.py`.
+class Defaults(rule.Sizes):
+    """What `train.py` takes its sizes from.
 
     Attributes:
         calibrated: for `backends.load`; None where the backend has to find out for itself.
@@ -33,7 +33,7 @@ class Defaults(rule.Settings):
 
 
 def defaults() -> Defaults:
-    """Those of the profile that `AUTORESEARCH_PROFILE` names, else of this device's; safe ones where there is none.
+    """Defaults from the profile that `AUTORESEARCH_PROFILE` names, else from this device's; safe ones without any.
 
     A profile made with other versions of the framework still gives sizes, and is called stale; precision and attention
     are then tried anew.
@@ -43,7 +43,7 @@ def defaults() -> Defaults:
     """
     hardware = backends.identify()
     named = os.environ.get("AUTORESEARCH_PROFILE")
-    path = Path(named) if named else profile.path_of(hardware)
+    path = Path(named) if named else profiles.path_of(hardware)
     if not named and not path.exists():
         return Defaults(
             **vars(rule.SAFE),
@@ -52,16 +52,16 @@ def defaults() -> Defaults:
                 "python -m calibration",
             ),
         )
-    found = profile.read(path, hardware)
-    settings = profile.settings(found)
-    reasons = profile.stale(found, hardware)
-    if reasons:
+    profile = profiles.read(path, hardware)
+    chosen = profiles.settings(profile)
+    sizes = chosen.depth, chosen.device_batch_size, chosen.total_batch_size, chosen.window_pattern
+    if reasons := profiles.stale(profile, hardware):
         return Defaults(
-            **vars(settings),
+            *sizes,
             notes=(f"profile {path} is stale: {'; '.join(reasons)}. Its sizes are used; run: python -m calibration",),
         )
     return Defaults(
-        **vars(settings),
-        calibrated=profile.calibrated(found),
-        notes=(f"profile {profile.tag(found)} of {found['made']}",),
+        *sizes,
+        calibrated=profiles.calibrated(profile),
+        notes=(f"profile {profiles.tag(profile)} of {profile['made']}",),
     )

@@ -12,7 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import backends
 from backends.interface import BackendError
-from calibration import measure, profile, show
+from calibration import measure, profile as profiles, show
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         ),
     )
     parser.add_argument("--quick", action="store_true", help="a minute instead of ten, and a rougher profile")
-    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted calibration found")
+    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted calibration measured")
     commands = parser.add_subparsers(dest="command")
     shown = commands.add_parser("show", help="print the profile of this device")
     shown.add_argument("--json", action="store_true", help="as it is in the file")
@@ -54,27 +54,30 @@ def calibrate(options: argparse.Namespace) -> int:
         task = bar.add_task("starting", left="")
 
         def progress(text: str, left: float) -> None:
-            left = f"about {max(left, 5) / 60:.1f} min left"
-            bar.update(task, description=text, left=left)
+            minutes = f"about {max(left, 5) / 60:.1f} min left"
+            bar.update(task, description=text, left=minutes)
             if not console.is_terminal:
-                console.print(f"{text} ({left})", highlight=False)
+                console.print(f"{text} ({minutes})", highlight=False)
 
         measurement = measure.Measurement(effort, progress, options.fresh)
-        if measurement.found.keys() - measurement.sort.keys():
+        if measurement.results.keys() - measurement.header.keys():
             console.print("going on with an interrupted calibration (--fresh starts again)")
-        found = measurement.run()
-    print(show.text(found, measurement.hardware))
+        profile = measurement.run()
+    print(show.text(profile, measurement.hardware))
     print(f"\nwritten to {measurement.path}; train.py takes its defaults from it")
     return 0
 
 
 def show_profile(options: argparse.Namespace) -> int:
-    hardware = None if options.profile else backends.identify()
-    path = options.profile or profile.path_of(hardware)
-    if not options.profile and not path.exists():
-        raise profile.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profile.AGAIN}")
-    found = profile.read(path, hardware)
-    print(json.dumps(found, indent=1) if options.json else show.text(found, hardware))
+    if options.profile:
+        path, hardware = options.profile, None
+    else:
+        hardware = backends.identify()
+        path = profiles.path_of(hardware)
+        if not path.exists():
+            raise profiles.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profiles.AGAIN}")
+    profile = profiles.read(path, hardware)
+    print(json.dumps(profile, indent=1) if options.json else show.text(profile, hardware))
     return 0
 
 

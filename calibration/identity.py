@@ -1,4 +1,4 @@
-"""What machine this is, as its system and its vendor's tools tell. Where one is missing, less is known, and said."""
+"""What machine this is, as its system and its vendor's tools tell. What they don't tell is listed as unknown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def power_source() -> str | None:
 
 
 def of_device(hardware: Hardware) -> dict:
-    """driver, throttled (why, or False), other_processes on it: as far as the vendor's tool tells."""
+    """driver, throttled (the reason, or False), other_processes on the device: as far as the vendor's tool tells."""
     if hardware.kind == "metal" or hardware.kind == "mps":
         return _apple()
     if hardware.kind == "cuda":
@@ -85,56 +86,53 @@ def of_device(hardware: Hardware) -> dict:
 
 
 def now(kind: str, gpu: str = "") -> dict:
-    """What changes from minute to minute, as far as it can be read in milliseconds: throttled (why, or False), by more
-    than a power cap; of an NVIDIA GPU also margin (degrees Celsius below the temperature at which it slows down) and
-    in_use (share of the last second or less in which it computed, whoever for).
+    """What changes from minute to minute, as far as it can be read in milliseconds: throttled (the reason, if that is
+    more than a power cap, or False); for an NVIDIA GPU also margin (degrees Celsius below the temperature at which it
+    slows down) and in_use (share of the last second or less in which it computed, for any program).
 
     Args:
-        kind: of the hardware. gpu: an entry of CUDA_VISIBLE_DEVICES.
+        kind: `Hardware.kind`. gpu: an entry of CUDA_VISIBLE_DEVICES.
     """
     if kind == "cuda":
         return _nvidia_now(gpu)
-    found = _apple_speed() if kind in ("metal", "mps") else _processor()
-    return {name: value for name, value in found.items() if name == "throttled"}
+    speed = _apple_speed() if kind in ("metal", "mps") else _processor()
+    return {name: value for name, value in speed.items() if name == "throttled"}
 
 
 def _nvidia_now(gpu: str) -> dict:
-    found = {}
+    facts = {}
     with machine.nvml() as library, suppress(Exception):
+        if library is None:
+            return facts
         handle = machine.named_gpu(library, gpu)
 
-        def temperature():
-            return library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
-
-        questions = [
-            ("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & ~POWER_CAP)),
-            ("in_use", lambda: library.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
-            ("margin", lambda: library.nvmlDeviceGetMarginTemperature(handle)),
-            # Where it is told, this one rather: not the temperature that a GPU is kept at, but where hardware steps in.
-            (
-                "margin",
-                lambda: (
-                    library.nvmlDeviceGetTemperatureThreshold(handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
-                    - temperature()
-                ),
-            ),
-        ]
-        for name, question in questions:
+        def ask(name: str, question: Callable):
             with suppress(Exception):  # NVML raises by card, driver and permission
-                found[name] = question()
-    return found
+                facts[name] = question()
+
+        def below_slowdown() -> int:
+            slowdown = library.nvmlDeviceGetTemperatureThreshold(handle, library.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
+            return slowdown - library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
+
+        ask("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & ~POWER_CAP))
+        ask("in_use", lambda: int(library.nvmlDeviceGetUtilizationRates(handle).gpu) / 100)
+        ask("margin", lambda: library.nvmlDeviceGetMarginTemperature(handle))
+        # Preferred, where the GPU tells it: where the hardware steps in, not the temperature that the GPU is kept at.
+        ask("margin", below_slowdown)
+    return facts
 
 
 def overheated() -> str | None:
-    """A sensor of the system's that is at what its maker calls critical, or None."""
+    """Which sensor of the system is at its critical temperature, in words; None if none is."""
     try:
         sensors = psutil.sensors_temperatures()
     except Exception:  # there are none on Windows and macOS
         return None
     for name, entries in sensors.items():
-        for one in entries:
-            if one.critical and 50 <= one.critical <= 150 and one.current >= one.critical:  # others are made up
-                return f"{one.label or name} is at {one.current:.0f} °C, its critical temperature"
+        for sensor in entries:
+            # A critical temperature outside this range is made up.
+            if sensor.critical and 50 <= sensor.critical <= 150 and sensor.current >= sensor.critical:
+                return f"{sensor.label or name} is at {sensor.current:.0f} °C, its critical temperature"
     return None
 
 
@@ -142,13 +140,13 @@ def _nvidia() -> dict:
     with machine.nvml() as library:
         index = os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2]  # "cuda:1"
         handle = library and machine.nvidia_handle(library, index=int(index or 0))
-        if not handle:
+        if library is None or not handle:
             return {"unknown": ["driver, throttled: NVIDIA's management library (NVML) does not answer"]}
-        found, unknown = {}, []
+        facts, unknown = {}, []
 
-        def ask(name, question):
+        def ask(name: str, question: Callable):
             try:
-                found[name] = question()
+                facts[name] = question()
             except Exception as error:  # each answer is optional: NVML raises by card, driver and permission
                 unknown.append(f"{name}: NVML says {error}")
 
@@ -161,7 +159,7 @@ def _nvidia() -> dict:
                 "other_processes",
                 lambda: len([p for p in library.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid != os.getpid()]),
             )
-        return found | {"unknown": unknown}
+        return facts | {"unknown": unknown}
 
 
 def _text(value) -> str:
@@ -180,15 +178,15 @@ def _amd() -> dict:
 
 
 def _apple() -> dict:
-    found = {"unknown": []} | _apple_speed()
-    if "throttled" not in found:
-        found["unknown"].append("throttled: pmset has no record")
+    facts = {"unknown": []} | _apple_speed()
+    if "throttled" not in facts:
+        facts["unknown"].append("throttled: pmset has no record")
     try:
         displays = json.loads(machine.asked("system_profiler", "SPDisplaysDataType", "-json"))["SPDisplaysDataType"]
-        found["gpu_cores"] = int(displays[0]["sppci_cores"])
+        facts["gpu_cores"] = int(displays[0]["sppci_cores"])
     except (ValueError, KeyError, IndexError, TypeError):
-        found["unknown"].append("gpu_cores: system_profiler does not tell")
-    return found
+        facts["unknown"].append("gpu_cores: system_profiler does not tell")
+    return facts
 
 
 def _apple_speed() -> dict:
@@ -199,7 +197,7 @@ def _apple_speed() -> dict:
 
 
 def _processor() -> dict:
-    """Of a CPU: a governor or limit that keeps it below its highest frequency."""
+    """Whether a governor or limit keeps the CPU below its highest frequency."""
     try:
         limit, highest = (int((CPUFREQ / name).read_text()) for name in ("scaling_max_freq", "cpuinfo_max_freq"))
         governor = (CPUFREQ / "scaling_governor").read_text().strip()
@@ -212,12 +210,12 @@ def _processor() -> dict:
 
 
 def warnings(facts: dict) -> list[str]:
-    """What of these facts makes measurements less than the device can do."""
-    said = []
+    """Those of these facts that make the device slower than it can be, in words."""
+    texts = []
     if facts.get("power") == "battery":
-        said.append("running on battery: most laptops are slower so; plug it in and calibrate again")
+        texts.append("running on battery, where most laptops are slower: plug it in and calibrate again")
     if facts.get("throttled"):
-        said.append(f"the device is throttled: {facts['throttled']}")
+        texts.append(f"the device is throttled: {facts['throttled']}")
     if facts.get("other_processes"):
-        said.append(f"{facts['other_processes']} other processes use the device")
-    return said
+        texts.append(f"{facts['other_processes']} other processes use the device")
+    return texts

@@ -1,4 +1,4 @@
-"""Measures a device, step by step: what was found is kept after each step, so that a killed calibration goes on.
+"""Measures a device, step by step. Results are kept after each step, so that a killed calibration goes on.
 
 Products, bandwidth and attention are measured in this process, once before the first trial of `train.py` and again
 after each: what changes over the minutes belongs to their spread.
@@ -14,19 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import backends
 import prepare
 import storage
 from backends import bench
-from calibration import identity, profile, rule
-from calibration.rule import Settings, Trial
+from calibration import identity, profile as profiles, rule
+from calibration.rule import Completed, Failed, Outcome, Settings, Spread, Trial
 
 LARGEST_SQUARE, SQUARE_SECONDS = 8192, 0.05  # of the products that set the peak: doubled until one takes so long
 COPIED = 2**28  # bytes, or a 32nd of the memory
-SMALLEST_MATRIX = 2**12  # a weight with fewer elements is no matter of matrix products
+SMALLEST_MATRIX = 2**12  # elements of the smallest weight whose matrix products are measured
 SCATTER = 0.15  # half the range of repeats over their median, beyond which something else was using the device
 TRIAL_TIMEOUT = 300  # seconds, of which compiling may take a hundred
 
@@ -35,32 +35,35 @@ class CalibrationError(storage.Stop):
     """This device can't be calibrated; the reason says what to do."""
 
 
+@dataclass(frozen=True)
 class Effort:
     """How long a calibration takes: `QUICK` or `FULL`.
 
     Attributes:
         limit: seconds after which no further trial is begun.
-        repeats, trial_seconds: of a measurement, of a run.
-        compiled: whether runs compile their step, which takes a minute on some devices.
+        repeats: of each measurement. trial_seconds: how long a trial runs.
+        compiled: whether trials compile their step, which takes a minute on some devices.
     """
 
-    def __init__(self, name, limit, repeats, trial_seconds, compiled):
-        self.name, self.limit, self.repeats = name, limit, repeats
-        self.trial_seconds, self.compiled = trial_seconds, compiled
+    name: str
+    limit: float
+    repeats: int
+    trial_seconds: float
+    compiled: bool
 
 
 FULL = Effort("full", 420, 9, 6.0, True)
 QUICK = Effort("quick", 32, 3, 2.0, False)
 
 
-def spread(values: list[float]) -> dict:
+def spread(values: list[float]) -> Spread:
     """Median, lowest, highest and number of repeats. Values are rounded to 5 digits: noise has no more."""
     low, middle, high = (float(f"{value:.5g}") for value in (min(values), statistics.median(values), max(values)))
     return {"median": middle, "low": low, "high": high, "n": len(values)}
 
 
 def merged(before, now):
-    """Measurements and a later round of the same: a spread over both, the median being the mean of theirs."""
+    """Measurements combined with a later round of the same: each spread is over both, its median the mean of theirs."""
     if isinstance(before, dict) and isinstance(now, dict):
         if "median" in before:
             n = before["n"] + now["n"]
@@ -71,14 +74,16 @@ def merged(before, now):
                 "high": max(before["high"], now["high"]),
                 "n": n,
             }
-        return {**before, **{name: merged(before[name], one) if name in before else one for name, one in now.items()}}
+        later = {name: merged(before[name], part) if name in before else part for name, part in now.items()}
+        return {**before, **later}
     if isinstance(before, list) and isinstance(now, list):
         return [merged(*pair) for pair in zip(before, now)]
     return before
 
 
-def scatter(found: dict) -> float:
-    return (found["high"] - found["low"]) / 2 / found["median"]
+def scatter(repeats: Spread) -> float:
+    """Half the range of the repeats, as a share of their median."""
+    return (repeats["high"] - repeats["low"]) / 2 / repeats["median"]
 
 
 class Measurement:
@@ -87,32 +92,36 @@ class Measurement:
     Args:
         effort: FULL or QUICK.
         progress: called with what is being tried and the seconds that should be left.
-        fresh: forget what an interrupted calibration found.
+        fresh: forget what an interrupted calibration measured.
+
+    Attributes:
+        header: what the profile is of; results of an interrupted calibration with another header are not used.
+        results: what was measured so far, with the header, as it is kept in the file `partial`.
     """
 
     def __init__(self, effort: Effort, progress: Callable[[str, float], None] = lambda *_: None, fresh: bool = False):
         self.effort, self.progress = effort, progress
         self.hardware = backends.identify()
-        self.path = profile.path_of(self.hardware)
+        self.path = profiles.path_of(self.hardware)
         self.partial = self.path.with_suffix(".json.partial")
         self.begun = time.monotonic()
-        self.sort = {
-            "format": profile.FORMAT,
+        self.header = {
+            "format": profiles.FORMAT,
             "device": self.hardware.slug,
             "backend": self.hardware.backend,
             "versions": self.hardware.versions,
-            "train": profile.baseline(),
+            "train": profiles.baseline(),
             "effort": effort.name,
         }
-        self.found = {} if fresh else self._resumed()
-        self.earlier = self.found.get("seconds", 0.0)
-        self.found |= self.sort
+        self.results = {} if fresh else self._resumed()
+        self.earlier = self.results.get("seconds", 0.0)
+        self.results |= self.header
 
     def _resumed(self) -> dict:
         """What an interrupted calibration of the same kind left."""
         try:
-            found = json.loads(self.partial.read_text())
-            return found if found.items() >= self.sort.items() else {}
+            results = json.loads(self.partial.read_text())
+            return results if results.items() >= self.header.items() else {}
         except (OSError, ValueError, AttributeError):
             return {}
 
@@ -121,31 +130,31 @@ class Measurement:
         return self.earlier + time.monotonic() - self.begun
 
     def step(self, name: str, text: str, left: float, action: Callable):
-        """Does one step unless it was done before, and keeps what it found."""
-        if name not in self.found:
+        """Does one step unless it was done before, and keeps its result."""
+        if name not in self.results:
             self.progress(text, left)
-            self.found[name] = action()
+            self.results[name] = action()
             self._keep()
-        return self.found[name]
+        return self.results[name]
 
     def _keep(self) -> None:
-        storage.write_json(self.partial, self.found | {"seconds": self.spent})
+        storage.write_json(self.partial, self.results | {"seconds": self.spent})
 
     def run(self) -> dict:
         """The finished profile, which is also written.
 
         Raises:
-            CalibrationError: nothing runs here, or what was measured can't be.
+            CalibrationError: nothing runs here, or what was measured is impossible.
         """
-        found, left = self.found, self.effort.limit - self.spent
+        left = self.effort.limit - self.spent
         self.progress("what this machine is", left)
-        found["machine"] = identity.describe(self.hardware)  # now, also when an earlier calibration goes on
+        self.results["machine"] = identity.describe(self.hardware)  # now, also when an earlier calibration goes on
         # MLX compiles in no time, and has no switch that a trial would see.
         compiled = None if self.effort.compiled or self.hardware.backend == "mlx" else False
         self.progress("the backend, and kernels that it can fetch", left)
         self.backend = backends.load(compiled=compiled, fetch=True)
         device, bench_ = self.backend.device, self.backend.bench
-        found["compiled"] = device.compiled
+        self.results["compiled"] = device.compiled
         self.step("free_memory", "free memory", left, self.backend.free_memory)
         tried = self.step("precisions", "precisions", left, lambda: bench.try_precisions(bench_, self.effort.repeats))
         precision = bench.choose_precision(tried)
@@ -161,48 +170,47 @@ class Measurement:
                 f"measuring this device failed: {bench.reason(bench_, error)}. If its memory is "
                 "full, close what uses it; then calibrate again"
             ) from error
-        self._trials(tried, precision)
-        return self._finish()
+        return self._finish(self._trials(tried, precision))
 
     def _settle_provider(self) -> None:
-        """What an interrupted calibration measured with another provider of attention says nothing of this one."""
+        """Drops what an interrupted calibration measured with another provider of attention."""
         provider = self.backend.bench.attention_provider
-        if self.found.get("attention_provider", provider) != provider:
+        if self.results.get("attention_provider", provider) != provider:
             for name in ("round", "chosen", "trials", "matrices", "cut_short"):
-                self.found.pop(name, None)
-        self.found |= {"attention_provider": provider, "kernels": self.backend.device.kernels}
+                self.results.pop(name, None)
+        self.results |= {"attention_provider": provider, "kernels": self.backend.device.kernels}
 
     def _provider(self, attention: dict[str, str]) -> str | None:
-        """Where what was chosen comes from, unless all of it is the framework's own."""
-        return self.found["attention_provider"] if "fa3" in attention.values() else None
+        """Where the chosen attention comes from; None if it is the framework's own."""
+        return self.results["attention_provider"] if "fa3" in attention.values() else None
 
     # --- On the device, in this process ---
 
     def _round(self, tried: dict, precision: str) -> dict:
         """One round of what this process measures."""
-        found = {
+        measured = {
             "products": self._products(tried, precision),
             "bandwidth": self._bandwidth(),
             "attention": (attention := self._attention(precision)),
         }
-        found["rows"] = max(one["rows"] for one in attention["full"].values() if not isinstance(one, str))
+        measured["rows"] = max(times["rows"] for times in attention["full"].values() if not isinstance(times, str))
         if best := rule.best_depth(self._known()):
-            found["model_products"] = {sizes(best): self._model_products(precision, best)}
+            measured["model_products"] = {label(best): self._model_products(precision, best)}
         self.backend.bench.forget()
-        return found
+        return measured
 
     def _another_round(self, tried: dict, precision: str) -> None:
         """What a later round adds; if it fails, the earlier ones stand."""
         try:
-            self.found["round"] = merged(self.found["round"], self._round(tried, precision))
+            self.results["round"] = merged(self.results["round"], self._round(tried, precision))
         except Exception as error:  # memory that something else has taken meanwhile
             self.progress(f"measuring once more failed: {bench.reason(self.backend.bench, error)}", 5.0)
         self._keep()
 
     def _square(self, precision: str) -> int:
         """The size of products that keeps the device busy."""
-        if "round" in self.found:
-            return self.found["round"]["products"]["square"]
+        if "round" in self.results:
+            return self.results["round"]["products"]["square"]
         square = 512
         while square < LARGEST_SQUARE:
             took = min(bench.seconds(self.backend.bench.product(precision, square, square, square), 2))
@@ -212,39 +220,38 @@ class Measurement:
         return square
 
     def _products(self, tried: dict, precision: str) -> dict:
-        """Rates of square products in each usable precision; of smaller ones in one too slow for them."""
+        """Rates of square products in each usable precision; a precision too slow for that size gets a smaller one."""
         square, rates = self._square(precision), {}
-        for name, found in tried.items():
-            n = square if not isinstance(found, str) and found["product"] * SQUARE_SECONDS * 8 > 2 * square**3 else 512
-            rates[name] = (
-                found
-                if isinstance(found, str)
-                else spread(bench.product_rates(self.backend.bench, name, n, self.effort.repeats))
-            )
+        for name, speeds in tried.items():
+            if isinstance(speeds, str):  # why it can't be used
+                rates[name] = speeds
+                continue
+            n = square if speeds["product"] * SQUARE_SECONDS * 8 > 2 * square**3 else 512
+            rates[name] = spread(bench.product_rates(self.backend.bench, name, n, self.effort.repeats))
         return {"square": square, "rates": rates}
 
-    def _bandwidth(self) -> dict:
-        """Bytes per second, read and written, of a copy."""
+    def _bandwidth(self) -> Spread:
+        """Bytes per second, read and written, while copying."""
         size = min(COPIED, self.hardware.memory // 32)
         return spread([2 * size / took for took in bench.seconds(self.backend.bench.copy(size), self.effort.repeats)])
 
     def _attention(self, precision: str) -> dict:
-        rows = self.found["round"]["rows"] if "round" in self.found else None
+        rows = self.results["round"]["rows"] if "round" in self.results else None
         tried = bench.try_attention(self.backend.bench, precision, self.effort.repeats, forward=True, rows=rows)
         return {
             kind: {
-                name: found
-                if isinstance(found, str)
-                else found | {part: spread(found[part]) for part in ("forward", "both")}
-                for name, found in by_name.items()
+                name: times
+                if isinstance(times, str)
+                else times | {part: spread(times[part]) for part in ("forward", "both")}
+                for name, times in by_name.items()
             }
             for kind, by_name in tried.items()
         }
 
-    def _model_products(self, precision: str, best: Trial) -> list[dict]:
-        """At the shapes of the model's weights, for the tokens of a pass."""
+    def _model_products(self, precision: str, best: Completed) -> list[dict]:
+        """Rates of products at the shapes of the model's weights, for the tokens of a pass."""
         tokens, results = best.rows * prepare.MAX_SEQ_LEN, []
-        for out, into in self.found["matrices"][str(best.depth)]:
+        for out, into in self.results["matrices"][str(best.depth)]:
             if out * into < SMALLEST_MATRIX:
                 continue
             took = bench.seconds(self.backend.bench.product(precision, tokens, into, out), self.effort.repeats)
@@ -253,19 +260,26 @@ class Measurement:
 
     # --- The real train.py, each trial in a process of its own ---
 
-    def _known(self) -> list[Trial]:
-        return [Trial(**trial) for trial in self.found.get("trials", [])]
+    def _known(self) -> list[Outcome]:
+        """The outcomes so far."""
+        return profiles.trials(self.results) if "trials" in self.results else []
 
-    def _trials(self, tried: dict, precision: str) -> None:
+    def _trials(self, tried: dict, precision: str) -> Completed:
+        """Makes the trials that the rule asks for, and returns the best one.
+
+        Raises:
+            CalibrationError: train.py fails, or no trial fits.
+        """
         chosen, pattern = self.step("chosen", "attention", 1.0, lambda: self._chosen(precision))
-        first = rule.start(self.found["round"]["products"]["rates"][precision]["median"], self.found["free_memory"])
-        self.found.setdefault("trials", [])
-        self.found.setdefault("matrices", {})
+        results = self.results
+        first = rule.start(results["round"]["products"]["rates"][precision]["median"], results["free_memory"])
+        results.setdefault("trials", [])
+        results.setdefault("matrices", {})
         took = 30.0 if self.effort.compiled else 8.0
         while (wanted := rule.wanted(self._known(), first)) is not None:
             known = self._known()
             if known and self.spent + took > self.effort.limit and rule.best_depth(known):
-                self.found["cut_short"] = f"no time was left to try depth {wanted[0]} with {wanted[1]} rows"
+                results["cut_short"] = f"no time was left to try depth {wanted[0]} with {wanted[1]} rows"
                 break
             depth, rows = wanted
             self.progress(
@@ -273,61 +287,62 @@ class Measurement:
                 max(self.effort.limit - self.spent, took) if len(known) < 3 else 3 * took,
             )
             start = time.monotonic()
-            best = rule.best_depth(known)  # whose batch the optimizer's work is to be spread over as in a whole run
+            best = rule.best_depth(known)  # its batch, so that the optimizer has the share of time of a whole run
             total = rule.total_batch(best.rate * prepare.TIME_BUDGET) if best else first[2]
             same = rule.at(known, depth)  # trials of one depth have one batch, so that rows are all that differs
             total = max(same[0].total_batch_size if same else total, rows * prepare.MAX_SEQ_LEN)
-            trial = Trial(depth, rows, total, pattern, precision)
-            self._record(trial, self._try(trial, chosen))
-            failed = self._known()[-1].failed
-            if failed and "memory" not in failed and "not done" not in failed:
+            outcome, matrices = self._try(Trial(depth, rows, total, pattern, precision), chosen)
+            if matrices:
+                results["matrices"][str(depth)] = matrices
+            results["trials"].append(asdict(outcome))
+            self._keep()
+            if isinstance(outcome, Failed) and "memory" not in outcome.failed and "not done" not in outcome.failed:
                 self.partial.unlink(missing_ok=True)
-                raise CalibrationError(f"train.py does not run here: {failed}. Mend that, and calibrate again")
+                raise CalibrationError(f"train.py does not run here: {outcome.failed}. Fix that, and calibrate again")
             self._another_round(tried, precision)
             took = time.monotonic() - start
         best = rule.best_depth(self._known())
         if not best:
             self.partial.unlink(missing_ok=True)  # what is free may be more the next time
             raise CalibrationError(rule.nothing_fits(self._known()))
-        if sizes(best) not in self.found["round"].get("model_products", {}):  # killed before it was measured
+        if label(best) not in results["round"].get("model_products", {}):  # killed before it was measured
             self._another_round(tried, precision)
+        return best
 
     def _chosen(self, precision: str) -> tuple[dict[str, str], str]:
         """Attention and window pattern of the trials: settled before them, so that they compare."""
-        attention = self.found["round"]["attention"]
-        chosen = bench.choose_attention(rule.medians(attention), self.hardware.memory, self.found["compiled"])
+        attention = self.results["round"]["attention"]
+        chosen = bench.choose_attention(rule.medians(attention), self.hardware.memory, self.results["compiled"])
         return chosen, rule.window_pattern(attention, chosen)[0]
 
-    def _record(self, trial: Trial, found: dict) -> None:
-        if matrices := found.pop("matrices", None):
-            self.found["matrices"][str(trial.depth)] = matrices
-        self.found["trials"].append(profile.as_json(replace(trial, **found)))
-        self._keep()
-
-    def _try(self, trial: Trial, attention: dict) -> dict:
-        """What a run of train.py at these sizes found: fields of Trial, and "matrices"."""
+    def _try(self, trial: Trial, attention: dict[str, str]) -> tuple[Outcome, list[list[int]]]:
+        """Runs train.py at these sizes. Also returns the shapes of the model's matrices, none where it failed."""
         settings = Settings(
             trial.depth, trial.rows, trial.total_batch_size, trial.window_pattern, trial.precision, attention
         )
         free = self.backend.free_memory()
+
+        def failed(reason: str) -> tuple[Failed, list[list[int]]]:
+            return Failed(**vars(trial), free_memory=free, failed=reason), []
+
         with tempfile.TemporaryDirectory(prefix="autoresearch-") as folder:
             asked, result = Path(folder) / "profile.json", Path(folder) / "result.json"
             storage.write_json(
                 asked,
                 {
-                    **self.sort,
+                    **self.header,
                     "made": "a trial",
                     "settings": asdict(settings),
                     "attention_provider": self._provider(attention),
-                    "kernels": self.found.get("kernels"),
-                    "products": self.found["round"]["products"],
+                    "kernels": self.results.get("kernels"),
+                    "products": self.results["round"]["products"],
                     "trials": [],
                 },
             )
             try:
                 done = subprocess.run(
                     [sys.executable, "-m", "calibration.trial", str(result), str(self.effort.trial_seconds)],
-                    cwd=profile.TRAIN.parent,
+                    cwd=profiles.TRAIN.parent,
                     capture_output=True,
                     text=True,
                     errors="replace",
@@ -340,46 +355,46 @@ class Measurement:
                     ),
                 )
             except subprocess.TimeoutExpired:  # memory that is swapped, most likely
-                return {"free_memory": free, "failed": f"not done after {TRIAL_TIMEOUT} s"}
+                return failed(f"not done after {TRIAL_TIMEOUT} s")
             if done.returncode or not result.exists():
-                return {"free_memory": free, "failed": why(done)}
-            found = json.loads(result.read_text())
-        if found.pop("rows_at_once") < trial.rows:
-            return {"free_memory": free, "failed": "out of memory"}
-        return found | {"free_memory": free, "tokens_per_second": spread(found["tokens_per_second"])}
+                return failed(why(done))
+            measured = json.loads(result.read_text())
+        matrices = measured.pop("matrices")
+        if measured.pop("rows_at_once") < trial.rows:
+            return failed("out of memory")
+        rate = spread(measured.pop("tokens_per_second"))
+        return Completed(**vars(trial), **measured, tokens_per_second=rate, free_memory=free), matrices
 
     # --- The profile ---
 
-    def _finish(self) -> dict:
+    def _finish(self, best: Completed) -> dict:
         only_here = "round", "chosen", "matrices", "seconds"
-        found = {name: value for name, value in self.found.items() if name not in only_here}
-        found |= {name: value for name, value in self.found["round"].items() if name != "rows"}
-        settings, reasons = rule.scale(
-            {"chosen": self.found["chosen"][0], "attention": found["attention"], "trials": self._known()}
-        )
-        found["model_products"] = found.get("model_products", {}).get(sizes(rule.best_depth(self._known())), [])
-        result = {
-            **found,
+        measured = {name: value for name, value in self.results.items() if name not in only_here}
+        measured |= {name: value for name, value in self.results["round"].items() if name != "rows"}
+        settings, reasons = rule.scale(self._known(), measured["attention"], self.results["chosen"][0])
+        measured["model_products"] = measured.get("model_products", {}).get(label(best), [])
+        profile = {
+            **measured,
             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(self.spent, 1),
             "settings": asdict(settings),
             "attention_provider": self._provider(settings.attention),
             "reasons": reasons,
         }
-        result["warnings"] = identity.warnings(found["machine"]) + unsteady(result)
-        result["trials"] = drifting(result)
-        if problem := profile.impossible(result):
+        profile["warnings"] = identity.warnings(profile["machine"]) + unsteady(profile)
+        profile["trials"] = drifting(profile)
+        if problem := profiles.impossible(profile):
             raise CalibrationError(
                 f"what was measured can't be true: {problem}. Run it again with --fresh; if that "
                 f"says the same, please report it with the file {self.partial}"
             )
-        storage.write_json(self.path, result)
+        storage.write_json(self.path, profile)
         self.partial.unlink(missing_ok=True)
-        return result
+        return profile
 
 
 def environment(**values: str) -> dict[str, str]:
-    """For a trial: nothing of the user's that would change what is measured."""
+    """The environment of a trial: no setting of the user's that would change what is measured."""
     of_machine = [f"AUTORESEARCH_{name}" for name in ("HOME", "DEVICE", "FA3_LIBRARY")]
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("AUTORESEARCH_") or name in of_machine
@@ -388,47 +403,45 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def why(done: subprocess.CompletedProcess) -> str:
-    """Why a trial failed, in a line."""
+    """The reason for which a trial failed, in one line."""
     if "out of memory" in done.stderr.lower() or "OutOfMemory" in done.stderr or "MemoryError" in done.stderr:
         return "out of memory"
-    if done.returncode in (-9, -6):  # by the system; by MLX on a CPU, which has no other way to say so
+    if done.returncode in (-9, -6):  # -9 by the system; -6 by MLX on a CPU, which has no other way to say so
         return f"killed by signal {-done.returncode}: most likely out of memory"
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     return (lines or [f"exit status {done.returncode}"])[-1].strip()[:200]
 
 
-def drifting(found: dict) -> list[dict]:
+def drifting(profile: dict) -> list[dict]:
     """The trials, each with at least the spread that products had over the minutes: a trial is made once, and another
     calibration makes it in another minute."""
-    drift = scatter(found["products"]["rates"][found["settings"]["precision"]])
+    drift = scatter(profile["products"]["rates"][profile["settings"]["precision"]])
 
-    def widened(one):
-        low, high = (float(f"{side * one['median']:.5g}") for side in (1 / (1 + drift), 1 + drift))
-        return {**one, "low": min(low, one["low"]), "high": max(high, one["high"])}
+    def widened(rate: Spread) -> Spread:
+        low, high = (float(f"{side * rate['median']:.5g}") for side in (1 / (1 + drift), 1 + drift))
+        return {**rate, "low": min(low, rate["low"]), "high": max(high, rate["high"])}
 
     return [
         trial if "failed" in trial else {**trial, "tokens_per_second": widened(trial["tokens_per_second"])}
-        for trial in found["trials"]
+        for trial in profile["trials"]
     ]
 
 
-def sizes(trial: Trial) -> str:
+def label(trial: Trial) -> str:
     return f"depth {trial.depth}, {trial.rows} rows"
 
 
-def unsteady(found: dict) -> list[str]:
+def unsteady(profile: dict) -> list[str]:
     """Measurements whose repeats are so far apart that something else must have been using the device."""
-    precision = found["settings"]["precision"]
-    measured = {
-        f"products in {precision}": found["products"]["rates"][precision],
-        "memory bandwidth": found["bandwidth"],
+    precision = profile["settings"]["precision"]
+    spreads: dict[str, Spread] = {
+        f"products in {precision}": profile["products"]["rates"][precision],
+        "memory bandwidth": profile["bandwidth"],
     }
-    measured |= {
-        f"train.py at {sizes(trial)}": trial.tokens_per_second for trial in profile.trials(found) if not trial.failed
-    }
+    spreads |= {f"train.py at {label(trial)}": trial.tokens_per_second for trial in profiles.completed(profile)}
     return [
-        f"{name}: repeats from {one['low']:.3g} to {one['high']:.3g}: is another program using the device? Close "
-        "it and calibrate again"
-        for name, one in measured.items()
-        if scatter(one) > SCATTER
+        f"{name}: repeats from {repeats['low']:.3g} to {repeats['high']:.3g}: is another program using the device? "
+        "Close it and calibrate again"
+        for name, repeats in spreads.items()
+        if scatter(repeats) > SCATTER
     ]

@@ -12,5 +12,5 @@ MOST = 0.06  # fewer tokens than on that CPU were not measured
 
 
 def expected(tokens: float) -> float:
-    """Standard deviation of val_bpb between seeds, as a share of it, for a run that reads so many tokens."""
+    """Standard deviation of val_bpb between seeds, as a share of val_bpb, for a run that reads so many tokens."""
     return min(MOST, THERE * (AT_TOKENS / max(tokens, 1.0)) ** EXPONENT)

@@ -1,18 +1,17 @@
-"""Profiles: what a calibration found, as a JSON file that people and programs read."""
+"""Profiles: what a calibration measured and chose, as a JSON file that people and programs read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import prepare
 import storage
 from backends.bench import KINDS, PRECISIONS
 from backends.interface import Calibrated, Hardware
-from calibration.rule import Settings, Trial
+from calibration.rule import Completed, Failed, Outcome, Settings
 
 FORMAT = 1
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -34,52 +33,52 @@ def baseline(path: Path = TRAIN) -> str:
     return storage.sha256(path)[:12]
 
 
-def tag(found: dict) -> str:
-    """A profile's own: what results carry."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+def tag(profile: dict) -> str:
+    """The profile's digest, which results carry."""
+    return hashlib.sha256(json.dumps(profile, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read(path: Path, hardware: Hardware | None = None) -> dict:
     """A profile, checked.
 
     Args:
-        hardware: what it has to be of.
+        hardware: the device that it must have been made on; None for any.
 
     Raises:
-        ProfileError: it is missing, cut short, of another format or device, or says what can't be.
+        ProfileError: it is missing, cut short, of another format or device, or has impossible values.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        profile = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ProfileError(f"there is no profile {path}; {AGAIN}, or unset AUTORESEARCH_PROFILE") from None
     except (ValueError, OSError) as error:
         raise ProfileError(f"{path} can't be read ({error}); delete it and {AGAIN}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(profile, dict) or profile.get("format") != FORMAT:
         raise ProfileError(f"{path} is not a profile of format {FORMAT}; delete it and {AGAIN}")
-    if problem := impossible(found):
+    if problem := impossible(profile):
         raise ProfileError(f"{path} can't be true: {problem}; delete it and {AGAIN}")
-    if hardware and (found["device"], found["backend"]) != (hardware.slug, hardware.backend):
+    if hardware and (profile["device"], profile["backend"]) != (hardware.slug, hardware.backend):
         raise ProfileError(
-            f"{path} is of {found['device']} with {found['backend']}, and this is {hardware.slug} with "
+            f"{path} is of {profile['device']} with {profile['backend']}, and this is {hardware.slug} with "
             f"{hardware.backend}; unset AUTORESEARCH_PROFILE and {AGAIN}"
         )
-    return found
+    return profile
 
 
-def impossible(found: dict) -> str | None:
+def impossible(profile: dict) -> str | None:
     """What is wrong with a profile's values, or None."""
     try:
         for name in ("device", "backend", "made", "train"):
-            if not (isinstance(found[name], str) and found[name]):
-                return f"{name} is {found[name]!r}"
-        if not isinstance(found.get("attention_provider"), (str, type(None))):
-            return f"attention_provider is {found['attention_provider']!r}"
-        kernels = found.get("kernels") or {}
+            if not (isinstance(profile[name], str) and profile[name]):
+                return f"{name} is {profile[name]!r}"
+        if not isinstance(profile.get("attention_provider"), (str, type(None))):
+            return f"attention_provider is {profile['attention_provider']!r}"
+        kernels = profile.get("kernels") or {}
         if not (isinstance(kernels, dict) and all(isinstance(v, int) and v >= 0 for v in kernels.values())):
             return f"kernels are {kernels!r}"
-        if not isinstance(found["versions"], dict):
-            return f"versions are {found['versions']!r}"
-        settings = Settings(**found["settings"])
+        if not isinstance(profile["versions"], dict):
+            return f"versions are {profile['versions']!r}"
+        settings = Settings(**profile["settings"])
         sizes = settings.depth, settings.device_batch_size, settings.total_batch_size
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             return f"sizes are {sizes}, and have to be positive whole numbers"
@@ -92,16 +91,16 @@ def impossible(found: dict) -> str | None:
             return f"window_pattern is {settings.window_pattern!r}"
         if settings.precision not in PRECISIONS or settings.attention.keys() != KINDS.keys():
             return f"precision is {settings.precision!r}, attention {settings.attention!r}"
-        square, products = found["products"]["square"], found["products"]["rates"]
+        square, products = profile["products"]["square"], profile["products"]["rates"]
         if not (isinstance(square, int) and square > 0 and isinstance(products[settings.precision], dict)):
             return f"there is no rate of products in {settings.precision}"
-        if problem := _impossible_spread(found, ""):
+        if problem := _impossible_spread(profile, ""):
             return problem
-        for kind, name in settings.attention.items() if "attention" in found else ():
-            if not isinstance(found["attention"][kind][name], dict):
-                return f"attention {name} is chosen, and was {found['attention'][kind][name]}"
-        for trial in trials(found):
-            if not trial.failed and min(trial.flops_per_token, trial.peak_memory, trial.free_memory, trial.rate) <= 0:
+        for kind, name in settings.attention.items() if "attention" in profile else ():
+            if not isinstance(profile["attention"][kind][name], dict):
+                return f"attention {name} is chosen, and was {profile['attention'][kind][name]}"
+        for trial in completed(profile):
+            if min(trial.flops_per_token, trial.peak_memory, trial.free_memory, trial.rate) <= 0:
                 return f"a trial at depth {trial.depth} has {trial}"
     except (KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -123,45 +122,45 @@ def _impossible_spread(part, where: str) -> str | None:
     return next((problem for name, inner in part if (problem := _impossible_spread(inner, f"{where}.{name}"))), None)
 
 
-def stale(found: dict, hardware: Hardware, train: str | None = None) -> list[str]:
+def stale(profile: dict, hardware: Hardware, train: str | None = None) -> list[str]:
     """What has changed since a profile was made, by name.
 
     Args:
         train: `baseline` of the train.py that a session starts from; None while experiments edit it.
     """
-    before, now = found["versions"], hardware.versions
+    before, now = profile["versions"], hardware.versions
     reasons = [
         f"made with {name} {before.get(name)}, here is {now.get(name)}"
         for name in sorted({*before, *now})
         if name not in WITHOUT_EFFECT and before.get(name) != now.get(name)
     ]
-    if train and found["train"] != train:
-        reasons.append(f"made for another train.py ({found['train']}, here is {train})")
+    if train and profile["train"] != train:
+        reasons.append(f"made for another train.py ({profile['train']}, here is {train})")
     return reasons
 
 
-def settings(found: dict) -> Settings:
-    return Settings(**found["settings"])
+def settings(profile: dict) -> Settings:
+    return Settings(**profile["settings"])
 
 
-def calibrated(found: dict) -> Calibrated:
+def calibrated(profile: dict) -> Calibrated:
     """What a backend takes from a profile instead of trying it."""
-    chosen, products = settings(found), found["products"]
+    chosen, products = settings(profile), profile["products"]
     rate = products["rates"][chosen.precision]["median"]
     return Calibrated(
-        tag(found),
+        tag(profile),
         chosen.precision,
         chosen.attention,
         rate,
         products["square"],
-        found.get("attention_provider"),
-        found.get("kernels"),
+        profile.get("attention_provider"),
+        profile.get("kernels"),
     )
 
 
-def trials(found: dict) -> list[Trial]:
-    return [Trial(**trial) for trial in found["trials"]]
+def trials(profile: dict) -> list[Outcome]:
+    return [Failed(**trial) if "failed" in trial else Completed(**trial) for trial in profile["trials"]]
 
 
-def as_json(trial: Trial) -> dict:
-    return {name: value for name, value in asdict(trial).items() if value is not None}
+def completed(profile: dict) -> list[Completed]:
+    return [trial for trial in trials(profile) if isinstance(trial, Completed)]

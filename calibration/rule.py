@@ -29,7 +29,9 @@ smaller batch's: memory that the system shares is swapped before it runs out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from prepare import MAX_SEQ_LEN, TIME_BUDGET
 
@@ -44,49 +46,67 @@ SLOWER = 0.95  # below this share of a smaller batch's tokens/s, memory is being
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Defaults of `train.py`.
+class Sizes:
+    """Sizes that `train.py` takes from the calibration.
 
     Attributes:
         depth, window_pattern: of the model.
         device_batch_size: rows per pass. total_batch_size: tokens per optimizer step.
-        precision, attention: of the backend; None where nothing was measured: it then tries.
     """
 
     depth: int
     device_batch_size: int
     total_batch_size: int
     window_pattern: str
-    precision: str | None = None
-    attention: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Settings(Sizes):
+    """What a calibration chose: sizes, the precision to compute in, and the attention by kind of window."""
+
+    precision: str
+    attention: dict[str, str]
 
 
 # Without measurements: small enough for any device that is of use here.
-SAFE = Settings(depth=2, device_batch_size=2, total_batch_size=2**13, window_pattern="L")
+SAFE = Sizes(depth=2, device_batch_size=2, total_batch_size=2**13, window_pattern="L")
+
+
+class Spread(TypedDict):
+    """Repeats of a measurement: their median, lowest and highest value, and their number."""
+
+    median: float
+    low: float
+    high: float
+    n: int
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run of `train.py`: what it was asked for, and what it found (None until then).
-
-    Attributes:
-        tokens_per_second: {"median", "low", "high", "n"} over steps.
-        peak_memory, free_memory: bytes at its peak, and before it started.
-        flops_per_token, num_params: as `train.py` reports them.
-        failed: why there are no such numbers.
-    """
+    """What a short run of `train.py` is asked for: `rows` are of a pass, `total_batch_size` is tokens per step."""
 
     depth: int
     rows: int
     total_batch_size: int
     window_pattern: str
     precision: str
-    tokens_per_second: dict | None = None
-    peak_memory: int | None = None
-    free_memory: int | None = None
-    flops_per_token: float | None = None
-    num_params: int | None = None
-    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class Completed(Trial):
+    """A trial that ran to its end.
+
+    Attributes:
+        tokens_per_second: over steps.
+        peak_memory, free_memory: bytes at its peak, and before it started.
+        flops_per_token, num_params: as `train.py` reports them.
+    """
+
+    tokens_per_second: Spread
+    peak_memory: int
+    free_memory: int
+    flops_per_token: float
+    num_params: int
 
     @property
     def rate(self) -> float:
@@ -98,8 +118,19 @@ class Trial:
         return self.rate * TIME_BUDGET / (self.flops_per_token / 6)
 
 
+@dataclass(frozen=True)
+class Failed(Trial):
+    """A trial that did not run to its end; `failed` is the reason."""
+
+    free_memory: int
+    failed: str
+
+
+Outcome = Completed | Failed
+
+
 def window_pattern(attention: dict, chosen: dict[str, str]) -> tuple[str, str]:
-    """("SSSL" or "L", why), from what `bench.try_attention` found."""
+    """("SSSL" or "L", why), from what `bench.try_attention` measured, as spreads."""
     full, window = (attention[kind][chosen[kind]]["both"]["median"] for kind in ("full", "window"))
     saves = window / full <= WINDOW_SAVES
     return (
@@ -108,55 +139,54 @@ def window_pattern(attention: dict, chosen: dict[str, str]) -> tuple[str, str]:
     )
 
 
-def fitting(trials: list[Trial]) -> list[Trial]:
-    """Those trials whose batch fits, by rows."""
+def fitting(trials: Sequence[Outcome]) -> list[Completed]:
+    """The trials of one depth whose batch fits, in the order of their rows."""
     fit = []
-    for trial in sorted((t for t in trials if t.failed is None), key=lambda t: t.rows):
+    for trial in sorted((t for t in trials if isinstance(t, Completed)), key=lambda t: t.rows):
         in_memory = trial.peak_memory <= SHARE_OF_MEMORY * trial.free_memory
         if in_memory and all(trial.rate >= SLOWER * smaller.rate for smaller in fit):
             fit.append(trial)
     return fit
 
 
-def at(trials: list[Trial], depth: int) -> list[Trial]:
+def at(trials: Sequence[Outcome], depth: int) -> list[Outcome]:
     return [trial for trial in trials if trial.depth == depth]
 
 
-def best_rows(trials: list[Trial]) -> Trial | None:
-    """Of one depth's trials that fit: the fewest rows that are nearly as fast as any."""
+def best_rows(trials: Sequence[Outcome]) -> Completed | None:
+    """The trial with the fewest rows that is nearly as fast as any, among one depth's trials that fit."""
     fit = fitting(trials)
     enough = ENOUGH_SPEED * max((trial.rate for trial in fit), default=0)
     return next((trial for trial in fit if trial.rate >= enough), None)
 
 
-def best_depth(trials: list[Trial]) -> Trial | None:
+def best_depth(trials: Sequence[Outcome]) -> Completed | None:
     """The trial at the depth that the rule takes, with its best rows."""
     candidates = [best for depth in LADDER if (best := best_rows(at(trials, depth)))]
     return min(candidates, key=lambda t: abs(math.log(t.ratio / TOKENS_PER_PARAMETER)), default=None)
 
 
 def total_batch(tokens: float) -> int:
-    """Tokens per optimizer step, for a run that reads so many."""
+    """Tokens per optimizer step, for a run that reads `tokens` in all."""
     best = BATCH_TOKENS * (tokens / BATCH_AT) ** BATCH_EXPONENT
     most = math.floor(math.log2(max(1, tokens / LEAST_STEPS)))
     return 2 ** max(int(math.log2(MAX_SEQ_LEN)), min(round(math.log2(best)), most))
 
 
-def scale(measured: dict) -> tuple[Settings, list[str]]:
+def scale(trials: Sequence[Outcome], measured: dict, attention: dict[str, str]) -> tuple[Settings, list[str]]:
     """The defaults, and why.
 
     Args:
-        measured: "attention" as `bench.try_attention` has it, but with medians and their spread for lists of seconds;
-            "chosen", what the trials computed it with; and "trials" of `Trial`.
+        measured: as `bench.try_attention` returns it, but with spreads for lists of seconds.
+        attention: what the trials computed it with, by kind of window.
 
     Raises:
         ValueError: no trial fits: the message says what the smallest one needed.
     """
-    trials, attention = measured["trials"], measured["chosen"]
     best = best_depth(trials)
     if best is None:
         raise ValueError(nothing_fits(trials))
-    _, why = window_pattern(measured["attention"], attention)
+    _, why = window_pattern(measured, attention)
     tokens = best.rate * TIME_BUDGET
     total = total_batch(tokens)
     rows = min(best.rows, total // MAX_SEQ_LEN)
@@ -174,17 +204,20 @@ def scale(measured: dict) -> tuple[Settings, list[str]]:
     return Settings(best.depth, rows, total, best.window_pattern, best.precision, attention), reasons
 
 
-def nothing_fits(trials: list[Trial]) -> str:
+def nothing_fits(trials: Sequence[Outcome]) -> str:
     smallest = min(trials, key=lambda t: (t.depth, t.rows), default=None)
     if smallest is None:
         return "nothing was tried yet"
-    found = smallest.failed or (
-        f"needs {smallest.peak_memory / 1e9:.2f} GB of the {smallest.free_memory / 1e9:.2f} GB "
-        f"that are free, more than {SHARE_OF_MEMORY:.0%}"
-    )
+    if isinstance(smallest, Failed):
+        problem = smallest.failed
+    else:
+        problem = (
+            f"it needs {smallest.peak_memory / 1e9:.2f} GB of the {smallest.free_memory / 1e9:.2f} GB that are free, "
+            f"more than {SHARE_OF_MEMORY:.0%}"
+        )
     return (
         f"not even depth {smallest.depth} with {smallest.rows} rows of {MAX_SEQ_LEN} tokens runs on this device: "
-        f"{found}. Close what else uses its memory and calibrate again; or lower MAX_SEQ_LEN in prepare.py"
+        f"{problem}. Close what else uses its memory and calibrate again; or lower MAX_SEQ_LEN in prepare.py"
     )
 
 
@@ -192,8 +225,8 @@ def medians(tried: dict) -> dict:
     """What `bench.choose_attention` reads, from times with their spread."""
     return {
         kind: {
-            name: found if isinstance(found, str) else found | {"both": [found["both"]["median"]]}
-            for name, found in by_name.items()
+            name: times if isinstance(times, str) else times | {"both": [times["both"]["median"]]}
+            for name, times in by_name.items()
         }
         for kind, by_name in tried.items()
     }
@@ -210,21 +243,20 @@ def start(product_rate: float, free: int) -> tuple[int, int, int]:
     return depth, 2 ** int(math.log2(min(rows, affordable))), total
 
 
-def wanted(trials: list[Trial], first: tuple[int, int, int]) -> tuple[int, int] | None:
+def wanted(trials: Sequence[Outcome], first: tuple[int, int, int]) -> tuple[int, int] | None:
     """(depth, rows) of the trial that the decision most needs, or None when it is made: first depths, until the ratio
     is bracketed; then more rows, while they fit and help."""
     if not trials:
         return first[:2]
-    usable = {t.depth: t for depth in LADDER if (t := best_rows(at(trials, depth)))}
-    tried = {trial.depth for trial in trials}
-    if not usable:  # smaller, until something runs
+    best, tried = best_depth(trials), {trial.depth for trial in trials}
+    if best is None:  # smaller, until something runs
         smallest = min(trials, key=lambda t: (t.depth, t.rows))
         if smallest.rows > 1:
             return smallest.depth, smallest.rows // 2
         below = [depth for depth in LADDER if depth < smallest.depth]
         return (below[-1], 1) if below else None
-    best = best_depth(trials)
-    for depth in tried - usable.keys():  # a neighbour that had too many rows is worth another try
+    usable = {depth for depth in tried if fitting(at(trials, depth))}
+    for depth in tried - usable:  # a neighbour that had too many rows is worth another try
         fewest = min(trial.rows for trial in at(trials, depth))
         if fewest > 1 and abs(LADDER.index(depth) - LADDER.index(best.depth)) == 1:
             return depth, fewest // 2
@@ -233,19 +265,19 @@ def wanted(trials: list[Trial], first: tuple[int, int, int]) -> tuple[int, int] 
     return _more_rows(at(trials, best.depth))
 
 
-def _step(best: Trial, tried: set[int]) -> int | None:
+def _step(best: Completed, tried: set[int]) -> int | None:
     """The depth to try beside the best: towards the wanted ratio, by leaps while that is far; None when both
     neighbours on the ladder are known, or can't be better."""
     here = LADDER.index(best.depth)
     aim = best.depth * (best.ratio / TOKENS_PER_PARAMETER) ** 0.2  # D / N falls with the fifth power of depth, or so
     if best.ratio > TOKENS_PER_PARAMETER:
-        above = [d for d in LADDER[here + 1 :]]
+        above = LADDER[here + 1 :]
         beyond = [d for d in above if d in tried]
         if beyond and beyond[0] == above[0]:
             return None
         choices = [d for d in above if (not beyond or d < beyond[0]) and _rows_predicted(best, d)]
     else:
-        below = [d for d in LADDER[:here]]
+        below = LADDER[:here]
         beyond = [d for d in below if d in tried]
         if beyond and beyond[-1] == below[-1]:
             return None
@@ -256,12 +288,12 @@ def _step(best: Trial, tried: set[int]) -> int | None:
 BYTES_PER_PARAMETER = 20  # weights, gradients, the optimizer's state, and copies of them during a step
 
 
-def _fixed(trial: Trial) -> float:
+def _fixed(trial: Completed) -> float:
     """Bytes of a trial's peak that more rows do not add to."""
     return min(BYTES_PER_PARAMETER * trial.num_params, trial.peak_memory / 2)
 
 
-def _rows_predicted(trial: Trial, depth: int) -> int:
+def _rows_predicted(trial: Completed, depth: int) -> int:
     """Rows of a deeper model that should fit, a power of two or 0: what a row takes grows with depth and width, so with
     depth squared, and parameters with its third power."""
     growth, fixed = depth / trial.depth, _fixed(trial)
@@ -270,7 +302,7 @@ def _rows_predicted(trial: Trial, depth: int) -> int:
     return 2 ** int(math.log2(fits)) if fits >= 1 else 0
 
 
-def _more_rows(trials: list[Trial]) -> tuple[int, int] | None:
+def _more_rows(trials: Sequence[Outcome]) -> tuple[int, int] | None:
     """Twice the most rows that fit, if they are not known to be too many, should fit and could be used, and the last
     doubling helped."""
     fit = fitting(trials)
@@ -282,9 +314,9 @@ def _more_rows(trials: list[Trial]) -> tuple[int, int] | None:
     return (last.depth, rows) if helped and used and fits and new else None
 
 
-def predicted_peak(trials: list[Trial], rows: int) -> float:
+def predicted_peak(trials: Sequence[Completed], rows: int) -> float:
     """Bytes, by the line through the last two trials of a depth; from one alone, with the fixed part as parameters."""
-    *_, last = trials
+    last = trials[-1]
     if len(trials) == 1:
         return _fixed(last) + (last.peak_memory - _fixed(last)) * rows / last.rows
     before = trials[-2]

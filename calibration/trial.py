@@ -54,12 +54,12 @@ class Tokens:
 class Clock(prepare.Clock):
     """Notes each step's seconds; ends after a few seconds of them."""
 
-    def __init__(self, backend, model, loader, seconds):
+    def __init__(self, backend, model, loader, seconds: float):
         super().__init__(backend, model, loader, LONGEST * seconds)
         self.enough, self.took, self.parent = seconds, [], os.getppid()
 
     def tick(self, loss):
-        if os.getppid() != self.parent:  # it was killed, and the next one is not to be disturbed
+        if os.getppid() != self.parent:  # the calibration was killed; the next one must not be disturbed
             raise SystemExit("the calibration that started this trial is gone")
         self.took.append(super().tick(loss))
         return self.took[-1]
@@ -74,9 +74,9 @@ def main(result: Path, seconds: float) -> None:
     noted = {}
     warm_up = interface.Trainer.warm_up
 
-    def watched(trainer, x, y):
-        warm_up(trainer, x, y)
-        noted["rows_at_once"] = trainer.rows_at_once
+    def watched(self, x, y):
+        warm_up(self, x, y)
+        noted["rows_at_once"] = self.rows_at_once
 
     def report(clock, *, num_params, flops_per_token, depth, **_):
         if (depth, clock.loader.batch_size) != (asked.depth, asked.device_batch_size):

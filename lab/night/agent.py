@@ -25,7 +25,7 @@ from lab import untrusted
 from lab.genome import kinds, syntax as source
 from lab.run import log as capture
 from lab.errors import LabError
-from lab.run.processes import runs
+from lab.run import processes
 from lab.session.session import Session
 from lab.session.repository import TRAIN, Tree
 
@@ -248,36 +248,11 @@ def _run(
 
 def end(mark: str, group: int | None = None, patience: float = GRACE_LEFT) -> int:
     """Ends every process with this mark in its environment or of this process group, and those below; how many."""
-    ended, killing = set(), time.monotonic() + patience
-    for attempt in range(100):  # what is being ended may start another
-        alive = _alive(mark, group)
-        if not alive or attempt and time.monotonic() > killing + 10:  # what hangs in the kernel can't be ended
-            break
-        for process in alive:
-            with suppress(psutil.Error):
-                if time.monotonic() >= killing:
-                    process.kill()
-                elif process.pid not in ended:
-                    process.terminate()
-                ended.add(process.pid)
-        psutil.wait_procs(alive, min(0.2, patience))
-    return len(ended)
+    return processes.end(lambda: _alive(mark, group), patience, ask=True)
 
 
 def _alive(mark: str, group: int | None) -> list[psutil.Process]:
-    found = {}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and _belongs(process, mark, group):
-                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
-    found.pop(os.getpid(), None)
-    return [one for one in found.values() if runs(one)]
-
-
-def _belongs(process: psutil.Process, mark: str, group: int | None) -> bool:
-    if group is not None and (process.pid == group or os.name == "posix" and os.getpgid(process.pid) == group):
-        return True
-    return process.environ().get(MARK) == mark
+    return processes.marked(**{MARK: mark}) + (processes.in_group(group) if group is not None else [])
 
 
 # --- The repository ---

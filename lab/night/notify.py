@@ -7,12 +7,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import suppress
 
 import psutil
 
 from lab import untrusted
-from lab.run.processes import runs
+from lab.run import processes
 
 LIMIT = 30.0  # seconds
 POLL = 0.1  # seconds
@@ -63,22 +62,16 @@ def run(command: str, text: str) -> str | None:
             env={**os.environ, "LAB_MESSAGE": text},
             start_new_session=os.name == "posix",
         )
-        started, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
+        seen, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
         while True:
             ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen
-            started |= in_group(process.pid)
-            for one in list(started):
-                with suppress(psutil.Error):
-                    started.update(one.children(recursive=True))
-            alive = [one for one in started if runs(one)]
-            if ended and not alive or time.monotonic() > deadline:
+            left = alive(seen, process.pid)
+            if ended and not left or time.monotonic() > deadline:
                 break
             time.sleep(POLL)
-        for one in alive:
-            with suppress(psutil.Error):
-                one.kill()
+        processes.end(lambda: alive(seen, process.pid))
         status = process.wait()
-        if alive:
+        if left:
             return f"it took longer than {LIMIT:g} s, and was ended"
         if status == 0:
             return None
@@ -87,11 +80,9 @@ def run(command: str, text: str) -> str | None:
         return f"exit status {status}" + (f": {said[-1]}" if said else "")
 
 
-def in_group(group: int) -> set[psutil.Process]:
-    """The processes of a group: those, too, whose parents have ended before anybody saw them."""
-    found = set()
-    for pid in psutil.pids() if os.name == "posix" else ():
-        with suppress(OSError, psutil.Error):
-            if os.getpgid(pid) == group:
-                found.add(psutil.Process(pid))
-    return found
+def alive(seen: set[psutil.Process], group: int) -> list[psutil.Process]:
+    """Those that still run of the processes seen so far, of a group, and of all below them, which `seen` gets too: one
+    that has left the group, and whose parent has ended, is found again by having been seen."""
+    below = [child for process in seen for child in processes.tree(process.pid) if process.is_running()]
+    seen.update(below, processes.in_group(group))
+    return [process for process in seen if processes.runs(process)]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from calibration import rule
-from calibration.rule import Trial
+from calibration.rule import Completed, Failed, Outcome
 from dataset import MAX_SEQ_LEN, VOCAB_SIZE
 
 GIB = 2**30
@@ -49,7 +49,7 @@ class Simulated:
     spills: bool = False
     a_row: float = 1.0  # memory of a row, relative to what is usual
 
-    def run(self, depth: int, rows: int) -> Trial:
+    def run(self, depth: int, rows: int) -> Outcome:
         flops = flops_per_token(depth, self.pattern)
         busy = 1 / (1 + self.narrow / 2 / width(depth)) / (1 + self.full_rows * 256 / (rows * width(depth)) / 2)
         rate = self.peak * self.mfu * busy / flops
@@ -64,9 +64,9 @@ class Simulated:
         )
         if memory > self.free:
             if not self.spills:
-                return Trial(**trial, failed="out of memory")
+                return Failed(**trial, failed="out of memory")
             rate, memory = rate / 10, 0.7 * self.free  # what it says it takes, and does not have
-        return Trial(
+        return Completed(
             **trial,
             tokens_per_second=dict(median=rate, low=rate, high=rate, n=5),
             peak_memory=int(memory),
@@ -86,8 +86,7 @@ class Simulated:
             "full": {"fused": one | {"both": spread(3e-3)}},
             "window": {"fused": one | {"both": spread(3e-3 * window)}, "other": "wrong: relative error 1"},
         }
-        measured = {"attention": attention, "chosen": {"full": "fused", "window": "fused"}, "trials": trials}
-        return *rule.scale(measured), trials
+        return *rule.scale(trials, attention, {"full": "fused", "window": "fused"}), trials
 
 
 def spread(value):

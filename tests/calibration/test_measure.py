@@ -68,9 +68,8 @@ def device(monkeypatch):
 
     def run(self, trial, attention):
         here.tried.append((trial.depth, trial.rows))
-        found = here.simulated.run(trial.depth, trial.rows)
-        fields = "tokens_per_second peak_memory free_memory flops_per_token num_params failed".split()
-        return {name: getattr(found, name) for name in fields} | {"matrices": [[64 * trial.depth, 64 * trial.depth]]}
+        outcome = dataclasses.replace(here.simulated.run(trial.depth, trial.rows), **vars(trial))
+        return outcome, [[64 * trial.depth, 64 * trial.depth]]
 
     monkeypatch.setattr(backends, "identify", lambda: HARDWARE)
     monkeypatch.setattr(backends, "load", load)
@@ -97,8 +96,9 @@ def test_a_calibration_writes_a_sound_profile(device):
     assert [(trial["depth"], trial["rows"]) for trial in found["trials"]] == device.tried
     assert any("train.py at depth" in text for text, _ in said) and all(left > 0 for _, left in said)
     defaults = calibration.defaults()
-    assert defaults.depth == found["settings"]["depth"] and defaults.precision == "bfloat16"
-    assert defaults.attention == {"full": "sdpa_causal", "window": "flex"} and defaults.window_pattern == "SSSL"
+    assert defaults.depth == found["settings"]["depth"] and defaults.window_pattern == "SSSL"
+    assert defaults.calibrated.precision == "bfloat16"
+    assert defaults.calibrated.attention == {"full": "sdpa_causal", "window": "flex"}
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -174,22 +174,22 @@ def test_what_was_measured_with_another_provider_of_attention_is_measured_again(
 
 def test_what_an_interrupted_calibration_of_another_kind_left_is_not_used(device):
     measurement = measure.Measurement(measure.FULL)
-    measurement.found["free_memory"] = 1
+    measurement.results["free_memory"] = 1
     measurement._keep()
-    assert "free_memory" in measure.Measurement(measure.FULL).found
-    assert "free_memory" not in measure.Measurement(measure.QUICK).found
-    assert "free_memory" not in measure.Measurement(measure.FULL, fresh=True).found
+    assert "free_memory" in measure.Measurement(measure.FULL).results
+    assert "free_memory" not in measure.Measurement(measure.QUICK).results
+    assert "free_memory" not in measure.Measurement(measure.FULL, fresh=True).results
     measurement.partial.write_text('{"format"')
-    assert "free_memory" not in measure.Measurement(measure.FULL).found
+    assert "free_memory" not in measure.Measurement(measure.FULL).results
 
 
 def test_another_program_on_the_device_is_seen_in_the_spread_and_said(device, monkeypatch):
     alive = measure.Measurement._try
 
     def disturbed(self, trial, attention):
-        found = alive(self, trial, attention)
-        rate = found["tokens_per_second"]["median"]
-        return found | {"tokens_per_second": {"median": rate, "low": rate / 2, "high": 1.1 * rate, "n": 5}}
+        completed, matrices = alive(self, trial, attention)
+        wide = {"median": completed.rate, "low": completed.rate / 2, "high": 1.1 * completed.rate, "n": 5}
+        return dataclasses.replace(completed, tokens_per_second=wide), matrices
 
     monkeypatch.setattr(measure.Measurement, "_try", disturbed)
     warnings = measure.Measurement(measure.FULL).run()["warnings"]
@@ -263,7 +263,8 @@ def test_a_trial_that_hangs_is_given_up(real, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    assert real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)["failed"] == "not done after 300 s"
+    failed, _ = real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)
+    assert failed.failed == "not done after 300 s"
 
 
 def test_after_a_failure_it_starts_again(device):
@@ -366,7 +367,7 @@ def real(monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_BACKEND", "sdpa")
     measurement = measure.Measurement(measure.QUICK)
     measurement.backend = SimpleNamespace(free_memory=lambda: 8 * GIB)
-    measurement.found["round"] = {"products": {"square": 256, "rates": {"float32": spread(1e11)}}}
+    measurement.results["round"] = {"products": {"square": 256, "rates": {"float32": spread(1e11)}}}
     return measurement
 
 
@@ -374,13 +375,10 @@ ATTENTION = {"full": "sdpa_causal", "window": "sdpa_blocks"}
 
 
 def test_a_trial_runs_the_real_train_py(real):
-    found = real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)
-    assert found.get("failed") is None
-    trial = rule.Trial(
-        1, 1, 4096, "L", "float32", **{name: value for name, value in found.items() if name != "matrices"}
-    )
+    trial, matrices = real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)
+    assert isinstance(trial, rule.Completed), trial
     assert trial.rate > 0 and trial.tokens_per_second["n"] >= 3 and trial.peak_memory > 2**27
-    assert [8192, 128] in found["matrices"] and [512, 128] in found["matrices"]
+    assert [8192, 128] in matrices and [512, 128] in matrices
     assert trial.num_params > 2e6 and trial.flops_per_token == 6 * (12 * 128**2 + 8192 * 128 + 32) + 12 * 128 * 2048
 
 
@@ -403,8 +401,8 @@ def test_a_trial_that_fails_says_why(real, monkeypatch, tmp_path):
             **k,
         ),
     )
-    found = real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)
-    assert found["failed"] == "ValueError: an edit" and found["free_memory"] == 8 * GIB
+    failed, matrices = real._try(rule.Trial(1, 1, 2048, "L", "float32"), ATTENTION)
+    assert failed.failed == "ValueError: an edit" and failed.free_memory == 8 * GIB and matrices == []
 
 
 @pytest.mark.slow

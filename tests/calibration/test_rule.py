@@ -10,6 +10,7 @@ from tests.calibration import devices
 from tests.calibration.devices import CPU, GIB, H100, JETSON, M4, RTX_3090, Simulated, spread
 
 from calibration import rule
+from calibration.rule import Completed, Failed
 from prepare import MAX_SEQ_LEN, TIME_BUDGET
 
 ALL = {"cpu": CPU, "jetson": JETSON, "m4": M4, "3090": RTX_3090, "h100": H100}
@@ -24,8 +25,8 @@ def calibrated():
 def test_defaults_fit_with_headroom(calibrated, name):
     settings, _, trials = calibrated[name]
     run = ALL[name].run(settings.depth, settings.device_batch_size)
-    assert run.failed is None and run.peak_memory <= rule.SHARE_OF_MEMORY * ALL[name].free
-    assert all(trial.failed is None for trial in trials)  # memory never ran out on the way
+    assert isinstance(run, Completed) and run.peak_memory <= rule.SHARE_OF_MEMORY * ALL[name].free
+    assert all(isinstance(trial, Completed) for trial in trials)  # memory never ran out on the way
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -58,7 +59,7 @@ def test_no_other_depth_is_nearer_to_the_ratio(calibrated, name):
     chosen = device.run(settings.depth, settings.device_batch_size)
     for depth in rule.LADDER:
         other = device.run(depth, 1)
-        if not other.failed and depth in {trial.depth for trial in trials}:
+        if isinstance(other, Completed) and depth in {trial.depth for trial in trials}:
             best = rule.best_rows(rule.at(trials, depth))
             assert devices.log_distance(chosen.ratio) <= devices.log_distance(best.ratio)
     assert len(trials) <= 9  # a minute each
@@ -102,7 +103,7 @@ def test_a_batch_that_spills_does_not_fit():
     """Under WSL and on shared memory nothing fails: it crawls."""
     device = dataclasses.replace(RTX_3090, free=3 * GIB, spills=True)
     trials = [device.run(4, rows) for rows in (4, 8, 16, 32)]
-    assert [trial.failed for trial in trials] == [None] * 4
+    assert all(isinstance(trial, Completed) for trial in trials)
     fit = rule.fitting(trials)
     assert fit and fit[-1].rows < 32 and all(trial.rate > trials[-1].rate * 2 for trial in fit)
 
@@ -110,9 +111,9 @@ def test_a_batch_that_spills_does_not_fit():
 def test_a_device_too_small_for_the_first_try_gets_a_smaller_default():
     device = dataclasses.replace(M4, free=1.0 * GIB, a_row=6)
     settings, _, trials = device.calibrate()
-    assert trials[0].failed == "out of memory"
+    assert isinstance(trials[0], Failed) and trials[0].failed == "out of memory"
     assert (settings.depth, settings.device_batch_size) < (trials[0].depth, trials[0].rows)
-    assert device.run(settings.depth, settings.device_batch_size).failed is None
+    assert isinstance(device.run(settings.depth, settings.device_batch_size), Completed)
 
 
 def test_a_device_on_which_nothing_runs_says_what_to_do():
@@ -129,13 +130,7 @@ def test_a_batch_over_80_per_cent_of_the_free_memory_does_not_fit():
     assert rule.fitting([trial]) == [trial]
     assert not rule.fitting([dataclasses.replace(trial, free_memory=int(trial.peak_memory * 1.2))])
     with pytest.raises(ValueError, match="needs .* GB of the .* GB that are free, more than 80%"):
-        rule.scale(
-            {
-                "attention": {},
-                "chosen": {},
-                "trials": [dataclasses.replace(trial, free_memory=int(trial.peak_memory * 1.2))],
-            }
-        )
+        rule.scale([dataclasses.replace(trial, free_memory=int(trial.peak_memory * 1.2))], {}, {})
 
 
 def test_the_next_batch_is_tried_only_if_it_should_fit():
@@ -178,4 +173,5 @@ def test_the_total_batch_grows_with_the_tokens_and_leaves_steps(tokens):
 def test_a_leap_of_depth_stays_within_the_memory():
     first = Simulated(7e14, 12 * GIB, 10 * GIB, mfu=0.5).run(4, 4)
     depth, rows = rule.wanted([first], (4, 4, 2**15))
-    assert depth > 4 and Simulated(7e14, 12 * GIB, 10 * GIB, mfu=0.5).run(depth, rows).failed is None
+    assert depth > 4
+    assert isinstance(Simulated(7e14, 12 * GIB, 10 * GIB, mfu=0.5).run(depth, rows), Completed)

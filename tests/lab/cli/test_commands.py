@@ -12,7 +12,7 @@ from sessions import attempt, edited
 
 from lab.cli import commands, render
 from lab.verdict import executor, near_misses as near, opening
-from lab.__main__ import parser
+from lab.cli.arguments import parser
 from lab.errors import LabError
 from lab.session.session import Session, refuse_if_busy
 

@@ -16,7 +16,7 @@ from lab.cli import commands, render
 from lab.run import runner
 from lab.verdict import executor, opening
 from lab.verdict.plan import MOST_LOST
-from lab.__main__ import parser
+from lab.cli.arguments import parser
 from lab.errors import LabError
 from lab.run.runner import Halted
 from lab.session.session import Session
@@ -305,7 +305,7 @@ def paused_and_killed(session, home, times, seed):
             night.train.write_bytes(after.repository.content(after.state.best.blob))
         check(after)
         assert after.held is None
-        lost += sum(run.reason == "paused" for run in after.state.last.runs)
+        lost += sum(run.reason is not None and run.reason.code == "paused" for run in after.state.last.runs)
     return lost
 
 
