@@ -122,8 +122,8 @@ class ExperimentOpened(Event, tag="experiment"):
             kept for. commit: where it is stored.
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
         kinds: what it is about, see genome/kinds.py. diff: a unified diff from parent to blob.
-        members: numbers of the near misses that it puts together. min_runs: seeds that it and its parent are run on at
-            least. pairs, budget: of a confirmation.
+        members: numbers of the near misses that it puts together, or of the one that it repeats.
+        min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation.
     """
 
     number: Number
