@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import storage
@@ -14,7 +13,7 @@ from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
-from lab.session.repository import Repository, here
+from lab.session.repository import here
 from lab.session.session import PREFIX, Session, refuse_if_busy
 from lab.session.state import Experiment
 from lab.untrusted import counted
@@ -142,8 +141,6 @@ def before_night(options) -> bool:
 
     if options.planned is not None:
         return True
-    if not options.plan:
-        _recover_turn(Repository(Path.cwd()))
     planned = plan.plan(Path.cwd(), options)
     with limits.awake() as planned.awake:
         print(*plan.tell(planned), sep="\n", flush=True)
@@ -151,18 +148,6 @@ def before_night(options) -> bool:
             plan.provide(planned, options, lambda text: print(text, flush=True))
     options.planned = planned.deadline or 0.0
     return not options.plan
-
-
-def _recover_turn(repository: Repository) -> None:
-    """Puts HEAD back where a night was killed while its agent had another branch checked out."""
-    from lab.night import agent
-
-    for record in (storage.home() / "sessions").glob(f"*/*/{agent.RECORD}"):
-        with suppress(LabError):  # made by another version, say
-            session = Session(record.parent)
-            if session.local.repository == str(repository.path) and not session.owned_by_night:
-                for text in agent.recover(session):
-                    print(f"the agent {text}")
 
 
 def do_night(session: Session, options) -> int:

@@ -47,14 +47,16 @@ def _this_turn(session: Session, seconds: float | None) -> str:
     return f"""# This turn
 
 The harness runs the loop tonight: where the text above says otherwise about starting, running or waiting, this holds.
-You are called once for each experiment, and this is one call. `train.py` is the best so far.
+You are called once for each experiment, and this is one call. You are in a clone of the repository that is made for
+this turn and deleted after it: what `train.py` holds at the end is taken, and nothing else. `train.py` is the best so
+far.
 
 - Make one edit of `train.py`: one change that you can explain. Then end your turn. The edit is run, judged, and kept or
   put back after that; your next turn tells what became of it.{limit}
 - Don't run the lab (`python -m lab run`, `wait`, `confirm`, ...), `train.py` or anything else that trains: the device
   is needed, and the lab refuses. To read is fine: `python -m lab log N`, `python -m backends.surface train.py`, and
   `git show refs/autoresearch/{session.name}/N`, the change of experiment N.
-- Don't commit, switch branches, reset or stash. Don't edit other files: that has no effect on how you are judged.
+- Don't commit, switch branches, reset or stash. Don't edit other files. None of that has any effect.
 - Don't ask: nobody is there. Decide, and say why.
 - End your answer with one line, which goes into the ledger, of the form `CHANGE: what was changed, and why`."""
 
@@ -139,7 +141,7 @@ def _own_turns(turns: list[TurnTaken]) -> str:
     own = [turn for turn in turns if turn.by == "agent" and turn.outcome not in agent.NEUTRAL]
     after = next((i for i, turn in enumerate(reversed(own)) if turn.outcome == "edited"), len(own))
     told, said = own[len(own) - after :][-TURNS:], "They gave nothing to run; do otherwise this time."
-    if not told and own and own[-1].righted:
+    if not told and own and own[-1].reproached:
         told, said = own[-1:], "The last one gave an experiment; what it did besides had no effect."
     if not told:
         return ""
