@@ -75,11 +75,19 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
     return OPEN, "the same way, how far is open" if same else "may be chance here", _asked(*_to_tell(source, target))
 
 
-def real(one: Effect) -> bool:
-    """Whether an effect is told from chance: better, if that is what it was chosen for; else any way."""
-    if one.known:
-        return t_tail(-one.value / one.error, one.df) <= LEVEL
-    return t_tail(abs(one.value) / one.error, one.df) <= LEVEL / 2
+def real(effect: Effect) -> bool:
+    """Whether an effect with an error is told from chance: better, if that is what it was chosen for; else any way."""
+    error, df = _sure(effect)
+    if effect.known:
+        return t_tail(-effect.value / error, df) <= LEVEL
+    return t_tail(abs(effect.value) / error, df) <= LEVEL / 2
+
+
+def _sure(effect: Effect) -> tuple[float, int]:
+    """(standard error, its degrees of freedom)."""
+    if effect.error is None or effect.df is None:
+        raise ValueError("nothing was repeated: this effect has no error")
+    return effect.error, effect.df
 
 
 def _gap(source: Effect, target: Effect) -> tuple[float, float, int]:

@@ -21,11 +21,11 @@ dark.addEventListener("change", name);
 theme.hidden = false;
 name();
 
-// --- The ledger ---
+// --- The experiments ---
 
-const ledgers = {};
+const tables = {};
 
-class Ledger {
+class Experiments {
   constructor(element) {
     this.session = element.dataset.session;
     this.body = element.querySelector("tbody");
@@ -148,8 +148,8 @@ function diff(text) {
   return pre;
 }
 
-for (const element of document.querySelectorAll(".ledger")) {
-  ledgers[element.dataset.session] = new Ledger(element);
+for (const element of document.querySelectorAll(".experiments")) {
+  tables[element.dataset.session] = new Experiments(element);
 }
 
 // --- Charts: what is pointed at, tapped, or walked to with the arrow keys ---
@@ -230,12 +230,12 @@ class Chart {
     const row = this.row();
     if (!row) return;
     this.leave();
-    const ledger = ledgers[this.session];
+    const table = tables[this.session];
     if (row.hidden) {
-      ledger.form.reset();
-      ledger.filter();
+      table.form.reset();
+      table.filter();
     }
-    ledger.toggle(row, true);
+    table.toggle(row, true);
     row.scrollIntoView({ block: "center" });
     row.cells[0].firstChild.focus({ preventScroll: true });
   }
