@@ -5,69 +5,19 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 from lab.compare import effects
 from lab.compare.effects import Effect, quantity
 from lab.genome.kinds import KINDS
-from lab.session.events import Verdict
 from lab.session.record import Record
 from lab.session.state import BASELINE, MEASURING, Experiment, Run
 from lab.verdict import gate
 
+FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
+STARTED = "device backend source".split()
 DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
-
-
-@dataclass
-class Facts:
-    """A session in numbers, for machines.
-
-    Attributes:
-        place: as in Comparison. sort: of the device, see `sort_of`. source: as of SessionStarted.
-        baseline, best: mean val_bpb, as the session saw it: the best flatters itself. gain: baseline's minus best's;
-            relative: to the baseline's. None without scores. best_number: of the experiment.
-        confirmed: the best against the baseline, on runs of confirmations alone; None without any.
-        confirmation: what the last one said.
-        experiments: without the baseline and confirmations; and of them so many kept, discarded, crashed, invalid.
-        keep_rate, crash_rate: of the experiments. per_hour: experiments. rows: of the ledger.
-        hours: from its first run to the end of its last.
-        tokens, flops, mfu: of a run of the baseline, and of the best: means; the model's, mfu in percent; or None.
-        noise, df: of val_bpb between seeds; None where nothing was repeated.
-    """
-
-    name: str
-    place: str
-    device: str
-    sort: str
-    backend: str
-    budget: float | None
-    eval: str
-    source: str
-    baseline: float | None
-    best: float | None
-    best_number: int | None
-    gain: float | None
-    relative: float | None
-    confirmed: Effect | None
-    confirmation: str
-    experiments: int
-    kept: int
-    discarded: int
-    crashed: int
-    invalid: int
-    keep_rate: float | None
-    crash_rate: float | None
-    per_hour: float | None
-    hours: float | None
-    tokens: tuple[float | None, float | None]
-    flops: tuple[float | None, float | None]
-    mfu: tuple[float | None, float | None]
-    noise: float | None
-    df: int | None
-    rows: int
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -84,21 +34,11 @@ class Spent:
         return self.own + self.beside + self.around
 
 
-class Step(NamedTuple):
-    """A difference of val_bpb, below 0 is better, from the one before."""
-
-    difference: float
-    before: float
-
-    @property
-    def relative(self) -> float:
-        return self.difference / self.before
-
-
 class Analysis:
     """A session in numbers.
 
     Attributes:
+        place: where it was measured, as in Comparison; the device, unless a comparison says more.
         budget: seconds of training of its usual runs; None if unknown.
         experiments: those that are decided, by number, the baseline first; confirmations and further runs are not.
         runs: by experiment, all runs of its train.py that have a score, for whatever experiment they were made.
@@ -108,11 +48,14 @@ class Analysis:
         scores: mean val_bpb by experiment, of those that have one.
         steps: the baseline, and what was kept on top of it, in order. A replay that helped is not among them: it was
             judged against the baseline, and the best stays where it is.
+        baseline, best: the ends of `steps`; None without a score. gain: bits per byte that the best, which flatters
+            itself, is below the baseline; relative: to the baseline's.
+        tried: all experiments but the baseline. counts: of them by status.
     """
 
     def __init__(self, record: Record):
         self.record, self.state, self.started = record, record.state, record.started
-        self.budget, self.name = self.started.budget, record.name
+        self.budget, self.name, self.place = self.started.budget, record.name, self.started.device
         decided = sorted(self.state.decided, key=lambda experiment: experiment.number)
         self.experiments = {e.number: e for e in decided if e.kind not in MEASURING}
         self.runs: dict[int, list[Run]] = {number: [] for number in self.experiments}
@@ -135,6 +78,15 @@ class Analysis:
         self.steps = [
             e for n, e in self.experiments.items() if e.status == "keep" and e.kind != "replay" and n in self.scores
         ]
+
+        self.tried = [experiment for experiment in self.experiments.values() if experiment.number != BASELINE]
+        self.counts = Counter(experiment.status for experiment in self.tried)
+        self.best = self.steps[-1] if self.steps else None
+        self.baseline = self.steps[0] if self.steps and self.steps[0].number == BASELINE else None
+        self.gain = self.relative = None
+        if self.best and self.baseline:
+            self.gain = self.scores[BASELINE] - self.scores[self.best.number]
+            self.relative = self.gain / self.scores[BASELINE]
 
     def _owner(self, run: Run) -> int | None:
         """The number of the experiment whose train.py a run is of."""
@@ -174,24 +126,19 @@ class Analysis:
             return None
         return gate.pooled(groups, first.bpb * expected(tokens))
 
-    @property
-    def baseline(self) -> Experiment | None:
-        return self.steps[0] if self.steps and self.steps[0].number == BASELINE else None
-
-    @property
-    def best(self) -> Experiment | None:
-        return self.steps[-1] if self.steps else None
-
     def mean(self, experiment: Experiment | None, name: str) -> float | None:
         """Of a figure of its runs, see effects.quantity."""
         return effects.mean(self.counted[experiment.number], name) if experiment else None
 
-    def step(self, experiment: Experiment) -> Step | None:
-        """From the parent's val_bpb to its own, as the session saw them."""
-        if experiment.onto is None or experiment.number not in self.scores or experiment.onto not in self.scores:
+    def step(self, experiment: Experiment, relative: bool = False) -> float | None:
+        """val_bpb minus the parent's, as the session saw them: below 0 is better. relative: to the parent's."""
+        score, before = (
+            self.scores.get(experiment.number),
+            self.scores.get(-1 if experiment.onto is None else experiment.onto),
+        )
+        if score is None or before is None:
             return None
-        before = self.scores[experiment.onto]
-        return Step(self.scores[experiment.number] - before, before)
+        return (score - before) / before if relative else score - before
 
     def effect(self, experiment: Experiment) -> Effect | None:
         """Of a change on top of its parent, in its own session; None where one of them has no score."""
@@ -211,43 +158,30 @@ class Analysis:
         flattered = self.noise is not None and not sure
         return replace(effect, flattered=flattered, known=bool(experiment.origin) or picked, picked=picked)
 
-    @cached_property
-    def confirmed(self) -> Effect | None:
-        """The best against the baseline, on runs of confirmations alone."""
-        if self.best is None or self.baseline is None or self.best is self.baseline:
-            return None
-        own, others = (
-            [run for run in self.counted[e.number] if self.confirms(run)] for e in (self.best, self.baseline)
-        )
-        return effects.between(own, others, self.noise) if own and others else None
-
     # --- The session as a whole ---
 
-    @cached_property
-    def tried(self) -> list[Experiment]:
-        """All but the baseline."""
-        return [experiment for experiment in self.experiments.values() if experiment.number != BASELINE]
-
-    @cached_property
+    @property
     def only_replays(self) -> bool:
         """Whether all that it tried were others' changes, on its baseline."""
         return bool(self.tried) and all(experiment.kind == "replay" for experiment in self.tried)
 
     @cached_property
-    def confirmation(self) -> Verdict | None:
-        """The verdict of the last one."""
-        last = self._last_confirmation
-        return last.verdict if last else None
+    def confirmation(self) -> Experiment | None:
+        """The last one that is decided."""
+        return next((e for e in reversed(self.state.decided) if e.kind == "confirm"), None)
 
-    @cached_property
+    @property
     def kept_since(self) -> bool:
         """Whether something was kept after the last confirmation."""
-        last = self._last_confirmation
-        return last is not None and self.best is not None and last.blob != self.best.blob
+        return bool(self.confirmation and self.best and self.confirmation.blob != self.best.blob)
 
-    @cached_property
-    def _last_confirmation(self) -> Experiment | None:
-        return next((e for e in reversed(self.state.decided) if e.kind == "confirm"), None)
+    @property
+    def confirmed(self) -> Effect | None:
+        """The best against the baseline, on runs of confirmations alone."""
+        if not self.best or not self.baseline or self.best is self.baseline:
+            return None
+        pair = [[run for run in self.counted[e.number] if self.confirms(run)] for e in (self.best, self.baseline)]
+        return effects.between(*pair, self.noise) if all(pair) else None
 
     @cached_property
     def hours(self) -> float | None:
@@ -257,61 +191,36 @@ class Analysis:
             return None
         return (max(run.time + run.seconds for run in ended) - min(run.time for run in ended)) / 3600
 
-    @cached_property
+    @property
+    def per_hour(self) -> float | None:
+        """Experiments."""
+        return len(self.tried) / self.hours if self.hours else None
+
+    @property
     def rows(self) -> int:
         """Runs that its ledger has."""
         return sum(run.status not in (None, "lost") for run in self.state.runs.values())
 
-    @cached_property
+    @property
     def notes(self) -> list[str]:
         """What a reader should know."""
         lengths = Counter(run.budget for runs in self.runs.values() for run in runs if not self._usual(run))
         notes = [
-            f"{n} runs of {seconds:g} s instead of {self.budget:g} s are left out"
-            for seconds, n in sorted(lengths.items())
+            f"{n} runs of {seconds:g} s instead of {self.budget:g} s are left out" for seconds, n in lengths.items()
         ]
         return list(dict.fromkeys([*self.record.notes, *self.started.notes, *notes]))
 
-    @cached_property
-    def facts(self) -> Facts:
-        count = Counter(experiment.status for experiment in self.tried)
-        tried, started, best = len(self.tried), self.started, self.best
-        baseline_score = self.scores.get(BASELINE) if self.baseline else None
-        best_score = self.scores[best.number] if best else None
-        gain = baseline_score - best_score if baseline_score is not None and best_score is not None else None
-        pairs = {name: (self.mean(self.baseline, name), self.mean(best, name)) for name in ("tokens", "flops")}
-        return Facts(
-            name=self.name,
-            place="",
-            device=started.device,
-            sort=sort_of(started.device),
-            backend=started.backend,
-            budget=self.budget,
-            eval=self.eval,
-            source=started.source,
-            baseline=baseline_score,
-            best=best_score,
-            best_number=best.number if best else None,
-            gain=gain,
-            relative=gain / baseline_score if gain is not None and baseline_score else None,
-            confirmed=self.confirmed,
-            confirmation=self.confirmation.said if self.confirmation else "",
-            experiments=tried,
-            kept=count["keep"],
-            discarded=count["discard"],
-            crashed=count["crash"],
-            invalid=count["invalid"],
-            keep_rate=count["keep"] / tried if tried else None,
-            crash_rate=count["crash"] / tried if tried else None,
-            per_hour=tried / self.hours if self.hours else None,
-            hours=self.hours,
-            **pairs,
-            mfu=(self.mean(self.baseline, "mfu_percent"), self.mean(best, "mfu_percent")),
-            noise=self.noise.sd if self.noise else None,
-            df=self.noise.df if self.noise else None,
-            rows=self.rows,
-            notes=self.notes,
-        )
+    def facts(self) -> dict:
+        """For machines (JSON). Of the baseline and of the best: val_bpb, and the means of its runs' figures."""
+        facts = {name: getattr(self, name) for name in FACTS} | {n: getattr(self.started, n) for n in STARTED}
+        facts |= {"sort": sort_of(self.started.device), "experiments": len(self.tried), "counts": dict(self.counts)}
+        for name, experiment in (("baseline", self.baseline), ("best", self.best)):
+            figures = {figure: self.mean(experiment, figure) for figure in ("tokens", "flops", "mfu_percent")}
+            known = {"number": experiment.number, "val_bpb": self.scores[experiment.number]} if experiment else {}
+            facts[name] = known | figures if known else None
+        said = self.confirmation.verdict.said if self.confirmation else ""
+        confirmed, noise = (value and asdict(value) for value in (self.confirmed, self.noise))
+        return facts | {"confirmed": confirmed, "confirmation": said, "noise": noise}
 
     # --- Time ---
 
@@ -375,9 +284,7 @@ def sort_of(device: str) -> str:
         return "jetson"
     if parts[0] != "nvidia":
         return "other"
-    desktop = {"rtx", "gtx", "titan", "quadro"} & set(parts)
-    return (
-        "nvidia datacentre"
-        if not desktop and any(re.fullmatch(DATACENTRE, part) for part in parts)
-        else "nvidia desktop"
+    desktop = {"rtx", "gtx", "titan", "quadro"} & set(parts) or not any(
+        re.fullmatch(DATACENTRE, part) for part in parts
     )
+    return "nvidia desktop" if desktop else "nvidia datacentre"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
 from lab.compare import agreement, classify, effects, words
-from lab.compare.analysis import Analysis, Facts, Step, kind_of, sort_of
+from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
 from lab.errors import LabError
 from lab.genome import kinds
@@ -115,32 +115,15 @@ class Paid:
     median: float | None
 
 
-@dataclass(frozen=True)
-class Point:
-    """A train.py in the table of val_bpb against tokens and FLOPs: means over its runs. `what`: its description."""
-
-    session: str
-    place: str
-    number: int
-    status: str
-    what: str
-    bpb: float
-    tokens: float | None
-    flops: float | None
-    eval: str
-    budget: float | None
-
-
 @dataclass
 class Comparison:
     """All of it. `places`: label by label what tells them apart; `changes`: those of several places first."""
 
     places: list[str]
-    sessions: list[Facts]
+    sessions: list[Analysis]
     changes: list[Shared]
     agreements: list[Agreement]
     kinds: list[Paid]
-    points: list[Point]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -150,15 +133,20 @@ class Comparison:
 
     def facts(self) -> dict:
         """For machines (JSON)."""
-        return asdict(self)
+        lists = {name: [asdict(part) for part in getattr(self, name)] for name in ("changes", "agreements", "kinds")}
+        sessions = [analysis.facts() for analysis in self.sessions]
+        return {"places": self.places, "sessions": sessions, **lists, "notes": self.notes}
 
 
 class Attempt(NamedTuple):
-    """An experiment with a change, in a session of a place."""
+    """An experiment with a change."""
 
     session: Analysis
-    place: str
     experiment: Experiment
+
+    @property
+    def place(self) -> str:
+        return self.session.place
 
 
 def tally(changes: list[Shared]) -> dict[tuple[str, str], Counter]:
@@ -186,18 +174,14 @@ def of_analyses(analyses: list[Analysis]) -> Comparison:
         raise LabError("name at least one session to compare")
     if twice := [name for name, n in Counter(analysis.name for analysis in analyses).items() if n > 1]:
         raise LabError(f"{twice[0]} is there twice: leave one of them out, or rename a bare ledger's file")
-    places = _places(analyses)
-    attempts = [
-        Attempt(analysis, place, experiment)
-        for analysis, place in zip(analyses, places)
-        for experiment in analysis.tried
-    ]
+    _name_places(analyses)
+    attempts = [Attempt(analysis, experiment) for analysis in analyses for experiment in analysis.tried]
     changes = _by_id(attempts) + _by_family(attempts) + _by_words(analyses, attempts)
     changes.sort(key=lambda change: len(change.cells) < 2)
-    labels = list(dict.fromkeys(places))
+    labels = list(dict.fromkeys(analysis.place for analysis in analyses))
     return Comparison(
         labels,
-        [replace(analysis.facts, place=place) for analysis, place in zip(analyses, places)],
+        analyses,
         changes,
         [
             agreed
@@ -206,7 +190,6 @@ def of_analyses(analyses: list[Analysis]) -> Comparison:
             if (agreed := _agreement(*pair, [c for c in changes if c.joined == joined], joined))
         ],
         paid(analyses),
-        [point for analysis, place in zip(analyses, places) for point in _points(analysis, place)],
         _notes(analyses),
     )
 
@@ -214,17 +197,15 @@ def of_analyses(analyses: list[Analysis]) -> Comparison:
 # --- Places ---
 
 
-def _places(analyses: list[Analysis]) -> list[str]:
-    """The label of each session's place: the device, and what else it takes to tell places apart."""
+def _name_places(analyses: list[Analysis]) -> None:
+    """Names the place of each session: the device, and what else it takes to tell places apart."""
     facts = [(a.started.device, a.started.backend, a.budget, a.eval) for a in analyses]
-    labels = []
-    for device, backend, budget, tag in facts:
+    for analysis, (device, backend, budget, tag) in zip(analyses, facts):
         _, backends, budgets, tags = map(set, zip(*(place for place in facts if place[0] == device)))
         more = [one_line(backend, 40) or "backend unknown"] * (len(backends) > 1)
         more += [f"{budget:g} s" if budget else "time unknown"] * (len(budgets) > 1)
         more += [f"eval {tag[:6]}" if tag else "eval unknown"] * (len(tags) > 1)
-        labels.append(device + f" ({', '.join(more)})" * bool(more))
-    return labels
+        analysis.place = device + f" ({', '.join(more)})" * bool(more)
 
 
 def _notes(analyses: list[Analysis]) -> list[str]:
@@ -309,12 +290,12 @@ def _source(attempts: list[Attempt]) -> Attempt | None:
 
 
 def _cell(attempts: list[Attempt]) -> Cell:
-    known = [effect for session, _, experiment in attempts if (effect := session.effect(experiment))]
+    known = [effect for session, experiment in attempts if (effect := session.effect(experiment))]
     effect = effects.together(known)
     return Cell(
         effect,
-        [f"{session.name} #{experiment.number} {experiment.status}" for session, _, experiment in attempts],
-        [session.name for session, _, _ in attempts],
+        [f"{session.name} #{experiment.number} {experiment.status}" for session, experiment in attempts],
+        [session.name for session, _ in attempts],
         due=effects.due(effect) if effect else "",
         description=attempts[0].experiment.description,
     )
@@ -352,34 +333,15 @@ def _agreement(one: str, other: str, changes: list[Shared], joined: str) -> Agre
 
 def paid(analyses: list[Analysis]) -> list[Paid]:
     """What each kind of change came to on each sort of device."""
-    groups: dict[tuple[str, str], list[tuple[str, Step | None]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, float | None]]] = {}
     for analysis in analyses:
         for experiment in analysis.tried:
             group = groups.setdefault((kind_of(experiment) or "other", sort_of(analysis.started.device)), [])
-            group.append((experiment.status, analysis.step(experiment)))
+            group.append((experiment.status, analysis.step(experiment, relative=True)))
     summaries = []
     for (kind, sort), group in groups.items():
         statuses = [status for status, _ in group]
-        known = [100 * step.relative for _, step in group if step]
+        known = [100 * step for _, step in group if step is not None]
         median = statistics.median(known) if known else None
         summaries.append(Paid(kind, sort, len(group), statuses.count("keep"), statuses.count("crash"), median))
     return sorted(summaries, key=lambda summary: kinds.KINDS.index(summary.kind))
-
-
-def _points(analysis: Analysis, place: str) -> list[Point]:
-    return [
-        Point(
-            analysis.name,
-            place,
-            number,
-            experiment.status,
-            experiment.description,
-            analysis.scores[number],
-            analysis.mean(experiment, "tokens"),
-            analysis.mean(experiment, "flops"),
-            analysis.eval,
-            analysis.budget,
-        )
-        for number, experiment in analysis.experiments.items()
-        if number in analysis.scores
-    ]

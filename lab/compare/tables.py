@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from lab.compare import classify, effects
-from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Cell, Comparison, Paid, Point, Shared, tally
-from lab.compare.analysis import Facts
+from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Cell, Comparison, Paid, Shared, tally
+from lab.compare.analysis import Analysis
 from lab.compare.effects import Effect
 from lab.untrusted import counted, one_line
 
@@ -80,7 +80,7 @@ def sections(comparison: Comparison) -> list[Section]:
         Section("transfer", "What holds where", transfer(comparison)),
         Section("agreement", "How far devices agree", _agreements(comparison)),
         Section("paid", "Which kinds of change paid", [kinds_table(comparison.kinds)] if comparison.kinds else []),
-        Section("steps", "Scores against tokens and FLOPs", _steps(comparison.points)),
+        Section("steps", "Scores against tokens and FLOPs", _steps(comparison.sessions)),
         Section("notes", "To keep in mind", [f"note: {one_line(note, 400)}" for note in comparison.notes]),
     ]
     return [section for section in all_sections if section.parts]
@@ -89,31 +89,24 @@ def sections(comparison: Comparison) -> list[Section]:
 # --- Sessions ---
 
 
-def _scores(sessions: list[Facts]) -> list[Table]:
+def _scores(sessions: list[Analysis]) -> list[Table]:
     """A table for each group whose scores compare: one evaluator, as many seconds. What an unknown evaluator measured
     compares with nothing."""
-    groups: dict[tuple, list[Facts]] = {}
-    for facts in sessions:
-        groups.setdefault((facts.eval, facts.budget, "" if facts.eval else facts.name), []).append(facts)
+    groups: dict[tuple, list[Analysis]] = {}
+    for session in sessions:
+        groups.setdefault((session.eval, session.budget, "" if session.eval else session.name), []).append(session)
     heads = "place", "session", "baseline", "best", "gain", "gain, %", "confirmed", "noise"
     tables = []
     for (tag, budget, _), group in groups.items():
         caption = "Measured by what is not known: these scores compare with no others"
         if tag:
             caption = f"Measured by evaluator {tag}" + (f", after {budget:g} s of training" if budget else "")
-        rows = [
-            (
-                Place(facts.place),
-                facts.name,
-                number(facts.baseline, ".6f"),
-                number(facts.best, ".6f"),
-                number(facts.gain, "+.6f"),
-                number(facts.relative, "+.2%"),
-                _confirmed(facts.confirmed),
-                number(facts.noise, ".6f"),
-            )
-            for facts in group
-        ]
+        rows = []
+        for session in group:
+            scores = [number(e and session.scores[e.number], ".6f") for e in (session.baseline, session.best)]
+            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), _confirmed(session.confirmed)
+            noise = number(session.noise and session.noise.sd, ".6f")
+            rows.append((Place(session.place), session.name, *scores, *gains, noise))
         tables.append(Table(caption, heads, rows))
     return tables
 
@@ -122,34 +115,27 @@ def _confirmed(effect: Effect | None) -> str:
     """The gain that a confirmation showed."""
     if effect is None:
         return "no"
-    spread = (
-        f" ({-effect.high:+.4f} to {-effect.low:+.4f})" if effect.high is not None and effect.low is not None else ""
-    )
-    return f"{-effect.value:+.4f}{spread}"
+    if effect.low is None or effect.high is None:
+        return f"{-effect.value:+.4f}"
+    return f"{-effect.value:+.4f} ({-effect.high:+.4f} to {-effect.low:+.4f})"
 
 
-def _costs(sessions: list[Facts]) -> Table:
+def _costs(sessions: list[Analysis]) -> Table:
     heads = "place", "rows", "experiments", "kept", "crashed", "an hour", "M tokens a run", "PFLOP a run", "MFU %"
-    rows = [
-        (
-            Place(facts.place),
-            str(facts.rows),
-            str(facts.experiments),
-            f"{facts.kept} ({number(facts.keep_rate, '.0%')})",
-            f"{facts.crashed} ({number(facts.crash_rate, '.0%')})",
-            number(facts.per_hour, ".1f"),
-            _pair(facts.tokens, 1e6),
-            _pair(facts.flops, 1e15),
-            _pair(facts.mfu, 1),
-        )
-        for facts in sessions
-    ]
+    rows = []
+    for session in sessions:
+        tried, counts = len(session.tried), session.counts
+        shares = [f"{counts[status]} ({counts[status] / max(1, tried):.0%})" for status in ("keep", "crash")]
+        figures = [_pair(session, *figure) for figure in (("tokens", 1e6), ("flops", 1e15), ("mfu_percent", 1))]
+        hourly = number(session.per_hour, ".1f")
+        rows.append((Place(session.place), str(session.rows), str(tried), *shares, hourly, *figures))
     return Table("What it took; of the baseline -> of the best", heads, rows)
 
 
-def _pair(values: tuple[float | None, float | None], unit: float) -> str:
-    """Of the baseline, and of the best."""
-    shown = ["-" if value is None else f"{value / unit:.3g}" for value in values]
+def _pair(session: Analysis, name: str, unit: float) -> str:
+    """A figure of the baseline's runs, and of the best's."""
+    means = [session.mean(experiment, name) for experiment in (session.baseline, session.best)]
+    shown = ["-" if value is None else f"{value / unit:.3g}" for value in means]
     return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
 
 
@@ -276,30 +262,25 @@ def kinds_table(summaries: list[Paid]) -> Table:
     )
 
 
-def _steps(points: list[Point]) -> list[Table | str]:
+def _steps(sessions: list[Analysis]) -> list[Table | str]:
     """val_bpb of what was kept against tokens and FLOPs."""
-    kept = [point for point in points if point.tokens and point.eval and point.status == "keep"]
-    groups: dict[tuple, dict[str, list[Point]]] = {}
-    for point in sorted(kept, key=lambda point: (point.session, point.number)):
-        groups.setdefault((point.eval, point.budget), {}).setdefault(point.session, []).append(point)
-    tables: list[Table | str] = []
-    for (tag, budget), sessions in groups.items():
-        rows = []
-        for steps in sessions.values():
-            left_out = len(steps) - MOST_STEPS
-            rows += map(_step, [steps[0], *steps[left_out + 1 :]] if left_out > 0 else steps)
-        after = f", {budget:g} s" if budget else ""
-        caption = f"val_bpb against tokens and FLOPs, of what was kept (evaluator {tag}{after})"
-        tables.append(Table(caption, ("place", "#", "val_bpb", "M tokens", "PFLOP", "what"), rows))
-    return tables
-
-
-def _step(point: Point) -> tuple[Entry, ...]:
-    tokens, flops = (
-        None if value is None else value / unit for value, unit in ((point.tokens, 1e6), (point.flops, 1e15))
-    )
-    figures = number(point.bpb, ".6f"), number(tokens, ".4g"), number(flops, ".4g")
-    return (Place(point.place), str(point.number), *figures, Change(point.what))
+    groups: dict[tuple, list[Sequence[Entry]]] = {}
+    for session in sessions:
+        steps = [step for step in session.steps if session.eval and session.mean(step, "tokens")]
+        for step in [*steps[:1], *steps[1:][1 - MOST_STEPS :]]:
+            score, means = session.scores[step.number], [session.mean(step, name) for name in ("tokens", "flops")]
+            figures = [number(mean and mean / unit, ".4g") for mean, unit in zip(means, (1e6, 1e15))]
+            row = Place(session.place), str(step.number), f"{score:.6f}", *figures, Change(step.description)
+            groups.setdefault((session.eval, session.budget), []).append(row)
+    heads = "place", "#", "val_bpb", "M tokens", "PFLOP", "what"
+    return [
+        Table(
+            f"val_bpb against tokens and FLOPs, of what was kept (evaluator {tag}{f', {s:g} s' if s else ''})",
+            heads,
+            rows,
+        )
+        for (tag, s), rows in groups.items()
+    ]
 
 
 def number(value: float | None, form: str) -> str:
@@ -360,17 +341,17 @@ def _rows_as_text(table: Table, letters: dict[str, str]) -> str:
     lines = []
     for first, group in groupby(zip(table.rows, rows), key=lambda pair: id(pair[0][0])):
         group = list(group)
-        lines += [f"  {_entry(group[0][0][0], letters)}", *(line(row) for _, row in group)]
+        lines += [f"  {_entry(group[0][0][0], letters, WIDTH - 4)}", *(line(row) for _, row in group)]
     return "\n".join(lines)
 
 
-def _entry(entry: Entry, letters: dict[str, str]) -> str:
+def _entry(entry: Entry, letters: dict[str, str], width: int = 50) -> str:
     if isinstance(entry, Place):
         return letters.get(entry.name, entry.name)
     if isinstance(entry, Tag):
         return entry.text or "-"
     if isinstance(entry, Change):
-        return one_line(entry.description, WIDTH - 4) + (f" [{entry.kind}]" if entry.kind else "")
+        return one_line(entry.description, width) + (f" [{entry.kind}]" if entry.kind else "")
     if isinstance(entry, Effect):
         return f"{entry.value:+.5f}{spread(entry)}"
     return one_line(entry or "", 200)

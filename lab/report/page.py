@@ -186,22 +186,21 @@ def _session(page: Page, key: str, analysis: Analysis, head: str) -> list[Elemen
 
 def in_short(analysis: Analysis) -> tuple[str, str]:
     """(the headline, a sentence)."""
-    facts, best, tried = analysis.facts, analysis.best, len(analysis.tried)
-    if best is None or facts.best is None:
+    best, tried = analysis.best, len(analysis.tried)
+    if best is None:
         return "No score yet", "No run has ended with a score."
-    if facts.gain is None or facts.relative is None or facts.baseline is None:
-        return f"{facts.best:.6f}", "val_bpb of what was kept last. The record has no baseline to compare with."
+    score = f"{analysis.scores[best.number]:.6f}"
+    if analysis.baseline is None or analysis.gain is None or analysis.relative is None:
+        return score, "val_bpb of what was kept last. The record has no baseline to compare with."
     if analysis.only_replays:
-        return (
-            f"{facts.kept} of {tried} replayed changes help here",
-            f"Each of them was judged against the baseline, whose val_bpb is {facts.best:.6f}.",
-        )
+        told = f"Each of them was judged against the baseline, whose val_bpb is {score}."
+        return f"{analysis.counts['keep']} of {tried} replayed changes help here", told
     if best is analysis.baseline:
-        return "Nothing kept yet", f"The baseline's val_bpb is {facts.best:.6f}, and no experiment of {tried} beat it."
-    better, less = ("better", "less") if facts.gain > 0 else ("worse", "more")  # a simplification may cost a little
+        return "Nothing kept yet", f"The baseline's val_bpb is {score}, and no experiment of {tried} beat it."
+    better, less = ("better", "less") if analysis.gain > 0 else ("worse", "more")  # a simplification may cost a little
     return (
-        f"{100 * abs(facts.relative):.2f} % {better} than the baseline",
-        f"val_bpb {facts.best:.6f} instead of {facts.baseline:.6f}: {abs(facts.gain):.6f} bits per byte {less}, after "
+        f"{100 * abs(analysis.relative):.2f} % {better} than the baseline",
+        f"val_bpb {score} instead of {analysis.scores[0]:.6f}: {abs(analysis.gain):.6f} bits per byte {less}, after "
         f"{tried} experiments.",
     )
 
@@ -210,43 +209,39 @@ def subtitle(analyses: list[Analysis]) -> str:
     """A line for the picture: of one session, what it came to."""
     if len(analyses) != 1:
         return ""
-    analysis = analyses[0]
-    said = in_short(analysis)[0]
-    if analysis.facts.gain:
-        sure = analysis.confirmation and analysis.confirmation.confirmed and not analysis.kept_since
+    analysis, said = analyses[0], in_short(analyses[0])[0]
+    if analysis.gain:
+        confirmation = analysis.confirmation
+        sure = confirmation and confirmation.verdict.confirmed and not analysis.kept_since
         said += ", confirmed" if sure else ", not confirmed"
-    if analysis.noise:
-        said += f" (band: ±{analysis.noise.sd:.4f}, one standard deviation of a single run)"
-    return said
+    return said + (f" (band: ±{analysis.noise.sd:.4f}, see the report)" if analysis.noise else "")
 
 
 def _headline(analysis: Analysis) -> Element:
     big, said = in_short(analysis)
-    noise, facts = analysis.noise, analysis.facts
     chance = "Nothing was run twice, so nobody knows how far chance moves a score."
-    if noise:
-        times = f"; the gain is {facts.gain / noise.sd:.1f} times that" if facts.gain else ""
+    if noise := analysis.noise:
+        times = f"; the gain is {analysis.gain / noise.sd:.1f} times that" if analysis.gain else ""
         chance = (
             f"Chance alone moves a single run by {noise.sd:.6f} (standard deviation between seeds, {noise.df} "
             f"degrees of freedom){times}."
         )
-    count = {"keep": facts.kept, "discard": facts.discarded, "crash": facts.crashed, "invalid": facts.invalid}
-    counts = ", ".join(f"{n} {SAID[status]}" for status, n in count.items() if n)
-    runs = sum(map(len, analysis.runs.values()))
-    tiles = [("experiments", str(facts.experiments), counts), ("runs", str(runs), "that ended with a score")]
-    if facts.hours:
-        tiles.append(("time", f"{facts.hours:.1f} h", f"{facts.per_hour:.1f} experiments an hour"))
-    if facts.budget:
-        tiles.append(("training", f"{facts.budget:g} s", "in each run"))
+    counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
+    runs = str(sum(map(len, analysis.runs.values())))
+    tiles = [("experiments", str(len(analysis.tried)), counts), ("runs", runs, "that ended with a score")]
+    if analysis.hours:
+        tiles.append(("time", f"{analysis.hours:.1f} h", f"{analysis.per_hour:.1f} experiments an hour"))
+    if analysis.budget:
+        tiles.append(("training", f"{analysis.budget:g} s", "in each run"))
     return el(
         "section",
         el("p", big, class_="big"),
         el("p", said),
-        el("p", *_badge(analysis)) if facts.gain else None,
+        el("p", *_badge(analysis)) if analysis.gain else None,
         el("p", chance),
         el(
             "dl",
-            *(el("div", el("dt", name), el("dd", value, el("small", more))) for name, value, more in tiles),
+            *(el("div", el("dt", name), el("dd", text, el("small", more))) for name, text, more in tiles),
             class_="tiles",
         ),
         *(el("p", cleaned(note, 400), class_="note") for note in analysis.notes),
@@ -255,14 +250,14 @@ def _headline(analysis: Analysis) -> Element:
 
 
 def _badge(analysis: Analysis) -> list:
-    confirmation = analysis.confirmation
-    if confirmation is None or confirmation.confirmed is None:
+    verdict = analysis.confirmation and analysis.confirmation.verdict
+    if verdict is None or verdict.confirmed is None:
         return [
             el("span", "Unconfirmed", class_="badge open"),
             " What is kept for its scores is flattered by them: "
             "python -m lab confirm measures it again, with new seeds and on held-out rows.",
         ]
-    sure, said = confirmation.confirmed, cleaned(confirmation.said, 400)
+    sure, said = verdict.confirmed, cleaned(verdict.said, 400)
     badge = el("span", "Confirmed" if sure else "Not confirmed", class_=f"badge {'yes' if sure else 'no'}")
     later = " Something was kept after that, and is not confirmed." * analysis.kept_since
     return [badge, f" {said[:1].upper()}{said[1:]}.{later}"]
@@ -371,7 +366,7 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
     spent = [analysis.spent.get(e.number) for e in experiments]
     return [
         ("val_bpb", "n", shown([analysis.scores.get(e.number) for e in experiments], ".6f")),
-        ("against parent", "n", shown([step and step.difference for step in map(analysis.step, experiments)], "+.6f")),
+        ("against parent", "n", shown(list(map(analysis.step, experiments)), "+.6f")),
         ("runs", "n few more", [str(len(analysis.judged[e.number]) or "–") for e in experiments]),
         ("kind", "more", [kind_of(e) or "–" for e in experiments]),
         ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),

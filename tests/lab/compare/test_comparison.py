@@ -1,6 +1,7 @@
 """Sessions side by side: facts, changes joined, agreement, kinds; and all of it as text and JSON."""
 
 import json
+from collections import Counter
 
 import pytest
 from records import EVAL, Builder, analysed, session
@@ -63,16 +64,14 @@ def cell(compared, place=CPU):
 
 def test_ledgers_without_ids_are_counted_row_by_row(ledgers):
     compared = compare(ledgers)
-    for facts, rows in zip(compared.sessions, (BIG, SMALL)):
+    for facts, rows in zip(compared.facts()["sessions"], (BIG, SMALL)):
         statuses, kept = [row[2] for row in rows], [row[1] for row in rows if row[2] == "keep"]
-        assert facts.source == "ledger" and facts.noise is None
+        assert facts["source"] == "ledger" and facts["noise"] is None
         scored = sum(row[1] is not None for row in rows)
-        assert (facts.rows, facts.experiments) == (scored, len(rows) - 1)
-        counts = facts.kept + 1, facts.discarded, facts.crashed
-        assert counts == tuple(map(statuses.count, ("keep", "discard", "crash")))
-        assert (facts.baseline, facts.best) == (kept[0], kept[-1])
-        assert facts.gain == pytest.approx(kept[0] - kept[-1])
-        assert facts.keep_rate == facts.kept / facts.experiments
+        assert (facts["rows"], facts["experiments"]) == (scored, len(rows) - 1)
+        assert Counter(facts["counts"]) + Counter(keep=1) == Counter(statuses)
+        assert (facts["baseline"]["val_bpb"], facts["best"]["val_bpb"]) == (kept[0], kept[-1])
+        assert facts["gain"] == pytest.approx(kept[0] - kept[-1])
     assert compared.sessions[1].relative == pytest.approx(0.8 / 2.7)
 
 
@@ -186,15 +185,18 @@ def test_facts_of_a_session():
     builder.change(1, [0.98, 0.98], "keep", runs={"total_tokens_M": 2.0}).change(2, [], "crash", onto=1)
     builder.confirm(3, 1, [0.985, 0.987], [1.0, 1.002], (0.015, 0.01, 0.02))
     analysis = analysed(builder)
-    (facts,) = of_analyses([analysis]).sessions
-    assert (facts.baseline, facts.best, facts.best_number) == (1.0, 0.98, 1) and facts.relative == pytest.approx(0.02)
-    assert (facts.experiments, facts.kept, facts.crashed, facts.rows) == (2, 1, 1, 9)
-    assert facts.hours == pytest.approx(9 * 340 / 3600) and facts.per_hour == pytest.approx(2 / facts.hours)
-    assert facts.keep_rate == facts.crash_rate == 0.5
-    assert facts.tokens == (1e6, 1.5e6) and facts.flops == (1e12, 1.5e12)  # of all runs, confirmations too
-    assert facts.confirmed.value == pytest.approx(0.986 - 1.001) and facts.confirmed.error == pytest.approx(0.001)
-    assert (facts.noise, facts.df) == (0.001, 10) and facts.confirmation.startswith("on held-out rows and 2 new seeds")
-    assert analysis.confirmation.confirmed and not analysis.kept_since
+    (facts,) = of_analyses([analysis]).facts()["sessions"]
+    baseline, best = facts["baseline"], facts["best"]
+    assert (baseline["val_bpb"], best["val_bpb"], best["number"]) == (1.0, 0.98, 1)
+    assert facts["relative"] == pytest.approx(0.02)
+    assert (facts["experiments"], facts["counts"], facts["rows"]) == (2, {"keep": 1, "crash": 1}, 9)
+    assert facts["hours"] == pytest.approx(9 * 340 / 3600) and facts["per_hour"] == pytest.approx(2 / facts["hours"])
+    assert (baseline["tokens"], best["tokens"]) == (1e6, 1.5e6)  # of all runs, confirmations too
+    assert (baseline["flops"], best["flops"]) == (1e12, 1.5e12)
+    assert facts["confirmed"]["value"] == pytest.approx(0.986 - 1.001)
+    assert facts["confirmed"]["error"] == pytest.approx(0.001) and facts["noise"] == {"sd": 0.001, "df": 10}
+    assert facts["confirmation"].startswith("on held-out rows and 2 new seeds")
+    assert analysis.confirmation.verdict.confirmed and not analysis.kept_since
 
 
 def test_runs_belong_to_the_train_py_that_they_are_of():
@@ -220,8 +222,8 @@ def test_the_noise_is_what_the_session_estimates():
 
 def test_a_session_without_a_score():
     compared = of_analyses([analysed(session(CPU, "a", base=()).change(1, [], "crash"), noise=None)])
-    (facts,) = compared.sessions
-    assert facts.gain is facts.baseline is facts.confirmed is None
+    (facts,) = compared.facts()["sessions"]
+    assert facts["gain"] is facts["baseline"] is facts["confirmed"] is None
     assert "crashed" in tables.text(compared)
 
 
@@ -274,8 +276,9 @@ def test_agreement_over_what_both_measured():
 def test_scores_against_tokens_and_flops():
     builder = session(CPU, "a", facts={"total_tokens_M": 2.0, "flops_per_token": 1e6})
     compared = of_analyses([analysed(builder.change(1, [0.9], "keep", runs={"total_tokens_M": 3.0}))])
-    points = [(point.number, point.bpb, point.tokens, point.flops) for point in compared.points]
-    assert points == [(0, 1.0, 2e6, 2e12), (1, 0.9, 3e6, 3e12)]
+    (section,) = (section for section in tables.sections(compared) if section.name == "steps")
+    rows = [row[1:5] for row in section.parts[0].rows]
+    assert rows == [("0", "1.000000", "2", "0.002"), ("1", "0.900000", "3", "0.003")]
     assert "val_bpb against tokens and FLOPs" in tables.text(compared)
 
 
