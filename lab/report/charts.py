@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Affine2D
 from rich.cells import cell_len
 
 from lab import untrusted
@@ -45,7 +46,7 @@ SIGNS = {  # by kind of experiment: form, size, meaning
 COLOUR_OF = {"kept": "best", "replayed": "replay", "far": "discard"}  # of a kind that is not called as its colour is
 A = 0.5523  # of a cubic curve that is a quarter of a circle
 FORMS = {  # of a mark of radius 1: corners, and whether each is drawn to from the one before it
-    "dot": ([(0, 0), (0.001, 0)], [1, 2]),  # of no length, with round ends as wide as the dot
+    "dot": ([(0, 0), (0.01, 0)], [1, 2]),  # of hardly any length, with round ends as wide as the dot
     "cross": ([(-1, -1), (1, 1), (-1, 1), (1, -1)], [1, 2, 1, 2]),
     "up": ([(-1, -1), (0, 1), (1, -1), (-1, -1)], [1, 2, 2, 79]),
     "ring": (
@@ -67,6 +68,7 @@ FORMS = {  # of a mark of radius 1: corners, and whether each is drawn to from t
         [1, *[4] * 12],
     ),
 }
+LEGEND = {"link": "●", "dot": "●", "ring": "○", "cross": "×", "up": "▲"}
 LABELS, ROWS = 40, 10  # kept steps that are tried to be named, and rows above and below a step that are tried for it
 MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
 MOST_NAMED = 12  # sessions in the legend of a picture
@@ -78,7 +80,7 @@ class Chart:
 
     Attributes:
         spots: (x, y, number) of each experiment, in pixels from the left and from the top.
-        legend: (colour, form, meaning) of what is drawn; a form may also be "line", "band" or "bar".
+        legend: (colour, sign, meaning) of what is drawn.
     """
 
     figure: Figure
@@ -90,28 +92,33 @@ class Chart:
         """Where values are drawn: (x, y) in pixels from the left and from the bottom."""
         return self.axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
 
+    def draw(self, corners: np.ndarray, codes: Sequence[int], name: str, **paint) -> None:
+        """Adds a path of corners in pixels. codes: matplotlib's, one for each corner. paint: colours by their names."""
+        paint = {
+            key: COLOURS[value] if value in COLOURS else value for key, value in ({"facecolor": "none"} | paint).items()
+        }
+        path = PathPatch(Outline(corners / 72, codes), transform=self.figure.dpi_scale_trans, **paint)
+        path.set(gid=name, zorder=3, snap=False)
+        self.figure.add_artist(path)
+
     def mark(self, name: str, form: str, points: np.ndarray, radius: float, colour: str, key: str, numbers=()) -> None:
         """Adds marks of one kind at pixels. Those of the form "link" lead to the rows of the page with these numbers.
 
         Args:
             key: that ids of the session's rows begin with.
         """
-        inches = self.figure.dpi_scale_trans
         if form == "link" and len(points) <= MOST_LINKS:
-            marks = PathCollection(
-                [Outline.circle(radius=0.5)], [(2 * radius) ** 2], offsets=points / 72, offset_transform=inches
-            )
-            marks.set(facecolor=COLOURS[colour], edgecolor="none", urls=[f"#{key}-e{number}" for number in numbers])
-        else:
-            form = "dot" if form == "link" else form
-            corners, codes = FORMS[form]
-            outline = (points[:, None] + radius * np.asarray(corners)).reshape(-1, 2) / 72
-            marks = PathPatch(Outline(outline, np.tile(codes, len(points))), transform=inches, facecolor="none")
-            marks.set(edgecolor=COLOURS[colour], capstyle="round", linewidth=2 * radius if form == "dot" else 1.6)
-            if form == "up":
-                marks.set(facecolor=COLOURS[colour], linewidth=0)
-        marks.set(gid=name, zorder=3)
-        self.figure.add_artist(marks)
+            inches, outline = self.figure.dpi_scale_trans, [Outline.circle(radius=radius)]
+            marks = PathCollection(outline, offsets=points / 72, offset_transform=inches, facecolor=COLOURS[colour])
+            marks.set(transform=Affine2D(), linewidth=0, gid=name, zorder=3)
+            marks.set_urls([f"#{key}-e{number}" for number in numbers])
+            self.figure.add_artist(marks)
+            return
+        corners, codes = FORMS["dot" if form == "link" else form]
+        outline, codes = (points[:, None] + radius * np.asarray(corners)).reshape(-1, 2), np.tile(codes, len(points))
+        paint = {"linewidth": 1.6} if form in ("ring", "cross") else {"linewidth": 2 * radius, "capstyle": "round"}
+        paint = {"facecolor": colour, "linewidth": 0} if form == "up" else {"edgecolor": colour} | paint
+        self.draw(outline, codes, name, **paint)
 
     def text(self, x: float, y: float, text: str, size: float, colour: str = "soft", **how) -> None:
         """Adds a text at pixels from the left and from the bottom; nothing in it is mathematics."""
@@ -198,9 +205,9 @@ def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> C
         if there := by_kind.get(kind):
             colour = COLOUR_OF.get(kind, kind)
             chart.mark(kind, form, places[there], scale * radius, colour, key, [numbers[i] for i in there])
-            chart.legend.append((colour, form, meaning))
+            chart.legend.append((colour, LEGEND[form], meaning))
     if sd:
-        chart.legend.append(("best", "band", f"one standard deviation of a single run (±{sd:.4f}) around it"))
+        chart.legend.append(("best soft", "■", f"one standard deviation of a single run (±{sd:.4f}) around it"))
     _label(chart, analysis, key, places[[i for kind, there in by_kind.items() if kind != "crash" for i in there]], size)
     return chart
 
@@ -229,7 +236,7 @@ def _label(chart: Chart, analysis: Analysis, key: str, marks: np.ndarray, size: 
     for (x, y), (end, below) in itertools.pairwise([*steps.tolist(), [right, steps[-1][1]]]):
         taken.take((x, y - 3, end, y + 3), (end - 2, min(y, below), end + 2, max(y, below)))
     letter, most = 0.9 * size[2], 48 if size[0] > 600 else 24
-    gains = -np.diff([analysis.scores[e.number] for e in analysis.steps])
+    gains, stems = -np.diff([analysis.scores[e.number] for e in analysis.steps]), []
     for i in np.argsort(-gains)[:LABELS].tolist():
         experiment, (x, y) = analysis.steps[i + 1], steps[i + 1].tolist()
         text = cleaned(experiment.description, most) or "(not described)"
@@ -239,12 +246,14 @@ def _label(chart: Chart, analysis: Analysis, key: str, marks: np.ndarray, size: 
         tries += [(start, y - row) for start in (x - 3 - wide, x + 4) for row in rows]
         for start, base in tries:
             box = (start, base - 0.25 * letter, start + wide, base + letter)
-            stem = (x - 1, base, x + 1, y - 5) if base < y else (x - 1, y + 5, x + 1, base)
+            stem = (x - 1, base, x + 1, y - 4) if base < y else (x - 1, y + 4, x + 1, base)
             inside = left <= box[0] and box[2] <= right and foot + 14 <= box[1] and box[3] <= top
-            if inside and taken.free(box) and (abs(base - y) < 2 * letter or taken.free(stem)):
+            if inside and taken.free(box) and taken.free(stem):
                 taken.take(box, stem)
+                stems += [(x, stem[1]), (x, stem[3])]
                 chart.text(start, base, text, letter, "ink", gid="label", url=f"#{key}-e{experiment.number}")
                 break
+    chart.draw(np.array(stems).reshape(-1, 2), [1, 2] * (len(stems) // 2), "stem", edgecolor="axis", linewidth=0.8)
 
 
 def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | None:
@@ -263,7 +272,7 @@ def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | 
         chart.axes.step(xs, ys, where="post", color=COLOURS[hue], linewidth=2.2, gid="best")
         places = chart.pixels(list(zip(numbers, below[i])))
         chart.mark("kept", "link", places, 3.4, hue, f"s{i}", numbers)
-        chart.legend.append((hue, "line", cleaned(analysis.name)))
+        chart.legend.append((hue, "━", cleaned(analysis.name)))
     return chart
 
 
@@ -321,11 +330,9 @@ def minutes(analysis: Analysis, *size: float) -> Chart | None:
         sides = [
             (x + dx, y) for x, a, b in zip(numbers, feet, heads) for dx, y in zip((-0.4, -0.4, 0.4, 0.4), (a, b, b, a))
         ]
-        outline = np.insert(chart.pixels(sides).reshape(-1, 4, 2), 4, 0, axis=1).reshape(-1, 2) / 72
-        bars = Outline(outline, np.tile([1, 2, 2, 2, 79], len(numbers)))
-        how = {"facecolor": COLOURS[colour], "linewidth": 0, "gid": name, "zorder": 2}
-        chart.figure.add_artist(PathPatch(bars, transform=chart.figure.dpi_scale_trans, **how))
-        chart.legend.append((colour, "bar", meaning))
+        corners = np.insert(chart.pixels(sides).reshape(-1, 4, 2), 4, 0, axis=1).reshape(-1, 2)
+        chart.draw(corners, np.tile([1, 2, 2, 2, 79], len(numbers)), name, facecolor=colour, linewidth=0)
+        chart.legend.append((colour, "■", meaning))
         feet = heads
     spots = chart.pixels(list(zip(numbers, feet))).tolist()
     chart.spots = [(x, size[1] - y, number) for (x, y), number in zip(spots, numbers)]
@@ -393,12 +400,13 @@ def svg(chart: Chart, label: str, name: str, class_: str) -> Element:
 DEFINED = "}path", "}clipPath"
 NAMED = {*SIGNS, "band", "best", "label", "own", "beside", "around"}  # groups that stay told apart
 LINK = "{http://www.w3.org/1999/xlink}href"
+LEFT_OUT = "style", "id", "target", "font-family", LINK
 
 
 def _plain(element: Element, ids: dict[str | None, str]) -> Element:
     """An element of matplotlib's with attributes in place of styles, no namespaces, and ids that are the page's own."""
     style = dict(re.findall(r"([\w-]+): ([^;]+)", element.get("style", "")))
-    attributes = {name: value for name, value in element.items() if name not in ("style", "id", LINK)} | style
+    attributes = {name: value for name, value in (element.attrib | style).items() if name not in LEFT_OUT}
     if font := attributes.pop("font", None):
         attributes["font-size"] = font.split("px")[0]
     if link := element.get(LINK):
@@ -415,21 +423,3 @@ def _plain(element: Element, ids: dict[str | None, str]) -> Element:
     plain.text = element.text if element.tag.endswith("}text") else None
     plain.extend(_plain(child, ids) for child in element)
     return plain
-
-
-def sign(colour: str, form: str) -> Element:
-    """What stands in a legend for a kind of mark, a "line", a "band" or a "bar"."""
-    paint, shape = f"var(--{colour})", {"d": "M2 2h18v10h-18z", "fill": f"var(--{colour})"}
-    if form == "band":
-        shape["fill-opacity"] = ".14"
-    elif form == "line":
-        shape = {"d": "M1 7h20", "stroke": paint, "stroke-width": "2.2"}
-    elif form in ("ring", "cross", "up"):
-        path = {"ring": "M7 7a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "cross": "M7 3l8 8m0 -8l-8 8", "up": "M7 11l4 -8l4 8z"}[
-            form
-        ]
-        shape = {"d": path, "fill": paint if form == "up" else "none", "stroke": paint, "stroke-width": "1.6"}
-    elif form in ("dot", "link"):
-        shape = {"d": "M11 7h0", "stroke": paint, "stroke-width": "8", "stroke-linecap": "round"}
-    root = el("svg", Element("path", shape), viewBox="0 0 22 14", class_="sign", aria_hidden="true")
-    return root

@@ -51,7 +51,10 @@ class Page:
             spots = [round(part, 1) for spot in drawn.spots for part in spot]
             self.data["charts"][f"{name}-{form}"] = [key, *spots]
             parts.append(charts.svg(drawn, label, f"{name}-{form}", form))
-            legend = [el("li", charts.sign(colour, form), meaning) for colour, form, meaning in drawn.legend]
+            legend = [
+                el("li", el("span", sign, class_=f"sign {hue}", aria_hidden="true"), meaning)
+                for hue, sign, meaning in drawn.legend
+            ]
         return el("figure", *parts, el("ul", *legend, class_="legend") if legend else None)
 
 
