@@ -11,7 +11,7 @@ import pytest
 from records import Builder, analysed
 from report_records import HOSTILE, begun, replayed, session, source
 
-from lab.report import page
+from lab.report import charts, page
 
 FILES = Path(page.__file__).parent
 ATTRIBUTES = set(
@@ -81,7 +81,13 @@ def test_hostile_words_stay_words(several):
     assert {link["href"][:1] for link in found.all("a")} | {use["href"][:1] for use in found.all("use")} == {"#"}
     assert "window.pwned" in found.text  # it is told, as text
     assert len(found.comments) == 1
-    assert any("$" in text for text in found.texts["text"]) and "undefined" in " ".join(found.texts["text"])
+
+
+def test_nothing_in_a_chart_is_read_as_mathematics():
+    text = "$\\frac{1}{2}$ $\\undefined{$ 100%"
+    analysis = session(10, texts=[text], tag="x")
+    assert text in parsed(analysis).texts["text"]
+    assert charts.card([analysis], text).startswith(b"\x89PNG")
 
 
 def test_embedded_data_can_end_no_script_and_is_whole():
