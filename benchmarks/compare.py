@@ -3,7 +3,7 @@
     python benchmarks/compare.py [--quads 200] [--runs 1 3 5 8]
 
 No model is trained: changes have effects (val_bpb of the child minus its parent's) that add up, runs have normal noise,
-and `verdict/gate.py` decides. Device A runs a session of 60 changes: 12 gains and 18 losses (of 1 to 12 times its noise,
+and `verdict/gate.py` decides. Device A tries 60 changes: 12 gains and 18 losses (of 1 to 12 times its noise,
 log-uniform), 30 that do nothing. What it kept, and its near misses (`replay --all`), are replayed on the baselines of
 B, C and D and, since what was kept flatters itself, of A again: sessions of their own, each change judged by the gate,
 and run at least so often as --runs says, beside the baseline on the same seeds. The noise of B is A's, C's twice, D's

@@ -77,7 +77,7 @@ def sections(comparison: Comparison) -> list[Section]:
     """All that a comparison says."""
     all_sections = [
         Section("sessions", "Side by side", [*_scores(comparison.sessions), _costs(comparison.sessions)]),
-        Section("transfer", "What holds where", transfer(comparison)),
+        Section("transfer", "What holds where", _transfer(comparison)),
         Section("agreement", "How far devices agree", _agreements(comparison)),
         Section("paid", "Which kinds of change paid", [kinds_table(comparison.kinds)] if comparison.kinds else []),
         Section("steps", "Scores against tokens and FLOPs", _steps(comparison.sessions)),
@@ -142,7 +142,7 @@ def _pair(session: Analysis, name: str, unit: float) -> str:
 # --- Changes ---
 
 
-def transfer(comparison: Comparison) -> list[Table | str]:
+def _transfer(comparison: Comparison) -> list[Table | str]:
     """The changes that more than one place has tried."""
     if len(comparison.places) < 2:
         return []
@@ -297,7 +297,7 @@ def text(comparison: Comparison) -> str:
     return _text(parts, letters)
 
 
-def transfer_text(comparison: Comparison) -> str:
+def transfer(comparison: Comparison) -> str:
     """Of it only the changes that more than one place has tried."""
     letters = dict(zip(comparison.places, LETTERS))
     if len(letters) == 1:
@@ -311,7 +311,7 @@ def transfer_text(comparison: Comparison) -> str:
     return (
         _text(["\n".join(f"  {letter}: {place}" for place, letter in letters.items())], {})
         + "\n\n"
-        + _text(transfer(comparison), letters)
+        + _text(_transfer(comparison), letters)
     )
 
 

@@ -129,8 +129,8 @@ def test_a_replay_on_its_own_device_measures_the_source():
     assert len(cell(compared, H100).tried) == 2 and cell(compared).verdict == "holds"
     alone = of_analyses([again, copy])  # the session itself is not at hand
     assert cell(alone).verdict == "holds" and alone.shared[0].source == H100
-    assert tables.transfer_text(of_analyses([first, again])).startswith(f"Both are of {H100}: ")
-    assert f"  A: {H100}\n  B: {CPU}\n\nThe same change" in tables.transfer_text(of_analyses([first, copy]))
+    assert tables.transfer(of_analyses([first, again])).startswith(f"Both are of {H100}: ")
+    assert f"  A: {H100}\n  B: {CPU}\n\nThe same change" in tables.transfer(of_analyses([first, copy]))
 
 
 def test_without_its_source_nothing_is_claimed():
