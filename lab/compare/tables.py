@@ -24,30 +24,15 @@ CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(str):
     """A place's name, for which a terminal has a letter."""
 
-    name: str
+
+class Tag(str):
+    """A verdict."""
 
 
-@dataclass(frozen=True)
-class Tag:
-    """A verdict, of a class: "keep", "crash", "holds", "fades", "reverses", "open" and so on."""
-
-    text: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change by its description, which somebody else may have written, and what it is about."""
-
-    description: str
-    kind: str = ""
-
-
-Entry = str | Place | Tag | Change | Effect | None
+Entry = str | Effect  # a text may be anybody's, and is cleaned when it is shown
 
 
 @dataclass
@@ -160,8 +145,7 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
                 (
                     Place(source),
                     Place(place),
-                    str(count.total()),
-                    *(str(count[verdict]) for verdict in classify.CLASSES),
+                    *map(str, [sum(count.values()), *(count[verdict] for verdict in classify.CLASSES)]),
                 )
                 for (source, place), count in counts.items()
             ]
@@ -189,12 +173,12 @@ def _unmeasured(changes: list[Shared]) -> dict[str, str]:
 
 
 def _rows(change: Shared) -> list[tuple[Entry, ...]]:
-    about = Change(change.description, change.kind)
+    about = one_line(change.description, WIDTH - 20) + f" [{change.kind}]" * bool(change.kind)
     return [
         (
             about,
             Place(place),
-            Tag(cell.verdict.replace(SOURCE, "found here"), "open" if cell.verdict == classify.OPEN else cell.verdict),
+            Tag(cell.verdict.replace(SOURCE, "found here")),
             cell.effect or "no score",
             "; ".join(filter(None, _remarks(change, cell))),
         )
@@ -257,9 +241,7 @@ def kinds_table(summaries: list[Paid]) -> Table:
 
     all_kinds = dict.fromkeys(summary.kind for summary in summaries)
     rows: list[Sequence[Entry]] = [(kind, *(entry(by_kind.get((kind, sort))) for sort in sorts)) for kind in all_kinds]
-    return Table(
-        "Kept of those tried, and the median effect in per cent of the parent's val_bpb", ("kind", *sorts), rows
-    )
+    return Table("Kept of those tried, and the median step in per cent of the parent's val_bpb", ("kind", *sorts), rows)
 
 
 def _steps(sessions: list[Analysis]) -> list[Table | str]:
@@ -270,16 +252,13 @@ def _steps(sessions: list[Analysis]) -> list[Table | str]:
         for step in [*steps[:1], *steps[1:][1 - MOST_STEPS :]]:
             score, means = session.scores[step.number], [session.mean(step, name) for name in ("tokens", "flops")]
             figures = [number(mean and mean / unit, ".4g") for mean, unit in zip(means, (1e6, 1e15))]
-            row = Place(session.place), str(step.number), f"{score:.6f}", *figures, Change(step.description)
+            row = Place(session.place), str(step.number), f"{score:.6f}", *figures, one_line(step.description, 50)
             groups.setdefault((session.eval, session.budget), []).append(row)
     heads = "place", "#", "val_bpb", "M tokens", "PFLOP", "what"
+    caption = "val_bpb against tokens and FLOPs, of what was kept"
     return [
-        Table(
-            f"val_bpb against tokens and FLOPs, of what was kept (evaluator {tag}{f', {s:g} s' if s else ''})",
-            heads,
-            rows,
-        )
-        for (tag, s), rows in groups.items()
+        Table(f"{caption} (evaluator {tag}{f', {budget:g} s' if budget else ''})", heads, rows)
+        for (tag, budget), rows in groups.items()
     ]
 
 
@@ -299,25 +278,19 @@ def text(comparison: Comparison) -> str:
 
 def transfer(comparison: Comparison) -> str:
     """Of it only the changes that more than one place has tried."""
-    letters = dict(zip(comparison.places, LETTERS))
-    if len(letters) == 1:
-        return _text(
-            [
-                f"Both are of {comparison.places[0]}: its own findings, measured again, no longer flatter themselves "
-                "when another device's replay of them is compared"
-            ],
-            {},
+    letters, parts = dict(zip(comparison.places, LETTERS)), _transfer(comparison)
+    if not parts:
+        return textwrap.fill(
+            f"Both are of {comparison.places[0]}: its own findings, measured again, no longer flatter themselves when "
+            "another device's replay of them is compared",
+            WIDTH,
         )
-    return (
-        _text(["\n".join(f"  {letter}: {place}" for place, letter in letters.items())], {})
-        + "\n\n"
-        + _text(_transfer(comparison), letters)
-    )
+    return "\n".join(f"  {letter}: {place}" for place, letter in letters.items()) + "\n\n" + _text(parts, letters)
 
 
 def _text(parts: list[Table | str], letters: dict[str, str]) -> str:
     return "\n\n".join(
-        "\n".join(textwrap.fill(line, WIDTH, break_on_hyphens=False) for line in part.split("\n"))
+        textwrap.fill(part, WIDTH, break_on_hyphens=False)
         if isinstance(part, str)
         else f"{one_line(part.caption, WIDTH)}\n{_rows_as_text(part, letters)}"
         for part in parts
@@ -341,20 +314,16 @@ def _rows_as_text(table: Table, letters: dict[str, str]) -> str:
     lines = []
     for first, group in groupby(zip(table.rows, rows), key=lambda pair: id(pair[0][0])):
         group = list(group)
-        lines += [f"  {_entry(group[0][0][0], letters, WIDTH - 4)}", *(line(row) for _, row in group)]
+        lines += [f"  {_entry(group[0][0][0], letters)}", *(line(row) for _, row in group)]
     return "\n".join(lines)
 
 
-def _entry(entry: Entry, letters: dict[str, str], width: int = 50) -> str:
-    if isinstance(entry, Place):
-        return letters.get(entry.name, entry.name)
-    if isinstance(entry, Tag):
-        return entry.text or "-"
-    if isinstance(entry, Change):
-        return one_line(entry.description, width) + (f" [{entry.kind}]" if entry.kind else "")
+def _entry(entry: Entry, letters: dict[str, str]) -> str:
     if isinstance(entry, Effect):
         return f"{entry.value:+.5f}{spread(entry)}"
-    return one_line(entry or "", 200)
+    if isinstance(entry, Place):
+        return letters.get(entry, entry)
+    return one_line(entry, 200) or "-" * isinstance(entry, Tag)
 
 
 def spread(effect: Effect) -> str:

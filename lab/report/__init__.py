@@ -28,7 +28,7 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
     if picture and picture.absolute() == page.absolute():
         raise LabError(f"{page} can't be both the page and the picture: name two files")
     analyses = [Analysis(record) for record in records]
-    files = {page: (pages.html(analyses), pages.MARK.encode())}
+    files = {page: (pages.written(analyses), pages.MARK.encode())}
     if picture:
         if (card := charts.card(analyses, pages.subtitle(analyses))) is None:
             raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")

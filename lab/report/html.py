@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 
 from lab import untrusted
 from lab.compare.effects import Effect
-from lab.compare.tables import Change, Entry, Place, Table, Tag, spread
+from lab.compare.tables import Entry, Table, Tag, spread
 
 LONG = 30  # rows of a table that is not folded
 
@@ -71,16 +71,12 @@ def table(model: Table, class_: str = "stack") -> Element:
 
 
 def _entry(entry: Entry, reach: float) -> list:
-    if isinstance(entry, Change):
-        return [cleaned(entry.description) or "(not described)", el("small", entry.kind) if entry.kind else None]
-    if isinstance(entry, Tag):
-        return [el("span", entry.text, class_=f"tag {entry.kind}")] if entry.text else []
-    if isinstance(entry, Place):
-        return [cleaned(entry.name)]
     if isinstance(entry, Effect):
-        interval = spread(entry)
-        return [typeset(f"{entry.value:+.5f}"), el("span", typeset(interval), class_="soft"), _forest(entry, reach)]
-    return [cleaned(typeset(entry or ""), 400)]
+        interval = el("span", typeset(spread(entry)), class_="soft")
+        return [typeset(f"{entry.value:+.5f}"), interval, _forest(entry, reach)]
+    if isinstance(entry, Tag):
+        return [el("span", entry, class_=f"tag {entry.replace(' ', '-')}")] if entry else []
+    return [cleaned(typeset(entry), 400)]
 
 
 def _forest(effect: Effect, reach: float) -> Element:

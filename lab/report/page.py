@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from string import Template
 from xml.etree.ElementTree import Element, tostring
 
 from lab import untrusted
 from lab.compare import comparison, tables
 from lab.compare.analysis import Analysis, kind_of
-from lab.compare.tables import Change, Section, Table, Tag
+from lab.compare.tables import Table, Tag
 from lab.report import charts
-from lab.report.charts import Chart
 from lab.report.html import cleaned, el, embedded, table, typeset
 from lab.session.state import Experiment
 
 HERE = Path(__file__).resolve().parent
 MARK = "<!doctype html>\n<!-- python -m lab report -->\n"  # what a file of ours begins with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
-# Of charts, on a desk and on a phone: width, height, size of letters. One of half the width is legible on both.
-PROGRESS = (1120, 430, 12.5), (360, 330, 11)
-HALF = ((440, 270, 12),)
 TOKENS_TOLD = (
     "A run ends by the clock. A change that only makes it faster moves along the others' slope; one that "
     "learns more from each token lies below it."
@@ -41,86 +38,65 @@ class Page:
     def __init__(self):
         self.data = {"sessions": {}, "charts": {}}
 
-    def chart(self, name: str, draw: Callable[..., Chart | None], sizes: tuple, label: str, key: str) -> Element | None:
-        """A chart for a desk and one for a phone, of which the style sheet shows one, with its legend; None without
-        anything to draw. `key` begins the ids of the session's rows."""
-        parts = []
-        for form, size in zip(("wide", "narrow") if len(sizes) > 1 else ("half",), sizes):
-            if (drawn := draw(*size)) is None:
+    def chart(self, key: str, name: str, label: str, draw: Callable, *subject, height: float = 0.0) -> Element | None:
+        """A chart with its legend; None without anything to draw. `key` begins the ids of the session's rows.
+
+        Args:
+            draw: called with what is to be drawn, the width, the height and the size of letters, in pixels.
+            height: of a wide chart on a desk, which gets another for a phone; else one of half the width is for both.
+        """
+        sizes = {"wide": (1120, height, 12.5), "narrow": (360, 290, 11)} if height else {"half": (440, 270, 12)}
+        parts, legend = [], []
+        for form, size in sizes.items():
+            if (chart := draw(*subject, *size)) is None:
                 return None
-            spots = [round(part, 1) for spot in drawn.spots for part in spot]
-            self.data["charts"][f"{name}-{form}"] = [key, *spots]
-            parts.append(charts.svg(drawn, label, f"{name}-{form}", form))
-            legend = [
-                el("li", el("span", sign, class_=f"sign {hue}", aria_hidden="true"), meaning)
-                for hue, sign, meaning in drawn.legend
-            ]
-        return el("figure", *parts, el("ul", *legend, class_="legend") if legend else None)
+            identity = f"{key}-{name}-{form}"
+            self.data["charts"][identity] = [key, *(round(part, 1) for spot in chart.spots for part in spot)]
+            parts.append(charts.svg(chart, label, identity, form))
+            legend = chart.legend
+        entries = [(el("span", sign, class_=f"sign {hue}", aria_hidden="true"), text) for hue, sign, text in legend]
+        return el(
+            "figure", *parts, el("ul", *(el("li", *entry) for entry in entries), class_="legend") if legend else None
+        )
 
 
-def html(analyses: list[Analysis]) -> bytes:
+def written(analyses: list[Analysis]) -> bytes:
     """The page about one session, or about several and what they say together."""
-    page, names = Page(), [cleaned(analysis.name) for analysis in analyses]
+    page, started, names = Page(), [a.started for a in analyses], [cleaned(a.name) for a in analyses]
     if len(analyses) == 1:
-        started = analyses[0].started
-        title, over = f"{started.tag} on {started.device}", "autoresearch session "
+        title, over = f"{started[0].tag} on {started[0].device}", "autoresearch session"
         parts = _session(page, "s0", analyses[0], "h2")
     else:
-        title, over = (
-            f"{len(analyses)} sessions on {len({a.started.device for a in analyses})} devices",
-            "autoresearch ",
-        )
+        title, over = f"{len(analyses)} sessions on {len({s.device for s in started})} devices", "autoresearch"
         parts = _together(page, analyses, names)
         for i, analysis in enumerate(analyses):
             inner = _session(page, f"s{i}", analysis, "h3")
             parts.append(el("section", el("h2", names[i]), *inner, id=f"s{i}", class_="session"))
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; style-src {_digest(charts.STYLE)}; script-src {_digest(script)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+    content = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(cleaned(title)),
+        over=over,
+        main="\n".join(tostring(part, encoding="unicode", method="html") for part in parts),
+        data=embedded(page.data),
+        now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        **{"style": charts.STYLE, "style_digest": _digest(charts.STYLE)},
+        **{"script": script, "script_digest": _digest(script)},
     )
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="referrer", content="no-referrer"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{cleaned(title)} – autoresearch"),
-        el("style", charts.STYLE),
-    )
-    heading = el("h1", el("span", over, class_="over"), cleaned(title))
-    body = el(
-        "body",
-        el("a", "Skip to the content", href="#main", class_="skip"),
-        el("header", el("button", "Dark", type="button", id="theme", hidden="")),
-        el("main", heading, *parts, el("footer", _stamp()), id="main"),
-        el("div", id="tip", role="status", aria_live="polite", hidden=""),
-        el("script", embedded(page.data), type="application/json", id="data"),
-        el("script", script),
-    )
-    whole = tostring(el("html", head, body, lang="en"), encoding="unicode", method="html")
-    return (MARK + whole).encode(errors="replace") + b"\n"
+    return (MARK + content).encode(errors="replace")
 
 
 def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _stamp() -> str:
-    return (
-        f"Written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by python -m lab report. val_bpb: "
-        "validation bits per byte, lower is better. This file holds everything that it shows, and loads nothing."
-    )
-
-
-def _section(section: Section, head: str, key: str, *more: Element | None) -> Element | None:
+def _section(name: str, title: str, head: str, *parts: Element | Table | str | None) -> Element | None:
     """A section with a heading, of tables, paragraphs and what else is in it; None if it is empty."""
-    parts = [el("p", cleaned(part, 500)) if isinstance(part, str) else table(part) for part in section.parts]
-    parts += [part for part in more if part is not None]
-    name = f"{key}{section.name}-head"
-    return el("section", el(head, section.title, id=name), *parts, aria_labelledby=name) if parts else None
+    shown = [
+        table(part) if isinstance(part, Table) else el("p", cleaned(part, 500)) if isinstance(part, str) else part
+        for part in parts
+        if part is not None and not (isinstance(part, Table) and not part.rows)
+    ]
+    return el("section", el(head, title, id=f"{name}-head"), *shown, aria_labelledby=f"{name}-head") if shown else None
 
 
 # --- Several sessions ---
@@ -129,16 +105,14 @@ def _section(section: Section, head: str, key: str, *more: Element | None) -> El
 def _together(page: Page, analyses: list[Analysis], names: list[str]) -> list[Element]:
     """What they say together."""
     links = [part for i, name in enumerate(names) for part in (" · " * bool(i), el("a", name, href=f"#s{i}"))]
-    gains = page.chart(
-        "together",
-        partial(charts.gains, analyses),
-        (*PROGRESS[:0], (1120, 330, 12.5), (360, 290, 11)),
-        "How far each session's best was below its own baseline, by experiment",
-        "",
-    )
-    sections = tables.sections(comparison.of_analyses(analyses))
-    told = [_section(s, "h2", "", gains if s.name == "sessions" else None) for s in sections if s.name != "steps"]
-    return [el("nav", "Each by itself: ", *links, aria_label="Sessions"), *(part for part in told if part is not None)]
+    told = "How far each session's best was below its own baseline, by experiment"
+    gains = page.chart("", "together", told, charts.gains, analyses, height=330)
+    sections = [
+        _section(section.name, section.title, "h2", *section.parts, gains if section.name == "sessions" else None)
+        for section in tables.sections(comparison.of_analyses(analyses))
+    ]
+    nav = el("nav", "Each by itself: ", *links, aria_label="Sessions")
+    return [nav, *(section for section in sections if section is not None)]
 
 
 # --- A session ---
@@ -146,45 +120,24 @@ def _together(page: Page, analyses: list[Analysis], names: list[str]) -> list[El
 
 def _session(page: Page, key: str, analysis: Analysis, head: str) -> list[Element]:
     """The sections about a session; `head` is the tag of their headings, `key` begins their ids."""
-
-    def chart(name: str, draw: Callable[..., Chart | None], sizes: tuple, label: str) -> Element | None:
-        return page.chart(f"{key}-{name}", partial(draw, analysis), sizes, label, key)
-
-    def section(name: str, title: str, model: Table | None, *more: Element | None) -> Element | None:
-        return _section(Section(name, title, [model] if model and model.rows else []), head, f"{key}-", *more)
-
+    progress = page.chart(key, "progress", _told(analysis), charts.progress, analysis, key, height=430)
+    minutes = page.chart(key, "minutes", "Minutes of runs by experiment", charts.minutes, analysis)
     pair = [
-        page.chart(
-            f"{key}-{what}", partial(charts.against, analysis, what, key), HALF, f"val_bpb against {what} of a run", key
-        )
+        page.chart(key, what, f"val_bpb against {what} of a run", charts.against, analysis, what, key)
         for what in ("tokens", "flops")
     ]
-    drawn = el("div", *pair, class_="pair") if any(part is not None for part in pair) else None
-    kinds = tables.kinds_table(comparison.paid([analysis])) if analysis.tried else None
-    sections = [
-        _headline(analysis),
-        section(
-            "progress",
-            "Progress",
-            None,
-            page.chart(f"{key}-progress", partial(charts.progress, analysis, key), PROGRESS, _told(analysis), key),
-            table(_kept(analysis)) if len(analysis.steps) > 1 else None,
-        ),
-        section("experiments", "Experiments", None, _experiments(page, key, analysis)),
-        section("failed", "Crashed and invalid", _failed(analysis)),
-        section("kinds", "Kinds of change", kinds),
-        section(
-            "time",
-            "Where the time went",
-            _shares(analysis),
-            chart("minutes", charts.minutes, HALF, "Minutes of runs by experiment"),
-        ),
-        section(
-            "tokens", "Score against tokens and FLOPs", None, drawn is not None and el("p", TOKENS_TOLD) or None, drawn
-        ),
-        section("under", "What it was measured under", None, _under(analysis)),
-    ]
-    return [part for part in sections if part is not None]
+    against = (TOKENS_TOLD, el("div", *pair, class_="pair")) if any(part is not None for part in pair) else ()
+    sections = {
+        "Progress": (progress, _kept(analysis)),
+        "Experiments": (_experiments(page, key, analysis),),
+        "Crashed and invalid": (_failed(analysis),),
+        "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
+        "Where the time went": (_shares(analysis), minutes),
+        "Score against tokens and FLOPs": against,
+        "What it was measured under": (_under(analysis),),
+    }
+    shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]
+    return [_headline(analysis), *(section for section in shown if section is not None)]
 
 
 def in_short(analysis: Analysis) -> tuple[str, str]:
@@ -282,13 +235,21 @@ def _kept(analysis: Analysis) -> Table:
     for before, experiment in zip(analysis.steps, analysis.steps[1:]):
         score = analysis.scores[experiment.number]
         step, runs = score - analysis.scores[before.number], len(analysis.judged[experiment.number])
-        rows.append((f"{experiment.number}", Change(experiment.description), f"{score:.6f}", f"{step:+.6f}", f"{runs}"))
+        rows.append(
+            (
+                f"{experiment.number}",
+                experiment.description or "(not described)",
+                f"{score:.6f}",
+                f"{step:+.6f}",
+                f"{runs}",
+            )
+        )
     return Table("What was kept, in order", ("experiment", "what", "val_bpb", "step", "runs"), rows)
 
 
 def _failed(analysis: Analysis) -> Table:
     rows = [
-        (f"{e.number}", Tag(SAID[e.status], e.status), Change(e.description), e.verdict.said or "-")
+        (f"{e.number}", Tag(SAID[e.status]), e.description or "(not described)", e.verdict.said or "-")
         for e in analysis.experiments.values()
         if e.status in ("crash", "invalid")
     ]
@@ -328,7 +289,7 @@ def _experiments(page: Page, key: str, analysis: Analysis) -> Element:
         row = el(
             "tr",
             el("th", str(experiment.number), scope="row", role="rowheader"),
-            el("td", el("span", verdicts[i], class_=f"tag {experiment.status}"), role="cell"),
+            el("td", el("span", verdicts[i], class_=f"tag {verdicts[i].replace(' ', '-')}"), role="cell"),
             id=f"{key}-e{experiment.number}",
             role="row",
         )

@@ -48,7 +48,7 @@ def open_all(shown):
 @pytest.mark.parametrize("size", (DESK, PHONE), ids=("desk", "phone"))
 def test_nothing_hostile_runs_and_nothing_is_loaded(show, size):
     hostile = session(27, texts=HOSTILE, notes=HOSTILE, backend=HOSTILE[0])
-    shown = show(page.html([hostile, session(9, tag="other", texts=HOSTILE)]), size)
+    shown = show(page.written([hostile, session(9, tag="other", texts=HOSTILE)]), size)
     open_all(shown)
     shown.hover(f".chart.{'wide' if size is DESK else 'narrow'} >> nth=1")
     shown.wait_for_timeout(200)
@@ -60,7 +60,7 @@ def test_nothing_hostile_runs_and_nothing_is_loaded(show, size):
 
 def test_the_policy_stops_what_would_get_in_all_the_same(show):
     """A second wall; and without it these are seen to run, so that the test above tells something."""
-    content = page.html([session(3)])
+    content = page.written([session(3)])
     hostile = content.replace(b"</main>", b"<img src=x onerror=window.pwned=1><script>window.pwned=1</script></main>")
     shown = show(hostile)
     shown.wait_for_timeout(200)
@@ -81,7 +81,7 @@ def pages():
 @pytest.mark.parametrize("records", [pytest.param(records, id=name) for name, records in pages()])
 @pytest.mark.parametrize("size", (DESK, PHONE), ids=("desk", "phone"))
 def test_the_page_never_scrolls_sideways(show, records, size):
-    shown = show(page.html(records), size)
+    shown = show(page.written(records), size)
     open_all(shown)
     assert shown.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert not shown.errors
@@ -92,7 +92,7 @@ def paper(shown):
 
 
 def test_light_and_dark_by_the_system_and_by_the_switch(show):
-    content = page.html([session(5)])
+    content = page.written([session(5)])
     light, dark = (paper(show(content, color_scheme=scheme)) for scheme in ("light", "dark"))
     assert light != dark
     shown = show(content, color_scheme="dark")
@@ -103,12 +103,14 @@ def test_light_and_dark_by_the_system_and_by_the_switch(show):
 
 
 def shown_numbers(shown):
-    return [int(text) for text in shown.locator(".experiments > table > tbody > tr:not([hidden]) > th").all_inner_texts()]
+    return [
+        int(text) for text in shown.locator(".experiments > table > tbody > tr:not([hidden]) > th").all_inner_texts()
+    ]
 
 
 def test_the_experiments_are_sorted_and_filtered(show):
     record = session(40)
-    shown = show(page.html([record]))
+    shown = show(page.written([record]))
     assert shown_numbers(shown) == list(record.experiments)
     head = shown.locator(".experiments thead th", has_text="val_bpb")
     for order, reverse in (("ascending", False), ("descending", True)):
@@ -125,7 +127,7 @@ def test_the_experiments_are_sorted_and_filtered(show):
 
 
 def test_a_chart_is_read_by_keyboard_and_leads_to_the_table(show):
-    shown = show(page.html([session(10)]))
+    shown = show(page.written([session(10)]))
     shown.focus("#s0-progress-wide")
     for _ in range(3):
         shown.keyboard.press("ArrowRight")
@@ -139,13 +141,13 @@ def test_a_chart_is_read_by_keyboard_and_leads_to_the_table(show):
 
 
 def test_a_label_leads_to_its_row(show):
-    shown = show(page.html([session(10)]))
+    shown = show(page.written([session(10)]))
     shown.click("#s0-progress-wide .label a >> nth=0")
     assert "+DEPTH" in shown.inner_text("pre") and shown.uri == shown.url
 
 
 def test_a_tap_tells_what_it_hits(show):
-    shown = show(page.html([session(10)]), PHONE, has_touch=True, is_mobile=True)
+    shown = show(page.written([session(10)]), PHONE, has_touch=True, is_mobile=True)
     x, y = shown.evaluate("""() => {
         const svg = document.getElementById("s0-progress-narrow");
         const [, x, y] = JSON.parse(document.getElementById("data").textContent).charts[svg.id];
@@ -160,7 +162,7 @@ def test_a_tap_tells_what_it_hits(show):
 
 
 def test_two_thousand_experiments(show):
-    shown = show(page.html([session(2000)]))
+    shown = show(page.written([session(2000)]))
     assert shown.inner_text("output") == "2001 of 2001 shown" and not shown.errors
     shown.fill(".experiments input", "change 1999")
     assert shown_numbers(shown) == [1999]
@@ -169,6 +171,6 @@ def test_two_thousand_experiments(show):
 
 
 def test_without_scripts_everything_but_the_diffs_is_there(show):
-    shown = show(page.html([session(10)]), java_script_enabled=False)
+    shown = show(page.written([session(10)]), java_script_enabled=False)
     assert "better than the baseline" in shown.inner_text("main") and shown.locator("#s0-progress-wide").is_visible()
     assert shown.locator(".experiments tbody tr").count() == 11 and shown.locator("form").is_hidden()

@@ -59,7 +59,7 @@ class Parsed(HTMLParser):
 
 
 def parsed(*analyses):
-    return Parsed(page.html(list(analyses)))
+    return Parsed(page.written(list(analyses)))
 
 
 def data_of(found):
@@ -91,7 +91,7 @@ def test_nothing_in_a_chart_is_read_as_mathematics():
 
 
 def test_embedded_data_can_end_no_script_and_is_whole():
-    raw = page.html([session(40, texts=HOSTILE)])
+    raw = page.written([session(40, texts=HOSTILE)])
     block = re.search(rb'<script type="application/json" id="data">(.*?)</script>', raw, re.DOTALL)[1]
     assert not set("<>&\u2028\u2029") & set(block.decode()) and block.isascii()
     details = json.loads(block)["sessions"]["s0"]
@@ -102,14 +102,14 @@ def test_embedded_data_can_end_no_script_and_is_whole():
 
 
 def test_no_character_acts_on_the_reader():
-    text = page.html([session(40, texts=HOSTILE)]).decode()
+    text = page.written([session(40, texts=HOSTILE)]).decode()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]", text)
     diff = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["sessions"]["s0"]["4"]["diff"]
     assert "<U+001B>[2J" in diff and "<U+202E>" in diff  # in a diff what is unseen is spelt out
 
 
 def test_an_endless_line_is_cut_and_said_so():
-    found = page.html([session(60, texts=["x" * 2**20, "y\n" * 2**19])])
+    found = page.written([session(60, texts=["x" * 2**20, "y\n" * 2**19])])
     assert len(found) < 2**23 and b"characters more" in found
 
 
@@ -156,8 +156,7 @@ def test_the_headline_has_gain_noise_and_counts():
 
 
 @pytest.mark.parametrize(
-    "gains, badge",
-    ((None, "Unconfirmed"), ((0.02, 0.01, 0.03), "Confirmed"), ((0.001, -0.01, 0.012), "Not confirmed")),
+    "gains, badge", ((None, "Unconfirmed"), ((0.02, 0.01, 0.03), "Confirmed"), ((0.001, -0.01, 0.012), "Not confirmed"))
 )
 def test_what_a_confirmation_came_to_is_said(gains, badge):
     then = (lambda builder: builder.confirm(6, 5, [1.1] * 3, [1.2] * 3, gains)) if gains else None
