@@ -35,40 +35,21 @@ STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 COLOURS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", STYLE[: STYLE.index("}")]))
 VARIABLES = {colour: f"var(--{name})" for name, colour in reversed(COLOURS.items())}
 HUES = "best replay near hue3 hue4 crash".split()  # of several sessions
-SIGNS = {  # by kind of experiment: form, size, meaning
-    "kept": ("link", 5.1, "kept: the line is the best so far"),
-    "near": ("ring", 3.4, "near misses: better, but not told from chance"),
-    "discard": ("dot", 3.4, "discarded"),
-    "replayed": ("ring", 3.4, "replayed, and better than the baseline"),
-    "crash": ("cross", 3.4, "crashed or invalid, at the foot"),
-    "far": ("up", 3.4, "discarded, and further above than is drawn"),
-}
-COLOUR_OF = {"kept": "best", "replayed": "replay", "far": "discard"}  # of a kind that is not called as its colour is
-A = 0.5523  # of a cubic curve that is a quarter of a circle
-FORMS = {  # of a mark of radius 1: corners, and whether each is drawn to from the one before it
+RING = Outline.unit_regular_polygon(16)
+FORMS = {  # of a mark of radius 1: its corners, and matplotlib's codes of them
     "dot": ([(0, 0), (0.01, 0)], [1, 2]),  # of hardly any length, with round ends as wide as the dot
+    "ring": (RING.vertices, RING.codes),
     "cross": ([(-1, -1), (1, 1), (-1, 1), (1, -1)], [1, 2, 1, 2]),
     "up": ([(-1, -1), (0, 1), (1, -1), (-1, -1)], [1, 2, 2, 79]),
-    "ring": (
-        [
-            (1, 0),
-            (1, A),
-            (A, 1),
-            (0, 1),
-            (-A, 1),
-            (-1, A),
-            (-1, 0),
-            (-1, -A),
-            (-A, -1),
-            (0, -1),
-            (A, -1),
-            (1, -A),
-            (1, 0),
-        ],
-        [1, *[4] * 12],
-    ),
 }
-LEGEND = {"link": "●", "dot": "●", "ring": "○", "cross": "×", "up": "▲"}
+SIGNS = {  # by kind of experiment: colour, form, radius, sign in a legend, meaning
+    "far": ("discard", "up", 3.4, "▲", "discarded, and further above than is drawn"),
+    "discard": ("discard", "dot", 3.4, "●", "discarded"),
+    "near": ("near", "ring", 3.4, "○", "near misses: better, but not told from chance"),
+    "replayed": ("replay", "ring", 3.4, "○", "replayed, and better than the baseline"),
+    "crash": ("crash", "cross", 3.4, "×", "crashed or invalid, at the foot"),
+    "kept": ("best", "dot", 5.1, "●", "kept: the line is the best so far"),
+}
 LABELS, ROWS = 40, 10  # kept steps that are tried to be named, and rows above and below a step that are tried for it
 MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
 MOST_NAMED = 12  # sessions in the legend of a picture
@@ -93,32 +74,43 @@ class Chart:
         return self.axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
 
     def draw(self, corners: np.ndarray, codes: Sequence[int], name: str, **paint) -> None:
-        """Adds a path of corners in pixels. codes: matplotlib's, one for each corner. paint: colours by their names."""
-        paint = {
-            key: COLOURS[value] if value in COLOURS else value for key, value in ({"facecolor": "none"} | paint).items()
-        }
-        path = PathPatch(Outline(corners / 72, codes), transform=self.figure.dpi_scale_trans, **paint)
+        """Adds a path of corners in pixels, with matplotlib's codes of them."""
+        path = PathPatch(
+            Outline(corners / 72, codes), transform=self.figure.dpi_scale_trans, **({"facecolor": "none"} | paint)
+        )
         path.set(gid=name, zorder=3, snap=False)
         self.figure.add_artist(path)
 
-    def mark(self, name: str, form: str, points: np.ndarray, radius: float, colour: str, key: str, numbers=()) -> None:
-        """Adds marks of one kind at pixels. Those of the form "link" lead to the rows of the page with these numbers.
+    def mark(self, kinds: dict[int, str], places: np.ndarray, key: str, scale: float = 1.0) -> None:
+        """Marks experiments at pixels, those that lie above the chart at its upper edge.
 
         Args:
-            key: that ids of the session's rows begin with.
+            kinds: of SIGNS, by experiment. key: that ids of their rows in the page begin with.
         """
-        if form == "link" and len(points) <= MOST_LINKS:
-            inches, outline = self.figure.dpi_scale_trans, [Outline.circle(radius=radius)]
-            marks = PathCollection(outline, offsets=points / 72, offset_transform=inches, facecolor=COLOURS[colour])
-            marks.set(transform=Affine2D(), linewidth=0, gid=name, zorder=3)
-            marks.set_urls([f"#{key}-e{number}" for number in numbers])
-            self.figure.add_artist(marks)
-            return
-        corners, codes = FORMS["dot" if form == "link" else form]
-        outline, codes = (points[:, None] + radius * np.asarray(corners)).reshape(-1, 2), np.tile(codes, len(points))
-        paint = {"linewidth": 1.6} if form in ("ring", "cross") else {"linewidth": 2 * radius, "capstyle": "round"}
-        paint = {"facecolor": colour, "linewidth": 0} if form == "up" else {"edgecolor": colour} | paint
-        self.draw(outline, codes, name, **paint)
+        (_, top), by_kind = self.axes.transAxes.transform((0, 1)), {}
+        for i, (number, kind) in enumerate(kinds.items()):
+            if places[i, 1] > top:
+                kind, places[i, 1] = "far", top - 5
+            by_kind.setdefault(kind, []).append(i)
+        self.spots = [(x, 72 * self.figure.get_figheight() - y, n) for (x, y), n in zip(places.tolist(), kinds)]
+        for kind, (colour, form, radius, sign, meaning) in SIGNS.items():
+            if there := by_kind.get(kind):
+                self.legend.append((colour, sign, meaning))
+                if kind == "kept" and len(there) <= MOST_LINKS:
+                    self.link(places[there], scale * radius, COLOURS[colour], key, [list(kinds)[i] for i in there])
+                    continue
+                corners, codes = FORMS[form]
+                corners = (places[there][:, None] + scale * radius * np.asarray(corners)).reshape(-1, 2)
+                paint = {"facecolor": COLOURS[colour] if form == "up" else "none", "edgecolor": COLOURS[colour]}
+                paint |= {"linewidth": 2 * scale * radius if form == "dot" else 1.6, "capstyle": "round"}
+                self.draw(corners, np.tile(codes, len(there)), kind, **paint)
+
+    def link(self, places: np.ndarray, radius: float, colour: str, key: str, numbers: list[int]) -> None:
+        """Dots at pixels that lead to the rows of experiments without a script."""
+        inches, outline = self.figure.dpi_scale_trans, [Outline.circle(radius=radius)]
+        dots = PathCollection(outline, offsets=places / 72, offset_transform=inches, facecolor=colour, linewidth=0)
+        dots.set(transform=Affine2D(), gid="kept", zorder=3, urls=[f"#{key}-e{number}" for number in numbers])
+        self.figure.add_artist(dots)
 
     def text(self, x: float, y: float, text: str, size: float, colour: str = "soft", **how) -> None:
         """Adds a text at pixels from the left and from the bottom; nothing in it is mathematics."""
@@ -156,7 +148,7 @@ def _chart(size: Sequence[float], across: str, up: str, xs: tuple, ys: tuple, wh
 # --- The charts ---
 
 
-def kind_of(analysis: Analysis, experiment: Experiment) -> str:
+def sign_of(analysis: Analysis, experiment: Experiment) -> str:
     """Which of SIGNS stands for an experiment."""
     if experiment.number not in analysis.scores or experiment.status in ("crash", "invalid"):
         return "crash"
@@ -173,7 +165,7 @@ def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> C
     """
     if not analysis.steps:
         return None
-    kinds = {number: kind_of(analysis, experiment) for number, experiment in analysis.experiments.items()}
+    kinds = {number: sign_of(analysis, experiment) for number, experiment in analysis.experiments.items()}
     steps, sd = [analysis.scores[e.number] for e in analysis.steps], analysis.noise.sd if analysis.noise else 0.0
     shown = [analysis.scores[number] for number, kind in kinds.items() if kind != "crash"]
     usual = sorted(shown)[int(0.8 * len(shown))]  # a few that failed badly would flatten the rest
@@ -183,32 +175,17 @@ def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> C
     last = max(1, *kinds)
     limits = (-0.01 * last, 1.01 * last), (low, high)
     chart = _chart(size, "experiment", "val_bpb, lower is better", *limits, whole=True, head=head)
-    scores = [analysis.scores.get(number, low) for number in kinds]
-    places = chart.pixels(list(zip(kinds, scores)))
-    top, foot = chart.pixels([(0, high), (0, low)])[:, 1]
-    by_kind: dict[str, list[int]] = {}
-    for i, (number, kind) in enumerate(kinds.items()):
-        if kind == "crash":
-            places[i, 1] = foot + 7
-        elif places[i, 1] > top:
-            kind, places[i, 1] = "far", top - 5
-        by_kind.setdefault(kind, []).append(i)
-    chart.spots = [(x, size[1] - y, number) for (x, y), number in zip(places.tolist(), kinds)]
     xs, ys = np.array([*(e.number for e in analysis.steps), last]), np.array([*steps, steps[-1]])
     if sd:
         band = {"step": "post", "alpha": 0.14, "linewidth": 0, "gid": "band"}
         chart.axes.fill_between(xs, ys - sd, ys + sd, color=COLOURS["best"], **band)
+        chart.legend.append(("best soft", "■", f"one standard deviation of a single run (±{sd:.4f}) around the best"))
     chart.axes.step(xs, ys, where="post", color=COLOURS["best"], linewidth=2.2, gid="best")
-    scale = (1.0 if size[0] > 600 else 0.75) * (1.0 if last <= 400 else 0.6)
-    numbers = list(kinds)
-    for kind, (form, radius, meaning) in SIGNS.items():
-        if there := by_kind.get(kind):
-            colour = COLOUR_OF.get(kind, kind)
-            chart.mark(kind, form, places[there], scale * radius, colour, key, [numbers[i] for i in there])
-            chart.legend.append((colour, LEGEND[form], meaning))
-    if sd:
-        chart.legend.append(("best soft", "■", f"one standard deviation of a single run (±{sd:.4f}) around it"))
-    _label(chart, analysis, key, places[[i for kind, there in by_kind.items() if kind != "crash" for i in there]], size)
+    places = chart.pixels([(number, analysis.scores.get(number, low)) for number in kinds])
+    failed = [kind == "crash" for kind in kinds.values()]
+    places[failed, 1] = chart.pixels([(0, low)])[0, 1] + 7
+    chart.mark(kinds, places, key, (1.0 if size[0] > 600 else 0.75) * (1.0 if last <= 400 else 0.6))
+    _label(chart, analysis, key, places[np.logical_not(failed)], size)
     return chart
 
 
@@ -253,7 +230,8 @@ def _label(chart: Chart, analysis: Analysis, key: str, marks: np.ndarray, size: 
                 stems += [(x, stem[1]), (x, stem[3])]
                 chart.text(start, base, text, letter, "ink", gid="label", url=f"#{key}-e{experiment.number}")
                 break
-    chart.draw(np.array(stems).reshape(-1, 2), [1, 2] * (len(stems) // 2), "stem", edgecolor="axis", linewidth=0.8)
+    lines = np.array(stems).reshape(-1, 2)
+    chart.draw(lines, [1, 2] * (len(stems) // 2), "stem", edgecolor=COLOURS["axis"], linewidth=0.8)
 
 
 def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | None:
@@ -270,8 +248,7 @@ def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | 
         hue, numbers = HUES[i % len(HUES)], [e.number for e in analysis.steps]
         xs, ys = [*numbers, max(analysis.experiments)], [*below[i], below[i][-1]]
         chart.axes.step(xs, ys, where="post", color=COLOURS[hue], linewidth=2.2, gid="best")
-        places = chart.pixels(list(zip(numbers, below[i])))
-        chart.mark("kept", "link", places, 3.4, hue, f"s{i}", numbers)
+        chart.link(chart.pixels(list(zip(numbers, below[i]))), 3.4, COLOURS[hue], f"s{i}", numbers)
         chart.legend.append((hue, "━", cleaned(analysis.name)))
     return chart
 
@@ -295,20 +272,9 @@ def against(analysis: Analysis, what: str, key: str, *size: float) -> Chart | No
     unit = f"{prefix}{'tokens' if what == 'tokens' else 'FLOPs of the model'} in a run"
     xs = (min(amounts) - pad) / 10**power, (max(amounts) + pad) / 10**power
     chart = _chart(size, unit, "val_bpb", xs, (low - pad_up, high + pad_up))
-    places = chart.pixels([(amount / 10**power, score) for amount, score in points.values()])
-    top = chart.pixels([(xs[0], high + pad_up)])[0, 1]
-    by_kind: dict[str, list[int]] = {"discard": [], "far": [], "kept": []}
-    for i, number in enumerate(points):
-        kind = "kept" if analysis.experiments[number].status == "keep" else "discard"
-        if places[i, 1] > top:
-            kind, places[i, 1] = "far", top - 5
-        by_kind[kind].append(i)
-    numbers = list(points)
-    for kind, there in by_kind.items():
-        form, radius, _ = SIGNS[kind]
-        if there:
-            chart.mark(kind, form, places[there], radius, COLOUR_OF.get(kind, kind), key, [numbers[i] for i in there])
-    chart.spots = [(x, size[1] - y, number) for (x, y), number in zip(places.tolist(), numbers)]
+    kinds = {n: "kept" if analysis.experiments[n].status == "keep" else "discard" for n in points}
+    chart.mark(kinds, chart.pixels([(amount / 10**power, score) for amount, score in points.values()]), key)
+    chart.legend = []
     return chart
 
 
@@ -331,7 +297,8 @@ def minutes(analysis: Analysis, *size: float) -> Chart | None:
             (x + dx, y) for x, a, b in zip(numbers, feet, heads) for dx, y in zip((-0.4, -0.4, 0.4, 0.4), (a, b, b, a))
         ]
         corners = np.insert(chart.pixels(sides).reshape(-1, 4, 2), 4, 0, axis=1).reshape(-1, 2)
-        chart.draw(corners, np.tile([1, 2, 2, 2, 79], len(numbers)), name, facecolor=colour, linewidth=0)
+        bars = {"facecolor": COLOURS[colour], "linewidth": 0}
+        chart.draw(corners, np.tile([1, 2, 2, 2, 79], len(numbers)), name, **bars)
         chart.legend.append((colour, "■", meaning))
         feet = heads
     spots = chart.pixels(list(zip(numbers, feet))).tolist()

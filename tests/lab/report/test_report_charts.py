@@ -34,8 +34,7 @@ def marks(chart, name):
         return 0
     if hasattr(artist, "get_offsets"):
         return len(artist.get_offsets())
-    form = charts.FORMS["dot" if charts.SIGNS[name][0] == "link" else charts.SIGNS[name][0]]
-    return len(artist.get_path().vertices) // len(form[0])
+    return len(artist.get_path().vertices) // len(charts.FORMS[charts.SIGNS[name][1]][0])
 
 
 def test_each_experiment_is_drawn_once_where_it_belongs():
