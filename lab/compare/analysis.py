@@ -154,7 +154,8 @@ class Analysis:
         later = [run for run in own if run.experiment > experiment.number] if picked else own
         since = [run for run in others if run.experiment > after]
         sure = self.noise is not None and bool(later and since)
-        effect = effects.between(*((later, since) if sure else (own, others)), self.noise)
+        own, others = (later, since) if sure else (own, others)
+        effect = effects.between(own, others, self.noise)
         flattered = self.noise is not None and not sure
         return replace(effect, flattered=flattered, known=bool(experiment.origin) or picked, picked=picked)
 
@@ -181,7 +182,7 @@ class Analysis:
         if not self.best or not self.baseline or self.best is self.baseline:
             return None
         pair = [[run for run in self.counted[e.number] if self.confirms(run)] for e in (self.best, self.baseline)]
-        return effects.between(*pair, self.noise) if all(pair) else None
+        return effects.between(pair[0], pair[1], self.noise) if all(pair) else None
 
     @cached_property
     def hours(self) -> float | None:

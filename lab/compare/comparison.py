@@ -19,6 +19,7 @@ from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
 from lab.errors import LabError
 from lab.genome import kinds
+from lab.session.events import Interval
 from lab.session.record import Record
 from lab.session.state import Experiment
 from lab.untrusted import one_line
@@ -87,12 +88,8 @@ class Agreement:
     other: str
     n: int
     same: int
-    share: float
-    share_low: float
-    share_high: float
-    rho: float | None
-    rho_low: float | None
-    rho_high: float | None
+    share: Interval
+    rho: Interval | None
     flattered: int
     joined: str
 
@@ -325,10 +322,10 @@ def _agreement(one: str, other: str, changes: list[Shared], joined: str) -> Agre
     if not pairs:
         return None
     same = sum((a.value < 0) == (b.value < 0) for a, b in pairs)
-    rho = agreement.spearman(*([effect.value for effect in side] for side in zip(*pairs))) or (None, None, None)
+    rho = agreement.spearman([effect.value for effect, _ in pairs], [effect.value for _, effect in pairs])
     flattered = sum(effect.flattered for pair in pairs for effect in pair)
     share = (same / len(pairs), *agreement.wilson(same, len(pairs)))
-    return Agreement(one, other, len(pairs), same, *share, *rho, flattered, joined)
+    return Agreement(one, other, len(pairs), same, share, rho, flattered, joined)
 
 
 def paid(analyses: list[Analysis]) -> list[Paid]:

@@ -53,8 +53,9 @@ def quantity(run: Run, name: str) -> float | None:
             per_token = _scaled(quantity(run, "model_tflops"), 1e12 / rate)
         return _scaled(quantity(run, "tokens"), per_token)
     value = run.result.get(name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and FEWEST < value < MOST else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if FEWEST < value < MOST else None
 
 
 def _scaled(value: float | None, factor: float | None) -> float | None:
@@ -76,9 +77,9 @@ class Effect:
 
     Attributes:
         value: bits per byte; below 0 is better. relative: to its parent's val_bpb.
-        error, df: its standard error, and the degrees of freedom of that; None in a ledger without repeats.
+        error, df: its standard error, and the degrees of freedom of that; None and 0 in a ledger without repeats.
         low, high: Student's 90 % interval; None likewise.
-        noise: standard deviation of a run; None likewise.
+        noise: standard deviation of a run; 0 likewise.
         runs, parent_runs: how many it rests on.
         flattered: it rests on runs that the change, or its parent, was chosen for; nothing was measured since.
         known: which way it goes was known before these runs, better that is, so that one side is enough to test.
@@ -89,10 +90,10 @@ class Effect:
     value: float
     relative: float
     error: float | None = None
-    df: int | None = None
+    df: int = 0
     low: float | None = None
     high: float | None = None
-    noise: float | None = None
+    noise: float = 0.0
     runs: int = 1
     parent_runs: int = 1
     flattered: bool = False
@@ -100,6 +101,13 @@ class Effect:
     picked: bool = False
     tokens: float | None = None
     flops: float | None = None
+
+    @property
+    def variance(self) -> float:
+        """Of the value. ValueError where nothing was repeated."""
+        if self.error is None:
+            raise ValueError("nothing was repeated: this effect has no error")
+        return self.error**2
 
     @property
     def sure(self) -> bool:
@@ -112,14 +120,14 @@ def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None)
     base = statistics.fmean(run.bpb for run in others)
     value = statistics.fmean(run.bpb for run in own) - base
     error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others)) if noise else None
-    facts = {"runs": len(own), "parent_runs": len(others)}
-    facts |= {name: ratio(own, others, name) for name in ("tokens", "flops")}
-    return interval(Effect(value, value / base, error, noise and noise.df, noise=noise and noise.sd, **facts))
+    effect = Effect(value, value / base, error, noise.df if noise else 0, noise=noise.sd if noise else 0.0)
+    ratios = [ratio(own, others, name) for name in ("tokens", "flops")]
+    return interval(replace(effect, runs=len(own), parent_runs=len(others), tokens=ratios[0], flops=ratios[1]))
 
 
 def interval(effect: Effect) -> Effect:
     """With its interval."""
-    if effect.error is None or effect.df is None:
+    if effect.error is None:
         return effect
     half = quantile(TAIL, effect.df) * effect.error
     return replace(effect, low=effect.value - half, high=effect.value + half)
@@ -136,18 +144,21 @@ def together(effects: list[Effect]) -> Effect | None:
     sure = [effect for effect in effects if effect.sure]
     if len(sure) < 2:
         return next(iter(sure or effects), None)
-    weights = [1 / effect.error**2 for effect in sure if effect.error]
+    weights = [1 / effect.variance for effect in sure]
     shares = [weight / math.fsum(weights) for weight in weights]
 
     def average(name):
         values = [getattr(effect, name) for effect in sure]
         return None if None in values else math.fsum(share * value for share, value in zip(shares, values))
 
-    average_of = {name: average(name) for name in ("value", "relative", "noise", "tokens", "flops")}
-    summed = {name: sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs")}
-    parts = [(share / math.fsum(weights), effect.df or 1) for share, effect in zip(shares, sure)]
+    noise, tokens, flops = (average(name) for name in ("noise", "tokens", "flops"))
+    runs, parent_runs = (sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs"))
+    parts = [(share / math.fsum(weights), effect.df) for share, effect in zip(shares, sure)]
     error, known = 1 / math.sqrt(math.fsum(weights)), all(effect.known for effect in sure)
-    return interval(Effect(error=error, df=satterthwaite(parts), known=known, **average_of, **summed))
+    effect = Effect(
+        average("value") or 0.0, average("relative") or 0.0, error, satterthwaite(parts), noise=noise or 0.0
+    )
+    return interval(replace(effect, runs=runs, parent_runs=parent_runs, known=known, tokens=tokens, flops=flops))
 
 
 def satterthwaite(parts: list[tuple[float, int]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 from lab.compare import classify, effects
@@ -45,7 +45,7 @@ class Table:
 
     caption: str
     heads: Sequence[str]
-    rows: list[Sequence[Entry]]
+    rows: Sequence[Sequence[Entry]]
     grouped: bool = False
 
 
@@ -55,7 +55,7 @@ class Section:
 
     name: str
     title: str
-    parts: list[Table | str] = field(default_factory=list)
+    parts: Sequence[Table | str]
 
 
 def sections(comparison: Comparison) -> list[Section]:
@@ -214,13 +214,13 @@ def _missing(cell: Cell) -> str:
 def _agreements(comparison: Comparison) -> list[Table | str]:
     heads = "", "", "changes", "same sign", "rank correlation", "remark"
     remarks = {FAMILY: "probably the same", WORDS: "by words"}
-    rows: list[Sequence[Entry]] = [
+    rows = [
         (
             Place(agreed.one),
             Place(agreed.other),
             str(agreed.n),
-            f"{agreed.share:.0%} ({agreed.share_low:.0%} to {agreed.share_high:.0%})",
-            "-" if agreed.rho is None else f"{agreed.rho:+.2f} ({agreed.rho_low:+.2f} to {agreed.rho_high:+.2f})",
+            "{:.0%} ({:.0%} to {:.0%})".format(*agreed.share),
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*agreed.rho) if agreed.rho else "-",
             remarks.get(agreed.joined) or f"{agreed.flattered} effects as selected" * bool(agreed.flattered),
         )
         for agreed in comparison.agreements
@@ -240,7 +240,7 @@ def kinds_table(summaries: list[Paid]) -> Table:
         return f"{summary.kept} of {summary.tried}{crashed}{median}"
 
     all_kinds = dict.fromkeys(summary.kind for summary in summaries)
-    rows: list[Sequence[Entry]] = [(kind, *(entry(by_kind.get((kind, sort))) for sort in sorts)) for kind in all_kinds]
+    rows = [(kind, *(entry(by_kind.get((kind, sort))) for sort in sorts)) for kind in all_kinds]
     return Table("Kept of those tried, and the median step in per cent of the parent's val_bpb", ("kind", *sorts), rows)
 
 
@@ -288,7 +288,7 @@ def transfer(comparison: Comparison) -> str:
     return "\n".join(f"  {letter}: {place}" for place, letter in letters.items()) + "\n\n" + _text(parts, letters)
 
 
-def _text(parts: list[Table | str], letters: dict[str, str]) -> str:
+def _text(parts: Sequence[Table | str], letters: dict[str, str]) -> str:
     return "\n\n".join(
         textwrap.fill(part, WIDTH, break_on_hyphens=False)
         if isinstance(part, str)

@@ -116,8 +116,8 @@ def matches(ones: list[str], others: list[str]) -> list[tuple[int, int]]:
     left, right = [said(text) for text in ones], [said(text) for text in others]
     table = [[likeness(a, b) for b in right] for a in left]
     pairs = []
-    for i, row in enumerate(table):
-        j = max(range(len(row)), key=row.__getitem__, default=None)
-        if j is not None and row[j] >= LEAST and max(range(len(table)), key=lambda k: table[k][j]) == i:
+    for i, row in enumerate(table if others else []):
+        j = max(range(len(row)), key=row.__getitem__)
+        if row[j] >= LEAST and max(range(len(table)), key=lambda k: table[k][j]) == i:
             pairs.append((i, j))
     return pairs

@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, fromstring
 
 import numpy as np
+from numpy.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
@@ -69,11 +70,11 @@ class Chart:
     spots: list[tuple[float, float, int]] = field(default_factory=list)
     legend: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def pixels(self, points: Sequence[tuple[float, float]]) -> np.ndarray:
+    def pixels(self, points: ArrayLike) -> np.ndarray:
         """Where values are drawn: (x, y) in pixels from the left and from the bottom."""
         return self.axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
 
-    def draw(self, corners: np.ndarray, codes: Sequence[int], name: str, **paint) -> None:
+    def draw(self, corners: np.ndarray, codes: ArrayLike, name: str, **paint) -> None:
         """Adds a path of corners in pixels, with matplotlib's codes of them."""
         path = PathPatch(
             Outline(corners / 72, codes), transform=self.figure.dpi_scale_trans, **({"facecolor": "none"} | paint)
