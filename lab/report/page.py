@@ -16,7 +16,7 @@ from lab.compare import comparison, tables
 from lab.compare.analysis import Analysis, kind_of
 from lab.compare.tables import Table, Tag
 from lab.report import charts
-from lab.report.html import cleaned, el, embedded, table, typeset
+from lab.report.html import cleaned, el, embedded, table
 from lab.session.state import Experiment
 
 HERE = Path(__file__).resolve().parent
@@ -324,7 +324,7 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
 
     def shown(values: list[float | None], form: str = "") -> list[str]:
         form = form or (".1f" if max(filter(None, values), default=0) >= 10 else ".3f")
-        return ["–" if value is None else typeset(format(value, form)) for value in values]
+        return ["–" if value is None else format(value, form).replace("-", "−") for value in values]
 
     tokens = [analysis.mean(e, "tokens") for e in experiments]
     spent = [analysis.spent.get(e.number) for e in experiments]
