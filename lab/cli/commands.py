@@ -34,14 +34,13 @@ TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 def do_start(options) -> int:
     from backends.interface import BackendError
-    from lab.session.start import BASELINE_RUNS, start
+    from lab.session.start import start
 
     def say(text):
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    runs = BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
     try:
-        session = start(Path.cwd(), options.tag, options.unsandboxed, runs, say)
+        session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say)
     except BackendError as error:
         raise LabError(str(error)) from error
     say(
@@ -142,8 +141,8 @@ def before_night(options) -> bool:
     if options.planned is not None:
         return True
     planned = plan.plan(Path.cwd(), options)
-    with limits.awake() as planned.awake:
-        print(*plan.tell(planned), sep="\n", flush=True)
+    with limits.awake() as awake:
+        print(*plan.tell(planned, awake), sep="\n", flush=True)
         if not options.plan:
             plan.provide(planned, options, lambda text: print(text, flush=True))
     options.planned = planned.deadline or 0.0

@@ -83,7 +83,10 @@ def take_turn(
     _prepare(session)
     log.with_suffix(".prompt").write_text(prompt, encoding="utf-8", errors="replace")
     status, problem, left = _run(session, command, log, seconds, most_bytes, stop)
-    limits = {"hung": f"reached its time limit of {seconds:g} s", "flooded": f"printed more than {most_bytes / 2**20:g} MB"}
+    limits = {
+        "hung": f"reached its time limit of {seconds:g} s",
+        "flooded": f"printed more than {most_bytes / 2**20:g} MB",
+    }
     how = limits.get(problem or "", "")
     if status:
         how = f"ended with exit status {status}" + " (the shell did not find the command)" * (status == 127)
@@ -136,7 +139,7 @@ def _prepare(session: Session) -> None:
             continue
         with suppress(OSError):
             if path.is_dir() and _is_small(path):
-                shutil.copytree(path, clone / name, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+                shutil.copytree(path, clone / name, symlinks=True, dirs_exist_ok=True)
             elif path.is_file() and _is_small(path):
                 (clone / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, clone / name)
@@ -147,8 +150,8 @@ def _prepare(session: Session) -> None:
 
 def _is_small(path: Path) -> bool:
     size = 0
-    for file in [path, *path.rglob("*")] if path.is_file() else path.rglob("*"):
-        size += file.stat().st_size
+    for file in path.rglob("*") if path.is_dir() else [path.resolve()]:
+        size += file.lstat().st_size
         if size > MOST_COPIED:
             return False
     return True

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import exports
 import pytest
 import sessions
 import stub_agent
@@ -77,7 +78,10 @@ def everything(session: Session) -> dict:
     root, objects = session.repository.path, session.repository.path / ".git" / "objects"
     files = (path for path in root.rglob("*") if objects not in (path, *path.parents))
     return {
-        path: (path.lstat().st_mtime_ns, os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes())
+        path: (
+            path.lstat().st_mtime_ns,
+            os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes(),
+        )
         for path in files
     }
 
@@ -215,7 +219,7 @@ def test_what_it_does_with_git_touches_its_clone_alone(take, night, word, outcom
         files = {"commit-elsewhere": ["notes.txt", "prepare.py"], "stash": ["program.md"], "reset": ["program.md"]}
         assert turn.others == files[word]
     assert take("edit").outcome == "edited"  # and so on
-    assert night.repository.git("fsck", "--connectivity-only") == ""
+    assert night.repository.git("fsck", "--connectivity-only", "--no-dangling") == ""
 
 
 @pytest.mark.parametrize("word, outcome", [("edit", "edited"), ("link", "nothing"), ("delete", "nothing")])
@@ -240,7 +244,9 @@ def test_the_clone_has_what_git_does_not_have_of_the_users_settings(take, night)
     path = night.repository.path
     (path / ".gitignore").write_text(".claude/settings.local.json\nGEMINI.md\n.venv/\n*.log\n")
     (path / "AGENTS.md").write_text("be kind")
-    sessions.git(path, "add", "AGENTS.md", ".gitignore")
+    (path / "deep").mkdir()
+    (path / "deep" / "code.py").write_text("")
+    sessions.git(path, "add", "AGENTS.md", ".gitignore", "deep")
     sessions.git(path, "commit", "-qm", "the human's")
     files = "AGENTS.md GEMINI.md opencode.json .codex/config.toml .claude/settings.local.json .venv/big deep/a.log"
     for name in files.split():
@@ -249,7 +255,9 @@ def test_the_clone_has_what_git_does_not_have_of_the_users_settings(take, night)
     (path / ".codex" / "gone").symlink_to("/no/such/place")
     copied = "AGENTS.md GEMINI.md opencode.json .codex/config.toml .claude/settings.local.json program.md"
     same = " && ".join(f"cmp {name} {shlex.quote(str(path / name))}" for name in copied.split())
-    turn = take(f"{same} && test ! -e .venv -a ! -e deep && echo mine > opencode.json && touch .venv")
+    turn = take(
+        f"{same} && test ! -e .venv -a ! -e deep/a.log && echo mine > opencode.json && mkdir .venv && touch .venv/x"
+    )
     assert (turn.outcome, turn.others) == ("elsewhere", ["opencode.json"]), turn.said
 
 
@@ -276,8 +284,7 @@ def test_a_session_that_is_kept_in_the_repository_is_not_copied_into_itself(take
 
 
 def test_the_lab_can_be_read_within_a_turn(tmp_path, runner):
-    session = sessions.make(tmp_path / "repo", project=True)
-    supervise(session)
+    session = exports.begun(tmp_path / "repo", sessions.TRAIN, project=True)
     sessions.attempt(session, sessions.edited(LOSS=0.9), "less of it")
     commands = [
         "python -m lab status",

@@ -507,7 +507,9 @@ def test_after_three_failures_the_proposer_steps_in_until_the_agent_recovers(ses
 
 def test_what_was_tried_before_is_not_run_again(session, proposals, tmp_path):
     (tmp_path / "all").write_text("1.2 1.2 1.3")
-    forgetful = f"read a b < {tmp_path / 'all'}; echo $b > {tmp_path / 'all'}; sed -i.bak \"s/LOSS = .*/LOSS = $a/\" train.py"
+    forgetful = (
+        f'read a b < {tmp_path / "all"}; echo $b > {tmp_path / "all"}; sed -i.bak "s/LOSS = .*/LOSS = $a/" train.py'
+    )
     one = night(session, agent=forgetful, max_experiments=2)
     one.run()
     assert [turn.outcome for turn in one.turns] == ["edited", "again", "edited"]
