@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import storage
 from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError

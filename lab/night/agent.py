@@ -17,8 +17,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from lab.errors import LabError
 from lab.genome import kinds
 from lab.genome.syntax import TRAIN, describe
@@ -199,18 +197,11 @@ def _run(
     reading, writing = os.pipe()
     output = logs.Log(reading, log, flood=most_bytes)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, MARK: _mark(session), "PATH": path}  # so that `python` is the one with the lab
     try:
         with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
-            process = subprocess.Popen(
-                command,
-                shell=True,
-                cwd=session.turn,
-                stdin=prompt,
-                stdout=writing,
-                stderr=writing,
-                env={**os.environ, MARK: _mark(session), "PATH": path},  # so that `python` is the one with the lab
-                start_new_session=os.name == "posix",
-                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0,  # pyright: ignore
+            process = processes.shell(
+                command, cwd=session.turn, stdin=prompt, stdout=writing, stderr=writing, env=environment
             )
     finally:
         os.close(writing)
@@ -223,7 +214,7 @@ def _run(
             problem = next((name for name, true in reached.items() if true), None)
         ended = process.poll() is not None
     finally:
-        left = _end(session, process.pid, GRACE if process.poll() is None else GRACE_LEFT)
+        left = _end(session, process, GRACE if process.poll() is None else GRACE_LEFT)
         process.wait()
         output.close()
     if output.flooded:
@@ -238,16 +229,9 @@ def _mark(session: Session) -> str:
     return uuid.uuid5(uuid.NAMESPACE_URL, session.folder.absolute().as_uri()).hex
 
 
-def _end(session: Session, top: int | None = None, patience: float = GRACE_LEFT) -> int:
-    """Ends every process of a turn: those with its mark, and those below `top` or of its group; how many."""
-    return processes.end(lambda: _alive(session, top), patience, ask=True)
-
-
-def _alive(session: Session, top: int | None = None) -> list[psutil.Process]:
-    family = processes.marked(**{MARK: _mark(session)})
-    if top is not None:
-        family += [*processes.tree(top), *processes.in_group(top)]
-    return [process for process in set(family) if processes.runs(process)]
+def _end(session: Session, process: subprocess.Popen | None = None, patience: float = GRACE_LEFT) -> int:
+    """Ends all that a turn has started; how many that were."""
+    return processes.end(lambda: processes.left_of(process, **{MARK: _mark(session)}), patience, ask=True)
 
 
 # --- What came of it ---

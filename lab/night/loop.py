@@ -72,6 +72,7 @@ class Night:
         self._began_at: dict[str, float] = {}  # troubles by kind
         self._rested: set[int] = set()  # runs after which the device was waited for
         self._rests_until, self._looked, self._blind = 0.0, 0.0, False
+        self._failures = self._events = 0  # in a row, and how many events there were at the last
         began = limits.interrupted(self.journal.events, options, time.time()) or self._begin()
         self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
         if self.turns:
@@ -97,11 +98,7 @@ class Night:
         try:
             while True:
                 self._between()
-                if experiment := self.session.state.oldest_open:
-                    self._follow(experiment)
-                else:
-                    sound_baseline(self.session)
-                    self._propose_somehow()
+                self._go_on()
         except (Over, storage.Stop, Exception) as error:
             why = str(error) if isinstance(error, Over) else self.stopping or one_line(f"trouble: {error}")
             self._end_what_runs()
@@ -185,22 +182,29 @@ class Night:
 
     # --- An experiment, from the proposal to the verdict ---
 
-    def _propose_somehow(self) -> None:
-        """`_propose`, but what can't be done now is tried again a few times: git may be in use, say."""
-        for pause in (*AGAIN_AFTER, None):
-            try:
-                return self._propose()
-            except Over:
+    def _go_on(self) -> None:
+        """Brings what is open to its verdict, or opens something. What can't be done now is tried again a few times:
+        git may be in use, say."""
+        session, experiment = self.session, self.session.state.oldest_open
+        if experiment is None:
+            sound_baseline(session)
+        try:
+            return self._follow(experiment) if experiment else self._propose()
+        except Over:
+            raise
+        except (storage.Stop, Exception) as error:
+            events = len(session.journal.events)
+            self._failures, self._events = 0 if events > self._events else self._failures, events
+            if self.stopping or self._failures == len(AGAIN_AFTER):
                 raise
-            except (storage.Stop, Exception) as error:
-                if self.stopping or pause is None:
-                    raise
-                self._tell(f"no experiment could be begun: {one_line(str(error))}", "trouble")
-            until = time.monotonic() + pause
-            while time.monotonic() < until:
-                self._check()
-                self._show("trying again soon")
-                time.sleep(POLL)
+            what = f"experiment {experiment.number} was not carried out" if experiment else "no experiment was begun"
+            self._tell(f"{what}, and is tried again: {one_line(str(error))}", "trouble")
+        until = time.monotonic() + AGAIN_AFTER[self._failures]
+        self._failures += 1
+        while time.monotonic() < until:
+            self._check()
+            self._show("trying again soon")
+            time.sleep(POLL)
 
     def _propose(self) -> None:
         """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or a
@@ -299,8 +303,8 @@ class Night:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
 
     def _follow(self, experiment: Experiment) -> None:
-        """Sees to it that an open experiment comes to its verdict."""
-        session, failures, process, again_at, seen = self.session, 0, None, 0.0, 0
+        """Sees to it that an open experiment comes to its verdict. LabError if what runs it ends before."""
+        session, process = self.session, None
         while not experiment.applied:
             self._check()
             if self._should_rest(experiment):  # after the run under way
@@ -309,14 +313,8 @@ class Night:
                 self._between()
                 continue
             if process is not None and process.poll() not in (None, 0):
-                words, process, events = one_line(last_words(session)), None, len(session.journal.events)
-                failures, seen = 0 if events > seen else failures, events
-                if failures == len(AGAIN_AFTER):
-                    raise Over(f"experiment {experiment.number} can't be carried out: {words}")
-                again_at = time.monotonic() + AGAIN_AFTER[failures]
-                failures += 1
-                self._tell(f"what runs the experiments has ended ({words}); it is started again", "trouble")
-            if (process is None or process.poll() is not None) and time.monotonic() >= again_at:
+                raise LabError(f"what runs the experiments has ended: {last_words(session)}")
+            if process is None or process.poll() is not None:
                 session.refresh()
                 if not experiment.applied and not session.supervised:
                     process = executor.launch(session)

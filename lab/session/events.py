@@ -265,8 +265,8 @@ class TurnTaken(Event, tag="turn"):
             changed only files "elsewhere", did "nothing", or made what had been tried "again"; or it was "stopped" or
             "interrupted" with the night, which is no failure.
         said: what the agent did, on a clean line that goes on from "the agent ...".
-        description: of the change, what and why. blob: git's id of the train.py, which is stored. experiment: its number.
-        log: path of what was printed. others: files beside train.py that changed.
+        description: of the change, what and why. blob: git's id of the train.py, which is stored.
+        experiment: its number. log: path of what was printed. others: files beside train.py that changed.
         reproached: it did something that has no effect, or left processes; `said` tells what.
     """
 

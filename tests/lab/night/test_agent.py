@@ -17,6 +17,7 @@ from lab.errors import LabError
 from lab.genome.syntax import describe
 from lab.verdict.executor import supervise
 from lab.night import agent
+from lab.run import processes
 from lab.session.events import TurnTaken
 from lab.session.session import Session
 
@@ -58,7 +59,7 @@ def take(night, tmp_path, monkeypatch):
         turn = agent.take_turn(night, command, PROMPT, log, seconds, most_bytes, **more)
         agent.discard(night)
         assert everything(night) == before and not night.turn.exists()
-        assert not agent._alive(night)
+        assert not processes.marked(**{agent.MARK: agent._mark(night)})
         assert bool(turn.blob) == bool(turn.description) == (turn.outcome == "edited")
         if turn.blob:
             assert describe(night.repository.content(turn.blob)).digest != night.state.best.digest

@@ -289,7 +289,10 @@ def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, pro
         return SimpleNamespace(poll=lambda: 1)
 
     monkeypatch.setattr(executor, "launch", failing)
-    assert "the disk is full" in night(session).run() and len(starts) == 3
+    one = night(session)
+    with pytest.raises(LabError, match="the disk is full"):
+        one.run()
+    assert len(starts) == 3 and "tried again: what runs the experiments has ended: the disk" in one.view.lines[0]
 
 
 def test_a_baseline_that_fails_ends_the_night_with_what_to_do(tmp_path, session, proposals, monkeypatch):
