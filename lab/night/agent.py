@@ -22,6 +22,7 @@ from lab.genome import kinds
 from lab.genome.syntax import TRAIN, describe
 from lab.run import log as logs, processes, runner
 from lab.session.events import TurnTaken
+from lab.session.repository import ELSEWHERE
 from lab.session.session import Session
 from lab.untrusted import listed, one_line, plain
 from lab.verdict.opening import best_of
@@ -197,7 +198,8 @@ def _run(
     reading, writing = os.pipe()
     output = logs.Log(reading, log, flood=most_bytes)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, MARK: _mark(session), "PATH": path}  # so that `python` is the one with the lab
+    environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    environment |= {MARK: _mark(session), "PATH": path}  # `python` is the one that has what the lab needs
     try:
         with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
             process = processes.shell(

@@ -21,6 +21,7 @@ from calibration import identity
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.night import limits
+from lab.night.view import clock, lasting
 from lab.run import sandbox
 from lab.session.events import NIGHT_EVENTS
 from lab.session.journal import Journal
@@ -249,9 +250,9 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
     }
     if first := ", ".join(steps[name] for name in plan.missing if name in steps):
         beside = " beside the download" if plan.download else ""
-        lines.append(f"first: {first}, about {minutes(plan.first)}{beside}")
-    each, count = f"then: experiments of about {minutes(plan.each)}, {plan.basis}", plan.experiments
-    until = f", until {time.strftime('%a %H:%M', time.localtime(plan.deadline))}" if plan.deadline else ""
+        lines.append(f"first: {first}, about {lasting(plan.first)}{beside}")
+    each, count = f"then: experiments of about {lasting(plan.each)}, {plan.basis}", plan.experiments
+    until = f", until {clock(plan.deadline)}" if plan.deadline else ""
     many = ", until it is stopped (Ctrl-C)" if count is None else f", about {count} of them{until}"
     room = "" if plan.disk < plan.free else ": NOT ENOUGH, make room first"
     power = {"battery": "BATTERY; plug it in, or the night ends early", "mains": "mains"}
@@ -264,12 +265,6 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
         *([awake] if awake else []),
         f"power: {power.get(identity.power_source() or '', 'the system does not tell')}",
     ]
-
-
-def minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
 
 
 # --- Making ---

@@ -12,8 +12,7 @@ from lab.session.events import TurnTaken
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
 from lab.untrusted import counted, fenced, one_line
-from lab.verdict.gate import smallest_detectable
-from lab.verdict.plan import account_of, noise_of
+from lab.verdict.plan import said_of_noise
 
 LATEST = 20  # experiments that are told of
 KEPT = 15  # of those that were kept, the last
@@ -71,12 +70,10 @@ def _standing(session: Session) -> str:
         f"{session.budget:g} s"
     ]
     if best:
-        noise = noise_of(state)
         lines += [
             f"best val_bpb {state.mean(best):.6f} (experiment {best.number}); baseline "
             f"{state.mean(state.baseline):.6f}",
-            f"noise {noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
-            f"{smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five",
+            f"noise {said_of_noise(state)}",
         ]
     if crashes > 1:
         lines.append(f"the last {crashes} experiments crashed: make the next one safe")

@@ -223,6 +223,12 @@ def test_what_it_does_with_git_touches_its_clone_alone(take, night, word, outcom
     assert night.repository.git("fsck", "--connectivity-only", "--no-dangling") == ""
 
 
+def test_a_night_within_a_hook_of_git_touches_the_clone_alone_too(take, night, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(night.repository.path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(night.repository.path))
+    assert take("commit").outcome == "edited"
+
+
 @pytest.mark.parametrize("word, outcome", [("edit", "edited"), ("link", "nothing"), ("delete", "nothing")])
 def test_a_link_in_place_of_the_users_train_py_is_no_matter(take, night, tmp_path, word, outcome):
     train, elsewhere = night.repository.path / "train.py", tmp_path / "mine.py"
