@@ -10,6 +10,8 @@ from functools import cache
 
 import mlx.core as mx
 
+from backends import fusion
+from backends.mlx import nn
 from backends.mlx.attention import after
 
 # Logits of a chunk: 32 MiB in float32, 1024 tokens of vocabulary 8192. A device with more memory takes larger ones,
@@ -18,37 +20,71 @@ SMALLEST_CHUNK, SHARE_OF_MEMORY, BYTES_PER_LOGIT = 2**23, 256, 12
 
 
 def by_memory(memory: int):
-    """`softcapped_cross_entropy` for a device of so many bytes."""
+    """The contract's `mean_loss` for a device of so many bytes."""
     logits_at_once = max(SMALLEST_CHUNK, memory // SHARE_OF_MEMORY // BYTES_PER_LOGIT)
 
-    def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean"):
-        """Nats of targets (B, T), from hidden (B, T, C) and weight (V, C). See `backends/interface.py`."""
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'reduction {reduction!r}: choose "mean", "sum" or "none"')
+    def mean_loss(head, loss, hidden, targets):
+        """The mean of `loss(head(hidden), targets)` over tokens: see `backends/interface.py`."""
         rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        size = max(1, logits_at_once // len(weight))
-        chunks = [slice(start, start + size) for start in range(0, len(labels), size)]
-        if reduction == "none":  # each token's weight is known only in the backward pass: the head is multiplied again
-            losses = mx.checkpoint(lambda h, w, t: _token_losses(_capped(h @ w.T, softcap), t))
-            return mx.concatenate([losses(rows[c], weight, labels[c]) for c in chunks]).reshape(targets.shape)
-        total = _summed(softcap, size)(rows, weight, labels)[0]
-        return total / len(labels) if reduction == "mean" else total
+        if unedited := _unedited(head, loss, rows):
+            softcap, weight = unedited
+            return _summed(softcap, max(1, logits_at_once // len(weight)))(rows, weight, labels)[0] / len(labels)
+        return _written(head, loss, rows, labels, logits_at_once) / len(labels)
 
-    return softcapped_cross_entropy
+    return mean_loss
 
 
-def _capped(logits, softcap: float | None):
-    logits = logits.astype(mx.float32)
-    return logits if softcap is None else softcap * mx.tanh(logits / softcap)
+def _unedited(head, loss, rows) -> tuple[float, mx.array] | None:
+    """The softcap and the head's weight, if this is what `_summed` computes."""
+    marked, nats = fusion.of(head), fusion.of(loss)
+    if marked and nats:
+        marked.recognise()
+        nats.recognise()
+        if (marked.name, nats.name) == ("head", "cross_entropy"):
+            _, softcap, layer = marked.values(head.__self__, rows)
+            if nn.is_linear(layer) and isinstance(softcap, (int, float)) and softcap > 0:
+                return softcap, layer.weight
+    return None
 
 
-def _token_losses(logits, targets):
-    wanted = mx.stop_gradient(targets)[:, None]  # a checkpoint differentiates by all that it is given
-    return mx.logsumexp(logits, axis=1) - mx.take_along_axis(logits, wanted, axis=1)[:, 0]
+def _written(head, loss, rows, labels, logits_at_once: int):
+    """The sum of all tokens' losses as `train.py` writes them. A chunk's logits are made again in the backward pass, so
+    that no two chunks' are there at once."""
+    # What is made again is differentiated by what it is given, and by nothing that it captures: so the parameters that
+    # the head reads are given to it.
+    with nn.read() as parameters:
+        vocabulary = head(rows[:1]).shape[-1]
+    if captured := nn.captured(head, loss):
+        raise ValueError(
+            f"{captured} is an array that the head or its loss takes from elsewhere, and its gradient would be lost: "
+            "they may use their arguments and the model's parameters"
+        )
+    size = max(1, logits_at_once // vocabulary)
+
+    def summed(hidden, targets, values):
+        with nn.substituted(parameters, values):
+            losses = loss(head(hidden), mx.stop_gradient(targets))
+        if losses.shape != targets.shape:
+            raise ValueError(
+                f"the loss of a chunk of {len(targets)} tokens has shape {losses.shape}: give one number for each "
+                "token, whose mean is taken over all chunks"
+            )
+        return mx.sum(losses.astype(mx.float32))
+
+    again, values = mx.checkpoint(summed), {name: parameter.value for name, parameter in parameters.items()}
+    total = mx.zeros(())
+    for start in range(0, len(labels), size):
+        chunk = slice(start, start + size)
+        total = total + again(after(rows[chunk], [total]), labels[chunk], values)
+    return total
+
+
+def _capped(logits, softcap: float):
+    return softcap * mx.tanh(logits.astype(mx.float32) / softcap)
 
 
 @cache
-def _summed(softcap: float | None, size: int):
+def _summed(softcap: float, size: int):
     """f(hidden (N, C), weight (V, C), targets (N,)) -> the sum of losses, and its gradients to hidden and weight.
 
     These stay unnormalised until the backward pass: a token's share of a mean is about 1/N, which float16 would lose.
@@ -66,8 +102,7 @@ def _summed(softcap: float | None, size: int):
             total = total + mx.sum(normaliser) - mx.sum(mx.take_along_axis(capped, t[:, None], axis=1))
             # Compared, not scattered, so that all of it can be one kernel.
             errors = mx.exp(capped - normaliser) - (mx.arange(len(weight)) == t[:, None])
-            if softcap is not None:
-                errors = errors * (1 - mx.square(capped / softcap))
+            errors = errors * (1 - mx.square(capped / softcap))
             errors = errors.astype(h.dtype)
             to_hidden.append(errors @ weight)
             to_weight = to_weight + (errors.T @ h).astype(mx.float32)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 
+from backends import fusion
 from backends.interface import OPS, BackendError, check_heads
 from backends.mlx import cross_entropy
 from backends.mlx.attention import IMPLEMENTATIONS
@@ -32,24 +33,27 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> Si
         float32,
         full,
         gelu,
-        multiply,
+        logsumexp,
         relu,
         rms_norm,
         rope,
-        rotary_qkv,
         silu,
         softmax,
-        squared_relu_mlp,
         std,
         var,
     )
     functions = {function.__name__: function for function in own} | {"sum": mx_sum, "mean": mean}
+    if mx.default_device() == mx.Device(mx.cpu):
+        functions["multiply"] = multiply
+        sum_scalar_gradients_exactly()
     functions["compute"] = lambda x: x.astype(precision)
     functions["attention"] = attention_by(attention)
-    functions["softcapped_cross_entropy"] = cross_entropy.by_memory(memory)
+    functions["mean_loss"] = cross_entropy.by_memory(memory)
+    functions["fusable"] = lambda function: fusion.mark(function, found, {}, missed=lambda _: None)
     if missing := [name for name in OPS if name not in functions and not hasattr(mx, name)]:
         raise BackendError(f"this MLX is too old ({mx.__version__} lacks {', '.join(missing)}): pip install -U mlx")
-    return SimpleNamespace(**{name: functions.get(name) or getattr(mx, name) for name in OPS})
+    found = SimpleNamespace(**{name: functions.get(name) or getattr(mx, name) for name in OPS})
+    return found
 
 
 def float32(x):
@@ -91,21 +95,38 @@ def std(x, axis=None, correction=0, keepdims=False):
 
 
 def multiply(a, b):
-    """On the CPU the gradient of a scalar factor, a sum over all that it multiplies, also goes axis by axis."""
-    if mx.default_device() == mx.Device(mx.cpu) and getattr(a, "ndim", 1) == 0 and getattr(b, "ndim", 0) > 1:
-        return _scaled(a, b)
-    return mx.multiply(a, b)
+    """The gradient of a scalar factor, a sum over all that it multiplies, also goes axis by axis."""
+    if isinstance(a, mx.array) and isinstance(b, mx.array) and 0 in (a.ndim, b.ndim) and max(a.ndim, b.ndim) > 1:
+        return _scaled(a, b) if a.ndim == 0 else _scaled(b, a)
+    return _multiply(a, b)
+
+
+_multiply, _times = mx.multiply, mx.array.__mul__
+
+
+def sum_scalar_gradients_exactly() -> None:
+    """Makes `a * b` of arrays what `multiply` is, in this process. MLX has no place of its own to say how an operator
+    is differentiated."""
+
+    def times(a, b):
+        return multiply(a, b) if isinstance(b, mx.array) else _times(a, b)
+
+    mx.array.__mul__ = times
 
 
 @mx.custom_function
 def _scaled(factor, x):
-    return factor * x
+    return _multiply(factor, x)
 
 
 @_scaled.vjp
 def _scaled_gradients(inputs, cotangent, _):
     factor, x = inputs
-    return mx_sum(cotangent * x).astype(factor.dtype), (cotangent * factor).astype(x.dtype)
+    return mx_sum(_multiply(cotangent, x)).astype(factor.dtype), _multiply(cotangent, factor).astype(x.dtype)
+
+
+def logsumexp(x, axis=None, keepdims=False):
+    return mx.logsumexp(x, axis=axis, keepdims=keepdims)
 
 
 def relu(x):
@@ -142,17 +163,6 @@ def _rotations(length: int, size: int, base: float) -> tuple[mx.array, mx.array]
     angles = (np.arange(length)[:, None] * frequencies)[:, None, :]
     # Made from numpy, they are constants: a cache must not keep arrays that belong to a trace.
     return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
-
-
-def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
-    """q (B, T, H, D), k and v (B, T, H_kv, D) of x (B, T, C), q and k rotated and then RMS-normalised by head."""
-    q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
-    return rms_norm(rope(q, base)), rms_norm(rope(k, base)), v
-
-
-def squared_relu_mlp(x, w_in, w_out):
-    """relu(x @ w_in.T)^2 @ w_out.T"""
-    return mx.square(relu(x @ w_in.T)) @ w_out.T
 
 
 def attention_by(chosen: dict[str, str]):

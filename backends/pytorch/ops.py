@@ -6,17 +6,65 @@ What each takes and gives: `backends/interface.py`. PyTorch takes `axis=` and `k
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from torch import (
-    eq as equal,  # noqa: F401
+from torch import (  # noqa: F401
+    abs,
+    add,
+    broadcast_to,
+    clip,
+    concat,
+    cos,
+    cumsum as cumulative_sum,
+    divide,
+    eq as equal,
+    exp,
+    greater,
+    greater_equal,
+    less,
+    less_equal,
+    log,
+    logical_and,
+    logical_not,
+    logical_or,
+    matmul,
+    mean,
+    multiply,
+    negative,
+    ones_like,
+    permute as permute_dims,
+    pow,
+    relu,
+    reshape,
+    rsqrt,
+    sigmoid,
+    sign,
+    sin,
+    softmax,
+    sqrt,
+    square,
+    squeeze,
+    stack,
+    subtract,
+    sum,
+    tan,
+    tanh,
+    unsqueeze as expand_dims,
+    where,
+    zeros_like,
 )
 from torch.nn.functional import gelu, silu  # noqa: F401
 
-from backends.pytorch import runtime
+from backends.pytorch import fused, runtime
 from backends.pytorch.attention import attention  # noqa: F401
-from backends.pytorch.cross_entropy import softcapped_cross_entropy  # noqa: F401
-from backends.pytorch.mlp import squared_relu_mlp  # noqa: F401
-from backends.pytorch.rotary import rms_norm, rope, rotary_qkv  # noqa: F401
+from backends.pytorch.fused import mean_loss  # noqa: F401
+from backends.pytorch.rotary import rms_norm, rope  # noqa: F401
+
+
+def fusable(function):
+    """Marks a function in whose place a kernel may run: see `backends/fusion.py`."""
+    return fused.mark(function, sys.modules[__name__])
 
 
 def compute(x):
@@ -97,3 +145,11 @@ def minimum(a, b):
 
 def take(x, indices, axis):
     return torch.index_select(x, axis, indices)
+
+
+def take_along_axis(x, indices, axis=-1):
+    return torch.take_along_dim(x, indices.long(), axis)
+
+
+def logsumexp(x, axis=None, keepdims=False):
+    return torch.logsumexp(x, _all_axes(x, axis), keepdims)

@@ -238,7 +238,7 @@ def test_a_batch_beyond_the_working_set_is_halved(mlx, monkeypatch, capsys):
     monkeypatch.setattr(mx, "get_peak_memory", lambda: next(peaks))
     trainer.warm_up(*tiny.batch(rows=8))
     assert "8 rows at once do not fit" in (out := capsys.readouterr().out) and "going on with 2 at a time" in out
-    assert trainer.rows_at_once == 2
+    assert list(trainer.rows_at_once.values()) == [2]
 
 
 def test_one_row_beyond_the_working_set_is_said(mlx, monkeypatch, capsys):
