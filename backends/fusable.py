@@ -38,6 +38,10 @@ class Head:
         """Bounded logits (Gemma 2, arXiv:2408.00118). Slots: SOFTCAP, lm_head."""
         return SOFTCAP * ops.tanh(ops.float32(self.lm_head(hidden)) / SOFTCAP)
 
+    def unbounded_head(self, hidden):
+        """Slots: lm_head."""
+        return ops.float32(self.lm_head(hidden))
+
 
 def cross_entropy(logits, targets):
     """Nats of each target."""
@@ -45,7 +49,7 @@ def cross_entropy(logits, targets):
     return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
 
 
-DEFINITIONS = (Attention.projection, MLP.mlp, Head.head, cross_entropy)
+DEFINITIONS = (Attention.projection, MLP.mlp, Head.head, Head.unbounded_head, cross_entropy)
 
 
 @cache

@@ -305,3 +305,19 @@ def mark(function, ops, kernels, missed, tracing: Callable[[], bool] = lambda: F
 def of(function) -> Fusable | None:
     """The marked function behind a function or a method, if it is one."""
     return getattr(getattr(function, "__func__", function), "fusable", None)
+
+
+def softcapped_head(head, loss, hidden, tracing: bool = False):
+    """(softcap or None, the layer) where `head` and `loss` are the definitions of cross-entropy, else None."""
+    marked, nats = of(head), of(loss)
+    if not (marked and nats):
+        return None
+    if not tracing:
+        marked.recognise()
+        nats.recognise()
+    if nats.name != "cross_entropy" or marked.name not in ("head", "unbounded_head"):
+        return None
+    _, *softcap, layer = marked.values(head.__self__, hidden)
+    softcap = softcap[0] if softcap else None
+    bounded = isinstance(softcap, (int, float)) and softcap > 0
+    return (softcap, layer) if bounded or marked.name == "unbounded_head" else None

@@ -386,8 +386,8 @@ def check_head(model, module: type) -> None:
     name = type(model).__name__
     if missing := [part for part in ("hidden", "logits") if not callable(getattr(model, part, None))]:
         raise TypeError(
-            f"{name} has no {' and no '.join(missing)}: hidden(tokens) gives what the head reads, and logits(hidden) is "
-            "the head, for training and evaluation"
+            f"{name} has no {' and no '.join(missing)}: hidden(tokens) gives what the head reads, and logits(hidden) "
+            "is the head, for training and evaluation"
         )
     if getattr(type(model), "forward", None) is not getattr(module, "forward", None):
         raise TypeError(

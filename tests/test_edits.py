@@ -6,6 +6,7 @@ same rows, in float32.
 """
 
 import itertools
+import linecache
 import math
 import os
 import re
@@ -93,14 +94,15 @@ def shrunk(source: str) -> str:
 
 def executed(source: str, backend) -> ModuleType:
     """This train.py as a module on `backend`, for rows of LENGTH tokens."""
-    module = ModuleType("train_here")
+    module, filename = ModuleType("train_here"), f"<train.py {zlib.crc32(source.encode()):x}>"
+    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename  # so that it can be read
     sizes = calibration.Defaults(4, 2, 2**13, "SSSL")
     with (
         mock.patch.object(backends, "load", lambda **_: backend),
         mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH),
         mock.patch.object(calibration, "defaults", lambda: sizes),
     ):
-        exec(compile(source, "train.py", "exec"), vars(module))
+        exec(compile(source, filename, "exec"), vars(module))
     return module
 
 

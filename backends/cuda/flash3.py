@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-LARGEST_HEAD = 256  # and a multiple of 8
+from backends.pytorch.attention import LARGEST_HEAD, takes
+
 # What is asked of every build: causal attention, each row of a batch by itself. One split: with more, a row's sums
 # would depend on how many rows are beside it.
 FIXED = {"causal": True, "is_causal": True, "window_size_right": 0, "num_splits": 1}
@@ -46,7 +47,7 @@ def flash3(q, k, v, window):
     array, as long as their last axis is contiguous."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise NotImplementedError("Flash Attention 3 trains in bfloat16 and float16 only")
-    if q.shape[-1] % 8 or q.shape[-1] > LARGEST_HEAD:
+    if not takes("fa3", q.shape[-1]):
         raise NotImplementedError(
             f"Flash Attention 3 takes heads of up to {LARGEST_HEAD} dimensions, a multiple of 8; "
             f"these have {q.shape[-1]}"

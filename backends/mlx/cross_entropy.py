@@ -26,32 +26,20 @@ def by_memory(memory: int):
     def mean_loss(head, loss, hidden, targets):
         """The mean of `loss(head(hidden), targets)` over tokens: see `backends/interface.py`."""
         rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if unedited := _unedited(head, loss, rows):
-            softcap, weight = unedited
+        unedited = fusion.softcapped_head(head, loss, hidden)
+        if unedited and nn.is_linear(unedited[1]):
+            softcap, weight = unedited[0], unedited[1].weight
             return _summed(softcap, max(1, logits_at_once // len(weight)))(rows, weight, labels)[0] / len(labels)
         return _written(head, loss, rows, labels, logits_at_once) / len(labels)
 
     return mean_loss
 
 
-def _unedited(head, loss, rows) -> tuple[float, mx.array] | None:
-    """The softcap and the head's weight, if this is what `_summed` computes."""
-    marked, nats = fusion.of(head), fusion.of(loss)
-    if marked and nats:
-        marked.recognise()
-        nats.recognise()
-        if (marked.name, nats.name) == ("head", "cross_entropy"):
-            _, softcap, layer = marked.values(head.__self__, rows)
-            if nn.is_linear(layer) and isinstance(softcap, (int, float)) and softcap > 0:
-                return softcap, layer.weight
-    return None
-
-
 def _written(head, loss, rows, labels, logits_at_once: int):
     """The sum of all tokens' losses as `train.py` writes them. A chunk's logits are made again in the backward pass, so
     that no two chunks' are there at once."""
-    # What is made again is differentiated by what it is given, and by nothing that it captures: so the parameters that
-    # the head reads are given to it.
+    # A function with a gradient of its own is differentiated by what it is given, and by nothing that it captures: so
+    # it is given the parameters that the head reads.
     with nn.read() as parameters:
         vocabulary = head(rows[:1]).shape[-1]
     if captured := nn.captured(head, loss):
@@ -60,10 +48,11 @@ def _written(head, loss, rows, labels, logits_at_once: int):
             "they may use their arguments and the model's parameters"
         )
     size = max(1, logits_at_once // vocabulary)
+    chunks = [slice(start, start + size) for start in range(0, len(labels), size)]
 
-    def summed(hidden, targets, values):
-        with nn.substituted(parameters, values):
-            losses = loss(head(hidden), mx.stop_gradient(targets))
+    def of_chunk(hidden, targets, values):
+        with nn.substituted(parameters, dict(zip(parameters, values))):
+            losses = loss(head(hidden), targets)
         if losses.shape != targets.shape:
             raise ValueError(
                 f"the loss of a chunk of {len(targets)} tokens has shape {losses.shape}: give one number for each "
@@ -71,20 +60,40 @@ def _written(head, loss, rows, labels, logits_at_once: int):
             )
         return mx.sum(losses.astype(mx.float32))
 
-    again, values = mx.checkpoint(summed), {name: parameter.value for name, parameter in parameters.items()}
-    total = mx.zeros(())
-    for start in range(0, len(labels), size):
-        chunk = slice(start, start + size)
-        total = total + again(after(rows[chunk], [total]), labels[chunk], values)
-    return total
+    @mx.custom_function
+    def summed(rows, labels, *values):
+        total = mx.zeros(())
+        for chunk in chunks:
+            total = total + of_chunk(after(rows[chunk], [total]), labels[chunk], values)
+        return total
+
+    @summed.vjp
+    def gradients(inputs, upstream, _):
+        rows, labels, *values = inputs
+        to_rows, to_values = [], [mx.zeros(value.shape) for value in values]
+        for chunk in chunks:
+            targets = labels[chunk]
+            hidden = after(rows[chunk], [*to_rows[-1:], *to_values])
+            _, (to_hidden, *further) = mx.vjp(
+                lambda hidden, *values: of_chunk(hidden, targets, values),
+                [hidden, *values],
+                [upstream],
+            )
+            to_rows.append(to_hidden)
+            to_values = [total + more.astype(mx.float32) for total, more in zip(to_values, further)]
+        to_values = [total.astype(value.dtype) for total, value in zip(to_values, values)]
+        return mx.concatenate(to_rows), mx.zeros_like(labels), *to_values
+
+    return summed(rows, labels, *(parameter.value for parameter in parameters.values()))
 
 
-def _capped(logits, softcap: float):
-    return softcap * mx.tanh(logits.astype(mx.float32) / softcap)
+def _capped(logits, softcap: float | None):
+    logits = logits.astype(mx.float32)
+    return logits if softcap is None else softcap * mx.tanh(logits / softcap)
 
 
 @cache
-def _summed(softcap: float, size: int):
+def _summed(softcap: float | None, size: int):
     """f(hidden (N, C), weight (V, C), targets (N,)) -> the sum of losses, and its gradients to hidden and weight.
 
     These stay unnormalised until the backward pass: a token's share of a mean is about 1/N, which float16 would lose.
@@ -102,7 +111,8 @@ def _summed(softcap: float, size: int):
             total = total + mx.sum(normaliser) - mx.sum(mx.take_along_axis(capped, t[:, None], axis=1))
             # Compared, not scattered, so that all of it can be one kernel.
             errors = mx.exp(capped - normaliser) - (mx.arange(len(weight)) == t[:, None])
-            errors = errors * (1 - mx.square(capped / softcap))
+            if softcap is not None:
+                errors = errors * (1 - mx.square(capped / softcap))
             errors = errors.astype(h.dtype)
             to_hidden.append(errors @ weight)
             to_weight = to_weight + (errors.T @ h).astype(mx.float32)

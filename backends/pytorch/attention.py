@@ -18,7 +18,18 @@ def attention(q, k, v, window=None):
     interface.check_heads(q.shape[2], k.shape[2])
     if window is not None and window >= q.shape[1] - 1:
         window = None
-    return implementation(runtime.attention["full" if window is None else "window"])(q, k, v, window)
+    kind = "full" if window is None else "window"
+    name = runtime.attention[kind]
+    return implementation(name if takes(name, q.shape[-1]) else ANY_HEAD[kind])(q, k, v, window)
+
+
+LARGEST_HEAD = 256  # of Flash Attention, 2 and 3; and a multiple of 8
+ANY_HEAD = {"full": "sdpa_causal", "window": "sdpa_blocks"}
+
+
+def takes(name: str, head_dim: int) -> bool:
+    """Whether this implementation computes heads of so many dimensions."""
+    return name not in ("fa3", "varlen") or head_dim <= LARGEST_HEAD and head_dim % 8 == 0
 
 
 def implementation(name):

@@ -46,15 +46,9 @@ KERNELS = {"mlp": mlp, "projection": projection}
 
 def mean_loss(head, loss, hidden, targets):
     """The mean of `loss(head(hidden), targets)` over tokens: see `backends/interface.py`."""
-    marked, nats = fusion.of(head), fusion.of(loss)
-    if marked and nats:
-        if not torch.compiler.is_compiling():
-            marked.recognise()
-            nats.recognise()
-        if (marked.name, nats.name) == ("head", "cross_entropy"):
-            _, softcap, layer = marked.values(head.__self__, hidden)
-            if _linear(layer) and _number(softcap) and softcap > 0:
-                return softcapped_cross_entropy(hidden, layer.weight, targets, softcap)
+    unedited = fusion.softcapped_head(head, loss, hidden, torch.compiler.is_compiling())
+    if unedited and _linear(unedited[1]):
+        return softcapped_cross_entropy(hidden, unedited[1].weight, targets, unedited[0])
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     with torch.no_grad():
         size = max(1, runtime.logits_at_once // head(rows[:1]).shape[-1])

@@ -140,7 +140,8 @@ class _Bucket:
     def __init__(self, group_index, group, parameters):
         self.group, self.parameters = group_index, parameters
         self.update, self.stack = group["update"], group["stack"]
-        self.state = dict(group["init"](torch.stack(parameters) if self.stack else parameters[0]))
+        state = group["init"](torch.stack(parameters) if self.stack else parameters[0])
+        self.state = {name: value.clone() for name, value in state.items()}  # it may be the parameter itself
 
 
 def _transform(transform, grads, unscale):

@@ -51,13 +51,6 @@ class Reference:
             [x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)], axis=-1
         )
 
-    def rotary_qkv(self, x, w_q, w_k, w_v, head_dim, base):
-        q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
-        return self.rms_norm(self.rope(q, base)), self.rms_norm(self.rope(k, base)), v
-
-    def squared_relu_mlp(self, x, w_in, w_out):
-        return self.relu(x @ w_in.T) ** 2 @ w_out.T
-
     def attention(self, q, k, v, window):
         rows, length, heads, size = q.shape
         out = np.zeros_like(q)
@@ -67,13 +60,6 @@ class Reference:
             scores = k[b, first : i + 1, shared] @ q[b, i, h] / math.sqrt(size)
             out[b, i, h] = self.softmax(scores, axis=0) @ v[b, first : i + 1, shared]
         return out
-
-    def softcapped_cross_entropy(self, hidden, weight, targets, softcap, reduction):
-        logits = hidden @ weight.T
-        if softcap is not None:
-            logits = softcap * np.tanh(logits / softcap)
-        losses = token_losses(logits, targets)
-        return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
