@@ -102,7 +102,7 @@ class Attention(nn.Module):
         q, k, v = ops.rotary_qkv(x, self.c_q.weight, self.c_k.weight, self.c_v.weight, HEAD_DIM, ROPE_BASE)
         if value_embedding is not None:  # ResFormer (arXiv:2410.17897); the gate starts at 1
             gate = 2 * ops.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)
-            v = v + ops.expand_dims(gate, -1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
+            v = v + ops.expand_dims(gate, axis=-1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
         y = ops.attention(q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, self.n_head * HEAD_DIM))
 

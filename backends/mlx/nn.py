@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
+from backends.mlx.ops import rows
+
 
 class Parameter:
     """A float32 array of zeros, of the given shape, to be trained. `value` is the master."""
@@ -74,7 +76,7 @@ class Embedding(Module):
 
     def forward(self, tokens):
         # The rows are taken from the master, so that their gradients are summed in float32.
-        return mx.take(self._parameters["weight"].value, tokens, axis=0).astype(self.precision)
+        return rows(self._parameters["weight"].value, tokens).astype(self.precision)
 
 
 class ModuleList(Module):

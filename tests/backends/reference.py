@@ -1,79 +1,176 @@
-"""What each op must give, in numpy and float64, written for plainness."""
+"""What each operation must give, in numpy and float64, written for plainness."""
 
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 
+from backends.operations import OPS, Operations
 
-class Reference:
-    """The Array API is numpy's own; here is what a transformer needs besides."""
 
-    def __getattr__(self, name):
-        return getattr(np, name)
+class Reference(Operations):
+    """The Array API is numpy's own; here is what it lacks, or has under another name."""
 
-    def full(self, shape, fill_value):
-        return np.full(shape, float(fill_value))
+    def __init__(self):
+        numpys = {name: getattr(np, name) for name in OPS if hasattr(np, name)}
+        super().__init__(numpys | _further)
 
-    def float32(self, x):
-        return np.asarray(x, np.float64)
 
-    compute = stop_gradient = float32
+def _or_nan(x, inside):
+    return np.where(inside, x, np.nan) if x.dtype.kind == "f" else x
 
-    def relu(self, x):
-        return np.maximum(x, 0)
 
-    def rsqrt(self, x):
-        return 1 / np.sqrt(x)
+def take(x, indices, axis):
+    size, axis = x.shape[axis], axis % x.ndim
+    taken = np.take(x, np.clip(np.where(indices < 0, indices + size, indices), 0, size - 1), axis=axis)
+    inside = (indices >= -size) & (indices < size)
+    return _or_nan(taken, inside.reshape(*indices.shape, *[1] * (x.ndim - axis - 1)))
 
-    def sigmoid(self, x):
-        return 1 / (1 + np.exp(-x))
 
-    def silu(self, x):
-        return x / (1 + np.exp(-x))
+def take_along_axis(x, indices, axis):
+    size = x.shape[axis]
+    wrapped = np.clip(np.where(indices < 0, indices + size, indices), 0, size - 1)
+    return _or_nan(np.take_along_axis(x, wrapped, axis=axis), (indices >= -size) & (indices < size))
 
-    def gelu(self, x):
-        return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
-    def softmax(self, x, axis):
-        powers = np.exp(x - x.max(axis=axis, keepdims=True))
-        return powers / powers.sum(axis=axis, keepdims=True)
+def sort(x, axis, descending):
+    return np.flip(np.sort(x, axis=axis), axis=axis) if descending else np.sort(x, axis=axis)
 
-    def rms_norm(self, x):
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 2.0**-23)
 
-    def rope(self, x, base):
-        _, length, _, size = x.shape
-        angles = np.outer(np.arange(length), base ** (-2 * np.arange(size // 2) / size))[None, :, None]
-        x1, x2 = x[..., : size // 2], x[..., size // 2 :]
-        return np.concatenate(
-            [x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)], axis=-1
-        )
+def topk(x, k, axis):
+    indices = np.take(np.argsort(-x, axis=axis, stable=True), np.arange(k), axis=axis)
+    return np.take_along_axis(x, indices, axis=axis), indices
 
-    def rotary_qkv(self, x, w_q, w_k, w_v, head_dim, base):
-        q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
-        return self.rms_norm(self.rope(q, base)), self.rms_norm(self.rope(k, base)), v
 
-    def squared_relu_mlp(self, x, w_in, w_out):
-        return self.relu(x @ w_in.T) ** 2 @ w_out.T
+def logsumexp(x, axis, keepdims):
+    return np.log(np.sum(np.exp(x), axis=axis, keepdims=keepdims))
 
-    def attention(self, q, k, v, window):
-        rows, length, heads, size = q.shape
-        out = np.zeros_like(q)
-        for b, h, i in np.ndindex(rows, heads, length):
-            first = 0 if window is None else max(0, i - window)
-            shared = h // (heads // k.shape[2])
-            scores = k[b, first : i + 1, shared] @ q[b, i, h] / math.sqrt(size)
-            out[b, i, h] = self.softmax(scores, axis=0) @ v[b, first : i + 1, shared]
-        return out
 
-    def softcapped_cross_entropy(self, hidden, weight, targets, softcap, reduction):
-        logits = hidden @ weight.T
-        if softcap is not None:
-            logits = softcap * np.tanh(logits / softcap)
-        losses = token_losses(logits, targets)
-        return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+def softmax(x, axis):
+    powers = np.exp(x - x.max(axis=axis, keepdims=True))
+    return powers / powers.sum(axis=axis, keepdims=True)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def rms_norm(x):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 2.0**-23)
+
+
+def rope(x, base):
+    _, length, _, size = x.shape
+    angles = np.outer(np.arange(length), base ** (-2 * np.arange(size // 2) / size))[None, :, None]
+    x1, x2 = x[..., : size // 2], x[..., size // 2 :]
+    return np.concatenate(
+        [x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)], axis=-1
+    )
+
+
+def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
+    q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
+    return rms_norm(rope(q, base)), rms_norm(rope(k, base)), v
+
+
+def squared_relu_mlp(x, w_in, w_out):
+    return relu(x @ w_in.T) ** 2 @ w_out.T
+
+
+def attention(q, k, v, window, scale, softcap, bias, documents):
+    length, heads, size = q.shape[1:]
+    k, v = (np.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("bihd,bjhd->bhij", q, k) * (size**-0.5 if scale is None else scale)
+    back = np.arange(length)[:, None] - np.arange(length)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias[:, np.clip(back, 0, bias.shape[1] - 1)]
+    visible = (back >= 0) & (back <= (length if window is None else window))
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
+    return np.einsum("bhij,bjhd->bihd", softmax(np.where(visible, scores, -np.inf), -1), v)
+
+
+def softcapped_cross_entropy(hidden, weight, targets, softcap, reduction):
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    losses = token_losses(logits, targets)
+    return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+
+def random_words(count: int, seed: int, place: int, passes: int) -> np.ndarray:
+    """The 32-bit words of a draw of `count` numbers, by Threefry-2x32-20 in numpy."""
+    first, second = threefry((seed, place), (0, 1))
+    half = (count + 1) // 2
+    return np.concatenate(threefry((first + passes, second), (np.arange(half), np.arange(half) + half)))[:count]
+
+
+def threefry(key, counter) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32-20, word by word from Salmon et al. 2011: two words of 32 bits, in uint64."""
+    mask = np.uint64(2**32 - 1)
+    key = [np.asarray(word % 2**32, np.uint64) for word in key]
+    key.append(key[0] ^ key[1] ^ np.uint64(0x1BD11BDA))
+    x = [(np.asarray(word, np.uint64) + word_key) & mask for word, word_key in zip(counter, key)]
+    for round_ in range(20):
+        by = np.uint64((13, 15, 26, 6, 17, 29, 16, 24)[round_ % 8])
+        x[0] = (x[0] + x[1]) & mask
+        x[1] = ((x[1] << by | x[1] >> (np.uint64(32) - by)) & mask) ^ x[0]
+        if round_ % 4 == 3:
+            injection = round_ // 4 + 1
+            x[0] = (x[0] + key[injection % 3]) & mask
+            x[1] = (x[1] + key[(injection + 1) % 3] + np.uint64(injection)) & mask
+    return x[0], x[1]
+
+
+def uniform(shape, key, passes=0):
+    return (random_words(math.prod(shape), *key, passes) >> np.uint64(8)).astype(np.float64).reshape(shape) / 2**24
+
+
+def dropout(x, rate, key):
+    return np.where(uniform(x.shape, key) >= rate, x / (1 - rate), 0)
+
+
+_further = dict(
+    argmax=np.argmax,
+    asarray=np.asarray,
+    astype=lambda x, dtype: x.astype({"float32": np.float64}.get(dtype, dtype)),
+    attention=attention,
+    compute=np.asarray,
+    cumulative_prod=np.cumulative_prod,
+    dropout=dropout,
+    einsum=np.einsum,
+    float32=lambda x: np.asarray(x, np.float64),
+    full=lambda shape, fill_value: np.full(shape, float(fill_value)),
+    gelu=gelu,
+    logsumexp=logsumexp,
+    matmul=operator.matmul,
+    relu=relu,
+    rms_norm=rms_norm,
+    rope=rope,
+    rotary_qkv=rotary_qkv,
+    rsqrt=lambda x: 1 / np.sqrt(x),
+    sigmoid=lambda x: 1 / (1 + np.exp(-x)),
+    silu=lambda x: x / (1 + np.exp(-x)),
+    softcapped_cross_entropy=softcapped_cross_entropy,
+    softmax=softmax,
+    sort=sort,
+    squared_relu_mlp=squared_relu_mlp,
+    stop_gradient=np.asarray,
+    take=take,
+    take_along_axis=take_along_axis,
+    topk=topk,
+    training=lambda: True,
+    uniform=uniform,
+    where=np.where,
+)
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
