@@ -6,15 +6,15 @@ Where the standard leaves a choice, or not every framework follows it, the table
 takes a number on either side; `take`, `take_along_axis` and `nn.Embedding` count negative indices from the end, and
 give NaN for an index out of range (for integers, the nearest element): an error would have to wait for the device.
 
-Random numbers are drawn in training only, from Threefry-2x32 with 20 rounds (Salmon et al. 2011, doi
-10.1145/2063384.2063405). `key=(seed, place)` are two integers, and `pass` is the number of forward and backward passes
-that the Trainer made before this one. A draw of n numbers has its own generator key,
+Random numbers are drawn in training only, by the counter-based generator Squares (Widynski 2020, arXiv:2004.06278): a
+few operations on integers, where Threefry takes a compiler half a minute. `key=(seed, place)` are two integers. Element
+i of a draw is
 
-    k = threefry((seed, place), counter=(0, 1)), to whose first word `pass` is added,
+    squares32(counter=2^32 pass + i, key=mix(mix(seed) + place) | 1),
 
-and its element i < h = ceil(n / 2) is the first word of threefry(k, counter=(i, h + i)), its element h + i the second.
-So every backend draws the same bits, a new draw elsewhere changes none of them, and two draws with the same key in one
-pass are the same numbers.
+where `pass` is the number of forward and backward passes that the Trainer made before this one, and `mix` a step of
+SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195). So every backend draws the same bits, a new draw elsewhere
+changes none of them, and two draws with the same key in one pass are the same numbers.
 """
 
 from __future__ import annotations
@@ -383,33 +383,34 @@ def vector_axis(axis: int | None, ndim: int) -> int:
 
 # --- Random numbers ---------------------------------------------------------------------------------------------------
 
-WORD = 0xFFFFFFFF
-ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
+
+def mix(state: int) -> int:
+    """What SplitMix64 gives next from this state: 64 bits."""
+    state = state + 0x9E3779B97F4A7C15 & 2**64 - 1
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 2**64 - 1
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & 2**64 - 1
+    return state ^ state >> 31
 
 
-def threefry(key, counter, word=lambda x: x & WORD, rotated=lambda x, by: (x << by | x >> (32 - by)) & WORD):
-    """Threefry-2x32 with 20 rounds, on anything that adds and has exclusive or: two words of 32 bits.
-
-    Args:
-        key, counter: two words each.
-        word: takes a sum back to 32 bits, where the arithmetic has more.
-        rotated: (x, by) -> x rotated to the left.
-    """
-    keys = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
-    x0, x1 = word(counter[0] + keys[0]), word(counter[1] + keys[1])
-    for group in range(1, 6):
-        for by in ROTATIONS[(group - 1) % 2]:
-            x0 = word(x0 + x1)
-            x1 = rotated(x1, by) ^ x0
-        x0, x1 = word(x0 + keys[group % 3]), word(word(x1 + keys[(group + 1) % 3]) + group)
-    return x0, x1
-
-
-def generator_key(key) -> tuple[int, int]:
-    """Of the draws of (seed, place), before the pass is added to its first word. Raises TypeError for another key."""
+def generator_key(key) -> int:
+    """The generator's key, 64 bits, of draws with key=(seed, place). Raises TypeError for another key."""
     if not isinstance(key, (tuple, list)) or [isinstance(part, int) for part in key] != [True, True]:
         raise TypeError(f"key={key!r}: a random draw wants key=(seed, place), two integers, such as key=(SEED, 3)")
-    return threefry((key[0] & WORD, key[1] & WORD), (0, 1))
+    return mix(mix(key[0]) + key[1]) | 1
+
+
+def squares(counter, key, upper=lambda x: x >> 32):
+    """Squares with four rounds, of which the result is 32 bits, in arithmetic of 64 bits that wraps.
+
+    Args:
+        upper: the upper 32 bits of 64; where the arithmetic has a sign, they must not take it along.
+    """
+    x = y = counter * key
+    z = y + key
+    for addend in (y, z, y):
+        x = x * x + addend
+        x = upper(x) | x << 32
+    return upper(x * x + z)
 
 
 OUTSIDE = (

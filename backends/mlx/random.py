@@ -1,7 +1,4 @@
-"""Random numbers of a training pass, as `backends/operations.py` specifies them, in integer arithmetic.
-
-MLX's own generator is Threefry, too, but hands out no bits.
-"""
+"""Random numbers of a training pass, as `backends/operations.py` specifies them, in integer arithmetic."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import math
 from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 
 from backends import operations
 
@@ -45,14 +43,6 @@ def dropout(x, rate, key):
 
 def _bits(shape, key):
     """The upper 24 bits of each number drawn."""
-    first, second = (mx.array(word, dtype=mx.uint32) for word in operations.generator_key(key))
-    count = math.prod(shape)
-    half = (count + 1) // 2
-    places = mx.arange(half, dtype=mx.uint32)
-    words = operations.threefry(
-        (_pass + first, second),
-        (places, places + half),
-        word=lambda x: x,  # sums of 32 bits wrap
-        rotated=lambda x, by: x << by | x >> (32 - by),
-    )
-    return (mx.concatenate(words)[:count] >> 8).reshape(shape)
+    word = mx.array(np.uint64(operations.generator_key(key)))
+    counters = mx.arange(math.prod(shape), dtype=mx.uint64) + (_pass << 32)
+    return (operations.squares(counters, word) >> 8).reshape(shape)

@@ -42,7 +42,7 @@ class Trainer(interface.Trainer):
         factor = mx.array(scale, dtype=mx.float32)
         if self._loss_scale:
             factor = factor * self._loss_scale.value
-        passes = mx.array(self._passes, dtype=mx.uint32)
+        passes = mx.array(self._passes, dtype=mx.uint64)
         loss, gradients = self._differentiate(self._masters(), mx.array(x), mx.array(y), factor, passes)
         self._passes += 1
         if self._gradients:

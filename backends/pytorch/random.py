@@ -19,7 +19,7 @@ _pass: torch.Tensor | None = None  # how many passes came before this one; None 
 
 def counter() -> torch.Tensor:
     """For a Trainer to count its passes in: 0."""
-    return torch.zeros((), dtype=torch.int32, device=runtime.device)
+    return torch.zeros((), dtype=torch.int64, device=runtime.device)
 
 
 @contextmanager
@@ -52,19 +52,7 @@ def dropout(x, rate, key):
 
 def _bits(shape, key):
     """The upper 24 bits of each number drawn, as integers."""
-    first, second = operations.generator_key(key)
-    count = math.prod(shape)
-    half = (count + 1) // 2
-    places = torch.arange(half, dtype=torch.int32, device=_pass.device)
-    words = operations.threefry(
-        (_pass + _signed(first), torch.full_like(_pass, _signed(second))),
-        (places, places + half),
-        word=lambda x: x,  # sums of 32 bits wrap
-        rotated=lambda x, by: x << by | x >> (32 - by) & (1 << by) - 1,
-    )
-    return (torch.cat(words)[:count] >> 8 & 0xFFFFFF).reshape(shape)
-
-
-def _signed(word: int) -> int:
-    """The number that these 32 bits are with a sign."""
-    return word - 2**32 if word >= 2**31 else word
+    word = operations.generator_key(key)
+    counters = torch.arange(math.prod(shape), device=_pass.device) + (_pass << 32)
+    signed = word - 2**64 if word >= 2**63 else word
+    return (operations.squares(counters, signed, upper=lambda x: x >> 32 & 0xFFFFFFFF) >> 8).reshape(shape)

@@ -106,32 +106,34 @@ def softcapped_cross_entropy(hidden, weight, targets, softcap, reduction):
     return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
 
 
-def random_words(count: int, seed: int, place: int, passes: int) -> np.ndarray:
-    """The 32-bit words of a draw of `count` numbers, by Threefry-2x32-20 in numpy."""
-    first, second = threefry((seed, place), (0, 1))
-    half = (count + 1) // 2
-    return np.concatenate(threefry((first + passes, second), (np.arange(half), np.arange(half) + half)))[:count]
+def mix(state):
+    """SplitMix64, from its authors' description."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(state % 2**64) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int(state ^ (state >> np.uint64(31)))
 
 
-def threefry(key, counter) -> tuple[np.ndarray, np.ndarray]:
-    """Threefry-2x32-20, word by word from Salmon et al. 2011: two words of 32 bits, in uint64."""
-    mask = np.uint64(2**32 - 1)
-    key = [np.asarray(word % 2**32, np.uint64) for word in key]
-    key.append(key[0] ^ key[1] ^ np.uint64(0x1BD11BDA))
-    x = [(np.asarray(word, np.uint64) + word_key) & mask for word, word_key in zip(counter, key)]
-    for round_ in range(20):
-        by = np.uint64((13, 15, 26, 6, 17, 29, 16, 24)[round_ % 8])
-        x[0] = (x[0] + x[1]) & mask
-        x[1] = ((x[1] << by | x[1] >> (np.uint64(32) - by)) & mask) ^ x[0]
-        if round_ % 4 == 3:
-            injection = round_ // 4 + 1
-            x[0] = (x[0] + key[injection % 3]) & mask
-            x[1] = (x[1] + key[(injection + 1) % 3] + np.uint64(injection)) & mask
-    return x[0], x[1]
+def squares32(counter, key):
+    """Squares, round by round from its author's description, in uint64, which wraps."""
+    half = np.uint64(32)
+    x = counter * key
+    y, z = x, x + key
+    x = x * x + y
+    x = (x >> half) | (x << half)
+    x = x * x + z
+    x = (x >> half) | (x << half)
+    x = x * x + y
+    x = (x >> half) | (x << half)
+    return (x * x + z) >> half
 
 
 def uniform(shape, key, passes=0):
-    return (random_words(math.prod(shape), *key, passes) >> np.uint64(8)).astype(np.float64).reshape(shape) / 2**24
+    """The draw of a pass with so many before it."""
+    word = np.uint64(mix(mix(key[0]) + key[1]) | 1)
+    words = squares32(np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(passes * 2**32), word)
+    return (words >> np.uint64(8)).astype(np.float64).reshape(shape) / 2**24
 
 
 def dropout(x, rate, key):

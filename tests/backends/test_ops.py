@@ -449,6 +449,84 @@ def check_gradients(backend, function, rtol=2e-4, **values):
         np.testing.assert_allclose(found[name], wanted[name], rtol=rtol, atol=rtol * np.abs(wanted[name]).max() + 1e-6)
 
 
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda o, x: o.softmaxx(x), AttributeError, r"there is no ops\.softmaxx: did you mean ops\.softmax\?"),
+        (lambda o, x: o.cat([x]), AttributeError, r"there is no ops\.cat: did you mean ops\.concat\?"),
+        (lambda o, x: o.xyz(x), AttributeError, r"there is no ops\.xyz\. `python -m backends\.surface` lists"),
+        (lambda o, x: o.sum(x, dim=1), TypeError, r"ops\.sum has no argument dim=: write axis=\. .*ops\.sum\(x, /, \*"),
+        (lambda o, x: o.sort(x, descend=True), TypeError, r"has no argument descend=: write descending="),
+        (lambda o, x: o.exp(x, out=x), TypeError, r"ops\.exp has no argument out=\. Its signature: ops\.exp\(x, /\)"),
+        (lambda o, x: o.std(x, 1, 0), TypeError, r"takes 1 argument by position and got 3: write axis=\.\.\., correct"),
+        (lambda o, x: o.expand_dims(x, 0), TypeError, r"takes 1 argument by position and got 2: write axis="),
+        (lambda o, x: o.abs(x, x), TypeError, r"ops\.abs takes 1 argument by position and got 2\. Its signature"),
+        (lambda o, x: o.take(x, x), TypeError, "take.*'axis'"),
+        (lambda o, x: o.reshape(x), TypeError, "reshape.*'shape'"),
+        (
+            lambda o, x: o.astype(x, "int8"),
+            ValueError,
+            r"another array's \.dtype, or one of 'bool', 'int32', 'float32'",
+        ),
+        (lambda o, x: o.cumulative_sum(x), ValueError, "over an array of 4 axes: name one"),
+        (lambda o, x: o.cumulative_prod(x), ValueError, "over an array of 4 axes: name one"),
+        (lambda o, x: o.squeeze(x, 3), ValueError, "squeeze"),
+        (lambda o, x: o.attention(x, x, x, -1), ValueError, r"window=-1: how many tokens it reaches back, 0 or more"),
+        (lambda o, x: o.attention(x, x, x, 0.5), ValueError, r"window=0\.5: how many tokens"),
+        (lambda o, x: o.attention(x, x, x, bias=o.ones((3, 5))), ValueError, r"a bias for 3 heads and 2 query heads"),
+    ],
+)
+def test_refused_on_every_backend(backend, call, error, message):
+    x = support.array(backend, np.ones((1, 4, 2, 8), np.float32))
+    with pytest.raises(error, match=message):
+        call(backend.ops, x)
+
+
+def test_an_embedding_out_of_range_is_nan_and_has_no_gradient(backend):
+    """As `take`: the last row is -1, and an error would have to wait for the device."""
+    embedding = backend.nn.Embedding(3, 2)
+    backend.set_weights(embedding, {"weight": np.arange(6, dtype=np.float32).reshape(3, 2)})
+    tokens = support.array(backend, np.array([[0, 2, 3], [-1, -3, -4]]))
+    found = support.numpy(backend, embedding(tokens))
+    np.testing.assert_array_equal(found[..., 0], [[0, 4, np.nan], [4, 0, np.nan]])
+
+    def loss(model, x, y):
+        rows = model(tokens)
+        return backend.ops.sum(backend.ops.where(rows == rows, rows, 0.0))
+
+    trainer = backend.Trainer(embedding, loss, [tiny.descent(["weight"])])
+    trainer.backward(support.TOKENS, support.TOKENS)
+    np.testing.assert_array_equal(trainer.gradients()["weight"], [[2, 2], [0, 0], [2, 2]])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_modified_attention_over_blocks(backend, window, kv_heads):
+    """Longer than a block of queries on PyTorch (256) and on MLX (512)."""
+    rng, length = np.random.default_rng(6), 600
+    q, k, v = (rng.standard_normal((1, length, heads, 4), dtype=np.float32) for heads in (4, kv_heads, kv_heads))
+    bias = rng.standard_normal((4, 300), dtype=np.float32)
+    documents = np.cumsum(rng.random((1, length)) < 0.05, axis=1)
+    arguments = dict(window=window, scale=0.3, softcap=4.0)
+    wanted = REFERENCE.attention(
+        *(x.astype(np.float64) for x in (q, k, v)), bias=bias, documents=documents, **arguments
+    )
+    q, k, v, bias, documents = (support.array(backend, x) for x in (q, k, v, bias, documents))
+    found = backend.ops.attention(q, k, v, bias=bias, documents=documents, **arguments)
+    np.testing.assert_allclose(support.numpy(backend, found), wanted, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_modified_attention_keeps_half_precision(low, precision):
+    backend, tolerance = half(low, precision)
+    q, k, v, bias = (support.array(backend, getattr(INPUTS, name)) for name in ("q", "k", "v", "bias"))
+    found = backend.ops.attention(q, k, v, softcap=2.0, bias=bias, scale=0.5)
+    assert support.kind(found) == precision
+    exact = [support.numpy(backend, x).astype(np.float64) for x in (q, k, v)]
+    wanted = REFERENCE.attention(*exact, softcap=2.0, bias=support.numpy(backend, bias).astype(np.float64), scale=0.5)
+    np.testing.assert_allclose(support.numpy(backend, found), wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(3, 2), (2, 0), (1, 2)])
 def test_attention_refuses_heads_that_do_not_divide(backend, normal, heads, kv_heads):
     q, k = support.array(backend, normal(1, 4, heads, 8)), support.array(backend, normal(1, 4, 2, 8))
