@@ -53,6 +53,7 @@ def modified(q, k, v, window, softcap, bias, documents):
     By FlexAttention where that is compiled for a GPU; else by blocks of queries whose scores are made again in the
     backward pass, so that few of T x T are held at once.
     """
+    bias = None if bias is None else bias.float()  # its gradient is a sum over many scores
     if runtime.compiled and q.is_cuda and takes("flex", q):
         mask = _block_mask(q.shape[1], window, q.device)
         if torch.compiler.is_compiling():
@@ -78,7 +79,7 @@ def _modified_block(q, k, v, visible, distance, softcap, bias, same):
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.float()[:, distance.clamp(0, bias.shape[1] - 1)]
+        scores = scores + bias[:, distance.clamp(0, bias.shape[1] - 1)]
     if same is not None:
         visible = visible & same[:, None]
     scores = scores.masked_fill(~visible, float("-inf"))

@@ -98,6 +98,34 @@ def test_every_implementation_agrees_with_the_definition(backend, monkeypatch, n
     assert torch.allclose(found, attention.reference(q, k, v, window), atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window, head, flex", [(None, 64, True), (100, 64, True), (None, 48, False)])
+def test_modified_attention_compiled_for_a_gpu(monkeypatch, window, head, flex):
+    opened("sdpa", "float32", compiled=True)
+    calls = []
+    monkeypatch.setattr(attention, "_flex", lambda *a, f=attention._flex: calls.append(1) or f(*a))
+    documents = (torch.rand(2, 600, device="cuda") < 0.02).cumsum(1)
+    inputs = [torch.randn(2, 600, heads, head, device="cuda") for heads in (4, 2, 2)] + [
+        torch.randn(4, 50, device="cuda")
+    ]
+    upstream = torch.randn(2, 600, 4, head, device="cuda")
+
+    def results(function):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    def call(q, k, v, bias):
+        return attention.modified(q, k, v, window, 5.0, bias, documents)
+
+    wanted = results(call)  # by blocks, which test_ops compares with the definition; makes the masks
+    assert not calls
+    found = results(torch.compile(call, fullgraph=True, dynamic=False))
+    assert bool(calls) == flex
+    for one, right in zip(found, wanted):
+        assert (one - right).norm() < 2e-3 * right.norm()  # products in TF32
+
+
 def test_a_trial_is_remembered_and_survives_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "owner", "")  # a test before this one may have opened a GPU
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
