@@ -8,7 +8,7 @@ import pytest
 import backends
 from backends.interface import BackendError
 from tests.backends import support, tiny
-from tests.backends.reference import token_losses, uniform
+from tests.backends.reference import token_losses
 
 # --- modules and weights
 
@@ -457,7 +457,7 @@ def compilations(name: str, calls: list) -> int:
 
 
 @pytest.mark.parametrize("name", backends.NAMES)
-def test_rates_and_random_numbers_change_without_recompiling(name):
+def test_rates_change_without_recompiling(name):
     support.needs_compiler()
     backend, calls = support.opened(name, "float32", compiled=True), []
     before = compilations(name, calls)
@@ -473,19 +473,14 @@ def test_rates_and_random_numbers_change_without_recompiling(name):
         "init": lambda param: {"last": backend.ops.zeros_like(param)},
     }
     model = support.holder(backend, a=np.ones((2, 3)), b=np.ones((2, 3)), c=np.ones(4))
-    ops, compiled, drawn = backend.ops, [], []
-    trainer = backend.Trainer(
-        model, lambda m, x, y: ops.sum(m.a * m.b) + ops.sum(m.c) + ops.sum(ops.uniform((3,), key=(4, 2))), [group]
-    )
+    trainer = backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.a * m.b) + backend.ops.sum(m.c), [group])
+    compiled = []
     for rate in (0.1, 0.2, 0.05, 0.0, 1):
-        weights = backend.weights(model)
-        loss = float(trainer.backward(support.TOKENS, support.TOKENS))
-        drawn.append(loss - (weights["a"] * weights["b"]).sum() - weights["c"].sum())
+        trainer.backward(support.TOKENS, support.TOKENS)
         trainer.step([{"lr": rate}])
         compiled.append(compilations(name, calls))
     assert compiled[0] > before and compiled[1:] == compiled[:1] * 4
     assert backend.weights(model)["c"][0] == pytest.approx(1 - 1.35)  # and each rate had its effect
-    assert drawn == pytest.approx([uniform((3,), (4, 2), passes).sum() for passes in range(5)], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounter  # noqa: E402
+
 from backends import bench, trials  # noqa: E402
 from backends.interface import BackendError  # noqa: E402
-from backends.pytorch import attention, device, runtime, trainer  # noqa: E402
+from backends.pytorch import attention, device, random, runtime, trainer  # noqa: E402
 from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends import tiny  # noqa: E402
+from tests.backends.reference import uniform  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
 
 
@@ -96,6 +99,16 @@ def test_every_implementation_agrees_with_the_definition(backend, monkeypatch, n
     q, k, v = (torch.randn(2, 600, heads, 16) for heads in (4, 2, 2))
     found = attention.IMPLEMENTATIONS[name](q, k, v, window)
     assert torch.allclose(found, attention.reference(q, k, v, window), atol=1e-5)
+
+
+def test_random_numbers_of_a_new_pass_compile_nothing(backend):
+    counter, passes = CompileCounter(), random.counter()
+    drawn = torch.compile(lambda: random.uniform((3,), (4, 2)), backend=counter, fullgraph=True)
+    with random.drawing(passes):
+        for number in range(3):
+            assert drawn().tolist() == uniform((3,), (4, 2), number).tolist()
+            passes += 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
