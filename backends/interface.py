@@ -14,7 +14,12 @@ goes through `ops`; `python -m backends.surface train.py` names the lines that d
 paths, the same on every backend. Masters are float32; a parameter read in `forward` arrives in the compute precision,
 because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and becomes float32 in MLX.
 
-## Trainer(model, loss, optimizer)
+## The model
+
+`hidden(tokens)` makes what the head reads (B, T, C) of int32 tokens (B, T); `logits(hidden)` is the head, for training
+and evaluation alike. Parameters are all the state it has: what else it keeps is lost between training and scoring.
+
+## Trainer(model, loss, optimizer, transform=None)
 
 `loss(model, x, y)` returns a float32 scalar, a mean over rows. `optimizer` is a list of groups:
 
@@ -24,7 +29,9 @@ because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and be
          stack=False,                               True: equal shapes are stacked on a new leading axis, one alone too
          hyper=dict(lr=..., ...))                   float32 scalars, which may change at each step
 
-A parameter that the loss doesn't use has a gradient of zero, and is updated with it.
+A parameter that the loss doesn't use has a gradient of zero, and is updated with it. `transform(gradients)` gets all
+accumulated gradients at once, float32 by name, before they are applied, and gives back as many of the same shapes: to
+clip them by their common norm, say.
 """
 
 from __future__ import annotations
@@ -121,13 +128,15 @@ class Trainer(abc.ABC):
 
     In half precision (float16) it scales the loss dynamically and leaves out a step whose gradients overflow. A batch
     too large for the memory goes through in parts, which `warm_up` finds. A backend fills in `accumulate`, `rehearse`,
-    `step`, `gradients` and `is_out_of_memory`.
+    `step`, `gradients`, `adopt` and `is_out_of_memory`.
+
+    Attributes:
+        rows_at_once: by the shape (B, T) of a batch that was warmed up, how many of its rows go through at once.
     """
 
-    rows_at_once: int | None = None  # None: the whole batch
-
     @abc.abstractmethod
-    def __init__(self, model, loss, optimizer: list[dict]): ...
+    def __init__(self, model, loss, optimizer: list[dict], transform=None):
+        self.rows_at_once: dict[tuple[int, int], int] = {}
 
     def backward(self, x: np.ndarray, y: np.ndarray, scale: float = 1.0):
         """Adds the gradient of `scale * loss(model, x, y)` to what is accumulated.
@@ -139,7 +148,7 @@ class Trainer(abc.ABC):
         Returns:
             The loss before scaling: a scalar on the device; `float(loss)` waits for it.
         """
-        rows, loss = self.rows_at_once or len(x), 0.0
+        rows, loss = self.rows_at_once.get(x.shape, len(x)), 0.0
         if len(x) <= rows:
             return self.accumulate(x, y, scale)
         for start in range(0, len(x), rows):
@@ -149,7 +158,8 @@ class Trainer(abc.ABC):
         return loss
 
     def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were.
+        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were. To be called
+        once for each shape of batch that will be trained on.
 
         When the memory is too small for it, it is halved, said, and tried again; `backward` then takes batches in parts
         of what fitted. The loss has to be a mean over rows.
@@ -176,7 +186,7 @@ class Trainer(abc.ABC):
             fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
             rows = fewer
-        self.rows_at_once = rows
+        self.rows_at_once[x.shape] = rows
 
     @abc.abstractmethod
     def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
@@ -197,7 +207,17 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def gradients(self) -> dict[str, np.ndarray]:
-        """The accumulated gradients by parameter name, float32."""
+        """The accumulated gradients by parameter name, float32, before `transform`."""
+
+    @abc.abstractmethod
+    def adopt(self, key: str) -> None:
+        """Puts `state[key]` in the place of each parameter whose update rule carries such an array; the others stay.
+
+        So an average of the weights that a rule carries along becomes what is evaluated and saved.
+
+        Raises:
+            KeyError: no rule's state has this key.
+        """
 
     @staticmethod
     @abc.abstractmethod
@@ -225,14 +245,15 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
-        """The model's logits, float32 (B, T, V), for int32 tokens (B, T). The evaluator probes a few rows with it."""
+        """`model.logits(model.hidden(tokens))`, float32 (B, T, V), for int32 tokens (B, T). The evaluator probes a few
+        rows with it."""
 
     @abc.abstractmethod
     def losses(self, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Nats of each target, float32 (B, T): the model sees only `tokens`, log-softmax and gather are done here.
 
-        The fixed half of the evaluator: `model(tokens)` gives logits (B, T, V) in any precision; they are taken to
-        float32 a few rows at a time.
+        The fixed half of the evaluator: `model.hidden(tokens)` gives what the head reads (B, T, C), and
+        `model.logits` makes logits of it, here of a row at a time.
         """
 
     @abc.abstractmethod
@@ -311,17 +332,54 @@ def check_weights(expected: dict[str, tuple[int, ...]], weights: dict[str, np.nd
         raise ValueError("weights do not fit the model: " + "; ".join(problems))
 
 
+def check_head(model, module: type) -> None:
+    """Raises TypeError unless the model's logits come from one place, for training and evaluation.
+
+    Args:
+        module: the backend's `nn.Module`.
+    """
+    name = type(model).__name__
+    if missing := [part for part in ("hidden", "logits") if not callable(getattr(model, part, None))]:
+        raise TypeError(
+            f"{name} has no {' and no '.join(missing)}: hidden(tokens) gives what the head reads, and logits(hidden) "
+            "is the head, for training and evaluation"
+        )
+    if getattr(type(model), "forward", None) is not getattr(module, "forward", None):
+        raise TypeError(
+            f"{name} has two heads, logits(hidden) and forward(tokens): the evaluator asks the first. Write the head "
+            "there alone, and take forward out"
+        )
+
+
 def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
     """Raises ValueError when a group lacks a key or a parameter is in no group, in two, or unknown."""
     for i, group in enumerate(optimizer):
         if missing := {"names", "init", "update", "stack", "hyper"} - group.keys():
             raise ValueError(f"optimizer group {i} lacks {sorted(missing)}")
     grouped = [name for group in optimizer for name in group["names"]]
-    problems = [f"{name} is in no group" for name in names if name not in grouped]
+    problems = [
+        f"{name} is in no group: in optimizer_groups of train.py, write it into the names of the one whose rule is to "
+        f'update it, or add a group, such as adamw(["{name}"], SCALAR_LR)'
+        for name in names
+        if name not in grouped
+    ]
     problems += [f"{name} is not a parameter of the model" for name in grouped if name not in names]
-    problems += [f"{name} is in two groups" for name in sorted({n for n in grouped if grouped.count(n) > 1})]
+    problems += [
+        f"{name} is in two groups: take it out of one of them"
+        for name in sorted({name for name in grouped if grouped.count(name) > 1})
+    ]
     if problems:
         raise ValueError("optimizer groups do not match the model: " + "; ".join(problems))
+
+
+def check_transformed(given: dict, transformed: dict) -> None:
+    """Raises ValueError unless `transform` gave back gradients of the names and shapes that it was given."""
+    wanted, found = ({name: tuple(array.shape) for name, array in arrays.items()} for arrays in (given, transformed))
+    if wrong := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+        raise ValueError(
+            f"transform(gradients) has to give back every gradient in its shape; {wrong[0]} has "
+            f"{found.get(wrong[0], 'none')}, not {wanted.get(wrong[0], 'expected at all')}"
+        )
 
 
 def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:

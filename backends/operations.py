@@ -120,11 +120,10 @@ stop_gradient(x, /)                                    x         zero  x, as a c
 
 # Transformers
 attention(q, k, v, /, window=None, *, scale=None, softcap=None, bias=None, documents=None)  x  yes  see below
+fusable(function, /)                                   -         -     as a decorator: see below
+mean_loss(head, loss, hidden, targets, /)              float32   yes   see below
 rms_norm(x, /)                                         x         yes   x / sqrt(mean(x^2, last axis) + 2^-23)
 rope(x, /, base)                                       x         yes   rotary embedding: see below
-rotary_qkv(x, w_q, w_k, w_v, head_dim, base)           x         yes   see below
-softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean")  float32  yes  see below
-squared_relu_mlp(x, w_in, w_out)                       x         yes   square(relu(x @ w_in.T)) @ w_out.T
 
 # Random numbers, in training only
 dropout(x, rate, /, *, key)                            x         yes   0 with probability rate, else x / (1 - rate)
@@ -140,10 +139,12 @@ attention   q (B, T, H, D), k and v (B, T, H_kv, D) with H a multiple of H_kv, t
             tokens == BOS, "int32"), axis=1). softcap, bias and documents may be slower than a plain window.
 rope        x (B, T, H, D): halves split, position on axis 1, frequencies base^(-2i/D); y1 = x1 cos + x2 sin,
             y2 = x2 cos - x1 sin (Su et al. 2021, arXiv:2104.09864, with the sign that the original project has).
-rotary_qkv  q (B, T, H, D), k and v (B, T, H_kv, D) of x (B, T, C): x @ w.T by head.
-softcapped_cross_entropy
-            targets (B, T) under softmax(softcap * tanh(hidden @ weight.T / softcap)), from hidden (B, T, C) and weight
-            (V, C); softcap=None for none; "mean" and "sum" give a scalar, "none" (B, T). Works over chunks of tokens.
+mean_loss   the mean over tokens of loss(head(hidden), targets), for hidden (B, T, C) and targets (B, T). `head` is a
+            method of the model, which makes float32 logits (N, V) of a chunk of hidden (N, C), from it and the model's
+            parameters alone; `loss` makes each token's loss (N,) of them and of targets (N,). No logits of the whole
+            batch are held.
+fusable     where a backend has a kernel for exactly what the function computes, that runs in its place
+            (backends/fusion.py); else the function runs as it is written.
 key         of a random draw: (seed, place), two integers. The same key in the same pass draws the same numbers, so each
             place in the model needs its own. A residual branch is left out, row by row (stochastic depth), by
             x + ops.dropout(ops.ones((B, 1, 1)), 0.1, key=(SEED, layer)) * block(x).

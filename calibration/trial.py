@@ -74,7 +74,7 @@ def main(result: Path, seconds: float) -> None:
 
     def watched(trainer, x, y):
         warm_up(trainer, x, y)
-        noted["rows_at_once"] = trainer.rows_at_once
+        noted["rows_at_once"] = min(trainer.rows_at_once.values())
 
     def report(clock, *, num_params, flops_per_token, depth, **_):
         if (depth, clock.loader.batch_size) != (asked.depth, asked.device_batch_size):

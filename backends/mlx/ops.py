@@ -10,10 +10,11 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from backends import operations
+from backends import fusion, operations
 from backends.interface import BackendError
 from backends.mlx import cross_entropy, random
 from backends.mlx.attention import IMPLEMENTATIONS, modified
+from backends.mlx.indexing import take, take_along_axis
 
 RMS_EPSILON = 2.0**-23
 
@@ -31,7 +32,7 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> op
     Args:
         precision: what `compute` casts to.
         attention: names of `attention.IMPLEMENTATIONS` by kind of window, "full" and "window".
-        memory: bytes of the device, by which the cross-entropy is cut in chunks.
+        memory: bytes of the device, by which the loss is cut in chunks.
 
     Raises:
         BackendError: this MLX lacks some of them.
@@ -39,13 +40,18 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> op
     chosen = dict(
         attention=attention_by(attention),
         compute=lambda x: x.astype(precision),
-        softcapped_cross_entropy=cross_entropy.by_memory(memory),
+        fusable=lambda function: fusion.mark(function, found, {}, missed=lambda _: None),
+        mean_loss=cross_entropy.by_memory(memory),
     )
+    if mx.default_device() == mx.Device(mx.cpu):
+        chosen["multiply"] = multiply
+        sum_scalar_gradients_exactly()
     native = {name: getattr(mx, name) for name in operations.OPS if hasattr(mx, name)}
     try:
-        return operations.Operations(native | _operators | _own | chosen)
+        found = operations.Operations(native | _operators | _own | chosen)
     except LookupError as error:
         raise BackendError(f"this MLX is too old ({mx.__version__} lacks {error}): pip install -U mlx") from None
+    return found
 
 
 def float32(x):
@@ -108,22 +114,35 @@ def std(x, axis, correction, keepdims):
     return mx.sqrt(var(x, axis, correction, keepdims))
 
 
-def multiply(a, b):
-    """On the CPU the gradient of a scalar factor, a sum over all that it multiplies, also goes axis by axis."""
-    if mx.default_device() == mx.Device(mx.cpu) and getattr(a, "ndim", 1) == 0 and getattr(b, "ndim", 0) > 1:
-        return _scaled(a, b)
-    return mx.multiply(a, b)
+def multiply(x1, x2):
+    """The gradient of a scalar factor, a sum over all that it multiplies, also goes axis by axis."""
+    if isinstance(x1, mx.array) and isinstance(x2, mx.array) and 0 in (x1.ndim, x2.ndim) and max(x1.ndim, x2.ndim) > 1:
+        return _scaled(x1, x2) if x1.ndim == 0 else _scaled(x2, x1)
+    return _multiply(x1, x2)
+
+
+_multiply, _times = mx.multiply, mx.array.__mul__
+
+
+def sum_scalar_gradients_exactly() -> None:
+    """Makes `a * b` of arrays what `multiply` is, in this process. MLX has no place of its own to say how an operator
+    is differentiated."""
+
+    def times(a, b):
+        return multiply(a, b) if isinstance(b, mx.array) else _times(a, b)
+
+    mx.array.__mul__ = times
 
 
 @mx.custom_function
 def _scaled(factor, x):
-    return factor * x
+    return _multiply(factor, x)
 
 
 @_scaled.vjp
 def _scaled_gradients(inputs, cotangent, _):
     factor, x = inputs
-    return sum(cotangent * x).astype(factor.dtype), (cotangent * factor).astype(x.dtype)
+    return sum(_multiply(cotangent, x)).astype(factor.dtype), _multiply(cotangent, factor).astype(x.dtype)
 
 
 def relu(x):
@@ -181,32 +200,6 @@ def topk(x, k, axis):
     return mx.take_along_axis(x, indices, axis=axis), indices.astype(mx.int32)
 
 
-def take(x, indices, axis):
-    axis = axis % x.ndim
-    places, inside = _places(indices, x.shape[axis])
-    return _or_nan(mx.take(x, places, axis=axis), inside.reshape(*indices.shape, *[1] * (x.ndim - axis - 1)))
-
-
-def take_along_axis(x, indices, axis):
-    places, inside = _places(indices, x.shape[axis])
-    return _or_nan(mx.take_along_axis(x, places, axis=axis), inside)
-
-
-def _places(indices, size: int):
-    """Indices from 0 to below `size`, and whether those given were indices at all: -size is the first that is."""
-    wrapped = mx.where(indices < 0, indices + size, indices)
-    return mx.clip(wrapped, 0, size - 1), (indices >= -size) & (indices < size)
-
-
-def _or_nan(x, inside):
-    return mx.where(inside, x, float("nan")) if mx.issubdtype(x.dtype, mx.floating) else x
-
-
-def rows(table, indices):
-    """`take` of rows, for `nn.Embedding`."""
-    return take(table, indices, 0)
-
-
 def rms_norm(x):
     return mx.fast.rms_norm(x, None, RMS_EPSILON)
 
@@ -225,17 +218,6 @@ def _rotations(length: int, size: int, base: float) -> tuple[mx.array, mx.array]
     angles = (np.arange(length)[:, None] * frequencies)[:, None, :]
     # Made from numpy, they are constants: a cache must not keep arrays that belong to a trace.
     return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
-
-
-def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
-    """q (B, T, H, D), k and v (B, T, H_kv, D) of x (B, T, C), q and k rotated and then RMS-normalised by head."""
-    q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
-    return rms_norm(rope(q, base)), rms_norm(rope(k, base)), v
-
-
-def squared_relu_mlp(x, w_in, w_out):
-    """relu(x @ w_in.T)^2 @ w_out.T"""
-    return mx.square(relu(x @ w_in.T)) @ w_out.T
 
 
 def attention_by(chosen: dict[str, str]):
@@ -264,6 +246,7 @@ _operators = dict(
     less=operator.lt,
     less_equal=operator.le,
     matmul=operator.matmul,
+    multiply=operator.mul,
     pow=operator.pow,
     subtract=operator.sub,
 )
@@ -272,6 +255,8 @@ _renamed = dict(
     cumulative_sum=vector(mx.cumsum),
     dropout=random.dropout,
     matrix_transpose=lambda x: x.swapaxes(-1, -2),
+    take=take,
+    take_along_axis=take_along_axis,
     training=random.training,
     uniform=random.uniform,
 )

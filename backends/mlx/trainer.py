@@ -25,11 +25,13 @@ class Trainer(interface.Trainer):
     compiled = True  # whether to compile; the backend sets it
     working_set: int | None = None  # bytes that it should use at most; None for no limit
 
-    def __init__(self, model, loss, optimizer: list[dict]):
+    def __init__(self, model, loss, optimizer: list[dict], transform=None):
+        super().__init__(model, loss, optimizer, transform)
         self._parameters = named_parameters(model)
         interface.check_optimizer(optimizer, list(self._parameters))
         self._optimizer = optimizer
         self._units = [unit for i, group in enumerate(optimizer) for unit in self._split(i, group)]
+        self._transform = transform and self._maybe_compile(_transformer(transform))
         self._differentiate = self._maybe_compile(_differentiator(model, loss, self._parameters))
         self._loss_scale = LossScale() if model.precision == mx.float16 else None
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
@@ -60,6 +62,8 @@ class Trainer(interface.Trainer):
         interface.check_step(self._optimizer, schedule, bool(self._gradients))
         gradients, self._gradients = self._gradients, {}
         guard = (self._loss_scale.value, _all_finite(gradients)) if self._loss_scale else ()
+        if self._transform:
+            gradients = self._transform(gradients, *guard[:1])
         hypers = [{name: mx.array(value, dtype=mx.float32) for name, value in hyper.items()} for hyper in schedule]
         for unit in self._units:
             masters = [self._parameters[name].value for name in unit.names]
@@ -116,6 +120,15 @@ class Trainer(interface.Trainer):
             for name, parameter in self._parameters.items()
         }
 
+    def adopt(self, key: str) -> None:
+        carrying = [unit for unit in self._units if key in unit.state]
+        if not carrying:
+            raise KeyError(f"no update rule carries {key!r} in its state")
+        for unit in carrying:
+            values = list(unit.state[key]) if self._optimizer[unit.group]["stack"] else [unit.state[key]]
+            for name, value in zip(unit.names, values, strict=True):
+                self._parameters[name].value = value
+
     def _maybe_compile(self, function):
         return mx.compile(function) if self.compiled else function
 
@@ -166,6 +179,18 @@ def _differentiator(model, loss, parameters):
         return value, gradients
 
     return differentiate
+
+
+def _transformer(transform):
+    """f(gradients, loss scale or nothing) -> the gradients that `transform` makes of them, scaled as they were."""
+
+    def transformed(gradients, scale=None):
+        given = gradients if scale is None else {name: grad / scale for name, grad in gradients.items()}
+        found = transform(dict(given))
+        interface.check_transformed(given, found)
+        return found if scale is None else {name: grad * scale for name, grad in found.items()}
+
+    return transformed
 
 
 def _updater(rule, stack: bool):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from backends.pytorch import runtime
-from backends.pytorch.ops import rows
+from backends.pytorch.indexing import rows
 
 ModuleList = torch.nn.ModuleList
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from backends import operations
-from backends.pytorch import runtime
+from backends.pytorch import fused, runtime
 from backends.pytorch.attention import attention
-from backends.pytorch.cross_entropy import softcapped_cross_entropy
-from backends.pytorch.mlp import squared_relu_mlp
+from backends.pytorch.fused import mean_loss
+from backends.pytorch.indexing import take, take_along_axis
 from backends.pytorch.random import dropout, training, uniform
-from backends.pytorch.rotary import rms_norm, rope, rotary_qkv
+from backends.pytorch.rotary import rms_norm, rope
 
 DTYPES = {"bool": torch.bool, "int32": torch.int32, "float32": torch.float32}
 
@@ -158,35 +158,6 @@ def topk(x, k, axis):
     return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
 
 
-def take(x, indices, axis):
-    axis = axis % x.ndim
-    places, inside = _places(indices, x.shape[axis])
-    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-    taken = torch.index_select(x, axis, places.reshape(-1)).reshape(shape)
-    return _or_nan(taken, inside.reshape(*indices.shape, *[1] * (x.ndim - axis - 1)))
-
-
-def take_along_axis(x, indices, axis):
-    places, inside = _places(indices, x.shape[axis])
-    return _or_nan(torch.take_along_dim(x, places, axis), inside)
-
-
-def _places(indices, size: int):
-    """Indices from 0 to below `size`, and whether those given were indices at all: -size is the first that is."""
-    indices = indices.long()
-    return torch.where(indices < 0, indices + size, indices).clamp(0, size - 1), (indices >= -size) & (indices < size)
-
-
-def _or_nan(x, inside):
-    return torch.where(inside, x, float("nan")) if x.is_floating_point() else x
-
-
-def rows(table, indices):
-    """`take` of rows, for `nn.Embedding`."""
-    places, inside = _places(indices, table.shape[0])
-    return _or_nan(F.embedding(places, table), inside[..., None])
-
-
 # --- Shapes ---
 
 
@@ -253,14 +224,15 @@ _operators = dict(
 _elsewhere = dict(
     attention=attention,
     dropout=dropout,
+    fusable=lambda function: fused.mark(function, ops),
     gelu=F.gelu,
+    mean_loss=mean_loss,
     rms_norm=rms_norm,
     rope=rope,
-    rotary_qkv=rotary_qkv,
     silu=F.silu,
-    softcapped_cross_entropy=softcapped_cross_entropy,
-    squared_relu_mlp=squared_relu_mlp,
     stop_gradient=torch.Tensor.detach,
+    take=take,
+    take_along_axis=take_along_axis,
     training=training,
     uniform=uniform,
 )

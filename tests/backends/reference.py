@@ -74,15 +74,6 @@ def rope(x, base):
     )
 
 
-def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
-    q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
-    return rms_norm(rope(q, base)), rms_norm(rope(k, base)), v
-
-
-def squared_relu_mlp(x, w_in, w_out):
-    return relu(x @ w_in.T) ** 2 @ w_out.T
-
-
 def attention(q, k, v, window, scale, softcap, bias, documents):
     length, heads, size = q.shape[1:]
     k, v = (np.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
@@ -96,14 +87,6 @@ def attention(q, k, v, window, scale, softcap, bias, documents):
     if documents is not None:
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
     return np.einsum("bhij,bjhd->bihd", softmax(np.where(visible, scores, -np.inf), -1), v)
-
-
-def softcapped_cross_entropy(hidden, weight, targets, softcap, reduction):
-    logits = hidden @ weight.T
-    if softcap is not None:
-        logits = softcap * np.tanh(logits / softcap)
-    losses = token_losses(logits, targets)
-    return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
 
 
 def mix(state):
@@ -150,21 +133,20 @@ _further = dict(
     dropout=dropout,
     einsum=np.einsum,
     float32=lambda x: np.asarray(x, np.float64),
+    fusable=lambda function: function,
     full=lambda shape, fill_value: np.full(shape, float(fill_value)),
     gelu=gelu,
     logsumexp=logsumexp,
+    mean_loss=lambda head, loss, hidden, targets: loss(head(hidden), targets).mean(),
     matmul=operator.matmul,
     relu=relu,
     rms_norm=rms_norm,
     rope=rope,
-    rotary_qkv=rotary_qkv,
     rsqrt=lambda x: 1 / np.sqrt(x),
     sigmoid=lambda x: 1 / (1 + np.exp(-x)),
     silu=lambda x: x / (1 + np.exp(-x)),
-    softcapped_cross_entropy=softcapped_cross_entropy,
     softmax=softmax,
     sort=sort,
-    squared_relu_mlp=squared_relu_mlp,
     stop_gradient=np.asarray,
     take=take,
     take_along_axis=take_along_axis,

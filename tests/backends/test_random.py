@@ -54,7 +54,7 @@ def test_a_step_and_a_warm_up_leave_the_count_of_passes(backend):
 
 def test_each_part_of_a_batch_draws_anew(backend):
     drawing = Drawing(backend, lambda ops: ops.uniform((3,), key=(1, 2)))
-    drawing.trainer.rows_at_once = 2
+    drawing.trainer.rows_at_once[4, 1] = 2
     draws = drawing.passes(1, rows=4)
     assert len(draws) == 2 and not np.array_equal(*draws)
 
@@ -96,8 +96,11 @@ def test_outside_of_training(backend):
         ops.uniform((3,), key=(1, 2))
 
     class Noisy(backend.nn.Module):
-        def forward(self, tokens):
+        def hidden(self, tokens):
             return ops.uniform((*tokens.shape, 5), key=(1, 2))
+
+        def logits(self, hidden):
+            return hidden
 
     with pytest.raises(RuntimeError, match="must not be random"):
         backend.logits(Noisy(), np.zeros((2, 3), np.int32))
