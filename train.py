@@ -111,7 +111,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x)
         if value_embedding is not None:  # ResFormer (arXiv:2410.17897); the gate starts at 1
             gate = 2 * ops.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)
-            v = v + ops.expand_dims(gate, -1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
+            v = v + ops.expand_dims(gate, axis=-1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
         y = ops.attention(q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, self.n_head * HEAD_DIM))
 
@@ -171,7 +171,7 @@ class GPT(nn.Module):
 @ops.fusable
 def token_losses(logits, targets):
     """Nats of each target (N,) under logits (N, vocabulary): of some of a batch's tokens at a time."""
-    right = ops.take_along_axis(logits, ops.expand_dims(targets, -1), axis=-1)
+    right = ops.take_along_axis(logits, ops.expand_dims(targets, axis=-1), axis=-1)
     return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
 
 

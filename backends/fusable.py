@@ -45,7 +45,7 @@ class Head:
 
 def cross_entropy(logits, targets):
     """Nats of each target."""
-    right = ops.take_along_axis(logits, ops.expand_dims(targets, -1), axis=-1)
+    right = ops.take_along_axis(logits, ops.expand_dims(targets, axis=-1), axis=-1)
     return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
 
 

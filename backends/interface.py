@@ -8,43 +8,11 @@ On arrays themselves `train.py` uses operators, `.shape`, `.ndim`, `.dtype`, `.r
 else differs silently between frameworks (`split`, `repeat`, `std`, `max(axis=)`, `transpose`, boolean indexing), so it
 goes through `ops`; `python -m backends.surface train.py` names the lines that don't.
 
-## nn
+## nn and ops
 
-    Module                   subclasses define `forward`; calling the module calls it
-    Linear(n_in, n_out)      y = x @ weight.T, no bias; `weight` has shape (n_out, n_in)
-    Embedding(n, dim)        float32 `weight` of shape (n, dim); the rows looked up are cast to the compute precision
-    ModuleList(modules)      indexed and iterated; names "blocks.0.…"
-    ModuleDict({name: ...})  indexed by name; `in`, `.items()`; a purely numeric key is an error
-    Parameter(shape)         a float32 array of zeros to be trained
-
-Parameter names are dotted paths, the same on every backend. Masters are float32; a parameter read in `forward` arrives
-in the compute precision, because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and becomes float32
-in MLX.
-
-## ops
-
-Functions under their Python Array API names, with `axis=` and `keepdims=` keywords; `OPS` below lists them. Those that
-the Array API does not have:
-
-    attention(q, k, v, window)   q (B, T, H, D), k and v (B, T, H_kv, D) with H a multiple of H_kv; query i sees keys j
-                                 with i - window <= j <= i, `None` for all j <= i; scaled by D^-1/2; (B, T, H, D)
-    rope(x, base)                rotary embedding of x (B, T, H, D): halves split, position on axis 1, frequencies
-                                 base^(-2i/D); y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin (Su et al. 2021,
-                                 arXiv:2104.09864, with the rotation's sign turned as the original project has it)
-    rms_norm(x)                  x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32, no weight
-    mean_loss(head, loss, hidden, targets)
-                                 the mean over tokens of loss(head(hidden), targets), for hidden (B, T, C) and targets
-                                 (B, T). `head` is a method of the model, which makes float32 logits (N, V) of a chunk
-                                 of hidden (N, C), from it and the model's parameters alone; `loss` makes each token's
-                                 loss (N,) of them and of targets (N,). No logits of the whole batch are held
-    fusable                      decorates a function of train.py: where a backend has a kernel for exactly what it
-                                 computes, that runs in its place (backends/fusion.py); else it runs as it is written
-    relu, gelu (exact, erf), silu, sigmoid, softmax(x, axis)
-    compute(x), float32(x)       x in the compute precision, in float32
-
-Where the Array API leaves a choice, or not every framework follows it: `std` and `var` have correction=0; `full` gives
-float32; `tril` and `triu` take `k=`, `clip` takes `min=` and `max=`; `maximum`, `minimum`, `where` and the comparisons
-accept a number as their last operand.
+`backends/operations.py` holds both as tables, which `python -m backends.surface` prints. Parameter names are dotted
+paths, the same on every backend. Masters are float32; a parameter read in `forward` arrives in the compute precision,
+because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and becomes float32 in MLX.
 
 ## The model
 
@@ -81,19 +49,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from backends.bench import Bench
-
-# What `ops` offers, so that one list serves the checker, the tests and the reader.
-ARRAY_API = """
-abs add arange astype broadcast_to clip concat cos cumulative_sum divide equal exp expand_dims full greater
-greater_equal less less_equal log logical_and logical_not logical_or matmul matrix_transpose max maximum mean min
-minimum multiply negative ones ones_like permute_dims pow reshape sigmoid sign sin sqrt square squeeze stack std
-subtract sum take take_along_axis tan tanh tril triu var where zeros zeros_like
-""".split()
-TRANSFORMER = """
-attention compute float32 fusable gelu logsumexp mean_loss relu rms_norm rope rsqrt silu softmax stop_gradient
-""".split()
-OPS = sorted(ARRAY_API + TRANSFORMER)
-NN = ("Embedding", "Linear", "Module", "ModuleDict", "ModuleList", "Parameter")  # and what `nn` offers
 
 
 class BackendError(RuntimeError):
@@ -424,15 +379,6 @@ def check_transformed(given: dict, transformed: dict) -> None:
         raise ValueError(
             f"transform(gradients) has to give back every gradient in its shape; {wrong[0]} has "
             f"{found.get(wrong[0], 'none')}, not {wanted.get(wrong[0], 'expected at all')}"
-        )
-
-
-def check_heads(query_heads: int, key_heads: int) -> None:
-    """Raises ValueError unless each key and value head serves the same number of query heads."""
-    if not key_heads or query_heads % key_heads:
-        raise ValueError(
-            f"attention with {query_heads} query heads and {key_heads} key and value heads: the first has "
-            "to be a multiple of the second"
         )
 
 

@@ -51,6 +51,38 @@ def reference(q, k, v, window):
     return (_probabilities(q, k, everything, everything, window) @ v).reshape(shape)
 
 
+def modified(q, k, v, window, softcap, bias, documents):
+    """With what changes a score, or hides it, beyond a window: blocks whose scores are made again in the backward pass.
+
+    Args:
+        softcap, bias (H, N), documents (B, T): as `backends/operations.py` has them, or None.
+    """
+    q, k, v, shape = *_grouped(q, k, v), q.shape
+    if bias is not None:
+        bias = bias.reshape(k.shape[1], -1, bias.shape[1])  # (H_kv, H / H_kv, N)
+    parts = []
+    for rows, keys in _spans(shape[2], window):
+        q_part, k_part, v_part = after(q[..., rows, :], parts[-1:]), k[..., keys, :], v[..., keys, :]
+
+        @mx.checkpoint
+        def block(q, k, v, bias, rows=rows, keys=keys):
+            scores = (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2)) * q.shape[-1] ** -0.5
+            if softcap is not None:
+                scores = softcap * mx.tanh(scores / softcap)
+            if bias is not None:
+                distance = np.arange(rows.start, rows.stop)[:, None] - np.arange(keys.start, keys.stop)
+                distance = mx.array(np.clip(distance, 0, bias.shape[-1] - 1))
+                scores = scores + mx.take(bias.astype(mx.float32), distance, axis=-1)
+            scores = scores + _bias(rows, keys, window, mx.float32)
+            if documents is not None:
+                same = documents[:, rows, None] == documents[:, None, keys]
+                scores = mx.where(same[:, None, None], scores, -mx.inf)
+            return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+        parts.append(block(q_part, k_part, v_part, bias))
+    return mx.concatenate(parts, axis=-2).reshape(shape)
+
+
 IMPLEMENTATIONS = {function.__name__: function for function in (fused, recomputed, blocks)}
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 
 from backends import fusion
+from backends.mlx.indexing import take
 
 
 class Parameter:
@@ -76,7 +77,7 @@ class Embedding(Module):
 
     def forward(self, tokens):
         # The rows are taken from the master, so that their gradients are summed in float32.
-        return mx.take(_noted(self._parameters["weight"]).value, tokens, axis=0).astype(self.precision)
+        return take(_noted(self._parameters["weight"]).value, tokens, axis=0).astype(self.precision)
 
 
 class ModuleList(Module):

@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from backends import interface
+from backends.mlx import random
 from backends.mlx.device import is_out_of_memory
 from backends.mlx.nn import named_parameters, substituted
 
@@ -34,6 +35,7 @@ class Trainer(interface.Trainer):
         self._differentiate = self._maybe_compile(_differentiator(model, loss, self._parameters))
         self._loss_scale = LossScale() if model.precision == mx.float16 else None
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
+        self._passes = 0  # made so far: what random numbers are drawn by
         self._in_flight = None
         # Zeros are not left to be computed with the first step: if it fails, they would pass for computed.
         mx.eval(self._everything())
@@ -42,7 +44,9 @@ class Trainer(interface.Trainer):
         factor = mx.array(scale, dtype=mx.float32)
         if self._loss_scale:
             factor = factor * self._loss_scale.value
-        loss, gradients = self._differentiate(self._masters(), mx.array(x), mx.array(y), factor)
+        passes = mx.array(self._passes, dtype=mx.uint64)
+        loss, gradients = self._differentiate(self._masters(), mx.array(x), mx.array(y), factor, passes)
+        self._passes += 1
         if self._gradients:
             gradients = {name: self._gradients[name] + gradient for name, gradient in gradients.items()}
         self._gradients = gradients
@@ -76,7 +80,7 @@ class Trainer(interface.Trainer):
         # Arrays that are computed never change, so keeping the old ones is a snapshot.
         masters, states = self._masters(), [unit.state for unit in self._units]
         gradients, loss_scale = self._gradients, self._loss_scale and self._loss_scale.state
-        self._gradients = {}
+        passes, self._gradients = self._passes, {}
         mx.clear_cache()
         mx.reset_peak_memory()
         try:
@@ -92,7 +96,7 @@ class Trainer(interface.Trainer):
                 parameter.value = masters[name]
             for unit, state in zip(self._units, states):
                 unit.state = state
-            self._gradients, self._in_flight = gradients, None
+            self._gradients, self._in_flight, self._passes = gradients, None, passes
             if self._loss_scale:
                 self._loss_scale.state = loss_scale
         self._check_working_set(len(x))
@@ -162,15 +166,16 @@ def compiling_pays() -> bool:
 
 
 def _differentiator(model, loss, parameters):
-    """f(masters, x, y, factor) -> loss, and the gradients of factor * loss by name."""
+    """f(masters, x, y, factor, passes) -> loss, and the gradients of factor * loss by name."""
 
     def scaled_loss(masters, x, y, factor):
         with substituted(parameters, masters):
             value = loss(model, x, y).astype(mx.float32)
         return factor * value, value
 
-    def differentiate(masters, x, y, factor):
-        (_, value), gradients = mx.value_and_grad(scaled_loss)(masters, x, y, factor)
+    def differentiate(masters, x, y, factor, passes):
+        with random.drawing(passes):
+            (_, value), gradients = mx.value_and_grad(scaled_loss)(masters, x, y, factor)
         return value, gradients
 
     return differentiate

@@ -8,33 +8,98 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from backends import interface
+from backends import operations
 from backends.pytorch import runtime
 
 
-def attention(q, k, v, window=None):
-    """Query i sees keys j with i - window <= j <= i; scaled by D^-1/2; (B, T, H, D)."""
-    interface.check_heads(q.shape[2], k.shape[2])
+def attention(q, k, v, window, scale, softcap, bias, documents):
+    """See `backends/operations.py`."""
+    operations.check_attention(q.shape[2], k.shape[2], window, None if bias is None else bias.shape[0])
     if window is not None and window >= q.shape[1] - 1:
         window = None
-    kind = "full" if window is None else "window"
-    name = runtime.attention[kind]
-    return implementation(name if takes(name, q.shape[-1]) else ANY_HEAD[kind])(q, k, v, window)
-
-
-LARGEST_HEAD = 256  # of Flash Attention, 2 and 3; and a multiple of 8
-ANY_HEAD = {"full": "sdpa_causal", "window": "sdpa_blocks"}
-
-
-def takes(name: str, head_dim: int) -> bool:
-    """Whether this implementation computes heads of so many dimensions."""
-    return name not in ("fa3", "varlen") or head_dim <= LARGEST_HEAD and head_dim % 8 == 0
+    if scale is not None:  # the implementations have their own
+        q = q * (scale * q.shape[3] ** 0.5)
+    if softcap is not None or bias is not None or documents is not None:
+        return modified(q, k, v, window, softcap, bias, documents)
+    name = runtime.attention["full" if window is None else "window"]
+    if not takes(name, q):
+        name = "sdpa_causal" if window is None else "sdpa_blocks"
+    return implementation(name)(q, k, v, window)
 
 
 def implementation(name):
     """Of PyTorch, or what the backend that is open adds."""
     return runtime.added_attention.get(name) or IMPLEMENTATIONS[name]
+
+
+LARGEST_HEAD = 256  # of FlashAttention-2 and -3, which want a multiple of 8
+
+
+def takes(name: str, q) -> bool:
+    """Whether this implementation, which the trial found right for other heads, has a kernel for these."""
+    size = q.shape[-1]
+    if name in ("fa3", "varlen"):
+        return q.dtype in (torch.bfloat16, torch.float16) and size <= LARGEST_HEAD and size % 8 == 0
+    if name == "flex":  # whose tiles are powers of two
+        return 16 <= size <= LARGEST_HEAD and size & (size - 1) == 0
+    return True
+
+
+def modified(q, k, v, window, softcap, bias, documents):
+    """With what changes a score, or hides it, beyond a window.
+
+    By FlexAttention where that is compiled for a GPU; else by blocks of queries whose scores are made again in the
+    backward pass, so that few of T x T are held at once.
+    """
+    bias = None if bias is None else bias.float()  # its gradient is a sum over many scores
+    if runtime.compiled and q.is_cuda and takes("flex", q):
+        mask = _block_mask(q.shape[1], window, q.device)
+        if torch.compiler.is_compiling():
+            return _flex(q, k, v, mask, _modification(softcap, bias, documents))
+    outputs = []
+    for start in range(0, q.shape[1], BLOCK):
+        stop = min(start + BLOCK, q.shape[1])
+        first = 0 if window is None else max(0, start - window)
+        blocks = q[:, start:stop], k[:, first:stop], v[:, first:stop]
+        same = None
+        if documents is not None:
+            same = documents[:, start:stop, None] == documents[:, None, first:stop]
+        distance = _distance(start, stop, first, q.device)
+        mask = _visible(start, stop, first, window, q.device)
+        outputs.append(checkpoint(_modified_block, *blocks, mask, distance, softcap, bias, same, use_reentrant=False))
+    return torch.cat(outputs, 1)
+
+
+def _modified_block(q, k, v, visible, distance, softcap, bias, same):
+    """q (B, n, H, D) against k and v (B, m, H_kv, D): scores (B, H, n, m) in float32."""
+    q, k, v = _heads_first(q, k, v)
+    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias[:, distance.clamp(0, bias.shape[1] - 1)]
+    if same is not None:
+        visible = visible & same[:, None]
+    scores = scores.masked_fill(~visible, float("-inf"))
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _modification(softcap, bias, documents):
+    """The same for FlexAttention, score by score. Other documents are hidden here and not in the block mask, which is
+    made once for all batches."""
+
+    def modify(score, batch, head, i, j):
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is not None:
+            score = score + bias[head, (i - j).clamp(0, bias.shape[1] - 1)]
+        if documents is not None:
+            score = torch.where(documents[batch, i] == documents[batch, j], score, float("-inf"))
+        return score
+
+    return modify
 
 
 def sdpa_causal(q, k, v, window):
@@ -92,13 +157,15 @@ def flex(q, k, v, window):
     if not runtime.compiled:
         raise NotImplementedError("FlexAttention without a compiler computes T x T scores")
     mask = _block_mask(q.shape[1], window, q.device)
-    if not torch.compiler.is_compiling():
-        return sdpa_mask(q, k, v, window)
+    return _flex(q, k, v, mask) if torch.compiler.is_compiling() else sdpa_mask(q, k, v, window)
+
+
+def _flex(q, k, v, mask, modify=None):
     from torch.nn.attention.flex_attention import flex_attention
 
     gqa = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+    return flex_attention(q, k, v, score_mod=modify, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
 
 
 def reference(q, k, v, window):
@@ -126,6 +193,18 @@ def _block_mask(length, window, device):
     return _block_masks[key]
 
 
+_distances = {}
+
+
+def _distance(start, stop, first, device):
+    """How far back each key of [first, stop) lies from each query of [start, stop): (queries, keys)."""
+    key = start, stop, first, device
+    if key not in _distances:
+        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)
+        _distances[key] = i - j
+    return _distances[key]
+
+
 _masks = {}
 
 
@@ -133,8 +212,8 @@ def _visible(start, stop, first, window, device):
     """Which keys of [first, stop) the queries of [start, stop) see: boolean (queries, keys)."""
     key = start, stop, first, window, device
     if key not in _masks:
-        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)
-        _masks[key] = (j <= i) if window is None else (j <= i) & (i - j <= window)
+        back = _distance(start, stop, first, device)
+        _masks[key] = (back >= 0) if window is None else (back >= 0) & (back <= window)
     return _masks[key]
 
 

@@ -12,9 +12,10 @@ import torch
 from backends import bench as benches
 from backends import interface, machine, trials
 from backends.pytorch import device as devices
-from backends.pytorch import nn, ops, runtime
+from backends.pytorch import nn, runtime
 from backends.pytorch.bench import Bench
 from backends.pytorch.kernels import trial as kernels
+from backends.pytorch.ops import ops
 from backends.pytorch.trainer import Trainer, to_device
 
 

@@ -7,7 +7,7 @@ import torch
 
 from backends import bench, interface
 from backends.pytorch import device as devices
-from backends.pytorch import runtime
+from backends.pytorch import random, runtime
 
 
 class Trainer(interface.Trainer):
@@ -28,13 +28,16 @@ class Trainer(interface.Trainer):
                 for names in interface.updated_together(group, shapes)
             ]
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
+        self._passes = random.counter()
         self._clear()  # gradients live in the parameters: an earlier trainer's are none of this one's
 
     is_out_of_memory = staticmethod(runtime.is_out_of_memory)
 
     def accumulate(self, x, y, scale):
-        loss = self._loss(self.model, to_device(x), to_device(y))
-        (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
+        with random.drawing(self._passes):
+            loss = self._loss(self.model, to_device(x), to_device(y))
+            (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
+        self._passes += 1
         return loss.detach()
 
     @torch.no_grad()
@@ -68,7 +71,8 @@ class Trainer(interface.Trainer):
     def rehearse(self, x, y):
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        with torch.no_grad():  # one row without a graph first: makes the tables and masks a trace can't make
+        # One row without a graph first: makes the tables and masks a trace can't make.
+        with torch.no_grad(), random.drawing(self._passes):
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
         try:
@@ -124,6 +128,7 @@ class Trainer(interface.Trainer):
     def _everything(self):
         """All that a step changes, in a fixed order."""
         yield from self._named.values()
+        yield self._passes
         for bucket in self._buckets:
             yield from bucket.state.values()
         if self._scaler:

@@ -101,7 +101,7 @@ LIBRARY = (
             ),
             (
                 "ops.attention(q, k, v, self.window)",
-                "ops.attention(ops.expand_dims(self.qk_gain, -1) * q, k, v, self.window)",
+                "ops.attention(ops.expand_dims(self.qk_gain, axis=-1) * q, k, v, self.window)",
             ),
             (FIRST_WEIGHTS, FIRST_WEIGHTS.replace('"resid_lambdas"', '"resid_lambdas" or name.endswith("qk_gain")')),
             (

@@ -11,11 +11,12 @@ import backends
 from backends import bench
 from backends.interface import BackendError
 from tests.backends import support, tiny
-from tests.backends.reference import Reference
+from tests.backends.reference import Reference, uniform
 
 mx = pytest.importorskip("mlx.core")
 
-from backends.mlx import attention, cross_entropy, nn  # noqa: E402
+from backends.mlx import attention, cross_entropy, random  # noqa: E402
+from backends.mlx import nn  # noqa: E402
 from backends.mlx import bench as mlx_bench  # noqa: E402
 from backends.mlx.bench import Bench  # noqa: E402
 
@@ -74,6 +75,21 @@ def test_compiled_gradients_equal_eager_ones():
     compiled = gradients(True)
     for name, gradient in gradients(False).items():
         np.testing.assert_allclose(compiled[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_random_numbers_of_a_new_pass_compile_nothing(mlx):
+    support.needs_compiler()
+    traced = []
+
+    @mx.compile
+    def drawn(passes):
+        traced.append(1)
+        with random.drawing(passes):
+            return random.uniform((3,), (4, 2))
+
+    for number in range(3):
+        assert drawn(mx.array(number, dtype=mx.uint64)).tolist() == uniform((3,), (4, 2), number).tolist()
+    assert traced == [1]
 
 
 @pytest.mark.parametrize("edited", [False, True])

@@ -92,7 +92,7 @@ def nats(ops):
 
     @ops.fusable
     def token_losses(logits, targets):
-        right = ops.take_along_axis(logits, ops.expand_dims(targets, -1), axis=-1)
+        right = ops.take_along_axis(logits, ops.expand_dims(targets, axis=-1), axis=-1)
         return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
 
     return token_losses
