@@ -344,7 +344,7 @@ def check_head(model, module: type) -> None:
             f"{name} has no {' and no '.join(missing)}: hidden(tokens) gives what the head reads, and logits(hidden) "
             "is the head, for training and evaluation"
         )
-    if getattr(type(model), "forward", None) is not getattr(module, "forward", None):
+    if getattr(type(model), "forward", None) not in (None, getattr(module, "forward", None)):
         raise TypeError(
             f"{name} has two heads, logits(hidden) and forward(tokens): the evaluator asks the first. Write the head "
             "there alone, and take forward out"

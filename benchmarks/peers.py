@@ -125,7 +125,8 @@ def scorer(data, backend: type):
     evaluating = type("Evaluating", (backend,), {"__init__": lambda self: None})()
 
     def scored(model) -> dict:
-        bpb = prepare.evaluate_bpb(evaluating, model, data)
+        in_parts = types.SimpleNamespace(hidden=model, logits=lambda rows: rows)
+        bpb = prepare.evaluate_bpb(evaluating, in_parts, data)
         return dict(val_bpb=bpb, val_rows=data.eval_rows, eval=data.eval_tag, data=data.data_tag)
 
     return scored
