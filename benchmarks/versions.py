@@ -37,13 +37,19 @@ def source_of(folder: Path, patch: str, options) -> Path:
     return path
 
 
-def child(source: Path) -> None:
+def child(source: Path, calibrated: str) -> None:
     """Trains in the current folder's checkout. Reads numbers of steps, and writes the seconds that these took."""
     import importlib.util
 
     import numpy as np
 
     sys.path.insert(0, os.getcwd())
+    import backends
+    from backends.interface import Calibrated
+
+    if calibrated:
+        load, found = backends.load, Calibrated(**json.loads(Path(calibrated).read_text()))
+        backends.load = lambda **_: load(calibrated=found)
     spec = importlib.util.spec_from_file_location("train_here", source)
     sys.modules["train_here"] = train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
@@ -83,7 +89,13 @@ class Side:
         self.name, self.folder, self.rates = name, Path(folder).resolve(), []
         self.source = source_of(self.folder, patch, options)
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--child", str(self.source)],
+            [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--child",
+                str(self.source),
+                str(options.calibrated.resolve() if options.calibrated else ""),
+            ],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])},
             stdin=subprocess.PIPE,
@@ -109,19 +121,23 @@ class Side:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        child(Path(sys.argv[2]))
+        child(Path(sys.argv[2]), sys.argv[3])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sides", nargs="+", metavar="FOLDER[=PATCH]")
     for name, default in dict(rounds=7, steps=12, depth=8, device_batch=64, total_batch=2**19).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--windows", default="SSSL")
+    parser.add_argument("--calibrated", type=Path, help="JSON of a Calibrated, instead of trials")
+    parser.add_argument("--at-once", action="store_true", help="start all sides at once: their trials are remembered")
     options = parser.parse_args()
-    sides = []
+    sides, started = [], time.time()
     for name in options.sides:  # one after the other: the first makes the trials that the others remember
         sides.append(Side(name, options))
-        started = time.time()
-        print(f"{name}: {sides[-1].answer('READY').strip()} after {time.time() - started:.0f} s", flush=True)
+        if not options.at_once:
+            print(f"{name}: {sides[-1].answer('READY').strip()} after {time.time() - started:.0f} s", flush=True)
+    for side in sides if options.at_once else ():
+        print(f"{side.name}: {side.answer('READY').strip()} after {time.time() - started:.0f} s", flush=True)
     for side in sides:
         side.steps(options.steps)
     for i in range(options.rounds):

@@ -174,11 +174,15 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def rows(tiny_home):
-    """(x, y, size of the vocabulary): a few rows of real tokens, int32 (ROWS, LENGTH)."""
+    """(x, y, size of the vocabulary): rows of real tokens, int32 (ROWS, LENGTH), of two documents each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_HOME", str(tiny_home))
         data = prepare.open_data("tiny")
-    tokens = np.array(data.held_out_rows[:ROWS, : LENGTH + 1], np.int32)
+    parts = []
+    for row in np.asarray(data.held_out_rows, np.int32):  # around where its second document begins
+        start = np.flatnonzero(row == data.bos)[1:2] - LENGTH // 3
+        parts += [row[i : i + LENGTH + 1] for i in start if i + LENGTH < len(row)]
+    tokens = np.stack(parts[:ROWS])
     return tokens[:, :-1].copy(), tokens[:, 1:].copy(), data.vocab_size
 
 
