@@ -1,7 +1,7 @@
 """One experiment: train a small GPT for the time budget, then score it in bits per byte.
 
 This is the only file an experiment edits: model, optimizer, schedule, hyperparameters and loop are all here, written
-once for every backend. Arrays are reached through `nn` and `ops` (what they offer: backends/interface.py); on arrays
+once for every backend. Arrays are reached through `nn` and `ops` (python -m backends.surface lists them); on arrays
 themselves only operators, .shape, .ndim, .dtype, .reshape and basic slicing. Usage: python train.py
 """
 

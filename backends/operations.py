@@ -19,7 +19,6 @@ changes none of them, and two draws with the same key in one pass are the same n
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
 import re
@@ -204,7 +203,6 @@ class Operation:
 
     Attributes:
         dtype, gradient: as the head of the table explains them.
-        group: the heading that it stands under.
     """
 
     name: str
@@ -212,40 +210,27 @@ class Operation:
     dtype: str
     gradient: str
     meaning: str
-    group: str
 
     def __str__(self):
         return f"{self.name}{self.signature}"
 
+    @property
+    def keywords(self) -> list[str]:
+        """The arguments that may be given by name."""
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        return [p.name for p in self.signature.parameters.values() if p.kind in kinds]
+
 
 def _parsed(table: str) -> dict[str, Operation]:
-    operations, group = {}, ""
-    for line in filter(None, table.splitlines()):
-        if line.startswith("# "):
-            group = line[2:]
-            continue
-        call, dtype, gradient, meaning = re.split(r" {2,}", line)
-        name = call[: call.index("(")]
-        operations[name] = Operation(name, _signature(call), dtype, gradient, meaning, group)
+    operations = {}
+    for line in table.splitlines():
+        if line and not line.startswith("# "):
+            call, dtype, gradient, meaning = re.split(r" {2,}", line)
+            name = call[: call.index("(")]
+            scope = {}
+            exec(f"def {call}: ...", scope)
+            operations[name] = Operation(name, inspect.signature(scope[name]), dtype, gradient, meaning)
     return operations
-
-
-def _signature(call: str) -> inspect.Signature:
-    """The signature that "name(x, /, *, axis=None)" describes."""
-    arguments = ast.parse(f"def {call}: ...").body[0].args
-    kinds = inspect.Parameter
-    plain = [
-        *((a.arg, kinds.POSITIONAL_ONLY) for a in arguments.posonlyargs),
-        *((a.arg, kinds.POSITIONAL_OR_KEYWORD) for a in arguments.args),
-    ]
-    defaults = [kinds.empty] * (len(plain) - len(arguments.defaults)) + list(map(ast.literal_eval, arguments.defaults))
-    parameters = [kinds(name, kind, default=default) for (name, kind), default in zip(plain, defaults)]
-    if arguments.vararg:
-        parameters.append(kinds(arguments.vararg.arg, kinds.VAR_POSITIONAL))
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
-        default = kinds.empty if default is None else ast.literal_eval(default)
-        parameters.append(kinds(argument.arg, kinds.KEYWORD_ONLY, default=default))
-    return inspect.Signature(parameters)
 
 
 OPERATIONS = _parsed(TABLE)
@@ -320,9 +305,8 @@ def misused(name: str, surplus=(), unknown=()) -> str:
         if by_name:
             problems[-1] += f": write {', '.join(f'{key}=...' for key in by_name)}"
     for key in unknown:
-        known = [p.name for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
-        near = [OTHER_ARGUMENTS[key]] if OTHER_ARGUMENTS.get(key) in known else difflib.get_close_matches(key, known, 1)
-        problems.append(f"has no argument {key}=" + (f": write {near[0]}=" if near else ""))
+        near = nearest(key, operation.keywords, OTHER_ARGUMENTS)
+        problems.append(f"has no argument {key}=" + (f": write {near}=" if near else ""))
     return f"ops.{name} {'; it '.join(problems)}. Its signature: ops.{operation}"
 
 
@@ -332,10 +316,10 @@ def unknown_operation(name: str) -> str:
     return f"there is no ops.{name}{advice} `python -m backends.surface` lists what there is"
 
 
-def nearest(name: str, known) -> str | None:
+def nearest(name: str, known, other_names: Mapping[str, str] = OTHER_NAMES) -> str | None:
     """The name here of what a framework calls `name`, or the most similar one; None if none is."""
-    if OTHER_NAMES.get(name) in known:
-        return OTHER_NAMES[name]
+    if other_names.get(name) in known:
+        return other_names[name]
     return next(iter(difflib.get_close_matches(name, known, 1)), None)
 
 

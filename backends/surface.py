@@ -18,7 +18,6 @@ gives to a method or attribute of its own. It is a help to whoever edits `train.
 from __future__ import annotations
 
 import ast
-import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,14 +166,12 @@ class _Checker(ast.NodeVisitor):
         parameters = operation.signature.parameters.values()
         signature = f"ops.{operation}"
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         given = [keyword.arg for keyword in call.keywords]
         starred = None in given or any(isinstance(argument, ast.Starred) for argument in call.args)
         for key in filter(None, given):
-            if key not in by_name:
-                other = OTHER_ARGUMENTS.get(key)
-                near = [other] if other in by_name else difflib.get_close_matches(key, by_name, 1)
-                self._report(call, f"{found}(..., {key}=...)", f"{near[0]}=" if near else signature)
+            if key not in operation.keywords:
+                near = nearest(key, operation.keywords, OTHER_ARGUMENTS)
+                self._report(call, f"{found}(..., {key}=...)", f"{near}=" if near else signature)
         if starred:
             return
         if len(call.args) > len(positional) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):

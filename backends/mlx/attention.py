@@ -70,9 +70,7 @@ def modified(q, k, v, window, softcap, bias, documents):
             if softcap is not None:
                 scores = softcap * mx.tanh(scores / softcap)
             if bias is not None:
-                distance = np.arange(rows.start, rows.stop)[:, None] - np.arange(keys.start, keys.stop)
-                distance = mx.array(np.clip(distance, 0, bias.shape[-1] - 1))
-                scores = scores + mx.take(bias.astype(mx.float32), distance, axis=-1)
+                scores = scores + _by_distance(bias, rows, keys)
             scores = scores + _bias(rows, keys, window, mx.float32)
             if documents is not None:
                 same = documents[:, rows, None] == documents[:, None, keys]
@@ -81,6 +79,20 @@ def modified(q, k, v, window, softcap, bias, documents):
 
         parts.append(block(q_part, k_part, v_part, bias))
     return mx.concatenate(parts, axis=-2).reshape(shape)
+
+
+def _by_distance(bias, rows: slice, keys: slice):
+    """bias (H_kv, H / H_kv, N) as (H_kv, H / H_kv, n, m): for query i and key j its column i - j, or its last.
+
+    Not by an index for each score, whose gradient would be added up one score after another: rows of one length less
+    begin one element earlier each time.
+    """
+    queries, count = rows.stop - rows.start, keys.stop - keys.start
+    c = np.concatenate([np.arange(count), np.arange(-queries, 0)])  # key - query, both counted from 0
+    distances = np.clip(rows.start - keys.start - c, 0, bias.shape[-1] - 1)
+    line = mx.take(bias.astype(mx.float32), mx.array(distances), axis=-1)
+    tiled = mx.tile(line, (1, 1, queries))[..., : queries * (len(c) - 1)]
+    return tiled.reshape(*bias.shape[:-1], queries, len(c) - 1)[..., :count]
 
 
 IMPLEMENTATIONS = {function.__name__: function for function in (fused, recomputed, blocks)}

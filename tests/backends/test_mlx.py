@@ -190,7 +190,7 @@ def test_a_precision_with_wrong_products_is_refused(mlx, isolated_home, monkeypa
         Bench, "product_error", lambda self, precision: 0.5 if precision == "bfloat16" else right(self, precision)
     )
     found = backends.load("mlx").device
-    assert found.precision == "float32"
+    assert found.precision != "bfloat16"  # which of the others is faster is the machine's to say
     assert any("bfloat16 wrong: relative error 5.0e-01" in note for note in found.notes)
     with pytest.raises(BackendError, match="can't compute in bfloat16"):
         backends.load("mlx", "bfloat16")

@@ -112,8 +112,11 @@ def test_random_numbers_of_a_new_pass_compile_nothing(backend):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("window, head, flex", [(None, 64, True), (100, 64, True), (None, 48, False)])
-def test_modified_attention_compiled_for_a_gpu(monkeypatch, window, head, flex):
+@pytest.mark.parametrize(
+    "window, head, trained, flex",
+    [(None, 64, False, True), (100, 128, False, True), (None, 48, False, False), (None, 64, True, False)],
+)
+def test_modified_attention_compiled_for_a_gpu(monkeypatch, window, head, trained, flex):
     opened("sdpa", "float32", compiled=True)
     calls = []
     monkeypatch.setattr(attention, "_flex", lambda *a, f=attention._flex: calls.append(1) or f(*a))
@@ -124,8 +127,8 @@ def test_modified_attention_compiled_for_a_gpu(monkeypatch, window, head, flex):
     upstream = torch.randn(2, 600, 4, head, device="cuda")
 
     def results(function):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        out = function(*leaves)
+        leaves = [x.clone().requires_grad_() for x in inputs[: 3 + trained]]
+        out = function(*leaves, *inputs[3 + trained :])
         return [out, *torch.autograd.grad(out, leaves, upstream)]
 
     def call(q, k, v, bias):
