@@ -21,15 +21,14 @@ import types
 from collections.abc import Callable
 from typing import NamedTuple
 
-NODES = set(
-    """
+# The syntax that is read. Python has had these nodes, with these fields, since 3.9.
+NODES = """
 Add And AnnAssign Assign Attribute AugAssign BinOp BitAnd BitOr BitXor BoolOp Break Call Compare Constant Continue Dict
 DictComp Div Eq Expr FloorDiv For GeneratorExp Gt GtE If IfExp In Invert Is IsNot LShift Lambda List
 ListComp Lt LtE MatMult Mod Mult Name Not NotEq NotIn Or Pass Pow RShift Return Set SetComp Slice Starred Sub Subscript
 Tuple UAdd USub UnaryOp While arg arguments comprehension keyword
 """.split()
-)
-LEFT_OUT = set("annotation ctx decorator_list kind name returns simple type_comment type_params".split())
+LEFT_OUT = "annotation ctx kind simple type_comment".split()  # fields that say nothing of what is computed
 
 
 class Unreadable(Exception):
@@ -109,8 +108,7 @@ class _Body:
         for name in self.own - {name for name, inner in bindings if not inner}:
             if name in self.captured or name in self.namespace or hasattr(builtins, name):
                 raise Unreadable(f"{name!r} means two things in it")
-        stored = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-        if receiver in stored:
+        if receiver and [name for name, _ in bindings].count(receiver) > 1:
             raise Unreadable(f"it assigns to {receiver!r}")
 
     def text(self) -> str:
@@ -153,6 +151,7 @@ class _Body:
         elif name in self.namespace:
             found = self.namespace[name]
         elif hasattr(builtins, name):
+            self.reader.uses.append((self.namespace, name, None))  # nothing of this name
             return f"builtin {name}"
         else:
             raise Unreadable(f"{name!r} is not there yet")

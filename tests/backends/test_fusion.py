@@ -121,6 +121,7 @@ def test_what_computes_something_else_is_something_else(old, new):
         ("* SCALE", "* MISSING", "'MISSING' is not there yet"),
         ("bias=1.0)", "*rest, bias=1.0)", "more than plain arguments"),
         ("y = helper(self.inner(x))", "self = self.inner; y = helper(self(x))", "assigns to 'self'"),
+        ("y = helper(self.inner(x))", "y = (lambda self: self.inner)(x)", "assigns to 'self'"),
     ],
 )
 def test_what_can_not_be_read_says_why(old, new, why):
@@ -205,6 +206,15 @@ def test_the_definitions_are_what_they_are_named(backend):
     for here, right in zip(found, (exact.rms_norm(exact.rope(q, 10.0)), exact.rms_norm(exact.rope(k, 10.0)), v)):
         np.testing.assert_allclose(here, right, rtol=1e-4, atol=1e-4)
     assert fusion.of(model.qkv).name == "projection"
+
+
+def test_a_builtin_that_is_hidden_is_read_again():
+    ops, source = object(), swapped("y = helper(self.inner(x))", "y = max(x, self.inner(x))")
+    module = loaded(source, ops=ops)
+    reading = fusion.read(module.MLP.forward, ops)
+    assert reading.stands
+    module.max = module.helper
+    assert not reading.stands and fusion.read(module.MLP.forward, ops).digest != reading.digest
 
 
 def test_a_helper_that_is_replaced_is_read_again(backend):
