@@ -170,13 +170,13 @@ class GPT(nn.Module):
 
 @ops.fusable
 def token_losses(logits, targets):
-    """Nats of each target (N,) under logits (N, vocabulary): of some of a batch's tokens at a time."""
+    """Nats of each target (N,) under logits (N, vocabulary)."""
     right = ops.take_along_axis(logits, ops.expand_dims(targets, axis=-1), axis=-1)
     return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
 
 
 def training_loss(model, x, y):
-    """The mean of all tokens, for x and y (B, T)."""
+    """The mean over tokens, for x and y (B, T); head and losses see some of the tokens at a time."""
     return ops.mean_loss(model.logits, token_losses, model.hidden(x), y)
 
 

@@ -574,6 +574,20 @@ def test_gradients_are_transformed_together(name, compiled):
         np.testing.assert_allclose(backend.weights(model)["b"], -4 * scale, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_transform_gets_gradients_without_the_loss_scale(low, precision):
+    backend = low(precision)
+    ops, model = backend.ops, support.holder(backend, value=np.ones(2))
+    bounded = lambda gradients: {name: ops.minimum(gradient, 1.5) for name, gradient in gradients.items()}  # noqa: E731
+    trainer = backend.Trainer(
+        model, lambda m, x, y: ops.sum(ops.float32(m.value)) * 0.25, [tiny.descent(["value"])], transform=bounded
+    )
+    for _ in range(8):
+        trainer.backward(support.TOKENS, support.TOKENS)
+    trainer.step([{"lr": 1.0}])
+    np.testing.assert_array_equal(backend.weights(model)["value"], -0.5)
+
+
 def test_gradients_that_a_transform_loses_are_named(backend):
     model = support.holder(backend, a=np.ones(3), b=np.ones(2))
     lost = lambda gradients: {"a": gradients["a"]}  # noqa: E731
