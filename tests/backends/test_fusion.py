@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import linecache
 import re
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -430,6 +431,26 @@ def test_only_an_edited_head_or_loss_is_computed_as_written(monkeypatch, name):
         monkeypatch.setattr(marked, "run", noted)
         backend.ops.mean_loss(getattr(model, head), getattr(module, loss), hidden, targets)
         assert bool(calls) == ((head, loss) not in CASES[:2])
+
+
+def test_a_constant_that_changes_reaches_a_compiled_kernel(monkeypatch):
+    torch = pytest.importorskip("torch")
+    backend = support.opened("sdpa", "float32")
+    module = loaded(HEADS, nn=backend.nn, ops=backend.ops)
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where a compiler looks for its constants
+    model, _ = with_weights(backend, module.Model())
+    hidden = support.array(backend, np.random.default_rng(0).standard_normal((1, 5, WIDTH)))
+    targets = support.array(backend, np.ones((1, 5), np.int64))
+
+    @torch.no_grad()
+    def loss():
+        return backend.ops.mean_loss(model.logits, module.token_losses, hidden, targets)
+
+    compiled, bounded = torch.compile(loss, backend="eager", fullgraph=True), loss()
+    assert compiled() == bounded and fusion.of(model.logits).name == "head"
+    module.SOFTCAP = 1.0
+    assert compiled() == loss() != bounded
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", backends.NAMES)
