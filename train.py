@@ -164,7 +164,7 @@ class GPT(nn.Module):
 
     @ops.fusable
     def logits(self, hidden):
-        """The head, in training and in evaluation: float32 (..., vocabulary), within ± SOFTCAP."""
+        """The head, in training and in evaluation: float32 (N, vocabulary) for N tokens, within ± SOFTCAP."""
         return SOFTCAP * ops.tanh(ops.float32(self.lm_head(hidden)) / SOFTCAP)
 
 

@@ -16,8 +16,9 @@ because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and be
 
 ## The model
 
-`hidden(tokens)` makes what the head reads (B, T, C) of int32 tokens (B, T); `logits(hidden)` is the head, for training
-and evaluation alike. Parameters are all the state it has: what else it keeps is lost between training and scoring.
+`hidden(tokens)` makes what the head reads (B, T, C) of int32 tokens (B, T). `logits(hidden)` is the head, for training
+and evaluation alike: it makes logits (N, V) of some tokens' (N, C), which need not be those of a row. Parameters are all
+the state that a model has: what else it keeps is lost between training and scoring.
 
 ## Trainer(model, loss, optimizer, transform=None)
 
@@ -245,8 +246,8 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
-        """`model.logits(model.hidden(tokens))`, float32 (B, T, V), for int32 tokens (B, T). The evaluator probes a few
-        rows with it."""
+        """`model.logits` of each row of `model.hidden(tokens)`, float32 (B, T, V), for int32 tokens (B, T). The
+        evaluator probes a few rows with it."""
 
     @abc.abstractmethod
     def losses(self, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:

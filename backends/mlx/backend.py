@@ -71,7 +71,8 @@ class MlxBackend(interface.Backend):
 
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
         interface.check_head(model, nn.Module)
-        return np.array(model.logits(model.hidden(mx.array(tokens))).astype(mx.float32))
+        rows = [np.array(model.logits(hidden).astype(mx.float32)) for hidden in model.hidden(mx.array(tokens))]
+        return np.stack(rows)
 
     def losses(self, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         interface.check_head(model, nn.Module)

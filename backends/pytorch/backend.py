@@ -28,7 +28,8 @@ class PyTorchBackend(interface.Backend):
     @torch.no_grad()
     def logits(self, model, tokens):
         interface.check_head(model, nn.Module)
-        return model.logits(model.hidden(to_device(tokens))).float().cpu().numpy()
+        rows = [model.logits(hidden).float().cpu().numpy() for hidden in model.hidden(to_device(tokens))]
+        return np.stack(rows)
 
     @torch.no_grad()
     def losses(self, model, tokens, targets):
