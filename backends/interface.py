@@ -17,8 +17,8 @@ because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and be
 ## The model
 
 `hidden(tokens)` makes what the head reads (B, T, C) of int32 tokens (B, T). `logits(hidden)` is the head, for training
-and evaluation alike: it makes logits (N, V) of some tokens' (N, C), which need not be those of a row. Parameters are all
-the state that a model has: what else it keeps is lost between training and scoring.
+and evaluation alike: it makes logits (N, V) of some tokens' (N, C), which need not be those of a row. Parameters are
+all the state that a model has: what else it keeps is lost between training and scoring.
 
 ## Trainer(model, loss, optimizer, transform=None)
 
