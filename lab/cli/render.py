@@ -137,7 +137,7 @@ def paused(session: Session) -> str:
 
 def progress_facts(session: Session, experiment: Experiment) -> dict:
     """How an experiment under way stands; seconds_left is of the run that is on now."""
-    now = next((run for run in reversed(experiment.runs) if run.ended is None), None)
+    now = experiment.run_under_way
     known = {
         "experiment": experiment.number,
         "status": "running",

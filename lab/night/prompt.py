@@ -95,7 +95,7 @@ def _tried(state: State) -> str:
 
 def _row(experiment: Experiment, state: State) -> str:
     verdict, evidence = experiment.verdict, experiment.verdict.evidence
-    gain = f"{evidence.gain:+.6f} ({evidence.gain / evidence.error:+.1f})" if evidence and evidence.error else ""
+    gain = f"{evidence.gain:+.6f} ({experiment.t:+.1f})" if evidence and experiment.t is not None else ""
     what = "(on the baseline, to see if it helps here) " * (experiment.kind == "replay")
     parts = [what + one_line(experiment.description, WIDTH)]
     if evidence is None and experiment.kind != "baseline":
