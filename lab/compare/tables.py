@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from lab.compare import classify, effects
 from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Cell, Comparison, Paid, Shared, tally
@@ -32,21 +31,14 @@ class Tag(str):
     """A verdict."""
 
 
-Entry = str | Effect  # a text may be anybody's, and is cleaned when it is shown
-
-
 @dataclass
 class Table:
-    """Rows under heads.
-
-    Attributes:
-        grouped: the first entry of a row is one for all rows of the same change.
-    """
+    """Rows under heads. A row of one entry is a heading for those below it. Entries may be anybody's words, which are
+    cleaned when they are shown."""
 
     caption: str
     heads: Sequence[str]
-    rows: Sequence[Sequence[Entry]]
-    grouped: bool = False
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass
@@ -59,7 +51,7 @@ class Section:
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All that a comparison says."""
+    """All that a comparison says, empty sections left out."""
     all_sections = [
         Section("sessions", "Side by side", [*_scores(comparison.sessions), _costs(comparison.sessions)]),
         Section("transfer", "What holds where", _transfer(comparison)),
@@ -89,20 +81,20 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
         rows = []
         for session in group:
             scores = [number(e and session.scores[e.number], ".6f") for e in (session.baseline, session.best)]
-            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), _confirmed(session.confirmed)
+            confirmed = _shown(session.confirmed, -1) if session.confirmed else "no"
+            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), confirmed
             noise = number(session.noise and session.noise.sd, ".6f")
             rows.append((Place(session.place), session.name, *scores, *gains, noise))
         tables.append(Table(caption, heads, rows))
     return tables
 
 
-def _confirmed(effect: Effect | None) -> str:
-    """The gain that a confirmation showed."""
-    if effect is None:
-        return "no"
+def _shown(effect: Effect, sign: int = 1) -> str:
+    """An effect with its interval; with sign -1 as a gain."""
     if effect.low is None or effect.high is None:
-        return f"{-effect.value:+.4f}"
-    return f"{-effect.value:+.4f} ({-effect.high:+.4f} to {-effect.low:+.4f})"
+        return f"{sign * effect.value:+.5f}"
+    low, high = sorted((sign * effect.low, sign * effect.high))
+    return f"{sign * effect.value:+.5f} ({low:+.4f} to {high:+.4f})"
 
 
 def _costs(sessions: list[Analysis]) -> Table:
@@ -139,17 +131,13 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
         left_out = len(changes) - MOST_CHANGES
         caption += f"; {left_out} more are left out" * (left_out > 0)
         rows = [row for change in changes[:MOST_CHANGES] for row in _rows(change)]
-        parts.append(Table(caption, ("change", "place", "verdict", "effect", "remarks"), rows, grouped=True))
+        parts.append(Table(caption, ("place", "verdict", "effect", "remarks"), rows))
         if counts := tally(changes):
             rows = [
-                (
-                    Place(source),
-                    Place(place),
-                    *map(str, [sum(count.values()), *(count[verdict] for verdict in classify.CLASSES)]),
-                )
+                (Place(source), Place(place), *(str(count[name]) for name in classify.CLASSES))
                 for (source, place), count in counts.items()
             ]
-            parts.append(Table("What holds where", ("from", "on", "changes", *classify.CLASSES), rows))
+            parts.append(Table("What holds where: changes by verdict", ("from", "on", *classify.CLASSES), rows))
         parts += [
             f"What {place} found flatters itself until it is measured again on that device: "
             f"python -m lab start TAG, then python -m lab replay {session} --runs 3"
@@ -172,18 +160,15 @@ def _unmeasured(changes: list[Shared]) -> dict[str, str]:
     }
 
 
-def _rows(change: Shared) -> list[tuple[Entry, ...]]:
-    about = one_line(change.description, WIDTH - 20) + f" [{change.kind}]" * bool(change.kind)
-    return [
-        (
-            about,
-            Place(place),
-            Tag(cell.verdict.replace(SOURCE, "found here")),
-            cell.effect or "no score",
-            "; ".join(filter(None, _remarks(change, cell))),
-        )
-        for place, cell in change.cells.items()
+def _rows(change: Shared) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (one_line(change.description, WIDTH - 20) + f" [{change.kind}]" * bool(change.kind),)
     ]
+    for place, cell in change.cells.items():
+        effect = _shown(cell.effect) if cell.effect else "no score"
+        verdict = Tag(cell.verdict.replace(SOURCE, "found here"))
+        rows.append((Place(place), verdict, effect, "; ".join(filter(None, _remarks(change, cell)))))
+    return rows
 
 
 def _remarks(change: Shared, cell: Cell) -> list[str]:
@@ -246,7 +231,7 @@ def kinds_table(summaries: list[Paid]) -> Table:
 
 def _steps(sessions: list[Analysis]) -> list[Table | str]:
     """val_bpb of what was kept against tokens and FLOPs."""
-    groups: dict[tuple, list[Sequence[Entry]]] = {}
+    groups: dict[tuple, list[Sequence[str]]] = {}
     for session in sessions:
         steps = [step for step in session.steps if session.eval and session.mean(step, "tokens")]
         for step in [*steps[:1], *steps[1:][1 - MOST_STEPS :]]:
@@ -298,39 +283,23 @@ def _text(parts: Sequence[Table | str], letters: dict[str, str]) -> str:
 
 
 def _rows_as_text(table: Table, letters: dict[str, str]) -> str:
-    """Columns: those of numbers to the right. A group has its name on a line of its own."""
-    skipped = 1 if table.grouped else 0
-    rows = [[_entry(entry, letters) for entry in row[skipped:]] for row in table.rows]
-    heads = ["" if head == "place" else head for head in table.heads[skipped:]]
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    right = [not table.grouped and _figures([row[i] for row in rows]) for i in range(len(heads))]
+    """Columns: those of numbers to the right. What stands under a heading is indented."""
+    rows = [[_entry(entry, letters) for entry in row] for row in table.rows]
+    heads = ["" if head == "place" else head for head in table.heads]
+    cells = [row for row in rows if len(row) > 1]
+    grouped = len(cells) < len(rows)
+    columns = list(zip(*([] if grouped else [heads]), *cells))
+    widths = [max(map(len, column)) for column in columns]
+    right = [not grouped and all(entry[:1] in "+-.0123456789" for entry in column[1:]) for column in columns]
 
     def line(row: list[str]) -> str:
+        if len(row) == 1:
+            return f"  {row[0]}"
         padded = (e.rjust(width) if r else e.ljust(width) for e, width, r in zip(row, widths, right))
-        return ("    " if table.grouped else "  ") + "  ".join(padded).rstrip()
+        return (4 if grouped else 2) * " " + "  ".join(padded).rstrip()
 
-    if not table.grouped:
-        return "\n".join(map(line, [heads, *rows]))
-    lines = []
-    for first, group in groupby(zip(table.rows, rows), key=lambda pair: id(pair[0][0])):
-        group = list(group)
-        lines += [f"  {_entry(group[0][0][0], letters)}", *(line(row) for _, row in group)]
-    return "\n".join(lines)
+    return "\n".join(map(line, rows if grouped else [heads, *rows]))
 
 
-def _entry(entry: Entry, letters: dict[str, str]) -> str:
-    if isinstance(entry, Effect):
-        return f"{entry.value:+.5f}{spread(entry)}"
-    if isinstance(entry, Place):
-        return letters.get(entry, entry)
-    return one_line(entry, 200) or "-" * isinstance(entry, Tag)
-
-
-def spread(effect: Effect) -> str:
-    """Its interval; "" without one."""
-    return f" ({effect.low:+.4f} to {effect.high:+.4f})" if effect.low is not None and effect.high is not None else ""
-
-
-def _figures(entries: list[str]) -> bool:
-    shown = [entry for entry in entries if entry]
-    return bool(shown) and all(entry == "-" or entry[0] in "+-.0123456789" for entry in shown)
+def _entry(entry: str, letters: dict[str, str]) -> str:
+    return letters.get(entry, entry) if isinstance(entry, Place) else one_line(entry) or "-" * isinstance(entry, Tag)
