@@ -37,6 +37,7 @@ SIGNS = {  # by kind of experiment: colour, matplotlib's marker, its size in pix
     "kept": ("best", ".", 10, "●", "kept: the line is the best so far"),
 }
 LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above and below a step that are tried for it
+MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
 MOST_NAMED = 12  # sessions in the legend of a picture
 
 rcParams.update(
@@ -82,17 +83,22 @@ class Chart:
             self.legend.append((colour, sign, meaning))
             xs, ys = np.transpose(list(places.values()))
             paint = {"color": COLOURS[colour], "gid": kind, "zorder": 3}
-            if kind == "kept":
+            if kind == "kept" and len(places) <= MOST_LINKS:
                 self.link(xs, ys, list(places), scale * size, **paint)
-            elif marker == ".":
-                # One line of lengths of nearly nothing, with round ends: thousands of marks take too long.
-                pairs, feet = np.repeat(xs, 3), np.repeat(ys, 3)
-                pairs[1::3] += 1e-6 * max(xs)
-                pairs[2::3] = np.nan
-                self.axes.plot(pairs, feet, linewidth=scale * size, solid_capstyle="round", snap=False, **paint)
+            elif marker in ".o":
+                self.dots(xs, ys, scale * size, **paint)
+                if marker == "o":  # a ring
+                    self.dots(xs, ys, scale * size - 3, color=COLOURS["paper"], zorder=3)
             else:
-                fill = "none" if marker == "o" else COLOURS[colour]
-                self.axes.plot(xs, ys, marker, markersize=scale * size, markerfacecolor=fill, **paint)
+                self.axes.plot(xs, ys, marker, markersize=scale * size, **paint)
+
+    def dots(self, xs: np.ndarray, ys: np.ndarray, size: float, **paint) -> None:
+        """Dots as one line, of lengths of nearly nothing with round ends: thousands of marks take longer."""
+        ends = np.repeat(xs, 3)
+        ends[1::3] += 1e-6 * max(xs)
+        ends[2::3] = np.nan
+        line = {"linewidth": size, "solid_capstyle": "round", "snap": False}
+        self.axes.plot(ends, np.repeat(ys, 3), **line, **paint)
 
     def link(self, xs, ys, numbers: list[int], size: float, **paint) -> None:
         """Dots that lead to the rows of experiments, also without a script."""

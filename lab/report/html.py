@@ -15,8 +15,8 @@ LONG = 30  # rows of a table that is not folded
 def el(tag: str, *parts, **attributes) -> Element:
     """An element; parts are elements, texts, or None. Of attributes' names `_` becomes `-`, and goes at the end:
     class_="x". An attribute that is None is left out."""
-    names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    element = Element(tag, {names[name]: str(value) for name, value in attributes.items() if value is not None})
+    known = {name: str(value) for name, value in attributes.items() if value is not None}
+    element = Element(tag, {name.rstrip("_").replace("_", "-"): value for name, value in known.items()})
     for part in parts:
         if isinstance(part, Element):
             element.append(part)

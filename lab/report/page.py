@@ -9,7 +9,7 @@ import time
 from typing import Any
 from pathlib import Path
 from string import Template
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 from lab import untrusted
 from lab.compare import comparison, tables
@@ -249,9 +249,10 @@ def _experiments(data: Data, key: str, analysis: Analysis) -> Element:
     body = el("tbody", role="rowgroup")
     for i, (experiment, verdict) in enumerate(zip(experiments, verdicts)):
         number = el("th", str(experiment.number), scope="row", role="rowheader")
-        cells = [el("td", texts[i], class_=name, role="cell") for _, name, texts in columns]
-        row = f"{key}-e{experiment.number}"
-        body.append(el("tr", number, el("td", tag(verdict), role="cell"), *cells, id=row, role="row"))
+        row = el("tr", number, el("td", tag(verdict), role="cell"), id=f"{key}-e{experiment.number}", role="row")
+        for _, name, texts in columns:  # most of the page, and so without el
+            SubElement(row, "td", {"class": name, "role": "cell"}).text = texts[i]
+        body.append(row)
     heads = [("#", None), ("verdict", None), *((head, name) for head, name, _ in columns)]
     head = [el("th", text, scope="col", role="columnheader", class_=name) for text, name in heads]
     options = [el("option", text) for text in ["all", *dict.fromkeys(verdicts)]]
