@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from lab.compare import effects
@@ -132,12 +132,9 @@ class Analysis:
 
     def step(self, experiment: Experiment, relative: bool = False) -> float | None:
         """val_bpb minus the parent's, as the session saw them: below 0 is better. relative: to the parent's."""
-        score, before = (
-            self.scores.get(experiment.number),
-            self.scores.get(-1 if experiment.onto is None else experiment.onto),
-        )
-        if score is None or before is None:
+        if experiment.onto not in self.scores or experiment.number not in self.scores:
             return None
+        score, before = self.scores[experiment.number], self.scores[experiment.onto]
         return (score - before) / before if relative else score - before
 
     def effect(self, experiment: Experiment) -> Effect | None:
@@ -155,9 +152,8 @@ class Analysis:
         since = [run for run in others if run.experiment > after]
         sure = self.noise is not None and bool(later and since)
         own, others = (later, since) if sure else (own, others)
-        effect = effects.between(own, others, self.noise)
-        flattered = self.noise is not None and not sure
-        return replace(effect, flattered=flattered, known=bool(experiment.origin) or picked, picked=picked)
+        flattered, known = self.noise is not None and not sure, bool(experiment.origin) or picked
+        return effects.between(own, others, self.noise, flattered=flattered, known=known, picked=picked)
 
     # --- The session as a whole ---
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
-from lab.compare import agreement, classify, effects, words
+from lab.compare import classify, effects, words
 from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
 from lab.errors import LabError
@@ -322,9 +322,9 @@ def _agreement(one: str, other: str, changes: list[Shared], joined: str) -> Agre
     if not pairs:
         return None
     same = sum((a.value < 0) == (b.value < 0) for a, b in pairs)
-    rho = agreement.spearman([effect.value for effect, _ in pairs], [effect.value for _, effect in pairs])
+    rho = effects.spearman([effect.value for effect, _ in pairs], [effect.value for _, effect in pairs])
     flattered = sum(effect.flattered for pair in pairs for effect in pair)
-    share = (same / len(pairs), *agreement.wilson(same, len(pairs)))
+    share = (same / len(pairs), *effects.wilson(same, len(pairs)))
     return Agreement(one, other, len(pairs), same, share, rho, flattered, joined)
 
 
