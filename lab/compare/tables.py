@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lab.compare import classify, effects
-from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Cell, Comparison, Paid, Shared, tally
+from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Cell, Comparison, Paid, Shared
 from lab.compare.analysis import Analysis
 from lab.compare.effects import Effect
 from lab.untrusted import counted, one_line
@@ -132,11 +133,13 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
         caption += f"; {left_out} more are left out" * (left_out > 0)
         rows = [row for change in changes[:MOST_CHANGES] for row in _rows(change)]
         parts.append(Table(caption, ("place", "verdict", "effect", "remarks"), rows))
-        if counts := tally(changes):
-            rows = [
-                (Place(source), Place(place), *(str(count[name]) for name in classify.CLASSES))
-                for (source, place), count in counts.items()
-            ]
+        counts: dict[tuple[str, str], Counter] = {}
+        for change in changes:
+            for place, cell in change.cells.items():
+                if change.source and cell.verdict in classify.CLASSES:
+                    counts.setdefault((change.source, place), Counter())[cell.verdict] += 1
+        rows = [(*map(Place, pair), *(str(count[name]) for name in classify.CLASSES)) for pair, count in counts.items()]
+        if rows:
             parts.append(Table("What holds where: changes by verdict", ("from", "on", *classify.CLASSES), rows))
         parts += [
             f"What {place} found flatters itself until it is measured again on that device: "
@@ -154,7 +157,7 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
 def _unmeasured(changes: list[Shared]) -> dict[str, str]:
     """place -> a session there whose findings were not run again (by a replay, which takes what was kept)."""
     return {
-        change.source: change.cells[change.source].sessions[0]
+        change.source: change.cells[change.source].session
         for change in reversed(changes)
         if change.source and (effect := change.cells[change.source].effect) and effect.flattered and effect.picked
     }
