@@ -57,7 +57,7 @@ def sections(comparison: Comparison) -> list[Section]:
         Section("transfer", "What holds where", _transfer(comparison)),
         Section("agreement", "How far devices agree", _agreements(comparison.agreements)),
         Section("paid", "Which kinds of change paid", [kinds_table(comparison.kinds)] if comparison.kinds else []),
-        Section("steps", "Scores against tokens and FLOPs", _steps(comparison.sessions)),
+        Section("steps", "Scores against tokens and FLOPs", steps_tables(comparison.sessions)),
         Section("notes", "To keep in mind", [f"note: {one_line(note, 400)}" for note in comparison.notes]),
     ]
     return [section for section in all_sections if section.parts]
@@ -197,7 +197,7 @@ def kinds_table(summaries: list[Paid]) -> Table:
     return Table(caption, ("kind", *sorts), [(kind, *entries.values()) for kind, entries in rows.items()])
 
 
-def _steps(sessions: list[Analysis]) -> list[Table | str]:
+def steps_tables(sessions: list[Analysis]) -> list[Table | str]:
     """val_bpb of what was kept against tokens and FLOPs."""
     groups: dict[str, list[Sequence[str]]] = {}
     for session in sessions:

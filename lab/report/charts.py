@@ -1,5 +1,5 @@
-"""The report's charts, drawn by matplotlib: scores by experiment, several sessions' gains, scores against tokens and
-FLOPs. As SVG a chart takes its colours from the page's style sheet and can be pointed at; as PNG it is for sharing.
+"""The report's charts, drawn by matplotlib: scores by experiment, and several sessions' gains. As SVG a chart takes its
+colours from the page's style sheet and can be pointed at; as PNG it is for sharing.
 
 A pixel is a point of matplotlib's (72 to an inch).
 """
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from rich.cells import cell_len
 
 from lab.compare.analysis import Analysis
@@ -106,21 +106,20 @@ class Chart:
         self.axes.scatter(xs, ys, size**2, linewidths=0, urls=urls, **paint)
 
 
-def _chart(size: tuple[float, float], across: str, up: str, key: str = "", head: float = 0.0, whole=False) -> Chart:
-    """Axes with a grid.
+def _chart(size: tuple[float, float], up: str, key: str = "", head: float = 0.0) -> Chart:
+    """Axes with a grid, across which experiments are counted.
 
     Args:
-        size: width and height, in pixels. across, up: what the axes measure. head: pixels that are left free above.
-        whole: x is counted.
+        size: width and height, in pixels. up: what is measured. head: pixels that are left free above.
     """
     width, height = size
     figure = Figure((width / 72, height / 72))
     left, foot, top = 5.2 * LETTER, 3.6 * LETTER, head + 2.2 * LETTER
     axes = figure.add_axes((left / width, foot / height, 1 - (left + 12) / width, 1 - (foot + top) / height))
-    axes.set_xlabel(across, loc="right")
+    axes.set_xlabel("experiment", loc="right")
     axes.set_title(up)
-    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=whole, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
     return Chart(figure, axes, key)
 
 
@@ -143,7 +142,7 @@ def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> C
     high, low = max(steps) + max(0.35 * span, 1.3 * sd), min(ordered[0], min(steps) - sd)
     low -= 0.2 * (high - low)  # room for labels and for what crashed
     last, pad = max(1, *analysis.experiments), 0.02 * (high - low)
-    chart = _chart(size, "experiment", "val_bpb, lower is better", key, head, whole=True)
+    chart = _chart(size, "val_bpb, lower is better", key, head)
     chart.axes.set(xlim=(-0.01 * last, 1.01 * last), ylim=(low, high))
     xs, ys = np.array([*(e.number for e in analysis.steps), last]), np.array([*steps, steps[-1]])
     if sd:
@@ -211,7 +210,7 @@ def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | 
     searched = {i: analysis for i, analysis in enumerate(analyses) if analysis.baseline and not analysis.only_replays}
     if not searched:
         return None
-    chart = _chart(size, "experiment", "below the session's own baseline, %", head=head, whole=True)
+    chart = _chart(size, "below the session's own baseline, %", head=head)
     for i, analysis in searched.items():
         hue, name, numbers = HUES[i % len(HUES)], cleaned(analysis.name), [e.number for e in analysis.steps]
         below = [max(0.0, 100 * (1 - analysis.scores[number] / analysis.scores[0])) for number in numbers]
@@ -221,28 +220,6 @@ def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | 
         chart.link(numbers, below, numbers, 7, color=COLOURS[hue], gid="kept", zorder=3)
         chart.legend.append((hue, "━", name))
     chart.axes.set(xlim=(0, None), ylim=(0, max(0.1, chart.axes.get_ylim()[1])))
-    return chart
-
-
-def against(analysis: Analysis, what: str, key: str, *size: float) -> Chart | None:
-    """Scores against "tokens" or "flops" of a run; None where fewer than two differ."""
-    amounts = {n: analysis.mean(analysis.experiments[n], what) for n in analysis.scores}
-    points = {n: (amount, analysis.scores[n]) for n, amount in amounts.items() if amount}
-    if len({round(amount) for amount, _ in points.values()}) < 2:
-        return None
-    kinds = {n: "kept" if analysis.experiments[n].status == "keep" else "discard" for n in points}
-    scores = [score for _, score in points.values()]
-    kept = [points[n][1] for n, kind in kinds.items() if kind == "kept"] or scores
-    sd = analysis.noise.sd if analysis.noise else 0.0
-    high, low = min(max(scores), max(kept) + 1.5 * max(max(kept) - min(kept), 4 * sd, 1e-3)), min(scores)
-    chart = _chart(size, f"{'tokens' if what == 'tokens' else 'FLOPs of the model'} in a run", "val_bpb", key)
-    chart.axes.xaxis.set_major_formatter(EngFormatter())
-    values, pad = np.array(list(points.values())), 0.05 * (high - low) or 1e-3
-    pad_across = 0.04 * np.ptp(values[:, 0])
-    xlim = values[:, 0].min() - pad_across, values[:, 0].max() + pad_across
-    chart.axes.set(xlim=xlim, ylim=(low - pad, high + pad))
-    chart.mark(kinds, values)
-    chart.legend = []
     return chart
 
 
@@ -280,7 +257,7 @@ def png(chart: Chart, scale: float = 1.0) -> bytes:
     return content.getvalue()
 
 
-def svg(chart: Chart, label: str, name: str, class_: str) -> Element:
+def svg(chart: Chart, label: str, name: str) -> Element:
     """The chart as an element of a page; `label` says it to those who don't see it, `name` begins its ids.
 
     The page forbids inline styles, so they become attributes; colours become variables of the style sheet.
@@ -292,7 +269,7 @@ def svg(chart: Chart, label: str, name: str, class_: str) -> Element:
     drawn = fromstring(content.getvalue())
     ids = {element.get("id"): f"{name}-{i}" for i, element in enumerate(drawn.iter()) if element.tag.endswith(DEFINED)}
     width, height = 72 * chart.figure.get_size_inches()
-    attributes = {"role": "img", "aria_label": label, "id": name, "class_": f"chart {class_}"}
+    attributes = {"role": "img", "aria_label": label, "id": name, "class_": "chart"}
     root = el("svg", viewBox=f"0 0 {width:g} {height:g}", stroke_linejoin="round", **attributes)
     root.extend(_plain(element, ids) for element in drawn if element.tag.endswith("}g"))
     return root

@@ -72,12 +72,8 @@ def _section(name: str, title: str, head: str, *parts: Element | Table | str | N
     return el("section", el(head, title, id=f"{name}-head"), *shown, aria_labelledby=f"{name}-head") if shown else None
 
 
-def _figure(data: Data, chart: Chart | None, identity: str, label: str, form: str = "wide") -> Element | None:
-    """A chart with its legend; None without one.
-
-    Args:
-        label: says it to those who don't see it. form: "wide", or "half" for one of two side by side.
-    """
+def _figure(data: Data, chart: Chart | None, identity: str, label: str) -> Element | None:
+    """A chart with its legend; None without one. label: says it to those who don't see it."""
     if chart is None:
         return None
     data["charts"][identity] = [chart.key, *(round(part, 1) for spot in chart.spots for part in spot)]
@@ -85,8 +81,7 @@ def _figure(data: Data, chart: Chart | None, identity: str, label: str, form: st
         el("li", el("span", sign, class_=f"sign {hue}", aria_hidden="true"), meaning)
         for hue, sign, meaning in chart.legend
     ]
-    drawn = charts.svg(chart, label, identity, form)
-    return el("figure", drawn, el("ul", *entries, class_="legend") if entries else None)
+    return el("figure", charts.svg(chart, label, identity), el("ul", *entries, class_="legend") if entries else None)
 
 
 # --- Several sessions ---
@@ -111,18 +106,14 @@ def _together(data: Data, analyses: list[Analysis], names: list[str]) -> list[El
 def _session(data: Data, key: str, analysis: Analysis, head: str) -> list[Element]:
     """The sections about a session; `head` is the tag of their headings, `key` begins their ids."""
     progress = _figure(data, charts.progress(analysis, key, 1120, 430), f"{key}-progress", _in_words(analysis))
-    pair = []
-    for what in ("tokens", "flops"):
-        chart = charts.against(analysis, what, key, 440, 270)
-        pair.append(_figure(data, chart, f"{key}-{what}", f"val_bpb against {what} of a run", "half"))
-    against = (TOKENS_TOLD, el("div", *pair, class_="pair")) if any(part is not None for part in pair) else ()
+    steps = tables.steps_tables([analysis])
     sections = {
         "Progress": (progress,),
         "Experiments": (_experiments(data, key, analysis),),
         "Crashed and invalid": (_failed(analysis),),
         "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
         "Where the time went": (_shares(analysis),),
-        "Score against tokens and FLOPs": against,
+        "Score against tokens and FLOPs": (TOKENS_TOLD, *steps) if steps else (),
         "What it was measured under": (_under(analysis),),
     }
     shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]

@@ -50,7 +50,7 @@ def test_nothing_hostile_runs_and_nothing_is_loaded(show, size):
     hostile = session(27, texts=HOSTILE, notes=HOSTILE, backend=HOSTILE[0])
     shown = show(page.written([hostile, session(9, tag="other", texts=HOSTILE)]), size)
     open_all(shown)
-    shown.hover(".chart.wide")
+    shown.hover(".chart")
     shown.wait_for_timeout(200)
     assert shown.evaluate("window.pwned") is None
     assert shown.asked == [shown.uri] and not shown.errors

@@ -90,16 +90,6 @@ def test_labels_lie_in_the_chart_and_not_on_each_other(size):
     assert not any(overlapping(one, np.array([other])) for one, other in itertools.combinations(boxes, 2))
 
 
-def test_scores_against_tokens_and_flops():
-    analysis = session(20, facts={"flops_per_token": None})
-    assert charts.against(analysis, "flops", "s0", 440, 270) is None
-    chart = charts.against(analysis, "tokens", "s0", 440, 270)
-    assert len(chart.spots) == len(analysis.scores)
-    assert chart.axes.get_xlabel() == "tokens in a run"
-    charts.png(chart)
-    assert any(label.get_text().endswith(" M") for label in chart.axes.get_xticklabels())
-
-
 def test_time_adds_up():
     analysis = session(20)
     shares = dict(analysis.shares)
@@ -139,7 +129,7 @@ def test_several_sessions_are_drawn_by_their_gain_and_replays_are_not():
 
 
 def test_an_svg_has_the_pages_colours_and_no_styles():
-    elements = list(charts.svg(drawn(session(12)), "a label", "x", "wide").iter())
+    elements = list(charts.svg(drawn(session(12)), "a label", "x").iter())
     names = {name for element in elements for name in element.attrib}
     assert "style" not in names and not any(":" in name or "}" in name for name in names)
     paint = {element.get(name) for element in elements for name in ("fill", "stroke")} - {None, "none"}
@@ -147,7 +137,7 @@ def test_an_svg_has_the_pages_colours_and_no_styles():
     assert {"var(--best)", "var(--near)", "var(--discard)", "var(--crash)"} <= paint
     ids = [element.get("id") for element in elements if element.get("id")]
     assert len(ids) == len(set(ids)) and all(name.startswith("x") for name in ids)
-    same = [charts.svg(drawn(session(12)), "a label", "x", "wide") for _ in range(2)]
+    same = [charts.svg(drawn(session(12)), "a label", "x") for _ in range(2)]
     assert same[0].attrib == same[1].attrib and [e.attrib for e in same[0].iter()] == [e.attrib for e in same[1].iter()]
 
 
