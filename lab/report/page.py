@@ -11,7 +11,6 @@ from pathlib import Path
 from string import Template
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from lab import untrusted
 from lab.compare import comparison, tables
 from lab.compare.analysis import Analysis, kind_of
 from lab.compare.tables import Table, Tag
@@ -19,6 +18,7 @@ from lab.report import charts
 from lab.report.charts import Chart
 from lab.report.html import cleaned, el, embedded, table, tag
 from lab.session.state import Experiment, Run
+from lab.untrusted import counted, visible
 
 Data = dict[
     str, Any
@@ -105,7 +105,8 @@ def _together(data: Data, analyses: list[Analysis], names: list[str]) -> list[El
 
 def _session(data: Data, key: str, analysis: Analysis, head: str) -> list[Element]:
     """The sections about a session; `head` is the tag of their headings, `key` begins their ids."""
-    progress = _figure(data, charts.progress(analysis, key, 1120, 430), f"{key}-progress", _in_words(analysis))
+    label = f"Scores by experiment, and the best so far. {': '.join(in_short(analysis))}"
+    progress = _figure(data, charts.progress(analysis, key, 1120, 430), f"{key}-progress", label)
     steps = tables.steps_tables([analysis])
     sections = {
         "Progress": (progress,),
@@ -163,16 +164,13 @@ def _headline(analysis: Analysis) -> Element:
             f"degrees of freedom){times}."
         )
     counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
-    runs = str(sum(map(len, analysis.runs.values())))
-    tiles = [("experiments", str(len(analysis.tried)), counts), ("runs", runs, "that ended with a score")]
-    if analysis.hours:
-        tiles.append(("time", f"{analysis.hours:.1f} h", f"{analysis.per_hour:.1f} experiments an hour"))
-    if analysis.budget:
-        tiles.append(("training", f"{analysis.budget:g} s", "in each run"))
-    shown = [el("div", el("dt", name), el("dd", text, el("small", more))) for name, text, more in tiles]
+    facts = [f"{len(analysis.tried)} experiments: {counts}" if counts else "no experiment yet"]
+    facts.append(counted(sum(map(len, analysis.runs.values())), "run") + " with a score")
+    facts += [f"{analysis.budget:g} s of training in each"] if analysis.budget else []
+    facts += [f"{analysis.hours:.1f} h, {analysis.per_hour:.1f} experiments an hour"] if analysis.hours else []
     parts = [el("p", big, class_="big"), el("p", said), el("p", *_badge(analysis)) if analysis.gain else None]
     notes = [el("p", cleaned(note, 400), class_="note") for note in analysis.notes]
-    return el("section", *parts, el("p", chance), el("dl", *shown, class_="tiles"), *notes, aria_label="In short")
+    return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
 
 
 def _badge(analysis: Analysis) -> list:
@@ -189,17 +187,6 @@ def _badge(analysis: Analysis) -> list:
     return [badge, f" {said[:1].upper()}{said[1:]}.{later}"]
 
 
-def _in_words(analysis: Analysis) -> str:
-    """The progress chart in words."""
-    if analysis.best is None:
-        return ""
-    first, best = (analysis.scores[experiment.number] for experiment in (analysis.steps[0], analysis.best))
-    return (
-        f"val_bpb of {len(analysis.tried)} experiments: from {first:.6f} down to {best:.6f} in "
-        f"{len(analysis.steps) - 1} kept steps"
-    )
-
-
 def _failed(analysis: Analysis) -> Table:
     rows = [
         (f"{e.number}", Tag(SAID[e.status]), e.description or "(not described)", e.verdict.said or "-")
@@ -210,12 +197,8 @@ def _failed(analysis: Analysis) -> Table:
 
 
 def _shares(analysis: Analysis) -> Table:
-    shares = analysis.shares
-    total = sum(hours for _, hours in shares)
-    rows = [
-        (what, f"{hours:.2f} h" if total >= 1 else f"{60 * hours:.1f} min", f"{100 * hours / total:.0f} %")
-        for what, hours in shares
-    ]
+    total = sum(analysis.shares.values())
+    rows = [(what, f"{hours:.2f} h", f"{100 * hours / total:.0f} %") for what, hours in analysis.shares.items()]
     return Table("Of the whole session", ("what", "time", "share"), rows)
 
 
@@ -269,7 +252,6 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
         return ["–" if value is None else format(value, form).replace("-", "−") for value in values]
 
     tokens = [analysis.mean(e, "tokens") for e in experiments]
-    spent = [analysis.spent.get(e.number) for e in experiments]
     return [
         ("val_bpb", "n", shown([analysis.scores.get(e.number) for e in experiments], ".6f")),
         ("against parent", "n", shown(list(map(analysis.step, experiments)), "+.6f")),
@@ -277,7 +259,6 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
         ("kind", "more", [kind_of(e) or "–" for e in experiments]),
         ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),
         ("GB", "n few more", shown([analysis.mean(e, "memory") for e in experiments])),
-        ("minutes", "n more", shown([part.total / 60 if part else None for part in spent], ".1f")),
         ("what", "what", [cleaned(e.description) or "(not described)" for e in experiments]),
     ]
 
@@ -301,7 +282,7 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
     ]
     unknown = experiment.onto is not None and not experiment.diff
     shown = [[name, cleaned(text, 400)] for name, text in facts if text]
-    return {"facts": shown, "runs": runs, "diff": None if unknown else untrusted.visible(experiment.diff)}
+    return {"facts": shown, "runs": runs, "diff": None if unknown else visible(experiment.diff)}
 
 
 def _why(analysis: Analysis, experiment: Experiment, run: Run) -> str:
