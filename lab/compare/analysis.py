@@ -53,7 +53,7 @@ class Analysis:
         usual = {number: [run for run in runs if self._usual(run)] for number, runs in self.runs.items()}
         tags = Counter(_eval(run) for runs in usual.values() for run in runs)
         self.eval = tags.most_common(1)[0][0] if tags else self.started.eval
-        self.counted: dict[int, list[Run]] = dict.fromkeys(self.experiments, [])
+        self.counted: dict[int, list[Run]] = {number: [] for number in self.experiments}
         for number, runs in usual.items():
             if self.experiments[number].status in ("keep", "discard"):
                 self.counted[number] = [run for run in runs if _eval(run) == self.eval]

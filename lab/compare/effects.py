@@ -25,6 +25,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from lab.session.state import Run
 from lab.verdict import gate
@@ -151,7 +152,7 @@ def together(effects: list[Effect]) -> Effect | None:
         values = [getattr(effect, name) for effect in sure]
         return None if None in values else math.fsum(w * value for w, value in zip(weights, values)) / total
 
-    facts = {name: average(name) for name in ("value", "relative", "noise", "tokens", "flops")}
+    facts: dict[str, Any] = {name: average(name) for name in ("value", "relative", "noise", "tokens", "flops")}
     facts |= {name: sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs")}
     df = satterthwaite([(weight / total**2, effect.df) for weight, effect in zip(weights, sure)])
     return Effect(error=1 / math.sqrt(total), df=df, known=all(effect.known for effect in sure), **facts)

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, fromstring
 
 import numpy as np
-from matplotlib import rcParams
+from matplotlib import rc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -40,16 +40,17 @@ LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above an
 MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
 MOST_NAMED = 12  # sessions in the legend of a picture
 
-rcParams.update(
-    {f"axes.spines.{side}": False for side in ("top", "left", "right")}
-    | {f"{axis}tick.{name}": value for axis in "xy" for name, value in (("major.size", 0), ("color", COLOURS["soft"]))}
-    | {"axes.edgecolor": COLOURS["axis"], "axes.labelcolor": COLOURS["soft"], "axes.titlecolor": COLOURS["soft"]}
-    | {"axes.grid": True, "axes.grid.axis": "y", "grid.color": COLOURS["line"], "axes.axisbelow": True}
-    | {"axes.formatter.useoffset": False, "axes.titlelocation": "left", "axes.titlesize": "medium"}
-    | {"figure.facecolor": "none", "axes.facecolor": "none", "figure.dpi": 72, "font.size": LETTER}
-    | {"svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify": False}
-    | {"text.parse_math": False}  # nobody's words are mathematics
-)
+rc("figure", facecolor="none", dpi=72)
+rc("font", size=LETTER)
+rc("text", parse_math=False)  # nobody's words are mathematics
+rc("axes", facecolor="none", edgecolor=COLOURS["axis"], labelcolor=COLOURS["soft"], grid=True, axisbelow=True)
+rc("axes", titlecolor=COLOURS["soft"], titlelocation="left", titlesize="medium")
+rc("axes.spines", top=False, left=False, right=False)
+rc("axes.grid", axis="y")
+rc("grid", color=COLOURS["line"])
+rc("axes.formatter", useoffset=False)
+rc("path", simplify=False)
+rc("svg", fonttype="none", hashsalt="report")
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Chart:
     def dots(self, xs: np.ndarray, ys: np.ndarray, size: float, **paint) -> None:
         """Dots as one line, of lengths of nearly nothing with round ends: thousands of marks take longer."""
         ends = np.repeat(xs, 3)
-        ends[1::3] += 1e-6 * max(xs)
+        ends[1::3] += 1e-3
         ends[2::3] = np.nan
         line = {"linewidth": size, "solid_capstyle": "round", "snap": False}
         self.axes.plot(ends, np.repeat(ys, 3), **line, **paint)
@@ -106,32 +107,23 @@ class Chart:
         self.axes.scatter(xs, ys, size**2, linewidths=0, urls=urls, **paint)
 
 
-def _chart(size: tuple[float, float], up: str, key: str = "", head: float = 0.0) -> Chart:
-    """Axes with a grid, across which experiments are counted.
-
-    Args:
-        size: width and height, in pixels. up: what is measured. head: pixels that are left free above.
-    """
-    width, height = size
+def _chart(width: float, height: float, up: str, key: str = "", head: float = 0.0) -> Chart:
+    """Axes with a grid, in pixels, across which experiments are counted; `head` is left free above."""
     figure = Figure((width / 72, height / 72))
     left, foot, top = 5.2 * LETTER, 3.6 * LETTER, head + 2.2 * LETTER
     axes = figure.add_axes((left / width, foot / height, 1 - (left + 12) / width, 1 - (foot + top) / height))
     axes.set_xlabel("experiment", loc="right")
     axes.set_title(up)
+    axes.tick_params(length=0, labelcolor=COLOURS["soft"])
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
     return Chart(figure, axes, key)
 
 
 # --- The charts ---
 
 
-def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> Chart | None:
-    """Scores by experiment, with the best so far and, around it, one standard deviation of one run. None without any.
-
-    Args:
-        key: of the session in the page. size, head: see _chart.
-    """
+def progress(analysis: Analysis, key: str, width: float, height: float, head: float = 0.0) -> Chart | None:
+    """Scores by experiment, the best so far and, around it, one standard deviation of a run. None without any."""
     if not analysis.steps:
         return None
     scores, steps = analysis.scores, [analysis.scores[e.number] for e in analysis.steps]
@@ -142,7 +134,7 @@ def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> C
     high, low = max(steps) + max(0.35 * span, 1.3 * sd), min(ordered[0], min(steps) - sd)
     low -= 0.2 * (high - low)  # room for labels and for what crashed
     last, pad = max(1, *analysis.experiments), 0.02 * (high - low)
-    chart = _chart(size, "val_bpb, lower is better", key, head)
+    chart = _chart(width, height, "val_bpb, lower is better", key, head)
     chart.axes.set(xlim=(-0.01 * last, 1.01 * last), ylim=(low, high))
     xs, ys = np.array([*(e.number for e in analysis.steps), last]), np.array([*steps, steps[-1]])
     if sd:
@@ -204,13 +196,13 @@ def overlapping(box: tuple[float, float, float, float], boxes: np.ndarray) -> bo
     return bool(((left < box[2]) & (right > box[0]) & (bottom < box[3]) & (top > box[1])).any())
 
 
-def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | None:
+def gains(analyses: list[Analysis], width: float, height: float, head: float = 0.0) -> Chart | None:
     """How far each session's best was below its own baseline, in percent, by experiment. A replay of others' changes
     stays at its baseline, and is left out. None without any."""
     searched = {i: analysis for i, analysis in enumerate(analyses) if analysis.baseline and not analysis.only_replays}
     if not searched:
         return None
-    chart = _chart(size, "below the session's own baseline, %", head=head)
+    chart = _chart(width, height, "below the session's own baseline, %", head=head)
     for i, analysis in searched.items():
         hue, name, numbers = HUES[i % len(HUES)], cleaned(analysis.name), [e.number for e in analysis.steps]
         below = [max(0.0, 100 * (1 - analysis.scores[number] / analysis.scores[0])) for number in numbers]

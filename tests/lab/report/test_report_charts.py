@@ -92,11 +92,13 @@ def test_labels_lie_in_the_chart_and_not_on_each_other(size):
 
 def test_time_adds_up():
     analysis = session(20)
-    shares = dict(analysis.shares)
+    shares = analysis.shares
     assert sum(shares.values()) == pytest.approx(analysis.hours)
     runs = sum(map(len, analysis.runs.values()))
     assert shares["training the changes"] == pytest.approx(runs * 300 / 3600)
     assert shares["start, compilation and evaluation of runs"] == pytest.approx(runs * 40 / 3600)
+    within = sum(hours for what, hours in shares.items() if not what.startswith("between runs"))
+    assert within == pytest.approx(runs * 340 / 3600)
 
 
 def test_runs_beside_others_and_confirmations_are_told_apart():
@@ -104,15 +106,15 @@ def test_runs_beside_others_and_confirmations_are_told_apart():
         builder.again(3, 0, [1.2]).confirm(9, 0, [1.2], [])
 
     analysis = session(4, then=more)
-    shares = dict(analysis.shares)
+    shares = analysis.shares
     assert shares["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
     confirmed = session(5, then=lambda builder: builder.confirm(9, 5, [1.1], [1.2], (0.1, 0.1, 0.1)))
-    assert dict(confirmed.shares)["confirmations"] == pytest.approx(2 * 340 / 3600)
+    assert confirmed.shares["confirmations"] == pytest.approx(2 * 340 / 3600)
 
 
 def test_further_runs_of_an_experiment_are_in_the_time_too():
     analysis = session(4, then=lambda builder: builder.again(9, 4, [1.2]))
-    shares = dict(analysis.shares)
+    shares = analysis.shares
     assert shares["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
     assert sum(shares.values()) == pytest.approx(analysis.hours)
 
