@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from functools import cached_property
 
@@ -199,7 +199,7 @@ class Analysis:
     @property
     def shares(self) -> dict[str, float]:
         """Hours by what the session's time went to."""
-        seconds = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for number, runs in self.runs.items():
             for run in runs:
                 if run.budget is None or not run.seconds:
@@ -213,7 +213,7 @@ class Analysis:
                 seconds["start, compilation and evaluation of runs"] += run.seconds - trained
         if self.hours:
             seconds["between runs, crashed runs, thinking"] = self.hours * 3600 - sum(seconds.values())
-        return {what: amount / 3600 for what, amount in seconds.most_common() if amount > 1e-6}
+        return {what: amount / 3600 for what, amount in seconds.items() if amount > 1e-6}
 
 
 def chosen(experiment: Experiment) -> bool:

@@ -115,7 +115,7 @@ def _chart(width: float, height: float, up: str, key: str = "", head: float = 0.
     axes.set_xlabel("experiment", loc="right")
     axes.set_title(up)
     axes.tick_params(length=0, labelcolor=COLOURS["soft"])
-    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=True, steps=[1, 2, 5, 10]))
     return Chart(figure, axes, key)
 
 
