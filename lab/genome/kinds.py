@@ -12,11 +12,13 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 from lab import untrusted
 from lab.genome.syntax import MODULE, Definition, canonical, definitions
 
-KINDS = ("architecture", "optimizer", "schedule", "batch", "regularisation", "other")
+Subject = Literal["architecture", "optimizer", "schedule", "batch", "regularisation", "other"]
+KINDS: tuple[Subject, ...] = get_args(Subject)
 # By words of a name, in the order in which they are asked. The first are said whatever heading it stands under.
 STRONG = (
     ("other", "seed"),
