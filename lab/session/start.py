@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ from lab import untrusted
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
 from lab.run import sandbox
-from lab.session.events import ExperimentOpened, SessionStarted
+from lab.session.events import ExperimentOpened, SessionStarted, is_tag
 from lab.session.journal import Journal
 from lab.session.repository import Repository
 from lab.session.session import (
@@ -36,7 +35,6 @@ from lab.session.session import (
 )
 from lab.session.state import BASELINE
 
-TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
 BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
 
@@ -53,7 +51,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     """
     if runs < 1:
         raise LabError("the baseline needs at least one run")
-    if not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag:
+    if not is_tag(tag):
         raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
     repository = Repository(path)
     repository.some_branch()
