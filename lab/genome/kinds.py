@@ -12,68 +12,72 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from lab import untrusted
 from lab.genome.syntax import MODULE, Definition, canonical, definitions
 
 Subject = Literal["architecture", "optimizer", "schedule", "batch", "regularisation", "other"]
 KINDS: tuple[Subject, ...] = get_args(Subject)
-# By words of a name, in the order in which they are asked. The first are said whatever heading it stands under.
-STRONG = (
-    ("other", "seed"),
-    ("schedule", "lr_decay"),
-    ("regularisation", "drop|dropout|weight_decay|wd|decay|softcap|cap|label_smoothing|smoothing|z_?loss|clip"),
-    ("schedule", "schedule|scheduler|warm|warmup|warmdown|cooldown|anneal|annealing|final|lr_multiplier"),
-    ("batch", "batch|batches|batchsize|accum|accumulation"),
-    ("optimizer", "lr|learning_rate|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]ers?|orthogonali[sz]e"),
-)
-WEAK = (
-    ("schedule", "progress|multiplier|iters|iterations"),
-    ("optimizer", "rate|eps|epsilon|steps|update"),
-    (
-        "architecture",
-        "depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm",
-    ),
-)
-HEADINGS = (
-    ("regularisation", "regulari[sz]ation"),
-    ("schedule", "schedules?"),
-    ("batch", "batch|batches"),
-    ("optimizer", "optimi[sz]ers?|optimi[sz]ation"),
-    ("architecture", "models?|architecture|attention|layers|network"),
-)
-SPOKEN = (  # words of descriptions that names in train.py don't have
-    ("regularisation", "clipping|regulari[sz]ation"),
-    ("optimizer", "learning_rates|lrs|ns_steps|newton_schulz"),
-    ("schedule", "schedules|cosine"),
-    (
-        "architecture",
-        "ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu"
-        "|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels",
-    ),
-)
+Rules = list[tuple[Subject, str]]  # a kind, and the words that say it
+
+
+def _rules(text: str) -> Rules:
+    lines = (line.partition(": ") for line in text.strip().split("\n"))
+    return [(cast(Subject, kind), words) for kind, _, words in lines]
+
+
+# By words of a name, in the order in which they are asked. The strong ones are said whatever heading it stands under.
+STRONG = _rules("""
+other: seed
+schedule: lr_decay
+regularisation: drop|dropout|weight_decay|wd|decay|softcap|cap|label_smoothing|smoothing|z_?loss|clip
+schedule: schedule|scheduler|warm|warmup|warmdown|cooldown|anneal|annealing|final|lr_multiplier
+batch: batch|batches|batchsize|accum|accumulation
+optimizer: lr|learning_rate|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]ers?|orthogonali[sz]e
+""")
+WEAK = _rules("""
+schedule: progress|multiplier|iters|iterations
+optimizer: rate|eps|epsilon|steps|update
+architecture: depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm
+""")
+HEADINGS = _rules("""
+regularisation: regulari[sz]ation
+schedule: schedules?
+batch: batch|batches
+optimizer: optimi[sz]ers?|optimi[sz]ation
+architecture: models?|architecture|attention|layers|network
+""")
+SPOKEN = _rules("""
+regularisation: clipping|regulari[sz]ation
+optimizer: learning_rates|lrs|ns_steps|newton_schulz
+schedule: schedules|cosine
+""")  # words of descriptions that names in train.py don't have
+SPOKEN_LAST = _rules("""
+architecture: ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu|swiglu
+architecture: layernorm|rmsnorm|kv|parallel|pattern|hidden|channels
+""")
 LONGEST = 40  # characters of a value in a summary
 
 
-def of_change(before: bytes, after: bytes) -> tuple[str, ...]:
+def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
     """Which of KINDS a change touches, the one most is changed of first; none if nothing is."""
     try:
         changes, kinds = changed(before, after), {**definition_kinds(before), **definition_kinds(after)}
     except SyntaxError:
         return ("other",)
-    sizes = Counter()
+    sizes: Counter[Subject] = Counter()
     for old, new in changes:
         sizes[_kind_of(old, new, kinds)] += _size(old, new)
     return tuple(sorted(sizes, key=lambda kind: (kind == "other", -sizes[kind], KINDS.index(kind))))
 
 
-def of_words(text: str) -> tuple[str, ...]:
+def of_words(text: str) -> tuple[Subject, ...]:
     """What a change is about, by its description alone: one of KINDS. Remarks in parentheses count for nothing, unless
     there is nothing else."""
     text = text.lower()
     for said in (re.sub(r"\([^()]*\)", " ", text), text):
-        if kind := _named(said, STRONG) or _named(said, SPOKEN[:3]) or _named(said, WEAK) or _named(said, SPOKEN):
+        if kind := _named(said, STRONG + SPOKEN + WEAK + SPOKEN_LAST):
             return (kind,)
     return ("other",)
 
@@ -117,11 +121,11 @@ def changed(before: bytes, after: bytes) -> list[tuple[Definition | None, Defini
 
 
 @functools.lru_cache(maxsize=64)  # a best is compared with many
-def definition_kinds(content: bytes) -> dict[str, str]:
+def definition_kinds(content: bytes) -> dict[str, Subject]:
     """The kind of each definition of a train.py, by its name. SyntaxError if it is no Python."""
     text = content.decode("utf-8-sig")
     headings, models = _headings(text), _models(content)
-    kinds = {}
+    kinds: dict[str, Subject] = {}
     for name, definition in definitions(content).items():
         node = definition.nodes[-1]
         heading = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
@@ -141,7 +145,7 @@ def definition_kinds(content: bytes) -> dict[str, str]:
     return kinds
 
 
-def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, str]) -> str:
+def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, Subject]) -> Subject:
     """The kind of a changed definition. A model's class that dropout came into is regularised: what it reads now
     says so."""
     if old and new:
@@ -166,15 +170,15 @@ def _identifier(node: ast.AST) -> str | None:
     return getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Subject | None:
     """By its name, or by what it is given."""
-    given = {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+    given = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
     if {"grad", "state"} <= given:
         return "optimizer"
     return _named(node.name, STRONG) or ("schedule" if "progress" in given else None)
 
 
-def _named(name: str, rules) -> str | None:
+def _named(name: str, rules: Rules) -> Subject | None:
     """The kind that a word of a name says: of WEIGHT_DECAY, weightDecay and "weight decay" the same."""
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
     return next((kind for kind, known in rules if re.search(rf"(?:^|_)(?:{known})\d*(?:_|$)", words)), None)
@@ -186,7 +190,7 @@ def _bases(node: ast.ClassDef) -> list[str]:
 
 def _models(content: bytes) -> set[str]:
     """Names of the classes that are a Module, or inherit from one here."""
-    models: set[str] = set()
+    models = set()
     for name, definition in definitions(content).items():
         node = definition.nodes[-1]
         if isinstance(node, ast.ClassDef) and any(base == "Module" or base in models for base in _bases(node)):
@@ -194,11 +198,11 @@ def _models(content: bytes) -> set[str]:
     return models
 
 
-def _headings(text: str) -> list[tuple[int, str | None]]:
+def _headings(text: str) -> list[tuple[int, Subject | None]]:
     """(line, kind) of comments that begin a section: lines of their own, at the margin, after an empty line or a rule.
     One after an empty line that says no kind goes back to that of the last one after a rule.
     """
-    found, before, chapter = [], "", None
+    headings, before, chapter = [], "", None
     rule = re.compile(r"#\s*[-=#*]{3,}\s*")
     for number, line in enumerate(text.splitlines(), 1):
         ruled = rule.fullmatch(before)
@@ -206,6 +210,6 @@ def _headings(text: str) -> list[tuple[int, str | None]]:
             kind = _named(re.split(r"[,:(.;]", line)[0], HEADINGS)
             if ruled:
                 chapter = kind
-            found.append((number, kind or chapter))
+            headings.append((number, kind or chapter))
         before = line
-    return found
+    return headings

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lab import untrusted
@@ -53,7 +53,7 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
             blob=blob,
             commit=re.sub("[^0-9A-Za-z]", "", row["commit"])[:64],
             description=row["description"],
-            kinds=of_words(row["description"]) if number else [],
+            kinds=list(of_words(row["description"])) if number else [],
         )
         if best:
             opened.onto, opened.parent = best
@@ -112,7 +112,7 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
     return rows, notes + aside
 
 
-def _row(columns: list[str], fields: list[str]) -> dict:
+def _row(columns: Sequence[str], fields: list[str]) -> dict:
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
     row = dict(zip(columns, fields))

@@ -34,7 +34,7 @@ def publish(session: Session, replace: bool = False) -> tuple[str, str]:
     files = {archive.PUBLISHED + name: data for name, data in files.items()}
     commit = repository.commit_files(commit, archive.PUBLISHED, files, f"session {session.name}: its export")
     there = repository.commit_of(f"refs/heads/{branch}")
-    if there and repository.same_files(there, commit):
+    if there and repository.git("diff", "--name-only", there, commit) == "":
         return branch, there
     if there and not replace:
         raise LabError(

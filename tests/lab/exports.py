@@ -94,7 +94,7 @@ class AtOnce:
 def replayed(session, source, capsys, **values) -> str:
     """What replaying a session says."""
     capsys.readouterr()
-    options = {"all": False, "stack": False, "runs": 1, "limit": None, "dry_run": False, "json": False, **values}
+    options = {"all": False, "stack": False, "runs": 1, "dry_run": False, "json": False, **values}
     assert replay.go(session, argparse.Namespace(source=str(source), **options)) == 0
     return capsys.readouterr().out
 

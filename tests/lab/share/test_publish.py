@@ -131,11 +131,11 @@ def test_a_hostile_branch_is_refused(session, tmp_path, isolated_home, entries, 
     publish.publish(session)
     repository = session.repository
     index = tmp_path / "index"
-    repository.git("read-tree", BRANCH, index=index)
+    repository.git("read-tree", BRANCH, GIT_INDEX_FILE=index)
     for name, (mode, data) in entries.items():
         blob = repository.git("hash-object", "-w", "--stdin", content=data)
-        repository.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{name}", index=index)
-    commit = repository.git("commit-tree", repository.git("write-tree", index=index), "-m", "evil")
+        repository.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{name}", GIT_INDEX_FILE=index)
+    commit = repository.git("commit-tree", repository.git("write-tree", GIT_INDEX_FILE=index), "-m", "evil")
     repository.git("update-ref", "refs/heads/exp/evil/one", commit)
     for take in (sources.import_session, sources.read):
         with pytest.raises(LabError, match=match):

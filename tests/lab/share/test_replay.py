@@ -111,8 +111,9 @@ def test_what_a_third_machine_found_keeps_its_origin(session, tmp_path, capsys):
 
 
 def test_nothing_is_replayed_twice(session, tmp_path, capsys, runner):
+    first = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), name="first")
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (with_(BASE, A=0.1, B=-0.1), "keep", False))
-    replayed(session, source, capsys, limit=1)
+    replayed(session, first, capsys)
     assert len(of(session)) == 1
     assert "was replayed here before: experiment 1, keep" in replayed(session, source, capsys)
     assert len(of(session)) == 2
@@ -413,7 +414,7 @@ def test_hostile_words_are_cleaned(session, tmp_path, capsys):
 
 def test_bad_numbers_are_refused(session, tmp_path, capsys):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
-    for values in ({"runs": 0}, {"runs": 1000}, {"limit": 0}):
+    for values in ({"runs": 0}, {"runs": 1000}):
         with pytest.raises(LabError, match="--runs is at least 1"):
             replayed(session, source, capsys, **values)
 
