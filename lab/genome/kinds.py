@@ -31,31 +31,19 @@ def _rules(text: str) -> Rules:
 STRONG = _rules("""
 other: seed
 schedule: lr_decay
-regularisation: drop|dropout|weight_decay|wd|decay|softcap|cap|label_smoothing|smoothing|z_?loss|clip
-schedule: schedule|scheduler|warm|warmup|warmdown|cooldown|anneal|annealing|final|lr_multiplier
+regularisation: drop|dropout|weight_decay|wd|decay|softcap|cap|label_smoothing|smoothing|z_?loss|clip|clipping
+regularisation: regulari[sz]ation
+schedule: schedules?|scheduler|warm|warmup|warmdown|cooldown|anneal|annealing|final|lr_multiplier|cosine
 batch: batch|batches|batchsize|accum|accumulation
-optimizer: lr|learning_rate|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]ers?|orthogonali[sz]e
+optimizer: lrs?|learning_rates?|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]ers?|optimi[sz]ation|orthogonali[sz]e
+optimizer: ns_steps|newton_schulz
 """)
 WEAK = _rules("""
 schedule: progress|multiplier|iters|iterations
 optimizer: rate|eps|epsilon|steps|update
 architecture: depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm
-""")
-HEADINGS = _rules("""
-regularisation: regulari[sz]ation
-schedule: schedules?
-batch: batch|batches
-optimizer: optimi[sz]ers?|optimi[sz]ation
-architecture: models?|architecture|attention|layers|network
-""")
-SPOKEN = _rules("""
-regularisation: clipping|regulari[sz]ation
-optimizer: learning_rates|lrs|ns_steps|newton_schulz
-schedule: schedules|cosine
-""")  # words of descriptions that names in train.py don't have
-SPOKEN_LAST = _rules("""
-architecture: ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu|swiglu
-architecture: layernorm|rmsnorm|kv|parallel|pattern|hidden|channels
+architecture: models?|architecture|network|ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary
+architecture: activation|relu|gelu|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels
 """)
 LONGEST = 40  # characters of a value in a summary
 
@@ -77,7 +65,7 @@ def of_words(text: str) -> tuple[Subject, ...]:
     there is nothing else."""
     text = text.lower()
     for said in (re.sub(r"\([^()]*\)", " ", text), text):
-        if kind := _named(said, STRONG + SPOKEN + WEAK + SPOKEN_LAST):
+        if kind := _named(said, STRONG + WEAK):
             return (kind,)
     return ("other",)
 
@@ -127,21 +115,20 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
     headings, models = _headings(text), _models(content)
     kinds: dict[str, Subject] = {}
     for name, definition in definitions(content).items():
-        node = definition.nodes[-1]
+        node, owner = definition.nodes[-1], name.partition(".")[0]
         heading = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
-        owner = name.partition(".")[0]
-        if name == MODULE:
-            kinds[name] = "other"
-        elif owner in models:
-            kinds[name] = "architecture"
+        kind: Subject | None = None
+        if owner in models:
+            kind = "architecture"
         elif isinstance(node, ast.ClassDef) and any("Optimizer" in base for base in _bases(node)):
-            kinds[name] = "optimizer"
+            kind = "optimizer"
         elif "." in name:
-            kinds[name] = kinds.get(owner, "other")
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            kinds[name] = _function(node) or heading or _named(name, WEAK) or "other"
-        else:
-            kinds[name] = _named(name, STRONG) or heading or _named(name, WEAK) or "other"
+            kind = kinds.get(owner)
+        elif name != MODULE:
+            given = _arguments(node)
+            kind = "optimizer" if {"grad", "state"} <= given else _named(name, STRONG)
+            kind = kind or ("schedule" if "progress" in given else heading) or _named(name, WEAK)
+        kinds[name] = kind or "other"
     return kinds
 
 
@@ -170,12 +157,11 @@ def _identifier(node: ast.AST) -> str | None:
     return getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Subject | None:
-    """By its name, or by what it is given."""
-    given = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-    if {"grad", "state"} <= given:
-        return "optimizer"
-    return _named(node.name, STRONG) or ("schedule" if "progress" in given else None)
+def _arguments(node: ast.stmt) -> set[str]:
+    """Names of what a function is given: they say whether it is an update rule or a schedule."""
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return set()
+    return {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
 
 
 def _named(name: str, rules: Rules) -> Subject | None:
@@ -207,7 +193,7 @@ def _headings(text: str) -> list[tuple[int, Subject | None]]:
     for number, line in enumerate(text.splitlines(), 1):
         ruled = rule.fullmatch(before)
         if line.startswith("#") and not rule.fullmatch(line) and (ruled or not before.strip()):
-            kind = _named(re.split(r"[,:(.;]", line)[0], HEADINGS)
+            kind = _named(re.split(r"[,:(.;]", line)[0], STRONG + WEAK)
             if ruled:
                 chapter = kind
             headings.append((number, kind or chapter))
