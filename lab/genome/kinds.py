@@ -51,7 +51,8 @@ LONGEST = 40  # characters of a value in a summary
 def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
     """Which of KINDS a change touches, the one most is changed of first; none if nothing is."""
     try:
-        changes, kinds = changed(before, after), {**definition_kinds(before), **definition_kinds(after)}
+        changes = changed(before, after)
+        kinds: dict[str, Subject] = {**definition_kinds(before), **definition_kinds(after)}
     except SyntaxError:
         return ("other",)
     sizes: Counter[Subject] = Counter()
@@ -126,8 +127,10 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
             kind = kinds.get(owner)
         elif name != MODULE:
             given = _arguments(node)
-            kind = "optimizer" if {"grad", "state"} <= given else _named(name, STRONG)
-            kind = kind or ("schedule" if "progress" in given else heading) or _named(name, WEAK)
+            if {"grad", "state"} <= given:
+                kind = "optimizer"
+            elif not (kind := _named(name, STRONG)):
+                kind = "schedule" if "progress" in given else heading or _named(name, WEAK)
         kinds[name] = kind or "other"
     return kinds
 
