@@ -130,7 +130,8 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
             if {"grad", "state"} <= given:
                 kind = "optimizer"
             elif not (kind := _named(name, STRONG)):
-                kind = "schedule" if "progress" in given else heading or _named(name, WEAK)
+                schedule: Subject | None = "schedule" if "progress" in given else None
+                kind = schedule or heading or _named(name, WEAK)
         kinds[name] = kind or "other"
     return kinds
 
