@@ -117,7 +117,7 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
     kinds: dict[str, Subject] = {}
     for name, definition in definitions(content).items():
         node, owner = definition.nodes[-1], name.partition(".")[0]
-        heading = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
+        heading: Subject | None = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
         kind: Subject | None = None
         if owner in models:
             kind = "architecture"
@@ -130,8 +130,9 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
             if {"grad", "state"} <= given:
                 kind = "optimizer"
             elif not (kind := _named(name, STRONG)):
-                schedule: Subject | None = "schedule" if "progress" in given else None
-                kind = schedule or heading or _named(name, WEAK)
+                kind = heading or _named(name, WEAK)
+                if "progress" in given:
+                    kind = "schedule"
         kinds[name] = kind or "other"
     return kinds
 
