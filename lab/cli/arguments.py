@@ -81,7 +81,6 @@ def parser() -> argparse.ArgumentParser:
     replay("--each", "on the baseline; the branch stays where it is (the default)", action="store_true")
     replay("--stack", "in order, on the best so far; what is kept moves the branch", action="store_true")
     replay("--runs", "of change and baseline each, at least (default 1); again with more adds some", default=1, **seeds)
-    replay("--limit", "experiments, at most; a later call goes on", **seeds)
     replay("--dry-run", "only tell what would be run, and what does not apply", action="store_true")
 
     night = command("night", "one experiment after another, by an agent or by search, until it is stopped", json=False)

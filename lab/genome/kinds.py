@@ -12,66 +12,61 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Literal, cast, get_args
 
 from lab import untrusted
 from lab.genome.syntax import MODULE, Definition, canonical, definitions
 
-KINDS = ("architecture", "optimizer", "schedule", "batch", "regularisation", "other")
-# By words of a name, in the order in which they are asked. The first are said whatever heading it stands under.
-STRONG = (
-    ("other", "seed"),
-    ("schedule", "lr_decay"),
-    ("regularisation", "drop|dropout|weight_decay|wd|decay|softcap|cap|label_smoothing|smoothing|z_?loss|clip"),
-    ("schedule", "schedule|scheduler|warm|warmup|warmdown|cooldown|anneal|annealing|final|lr_multiplier"),
-    ("batch", "batch|batches|batchsize|accum|accumulation"),
-    ("optimizer", "lr|learning_rate|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]ers?|orthogonali[sz]e"),
-)
-WEAK = (
-    ("schedule", "progress|multiplier|iters|iterations"),
-    ("optimizer", "rate|eps|epsilon|steps|update"),
-    (
-        "architecture",
-        "depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm",
-    ),
-)
-HEADINGS = (
-    ("regularisation", "regulari[sz]ation"),
-    ("schedule", "schedules?"),
-    ("batch", "batch|batches"),
-    ("optimizer", "optimi[sz]ers?|optimi[sz]ation"),
-    ("architecture", "models?|architecture|attention|layers|network"),
-)
-SPOKEN = (  # words of descriptions that names in train.py don't have
-    ("regularisation", "clipping|regulari[sz]ation"),
-    ("optimizer", "learning_rates|lrs|ns_steps|newton_schulz"),
-    ("schedule", "schedules|cosine"),
-    (
-        "architecture",
-        "ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary|activation|relu|gelu"
-        "|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels",
-    ),
-)
+Subject = Literal["architecture", "optimizer", "schedule", "batch", "regularisation", "other"]
+KINDS: tuple[Subject, ...] = get_args(Subject)
+Rules = list[tuple[Subject, str]]  # a kind, and the words that say it
+
+
+def _rules(text: str) -> Rules:
+    lines = (line.partition(": ") for line in text.strip().split("\n"))
+    return [(cast(Subject, kind), words) for kind, _, words in lines]
+
+
+# By words of a name, in the order in which they are asked. The strong ones are said whatever heading it stands under.
+STRONG = _rules("""
+other: seed
+schedule: lr_decay
+regularisation: drop|dropout|weight_decay|wd|decay|softcap|cap|label_smoothing|smoothing|z_?loss|clip|clipping
+regularisation: regulari[sz]ation
+schedule: schedules?|scheduler|warm|warmup|warmdown|cooldown|anneal|annealing|final|lr_multiplier|cosine
+batch: batch|batches|batchsize|accum|accumulation
+optimizer: lrs?|learning_rates?|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]ers?|optimi[sz]ation|orthogonali[sz]e
+optimizer: ns_steps|newton_schulz
+""")
+WEAK = _rules("""
+schedule: progress|multiplier|iters|iterations
+optimizer: rate|eps|epsilon|steps|update
+architecture: depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm
+architecture: models?|architecture|network|ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary
+architecture: activation|relu|gelu|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels
+""")
 LONGEST = 40  # characters of a value in a summary
 
 
-def of_change(before: bytes, after: bytes) -> tuple[str, ...]:
+def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
     """Which of KINDS a change touches, the one most is changed of first; none if nothing is."""
     try:
-        changes, kinds = changed(before, after), {**definition_kinds(before), **definition_kinds(after)}
+        changes = changed(before, after)
+        kinds: dict[str, Subject] = {**definition_kinds(before), **definition_kinds(after)}
     except SyntaxError:
         return ("other",)
-    sizes = Counter()
+    sizes: Counter[Subject] = Counter()
     for old, new in changes:
         sizes[_kind_of(old, new, kinds)] += _size(old, new)
     return tuple(sorted(sizes, key=lambda kind: (kind == "other", -sizes[kind], KINDS.index(kind))))
 
 
-def of_words(text: str) -> tuple[str, ...]:
+def of_words(text: str) -> tuple[Subject, ...]:
     """What a change is about, by its description alone: one of KINDS. Remarks in parentheses count for nothing, unless
     there is nothing else."""
     text = text.lower()
     for said in (re.sub(r"\([^()]*\)", " ", text), text):
-        if kind := _named(said, STRONG) or _named(said, SPOKEN[:3]) or _named(said, WEAK) or _named(said, SPOKEN):
+        if kind := _named(said, STRONG + WEAK):
             return (kind,)
     return ("other",)
 
@@ -115,31 +110,34 @@ def changed(before: bytes, after: bytes) -> list[tuple[Definition | None, Defini
 
 
 @functools.lru_cache(maxsize=64)  # a best is compared with many
-def definition_kinds(content: bytes) -> dict[str, str]:
+def definition_kinds(content: bytes) -> dict[str, Subject]:
     """The kind of each definition of a train.py, by its name. SyntaxError if it is no Python."""
     text = content.decode("utf-8-sig")
     headings, models = _headings(text), _models(content)
-    kinds = {}
+    kinds: dict[str, Subject] = {}
     for name, definition in definitions(content).items():
-        node = definition.nodes[-1]
-        heading = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
-        owner = name.partition(".")[0]
-        if name == MODULE:
-            kinds[name] = "other"
-        elif owner in models:
-            kinds[name] = "architecture"
+        node, owner = definition.nodes[-1], name.partition(".")[0]
+        heading: Subject | None = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
+        kind: Subject | None = None
+        if owner in models:
+            kind = "architecture"
         elif isinstance(node, ast.ClassDef) and any("Optimizer" in base for base in _bases(node)):
-            kinds[name] = "optimizer"
+            kind = "optimizer"
         elif "." in name:
-            kinds[name] = kinds.get(owner, "other")
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            kinds[name] = _function(node) or heading or _named(name, WEAK) or "other"
-        else:
-            kinds[name] = _named(name, STRONG) or heading or _named(name, WEAK) or "other"
+            kind = kinds.get(owner)
+        elif name != MODULE:
+            given = _arguments(node)
+            if {"grad", "state"} <= given:
+                kind = "optimizer"
+            elif not (kind := _named(name, STRONG)):
+                kind = heading or _named(name, WEAK)
+                if "progress" in given:
+                    kind = "schedule"
+        kinds[name] = kind or "other"
     return kinds
 
 
-def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, str]) -> str:
+def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, Subject]) -> Subject:
     """The kind of a changed definition. A model's class that dropout came into is regularised: what it reads now
     says so."""
     if old and new:
@@ -164,15 +162,14 @@ def _identifier(node: ast.AST) -> str | None:
     return getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    """By its name, or by what it is given."""
-    given = {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-    if {"grad", "state"} <= given:
-        return "optimizer"
-    return _named(node.name, STRONG) or ("schedule" if "progress" in given else None)
+def _arguments(node: ast.stmt) -> set[str]:
+    """Names of what a function is given: they say whether it is an update rule or a schedule."""
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return set()
+    return {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
 
 
-def _named(name: str, rules) -> str | None:
+def _named(name: str, rules: Rules) -> Subject | None:
     """The kind that a word of a name says: of WEIGHT_DECAY, weightDecay and "weight decay" the same."""
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
     return next((kind for kind, known in rules if re.search(rf"(?:^|_)(?:{known})\d*(?:_|$)", words)), None)
@@ -184,7 +181,7 @@ def _bases(node: ast.ClassDef) -> list[str]:
 
 def _models(content: bytes) -> set[str]:
     """Names of the classes that are a Module, or inherit from one here."""
-    models: set[str] = set()
+    models = set()
     for name, definition in definitions(content).items():
         node = definition.nodes[-1]
         if isinstance(node, ast.ClassDef) and any(base == "Module" or base in models for base in _bases(node)):
@@ -192,18 +189,18 @@ def _models(content: bytes) -> set[str]:
     return models
 
 
-def _headings(text: str) -> list[tuple[int, str | None]]:
+def _headings(text: str) -> list[tuple[int, Subject | None]]:
     """(line, kind) of comments that begin a section: lines of their own, at the margin, after an empty line or a rule.
     One after an empty line that says no kind goes back to that of the last one after a rule.
     """
-    found, before, chapter = [], "", None
+    headings, before, chapter = [], "", None
     rule = re.compile(r"#\s*[-=#*]{3,}\s*")
     for number, line in enumerate(text.splitlines(), 1):
         ruled = rule.fullmatch(before)
         if line.startswith("#") and not rule.fullmatch(line) and (ruled or not before.strip()):
-            kind = _named(re.split(r"[,:(.;]", line)[0], HEADINGS)
+            kind = _named(re.split(r"[,:(.;]", line)[0], STRONG + WEAK)
             if ruled:
                 chapter = kind
-            found.append((number, kind or chapter))
+            headings.append((number, kind or chapter))
         before = line
-    return found
+    return headings

@@ -5,11 +5,13 @@ The journal is the session. Everything else (results.tsv, status, exports, repor
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta, Struct
 
+from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
 
 Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm"]
@@ -19,10 +21,25 @@ RunStatus = Literal["ok", "crash", "invalid", "disturbed", "lost"]
 Number = Annotated[int, Meta(ge=0, lt=10**9)]
 Text = Annotated[str, Meta(max_length=4000)]
 Name = Annotated[str, Meta(max_length=200)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{0,64}$")]
-Commit = Annotated[str, Meta(pattern="^[0-9A-Za-z]{0,64}$")]
-Origin = Annotated[str, Meta(max_length=200)]  # "DEVICE/TAG/ID" of the change that this one repeats, or ""
+TAG = r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,60}(?<!\.)(?<!\.lock)"  # it names a folder and a branch
+Tag = Annotated[str, Meta(pattern=rf"^{TAG}\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}\Z")]
+Commit = Annotated[str, Meta(pattern=r"^[0-9A-Za-z]{0,64}\Z")]
+Origin = Annotated[str, Meta(pattern=rf"^({TAG}/{TAG}/[0-9a-f]{{1,64}})?\Z")]  # of a change elsewhere: DEVICE/TAG/ID
+Score = Annotated[float, Meta(gt=0)]  # bits per byte
 Interval = tuple[float, float, float]  # an estimate, and the ends of its 90 % interval
+
+
+def is_tag(text: str) -> bool:
+    """Whether a text can name a session or a device."""
+    return bool(re.fullmatch(TAG, text))
+
+
+class Gains(TypedDict):
+    """Of a confirmation, by rows: the best against the baseline, above 0 is better."""
+
+    val_bpb: Interval
+    held_out_bpb: Interval
 
 
 class Evidence(Struct, frozen=True, omit_defaults=True):
@@ -55,7 +72,7 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         mean, parent_mean: val_bpb over the runs. evidence: None where nothing was compared.
-        gains: of a confirmation, by rows ("val_bpb", "held_out_bpb"): the best against the baseline, above 0 is better.
+        gains: of a confirmation.
         judged: False if nothing was learnt of the change.
     """
 
@@ -64,7 +81,7 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
     mean: float | None = None
     parent_mean: float | None = None
     evidence: Evidence | None = None
-    gains: dict[str, Interval] | None = None
+    gains: Gains | None = None
     judged: bool = True
 
     @property
@@ -81,7 +98,7 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
 class Event(Struct, kw_only=True, omit_defaults=True, tag_field="event"):
     """`time`: seconds since the epoch."""
 
-    time: float = 0.0
+    time: Annotated[float, Meta(ge=0, lt=1e11)] = 0.0
 
 
 class SessionStarted(Event, tag="session"):
@@ -94,8 +111,8 @@ class SessionStarted(Event, tag="session"):
         source: "session", or "ledger" where only a results.tsv of somebody is known.
     """
 
-    tag: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")]
-    device: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")]
+    tag: Tag
+    device: Tag
     backend: Name = ""
     commit: Commit = ""
     budget: Annotated[float, Meta(gt=0, lt=1e9)] | None = None
@@ -138,7 +155,7 @@ class ExperimentOpened(Event, tag="experiment"):
     portable: bool = True
     change: Digest = ""
     family: Digest = ""
-    kinds: list[Name] = []
+    kinds: list[Subject] = []
     diff: Annotated[str, Meta(max_length=2**21)] = ""
     origin: Origin = ""
     members: list[Number] = []
@@ -185,8 +202,8 @@ class RunScored(Event, tag="scored"):
     """
 
     run: Number
-    val_bpb: float | None = None
-    held_out_bpb: float | None = None
+    val_bpb: Score | None = None
+    held_out_bpb: Score | None = None
     problem: Reason | None = None
     rows: Digest = ""
     against: Number | None = None

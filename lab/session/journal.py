@@ -51,7 +51,8 @@ class Journal:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if not any(map(self._sound, lines[place + 1 :])) and not kind_of(line):
                     break
-                raise LabError(self._damage(line, len(self.events) + place + 1, error)) from error
+                number = len(self.events) + place + 1
+                raise LabError(f"{self.path}, line {number}{_damage(line, error)}") from error
             self._read += len(line)
         self.events += events
         return events
@@ -80,14 +81,6 @@ class Journal:
             return False
         return True
 
-    def _damage(self, line: bytes, number: int, error: Exception) -> str:
-        if (kind := kind_of(line)) and "Invalid value" in str(error) and "$.event" in str(error):
-            return (
-                f"{self.path}, line {number}: an event of the unknown kind {kind[:40]!r}; another version of this "
-                "project wrote it: use that one"
-            )
-        return f"{self.path}, line {number} is damaged ({error}); put back a copy of it, or import the session's export"
-
 
 def kind_of(line: bytes) -> str | None:
     """The kind of event that a line says it is; None if it is no JSON object."""
@@ -98,14 +91,23 @@ def kind_of(line: bytes) -> str | None:
     return str(content.get("event", "")) if isinstance(content, dict) else None
 
 
+def _damage(line: bytes, error: Exception) -> str:
+    if (kind := kind_of(line)) and "$.event" in str(error):
+        return (
+            f": an event of the unknown kind {kind[:40]!r}; another version of this project wrote it: use that one, or "
+            "update this one"
+        )
+    return f" is damaged ({error}); put back a copy of it, or import the session's export"
+
+
 def read_events(content: bytes, decoder: msgspec.json.Decoder = EVENTS) -> list:
-    """The events of a whole journal. ValueError with the line for what is none."""
+    """The events of a whole journal. LabError with the line for what is none."""
     events = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
             events.append(decoder.decode(line))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"line {number}: {error}") from None
+            raise LabError(f"line {number}{_damage(line, error)}") from None
     return events
 
 

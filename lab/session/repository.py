@@ -47,39 +47,30 @@ class Repository:
                 else f"there is no {TRAIN} at the root of the repository {root}: is this the project?"
             )
 
-    def git(
-        self,
-        *arguments: str,
-        index: Path | None = None,
-        content: bytes | None = None,
-        check: bool = True,
-        environment: dict | None = None,
-    ) -> str:
+    def git(self, *arguments: str, content: bytes | None = None, check: bool = True, **environment: str | Path) -> str:
         """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
         deadline = time.monotonic() + LOCK_PATIENCE
-        done = self._run(arguments, index, content, environment)
+        done = self._run(arguments, content, environment)
         while done.returncode and check and b".lock'" in done.stderr and time.monotonic() < deadline:
             time.sleep(0.1)  # an editor looks at the repository, say
-            done = self._run(arguments, index, content, environment)
+            done = self._run(arguments, content, environment)
         if done.returncode and check:
             message = "; ".join(done.stderr.decode(errors="replace").split("\n")).strip("; ")
             raise LabError(f"git {arguments[0]} failed in {self.path}: {message}")
         return "" if done.returncode else done.stdout.decode(errors="replace").rstrip("\n")
 
-    def _run(self, arguments, index=None, content=None, more=None) -> subprocess.CompletedProcess:
+    def _run(self, arguments, content: bytes | None = None, more: dict | None = None) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
         if arguments[0] == "commit-tree":
             environment = self._identity() | environment
-        environment |= {"GIT_OPTIONAL_LOCKS": "0", **(more or {})}  # a look changes nothing, the index neither
-        if index:
-            environment["GIT_INDEX_FILE"] = str(index)
-        try:
-            settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
-            # In a session of its own: Ctrl-C is for who called it.
+        environment["GIT_OPTIONAL_LOCKS"] = "0"  # a look changes nothing, the index neither
+        settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
+        command = ["git", "-C", str(self.path), *settings, *arguments]
+        try:  # In a session of its own: Ctrl-C is for who called it.
             return subprocess.run(
-                ["git", "-C", str(self.path), *settings, *arguments],
+                command,
                 input=content,
-                env=environment,
+                env=environment | (more or {}),
                 capture_output=True,
                 check=False,
                 start_new_session=True,
@@ -203,33 +194,20 @@ class Repository:
             paths = [Path(temporary, str(place)) for place in range(len(files))]
             for path, data in zip(paths, files.values()):
                 path.write_bytes(data)
-            blobs = self.git(
-                "hash-object", "-w", "--no-filters", "--stdin-paths", content="\n".join(map(str, paths)).encode()
-            ).split("\n")
+            names = "\n".join(map(str, paths)).encode()
+            blobs = self.git("hash-object", "-w", "--no-filters", "--stdin-paths", content=names).split("\n")
         entries += [f"100644 {blob}\t{name}\0" for name, blob in zip(files, blobs)]
         return self._commit(parent, "".join(entries), message)
 
     def _commit(self, parent: str, entries: str, message: str, like: str | None = None) -> str:
         with tempfile.TemporaryDirectory() as folder:
             index = Path(folder) / "index"
-            self.git("read-tree", parent, index=index)
-            self.git("update-index", "-z", "--index-info", index=index, content=entries.encode())
-            root = self.git("write-tree", index=index)
+            self.git("read-tree", parent, GIT_INDEX_FILE=index)
+            self.git("update-index", "-z", "--index-info", content=entries.encode(), GIT_INDEX_FILE=index)
+            root = self.git("write-tree", GIT_INDEX_FILE=index)
         when = self.git("show", "--no-patch", "--format=%cI", like) if like else None
-        return self.git(
-            "commit-tree",
-            root,
-            "-p",
-            parent,
-            "-F",
-            "-",
-            content=message.encode(errors="replace"),
-            environment={f"GIT_{role}_DATE": when for role in ("AUTHOR", "COMMITTER")} if when else {},
-        )
-
-    def same_files(self, one: str, other: str) -> bool:
-        """Whether two commits hold the same."""
-        return self.git("rev-parse", f"{one}^{{tree}}") == self.git("rev-parse", f"{other}^{{tree}}")
+        dates = dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), when) if when else {}
+        return self.git("commit-tree", root, "-p", parent, "-F", "-", content=message.encode(errors="replace"), **dates)
 
     def _mode(self, commit: str) -> str:
         return self.git("ls-tree", commit, TRAIN).split(" ")[0]
@@ -295,9 +273,8 @@ class Repository:
 
     def sweep(self) -> None:
         """Removes what a killed `settle` has left."""
-        for path in self.path.glob(f"{TRAIN}.*.tmp"):
-            if re.fullmatch(re.escape(TRAIN) + r"\.[\d-]+\.tmp", path.name):
-                path.unlink(missing_ok=True)
+        for path in self.path.glob(f"{TRAIN}.[0-9]*.tmp"):
+            path.unlink(missing_ok=True)
 
     def _git_runs(self) -> bool:
         """Whether a git works on this repository."""

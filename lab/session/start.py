@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import time
@@ -20,23 +19,13 @@ from lab import untrusted
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
 from lab.run import sandbox
-from lab.session.events import ExperimentOpened, SessionStarted
+from lab.session import session as sessions
+from lab.session.events import ExperimentOpened, SessionStarted, is_tag
 from lab.session.journal import Journal
 from lab.session.repository import Repository
-from lab.session.session import (
-    FORMAT,
-    PASSED_ON,
-    PREFIX,
-    Local,
-    Session,
-    device_lock,
-    fingerprints,
-    folder_of,
-    refuse_if_busy,
-)
+from lab.session.session import PREFIX, Session, device_lock
 from lab.session.state import BASELINE
 
-TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
 BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
 
@@ -53,7 +42,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     """
     if runs < 1:
         raise LabError("the baseline needs at least one run")
-    if not TAG.fullmatch(tag) or tag.endswith((".", ".lock")) or ".." in tag:
+    if not is_tag(tag):
         raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
     repository = Repository(path)
     repository.some_branch()
@@ -64,7 +53,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     describe(repository.train())
 
     hardware = backends.identify()
-    folder = folder_of(f"{hardware.slug}/{tag}")
+    folder = sessions.folder_of(f"{hardware.slug}/{tag}")
     if (folder / "session.json").exists():
         raise LabError(
             f"there is a session {tag} already: git switch {PREFIX}{hardware.slug}/{tag} goes on with it; "
@@ -79,28 +68,25 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         say(f"not part of the session, being no part of its commit: {untrusted.listed(others)}")
 
     gpu = which_gpu(hardware.kind)
-    refuse_if_busy(device_lock(hardware.slug, gpu))
+    sessions.refuse_if_busy(device_lock(hardware.slug, gpu))
     branch = f"{PREFIX}{hardware.slug}/{tag}"
     if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(
             f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
         )
-    settings = {
-        f"AUTORESEARCH_{name}": value for name in PASSED_ON if (value := os.environ.get(f"AUTORESEARCH_{name}"))
-    }
-    if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
+    settings = {f"AUTORESEARCH_{name}": os.environ.get(f"AUTORESEARCH_{name}") for name in sessions.PASSED_ON}
+    settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if library := settings["AUTORESEARCH_FA3_LIBRARY"]:  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
-    settings |= {"CUDA_VISIBLE_DEVICES": seen} if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) else {}
-    settings |= {
+    settings = {name: value for name, value in settings.items() if value} | {
         "AUTORESEARCH_HOME": str(storage.home().absolute()),
         "AUTORESEARCH_DATA": data.name,
         "AUTORESEARCH_PROFILE": str(folder / "profile.json"),
         "AUTORESEARCH_BACKEND": hardware.backend,
     }
-    source, blob, now = describe(repository.train()), repository.blob_of(commit) or "", time.time()
     rates = profile["products"]["rates"][profile["settings"]["precision"]]
     started = SessionStarted(
-        time=now,
+        time=time.time(),
         tag=tag,
         device=hardware.slug,
         backend=hardware.backend,
@@ -117,15 +103,9 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         slowest=BAND * rates["low"] / rates["median"],
         attention_provider=profile.get("attention_provider"),
     )
+    blob, facts = repository.blob_of(commit) or "", vars(describe(repository.train()))
     baseline = ExperimentOpened(
-        number=BASELINE,
-        kind="baseline",
-        blob=blob,
-        commit=commit,
-        description="baseline",
-        digest=source.digest,
-        complexity=source.complexity,
-        portable=source.portable,
+        number=BASELINE, kind="baseline", blob=blob, commit=commit, description="baseline", **facts
     )
     with device_lock(hardware.slug, f"start-{tag}"):  # two commands with one tag
         if (folder / "session.json").exists():
@@ -137,8 +117,8 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         journal.append(baseline)
         repository.move(f"refs/heads/{branch}", commit)
         repository.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
-        local = Local(
-            format=FORMAT,
+        local = sessions.Local(
+            format=sessions.FORMAT,
             repository=str(repository.path),
             commit=commit,
             gpu=gpu,
@@ -146,7 +126,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
             settings=settings,
             memory_ceiling=int(rule.SHARE_OF_MEMORY * profile["free_memory"]),
             unified=hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
-            judge=fingerprints(folder / "judge"),
+            judge=sessions.fingerprints(folder / "judge"),
         )
         storage.write_json(folder / "session.json", msgspec.to_builtins(local))  # last: with it there is a session
     return Session(folder)

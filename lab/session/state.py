@@ -196,8 +196,8 @@ class State:
             if any(getattr(known, name) != value for name, value in facts.items()):
                 raise LabError(f"the journal opens experiment {event.number} twice; import the session's export")
             return
-        if event.onto is not None:
-            self._experiment(event.onto)
+        for number in event.members if event.onto is None else (event.onto, *event.members):
+            self._experiment(number)
         self.experiments[event.number] = Experiment(**facts)
 
     def _start(self, event: RunStarted) -> None:
@@ -223,6 +223,8 @@ class State:
 
     def _apply(self, event: ExperimentApplied) -> None:
         experiment = self._experiment(event.experiment)
+        if experiment.decided is None:
+            raise LabError(f"the journal applies experiment {event.experiment}, which it never decided")
         if experiment.applied is None:
             self.done.append(experiment)
         experiment.applied = self._once(experiment.applied, event)

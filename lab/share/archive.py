@@ -1,4 +1,7 @@
-"""The files of an exported session by name: read from a folder, an archive or a branch with no trust in any of them."""
+"""The files of an exported session by name: read from a folder, an archive or a branch with no trust in any of them.
+
+MANIFEST.json, with the size and sha256 of each, is added when they are written, and checked when they are read.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import zlib
 from pathlib import Path
 
 import storage
+from lab.session.journal import sync_files
 from lab.session.repository import Repository
 
 Files = dict[str, bytes]
@@ -23,6 +27,8 @@ NAME = re.compile(
     r"journal\.jsonl|train\.py|(profile|MANIFEST)\.json|results\.tsv|SUMMARY\.md|\.gitattributes|rows/[0-9]{4,9}\.npz"
 )
 ROWS = "rows"  # the only folder
+MANIFEST, ATTRIBUTES = "MANIFEST.json", ".gitattributes"
+UNCHANGED = b"* -text\n"  # ATTRIBUTES: git is to leave the files of a branch as they are
 ARCHIVES = (".tar.gz", ".tgz")
 PUBLISHED = "session/"  # the folder of a branch
 MOST_FILES, MOST_BYTES = 5000, 2**28
@@ -32,35 +38,78 @@ class Wrong(ValueError):
     """What is wrong with an exported session, beginning with the file's name."""
 
 
+# --- The manifest ---
+
+
+def _facts(data: bytes) -> dict:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def sealed(files: Files) -> Files:
     """Files with their manifest."""
-    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    return files | {"MANIFEST.json": json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n"}
+    manifest = {name: _facts(data) for name, data in files.items()}
+    return files | {MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n"}
+
+
+def unsealed(files: Files) -> Files:
+    """Files without their manifest. Wrong if it tells of others."""
+    if files.get(ATTRIBUTES, UNCHANGED) != UNCHANGED:
+        raise Wrong(f"{ATTRIBUTES} says something else than {UNCHANGED.decode().strip()!r}")
+    if MANIFEST not in files:
+        raise Wrong(f"{MANIFEST} is missing")
+    manifest = read_json(MANIFEST, files[MANIFEST])
+    files = {name: data for name, data in files.items() if name not in (MANIFEST, ATTRIBUTES)}
+    for name in sorted(files.keys() | manifest.keys()):
+        if name not in manifest:
+            raise Wrong(f"{name} is not in {MANIFEST}")
+        if name not in files:
+            raise Wrong(f"{name[:200]!r}, which {MANIFEST} lists, is missing")
+        if manifest[name] != _facts(files[name]):
+            raise Wrong(f"{name} is damaged: it is not what {MANIFEST} says")
+    return files
+
+
+def read_json(name: str, data: bytes) -> dict:
+    """The object that a file holds. Wrong if it holds none."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Wrong(f"{name} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise Wrong(f"{name} holds no object")
+    return content
 
 
 # --- Writing ---
 
 
 def write(files: Files, target: Path, name: str) -> Path:
-    """Writes files into a new folder, or an archive if `target` ends in .tar.gz: durably, whole or not at all.
+    """Writes files and their manifest to a new folder, or an archive if `target` ends in .tar.gz: durably, whole or not
+    at all. What an archive holds depends on names and contents alone.
 
     Args:
         name: of the folder that an archive holds.
+
+    Raises:
+        DataError: it can't be written; the reason says why.
     """
+    files = sealed(files)
     if target.name.endswith(ARCHIVES):
-        with storage.atomic(target) as file:
-            _pack(files, name, file)
+        with storage.atomic(target) as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for path in sorted(files):
+                    member = tarfile.TarInfo(f"{name}/{path}")
+                    member.size = len(files[path])
+                    archive.addfile(member, io.BytesIO(files[path]))
         return target
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        for path, data in files.items():
-            with storage.writing(temporary / path), open(temporary / path, "wb") as file:
-                file.write(data)
-                file.flush()
-                storage.sync(file.fileno())
-        for folder in {(temporary / path).parent for path in files}:
-            storage.sync_folder(folder)
         with storage.writing(target):
+            for path, data in files.items():
+                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / path).write_bytes(data)
+            for folder in {(temporary / path).parent for path in files}:
+                sync_files(folder)
             os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,21 +117,22 @@ def write(files: Files, target: Path, name: str) -> Path:
     return target
 
 
-def _pack(files: Files, top: str, file) -> None:
-    """Nothing but names and contents decides the bytes of an archive."""
-    with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
-        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for name in sorted(files):
-                member = tarfile.TarInfo(f"{top}/{name}")
-                member.size = len(files[name])
-                archive.addfile(member, io.BytesIO(files[name]))
-
-
 # --- Reading ---
 
 
+def read(source: Path) -> Files:
+    """The files of an exported session, each with a name that is expected. Wrong if there is anything else."""
+    return unsealed(_in_folder(source) if source.is_dir() else _in_archive(source))
+
+
+def is_archive(source: Path) -> bool:
+    """Whether a file is compressed; else it may be a ledger."""
+    with open(source, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def _allow(sizes: dict[str, int], name: str, size: int) -> None:
-    """Notes a file that an export may have. Wrong if it may not."""
+    """Notes a file before it is read. Wrong if an export may not have it."""
     if not NAME.fullmatch(name):
         raise Wrong(f"{name[:200]!r} is no part of an exported session")
     if name in sizes or size < 0:
@@ -94,48 +144,24 @@ def _allow(sizes: dict[str, int], name: str, size: int) -> None:
         raise Wrong(f"with {name} it has more than {MOST_BYTES:,} bytes")
 
 
-def read(source: Path) -> Files:
-    """The files of an exported session, each with a name that is expected. Wrong if there is anything else."""
-    return _read_folder(source) if source.is_dir() else _read_archive(source)
-
-
-def is_archive(source: Path) -> bool:
-    """Whether a file is compressed; else it may be a ledger."""
-    with open(source, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def _read_folder(source: Path) -> Files:
+def _in_folder(source: Path) -> Files:
     sizes, files = {}, {}
-    for folder in ("", f"{ROWS}/"):
-        if folder and not (source / folder).is_dir():  # a link to one was refused before, in the folder it is in
+    for path in [*source.glob("*"), *source.glob(f"{ROWS}/*")]:
+        name, status = path.relative_to(source).as_posix(), path.lstat()
+        if name == ROWS and stat.S_ISDIR(status.st_mode):
             continue
-        for entry in os.scandir(source / folder):
-            name, is_file = folder + entry.name, entry.is_file(follow_symlinks=False)
-            if name == ROWS and entry.is_dir(follow_symlinks=False):
-                continue
-            size = entry.stat(follow_symlinks=False).st_size
-            if not is_file:
-                raise Wrong(f"{name[:200]!r} is not a plain file")
-            _allow(sizes, name, size)
-            files[name] = _read_plain(source / name, name, size)
+        if not stat.S_ISREG(status.st_mode):
+            raise Wrong(f"{name[:200]!r} is not a plain file")
+        _allow(sizes, name, status.st_size)
+        files[name] = path.read_bytes()
     return files
 
 
-def _read_plain(path: Path, name: str, size: int) -> bytes:
-    """A file's content, if it is still the plain file that was seen, and not larger by now."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Wrong(f"{name} is not a plain file")
-        return file.read(size)
-
-
-def _read_archive(source: Path) -> Files:
+def _in_archive(source: Path) -> Files:
     sizes, files, tops = {}, {}, set()
     most = MOST_BYTES + 3 * 512 * MOST_FILES  # with headers, padding and folders
     try:
-        with gzip.open(source, "rb") as packed:
+        with gzip.open(source) as packed:
             content = packed.read(most + 1)
         if len(content) > most:
             raise Wrong(f"it unpacks to more than {MOST_BYTES:,} bytes")
@@ -147,9 +173,9 @@ def _read_archive(source: Path) -> Files:
                     raise Wrong(f"it holds more than {MOST_FILES:,} files")
                 if top in ("", "..") or len(tops) > 1:
                     raise Wrong(f"{member.name[:200]!r} is not in one folder with the rest")
-                if member.type == tarfile.DIRTYPE and name in ("", ROWS):
+                if member.isdir() and name in ("", ROWS):
                     continue
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:  # pyright: ignore
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                     raise Wrong(f"{member.name[:200]!r} is not a plain file")
                 _allow(sizes, name, member.size)
                 file = archive.extractfile(member)
@@ -187,4 +213,4 @@ def read_branch(repository: Repository, name: str) -> Files | None:
     if not blobs:
         raise Wrong(f"it has no folder {PUBLISHED}, as lab export --publish makes it")
     contents = repository.contents(list(blobs.values()))
-    return {file: contents[blob] for file, blob in blobs.items()}
+    return unsealed({file: contents[blob] for file, blob in blobs.items()})

@@ -13,16 +13,15 @@ import storage
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.session import ledger
-from lab.session.journal import read_events
 from lab.session.record import Record
 from lab.session.session import Session
-from lab.session.state import State
 from lab.share import archive
 from lab.share.archive import Files, Wrong
 from lab.share.summary import summary
 from lab.share.verify import CONTROL, verified
 
 PART = r"[\w.+@$-]+"  # of a path
+ENCODER = msgspec.json.Encoder()
 
 
 def export_session(session: Session, target: Path) -> Path:
@@ -39,7 +38,7 @@ def export_session(session: Session, target: Path) -> Path:
 
 def files_of(session: Session) -> Files:
     """The files of a session of this machine, as it may leave it: paths are cut down to names in all but the diffs,
-    which have to stay what they are. LabError if something of it is damaged."""
+    which have to stay what they are. Equal sessions give equal files. LabError if something of it is damaged."""
     session.refresh()
     clean = _cleaner(session.local.repository, session.folder, storage.home(), Path.home())
     events = []
@@ -48,34 +47,23 @@ def files_of(session: Session) -> Files:
         events.append(clean(event) | diff)
     try:
         profile = clean(msgspec.json.decode((session.folder / "profile.json").read_bytes()))
-        others = {
+        files = {
+            "journal.jsonl": ENCODER.encode_lines(events),
             TRAIN: (session.judge / TRAIN).read_bytes(),
-            "profile.json": msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n",
+            "profile.json": msgspec.json.format(ENCODER.encode(profile), indent=1) + b"\n",
         }
         for run in session.state.runs.values():
             path = session.run_folder(run.number) / "rows.npz"
             if run.scored and run.scored.rows and path.is_file():
-                others[f"{archive.ROWS}/{run.number:04d}.npz"] = path.read_bytes()
-        files = assembled(events, others)
-        verified(files)  # what this project would not import is no use to anybody
+                files[f"{archive.ROWS}/{run.number:04d}.npz"] = path.read_bytes()
+        return files | views(verified(files))  # what this project would not import is no use to anybody
     except (Wrong, OSError, msgspec.DecodeError) as error:
         raise LabError(f"session {session.folder} can't be exported: {error}; fix that and export again") from error
-    return files
 
 
-def assembled(events: list, others: Files | None = None) -> Files:
-    """The files of an export, from its events and what can't be derived of them. Equal sessions give equal files.
-
-    Raises:
-        Wrong: an event can't be.
-    """
-    journal, others = b"".join(msgspec.json.encode(event) + b"\n" for event in events), others or {}
-    try:
-        record = Record(State(read_events(journal)), others.get(TRAIN))
-    except (ValueError, LabError) as error:
-        raise Wrong(str(error)) from None
-    views = {"results.tsv": ledger.dumps(ledger.rows_of(record.state)), "SUMMARY.md": summary(record).encode()}
-    return archive.sealed({"journal.jsonl": journal, **others, **views})
+def views(record: Record) -> Files:
+    """The files of an export that are made of its journal."""
+    return {"results.tsv": ledger.dumps(ledger.rows_of(record.state)), "SUMMARY.md": summary(record).encode()}
 
 
 def _cleaner(*known: Path | str) -> Callable:
@@ -88,8 +76,7 @@ def _cleaner(*known: Path | str) -> Callable:
     folders = {str(path) for path in known if len(str(path)) > 1}
     roots = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
     pattern = re.compile(
-        rf"(?<![\w.~/])(?:(?:{roots})(?!{PART})(?:[/\\]+{PART})*|(?:/{PART}){{2,}}"
-        rf"|[A-Za-z]:(?:[/\\]+{PART})+)"
+        rf"(?<![\w.~/])(?:(?:{roots})(?!{PART})(?:[/\\]+{PART})*|(?:/{PART}){{2,}}|[A-Za-z]:(?:[/\\]+{PART})+)"
     )
 
     def last_part(path: re.Match) -> str:

@@ -1,183 +1,130 @@
-"""A session of which only a results.tsv is known, the original's or ours, as events: what reads journals reads it."""
+"""The original's results.tsv, where nothing else is known of a session, as events: what reads journals reads it.
+
+Of its five columns, with tabs between, nothing is escaped. Each row is the one run of a change of the best before it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import statistics
-from calendar import timegm
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from time import strptime
-from typing import Any, get_args
 
 from lab import untrusted
 from lab.errors import LabError
 from lab.genome.kinds import of_words
-from lab.session import ledger
-from lab.session.events import Kind
-from lab.session.state import BASELINE, MEASURING
+from lab.reasons import because
+from lab.session import events
+from lab.session.events import Event, Verdict
+from lab.session.ledger import ORIGINAL
 from lab.share.archive import MOST_BYTES, Wrong
-from lab.share.verify import LAST_TIME, is_origin, is_tag
 
-FEWEST, MOST = 1e-9, 1e15  # of anything that a run is measured by
-COUNTED = ("experiment", "run", "seed")
+MOST = 1e6  # of a score, and of gigabytes
+NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
 SHOWN = 5  # damaged lines
 TEXT = 4000  # characters
 FIVE = "a ledger of five columns: each change was run once, and how far chance moves scores is unknown: unconfirmed"
 
 
-def events_of(source: Path, device: str | None) -> list[dict]:
-    """The events of a ledger, as JSON has them. Its file's name is the session's tag.
+def events_of(source: Path, device: str | None) -> Iterator[Event]:
+    """The events of a ledger, whose file's name is the session's tag.
 
     Args:
-        device: of the rows that don't say it: its tag, such as nvidia-h100-80gb.
+        device: its tag, such as nvidia-h100-80gb.
 
     Raises:
-        LabError, Wrong: it is no ledger, or not of one device.
+        LabError, Wrong: it is no ledger, or its device is not known.
     """
     if source.stat().st_size > MOST_BYTES:
         raise Wrong(f"it has more than {MOST_BYTES:,} bytes, too many for a results.tsv")
-    try:
-        content = ledger.read(source)
-    except LabError as error:
-        raise LabError(f"{error}; a session is a results.tsv, or a folder or .tar.gz from lab export") from None
-    if not content.rows:
-        raise Wrong("it holds no rows")
-    rows: list[dict[str, Any]] = [{name: _believed(name, value) for name, value in row.items()} for row in content.rows]
-    numbered = all(row["experiment"] is not None and row["run"] is not None for row in rows)
-    values = {name: {row[name] for row in rows} for name in ("backend", "eval", "data", "profile")}
-    started = {
-        "event": "session",
-        "time": next((time for row in rows if (time := _time(row["started"]))), 0.0),
-        "tag": "-".join(re.findall(r"[a-z0-9]+", source.stem.lower()))[:40].strip("-") or "unnamed",
-        "device": _device(source, {row["device"] for row in rows}, device),
-        "budget": Counter(row["budget"] for row in rows).most_common(1)[0][0],
-        "source": "ledger",
-        "notes": [*_notes(source.name, content), *[FIVE] * (not numbered)],
-        **{name: known.pop()[:200] if len(known) == 1 else "" for name, known in values.items()},
-    }
-    return [started, *_experiments(rows, numbered)]
-
-
-def _device(source: Path, named: set[str], device: str | None) -> str:
-    if "" in named and not device:
-        raise LabError(
-            f"the rows of {source} don't say which device they are of; name it, such as: --device nvidia-h100-80gb"
+    rows, notes = parse(source.read_bytes(), source.name)
+    if not device:
+        raise LabError(f"{source} does not say which device it is of; name it, such as: --device nvidia-h100-80gb")
+    if not events.is_tag(device):
+        raise LabError(f"{device!r} can't name a device: letters, digits, dots and dashes, such as nvidia-h100-80gb")
+    tag = "-".join(re.findall(r"[a-z0-9]+", source.stem.lower()))[:40].strip("-") or "unnamed"
+    yield events.SessionStarted(tag=tag, device=device, source="ledger", notes=[*notes, FIVE])
+    best = None  # number and blob
+    for number, row in enumerate(rows):
+        blob = hashlib.sha256(f"{number} {row['commit']}".encode()).hexdigest()[:40]
+        opened = events.ExperimentOpened(
+            number=number,
+            kind="change" if number else "baseline",
+            blob=blob,
+            commit=re.sub("[^0-9A-Za-z]", "", row["commit"])[:64],
+            description=row["description"],
+            kinds=list(of_words(row["description"])) if number else [],
         )
-    others = sorted(named - {"", device or ""})
-    if others and (device or len(others) > 1):
-        raise Wrong(f"its rows are of {', '.join(others)}" + f", not of {device}" * bool(device))
-    name = device or others[0]
-    if not is_tag(name):
-        raise LabError(f"{name!r} can't name a device: letters, digits, dots and dashes, such as nvidia-h100-80gb")
-    return name
+        if best:
+            opened.onto, opened.parent = best
+        yield opened
+        score, status, told = row["val_bpb"], row["status"], because("told", words="")
+        ok = score is not None and status in ("keep", "discard")
+        failed = "crash" if status == "crash" else "invalid"
+        result = {"val_bpb": score, "peak_vram_mb": row["memory_gb"] and row["memory_gb"] * 1024}
+        yield events.RunStarted(number=number + 1, experiment=number, blob=blob)
+        yield events.RunEnded(
+            run=number + 1,
+            status="ok" if ok else failed,
+            reason=None if ok else told,
+            result={name: value for name, value in result.items() if value is not None},
+        )
+        yield events.ExperimentDecided(experiment=number, verdict=Verdict(status if ok else failed, told, score))
+        yield events.ExperimentApplied(experiment=number, commit=opened.commit)
+        best = (number, blob) if ok and status == "keep" else best
 
 
-def _notes(name: str, content: ledger.Ledger) -> Iterator[str]:
-    if not content.headed:
-        yield f"{name} does not name its columns; they are taken for {' '.join(content.columns)}"
-    for line in content.set_aside[:SHOWN]:
-        yield f"{name}, line {line.line}, was set aside: {line.why}: {untrusted.one_line(line.text)}"
-    if more := content.set_aside[SHOWN:]:
-        yield f"so were {len(more)} more lines of {name}"
+def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
+    """The rows of a ledger by column, and notes on what was not believed of it. A score or a peak of memory is None
+    where nothing was measured. Wrong if there are no rows.
 
-
-def _believed(name: str, value: Any) -> Any:
-    """A field with no text that a terminal would obey. A figure that nothing can have measured, and that would break
-    sums, is unknown."""
-    if isinstance(value, str):
-        return value if value.isprintable() and len(value) <= TEXT else untrusted.one_line(value, TEXT)
-    low, high = (-1, 1e9) if name in COUNTED else (FEWEST, MOST)
-    return value if value is not None and low < value < high else None
-
-
-def _time(text: str) -> float:
-    try:
-        time = float(timegm(strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return 0.0
-    return time if 0 < time < LAST_TIME else 0.0
-
-
-def _experiments(rows: list[dict], numbered: bool) -> Iterator[dict]:
-    """
     Args:
-        numbered: the rows name their experiments and runs; else each is an experiment on the best before it.
+        name: what the notes call it.
     """
-    groups: dict[int, list[dict]] = {}
-    for place, row in enumerate(rows):
-        if not numbered:
-            row |= {"experiment": place, "run": place + 1}
-        groups.setdefault(row["experiment"], []).append(row)
-    numbers: dict[str, int] = {}  # by commit
-    blobs: dict[int, str] = {}
-    best = None
-    for number, group in groups.items():
-        own = [row for row in group if row["kind"] != "parent"]
-        first, scored = (own or group)[0], [row for row in own if _is_ok(row)]
-        kind = _kind(number, first)
-        parent = first["parent"] or next((row["commit"] for row in group if row["kind"] == "parent"), "")
-        onto = None if number == BASELINE else numbers.get(parent) if numbered else best
-        of = numbers.get(first["commit"], number) if kind in MEASURING else number
-        blobs[number] = blobs.get(of) or hashlib.sha256(f"{number} {first['commit']}".encode()).hexdigest()[:40]
-        commit = re.sub("[^0-9A-Za-z]", "", first["commit"])[:64] if own else ""
-        yield {
-            "event": "experiment",
-            "time": _time(first["started"]),
-            "number": number,
-            "kind": kind,
-            "blob": blobs[number],
-            "parent": None if onto is None else blobs[onto],
-            "onto": onto,
-            "commit": commit,
-            "description": first["description"],
-            "portable": first["portable"] != "no",
-            "kinds": of_words(first["description"]) if number else (),
-            "origin": first["origin"] if is_origin(first["origin"]) else "",
-            **{name: first[name] * bool(re.fullmatch("[0-9a-f]{1,64}", first[name])) for name in ("change", "family")},
-        }
-        for row in group:
-            yield from _run(row, blobs[number if row["kind"] != "parent" or onto is None else onto])
-        statuses = {row["status"] for row in own}
-        verdict = {
-            "status": next((known for known in ("keep", "discard", "crash") if known in statuses), "invalid"),
-            "reason": _told((scored or group)[-1]),
-            "mean": statistics.fmean(row["val_bpb"] for row in scored) if scored else None,
-        }
-        yield {"event": "decided", "experiment": number, "verdict": verdict}
-        yield {"event": "applied", "experiment": number, "commit": commit}
-        if kind not in MEASURING and own:
-            numbers[first["commit"]] = number
-        best = number if verdict["status"] == "keep" else best
+    *lines, tail = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    rows, notes, aside = [], [], []
+    columns = ()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            fields = [untrusted.one_line(field, TEXT) for field in line.decode().split("\t")]
+            if not columns and set(ORIGINAL) <= set(fields):
+                columns = fields
+                continue
+            if not columns:
+                columns = ORIGINAL
+                notes = [f"{name} does not name its columns; they are taken for {' '.join(columns)}"]
+            rows.append(_row(columns, fields))
+        except ValueError as error:  # UnicodeDecodeError is one
+            aside.append(_set_aside(name, number, line, error))
+    if tail.strip():
+        aside.append(_set_aside(name, len(lines) + 1, tail, "it may be cut short: end the line if it is whole"))
+    if "experiment" in columns:
+        raise Wrong("it is the ledger of a session of this project; take its export (python -m lab export X.tar.gz)")
+    if not rows:
+        raise Wrong(
+            f"it is no ledger, or holds no rows: those are {', '.join(ORIGINAL)} with tabs between; a session is a "
+            "results.tsv, or a folder or .tar.gz from lab export"
+        )
+    if len(aside) > SHOWN:
+        aside[SHOWN:] = [f"so were {len(aside) - SHOWN} more lines of {name}"]
+    return rows, notes + aside
 
 
-def _kind(number: int, row: dict) -> str:
-    if number == BASELINE or row["kind"] in (set(get_args(Kind)) - {"baseline"}):
-        return "baseline" if number == BASELINE else row["kind"]
-    return "replay" if row["origin"] and not row["kind"] else "change"
+def _row(columns: Sequence[str], fields: list[str]) -> dict:
+    if len(fields) != len(columns):
+        raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
+    row = dict(zip(columns, fields))
+    return row | {name: _number(name, row[name]) for name in ("val_bpb", "memory_gb")}
 
 
-def _run(row: dict, blob: str) -> Iterator[dict]:
-    time, seconds, run, ok = _time(row["started"]), row["total_seconds"] or 0.0, row["run"], _is_ok(row)
-    result = {}
-    for name, measure in ledger.MEASURED.items():
-        if row[name] not in (None, ""):
-            value = row[name] == "yes" if measure.type is bool else row[name]
-            result[measure.name] = value / measure.scale if measure.type is float else value
-    facts = {"experiment": row["experiment"], "blob": blob, "seed": row["seed"], "budget": row["budget"]}
-    yield {"event": "run", "time": time, "number": run, **facts}
-    facts = {"result": result, "seconds": seconds, "reason": None if ok else _told(row)}
-    status = "ok" if ok else "crash" if row["status"] == "crash" else "invalid"
-    yield {"event": "ran", "time": time and time + seconds, "run": run, "status": status, **facts}
-    if row["held_out_bpb"] is not None:
-        yield {"event": "scored", "time": time, "run": run, "held_out_bpb": row["held_out_bpb"]}
+def _number(name: str, text: str) -> float | None:
+    value = float(text or 0) if NUMBER.fullmatch(text.lower()) or not text else -1.0
+    if not 0 <= value < MOST:
+        raise ValueError(f"{name} is {text[:40]!r}, not a number that fits its column")
+    return value or None
 
 
-def _told(row: dict) -> dict:
-    return {"code": "told", "facts": {"words": row["reason"]}}
-
-
-def _is_ok(row: dict) -> bool:
-    return row["val_bpb"] is not None and row["status"] in ("keep", "discard")
+def _set_aside(name: str, number: int, line: bytes, why: Exception | str) -> str:
+    return f"{name}, line {number}, was set aside: {why}: {untrusted.one_line(line.decode(errors='replace'))}"

@@ -10,7 +10,7 @@ from lab.errors import LabError
 from lab.session.session import Session
 from lab.share import archive
 from lab.share.export import files_of
-from lab.share.verify import ATTRIBUTES, verified
+from lab.share.verify import verified
 
 
 def publish(session: Session, replace: bool = False) -> tuple[str, str]:
@@ -30,10 +30,11 @@ def publish(session: Session, replace: bool = False) -> tuple[str, str]:
     for experiment in verified(files).state.kept:  # as it may leave this machine
         if experiment.number and experiment.applied:
             commit = repository.commit(commit, experiment.blob, experiment.description, like=experiment.here)
-    files = {archive.PUBLISHED + name: data for name, data in (files | {".gitattributes": ATTRIBUTES}).items()}
+    files = archive.sealed(files) | {archive.ATTRIBUTES: archive.UNCHANGED}
+    files = {archive.PUBLISHED + name: data for name, data in files.items()}
     commit = repository.commit_files(commit, archive.PUBLISHED, files, f"session {session.name}: its export")
     there = repository.commit_of(f"refs/heads/{branch}")
-    if there and repository.same_files(there, commit):
+    if there and repository.git("diff", "--name-only", there, commit) == "":
         return branch, there
     if there and not replace:
         raise LabError(

@@ -8,6 +8,7 @@ far, and what is kept moves the branch.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -30,6 +31,7 @@ from lab.verdict.plan import noise_of
 WIDTH = 160  # characters of a description, or of a line
 MOST_SHOWN = 12  # lines of a conflict
 MOST_RUNS = 100
+EFFECT = "{value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6f}; {runs} runs against {parent_runs})"
 
 
 @dataclass
@@ -138,22 +140,17 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
 
 def go(session: Session, options) -> int:
     """Replays a session's changes; see __main__.py for the options."""
-    if not 1 <= options.runs <= MOST_RUNS or options.limit is not None and options.limit < 1:
-        raise LabError(f"--runs is at least 1 and at most {MOST_RUNS}, --limit at least 1")
+    if not 1 <= options.runs <= MOST_RUNS:
+        raise LabError(f"--runs is at least 1 and at most {MOST_RUNS}")
     record = sources.read(options.source)
     if record.name == session.name:
         raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
     changes = candidates(record, options.all)
 
-    def say(text: str) -> None:
-        if not options.json:
-            print(text, flush=True)
-
-    say(
-        f"{counted(len(changes), 'change')} of {record.name}, each on the "
-        f"{'best so far' if options.stack else 'baseline'}, at least {counted(options.runs, 'run')} of "
-        f"{session.budget:g} s"
-    )
+    say = (lambda text: None) if options.json else functools.partial(print, flush=True)
+    onto = "best so far" if options.stack else "baseline"
+    runs = f"at least {counted(options.runs, 'run')} of {session.budget:g} s"
+    say(f"{counted(len(changes), 'change')} of {record.name}, each on the {onto}, {runs}")
     for name in ("eval", "budget"):
         there, here = getattr(record.started, name), getattr(session.started, name)
         if there and there != here:
@@ -163,7 +160,7 @@ def go(session: Session, options) -> int:
         opening.refuse_if_not_ours(session)
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
-        for line in _edited(candidate) if options.dry_run else _conflicts(candidate):
+        for line in _conflicts(candidate) + _edited(candidate) * options.dry_run:
             say(f"         {line}")
     if options.json:
         print(json.dumps([_facts(session, candidate) for candidate in changes], indent=1))
@@ -177,7 +174,7 @@ def go(session: Session, options) -> int:
 
 def _carried_out(session: Session, changes: list[Candidate], options, say: Callable) -> Iterator[Candidate]:
     """Each candidate, once it is done; or, in a dry run, as if all were kept."""
-    begun, stacked = 0, None
+    stacked = None
     if not options.dry_run:
         _finish(session, say)
         opening.sound_baseline(session)
@@ -188,12 +185,8 @@ def _carried_out(session: Session, changes: list[Candidate], options, say: Calla
         if options.dry_run:
             stacked = candidate.content or stacked if options.stack else None
         elif candidate.content is not None or candidate.again:
-            if begun == options.limit:
-                candidate.why, candidate.content, candidate.again = "left for later (--limit)", None, None
-            else:
-                begun += 1
-                say(f"         {candidate.description} ...")
-                candidate.done = _run(session, candidate, onto, options)
+            say(f"         {candidate.description} ...")
+            candidate.done = _run(session, candidate, onto, options)
         yield candidate
 
 
@@ -261,47 +254,34 @@ def effect(session: Session, experiment: Experiment) -> dict | None:
 
 
 def _told(session: Session, candidate: Candidate) -> str:
-    done = candidate.done
+    done, why, description = candidate.done, candidate.why, candidate.description
     if done is None:
-        return (
-            f"{candidate.why or 'applies'}{', and would be run again' * bool(candidate.again)}: {candidate.description}"
-        )
-    numbers = ""
-    if moved := effect(session, done):
-        numbers = (
-            ", {value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6f}; {runs} runs against "
-            "{parent_runs})".format_map(moved)
-        )
+        return f"{why or 'applies'}{', and would be run again' * bool(candidate.again)}: {description}"
+    moved = effect(session, done)
+    numbers = f", {EFFECT.format_map(moved)}" if moved else ""
     if not candidate.content and not candidate.again:
-        return f"{candidate.why}{numbers}: {candidate.description}"
-    why = "" if moved else f" ({untrusted.one_line(done.verdict.said, WIDTH)})"
-    return f"experiment {done.number}: {done.status.upper()}{numbers}{why}: {candidate.description}"
+        return f"{why}{numbers}: {description}"
+    reason = "" if moved else f" ({untrusted.one_line(done.verdict.said, WIDTH)})"
+    return f"experiment {done.number}: {done.status.upper()}{numbers}{reason}: {description}"
 
 
-def _edited(candidate: Candidate) -> Iterator[str]:
-    """What it would change here, or what stands in the way."""
+def _edited(candidate: Candidate) -> list[str]:
+    """What it would change here, whole: blanks could push code out of what is read."""
     if candidate.content is None:
-        yield from _conflicts(candidate)
-        return
+        return []
     changed = diff(candidate.here, candidate.content).split("\n")[2:-1]
-    yield from untrusted.visible("\n".join(changed)).split("\n")  # whole: blanks could push code out of what is read
+    return untrusted.visible("\n".join(changed)).split("\n")
 
 
-def _conflicts(candidate: Candidate) -> Iterator[str]:
+def _conflicts(candidate: Candidate) -> list[str]:
     """The lines where it does not apply."""
-    rows = [
-        f"{mark} {row.decode(errors='replace')}"
-        for conflict in candidate.conflicts
-        for mark, lines in (
-            (f"line {conflict.line} is here:", conflict.here),
-            ("was there:", conflict.before),
-            ("became there:", conflict.after),
-        )
-        for row in lines or [b"(nothing)"]
-    ]
-    yield from (untrusted.one_line(row, WIDTH) for row in rows[:MOST_SHOWN])
-    if len(rows) > MOST_SHOWN:
-        yield f"and {len(rows) - MOST_SHOWN} more lines"
+    rows = []
+    for conflict in candidate.conflicts:
+        sides = {f"line {conflict.line} is here:": conflict.here, "was there:": conflict.before}
+        for side, lines in (sides | {"became there:": conflict.after}).items():
+            rows += [f"{side} {line.decode(errors='replace')}" for line in lines] or [f"{side} (nothing)"]
+    more = [f"and {len(rows) - MOST_SHOWN} more lines"] * (len(rows) > MOST_SHOWN)
+    return [untrusted.one_line(row, WIDTH) for row in rows[:MOST_SHOWN]] + more
 
 
 def _facts(session: Session, candidate: Candidate) -> dict:
@@ -312,9 +292,9 @@ def _facts(session: Session, candidate: Candidate) -> dict:
         "origin": candidate.origin,
         "description": candidate.description,
         "gain_there": evidence.gain if evidence and evidence.error else None,
-        "experiment": done.number if done else None,
-        "status": done.status if done else None,
-        "effect": effect(session, done) if done else None,
+        "experiment": done and done.number,
+        "status": done and done.status,
+        "effect": done and effect(session, done),
         "why": candidate.why,
-        "conflicts": list(_conflicts(candidate)),
+        "conflicts": _conflicts(candidate),
     }

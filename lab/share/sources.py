@@ -14,13 +14,12 @@ from pathlib import Path
 
 import storage
 from lab.errors import LabError
-from lab.session import ledger
 from lab.session.record import Record
 from lab.session.repository import here
 from lab.session.session import PREFIX, Session, folder_of
 from lab.share import archive, ledgers
 from lab.share.archive import Files, Wrong
-from lab.share.export import assembled
+from lab.share.export import ENCODER, views
 from lab.share.verify import verified
 
 
@@ -31,7 +30,7 @@ def read(source: str | Path, device: str | None = None) -> Record:
         source: DEVICE/TAG of a session on this machine, its own or imported; a session's folder or branch; an export,
             as a folder or an archive; a published branch, exp/DEVICE/TAG, of this repository or of a remote of it; a
             results.tsv.
-        device: of the rows of a results.tsv that don't say it: its tag, such as nvidia-h100-80gb.
+        device: of a results.tsv: its tag, such as nvidia-h100-80gb.
 
     Raises:
         LabError: there is no such session, or it was refused; the reason says why.
@@ -41,20 +40,18 @@ def read(source: str | Path, device: str | None = None) -> Record:
 
 
 def read_all(names: list[str], devices: list[str]) -> list[Record]:
-    """As `read`, of several; `devices` are of the ledgers that don't say theirs, in order."""
+    """As `read`, of several; `devices` are those of the ledgers among them, in order."""
     left = list(devices)
-    records = [read(name, left.pop(0) if left and _is_untagged(name) else None) for name in names]
+    records = [
+        read(name, left.pop(0) if left and _is_ledger(Path(os.path.expanduser(name))) else None) for name in names
+    ]
     if left:
-        raise LabError(
-            f"--device {left[0]} is of none of these sessions: it takes one for each ledger that does not "
-            "say its device, in order"
-        )
+        raise LabError(f"--device {left[0]} is of none of these sessions: it takes one for each ledger, in order")
     return records
 
 
-def _is_untagged(name: str) -> bool:
-    path = Path(os.path.expanduser(name))
-    return path.is_file() and not archive.is_archive(path) and not all(row["device"] for row in ledger.read(path).rows)
+def _is_ledger(path: Path) -> bool:
+    return path.is_file() and not archive.is_archive(path)
 
 
 # --- This machine's own ---
@@ -98,20 +95,16 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     or a ledger. LabError if there is none, or it was refused."""
     try:
         for path in (Path(os.path.expanduser(source)), storage.home() / "imported" / source.removeprefix(PREFIX)):
-            if path.is_file() and not archive.is_archive(path):
-                files, device = assembled(ledgers.events_of(path, device)), None
-                break
             if path.exists():
-                files = archive.read(path)
-                break
-        else:
-            repository = here()
-            files = archive.read_branch(repository, source) if repository else None
-        if files is not None:
-            record = verified(files)
-            if device and device != record.started.device:
-                raise Wrong(f"it names {record.started.device} itself (leave --device out)")
-            return files, record
+                is_ledger = _is_ledger(path)
+                if device and not is_ledger:
+                    raise Wrong("it names its device itself (leave --device out)")
+                journal = ENCODER.encode_lines(list(ledgers.events_of(path, device))) if is_ledger else b""
+                files = {"journal.jsonl": journal} if is_ledger else archive.read(path)
+                return files, verified(files)
+        repository = here()
+        if repository and (files := archive.read_branch(repository, source)):
+            return files, verified(files)
     except (Wrong, OSError) as error:
         advice = "get the session exported and sent again, or fix what this names"
         raise LabError(f"{source} was refused: {error}; {advice}") from None
@@ -133,7 +126,7 @@ def import_session(
         LabError: it is none, is damaged, holds what it must not, or another one is there; nothing was changed.
     """
     files, record = find(source, device)
-    files.pop(".gitattributes", None)
+    files |= views(record)
     for note in record.notes:
         say(note)
     target = storage.home() / "imported" / record.name

@@ -11,6 +11,7 @@ from lab.genome import kinds
 from lab.session.record import Record
 from lab.session.state import MEASURING, Experiment
 
+UNCONFIRMED = "none was made; what was kept for its scores is flattered by them"
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
 
 
@@ -26,6 +27,7 @@ def summary(record: Record) -> str:
     rest = [e for e in tried if e.number not in listed]
     counts = Counter(e.status for e in tried)
     runs = Counter(run.status for run in state.runs.values() if run.status)
+    confirmations = [e.verdict.said for e in decided if e.kind == "confirm"]
     facts = {
         "device": started.device,
         "backend": started.backend,
@@ -40,52 +42,27 @@ def summary(record: Record) -> str:
         "val_bpb": ", ".join(_scores(record)),
         "changes tried": f"{len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
         f"{counts['crash']}; could not be judged: {counts['invalid']}",
-        "confirmation": next(
-            (e.verdict.said for e in reversed(decided) if e.kind == "confirm"),
-            "none was made; what was kept for its scores is flattered by them",
-        ),
+        "confirmation": confirmations[-1] if confirmations else UNCONFIRMED,
     }
     lines = [
-        f"# What session {cell(started.tag)} found on {cell(started.device)}",
-        "",
+        f"# What session {cell(started.tag)} found on {cell(started.device)}\n",
         "One file, train.py, was changed again and again; each time it was trained for a fixed time, and kept if "
-        "validation bits per byte (val_bpb) fell by more than chance explains.",
-        "",
+        "validation bits per byte (val_bpb) fell by more than chance explains.\n",
         *(f"- {name}: {cell(text)}" for name, text in facts.items() if text),
         *(f"- note: {cell(note)}" for note in record.notes),
     ]
-    for title, text, group in (
-        ("What was kept", "In order, each on top of the one before. Change of val_bpb: below 0 is better; from the "
-         "runs that it was kept for, which flatter it.", kept),
-        ("Near misses", "Better, but not told from chance: worth another try where runs are less noisy, or several of "
-         "them together.", near),
-        ("What others had found, tried here", "On top of the baseline, beside the branch.", replayed),
-    ):  # fmt: skip
+    for heading, group in ((KEPT, kept), (NEAR, near), (REPLAYED, replayed)):
         if group:
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                text,
-                "",
-                "| experiment | what | kind | change of val_bpb | 90 % interval |",
-            ]
-            lines += ["|---|---|---|---|---|", *map(_row, group)]
-    if rest:
-        lines += [
-            "",
-            "## What did not help, by kind of change",
-            "",
-            "The best first. Change of val_bpb, mostly from one run: enough to see that it does not help much.",
-        ]
+            lines += [f"\n## {heading}\n\n{TABLE}", *map(_row, group)]
+    lines += [f"\n## {REST}"] * bool(rest)
     for kind in kinds.KINDS:
         of_kind = [e for e in rest if _kind(e) == kind]
         of_kind.sort(key=lambda e: -math.inf if (gain := _gain(e)) is None else gain, reverse=True)
         if of_kind:
-            lines += ["", f"### {kind}: {len(of_kind)} of {sum(_kind(e) == kind for e in tried)}", ""]
+            lines += [f"\n### {kind}: {len(of_kind)} of {sum(_kind(e) == kind for e in tried)}\n"]
             lines += map(_line, of_kind[:LISTED])
-            if len(of_kind) > LISTED:
-                lines.append(f"- and {len(of_kind) - LISTED} more, in journal.jsonl")
+        if len(of_kind) > LISTED:
+            lines.append(f"- and {len(of_kind) - LISTED} more, in journal.jsonl")
     return "\n".join([*lines, "", BUILDING_ON if record.base else READING])
 
 
@@ -130,6 +107,25 @@ def cell(text: str) -> str:
     text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)
 
+
+KEPT = """What was kept
+
+In order, each on top of the one before. Change of val_bpb: below 0 is better; from the runs that it was kept for, which
+flatter it.
+"""
+NEAR = """Near misses
+
+Better, but not told from chance: worth another try where runs are less noisy, or several of them together.
+"""
+REPLAYED = """What others had found, tried here
+
+On top of the baseline, beside the branch.
+"""
+TABLE = """| experiment | what | kind | change of val_bpb | 90 % interval |
+|---|---|---|---|---|"""
+REST = """What did not help, by kind of change
+
+The best first. Change of val_bpb, mostly from one run: enough to see that it does not help much."""
 
 READING = """## Reading it
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from lab.reasons import Reason, because
-from lab.session.events import Verdict
+from lab.session.events import Gains, Interval, Verdict
 from lab.session.state import Experiment, Run, State
 from lab.verdict import gate
 
@@ -201,15 +201,17 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
         jobs += [Job(blob, seed, budget, Urgency.REPEAT) for blob in order if (blob, seed) not in asked]
     if jobs or _under_way(confirmation):
         return Plan(tuple(jobs))
-    gains = {}
-    for rows in ("val_bpb", "held_out_bpb"):
+
+    def interval(rows: str) -> Interval:
         scores = {
             blob: {run.seed: getattr(run.scored, rows) for run in sound if run.blob == blob}
             for blob in (confirmation.blob, parent)
         }
-        gains[rows] = gate.interval(
+        return gate.interval(
             [scores[parent][seed] - score for seed, score in sorted(scores[confirmation.blob].items())]
         )
+
+    gains = Gains(val_bpb=interval("val_bpb"), held_out_bpb=interval("held_out_bpb"))
     gain, low, high = gains["held_out_bpb"]
     reason = because("confirmed", pairs=confirmation.pairs, gain=gain, low=low, high=high)
     mean = statistics.fmean(run.bpb for run in sound if run.blob == confirmation.blob)

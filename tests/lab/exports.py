@@ -13,8 +13,11 @@ import storage
 from lab.errors import LabError
 from lab.reasons import because
 from lab.session import events
+from lab.session.journal import read_events
+from lab.session.record import Record
 from lab.session.session import Session
-from lab.share import archive, export, replay, sources, verify
+from lab.session.state import State
+from lab.share import archive, export, replay, sources
 from lab.verdict import executor, opening
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +94,7 @@ class AtOnce:
 def replayed(session, source, capsys, **values) -> str:
     """What replaying a session says."""
     capsys.readouterr()
-    options = {"all": False, "stack": False, "runs": 1, "limit": None, "dry_run": False, "json": False, **values}
+    options = {"all": False, "stack": False, "runs": 1, "dry_run": False, "json": False, **values}
     assert replay.go(session, argparse.Namespace(source=str(source), **options)) == 0
     return capsys.readouterr().out
 
@@ -153,13 +156,12 @@ def with_events(sent, change, views=True):
     journal = {"journal.jsonl": written(events)}
     if views:
         others = {n: d for n, d in archive.read(sent).items() if n in ("train.py", "profile.json") or "rows" in n}
-        journal = export.assembled(events, others)
+        journal = assembled(events, others)
     return tampered(sent, **journal)
 
 
-def unsealed(files):
-    return {name: data for name, data in files.items() if name != "MANIFEST.json"}
-
-
-def verified(files):
-    return verify.verified(archive.sealed(unsealed(files)))
+def assembled(events, others) -> dict[str, bytes]:
+    """The files of an export, from its events and what is not made of them."""
+    journal = written(events)
+    record = Record(State(read_events(journal)), others.get("train.py"))
+    return {"journal.jsonl": journal, **others, **export.views(record)}

@@ -1,4 +1,4 @@
-"""The ledger: a view of the journal, put back when somebody edits it; and ledgers of others, read without guessing."""
+"""The ledger: a view of the journal, put back when somebody edits it."""
 
 import csv
 import io
@@ -9,20 +9,13 @@ import unicodedata
 
 import pytest
 import sessions
-from sessions import attempt, edited
+from sessions import attempt, edited, rows_of
 
 import storage
-from lab.errors import LabError
 from lab.session import ledger
 from lab.verdict import executor
 from results import MEASURES
 
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-FIVE = HEADER + (
-    "baseline\t1.250000\t12.5\tkeep\tbaseline\n"
-    "aaaa111\t1.240000\t12.6\tkeep\tlonger warmup (50 \\ 100 steps), C:\\new\\tables\n"
-    "bbbb222\t0.000000\t0.0\tcrash\tdouble width (out of memory)\n"
-)
 RESULT = {
     "status": "ok", "val_bpb": 1.2345678, "val_rows": 128, "training_seconds": 300.04, "total_seconds": 333.3,
     "budget_seconds": 300.0, "peak_vram_mb": 2048.0, "num_steps": 1234, "total_tokens_M": 6.9171, "epochs": 1,
@@ -39,7 +32,7 @@ def path(tmp_path):
 
 def row(run=1, **columns):
     columns = {"commit": "abc1234", "status": "keep", "description": f"change {run}", "reason": "better"} | columns
-    return ledger.EMPTY | ledger.measured(RESULT) | {"run": run} | columns
+    return ledger.measured(RESULT) | {"run": run} | columns
 
 
 # --- Rows ---
@@ -48,12 +41,13 @@ def row(run=1, **columns):
 def test_a_row_of_a_result_comes_back(path):
     written = row(7, seed=3, started="2026-11-21T01:02:03Z", parent="abc0000", change="f" * 16, portable="yes")
     path.write_bytes(ledger.dumps([written]))
-    found = ledger.read(path)
-    assert not found.set_aside and found.headed and found.columns == ledger.COLUMNS
+    (there,) = rows_of(path)
+    assert tuple(there) == ledger.COLUMNS
     rounded = {"val_bpb": 1.234568, "training_seconds": 300.0, "tokens_M": 6.917, "speed": 0.99}
-    assert found.rows == [written | rounded]
+    empty = {name: None if name in ledger.FORMS else "" for name in ledger.COLUMNS}
+    assert there == empty | written | rounded
     assert (written["memory_gb"], written["steps"], written["tok_per_s"], written["mfu"]) == (2, 1234, 23057, 40)
-    assert all(type(value) is type(written[name]) for name, value in found.rows[0].items())
+    assert all(type(value) is type(there[name]) for name, value in written.items())
 
 
 def test_the_columns_are_the_originals_and_then_ours(path):
@@ -67,14 +61,14 @@ def test_a_crash_has_the_originals_zeros_and_no_score(path):
     path.write_bytes(ledger.dumps([{"run": 1, "commit": "abc", "status": "crash", "reason": "out of memory"}]))
     fields = path.read_text().split("\n")[1].split("\t")
     assert fields[1:3] == ["0.000000", "0.0"] and fields[11:20] == [""] * 9
-    found = ledger.read(path).rows[0]
+    (found,) = rows_of(path)
     assert found["val_bpb"] is found["memory_gb"] is found["steps"] is None and found["device"] == ""
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_written_as_unknown(path, value):
     path.write_bytes(ledger.dumps([row(speed=value, val_bpb=value)]))
-    assert ledger.read(path).rows[0]["speed"] is ledger.read(path).rows[0]["val_bpb"] is None
+    assert rows_of(path)[0]["speed"] is rows_of(path)[0]["val_bpb"] is None
 
 
 # --- Text ---
@@ -96,10 +90,9 @@ def plain(text):
 def test_text_of_all_kinds_comes_back(path):
     wanted = list(texts(3000))
     path.write_bytes(ledger.dumps([row(i, description=text, reason=text[::-1]) for i, text in enumerate(wanted)]))
-    found = ledger.read(path)
-    assert not found.set_aside
-    assert [r["description"] for r in found.rows] == [plain(text) for text in wanted]
-    assert [r["reason"] for r in found.rows] == [plain(text[::-1]) for text in wanted]
+    rows = rows_of(path)
+    assert [r["description"] for r in rows] == [plain(text) for text in wanted]
+    assert [r["reason"] for r in rows] == [plain(text[::-1]) for text in wanted]
     assert not set(map(chr, [*range(9), *range(11, 32), 127, 133, 155])) & set(path.read_text(encoding="utf-8"))
 
 
@@ -109,99 +102,6 @@ def test_readers_of_csv_see_the_same_rows(path):
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), delimiter="\t"))
     assert [r["run"] for r in rows] == list("01234")
     assert [r["description"].removeprefix("\\") for r in rows] == starts
-
-
-# --- The original's files, and others ---
-
-
-def test_the_originals_file_is_read_as_it_is(path):
-    path.write_text(FIVE)
-    found = ledger.read(path)
-    assert not found.set_aside and found.columns == ledger.ORIGINAL
-    assert [r["val_bpb"] for r in found.rows] == [1.25, 1.24, None]
-    assert [r["memory_gb"] for r in found.rows] == [12.5, 12.6, None]
-    assert found.rows[1]["description"] == "longer warmup (50 \\ 100 steps), C:\\new\\tables"
-    assert found.rows[2] == ledger.EMPTY | {
-        "commit": "bbbb222",
-        "status": "crash",
-        "description": "double width (out of memory)",
-    }
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.replace("\n", "\r\n"),
-        lambda text: "\ufeff" + text,
-        lambda text: text + "\n\n",
-        lambda text: text.replace("\n", "\n\n"),
-        lambda text: text.replace("\t12.5", "\t 12.5 "),
-    ],
-)
-def test_ends_of_lines_blank_lines_and_marks_make_no_difference(path, change):
-    path.write_bytes(FIVE.encode())
-    rows = ledger.read(path).rows
-    path.write_bytes(change(FIVE).encode())
-    assert ledger.read(path).rows == rows and not ledger.read(path).set_aside
-
-
-def test_a_missing_header_is_told(path):
-    path.write_text(FIVE.removeprefix(HEADER))
-    found = ledger.read(path)
-    assert not found.headed and [r["commit"] for r in found.rows] == ["baseline", "aaaa111", "bbbb222"]
-
-
-def test_unknown_columns_are_kept(path):
-    path.write_text(FIVE.replace("description\n", "description\tgpu_hours\n").replace(")\n", ")\t1.5\n"))
-    found = ledger.read(path)
-    assert [r["gpu_hours"] for r in found.rows] == ["1.5"] and found.set_aside[0].why == "it has 5 fields instead of 6"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"hello\n",
-        b"<html>\nx\n",
-        b"a\tb\tc\td\te\n",
-        b"commit\tval_bpb\tcommit\n",
-        b"commit\tval_bpb\t\n",
-        b"{}\n",
-        b"\x89PNG\r\n\x1a\n",
-    ],
-)
-def test_other_files_are_refused(path, content):
-    path.write_bytes(content)
-    with pytest.raises(LabError, match="is no ledger|names a column twice"):
-        ledger.read(path)
-
-
-def test_a_ledger_that_is_not_there_is_an_error_that_says_so(path):
-    with pytest.raises(LabError, match="there is no ledger .*; check the path"):
-        ledger.read(path)
-    with pytest.raises(LabError, match="can't be read"):
-        ledger.read(path.parent)
-
-
-# --- Damage ---
-
-
-@pytest.mark.parametrize("text", ["1_000", "1.2.3", "0x10", "inf", "-inf", "1e999", "٣", "one", "1,5", "--"])
-def test_a_row_with_a_number_that_is_none_is_set_aside(path, text):
-    path.write_text(FIVE.replace("1.240000", text), encoding="utf-8")
-    found = ledger.read(path)
-    assert [r["commit"] for r in found.rows] == ["baseline", "bbbb222"]
-    (aside,) = found.set_aside
-    assert (aside.line, aside.text.split("\t")[0]) == (3, "aaaa111") and f"val_bpb is '{text}'" in aside.why
-
-
-def test_damaged_lines_are_set_aside_and_the_others_read(path):
-    lines = FIVE.encode().split(b"\n")
-    no_text = b"caf\xe9\t1.0\t1.0\tkeep\tx"
-    path.write_bytes(b"\n".join([lines[0], b"\0" * 20, lines[1], no_text, lines[2], b"a\tb", b""]))
-    found = ledger.read(path)
-    assert [r["commit"] for r in found.rows] == ["baseline", "aaaa111"]
-    assert [aside.line for aside in found.set_aside] == [2, 4, 6]
-    assert "zero bytes" in found.set_aside[0].why and "2 fields instead of 5" in found.set_aside[2].why
 
 
 # --- The view ---

@@ -17,7 +17,6 @@ from exports import (
     refused,
     replayed,
     tampered,
-    verified,
     with_,
     with_events,
 )
@@ -34,6 +33,7 @@ from lab.session.state import State
 from lab.share import archive, export, sources
 from lab.share.export import export_session
 from lab.share.summary import LISTED, summary
+from lab.share.verify import verified
 from lab.verdict import executor, opening
 
 # --- There and back ---
@@ -275,15 +275,12 @@ def test_only_a_bare_ledger_takes_a_device(sent, tmp_path):
     refused(sent, tmp_path / "elsewhere", "leave --device out", device="other-1gb")
 
 
-def test_a_journal_with_fewer_columns_beside_it_is_taken(sent, tmp_path):
-    """results.tsv of a version with other columns, and other sentences."""
-    rows = [line.split("\t") for line in (sent / "results.tsv").read_text().splitlines()]
-    gone, reason = rows[0].index("mfu"), rows[0].index("reason")
-    for place, row in enumerate(rows):
-        row[reason] = row[reason] if place == 0 else "reworded"
-        row[gone] = "new" if place == 0 else "7"
-    tampered(sent, **{"results.tsv": "".join("\t".join(row) + "\n" for row in rows).encode()})
-    imported(sent, tmp_path / "elsewhere")
+@pytest.mark.parametrize("name", ["results.tsv", "SUMMARY.md"])
+@pytest.mark.parametrize("content", [b"commit\tother\nabc\t1.0\n", b"\x1b[2J", b"\xff", None])
+def test_views_are_made_again_and_not_believed(sent, tmp_path, name, content):
+    """Also those of a version with other columns, or other sentences."""
+    before = contents(sent)
+    assert contents(imported(tampered(sent, **{name: content}), tmp_path / "elsewhere")) == before
 
 
 def test_the_files_of_an_export_verify_by_themselves(sent):

@@ -39,7 +39,7 @@ def test_the_branch_is_the_kept_steps_and_the_export(session):
     assert git(path, "diff", "--name-only", first, f"{BRANCH}^") == "train.py"
     assert show(session, "train.py").encode() + b"\n" == session.repository.content(session.state.best.blob)
     assert git(path, "diff", "--name-only", f"{BRANCH}^", BRANCH).split("\n") == sorted(
-        f"session/{name}" for name in (*files_of(session), ".gitattributes")
+        f"session/{name}" for name in (*files_of(session), "MANIFEST.json", ".gitattributes")
     )
     assert show(session, "session/.gitattributes") == "* -text"
 
@@ -92,7 +92,7 @@ def test_a_published_branch_is_imported(session, isolated_home, name):
         git(session.repository.path, "branch", "-D", BRANCH)
     there = sources.import_session(name)
     assert there == isolated_home / "imported" / DEVICE / TAG
-    assert contents(there) == archive.read(there) == files_of(session)  # as an archive of it is imported
+    assert contents(there) == archive.sealed(files_of(session))  # as an archive of it is imported
     assert vars(sources.read(name).state) == vars(sources.read(there).state)
 
 
@@ -131,11 +131,11 @@ def test_a_hostile_branch_is_refused(session, tmp_path, isolated_home, entries, 
     publish.publish(session)
     repository = session.repository
     index = tmp_path / "index"
-    repository.git("read-tree", BRANCH, index=index)
+    repository.git("read-tree", BRANCH, GIT_INDEX_FILE=index)
     for name, (mode, data) in entries.items():
         blob = repository.git("hash-object", "-w", "--stdin", content=data)
-        repository.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{name}", index=index)
-    commit = repository.git("commit-tree", repository.git("write-tree", index=index), "-m", "evil")
+        repository.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{name}", GIT_INDEX_FILE=index)
+    commit = repository.git("commit-tree", repository.git("write-tree", GIT_INDEX_FILE=index), "-m", "evil")
     repository.git("update-ref", "refs/heads/exp/evil/one", commit)
     for take in (sources.import_session, sources.read):
         with pytest.raises(LabError, match=match):

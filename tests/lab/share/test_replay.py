@@ -12,10 +12,10 @@ from sessions import attempt, git
 
 from lab.errors import LabError
 from lab.reasons import because
-from lab.session import events, ledger
+from lab.session import events
 from lab.session.session import Session
 from lab.share import archive, replay, sources
-from lab.share.export import assembled, export_session
+from lab.share.export import export_session
 from lab.verdict import executor, gate, opening
 from lab.verdict.plan import account_of
 
@@ -42,7 +42,7 @@ def changed(source, path, change):
     lines = [json.loads(line) for line in files["journal.jsonl"].splitlines()]
     change(lines)
     others = {name: data for name, data in files.items() if name in ("train.py", "profile.json") or "rows" in name}
-    return str(archive.write(assembled(lines, others), path, "night"))
+    return str(archive.write(exports.assembled(lines, others), path, "night"))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_each_is_judged_against_the_baseline_and_the_branch_stays(session, tmp_p
 def test_rows_say_where_a_change_is_from(session, tmp_path, capsys):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
     replayed(session, source, capsys)
-    rows = [row for row in ledger.read(session.ledger).rows if row["origin"]]
+    rows = [row for row in sessions.rows_of(session.ledger) if row["origin"]]
     assert rows and {row["origin"] for row in rows} == {f"far-1gb/night/{id_of(source, 1)}"}
     assert all(row["kind"] == "replay" and row["status"] == "keep" for row in rows)
     assert of(session)[0].change == of(session)[0].key == id_of(source, 1) != ""
@@ -111,8 +111,9 @@ def test_what_a_third_machine_found_keeps_its_origin(session, tmp_path, capsys):
 
 
 def test_nothing_is_replayed_twice(session, tmp_path, capsys, runner):
+    first = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), name="first")
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (with_(BASE, A=0.1, B=-0.1), "keep", False))
-    replayed(session, source, capsys, limit=1)
+    replayed(session, first, capsys)
     assert len(of(session)) == 1
     assert "was replayed here before: experiment 1, keep" in replayed(session, source, capsys)
     assert len(of(session)) == 2
@@ -298,7 +299,7 @@ def test_a_later_call_adds_runs(session, tmp_path, capsys, runner):
     assert len(session.state.results(first.blob)) == 6 and repeat.status == "keep"
     assert account_of(session.state) == account
     assert session.state.best.number == 0 and repeat.here == first.here
-    assert {row["commit"] for row in ledger.read(session.ledger).rows if row["origin"]} == {first.commit[:7]}
+    assert {row["commit"] for row in sessions.rows_of(session.ledger) if row["origin"]} == {first.commit[:7]}
     replayed(session, source, capsys, runs=6)
     assert len(of(session, "repeat")) == 1
 
@@ -413,7 +414,7 @@ def test_hostile_words_are_cleaned(session, tmp_path, capsys):
 
 def test_bad_numbers_are_refused(session, tmp_path, capsys):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
-    for values in ({"runs": 0}, {"runs": 1000}, {"limit": 0}):
+    for values in ({"runs": 0}, {"runs": 1000}):
         with pytest.raises(LabError, match="--runs is at least 1"):
             replayed(session, source, capsys, **values)
 

@@ -80,10 +80,10 @@ def test_the_repository_may_be_gone(session, monkeypatch):
     assert record.train(4).startswith(b"A = 0.1\n") and record.state.runs[4].ok
 
 
-def test_devices_are_given_in_order_to_those_ledgers_that_need_one(tmp_path, session):
+def test_devices_are_given_to_ledgers_in_order(tmp_path, sent):
     for name in ("one.tsv", "two.tsv"):
         (tmp_path / name).write_text(ORIGINAL)
-    names = [str(tmp_path / "one.tsv"), str(session.ledger), str(tmp_path / "two.tsv")]
+    names = [str(tmp_path / "one.tsv"), str(sent), str(tmp_path / "two.tsv")]
     records = sources.read_all(names, ["nvidia-h100-80gb", "apple-m4-16gb"])
     assert [record.started.device for record in records] == ["nvidia-h100-80gb", DEVICE, "apple-m4-16gb"]
     with pytest.raises(LabError, match="--device"):

@@ -22,8 +22,8 @@ from lab.share import sources, verify
     [
         ({"SUMMARY.md": b"changed"}, "SUMMARY.md is damaged"),
         ({"SUMMARY.md": None}, "'SUMMARY.md'.* is missing"),
-        ({"results.tsv": None}, "results.tsv is missing"),
-        ({"journal.jsonl": None}, "journal.jsonl is missing"),
+        ({"results.tsv": None}, "'results.tsv'.* is missing"),
+        ({"journal.jsonl": None}, "'journal.jsonl'.* is missing"),
         ({"MANIFEST.json": None}, "MANIFEST.json is missing"),
         ({"rows/0099.npz": b"x"}, "rows/0099.npz is not in MANIFEST"),
         ({"MANIFEST.json": b"[]"}, "holds no object"),
@@ -43,27 +43,12 @@ def test_files_have_to_be_what_the_manifest_says(sent, tmp_path, changes, match)
     [
         ({"train.py": None}, "train.py, which its diffs are made on, is missing"),
         ({"train.py": b"A = 1\n"}, "train.py is not what the session began with"),
-        ({"SUMMARY.md": b"\x1b[2J"}, "SUMMARY.md holds a control character"),
-        ({"SUMMARY.md": b"\xff"}, "SUMMARY.md is no UTF-8"),
-        ({"results.tsv": b""}, "results.tsv has"),
-        ({"results.tsv": b"hello\n"}, "results.tsv has -?[0-9]+ rows"),
+        ({"journal.jsonl": None}, "journal.jsonl is missing"),
         ({".gitattributes": b"* filter=evil\n"}, ".gitattributes says something else"),
     ],
 )
 def test_files_that_can_not_be_are_refused(sent, tmp_path, changes, match):
     refused(tampered(sent, **changes), tmp_path / "elsewhere", match)
-
-
-def test_a_ledger_that_is_not_the_journals_is_refused(sent, tmp_path):
-    good = (sent / "results.tsv").read_bytes()
-    score = good.split(b"\n")[1].split(b"\t")[1]
-    for content, match in (
-        (good[:-3], "results.tsv, line 8|results.tsv has 6 rows"),
-        (good + b"a\tb\n", "has 8 rows, and its journal 7"),
-        (good.replace(score, b"0.100000", 1), "results.tsv, line 2, is not what the journal says"),
-        (good.replace(b"val_bpb", b"other", 1), "results.tsv has no column val_bpb"),
-    ):
-        refused(tampered(sent, **{"results.tsv": content}), tmp_path / "elsewhere", match)
 
 
 def test_an_impossible_profile_is_refused(sent, tmp_path):
@@ -89,15 +74,15 @@ def test_an_impossible_profile_is_refused(sent, tmp_path):
     "change, match",
     [
         (lambda text: text[:-20], "cut short: its last line does not end"),
-        (lambda text: text[:-20] + b"\n", "line [0-9]+: "),
+        (lambda text: text[:-20] + b"\n", "line [0-9]+ is damaged"),
         (lambda text: b"", "cut short"),
         (lambda text: b"\n", "line 1"),
         (lambda text: text + b'{"event":"zapped","time":1}\n', "line [0-9]+: an event of the unknown kind 'zapped'"),
-        (lambda text: text + b'{"event":"decided"}\n', "line [0-9]+: .*missing required field"),
-        (lambda text: text + b"7\n", "line [0-9]+: "),
-        (lambda text: text.replace(b'"seed":42', b'"seed":NaN', 1), "line [0-9]+: JSON is malformed"),
-        (lambda text: text.replace(b'"seed":42', b'"seed":"42"', 1), "line [0-9]+: Expected `int"),
-        (lambda text: text.replace(b'"seconds":320.0', b'"seconds":1e999', 1), "line [0-9]+: "),
+        (lambda text: text + b'{"event":"decided"}\n', "line [0-9]+ .*missing required field"),
+        (lambda text: text + b"7\n", "line [0-9]+ is damaged"),
+        (lambda text: text.replace(b'"seed":42', b'"seed":NaN', 1), "line [0-9]+ .*JSON is malformed"),
+        (lambda text: text.replace(b'"seed":42', b'"seed":"42"', 1), "line [0-9]+ .*Expected `int"),
+        (lambda text: text.replace(b'"seconds":320.0', b'"seconds":1e999', 1), "line [0-9]+ is damaged"),
         (lambda text: text + b'{"event":"failed","experiment":99}\n', "experiment 99, which it never opened"),
         (lambda text: text + b'{"event":"scored","run":99}\n', "run 99, which it never started"),
         (lambda text: text + b'{"event":"failed","experiment":' + b"[" * 10**5 + b"\n", "journal.jsonl: "),
@@ -148,10 +133,11 @@ FIRST = {"event": "experiment", "number": 5, "kind": "change", "blob": "a" * 40,
         (lambda e: e[0].update(tag="/etc"), "line 1"),
         (lambda e: e[0].update(tag=""), "line 1"),
         (lambda e: e[0].update(tag="a\nb"), "line 1"),
-        (lambda e: e[0].update(tag="a\n"), "line 1|can't name a folder"),
-        (lambda e: e[0].update(tag="a..b"), "can't name a folder"),
-        (lambda e: e[0].update(tag="x.lock"), "can't name a folder"),
-        (lambda e: e[0].update(device="other-1gb"), "results.tsv, line [0-9]+, is not what"),
+        (lambda e: e[0].update(tag="a\n"), "line 1"),
+        (lambda e: e[0].update(tag="a..b"), "line 1"),
+        (lambda e: e[0].update(tag="x."), "line 1"),
+        (lambda e: e[0].update(tag="x.lock"), "line 1"),
+        (lambda e: e[0].update(device="other-1gb"), "profile.json is of .* the session of other-1gb"),
         (lambda e: e[0].update(device=5), "line 1"),
         (lambda e: e[0].update(eval=None), "line 1"),
         (lambda e: e[0].update(backend="x" * 300), "line 1"),
@@ -161,8 +147,8 @@ FIRST = {"event": "experiment", "number": 5, "kind": "change", "blob": "a" * 40,
         (lambda e: e[0].update(versions=[]), "line 1"),
         (lambda e: e[0].update(versions={"a": 1}), "line 1"),
         (lambda e: e[0].update(commit="--output=x"), "line 1"),
-        (lambda e: e[0].update(time=-1), "its time is"),
-        (lambda e: e[0].update(time=1e13), "its time is"),
+        (lambda e: e[0].update(time=-1), r"line 1 .*\$.time"),
+        (lambda e: e[0].update(time=1e13), r"line 1 .*\$.time"),
         (lambda e: e.pop(0), "does not begin with what the session rests on"),
         (lambda e: e.append(e[0] | {"tag": "other"}), "contradicts itself"),
         # experiments
@@ -173,20 +159,21 @@ FIRST = {"event": "experiment", "number": 5, "kind": "change", "blob": "a" * 40,
         (lambda e: of(e, "experiment", number=2).update(number=1), "opens experiment 1 twice"),
         (lambda e: of(e, "experiment", number=2).update(onto=2), "experiment 2, which it never opened"),
         (lambda e: of(e, "experiment", number=2).update(onto=0), "was made from .* not the train.py of 0"),
-        (lambda e: of(e, "experiment", number=2).update(onto=None), "was made from"),
+        (lambda e: of(e, "experiment", number=2).update(onto=None), "was made from nothing"),
         (lambda e: of(e, "experiment", number=0).update(kind="change"), "experiment 0 is a change"),
         (lambda e: of(e, "experiment", number=2).update(kind="baseline"), "experiment 2 is a baseline"),
         (lambda e: of(e, "experiment", number=2).update(kind="x"), "line [0-9]+"),
-        (lambda e: of(e, "experiment", number=2).update(kinds=["x"]), "is about 'x'"),
+        (lambda e: of(e, "experiment", number=2).update(kinds=["x"]), r"line [0-9]+ .*'x'.*kinds"),
         (lambda e: of(e, "experiment", number=2).update(kinds="other"), "line [0-9]+"),
         (lambda e: of(e, "experiment", number=2).update(change="../x"), "line [0-9]+"),
         (lambda e: of(e, "experiment", number=2).update(commit="--all"), "line [0-9]+"),
-        (lambda e: of(e, "experiment", number=2).update(origin="../../etc/passwd"), "origin|line [0-9]+"),
-        (lambda e: of(e, "experiment", number=2).update(origin="a/b"), "origin|line [0-9]+"),
-        (lambda e: of(e, "experiment", number=2).update(origin="a/b/c\n"), "origin|line [0-9]+"),
-        (lambda e: of(e, "experiment", number=2).update(members=[77]), "experiments together that are not there"),
+        (lambda e: of(e, "experiment", number=2).update(origin="../../etc/passwd"), r"line [0-9]+ .*\$.origin"),
+        (lambda e: of(e, "experiment", number=2).update(origin="a/b"), r"line [0-9]+ .*\$.origin"),
+        (lambda e: of(e, "experiment", number=2).update(origin="a/b/c\n"), r"line [0-9]+ .*\$.origin"),
+        (lambda e: of(e, "experiment", number=2).update(members=[77]), "experiment 77, which it never opened"),
         (lambda e: of(e, "experiment", number=2).update(description="\x1b[2J"), "description holds a control"),
         (lambda e: of(e, "experiment", number=2).update(description="x" * 5000), "line [0-9]+"),
+        (lambda e: e.remove(of(e, "decided", experiment=2)), "applies experiment 2, which it never decided"),
         # runs
         (lambda e: of(e, "run", number=4).update(blob="a" * 40), "run 4 is of no train.py of experiment 1"),
         (lambda e: of(e, "ran", run=4)["result"].update(val_bpb="1"), "run 4 has val_bpb '1'"),
@@ -202,13 +189,13 @@ FIRST = {"event": "experiment", "number": 5, "kind": "change", "blob": "a" * 40,
         (lambda e: of(e, "ran", run=4).update(result=None), "run 4 ended well without a score"),
         (lambda e: of(e, "ran", run=4).update(status="?"), "line [0-9]+"),
         (lambda e: of(e, "ran", run=4).update(traceback="\x1b"), "traceback holds a control character"),
-        (lambda e: of(e, "scored", run=4).update(held_out_bpb=-2.0), "a score of -2"),
+        (lambda e: of(e, "scored", run=4).update(held_out_bpb=-2.0), r"line [0-9]+ .*\$.held_out_bpb"),
         # verdicts
         (lambda e: of(e, "decided", experiment=1)["verdict"].update(status="?"), "line [0-9]+"),
         (lambda e: of(e, "decided", experiment=1)["verdict"]["evidence"].update(gain="x"), "line [0-9]+"),
         (lambda e: of(e, "decided", experiment=1)["verdict"]["evidence"].update(low=True), "line [0-9]+"),
         (lambda e: of(e, "decided", experiment=1)["verdict"]["evidence"].update(low=1e300), "low is 1e"),
-        (lambda e: of(e, "decided", experiment=1)["verdict"].update(gains={}), "confirms something on other rows"),
+        (lambda e: of(e, "decided", experiment=1)["verdict"].update(gains={}), "line [0-9]+ .*val_bpb"),
         (lambda e: of(e, "decided", experiment=1)["verdict"]["reason"].update(facts={"a": "\x1b"}), "control"),
         (lambda e: of(e, "decided", experiment=1)["verdict"]["reason"].update(code="\u202e\x00"), "control"),
         (lambda e: of(e, "decided", experiment=1)["verdict"]["reason"].update(facts={"a": 10**40}), "a is 1000"),
@@ -296,8 +283,7 @@ def with_losses(sent, data):
     def change(events):
         next(e for e in events if e["event"] == "scored" and e["run"] == 3)["rows"] = hashlib.sha256(data).hexdigest()
 
-    (sent / "rows/0003.npz").write_bytes(data)
-    return with_events(sent, change)
+    return with_events(tampered(sent, **{"rows/0003.npz": data}), change)
 
 
 class Bomb:
@@ -320,14 +306,14 @@ def lying_header():
 @pytest.mark.parametrize(
     "data, match",
     [
-        (lambda: npz(val_nats=np.array([Bomb()], dtype=object)), "float64"),
-        (lambda: b"junk", "not a zip"),
+        (lambda: npz(val_nats=np.array([Bomb()], dtype=object)), "allow_pickle=False"),
+        (lambda: b"junk", "pickle"),
         (lambda: npz(val_nats=np.ones(3), val_bytes=np.ones(4)), "not of the same rows"),
         (lambda: npz(val_nats=np.ones(3)), "not of the same rows"),
         (lambda: npz(arr_0=np.ones(3)), "it holds arr_0"),
         (lambda: npz(val_nats=np.ones(3, np.float32), val_bytes=np.ones(3, np.float32)), "float64"),
         (lambda: npz(val_nats=np.ones((3, 1)), val_bytes=np.ones((3, 1))), "one value a row"),
-        (lying_header, "float64"),
+        (lying_header, "allocate|EOF|reading"),
         (lambda: npz(val_nats=np.array([np.nan]), val_bytes=np.ones(1)), "not finite"),
         (lambda: npz(val_nats=np.array([-1.0]), val_bytes=np.ones(1)), "negative"),
     ],

@@ -9,7 +9,6 @@ from sessions import TRAIN, attempt, edited, git
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN as FILE
 from lab.reasons import because
-from lab.session import ledger
 from lab.session.session import Session
 from lab.verdict import executor, gate, opening
 from lab.verdict.plan import MOST_LOST, TRIES, account_of, noise_of
@@ -33,7 +32,7 @@ def train_of(session):
 def test_the_baseline_is_run_with_several_seeds_scored_again_and_recorded(session, runner):
     assert [seed for _, seed, _ in runner.runs] == [gate.seed(i) for i in range(3)]
     assert len(runner.scored) == 1
-    rows = ledger.read(session.ledger).rows
+    rows = sessions.rows_of(session.ledger)
     assert [row["status"] for row in rows] == ["keep"] * 3
     assert {row["device"] for row in rows} == {"fake-1gb"} and {row["eval"] for row in rows} == {"e" * 12}
     assert session.state.open == [] and session.state.best is session.state.baseline
@@ -56,7 +55,7 @@ def test_a_clear_gain_is_kept(session):
     assert found.status == "keep"
     assert train_of(session) == edited(LOSS=0.9) and status_of(session) == ""
     assert session.state.best is found
-    row = next(row for row in ledger.read(session.ledger).rows if row["description"] == "why")
+    row = next(row for row in sessions.rows_of(session.ledger) if row["description"] == "why")
     assert row["commit"] == git(session.repository.path, "rev-parse", session.branch)[:7]
     assert row["parent"] == session.started.commit[:7] and row["change"] == found.change
     assert (session.folder / "best.safetensors").exists()
@@ -87,7 +86,7 @@ def test_what_was_discarded_stays_reachable(session):
 def test_a_failed_run_is_recorded_and_restored(session, fails):
     found = attempt(session, edited(FAILS=fails))
     assert found.status == fails
-    row = ledger.read(session.ledger).rows[-1]
+    row = sessions.rows_of(session.ledger)[-1]
     assert (row["status"], row["val_bpb"]) == (fails, None)
     assert train_of(session) == TRAIN and status_of(session) == ""
 
@@ -118,7 +117,7 @@ def test_a_run_on_a_disturbed_device_is_made_again_and_not_judged(session, runne
     found = attempt(session, edited(LOSS=0.9, SPEED=0.3))
     assert found.status == "invalid" and "slower than calibrated" in str(found.verdict.reason)
     assert len(runner.runs) == before + TRIES
-    assert [row["status"] for row in ledger.read(session.ledger).rows[-TRIES:]] == ["invalid"] * 3
+    assert [row["status"] for row in sessions.rows_of(session.ledger)[-TRIES:]] == ["invalid"] * 3
 
 
 def test_a_last_quarter_that_is_slow_twice_is_how_that_train_works(session):
@@ -278,7 +277,7 @@ def test_confirm_runs_best_and_baseline_in_turn_on_new_seeds(session, runner):
     assert verdict.gains["held_out_bpb"][0] == pytest.approx(0.1, abs=0.01)
     assert session.state.best.number == 1 and status_of(session) == ""
     assert (
-        sum(row["kind"] in ("confirm", "parent") and row["budget"] == 1200 for row in ledger.read(session.ledger).rows)
+        sum(row["kind"] in ("confirm", "parent") and row["budget"] == 1200 for row in sessions.rows_of(session.ledger))
         == 6
     )
 
@@ -318,7 +317,7 @@ def test_a_run_under_other_conditions_stops_the_session_and_judges_nothing(sessi
     executor.supervise(session)
     found = session.state.last
     assert found.status == "invalid" and not found.verdict.judged and status_of(session) == ""
-    assert {row["eval"] for row in ledger.read(session.ledger).rows if row["description"] == "why"} == {"ffff"}
+    assert {row["eval"] for row in sessions.rows_of(session.ledger) if row["description"] == "why"} == {"ffff"}
 
 
 def test_a_run_with_attention_from_elsewhere_is_marked_and_not_judged(session, runner):
@@ -328,7 +327,7 @@ def test_a_run_with_attention_from_elsewhere_is_marked_and_not_judged(session, r
     assert found.verdict.said.startswith(
         "not judged: it ran with attention from library sha256:0123456789ab, its parent with that from the framework"
     )
-    assert ledger.read(session.ledger).rows[-1]["status"] == "invalid"
+    assert sessions.rows_of(session.ledger)[-1]["status"] == "invalid"
     assert account_of(session.state).staked == 0 and attempt(session, edited(LOSS=0.9)).status == "keep"
 
 

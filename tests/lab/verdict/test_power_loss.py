@@ -11,7 +11,6 @@ from sessions import Runner
 from sessions import attempt, edited
 
 import storage
-from lab.session import ledger
 from lab.verdict import executor
 from lab.session.session import Session
 from lab.genome.syntax import TRAIN as FILE
@@ -93,7 +92,7 @@ def check(session):
     """No row lost, none twice; the branch at the best; a clean tree."""
     state = session.state
     assert state.oldest_open is None
-    rows = [row["run"] for row in ledger.read(session.ledger).rows]
+    rows = [row["run"] for row in sessions.rows_of(session.ledger)]
     assert sorted(rows) == sorted(run.number for run in state.runs.values() if run.status != "lost")
     assert session.repository.blob_of(session.branch) == state.best.blob
     assert sessions.git(session.repository.path, "status", "--porcelain") == ""
