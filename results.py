@@ -72,6 +72,9 @@ REFUSALS = {
     "warm_start": "warm start: the untrained model's loss is {loss:.3f} nats, chance {chance:.3f}",
     "diverged": "the loss is {loss:.4g} at step {step}; at most {limit:.1f} is allowed",
     "batch_before_clock": "a training batch was asked for before a Clock checked the untrained model",
+    "trains_before_batch": "it trains before its first batch: for compiling there is Trainer.warm_up, which leaves "
+    "weights as they were",
+    "trains_after_evaluation": "it trains after its evaluation was asked for",
     "batch_after_evaluation": "a training batch was asked for after the evaluation",
     "overtime": "training went on for {seconds:.1f} s; a budget of {budget:g} s allows {limit:.1f}",
     "evaluated_twice": "this run was evaluated before; a run is scored once",
@@ -82,6 +85,8 @@ REFUSALS = {
     "not_repeatable": "two calls on the same rows differ (by up to {worst:.4f} nats, {mean:.4f} on average)",
     "looks_ahead": "the model looks ahead: losses change with later tokens (by up to {worst:.4f} nats, {mean:.4f} on "
     "average)",
+    "sees_targets": "the model sees its targets: random ones have a probability of {mean:.4f} on average, chance is "
+    "{chance:.4f}",
     "mixes_rows": "a row's losses depend on its neighbours in the batch (by up to {worst:.4f} nats, {mean:.4f} on "
     "average)",
     "not_normalised": "not normalised: probabilities sum to {mean:.4f} on average, up to {worst:.4f} off 1",

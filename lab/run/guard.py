@@ -37,7 +37,7 @@ TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock ma
 # Who may write which file in a run's folder: functions of the judge's.
 WRITERS = {
     "result.json": {"report", "recorded", "open_data"}, "result.safetensors": {"evaluate_bpb"},
-    "score.json": {"built"}, "rows.npz": {"score"},
+    "score.json": {"built"},
 }  # fmt: skip
 # Events whose arguments are paths that get written: which arguments, and which hold the folder they are relative to.
 CHANGES = {
@@ -78,12 +78,13 @@ class Guard:
         self.now, self.require_time = time.perf_counter, prepare.require_time
         self.started: float | None = None  # times by `now`
         self.stopped: float | None = None
-        self.ticked, self.longest, self.in_step = 0.0, 0.0, False
+        self.ends, self.begun = [0.0], None  # when steps were done, seconds since `started`; when one was begun
+        self.rehearses = False
         self.known = dict(self._judged())
 
     def install(self) -> None:
         """From here on. There is no way to take it back."""
-        announced = "rows clock batch tick evaluate scored report refused load".split()
+        announced = "rows clock batch backward step rehearsal tick evaluate scored report refused load".split()
         events = {f"autoresearch.{name}": getattr(self, f"_{name}") for name in announced}
         events |= {"open": self._open, "import": self._import}
         for event, places in CHANGES.items():
@@ -205,14 +206,10 @@ class Guard:
         return self._judges(code.co_filename) and code.co_name == function
 
     def _rows(self, which) -> None:
-        frame = sys._getframe(3)  # who reads the property
-        own = frame.f_code.co_filename in self.readers
-        if which != "train":
-            return None if own else self._deny("reads_rows", name=which)
-        while frame and frame.f_code.co_filename in self.readers:
-            frame = frame.f_back
-        if not own or next(self._callers(frame), None):  # the loader's thread has nobody else below it
+        if which == "train":
             self._deny("reads_documents")
+        if sys._getframe(3).f_code.co_filename not in self.readers:  # who reads the property
+            self._deny("reads_rows", name=which)
 
     def _clock(self, clock, backend) -> None:
         if self.clock is not None:
@@ -225,31 +222,55 @@ class Guard:
     def _batch(self, clock) -> None:
         if clock is not self.clock:
             self._deny("batch_by_other_clock")
-        self._in_time()
+        self.started = self.started or self.now()
+        self._under_way()
+
+    def _backward(self) -> None:
+        """A step is counted where it happens, whatever train.py makes of the clock."""
+        if self.rehearses:
+            return
         if self.started is None:
-            self.started = self.ticked = self.now()
-        self.in_step = True
+            self._deny("trains_before_batch")
+        if self.stopped is not None:
+            self._deny("trains_after_evaluation")
+        self._under_way()
+
+    def _step(self) -> None:
+        if not self.rehearses:
+            self._backward()
+            self._done()
+
+    def _rehearsal(self, begins) -> None:
+        if self._announced("rehearsing"):
+            self.rehearses = begins
 
     def _tick(self, clock) -> None:
-        if clock is self.clock and self.started is not None:
-            now = self.now()
-            self.longest, self.ticked, self.in_step = max(self.longest, now - self.ticked), now, False
+        if clock is self.clock and self.begun is not None:
+            self._done()
+
+    def _under_way(self) -> None:
+        self._in_time()
+        if self.begun is None:
+            self.begun = self.now() - self.started
+
+    def _done(self) -> None:
+        self.ends.append(self.now() - self.started)
+        self.begun = None
 
     def _in_time(self) -> None:
         """By the guard's own watch, whatever became of the clock's."""
         if self.started is not None:
             elapsed = (self.stopped or self.now()) - self.started
-            under_way = self.ticked - self.started if self.in_step else None
-            self.require_time(self.budget, elapsed, self.longest, under_way)
+            try:
+                self.require_time(self.budget, elapsed, self.ends, self.begun)
+            except prepare.Invalid as error:
+                self.refuse(error.reason)
+                raise
 
     def _evaluate(self, clock, backend) -> None:
         if clock is None or clock is not self.clock:
             self._deny("evaluates_without_clock")
-        try:
-            self._in_time()
-        except prepare.Invalid as error:
-            self.refuse(error.reason)
-            raise
+        self._in_time()
         self.stopped = self.stopped or self.now()
         self.backend = backend
         self._sound()
@@ -276,7 +297,9 @@ class Guard:
         self.refuse(error.reason if own else itself, "invalid" if invalid else "crash")
 
     def _load(self, path) -> None:
-        if sys._getframe(3).f_code.co_filename != self.trusted and not within(os.path.realpath(path), self.free):
+        by = sys._getframe(3).f_code
+        examined = (by.co_filename, by.co_name) == (prepare.__file__, "examined")
+        if by.co_filename != self.trusted and not examined and not within(os.path.realpath(path), self.free):
             self._deny("loads_weights", name=named(os.path.basename(path)))
 
     # --- The judge's code, as it is in this process ---
