@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import json
 import math
 import numbers
@@ -24,6 +23,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +171,7 @@ class Clock:
         loss: of the last step that is known to be done, a float.
         ticks: at each tick, seconds since the start and tokens handed out so far.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
-        initial_weights: their fingerprint: with another seed, it is another.
+        initial_weights: their sketch: with another seed, it is another.
     """
 
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
@@ -186,7 +186,7 @@ class Clock:
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
-            self.initial_weights = fingerprint(backend.weights(model))
+            self.initial_weights = sketch(backend.weights(model))
             values = Answers(backend, model, FIRST_ROWS).losses(*inputs_and_targets(loader.first_rows()))
             require_finite(values)
             untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
@@ -274,12 +274,18 @@ class Clock:
             self.stopped = time.perf_counter()  # from here on nothing of train.py's runs that could train
 
 
-def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:
-    """Of weights by name: of the first elements of each."""
-    digest = hashlib.sha256()
+def sketch(weights: dict[str, np.ndarray]) -> str:
+    """Of weights by name: 24 random projections of samples of all that were drawn, each parameter counting alike, as
+    hexadecimal int8. Two independent draws are as far apart as their own lengths say; see `results.apart`."""
+    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), (24, 4096))
+    total, drawn = np.zeros(24), 0
     for name in sorted(weights):
-        digest.update(name.encode() + np.ascontiguousarray(weights[name].reshape(-1)[:most]).tobytes())
-    return digest.hexdigest()[:12]
+        flat = weights[name].reshape(-1)
+        sample = flat[:: -(-flat.size // 4096)].astype(np.float64) if flat.size else np.zeros(1)
+        if sample.min() != sample.max():  # a constant was not drawn
+            own = np.roll(signs, zlib.crc32(name.encode()) % 4096, axis=1)[:, : len(sample)]
+            total, drawn = total + own @ sample / np.linalg.norm(sample), drawn + 1
+    return np.clip(np.rint(32 * total / max(drawn, 1) ** 0.5), -127, 127).astype(np.int8).tobytes().hex()
 
 
 def admit(clock: Clock | None) -> Clock:

@@ -59,7 +59,7 @@ MEASURES = (
     Measure("flops_per_token", float, "FLOP", "the model's, forward and backward"),
     Measure("model_tflops", float, "TFLOP/s", "the model's FLOP per second", "", "tflops", ".4g", nullable=True),
     Measure("dataset", str, "", "name of the dataset"),
-    Measure("initial_weights", str, "", "fingerprint of the initial weights"),
+    Measure("initial_weights", str, "", "sketch of the initial weights"),
     Measure("attention_provider", str, "", "where the attention comes from, if not from the framework", nullable=True),
     Measure("compiled", bool, "", "whether the whole step ran compiled", "", "compiled", nullable=True),
     Measure("rows_at_once", int, "rows", "that fit, if fewer than a batch", "", "rows_at_once", "d", nullable=True),
@@ -111,6 +111,17 @@ REFUSALS = {
     "reports_other_score": "it reports another score than the evaluator's",
     "raises_itself": "it raised prepare.{name} itself",
 }
+
+
+def apart(sketch: str, other: str) -> float:
+    """How far two `sketch`es of initial weights are apart, for two independent draws about 1, for the same 0; 1 for
+    what is none."""
+    try:
+        pairs = [(a - 256 * (a > 127), b - 256 * (b > 127)) for a, b in zip(*map(bytes.fromhex, (sketch, other)))]
+    except ValueError:
+        return 1.0
+    lengths = sum(a * a + b * b for a, b in pairs)
+    return sum((a - b) ** 2 for a, b in pairs) / lengths if lengths else 0.0
 
 
 class _Lenient(Formatter):

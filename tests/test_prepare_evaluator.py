@@ -1,6 +1,7 @@
 """The clock and the evaluator: what they measure, and every kind of model they refuse."""
 
 import errno
+import itertools
 import json
 import math
 import subprocess
@@ -15,6 +16,7 @@ from fakes import Backend, Bigram, OutOfMemory, nats
 
 import dataset
 import prepare
+import results
 import storage
 
 from prepare import Clock, Diverged, Invalid, Loader, evaluate_bpb, report
@@ -644,3 +646,28 @@ except storage.DataError as error:
                            capture_output=True, text=True)  # fmt: skip
     assert "could not write result.json" in ended.stdout and not (tmp_path / "result.json").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---- initial weights ----
+
+
+def start(seed, share=1.0, nudge=0.0):
+    """Ten parameters; of `share` of them the values are drawn with this seed, of the others always the same ones."""
+    draw = np.random.default_rng
+    return {
+        f"p{i}": draw(i + 100 * seed * (i < 10 * share)).normal(size=(64, 100)).astype(np.float32)
+        * np.float32(1 + nudge * seed)
+        for i in range(10)
+    } | {"gain": np.ones(64, np.float32), "zero": np.zeros((4, 4), np.float32), "none": np.zeros(0, np.float32)}
+
+
+def test_two_draws_are_apart_and_one_that_is_nudged_is_not():
+    def between(**how):
+        sketches = [prepare.sketch(start(seed, **how)) for seed in range(1, 9)]
+        assert sketches == [prepare.sketch(start(seed, **how)) for seed in range(1, 9)] and len(sketches[0]) == 48
+        return [results.apart(a, b) for a, b in itertools.combinations(sketches, 2)]
+
+    assert 0.35 < min(between()) and max(between()) < 2 and np.mean(between()) == pytest.approx(1, abs=0.15)
+    assert min(between(share=0.7)) > 0.2, "a fixed start of some parameters is fine"
+    assert max(between(share=0.0)) == 0 and max(between(share=0.0, nudge=1e-7)) < 1e-3
+    assert results.apart("", "00") == 0 and results.apart("none", "other") == 1

@@ -40,7 +40,7 @@ class Asked:
     def _ask(self, what: str, tokens: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         self.run.send_bytes(json.dumps({"ask": what, "shape": tokens.shape}).encode())
         for array in (tokens, other):
-            self.run.send_bytes(np.ascontiguousarray(array, np.int32))
+            self.run.send_bytes(array.astype(np.int32).tobytes())
         return np.frombuffer(self.run.recv_bytes(4 * math.prod(shape)), np.float32).reshape(shape)
 
     def losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ class Exam:
         self._packer = None
         if trains:
             command = [sys.executable, "-B", str(judge / "dataset.py"), str(self.data.folder), "note"]
-            self._packer = subprocess.Popen(command, stdin=packer, stdout=packer, stderr=subprocess.PIPE, text=True)
+            self._packer = subprocess.Popen(command, stdin=packer.fileno(), stdout=packer.fileno(), stderr=subprocess.PIPE, text=True)
         packer.close()
         self._thread = threading.Thread(target=self._examine, name="exam", daemon=True)
         self.descriptors = [run.fileno(), batches.fileno()]

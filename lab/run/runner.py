@@ -65,6 +65,7 @@ class Request:
         memory_ceiling: bytes of device memory; more is invalid.
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
+        keeps_caches: what compilers make stays for later runs, which else work on a copy of what such runs have left.
         protected: folders that the run has nothing to write in, its own excepted.
         ending: asked while it lasts; the code of a reason to end it that is not its fault, or None.
     """
@@ -79,12 +80,17 @@ class Request:
     memory_ceiling: int | None = None
     unified: bool = False
     sandbox: str | None = None
+    keeps_caches: bool = False
     protected: Sequence[Path] = ()
     ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
     @property
     def home(self) -> Path:
         return Path(self.settings.get("AUTORESEARCH_HOME") or storage.home())
+
+    @property
+    def cache(self) -> Path:
+        return (self.home if self.keeps_caches else self.folder).absolute() / "cache"
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,8 @@ def remove(folder: Path) -> None:
 def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | None = None, **settings: str) -> Ended:
     """Starts child.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
+    if not request.keeps_caches and (request.home / "cache").is_dir():
+        shutil.copytree(request.home / "cache", request.cache, symlinks=True, dirs_exist_ok=True)
     facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
     facts |= {"protected": [str(path) for path in request.protected], "weights": str(weights)}
     command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
@@ -183,7 +191,7 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
         request.sandbox,
         command,
         readable=[*readable(request), *([weights.absolute()] if weights else [])],
-        writable=[folder, request.home / "cache"],
+        writable=[folder, request.cache],
         hidden=[Path.home(), request.home, Path("/run/user")],  # the user's files, other runs, the session's sockets
         temporary=temporary,
         cwd=folder / "work",
@@ -303,7 +311,7 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
-    cache, folder = request.home.absolute() / "cache", request.folder.absolute()
+    cache, folder = request.cache, request.folder.absolute()
     gpu = "".join(f"-{request.settings.get(name, '')}" for name in ("CUDA_VISIBLE_DEVICES", "AUTORESEARCH_DEVICE"))
     driver = cache / re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
     driver.mkdir(parents=True, exist_ok=True)
@@ -318,6 +326,7 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
         "PYTHONUSERBASE": site.getuserbase(),
         **request.settings,
         "AUTORESEARCH_HOME": str(request.home),
+        "AUTORESEARCH_CACHE": str(cache),
         "AUTORESEARCH_RUN": request.run_id,
         "AUTORESEARCH_SEED": str(request.seed),
     }
