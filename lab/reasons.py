@@ -77,8 +77,8 @@ TEXTS: dict[str, str] = {
     "further_runs": "as experiment {of}, of which these are further runs",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
-    "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be told from "
-    "gain. Draw them from SEED, as train.py does; a fixed start of some parameters is fine",
+    "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be "
+    "told from gain. Draw them from SEED, as train.py does; a fixed start of some parameters is fine",
     "not_scored_again": "its saved weights could not be scored again: {problem}",
     "other_score": "it reported {reported:.6f}; its saved weights, scored again, have {again:.6f}",
     "not_held_out": "its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on "

@@ -80,7 +80,9 @@ class Exam:
         self._packer = None
         if trains:
             command = [sys.executable, "-B", str(judge / "dataset.py"), str(self.data.folder), "note"]
-            self._packer = subprocess.Popen(command, stdin=packer.fileno(), stdout=packer.fileno(), stderr=subprocess.PIPE, text=True)
+            self._packer = subprocess.Popen(
+                command, stdin=packer.fileno(), stdout=packer.fileno(), stderr=subprocess.PIPE, text=True
+            )
         packer.close()
         self._thread = threading.Thread(target=self._examine, name="exam", daemon=True)
         self.descriptors = [run.fileno(), batches.fileno()]

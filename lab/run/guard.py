@@ -229,7 +229,7 @@ class Guard:
     def _clock(self, clock, backend) -> None:
         if self.clock is not None:
             self._deny("second_clock")
-        if type(clock) is not self.known["prepare", "Clock"]:
+        if type(clock) is not self.judged["prepare", "Clock"]:
             self._deny("other_clock")
         self.clock, self.backend = clock, backend
         self._sound()
