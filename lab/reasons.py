@@ -45,6 +45,8 @@ OF_A_RUN = {
     "claims_total": "it claims to have taken {told:.1f} s; it took {seconds:.1f} s",
     "no_weights": "it left no weights",
     "not_examined": "it was not scored by the harness",
+    "other_data": "it opens another dataset than the session's, {name}: say prepare.open_data() and no more; for "
+    "another dataset start another session, with AUTORESEARCH_DATA",
     "changed_weights": "its weights are not those that it was scored with",
     "other_watch": "it says that it trained for {told:.1f} s; the harness counted {seconds:.1f} s",
     "slow_saving": "it took {seconds:.1f} s to save its weights, which is no training time",

@@ -134,8 +134,11 @@ class Exam:
         self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
         self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
 
-    def problem(self, training_seconds: float) -> Reason | None:
-        """Why a run that says it trained for so long is not believed."""
+    def problem(self, facts: dict) -> Reason | None:
+        """Why a run's result is not believed."""
+        training_seconds = facts["training_seconds"]
+        if facts["eval"] != self.data.eval_tag:
+            return because("other_data", name=self.data.name)
         if not self.scores or self.saved is None:
             return because("not_examined")
         if not self.weights.is_file() or storage.sha256(self.weights) != self.digest:

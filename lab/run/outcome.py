@@ -86,7 +86,7 @@ def _judged(request, ended: Ended, told: dict | None, facts, printed: str, exam:
         return ("crash" if told.get("status") == "crash" else "invalid"), believed(told.get("reason"))
     weights = request.folder / "result.safetensors"
     wrong = problem(facts, request.budget, ended.seconds, request.memory_ceiling, weights, ended.set_by)
-    wrong = wrong or exam.problem(facts["training_seconds"])
+    wrong = wrong or exam.problem(facts)
     if not wrong and facts["val_bpb"] != exam.scores["val_bpb"]:
         wrong = because("reports_other_score")
     return "invalid" if wrong else "ok", wrong

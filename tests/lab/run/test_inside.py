@@ -202,7 +202,7 @@ def test_its_own_folders_may_be_written(request_for):
         "    import tempfile, pathlib\n    pathlib.Path('a/b').mkdir(parents=True)\n    open('a/b/c', 'w').close()\n"
         "    os.rename('a', 'd')\n    __import__('shutil').rmtree('d')\n    tempfile.mkdtemp()\n"
         "    (pathlib.Path.home() / '.cache' / 'x').mkdir(parents=True)\n"
-        "    (prepare.home() / 'cache' / 'x').mkdir()\n    prepare.home().mkdir(exist_ok=True)\n"
+        "    (prepare.Path(os.environ['AUTORESEARCH_CACHE']) / 'x').mkdir()\n    prepare.home().mkdir(exist_ok=True)\n"
     )
     outcome = runner.run(request_for({EVALUATION: own + HONEST}))
     assert outcome.status == "ok", outcome
