@@ -101,6 +101,8 @@ TEXTS: dict[str, str] = {
     "killed": "the harness was killed",
     "paused": "the session was paused",
     "stopped": "the night ended",
+    # As somebody's ledger has it (share/ledgers.py)
+    "told": "{words}",
     # After the verdict (session/repository.py)
     "edited_meanwhile": "train.py was edited meanwhile, and was left as it is",
     "no_train": "{branch} has no train.py: it was left as it is",

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -42,10 +43,8 @@ def _deliver(command: str, text: str, say) -> None:
         failing.discard(command)
     elif command not in failing:
         failing.add(command)
-        say(
-            f"--notify: the command failed ({untrusted.one_line(problem)}); the night goes on, and tries it again with "
-            "its next message"
-        )
+        problem = untrusted.one_line(problem)
+        say(f"--notify: the command failed ({problem}); the night goes on, and tries it again with its next message")
 
 
 def run(command: str, text: str) -> str | None:
@@ -62,27 +61,27 @@ def run(command: str, text: str) -> str | None:
             env={**os.environ, "LAB_MESSAGE": text},
             start_new_session=os.name == "posix",
         )
-        seen, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
-        while True:
+        started, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
+
+        def alive() -> list[psutil.Process]:
+            """What is left of all that was seen, and what that has started since."""
+            started.update(processes.in_group(process.pid))
+            for known in list(started):
+                with suppress(psutil.Error):
+                    started.update(known.children(recursive=True))
+            return [known for known in started if processes.runs(known)]
+
+        while time.monotonic() < deadline:
             ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen
-            left = alive(seen, process.pid)
-            if ended and not left or time.monotonic() > deadline:
+            if not alive() and ended:
                 break
             time.sleep(POLL)
-        processes.end(lambda: alive(seen, process.pid))
+        late = processes.end(alive)
         status = process.wait()
-        if left:
+        if late:
             return f"it took longer than {LIMIT:g} s, and was ended"
         if status == 0:
             return None
         output.seek(0)
         said = output.read(100_000).decode(errors="replace").strip().splitlines()
         return f"exit status {status}" + (f": {said[-1]}" if said else "")
-
-
-def alive(seen: set[psutil.Process], group: int) -> list[psutil.Process]:
-    """Those that still run of the processes seen so far, of a group, and of all below them, which `seen` gets too: one
-    that has left the group, and whose parent has ended, is found again by having been seen."""
-    below = [child for process in seen for child in processes.tree(process.pid) if process.is_running()]
-    seen.update(below, processes.in_group(group))
-    return [process for process in seen if processes.runs(process)]
