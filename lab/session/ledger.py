@@ -32,8 +32,11 @@ NEVER_ZERO = ("val_bpb", "memory_gb")  # a zero there says that nothing was meas
 EMPTY = {name: None if name in FORMS else "" for name in COLUMNS}
 
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-ESCAPING = {**dict.fromkeys([*range(32), *range(127, 160)]), **{ord(plain): text for plain, text in ESCAPES.items()}}
-MEANING = {text[1]: plain for plain, text in ESCAPES.items()} | {'"': '"'}
+UNSEEN = [*range(32), *range(127, 160), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
+ESCAPING = {**dict.fromkeys(UNSEEN), **{ord(plain): text for plain, text in ESCAPES.items()}}
+FORMULA = '"=+@-'  # what a spreadsheet takes for more than text, at the beginning of a cell
+MEANING = {text[1]: plain for plain, text in ESCAPES.items()} | {c: c for c in FORMULA}
+LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows of a ledger from elsewhere: a night has some hundred rows
 
 
 # --- A view of the journal ---
@@ -135,7 +138,7 @@ def _written(name: str, value) -> str:
 
 def escape(text: str) -> str:
     text = text.translate(ESCAPING)
-    return "\\" + text if text.startswith('"') else text
+    return "\\" + text if text.startswith(tuple(FORMULA)) else text
 
 
 def unescape(text: str) -> str:
@@ -178,7 +181,8 @@ def read(path: Path) -> Ledger:
         LabError: it is missing, can't be read, or is no ledger.
     """
     try:
-        return parse(Path(path).read_bytes(), str(path))
+        with open(path, "rb") as file:
+            return parse(file.read(LARGEST + 1), str(path))
     except FileNotFoundError:
         raise LabError(f"there is no ledger {path}; check the path") from None
     except OSError as error:
@@ -187,6 +191,8 @@ def read(path: Path) -> Ledger:
 
 def parse(content: bytes, name: str = "results.tsv") -> Ledger:
     """As `read`, of a file's content; `name` is what errors call it."""
+    if len(content) > LARGEST or content.count(b"\n") > MOST_ROWS:
+        raise LabError(f"{name} has more than {LARGEST >> 20} MiB or {MOST_ROWS:,} rows; compare a part of it")
     *lines, tail = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows, set_aside, row_of_fields, headed = [], [], None, False
     columns: tuple[str, ...] = ()
@@ -264,4 +270,6 @@ def _number(name: str, text: str) -> int | float | None:
         value = math.inf
     if value in (math.inf, -math.inf) or "_" in text or not text.isascii():  # Python takes 1_0
         raise ValueError(f"{name} is {text[:40]!r}, not a number that fits its column")
+    if value < 0 and name in MEASURED:
+        raise ValueError(f"{name} is {text[:40]}, which is below zero")
     return None if value != value or value == 0 and name in NEVER_ZERO else value

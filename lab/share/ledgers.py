@@ -24,7 +24,7 @@ from lab.share.verify import LAST_TIME, is_origin, is_tag
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run is measured by
 COUNTED = ("experiment", "run", "seed")
 SHOWN = 5  # damaged lines
-TEXT = 4000  # characters
+TEXT, LONGEST_DESCRIPTION = 4000, 500  # characters
 FIVE = "a ledger of five columns: each change was run once, and how far chance moves scores is unknown: unconfirmed"
 
 
@@ -132,7 +132,7 @@ def _experiments(rows: list[dict], numbered: bool) -> Iterator[dict]:
             "parent": None if onto is None else blobs[onto],
             "onto": onto,
             "commit": commit,
-            "description": first["description"],
+            "description": first["description"][:LONGEST_DESCRIPTION],
             "portable": first["portable"] != "no",
             "kinds": of_words(first["description"]) if number else (),
             "origin": first["origin"] if is_origin(first["origin"]) else "",

@@ -88,8 +88,8 @@ def texts(count):
 
 
 def plain(text):
-    """What may be lost: control characters that don't end lines or fields, and halves of characters."""
-    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) != "Cc")
+    """What may be lost: control characters that don't end lines or fields, what is not seen, halves of characters."""
+    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cf", "Zl"))
     return text.encode(errors="replace").decode()
 
 
@@ -264,3 +264,39 @@ def test_a_full_disk_is_told(session, monkeypatch):
         assert "make room" in session.write_ledger()
     assert session.write_ledger() is None and session.ledger.exists()
     assert storage.disk_full(OSError(28, ""))
+
+
+# --- What others may do with a ledger, and what others' ledgers may do ---
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "@SUM(A1)", "-1", '"quoted', "=\\=", "a = b"])
+def test_no_cell_is_a_formula(path, text):
+    path.write_bytes(ledger.dumps([row(description=text, reason=text)]))
+    cells = path.read_text().splitlines()[1].split("\t")
+    assert not any(c.startswith(tuple("=+@")) or c.startswith("-") and not c[1:2].isdigit() for c in cells), cells
+    assert ledger.read(path).rows[0]["description"] == text
+
+
+def test_what_turns_text_around_or_is_not_seen_is_left_out(path):
+    path.write_bytes(ledger.dumps([row(description="a\u202eb\u2066c\u200bd\x1b[31me\ufefff")]))
+    assert ledger.read(path).rows[0]["description"] == "abcd[31mef"
+
+
+@pytest.mark.parametrize("column, value", [("val_bpb", "-1.0"), ("memory_gb", "-3.0"), ("tok_per_s", "-1")])
+def test_figures_below_zero_are_set_aside(path, column, value):
+    lines = ledger.dumps([row(1), row(2)]).decode().splitlines()
+    fields = lines[2].split("\t")
+    fields[ledger.COLUMNS.index(column)] = value
+    path.write_text("\n".join([*lines[:2], "\t".join(fields), ""]))
+    found = ledger.read(path)
+    assert len(found.rows) == 1 and "below zero" in found.set_aside[0].why
+
+
+def test_an_endless_ledger_is_not_read(path):
+    path.write_text(HEADER + "baseline\t1.25\t12.5\tkeep\tx\n" * (ledger.MOST_ROWS + 1))
+    with pytest.raises(LabError, match="100,000 rows; compare a part"):
+        ledger.read(path)
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(LabError, match="more than 16 MiB"):
+        ledger.read(path)
