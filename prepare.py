@@ -44,7 +44,7 @@ from storage import DataError, Stop, home, temporary_of, write_json, writing
 TIME_BUDGET = 300  # seconds of training
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
 LATE = 2.0  # seconds that a training may end late, beside its last step: the host may be busy
-PROBED = 0.07  # part of the scored batches that is asked again with another ending
+PROBED = 0.05  # part of the scored batches that is asked again with another ending
 MASS_ROWS, MASS_TOKENS = 4, 256  # whose whole distributions are looked at
 EXAM = "AUTORESEARCH_EXAM"  # descriptor of the harness's end, which scores a guarded run
 

@@ -36,7 +36,7 @@ from lab.run.processes import tree
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
-PROBED_AGAIN = 0.25  # of the batches, before a change is kept: see prepare.examine
+PROBED_AGAIN = 0.08  # of the batches, before a change is kept: see prepare.examine
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run

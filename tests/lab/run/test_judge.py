@@ -22,7 +22,7 @@ class Trainer(fake_backend.interface.Trainer):
     is_out_of_memory = gradients = None
 
     def __init__(self, *_):
-        pass
+        self.rows_at_once = {}
 
     def accumulate(self, x, y, scale):
         return 5.0
@@ -34,6 +34,8 @@ class Trainer(fake_backend.interface.Trainer):
         self.accumulate(x, y, 1.0)
         self.step()
 
+
+Trainer.__abstractmethods__ = frozenset()
 
 def main():
     trainer, zeros = Trainer(), np.zeros((BATCH_SIZE, 2048), np.int32)
