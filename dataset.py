@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from bisect import bisect_right, insort
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -29,6 +33,10 @@ SPLIT_PATTERN = (
 )
 SPECIALS = [f"<|reserved_{i}|>" for i in range(4)]  # the first is BOS; their ids follow the other tokens'
 BUFFER_DOCUMENTS = 1000  # what the packer chooses from
+FIRST_ROWS = 4  # that a run gets before its time begins: its untrained model is examined with them
+READ_AHEAD = 2**20  # bytes of rows that are buffered
+BATCHES = "AUTORESEARCH_BATCHES"
+_taken: list[PackedElsewhere] = []  # the one of a guarded run
 EVALUATOR_VERSION = 1  # raise it whenever the same weights would score differently
 FORMAT = 1  # of the files on disk
 
@@ -112,32 +120,34 @@ class Data:
         tokens = read_tokens(folder)
         self.bos, self.vocab_size = len(tokens), len(tokens) + len(SPECIALS)
         self.token_bytes = np.array([len(token) for token in tokens] + [0] * len(SPECIALS), np.int32)
+        self.train_tokens = sum(part.get("tokens", 0) for part in manifest["parts"].values())
+        self._shards = sorted(stem for stem in manifest["parts"] if stem.startswith("train_"))
 
-        def array(name):  # a plain view of the mapped file: slicing np.memmap itself takes several times as long
-            return np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-
-        shards = sorted(stem for stem in manifest["parts"] if stem.startswith("train_"))
-        kinds = ("tokens", "lengths", "batches")
-        self._stored = {
-            "validation": array("validation.npy"), "held_out": array("held_out.npy"),
-            "train": [tuple(array(f"{shard}.{kind}.npy") for kind in kinds) for shard in shards],
-        }  # fmt: skip
-        self.train_tokens = sum(len(tokens) for tokens, _, _ in self._stored["train"])
+    def _array(self, name: str) -> np.ndarray:
+        """A plain view of a mapped file: slicing np.memmap itself takes several times as long."""
+        return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
 
     @property
     def validation_rows(self) -> np.ndarray:
         sys.audit("autoresearch.rows", "validation")
-        return self._stored["validation"]
+        return self._array("validation.npy")
 
     @property
     def held_out_rows(self) -> np.ndarray:
         sys.audit("autoresearch.rows", "held_out")
-        return self._stored["held_out"]
+        return self._array("held_out.npy")
 
     @property
     def train(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         sys.audit("autoresearch.rows", "train")
-        return self._stored["train"]
+        return [
+            (
+                self._array(f"{shard}.tokens.npy"),
+                self._array(f"{shard}.lengths.npy"),
+                self._array(f"{shard}.batches.npy"),
+            )
+            for shard in self._shards
+        ]
 
     @cached_property
     def tokenizer(self):
@@ -154,25 +164,40 @@ class Data:
                 document += count
                 token += sum(sizes)
 
+    def packed(self) -> PackedElsewhere:
+        """The training rows, packed by a process of its own."""
+        return PackedElsewhere(self.folder)
+
 
 def open_data(name: str | None = None) -> Data:
     """Opens a prepared dataset: `name`, else `AUTORESEARCH_DATA`, else the one prepared last.
 
     Raises DataError if the dataset is missing, or a file not as the manifest says; the message has what to run."""
-    current = home() / "data" / "current"
-    name = name or os.environ.get("AUTORESEARCH_DATA")
+    return opened(folder_of(home(), name or os.environ.get("AUTORESEARCH_DATA")))
+
+
+def folder_of(root: Path, name: str | None) -> Path:
+    """The folder of a dataset: by default of the one prepared last. DataError if there is none."""
+    current = root / "data" / "current"
     if not name and current.is_file():
         name = current.read_text(encoding="utf-8").strip()
     if not name:
         raise DataError("no dataset is prepared yet; run: python prepare.py (offline: --dataset stdlib)")
-    folder = home() / "data" / name
+    return root / "data" / name
+
+
+def opened(folder: Path) -> Data:
+    """The dataset in a folder; see `open_data`. In a guarded run the harness has documents and rows, and has
+    checked them."""
     manifest = read_manifest(folder)
     again = f"run: {manifest['command']}"
     if "eval_tag" not in manifest:
-        raise DataError(f"preparing {name} was interrupted; {again}")
+        raise DataError(f"preparing {folder.name} was interrupted; {again}")
     if not tags(manifest).items() <= manifest.items():
         raise DataError(f"the tags in {folder / 'manifest.json'} are not those of its files; {again}")
     files = known_files(manifest)
+    if BATCHES in os.environ:
+        files = {"tokenizer.json": files["tokenizer.json"]}
     with ThreadPoolExecutor() as pool:
         problems = [text for text in pool.map(damage, map(folder.joinpath, files), files.values()) if text]
     if problems:
@@ -223,3 +248,72 @@ def pack(batches: Iterable[tuple[np.ndarray, list[int]]]) -> Iterator[np.ndarray
             row[filled : filled + taken] = tokens[start : start + taken]
             filled += taken
         yield row
+
+
+def endless(batches: Callable[[], Iterable[tuple[np.ndarray, list[int]]]]) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows packed from pass after pass over `batches()`, each with the pass that packing it had reached, from 1."""
+    passes = 0
+
+    def documents():
+        nonlocal passes
+        while True:
+            passes += 1
+            yield from batches()
+
+    for row in pack(documents()):
+        yield row, passes
+
+
+class PackedElsewhere(Iterator):
+    """The endless rows of a dataset from another process: python dataset.py FOLDER. So a busy training process is not
+    held up by packing, and a run can't take rows ahead: beyond the first FIRST_ROWS they are sent when `release` is
+    called. In a guarded run it is the harness's process; `AUTORESEARCH_BATCHES` is the descriptor of a socket to it."""
+
+    def __init__(self, folder: Path):
+        self._process = None
+        if descriptor := os.environ.get(BATCHES):
+            if _taken:
+                raise RuntimeError("a second Loader: a guarded run has one, whose batches can be cut and joined")
+            _taken.append(self)
+            self._rows, self._release = open(int(descriptor), "rb", READ_AHEAD), open(os.dup(int(descriptor)), "wb", 0)
+        else:
+            self._process = Popen([sys.executable, __file__, str(folder)], READ_AHEAD, stdin=PIPE, stdout=PIPE)
+            if self._process.stdout is None or self._process.stdin is None:
+                raise RuntimeError("the process that packs rows has no pipes")
+            self._rows, self._release = self._process.stdout, self._process.stdin
+
+    def release(self) -> None:
+        self._release.write(b"\n")
+        self._release.flush()
+
+    def __next__(self) -> tuple[np.ndarray, int]:
+        record = self._rows.read(2 * ROW + 4)
+        if len(record) < 2 * ROW + 4:
+            raise RuntimeError("the process that packs rows has ended; it said why above")
+        return np.frombuffer(record, "<u2", ROW, 4), int.from_bytes(record[:4], "little")
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        for file in (self._rows, self._release):
+            file.close()
+
+
+def send_rows(folder: Path, told: BinaryIO, into: BinaryIO, note: TextIO | None = None) -> None:
+    """Writes rows for `PackedElsewhere`: the first ones, and after a line was read from `told`, all others. The time of
+    that (`time.monotonic`) is written to `note`."""
+    for count, (row, passes) in enumerate(endless(Data(folder, read_manifest(folder)).batches)):
+        if count == FIRST_ROWS:
+            into.flush()
+            if not told.readline():
+                return
+            if note:
+                print(time.monotonic(), file=note, flush=True)
+        into.write(passes.to_bytes(4, "little") + row.astype("<u2", copy=False).tobytes())
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        send_rows(Path(sys.argv[1]), sys.stdin.buffer, open(1, "wb", 2**18), sys.stderr if sys.argv[2:] else None)
+    os._exit(0)  # nobody reads what is left to be written

@@ -14,18 +14,22 @@ As a command (python prepare.py --help) this file prepares a dataset; corpus.py 
 
 from __future__ import annotations
 
+import functools
 import gc
-import hashlib
+import json
 import math
 import numbers
 import os
 import re
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +37,16 @@ import numpy as np
 import psutil
 
 import dataset
-from dataset import MAX_SEQ_LEN, Data, inputs_and_targets, pack
+from dataset import FIRST_ROWS, MAX_SEQ_LEN, Data, inputs_and_targets
 from results import MEASURES, REFUSALS, fill
 from storage import DataError, Stop, home, temporary_of, write_json, writing
 
 TIME_BUDGET = 300  # seconds of training
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
-PROBE_ROWS, CUTS = 4, 3  # rows the model is examined with before it is scored; times each is cut
+LATE = 2.0  # seconds that a training may end late, beside its last step: the host may be busy
+PROBED = 0.05  # part of the scored batches that is asked again with another ending
+MASS_ROWS, MASS_TOKENS = 4, 256  # whose whole distributions are looked at
+EXAM = "AUTORESEARCH_EXAM"  # descriptor of the harness's end, which scores a guarded run
 
 
 class Refusal(Stop):
@@ -89,8 +96,9 @@ def open_data(name: str | None = None) -> Data:
 
 
 class Loader(Iterator, AbstractContextManager):
-    """Endless iterator over training batches (x, y), fresh int32 (batch_size, 2048) each, packed ahead on a thread.
-    The first batch needs a `Clock`, which also ends the supply.
+    """Endless iterator over training batches (x, y), fresh int32 (batch_size, 2048) each. Rows are packed ahead by a
+    process of its own (`dataset.PackedElsewhere`), and come once the first batch is asked for; that needs a `Clock`,
+    which also ends the supply.
 
     Attributes:
         batches, rows, tokens: handed out so far.
@@ -105,31 +113,36 @@ class Loader(Iterator, AbstractContextManager):
         self.batches = self.rows = self.tokens = 0
         self.epoch, self.waited = 1, 0.0
         self.clock: Clock | None = None  # which sets itself
-        self._rows = pack(self._endless())
-        self._packing_epoch, self._closed = 0, False
-        self._thread = ThreadPoolExecutor(1, "loader")
-        self._ahead = deque(self._thread.submit(self._pack_batch) for _ in range(BATCHES_AHEAD))
+        self._source, self._first = data.packed(), []
+        self._rows: Iterator[tuple[np.ndarray, int]] = self._source
+        self._closed, self._thread, self._ahead = False, ThreadPoolExecutor(1, "loader"), deque()
 
-    def _endless(self) -> Iterator[tuple[np.ndarray, list[int]]]:
-        while True:
-            self._packing_epoch += 1
-            yield from self.data.batches()
+    def first_rows(self) -> np.ndarray:
+        """The first rows of the first batch, (FIRST_ROWS, 2049), before it is asked for."""
+        if not self._first:
+            self._first = [next(self._source) for _ in range(FIRST_ROWS)]
+            self._rows = chain(self._first, self._source)
+        return np.stack([row for row, _ in self._first])
 
-    def _pack_batch(self) -> tuple[np.ndarray, np.ndarray, int]:
-        x, y = inputs_and_targets(np.stack([next(self._rows) for _ in range(self.batch_size)]))
-        return x, y, self._packing_epoch
+    def _batch(self) -> tuple[np.ndarray, np.ndarray, int]:
+        rows, epochs = zip(*[next(self._rows) for _ in range(self.batch_size)])
+        return *inputs_and_targets(np.stack(rows)), epochs[-1]
 
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
         if self._closed:
             raise RuntimeError("the loader is closed")
         clock = admit(self.clock)
         asked = time.perf_counter()
+        if not self.batches:
+            if release := getattr(self._source, "release", None):
+                release()
+            self._ahead.extend(self._thread.submit(self._batch) for _ in range(BATCHES_AHEAD))
         try:
             x, y, self.epoch = self._ahead.popleft().result()
         except Exception as error:
             self.close()
             raise RuntimeError(f"the loader's thread failed: {error!r}") from error
-        self._ahead.append(self._thread.submit(self._pack_batch))
+        self._ahead.append(self._thread.submit(self._batch))
         self.waited += time.perf_counter() - asked
         self.batches += 1
         self.rows += self.batch_size
@@ -138,9 +151,10 @@ class Loader(Iterator, AbstractContextManager):
         return x, y
 
     def close(self) -> None:
-        """Stops the thread; no batches after this."""
+        """Ends the thread and the process; no batches after this."""
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
+        self._source.close()
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -157,7 +171,7 @@ class Clock:
         loss: of the last step that is known to be done, a float.
         ticks: at each tick, seconds since the start and tokens handed out so far.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
-        initial_weights: their fingerprint: with another seed, it is another.
+        initial_weights: their sketch: with another seed, it is another.
     """
 
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
@@ -172,9 +186,9 @@ class Clock:
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
-            self.initial_weights = fingerprint(backend.weights(model))
-            rows = loader.data.validation_rows
-            values = halving(backend, PROBE_ROWS, lambda n: losses(backend, model, *inputs_and_targets(rows[:n])))
+            self.initial_weights = sketch(backend.weights(model))
+            values = Answers(backend, model, FIRST_ROWS).losses(*inputs_and_targets(loader.first_rows()))
+            require_finite(values)
             untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
             if untrained < 0.95 * chance:
                 raise Invalid("warm_start", loss=untrained, chance=chance)
@@ -260,12 +274,18 @@ class Clock:
             self.stopped = time.perf_counter()  # from here on nothing of train.py's runs that could train
 
 
-def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:
-    """Of weights by name: of the first elements of each."""
-    digest = hashlib.sha256()
+def sketch(weights: dict[str, np.ndarray]) -> str:
+    """Of weights by name: 24 random projections of samples of all that were drawn, each parameter counting alike, as
+    hexadecimal int8. Two independent draws are as far apart as their own lengths say; see `results.apart`."""
+    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), (24, 4096))
+    total, drawn = np.zeros(24), 0
     for name in sorted(weights):
-        digest.update(name.encode() + np.ascontiguousarray(weights[name].reshape(-1)[:most]).tobytes())
-    return digest.hexdigest()[:12]
+        flat = weights[name].reshape(-1)
+        sample = flat[:: -(-flat.size // 4096)].astype(np.float64) if flat.size else np.zeros(1)
+        if sample.min() != sample.max():  # a constant was not drawn
+            own = np.roll(signs, zlib.crc32(name.encode()) % 4096, axis=1)[:, : len(sample)]
+            total, drawn = total + own @ sample / np.linalg.norm(sample), drawn + 1
+    return np.clip(np.rint(32 * total / max(drawn, 1) ** 0.5), -127, 127).astype(np.int8).tobytes().hex()
 
 
 def admit(clock: Clock | None) -> Clock:
@@ -276,19 +296,24 @@ def admit(clock: Clock | None) -> Clock:
             raise Invalid("batch_before_clock")
         if clock.stopped is not None:
             raise Invalid("batch_after_evaluation")
-        under_way = clock.ticked - clock.started if clock.in_step and clock.started is not None else None
-        require_time(clock.seconds, clock.elapsed, clock.longest, under_way)
+        begun = clock.ticked - clock.started if clock.in_step and clock.started is not None else None
+        require_time(clock.seconds, clock.elapsed, [0.0, *(seconds for seconds, _ in clock.ticks)], begun)
         return clock
 
 
-def require_time(seconds: float, elapsed: float, longest: float, under_way: float | None) -> None:
-    """Refuses more training than a budget of `seconds` allows, given the longest step so far and when, counted from
-    the start, the step under way began (None between steps)."""
-    # A step that begins in time may end late, however slow it is; to begin another after that is to ignore the clock.
-    # So is never to tick: a single step may not outlast the budget (in short trials, the standard one).
-    limit = seconds + longest + 1
-    if elapsed > limit and under_way is not None:
-        limit = under_way + max(seconds, TIME_BUDGET) + 1
+def require_time(seconds: float, elapsed: float, ends: list[float], begun: float | None) -> None:
+    """Refuses more training than a budget of `seconds` allows. Times are seconds since the first batch.
+
+    Args:
+        elapsed: until now. ends: 0, and when each step was done. begun: the step under way; None between steps.
+    """
+    # A step that begins in time may end late, but not outlast its like; to begin another after that is to ignore the
+    # clock. Of a first step nothing is known: it may take the budget (in short trials, the standard one).
+    steps = np.diff(ends)
+    usual = max(3 * float(np.median(steps)), 2 * float(steps[-1])) if len(steps) else max(seconds, TIME_BUDGET)
+    limit = seconds + usual + LATE if begun is None else max(min(begun, seconds + usual), seconds) + usual + LATE
+    if not len(steps):
+        limit = usual + LATE
     if elapsed > limit:
         raise Invalid("overtime", seconds=elapsed, budget=seconds, limit=limit)
 
@@ -310,16 +335,21 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
             if clock.evaluated:
                 raise Invalid("evaluated_twice")
             clock.stop()
+            tell("stopped")
             clock.evaluated = True
             weights = (result_path() or home() / "last" / "weights").with_suffix(".safetensors")
             save(backend, model, weights)
             if rows != "validation" or count is not None:
                 raise Invalid("other_rows")
-        stored = {"validation": data.validation_rows, "held_out": data.held_out_rows}[rows]
-        count = data.eval_rows if count is None else count
-        if not 1 <= count <= len(stored):
-            raise DataError(f"{count} {rows} rows asked for, {len(stored)} are stored; prepare more text")
-        bpb = score(backend, model, data, stored[:count], batch_size)
+        if clock is not None and EXAM in os.environ:
+            bpb, count = examined(Answers(backend, model, batch_size), weights)
+        else:
+            stored = {"validation": data.validation_rows, "held_out": data.held_out_rows}[rows]
+            count = data.eval_rows if count is None else count
+            if not 1 <= count <= len(stored):
+                raise DataError(f"{count} {rows} rows asked for, {len(stored)} are stored; prepare more text")
+            answers = Answers(backend, model, batch_size)
+            bpb = bits_per_byte(*examine(answers, stored[:count], data.token_bytes, batch_size))
     if clock is not None:
         clock.val_bpb, clock.val_rows = bpb, count
         sys.audit("autoresearch.scored", clock, bpb)
@@ -337,11 +367,6 @@ def save(backend, model, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def score(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> float:
-    """Probes the model with the first rows, then scores all: bits per byte."""
-    return bits_per_byte(*score_rows(backend, model, data, rows, batch_size))
-
-
 def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
     """From nats and bytes of each row. DataError if there is no text."""
     if sizes.sum() == 0:
@@ -349,23 +374,180 @@ def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
     return float(nats.sum() / sizes.sum() / math.log(2))
 
 
-def score_rows(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probes the model with the first rows; then nats and bytes of the targets of each row, float64 (N,) both. Special
-    tokens count in neither."""
-    halving(backend, PROBE_ROWS, lambda n: probe(backend, model, *inputs_and_targets(rows[:n]), data.vocab_size))
-    row_nats, row_bytes, done = np.zeros(len(rows)), np.zeros(len(rows)), 0
+class Answers:
+    """What a model says of tokens, in this process. A batch that does not fit into the memory is taken in parts."""
 
-    def batch(size):
-        tokens, targets = inputs_and_targets(rows[done : done + size])
-        return targets, losses(backend, model, tokens, targets)
+    def __init__(self, backend, model, batch_size: int):
+        self.backend, self.model, self.fit = backend, model, batch_size
 
-    while done < len(rows):
-        targets, nats = halving(backend, batch_size, batch)
-        sizes, of = data.token_bytes[targets], slice(done, done + len(targets))
-        row_nats[of] = nats.sum(axis=1, where=sizes > 0, dtype=np.float64)
-        row_bytes[of] = sizes.sum(axis=1, dtype=np.int64)
-        done, batch_size = done + len(targets), len(targets)  # what fitted
-    return row_nats, row_bytes
+    def losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Nats of each target, float32 (B, T)."""
+        parts, done = [], 0
+        while done < len(tokens):
+            size = min(self.fit, len(tokens) - done)
+            part = halving(
+                self.backend, size, lambda n: self._losses(tokens[done : done + n], targets[done : done + n])
+            )
+            if len(part) < size:
+                self.fit = len(part)
+            parts.append(part)
+            done += len(part)
+        return np.concatenate(parts)
+
+    def _losses(self, tokens, targets) -> np.ndarray:
+        values = np.asarray(self.backend.losses(self.model, tokens, targets))
+        if values.shape != targets.shape:
+            raise Invalid("losses_shape", shape=f"{values.shape}", expected=f"{targets.shape}")
+        return values.astype(np.float32, copy=False)
+
+    def logits(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The logits at some places of each row, float32 (B, len(places), V)."""
+
+        def logits(size):
+            values = np.asarray(self.backend.logits(self.model, tokens[:size]))
+            if values.ndim != 3 or values.shape[:2] != tokens[:size].shape:
+                raise Invalid("logits_shape", shape=f"{values.shape}", expected=f"{(*tokens[:size].shape, 'V')}")
+            return values[:, places].astype(np.float32, copy=False)
+
+        first = halving(self.backend, len(tokens), logits)
+        return (
+            first if len(first) == len(tokens) else np.concatenate([first, self.logits(tokens[len(first) :], places)])
+        )
+
+
+def examine(
+    asked, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int, share: float = PROBED
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores rows, and refuses a model whose losses are not those of a causal language model, each row by itself.
+
+    All batches, and some of them again, are asked in random order: so no question tells what it is for.
+
+    - Rows of `share` of the batches (at least 2) are cut at random and go on differently. Losses up to the cut have to
+      stay: the place at the cut must not see its own target. A look-ahead at a part f of all places is missed with a
+      probability of (1 - f)^n, where n is the number of rows that are asked so.
+    - In a quarter of those rows random tokens are asked for instead: at the cut, where that token follows, and before.
+      They have to be improbable. That finds a model that knows its targets, or gives again what it has said before.
+    - One batch is asked again as it is, one with its rows moved and half of them replaced, and of some rows whole
+      distributions are asked for.
+
+    Args:
+        asked: has the methods of `Answers`. rows: (N, 2049). token_bytes: (V,), bytes of text in each token.
+
+    Returns:
+        Nats and bytes of the targets of each row, float64 (N,) both. Special tokens count in neither.
+    """
+    rng, vocab_size, batches = np.random.default_rng(), len(token_bytes), -(-len(rows) // batch_size)
+    again, moved, whole, *cut = rng.permutation(
+        np.resize(rng.permutation(batches), 3 + max(2, round(share * batches)))
+    ).tolist()
+    questions = [("score", i) for i in range(batches)] + [("again", again), ("moved", moved), ("whole", whole)]
+    questions += [("cut", i) for i in cut]
+    nats, sizes, compared = np.zeros(len(rows)), np.zeros(len(rows)), set([again, moved, *cut])
+    values: dict[int, np.ndarray] = {}  # of batches that are asked twice
+    repeated, ends, masses = None, [], np.ones(1)
+
+    def ask(tokens, targets):
+        told = asked.losses(tokens, targets)
+        require_finite(told)
+        return told
+
+    for number in rng.permutation(len(questions)):
+        what, i = questions[number]
+        of = slice(i * batch_size, (i + 1) * batch_size)
+        tokens, targets = inputs_and_targets(rows[of])
+        B, T = tokens.shape
+        row, place = np.arange(B)[:, None], np.arange(T)
+        noise = rng.integers(0, vocab_size, (B, T), dtype=np.int32)
+        if what == "score":
+            told, counted = ask(tokens, targets), token_bytes[targets]
+            nats[of] = told.sum(axis=1, where=counted > 0, dtype=np.float64)
+            sizes[of] = counted.sum(axis=1, dtype=np.int64)
+            if i in compared:
+                values[i] = told
+        elif what == "again":
+            repeated = ask(tokens, targets)
+        elif what == "moved" and B > 1:
+            neighbours = np.where(row % 2, np.roll(tokens, 1, axis=0), noise)
+            neighbour_values = ask(neighbours, np.roll(targets, 1, axis=0))
+        elif what == "whole":
+            tokens, targets = tokens[:MASS_ROWS], targets[:MASS_ROWS]
+            places = np.sort(rng.choice(T, min(T, MASS_TOKENS), replace=False))
+            logits, told = asked.logits(tokens, places), ask(tokens, targets)
+            if logits.shape[2] != vocab_size:
+                raise Invalid("logits_shape", shape=f"{logits.shape}", expected=f"{(len(tokens), T, vocab_size)}")
+            masses = np.stack(
+                [probability_mass(*of_row) for of_row in zip(logits, targets[:, places], told[:, places])]
+            )
+        elif what == "cut":
+            cuts = rng.integers(0, T - 1, (B, 1))
+            others = rows[(rng.integers(1, max(len(rows), 2), B) + np.arange(len(rows))[of]) % len(rows), :-1]
+            other = noise if len(rows) == 1 else others.astype(np.int32)
+            after = (tokens[row, cuts + 1] + rng.integers(1, vocab_size, (B, 1))) % vocab_size
+            changed = np.where(place <= cuts, tokens, other)
+            changed[row, cuts + 1] = after
+            asked_for = np.where(place <= cuts, targets, np.roll(changed, -1, axis=1))
+            wrong = (rng.random((B, 1)) < 0.25) & (place <= cuts) & ((rng.random((B, T)) < 1 / 32) | (place == cuts))
+            asked_for[wrong] = np.where(place == cuts, after, noise)[wrong]
+            told = ask(changed.astype(np.int32), asked_for.astype(np.int32))
+            ends.append((i, told, (place <= cuts) & ~wrong, wrong & (asked_for != targets)))
+
+    require_equal(values[again], repeated, "not_repeatable")
+    # What later tokens are masked out of repeats to the bit, or as well as two equal calls do.
+    repeatable = 2e-3 + 10 * float(np.abs(values[again] - repeated).max())
+    for i, told, kept, _ in ends:
+        require_equal(values[i][kept], told[kept], "looks_ahead", worst_allowed=repeatable)
+    guessed = np.concatenate([np.exp(-told[wrong].astype(np.float64)) for _, told, _, wrong in ends])
+    if guessed.sum() > 3 + 20 * len(guessed) / vocab_size:
+        raise Invalid("sees_targets", mean=float(guessed.mean()), chance=1 / vocab_size)
+    if len(values[moved]) > 1:
+        require_equal(values[moved][:-1:2], neighbour_values[1::2], "mixes_rows")
+    # Rounding in the matrix product scatters single tokens, not their mean.
+    mean, worst = float(masses.mean()), float(np.abs(masses - 1).max())
+    if not (abs(mean - 1) <= 1e-3 and worst <= 0.1):
+        raise Invalid("not_normalised", mean=mean, worst=worst)
+    return nats, sizes
+
+
+def require_finite(values: np.ndarray) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise Invalid("not_finite", count=int((~finite).sum()), total=values.size)
+
+
+harness = functools.cache(Connection)  # by its descriptor
+
+
+def tell(event: str, **facts) -> Connection | None:
+    """Tells the harness of a guarded run how far it is; the connection to it."""
+    if EXAM not in os.environ:
+        return None
+    connection = harness(int(os.environ[EXAM]))
+    connection.send_bytes(json.dumps({"event": event, **facts}).encode())
+    return connection
+
+
+def examined(answers: Answers, weights: Path) -> tuple[float, int]:
+    """Is examined by the harness with the saved weights, whose digest it takes before it sends rows: score and rows."""
+    examiner = tell("weights", batch_size=answers.fit)
+    if examiner is None:
+        raise RuntimeError("there is no harness to examine this run")
+    answers.backend.load(answers.model, weights)
+    return answer(examiner, answers)
+
+
+def answer(examiner: Connection, answers: Answers) -> tuple[float, int]:
+    """Answers the harness until it tells the score. Invalid if it refuses one."""
+    while True:
+        asked = json.loads(examiner.recv_bytes())
+        if asked["ask"] == "done":
+            if reason := asked["refused"]:
+                raise Invalid(reason["code"], **reason["facts"])
+            return asked["bpb"], asked["rows"]
+        tokens, given = (np.frombuffer(examiner.recv_bytes(), np.int32) for _ in range(2))
+        tokens = tokens.reshape(asked["shape"])
+        if asked["ask"] == "losses":
+            given = given.reshape(asked["shape"])
+        examiner.send_bytes(np.ascontiguousarray(getattr(answers, asked["ask"])(tokens, given)).tobytes())
 
 
 def halving(backend, size: int, action):
@@ -377,52 +559,6 @@ def halving(backend, size: int, action):
             if size == 1 or not backend.is_out_of_memory(error):
                 raise
         size //= 2  # the traceback, and with it the arrays that did not fit, is gone by now
-
-
-def losses(backend, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The model's nats for each target (B, T); Invalid if they are not finite."""
-    values = np.asarray(backend.losses(model, tokens, targets))
-    if values.shape != targets.shape:
-        raise Invalid("losses_shape", shape=f"{values.shape}", expected=f"{targets.shape}")
-    finite = np.isfinite(values)
-    if not finite.all():
-        raise Invalid("not_finite", count=int((~finite).sum()), total=values.size)
-    return values
-
-
-def probe(backend, model, tokens: np.ndarray, targets: np.ndarray, vocab_size: int) -> None:
-    """Refuses a model whose losses (B, T) are not those of a causal language model, each row by itself.
-    All calls have the same shape, so that the same kernels run."""
-    B, T = tokens.shape
-    values = losses(backend, model, tokens, targets)
-    again = losses(backend, model, tokens, targets)
-    require_equal(values, again, "not_repeatable")
-    noise = np.random.default_rng(0).integers(0, vocab_size, (B, T), dtype=np.int32)
-    row = np.arange(B)[:, None]
-
-    # Inputs change after a cut, another in each row and round. Targets stay: the position at the cut must not see its
-    # own. A model that sees one token ahead gives itself away at the cut alone, perhaps by little: what later tokens
-    # are masked out of repeats to the bit, or as well as two equal calls do.
-    repeatable = 2e-3 + 10 * float(np.abs(values - again).max())
-    for turn in range(CUTS):
-        cut = (row * CUTS + turn + 1) * T // (B * CUTS + 1)
-        before = np.arange(T) <= cut
-        changed = losses(backend, model, np.where(before, tokens, noise), targets)
-        require_equal(values[before], changed[before], "looks_ahead", worst_allowed=repeatable)
-
-    if B > 1:  # each row moves by one place, then every second one becomes noise
-        neighbours = np.where(row % 2, np.roll(tokens, 1, axis=0), noise)
-        moved = losses(backend, model, neighbours, np.roll(targets, 1, axis=0))
-        require_equal(values[:-1:2], moved[1::2], "mixes_rows")
-
-    logits = np.asarray(backend.logits(model, tokens))
-    if logits.shape != (B, T, vocab_size):
-        raise Invalid("logits_shape", shape=f"{logits.shape}", expected=f"{(B, T, vocab_size)}")
-    mass = np.stack([probability_mass(logits[i], targets[i], values[i]) for i in range(B)])
-    # Rounding in the matrix product scatters single tokens, not their mean.
-    mean, worst = float(mass.mean()), float(np.abs(mass - 1).max())
-    if not (abs(mean - 1) <= 1e-3 and worst <= 0.1):
-        raise Invalid("not_normalised", mean=mean, worst=worst)
 
 
 def require_equal(expected, actual, code: str, mean_allowed: float = 2e-3, worst_allowed: float = 0.1) -> None:

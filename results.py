@@ -59,7 +59,7 @@ MEASURES = (
     Measure("flops_per_token", float, "FLOP", "the model's, forward and backward"),
     Measure("model_tflops", float, "TFLOP/s", "the model's FLOP per second", "", "tflops", ".4g", nullable=True),
     Measure("dataset", str, "", "name of the dataset"),
-    Measure("initial_weights", str, "", "fingerprint of the initial weights"),
+    Measure("initial_weights", str, "", "sketch of the initial weights"),
     Measure("attention_provider", str, "", "where the attention comes from, if not from the framework", nullable=True),
     Measure("compiled", bool, "", "whether the whole step ran compiled", "", "compiled", nullable=True),
     Measure("rows_at_once", int, "rows", "that fit, if fewer than a batch", "", "rows_at_once", "d", nullable=True),
@@ -72,6 +72,9 @@ REFUSALS = {
     "warm_start": "warm start: the untrained model's loss is {loss:.3f} nats, chance {chance:.3f}",
     "diverged": "the loss is {loss:.4g} at step {step}; at most {limit:.1f} is allowed",
     "batch_before_clock": "a training batch was asked for before a Clock checked the untrained model",
+    "trains_before_batch": "it trains before its first batch: for compiling there is Trainer.warm_up, which leaves "
+    "weights as they were",
+    "trains_after_evaluation": "it trains after its evaluation was asked for",
     "batch_after_evaluation": "a training batch was asked for after the evaluation",
     "overtime": "training went on for {seconds:.1f} s; a budget of {budget:g} s allows {limit:.1f}",
     "evaluated_twice": "this run was evaluated before; a run is scored once",
@@ -82,6 +85,8 @@ REFUSALS = {
     "not_repeatable": "two calls on the same rows differ (by up to {worst:.4f} nats, {mean:.4f} on average)",
     "looks_ahead": "the model looks ahead: losses change with later tokens (by up to {worst:.4f} nats, {mean:.4f} on "
     "average)",
+    "sees_targets": "the model sees its targets: random ones have a probability of {mean:.4f} on average, chance is "
+    "{chance:.4f}",
     "mixes_rows": "a row's losses depend on its neighbours in the batch (by up to {worst:.4f} nats, {mean:.4f} on "
     "average)",
     "not_normalised": "not normalised: probabilities sum to {mean:.4f} on average, up to {worst:.4f} off 1",
@@ -106,6 +111,17 @@ REFUSALS = {
     "reports_other_score": "it reports another score than the evaluator's",
     "raises_itself": "it raised prepare.{name} itself",
 }
+
+
+def apart(sketch: str, other: str) -> float:
+    """How far two `sketch`es of initial weights are apart, for two independent draws about 1, for the same 0; 1 for
+    what is none."""
+    try:
+        pairs = [(a - 256 * (a > 127), b - 256 * (b > 127)) for a, b in zip(*map(bytes.fromhex, (sketch, other)))]
+    except ValueError:
+        return 1.0
+    lengths = sum(a * a + b * b for a, b in pairs)
+    return sum((a - b) ** 2 for a, b in pairs) / lengths if lengths else 0.0
 
 
 class _Lenient(Formatter):

@@ -70,5 +70,5 @@ def keep_bytecode(package: str) -> None:
         return
     if sys.dont_write_bytecode or not os.access(Path(found.cached).parents[1], os.W_OK):
         gpus = re.sub("[^A-Za-z0-9]+", "-", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        sys.pycache_prefix = str(trials.home() / "cache" / f"bytecode{gpus and f'-{gpus}'}")
+        sys.pycache_prefix = str(trials.cache() / f"bytecode{gpus and f'-{gpus}'}")
         sys.dont_write_bytecode = False

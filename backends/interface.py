@@ -154,6 +154,7 @@ class Trainer(abc.ABC):
         Returns:
             The loss before scaling: a scalar on the device; `float(loss)` waits for it.
         """
+        sys.audit("autoresearch.backward")
         rows, loss = self.rows_at_once.get(x.shape, len(x)), 0.0
         if len(x) <= rows:
             return self.accumulate(x, y, scale)
@@ -176,7 +177,7 @@ class Trainer(abc.ABC):
         rows = len(x)
         while True:
             try:
-                with _uncollected():
+                with _uncollected(), rehearsing():
                     self.rehearse(x[:rows], y[:rows])
                 break
             except Exception as error:
@@ -320,6 +321,16 @@ class Backend(abc.ABC):
 
 
 @contextmanager
+def rehearsing():
+    """Tells a guarded run that the steps within are undone."""
+    sys.audit("autoresearch.rehearsal", True)
+    try:
+        yield
+    finally:
+        sys.audit("autoresearch.rehearsal", False)
+
+
+@contextmanager
 def _uncollected():
     """Without Python's collector of cycles: tracing makes millions of objects that stay, and takes a tenth longer with
     it."""
@@ -396,7 +407,8 @@ def check_transformed(given: dict, transformed: dict) -> None:
 
 
 def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:
-    """Raises what `Trainer.step` says it raises."""
+    """Raises what `Trainer.step` says it raises. A step is announced here: a guarded run counts them."""
+    sys.audit("autoresearch.step")
     wanted, given = [sorted(group["hyper"]) for group in optimizer], [sorted(hyper) for hyper in schedule]
     if given != wanted:
         raise ValueError(f"the schedule gives {given}; the optimizer's groups have {wanted}")

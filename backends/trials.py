@@ -13,6 +13,11 @@ def home() -> Path:
     return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
 
 
+def cache() -> Path:
+    """Where compilers keep what they made: `AUTORESEARCH_CACHE`, as a guarded run has it, else under home."""
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or home() / "cache")
+
+
 def remember(key: str, trial, lasting=lambda result: True):
     """The result of `trial()`, JSON values only: run once per key, then read from disk.
 

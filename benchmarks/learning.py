@@ -96,7 +96,7 @@ def run_theirs(options) -> dict:
     def start_from_ours(model):
         named = {our_name(name): parameter for name, parameter in model.named_parameters()}
         weights = train.initial_weights({name: tuple(p.shape) for name, p in named.items()}, options.seed)
-        found.update(initial=prepare.fingerprint(weights), data=data.data_tag)
+        found.update(initial=prepare.sketch(weights), data=data.data_tag)
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(torch.from_numpy(weights[name]))

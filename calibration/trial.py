@@ -37,12 +37,14 @@ class Tokens:
         self._rng = np.random.default_rng(0)
         frequencies = 1 / np.arange(1, self.vocab_size + 1)  # Zipf's law
         self._cumulative = np.cumsum(frequencies / frequencies.sum())
-        self.validation_rows = self.held_out_rows = self._draw(self.eval_rows * dataset.ROW).reshape(-1, dataset.ROW)
         self.train = [(self._draw(2**22), None, None)]
 
     def _draw(self, count):
         drawn = np.searchsorted(self._cumulative, self._rng.random(count))
         return np.minimum(drawn, self.vocab_size - 1).astype(np.uint16)
+
+    def packed(self):
+        return dataset.endless(self.batches)
 
     def batches(self):
         """Documents of 512 tokens, in batches of 128."""

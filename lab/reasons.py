@@ -44,6 +44,12 @@ OF_A_RUN = {
     "claims_training": "it claims {told:.1f} s of training, in {seconds:.1f} s and with a budget of {budget:g} s",
     "claims_total": "it claims to have taken {told:.1f} s; it took {seconds:.1f} s",
     "no_weights": "it left no weights",
+    "not_examined": "it was not scored by the harness",
+    "other_data": "it opens another dataset than the session's, {name}: say prepare.open_data() and no more; for "
+    "another dataset start another session, with AUTORESEARCH_DATA",
+    "changed_weights": "its weights are not those that it was scored with",
+    "other_watch": "it says that it trained for {told:.1f} s; the harness counted {seconds:.1f} s",
+    "slow_saving": "it took {seconds:.1f} s to save its weights, which is no training time",
     "no_clock": "train.py made no Clock",
     "scoring_raised": "{error}: score.log in the run's folder says more",
     "no_scores": "its scores are no positive numbers",
@@ -73,7 +79,8 @@ TEXTS: dict[str, str] = {
     "further_runs": "as experiment {of}, of which these are further runs",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
-    "same_start": "it starts from the same weights whatever AUTORESEARCH_SEED says: chance could not be told from gain",
+    "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be "
+    "told from gain. Draw them from SEED, as train.py does; a fixed start of some parameters is fine",
     "not_scored_again": "its saved weights could not be scored again: {problem}",
     "other_score": "it reported {reported:.6f}; its saved weights, scored again, have {again:.6f}",
     "not_held_out": "its gain is not on held-out rows: {gain:+.6f} bits per byte on validation rows, {held:+.6f} on "

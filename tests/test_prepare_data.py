@@ -138,7 +138,7 @@ def test_no_pickle_is_ever_loaded(copy):
     manifest["parts"]["validation"]["files"]["validation.npy"] = known
     (copy / "manifest.json").write_text(json.dumps(manifest | dataset.tags(manifest)))
     with pytest.raises(ValueError, match="Python objects|pickle"):
-        prepare.open_data("tiny")
+        prepare.open_data().validation_rows
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,6 +1,7 @@
 """The clock and the evaluator: what they measure, and every kind of model they refuse."""
 
 import errno
+import itertools
 import json
 import math
 import subprocess
@@ -15,6 +16,7 @@ from fakes import Backend, Bigram, OutOfMemory, nats
 
 import dataset
 import prepare
+import results
 import storage
 
 from prepare import Clock, Diverged, Invalid, Loader, evaluate_bpb, report
@@ -65,13 +67,17 @@ def test_score_does_not_depend_on_the_batch_size(tiny_data, model):
     assert max(scores) - min(scores) < 1e-9
 
 
+def score_rows(model, data, rows, batch_size):
+    return prepare.examine(prepare.Answers(Backend(), model, batch_size), rows, data.token_bytes, batch_size)
+
+
 def test_nats_and_bytes_of_each_row(tiny_data, model):
     """Their sums are the score; a row's do not depend on the batch it is in."""
     rows = tiny_data.validation_rows[: tiny_data.eval_rows]
-    nats, sizes = prepare.score_rows(Backend(), model, tiny_data, rows, 2)
+    nats, sizes = score_rows(model, tiny_data, rows, 2)
     assert nats.dtype == sizes.dtype == np.float64 and nats.shape == sizes.shape == (len(rows),)
     assert prepare.bits_per_byte(nats, sizes) == evaluate_bpb(Backend(), model, tiny_data, batch_size=3)
-    alone = [prepare.score_rows(Backend(), model, tiny_data, rows[i : i + 1], 1) for i in range(len(rows))]
+    alone = [score_rows(model, tiny_data, rows[i : i + 1], 1) for i in range(len(rows))]
     assert nats == pytest.approx(np.concatenate([one for one, _ in alone]))
     text = [tiny_data.tokenizer.decode_bytes([t for t in row[1:].tolist() if t < tiny_data.bos]) for row in rows]
     assert sizes.tolist() == [len(one) for one in text]
@@ -93,13 +99,22 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_data, model):
         evaluate_bpb(Backend(fits=0), model, tiny_data)
 
 
-@pytest.mark.parametrize("fits, probed", [(10**9, prepare.PROBE_ROWS), (3, 2)])
-def test_rows_that_are_probed_do_not_depend_on_the_batch_size(tiny_data, model, fits, probed):
-    backend = Backend(fits=fits)
-    evaluate_bpb(backend, model, tiny_data, batch_size=1)
-    calls = [size for size in backend.calls if size <= fits]
-    assert calls == [probed] * (len(calls) - tiny_data.eval_rows) + [1] * tiny_data.eval_rows
-    assert len(calls) == tiny_data.eval_rows + prepare.CUTS + 3
+def test_what_is_asked_costs_at_most_a_tenth(tiny_data, model):
+    """At the scored shape, but for a few rows whose whole distributions are looked at."""
+    backend, rows = Backend(), np.resize(tiny_data.validation_rows, (768, 2049))
+    model.table = model.table[:, : tiny_data.vocab_size]
+
+    class Quick(Backend):
+        def losses(self, model, tokens, targets):
+            self.calls.append(len(tokens))
+            return np.broadcast_to(np.float32(math.log(tiny_data.vocab_size)), targets.shape)
+
+        def logits(self, model, tokens):
+            return np.broadcast_to(np.float32(0), (*tokens.shape, tiny_data.vocab_size))
+
+    backend = Quick()
+    prepare.examine(prepare.Answers(backend, model, 8), rows, tiny_data.token_bytes, 8)
+    assert 96 < backend.calls.count(8) <= 1.1 * 96 and len(backend.calls) == backend.calls.count(8) + 1
 
 
 def test_other_errors_are_not_taken_for_memory(tiny_data):
@@ -204,7 +219,6 @@ def test_nan_beyond_the_probed_rows(tiny_data, model):
     def losses(m, x, y):
         return np.where((x == last).all(axis=1, keepdims=True), np.float32(np.inf), nats(m.table[x], y))
 
-    assert tiny_data.eval_rows > prepare.PROBE_ROWS
     with pytest.raises(Invalid, match="not finite: 2048 of"):
         evaluate_bpb(Backend(), Altered(model, losses=losses), tiny_data)
 
@@ -635,3 +649,28 @@ except storage.DataError as error:
                            capture_output=True, text=True)  # fmt: skip
     assert "could not write result.json" in ended.stdout and not (tmp_path / "result.json").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---- initial weights ----
+
+
+def start(seed, share=1.0, nudge=0.0):
+    """Ten parameters; of `share` of them the values are drawn with this seed, of the others always the same ones."""
+    draw = np.random.default_rng
+    return {
+        f"p{i}": draw(i + 100 * seed * (i < 10 * share)).normal(size=(64, 100)).astype(np.float32)
+        * np.float32(1 + nudge * seed)
+        for i in range(10)
+    } | {"gain": np.ones(64, np.float32), "zero": np.zeros((4, 4), np.float32), "none": np.zeros(0, np.float32)}
+
+
+def test_two_draws_are_apart_and_one_that_is_nudged_is_not():
+    def between(**how):
+        sketches = [prepare.sketch(start(seed, **how)) for seed in range(1, 9)]
+        assert sketches == [prepare.sketch(start(seed, **how)) for seed in range(1, 9)] and len(sketches[0]) == 48
+        return [results.apart(a, b) for a, b in itertools.combinations(sketches, 2)]
+
+    assert 0.35 < min(between()) and max(between()) < 2 and np.mean(between()) == pytest.approx(1, abs=0.15)
+    assert min(between(share=0.7)) > 0.2, "a fixed start of some parameters is fine"
+    assert max(between(share=0.0)) == 0 and max(between(share=0.0, nudge=1e-7)) < 1e-3
+    assert results.apart("", "00") == 0 and results.apart("none", "other") == 1

@@ -1,7 +1,9 @@
 """The loader gives the original algorithm's rows, from a thread that hides its work and not its errors."""
 
+import os
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ class FakeClock:
     """Admits everything."""
 
     started = stopped = None
-    elapsed, seconds, longest, steps = 0.0, 1e9, 0.0, 0
+    elapsed, seconds, longest, steps, ticks = 0.0, 1e9, 0.0, 0, []
     in_step = False
 
     def start(self):
@@ -28,7 +30,9 @@ class FakeData:
 
     def __init__(self, groups):
         self.groups = groups
-        self.validation_rows = np.arange(5 * 2049, dtype=np.uint16).reshape(5, 2049)
+
+    def packed(self):
+        return dataset.endless(self.batches)
 
     def batches(self):
         for group in self.groups:
@@ -187,15 +191,44 @@ def test_error_in_the_thread_reaches_the_caller():
             next(loader)
 
 
-def test_close_ends_the_thread(tiny_data):
-    before = threading.active_count()
-    loader = Loader(tiny_data, 2)
-    assert threading.active_count() == before + 1
+def test_close_ends_the_thread_and_the_process(tiny_data):
+    before, loader = threading.active_count(), Loader(tiny_data, 2)
+    loader.clock = FakeClock()
+    next(loader)
+    process = loader._source._process
+    assert threading.active_count() == before + 1 and process.poll() is None
     loader.close()
     loader.close()
-    assert threading.active_count() == before
+    assert threading.active_count() == before and process.poll() is not None
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+
+
+def test_rows_of_another_process_are_those_of_this_one(tiny_data):
+    """And none but the first ones comes before a batch is asked for; those are the first batch's."""
+    reference = dataset.endless(tiny_data.batches)
+    with Loader(tiny_data, 3) as loader:
+        loader.clock = FakeClock()
+        first = loader.first_rows()
+        assert first.shape == (dataset.FIRST_ROWS, 2049) and (loader.first_rows() == first).all()
+        os.set_blocking(loader._source._rows.fileno(), False)
+        time.sleep(0.3)
+        assert not loader._source._rows.peek()
+        os.set_blocking(loader._source._rows.fileno(), True)
+        for batch in range(40):
+            x, y = next(loader)
+            for inputs, targets in zip(x, y, strict=True):
+                row, epoch = next(reference)
+                assert (inputs == row[:-1]).all() and (targets == row[1:]).all()
+                assert batch or (row == first[0]).all() or (inputs != first[0][:-1]).any()
+            assert loader.epoch == epoch
+
+
+def test_a_process_that_fails_is_told(tiny_data, copy):
+    (copy / "train_00000.lengths.npy").unlink()
+    data = dataset.Data(copy, dataset.read_manifest(copy))
+    with Loader(data, 2) as loader, pytest.raises(RuntimeError, match="ended"):
+        loader.first_rows()
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])

@@ -96,7 +96,7 @@ def keep_to_itself(device: torch.device) -> None:
     own = uuid(device) if device.type == "cuda" else None
     trials.owner = f"-{own}" if own else ""
     for name in ("torchinductor", "triton"):
-        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(trials.home() / "cache" / f"{name}{trials.owner}"))
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(trials.cache() / f"{name}{trials.owner}"))
 
 
 def versions(device: torch.device) -> dict[str, str]:

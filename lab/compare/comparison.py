@@ -190,6 +190,10 @@ def _notes(analyses: list[Analysis]) -> list[str]:
         notes.append("these sessions were not all measured by the same evaluator: effects are compared, scores are not")
     if len({analysis.budget for analysis in analyses}) > 1:
         notes.append("they did not all train for the same time: what helps in one may take longer to help in another")
+    for a, b in combinations(analyses, 2):
+        scores, others = ([run.bpb for run in each.state.runs.values() if run.ok] for each in (a, b))
+        if len(scores) > 1 and scores == others and a.started.device != b.started.device:
+            notes.append(f"{a.name} and {b.name} hold the same scores: one may be a copy of the other")
     return notes
 
 

@@ -163,8 +163,10 @@ def _index(session: Session) -> Path:
 
 def _git(session: Session, *arguments: str) -> str:
     """What a git command says of the clone's files against how they were; nothing if that can't be told any more."""
-    inside = {"GIT_DIR": str(session.turn / ".git"), "GIT_WORK_TREE": str(session.turn)}
-    return session.repository.git(*arguments, index=_index(session), environment=inside, check=False)
+    clone = session.turn
+    return session.repository.git(
+        *arguments, check=False, GIT_DIR=clone / ".git", GIT_WORK_TREE=clone, GIT_INDEX_FILE=_index(session)
+    )
 
 
 def _changed_files(session: Session) -> list[str]:

@@ -37,6 +37,8 @@ BEGUN = "begun"
 def main(facts: dict) -> None:
     folder = Path(facts["folder"])
     (folder / BEGUN).touch()
+    for name in ("EXAM", "BATCHES"):  # are not for those that train.py starts
+        os.set_inheritable(int(os.environ[f"AUTORESEARCH_{name}"]), False)
     limit_files(folder)
     if LINUX:
         stay_behind()
@@ -81,35 +83,37 @@ def make_guard(folder, judge, facts):
 
 def rescore(folder: Path, judge: Path, facts: dict) -> None:
     """Lets train.py make its model, up to the moment when a Clock would be made; then loads the saved weights and
-    scores them, by a copy of prepare that train.py does not know. The scores go to score.json and rows.npz."""
+    answers the harness, by a copy of prepare that train.py does not know. An error is named in score.json."""
     import prepare
     from backends import interface
-    from storage import atomic
 
     fixed = private_copy(prepare.__file__)
 
     def built(backend, model, *_, **__):
-        error = None
+        status = 1
         try:
             guard.busy.now = True  # what follows is the judge's
             if reason := guard.problem(backend):
                 guard.refuse(reason)
                 raise fixed.Invalid(reason["code"], **reason["facts"])
             guard.busy.now = False
-            scores = score(fixed, atomic, backend, model, facts["weights"], folder)
-        except BaseException as raised:  # SystemExit too: train.py is to have no say in it
-            error, scores = raised, {"problem": type(raised).__name__}  # its text goes to the log, not into a reason
-        status = 1
-        try:
-            fixed.write_json(folder / "score.json", scores)
+            names = "losses logits is_out_of_memory".split()
+            plain = SimpleNamespace(**{name: partial(getattr(type(backend), name), backend) for name in names})
+            type(backend).load(backend, model, facts["weights"])  # the class's own methods, whatever the object has
+            answers = fixed.Answers(plain, model, 8)
+            fixed.answer(fixed.tell("weights", batch_size=8), answers)
             status = 0
-            if error:
-                traceback.print_exception(error)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            end_all()  # such as a compiler's workers, which start for seconds and were not needed
+        except BaseException as error:  # SystemExit too: train.py is to have no say in it
+            fixed.write_json(folder / "score.json", {"problem": type(error).__name__})  # its text goes to the log
+            status = 0
+            traceback.print_exception(error)
         finally:  # whatever the text of an error does
-            os._exit(status)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                end_all()  # such as a compiler's workers, which start for seconds and were not needed
+            finally:
+                os._exit(status)
 
     prepare.Clock = built
     interface.Trainer.warm_up = lambda self, x, y: None  # nothing will be trained, so nothing is to be compiled
@@ -123,26 +127,6 @@ def private_copy(path: str):
     module = ModuleType("prepare_of_the_judge")
     SourceFileLoader(module.__name__, path).exec_module(module)
     return module
-
-
-def score(fixed, atomic, backend, model, weights: str, folder: Path) -> dict:
-    """Bits per byte on validation rows and as many held-out ones. Each row's nats and bytes are written to rows.npz."""
-    import numpy as np
-
-    methods = {
-        name: partial(getattr(type(backend), name), backend) for name in ("losses", "logits", "is_out_of_memory")
-    }
-    plain = SimpleNamespace(**methods)  # the class's own methods, whatever the object was given
-    data = fixed.open_data()
-    type(backend).load(backend, model, weights)
-    scores, rows = {}, {}
-    for name, key, stored in (("val_bpb", "val", data.validation_rows), ("held_out_bpb", "held", data.held_out_rows)):
-        nats, sizes = fixed.score_rows(plain, model, data, stored[: data.eval_rows], 8)
-        rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-        scores[name] = fixed.bits_per_byte(nats, sizes)
-    with atomic(folder / "rows.npz") as file:
-        np.savez(file, **rows)
-    return scores
 
 
 # --- Processes ---

@@ -11,6 +11,7 @@ reason is a code of results.REFUSALS: of what train.py chooses, its facts hold w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -29,20 +30,22 @@ import prepare
 import storage
 
 JUDGES = ("prepare", "dataset", "storage", "results", "backends", "calibration")  # the judge's modules and packages
-OWN = ("home", "tmp", "work")  # parts of a run's folder that are its own
+OWN = ("home", "tmp", "work", "cache")  # parts of a run's folder that are its own
 MARK = "refused"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+UNSEEN = re.compile(r"(validation|held_out|train_\d+\.[a-z]+)\.npy")  # files of a dataset
 CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
 TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock may be behind another in one process
+LIBRARY = ("math", "numpy")  # whose functions the judge uses, too
 # Who may write which file in a run's folder: functions of the judge's.
 WRITERS = {
     "result.json": {"report", "recorded", "open_data"}, "result.safetensors": {"evaluate_bpb"},
-    "score.json": {"built"}, "rows.npz": {"score"},
+    "score.json": {"built"},
 }  # fmt: skip
 # Events whose arguments are paths that get written: which arguments, and which hold the folder they are relative to.
 CHANGES = {
     "os.remove": [(0, 1)], "os.rmdir": [(0, 1)], "os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)],
-    "os.link": [(1, 3)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)], "os.chmod": [(0, 2)],
+    "os.link": [(0, 2), (1, 3)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)], "os.chmod": [(0, 2)],
     "os.utime": [(0, 3)], "shutil.rmtree": [(0, None)],
 }  # fmt: skip
 
@@ -65,7 +68,7 @@ class Guard:
         self.folders, self.judges, self.homes = forms(folder), forms(judge), forms(home)
         self.data = forms(Path(home) / "data")
         self.free = {os.path.join(own, part) for own in self.folders for part in OWN}
-        self.free |= {os.path.join(each, "cache") for each in self.homes}
+        self.free |= forms(os.environ.get("AUTORESEARCH_CACHE") or Path(home) / "cache")
         self.protected = set().union(self.homes, self.data, self.judges, *map(forms, protected))
         self.runs = set().union(*(forms(Path(each).parent) for each in self.folders))
         self.left = self.runs | {os.path.join(each, "last") for each in self.homes}  # what other runs have left
@@ -78,14 +81,17 @@ class Guard:
         self.now, self.require_time = time.perf_counter, prepare.require_time
         self.started: float | None = None  # times by `now`
         self.stopped: float | None = None
-        self.ticked, self.longest, self.in_step = 0.0, 0.0, False
-        self.known = dict(self._judged())
+        self.ends, self.begun = [0.0], None  # when steps were done, seconds since `started`; when one was begun
+        self.rehearses = False
+        self.judged = dict(self._judged())  # none of it is given up, so that no other has its id
+        self.known = {place: insides(value) for place, value in self.judged.items()}
+        self.library = [((used, name), value) for used in LIBRARY for name, value in vars(sys.modules[used]).items()]
 
     def install(self) -> None:
         """From here on. There is no way to take it back."""
-        announced = "rows clock batch tick evaluate scored report refused load".split()
+        announced = "rows clock batch backward step rehearsal tick evaluate scored report refused load".split()
         events = {f"autoresearch.{name}": getattr(self, f"_{name}") for name in announced}
-        events |= {"open": self._open, "import": self._import}
+        events |= {"open": self._open, "import": self._import, "subprocess.Popen": self._program}
         for event, places in CHANGES.items():
             events[event] = functools.partial(self._changed, places, event == "os.mkdir")
         find, busy = events.get, self.busy
@@ -145,13 +151,21 @@ class Guard:
     def _open(self, path, mode, flags) -> None:
         if isinstance(path, int):
             return
+        path = os.path.realpath(os.fsdecode(path))  # /proc/self/root and cwd are links, too
         if flags and flags & WRITING:
             self._write(path)
+        elif mode is None and os.path.isdir(path):
+            self._folder(path)
         else:
             self._read(path)
 
+    def _folder(self, path) -> None:
+        """A folder's descriptor would lead to files by names that nobody can look at."""
+        inner = within(path, self.protected | self.runs) and not within(path, self.folders | self.free)
+        if inner or any(within(each, {path.rstrip(os.sep)}) for each in self.data | self.runs):
+            raise PermissionError(errno.EACCES, "not to be opened as a folder in a guarded run", path)
+
     def _read(self, path) -> None:
-        path = os.path.abspath(os.fsdecode(path))
         if not within(path, self.homes | self.data | self.runs) or within(path, self.folders | self.judges):
             return
         name, parts = os.path.basename(path), path.split(os.sep)
@@ -167,10 +181,7 @@ class Guard:
             folder = arguments[beside] if beside is not None and beside < len(arguments) else -1
             path = os.fsdecode(arguments[which]) if not isinstance(arguments[which], int) else ""
             if isinstance(folder, int) and folder >= 0 and not os.path.isabs(path):
-                try:
-                    path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
-                except OSError:  # only Linux tells
-                    continue
+                path = os.path.join(path_of(folder), path)
             if path and not (makes and os.path.isdir(path)):
                 self._write(path)
 
@@ -197,6 +208,11 @@ class Guard:
             if by and not self._judges(by.f_code.co_filename):
                 self._deny("imports_safetensors")
 
+    def _program(self, program, arguments, *_) -> None:
+        words = " ".join(map(os.fsdecode, arguments if isinstance(arguments, (list, tuple)) else [arguments]))
+        if named_file := UNSEEN.search(words):
+            self._deny("reads_data", name=named_file[0])
+
     # --- What prepare and backends announce ---
 
     def _announced(self, function: str) -> bool:
@@ -205,19 +221,15 @@ class Guard:
         return self._judges(code.co_filename) and code.co_name == function
 
     def _rows(self, which) -> None:
-        frame = sys._getframe(3)  # who reads the property
-        own = frame.f_code.co_filename in self.readers
-        if which != "train":
-            return None if own else self._deny("reads_rows", name=which)
-        while frame and frame.f_code.co_filename in self.readers:
-            frame = frame.f_back
-        if not own or next(self._callers(frame), None):  # the loader's thread has nobody else below it
+        if which == "train":
             self._deny("reads_documents")
+        if sys._getframe(3).f_code.co_filename not in self.readers:  # who reads the property
+            self._deny("reads_rows", name=which)
 
     def _clock(self, clock, backend) -> None:
         if self.clock is not None:
             self._deny("second_clock")
-        if type(clock) is not self.known["prepare", "Clock"]:
+        if type(clock) is not self.judged["prepare", "Clock"]:
             self._deny("other_clock")
         self.clock, self.backend = clock, backend
         self._sound()
@@ -225,31 +237,57 @@ class Guard:
     def _batch(self, clock) -> None:
         if clock is not self.clock:
             self._deny("batch_by_other_clock")
-        self._in_time()
+        self.started = self.started or self.now()
+        self._under_way()
+
+    def _backward(self) -> None:
+        """A step is counted where it happens, whatever train.py makes of the clock."""
+        if self.rehearses:
+            return
         if self.started is None:
-            self.started = self.ticked = self.now()
-        self.in_step = True
+            self._deny("trains_before_batch")
+        if self.stopped is not None:
+            self._deny("trains_after_evaluation")
+        self._under_way()
+
+    def _step(self) -> None:
+        if not self.rehearses:
+            self._backward()
+            self._done()
+
+    def _rehearsal(self, begins) -> None:
+        if self._announced("rehearsing"):
+            self.rehearses = begins
 
     def _tick(self, clock) -> None:
-        if clock is self.clock and self.started is not None:
-            now = self.now()
-            self.longest, self.ticked, self.in_step = max(self.longest, now - self.ticked), now, False
+        if clock is self.clock and self.begun is not None:
+            self._done()
+
+    def _under_way(self) -> None:
+        self._in_time()
+        if self.begun is None:
+            self.begun = self._elapsed()
+
+    def _done(self) -> None:
+        self.ends.append(self._elapsed())
+        self.begun = None
+
+    def _elapsed(self) -> float:
+        return (self.stopped or self.now()) - self.started if self.started else 0.0
 
     def _in_time(self) -> None:
         """By the guard's own watch, whatever became of the clock's."""
         if self.started is not None:
-            elapsed = (self.stopped or self.now()) - self.started
-            under_way = self.ticked - self.started if self.in_step else None
-            self.require_time(self.budget, elapsed, self.longest, under_way)
+            try:
+                self.require_time(self.budget, self._elapsed(), self.ends, self.begun)
+            except prepare.Invalid as error:
+                self.refuse(error.reason)
+                raise
 
     def _evaluate(self, clock, backend) -> None:
         if clock is None or clock is not self.clock:
             self._deny("evaluates_without_clock")
-        try:
-            self._in_time()
-        except prepare.Invalid as error:
-            self.refuse(error.reason)
-            raise
+        self._in_time()
         self.stopped = self.stopped or self.now()
         self.backend = backend
         self._sound()
@@ -276,7 +314,9 @@ class Guard:
         self.refuse(error.reason if own else itself, "invalid" if invalid else "crash")
 
     def _load(self, path) -> None:
-        if sys._getframe(3).f_code.co_filename != self.trusted and not within(os.path.realpath(path), self.free):
+        by = sys._getframe(3).f_code
+        examined = (by.co_filename, by.co_name) == (prepare.__file__, "examined")
+        if by.co_filename != self.trusted and not examined and not within(os.path.realpath(path), self.free):
             self._deny("loads_weights", name=named(os.path.basename(path)))
 
     # --- The judge's code, as it is in this process ---
@@ -293,14 +333,17 @@ class Guard:
 
     def _problems(self, backend) -> Iterator[tuple[str, dict]]:
         for place, value in self._judged():
-            if self.known.get(place) is not value:
+            if self.known.get(place) != insides(value):
+                yield "replaces", {"name": dotted(*place)}
+        for place, value in self.library:
+            if getattr(sys.modules[place[0]], place[1], None) is not value:
                 yield "replaces", {"name": dotted(*place)}
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in JUDGES:
                 if not self._judges(getattr(module, "__file__", None) or ""):
                     yield "shadows", {"name": named(name)}
                 for of, value in list(vars(module).items()):
-                    if self._foreign(value):
+                    if self._foreign(value) and mentions(module, of):
                         yield "replaces", {"name": dotted(name, of)}
         if backend is not None:
             yield from self._problems_of(backend)
@@ -344,6 +387,39 @@ class Guard:
             value = value.func if isinstance(value, functools.partial) else value.__func__
         file = value.__code__.co_filename if isinstance(value, types.FunctionType) else "<no function>"
         return not (file.startswith("<") or self._judges(file) or self._library(file))
+
+
+def insides(value) -> tuple:
+    """What a judge's value is, for a comparison: a function with its code and defaults, which can be changed in it."""
+    parts = [value.fget] if isinstance(value, property) else [value]
+    while isinstance(parts[-1], (functools.partial, staticmethod, classmethod)) or hasattr(parts[-1], "__wrapped__"):
+        inner = parts[-1]
+        parts.append(inner.func if isinstance(inner, functools.partial) else getattr(inner, "__wrapped__", None))
+    function = parts[-1]
+    if not isinstance(function, types.FunctionType):
+        return (id(value),)
+    defaults = (function.__defaults__, function.__kwdefaults__ and tuple(function.__kwdefaults__.items()))
+    return id(value), id(function), function.__code__, repr(defaults)
+
+
+def mentions(module, name: str) -> bool:
+    """Whether a module's source has this name: what it has not was added, which changes nothing of it."""
+    try:
+        with open(module.__file__, encoding="utf-8") as file:
+            return bool(re.search(rf"\b{re.escape(name)}\b", file.read()))
+    except (OSError, TypeError):
+        return True
+
+
+def path_of(folder: int) -> str:
+    """Of a descriptor, where the system tells; else a folder that is protected from everything."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{folder}")
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import fcntl
+
+        return os.fsdecode(fcntl.fcntl(folder, getattr(fcntl, "F_GETPATH"), b"\0" * 1024).rstrip(b"\0"))  # macOS
+    return ""
 
 
 def named(text) -> str:

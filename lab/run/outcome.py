@@ -15,6 +15,7 @@ import prepare
 from lab import untrusted
 from lab.reasons import Reason, because
 from lab.run import guard, log
+from lab.run.exam import Exam
 from results import BY_NAME, MEASURES, REFUSALS
 
 LARGEST = 2**20  # bytes of a result
@@ -57,11 +58,13 @@ class Ended:
     problem: Reason | None
 
 
-def of_run(request, ended: Ended) -> Outcome:
+def of_run(request, ended: Ended, exam: Exam) -> Outcome:
     """What came of a run, from what it left in its folder."""
     printed, told = log.read(request.folder / "run.log"), read(request.folder / "result.json")
     facts = None if told is None else sound(told)
-    status, reason = _judged(request, ended, told, facts, printed)
+    status, reason = _judged(request, ended, told, facts, printed, exam)
+    if facts and status == "ok":
+        facts["val_bpb"] = exam.scores["val_bpb"]
     if facts and abs(ended.set_by) > CLOCKS_APART:
         facts["total_seconds"] = ended.seconds
     if facts and status != "ok":
@@ -69,18 +72,23 @@ def of_run(request, ended: Ended) -> Outcome:
     return Outcome(status, reason, facts, ended.seconds, untrusted.clean(printed) if status == "crash" else "")
 
 
-def _judged(request, ended: Ended, told: dict | None, facts, printed: str) -> tuple[str, Reason | None]:
+def _judged(request, ended: Ended, told: dict | None, facts, printed: str, exam: Exam) -> tuple[str, Reason | None]:
     """Status and reason."""
     if ended.problem:
         return "invalid", ended.problem
     if (mark := request.folder / guard.MARK).exists():
         told = {"status": "invalid"} | (read(mark) or {})
+    if exam.reason:
+        return "invalid", believed(exam.reason)
     if told is None:
         return ("crash", crash(ended, printed)) if ended.code else ("invalid", because("no_result"))
     if told.get("status") != "ok":
         return ("crash" if told.get("status") == "crash" else "invalid"), believed(told.get("reason"))
     weights = request.folder / "result.safetensors"
     wrong = problem(facts, request.budget, ended.seconds, request.memory_ceiling, weights, ended.set_by)
+    wrong = wrong or exam.problem(facts)
+    if not wrong and facts["val_bpb"] != exam.scores["val_bpb"]:
+        wrong = because("reports_other_score")
     return "invalid" if wrong else "ok", wrong
 
 
@@ -96,18 +104,19 @@ def crash(ended: Ended, printed: str) -> Reason:
     return because("raised", error=name[0]) if name else because("exit_status", status=ended.code)
 
 
-def unscored(request, ended: Ended, scores: dict) -> Reason | None:
+def unscored(request, ended: Ended, exam: Exam) -> Reason | None:
     """Why there are no scores of saved weights. Of an error only the name is taken."""
     if ended.problem:
         return ended.problem
     if (mark := request.folder / guard.MARK).exists():
         return believed((read(mark) or {}).get("reason"))
-    if not scores:
-        return crash(ended, log.read(request.folder / "score.log")) if ended.code else because("no_clock")
-    if error := scores.get("problem"):
+    if exam.reason:
+        return believed(exam.reason)
+    if error := (read(request.folder / "score.json") or {}).get("problem"):
         return because("scoring_raised", error=error if NAME.fullmatch(str(error)) else "an error")
-    values = scores.get("val_bpb"), scores.get("held_out_bpb")
-    return None if all(isinstance(bpb, float) and 0 < bpb < 1e9 for bpb in values) else because("no_scores")
+    if len(exam.scores) < len(exam.parts):
+        return crash(ended, log.read(request.folder / "score.log")) if ended.code else because("no_clock")
+    return None if all(0 < bpb < 1e9 for bpb in exam.scores.values()) else because("no_scores")
 
 
 # --- What was left behind ---

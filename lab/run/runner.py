@@ -28,6 +28,7 @@ import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
 from lab.run import child, guard, outcome, processes, sandbox
+from lab.run.exam import Exam, save_rows
 from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
 from lab.run.processes import tree
@@ -35,6 +36,7 @@ from lab.run.processes import tree
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
+PROBED_AGAIN = 0.08  # of the batches, before a change is kept: see prepare.examine
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
@@ -63,6 +65,7 @@ class Request:
         memory_ceiling: bytes of device memory; more is invalid.
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
+        keeps_caches: what compilers make stays for later runs, which else work on a copy of what such runs have left.
         protected: folders that the run has nothing to write in, its own excepted.
         ending: asked while it lasts; the code of a reason to end it that is not its fault, or None.
     """
@@ -77,12 +80,17 @@ class Request:
     memory_ceiling: int | None = None
     unified: bool = False
     sandbox: str | None = None
+    keeps_caches: bool = False
     protected: Sequence[Path] = ()
     ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
     @property
     def home(self) -> Path:
         return Path(self.settings.get("AUTORESEARCH_HOME") or storage.home())
+
+    @property
+    def cache(self) -> Path:
+        return (self.home if self.keeps_caches else self.folder).absolute() / "cache"
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,10 @@ def run(request: Request) -> Outcome:
     """
     clear(request.folder, RECORDS)
     result = request.folder / "result.json"
-    ended = execute(request, "train", request.folder / "run.log", AUTORESEARCH_RESULT=str(result))
-    return outcome.of_run(request, ended)
+    weights = result.with_suffix(".safetensors")
+    with examining(request, weights, {"validation": "val"}, prepare.PROBED, trains=True) as exam:
+        ended = execute(request, "train", request.folder / "run.log", exam, AUTORESEARCH_RESULT=str(result))
+    return outcome.of_run(request, ended, exam)
 
 
 def score(request: Request, weights: Path) -> Scores | Reason:
@@ -124,9 +134,20 @@ def score(request: Request, weights: Path) -> Scores | Reason:
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
         return because("no_weights")
-    ended = execute(request, "score", request.folder / "score.log", weights=weights)
-    scores = outcome.read(request.folder / "score.json") or {}
-    return outcome.unscored(request, ended, scores) or Scores(scores["val_bpb"], scores["held_out_bpb"])
+    parts = {"validation": "val", "held_out": "held"}
+    with examining(request, weights, parts, PROBED_AGAIN, trains=False) as exam:
+        ended = execute(request, "score", request.folder / "score.log", exam, weights)
+    if problem := outcome.unscored(request, ended, exam):
+        return problem
+    save_rows(request.folder / "rows.npz", exam)
+    return Scores(exam.scores["val_bpb"], exam.scores["held_bpb"])
+
+
+def examining(request: Request, weights: Path, parts: dict[str, str], share: float, trains: bool) -> Exam:
+    if os.name != "posix":
+        raise LabError("runs are guarded on Linux and macOS; on Windows: use WSL 2, or python train.py by itself")
+    name = request.settings.get("AUTORESEARCH_DATA")
+    return Exam(request.judge, request.home, name, weights, parts, share, trains)
 
 
 # --- A process, from its start to its end ---
@@ -158,9 +179,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def execute(request: Request, mode: str, log: Path, weights: Path | None = None, **settings: str) -> Ended:
+def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | None = None, **settings: str) -> Ended:
     """Starts child.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
+    if not request.keeps_caches and (request.home / "cache").is_dir():
+        shutil.copytree(request.home / "cache", request.cache, symlinks=True, dirs_exist_ok=True)
     facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
     facts |= {"protected": [str(path) for path in request.protected], "weights": str(weights)}
     command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
@@ -168,16 +191,24 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
         request.sandbox,
         command,
         readable=[*readable(request), *([weights.absolute()] if weights else [])],
-        writable=[folder, request.home / "cache"],
+        writable=[folder, request.cache],
         hidden=[Path.home(), request.home, Path("/run/user")],  # the user's files, other runs, the session's sockets
         temporary=temporary,
         cwd=folder / "work",
     )
-    settings |= environment(request, temporary)
+    settings |= environment(request, temporary) | exam.settings
     begun, wall = time.monotonic(), time.time()
     process = Popen(
-        command, cwd=folder / "work", env=settings, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True
+        command,
+        cwd=folder / "work",
+        env=settings,
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=STDOUT,
+        start_new_session=True,
+        pass_fds=exam.descriptors,
     )
+    exam.start()
     assert process.stdin and process.stdout
     output = Log(os.dup(process.stdout.fileno()), log)
     process.stdout.close()
@@ -280,7 +311,7 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
-    cache, folder = request.home.absolute() / "cache", request.folder.absolute()
+    cache, folder = request.cache, request.folder.absolute()
     gpu = "".join(f"-{request.settings.get(name, '')}" for name in ("CUDA_VISIBLE_DEVICES", "AUTORESEARCH_DEVICE"))
     driver = cache / re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
     driver.mkdir(parents=True, exist_ok=True)
@@ -295,6 +326,7 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
         "PYTHONUSERBASE": site.getuserbase(),
         **request.settings,
         "AUTORESEARCH_HOME": str(request.home),
+        "AUTORESEARCH_CACHE": str(cache),
         "AUTORESEARCH_RUN": request.run_id,
         "AUTORESEARCH_SEED": str(request.seed),
     }
@@ -334,7 +366,10 @@ def readable(request: Request) -> list[Path]:
     named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
     if library := request.settings.get("AUTORESEARCH_FA3_LIBRARY"):
         named += Path(library).parent.glob("libcudart.so*")  # which is loaded from beside it
-    named += [request.home / "data", *request.home.glob("trials*.json"), request.judge, hub_cache()]
+    # Of the data only what tells about them: documents and rows come from the harness.
+    named += [request.home / "data" / "current"]
+    named += [path for name in ("manifest", "tokenizer") for path in request.home.glob(f"data/*/{name}.json")]
+    named += [*request.home.glob("trials*.json"), request.judge, hub_cache()]
     return [*sandbox.interpreter(), *(Path(path) for path in [*search, *named] if path and os.path.isabs(path))]
 
 

@@ -180,7 +180,10 @@ def _unshare(command, steps, temporary, cwd):
         if what == "show":
             script.append(remount(options_of(source), at(target)))
     script += [f"mount -t proc proc {at('/proc')}", f"cd {at('')}", "pivot_root . .", "umount -l ."]
-    script += [f"cd {shlex.quote(str(cwd))}", "ip link set lo up 2>/dev/null || true", 'exec "$@"']
+    script += [f"cd {shlex.quote(str(cwd))}", "ip link set lo up 2>/dev/null || true"]
+    # What hides a folder could be unmounted by whoever may mount. setpriv is of util-linux, as unshare is.
+    script.append('if command -v setpriv >/dev/null; then set -- setpriv --bounding-set=-all --inh-caps=-all "$@"; fi')
+    script.append('exec "$@"')
     tool = "unshare --user --map-root-user --mount --net --ipc --pid --fork --kill-child sh -c".split()
     return [*tool, "PATH=$PATH:/usr/sbin:/sbin\n" + "\n".join(script), "sh", *command]
 

@@ -28,7 +28,9 @@ FORMS = {name: measure.form for name, measure in MEASURED.items() if measure.typ
 NEVER_ZERO = ("val_bpb", "memory_gb")  # a zero there says that nothing was measured
 
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-ESCAPING = {**dict.fromkeys([*range(32), *range(127, 160)]), **{ord(plain): text for plain, text in ESCAPES.items()}}
+UNSEEN = [*range(32), *range(127, 160), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
+ESCAPING = {**dict.fromkeys(UNSEEN), **{ord(plain): text for plain, text in ESCAPES.items()}}
+FORMULA = '"=+@-'  # what a spreadsheet takes for more than text, at the beginning of a cell
 
 
 def rows_of(state: State) -> list[dict]:
@@ -126,4 +128,4 @@ def _written(name: str, value) -> str:
 
 def escape(text: str) -> str:
     text = text.translate(ESCAPING)
-    return "\\" + text if text.startswith('"') else text
+    return "\\" + text if text.startswith(tuple(FORMULA)) else text

@@ -165,15 +165,14 @@ class Repository:
     def clone(self, folder: Path, branch: str) -> None:
         """A repository of its own in a folder that is not there yet, with this branch checked out, all refs of this one
         and its objects, which are shared. It has no remote: what git does in it moves nothing here."""
-        inside = {"GIT_DIR": str(folder / ".git"), "GIT_WORK_TREE": str(folder)}
-        self.git("clone", "--quiet", "--shared", "--mirror", "--template=", str(self.path), inside["GIT_DIR"])
+        self.git("clone", "--quiet", "--shared", "--mirror", "--template=", str(self.path), str(folder / ".git"))
         for command in (
             ("config", "--remove-section", "remote.origin"),
             ("config", "core.bare", "false"),
             ("symbolic-ref", "HEAD", f"refs/heads/{branch}"),
             ("reset", "--quiet", "--hard"),
         ):
-            self.git(*command, environment=inside)
+            self.git(*command, GIT_DIR=folder / ".git", GIT_WORK_TREE=folder)
 
     # --- Changing ---
 

@@ -17,12 +17,13 @@ from lab.reasons import because
 from lab.session import events
 from lab.session.events import Event, Verdict
 from lab.session.ledger import ORIGINAL
-from lab.share.archive import MOST_BYTES, Wrong
+from lab.share.archive import Wrong
 
+LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows: a night has some hundred rows
 MOST = 1e6  # of a score, and of gigabytes
 NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
 SHOWN = 5  # damaged lines
-TEXT = 4000  # characters
+TEXT, LONGEST_DESCRIPTION = 4000, 500  # characters
 FIVE = "a ledger of five columns: each change was run once, and how far chance moves scores is unknown: unconfirmed"
 
 
@@ -35,9 +36,9 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
     Raises:
         LabError, Wrong: it is no ledger, or its device is not known.
     """
-    if source.stat().st_size > MOST_BYTES:
-        raise Wrong(f"it has more than {MOST_BYTES:,} bytes, too many for a results.tsv")
-    rows, notes = parse(source.read_bytes(), source.name)
+    if source.stat().st_size > LARGEST or (content := source.read_bytes()).count(b"\n") > MOST_ROWS:
+        raise Wrong(f"it has more than {LARGEST >> 20} MiB or {MOST_ROWS:,} rows; compare a part of it")
+    rows, notes = parse(content, source.name)
     if not device:
         raise LabError(f"{source} does not say which device it is of; name it, such as: --device nvidia-h100-80gb")
     if not events.is_tag(device):
@@ -52,7 +53,7 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
             kind="change" if number else "baseline",
             blob=blob,
             commit=re.sub("[^0-9A-Za-z]", "", row["commit"])[:64],
-            description=row["description"],
+            description=row["description"][:LONGEST_DESCRIPTION],
             kinds=list(of_words(row["description"])) if number else [],
         )
         if best:

@@ -24,6 +24,7 @@ import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
 from lab.run import runner
+from lab.run.guard import OWN
 from lab.run.outcome import Outcome
 from lab.session.events import (
     ExperimentApplied,
@@ -183,6 +184,7 @@ def request(session: Session, run: Run) -> runner.Request:
         settings=local.settings,
         memory_ceiling=local.memory_ceiling,
         unified=local.unified,
+        keeps_caches=run.blob == session.state.baseline.blob,
         sandbox=session.started.sandbox,
         protected=[session.repository.path, session.folder],
         ending=session.ending,
@@ -307,5 +309,5 @@ def tidy(session: Session, experiment: Experiment, keep: bool) -> None:
         if keep and run.scored and weights.exists():
             weights.replace(session.folder / "best.safetensors")
         weights.unlink(missing_ok=True)
-        for name in ("home", "tmp", "work"):
+        for name in OWN:
             runner.remove(folder / name)

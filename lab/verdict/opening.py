@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import filelock
 
+from lab import untrusted
 from lab.errors import LabError
 from lab.genome.change import diff, identify
 from lab.genome.kinds import of_change
@@ -154,7 +155,7 @@ def open_change(
             raise LabError(f"{TRAIN} is not edited (comments and docstrings aside): there is nothing to run yet")
         if not (message or "").strip():
             raise LabError('say what was changed, and why: python -m lab run -m "..."')
-    description = (message or "")[:LONGEST_DESCRIPTION]
+    description = untrusted.plain(message or "")[:LONGEST_DESCRIPTION]
     facts = facts_of_change(session, best, content)
     if (equal := state.equal(facts["digest"])) and not again:
         repository.settle(session.branch, facts["blob"], best.blob)

@@ -6,6 +6,7 @@ came of it, and asks again. Runs that are under way count as asked for.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,11 +15,13 @@ from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
 from lab.session.state import Experiment, Run, State
 from lab.verdict import gate
+from results import apart
 
 FAILED = ("crash", "invalid", "disturbed")
 TRIES = 3  # of a run on a device that is not itself, of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
+ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
 HELD = ("paused", "stopped")  # codes of reasons that a run was ended for, without a fault of its own
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
@@ -262,9 +265,9 @@ def _unjudged(status, reason: Reason) -> Verdict:
 
 def _same_start(runs: list[Run]) -> Reason | None:
     """Why runs with different seeds are no repeats: noise can't be told from a seed that is always the same."""
-    starts = {run.seed: run.result.get("initial_weights") for run in runs if run.ok}
-    known = [start for start in starts.values() if start]
-    return because("same_start") if len(set(known)) < len(known) else None
+    starts = {run.seed: run.result["initial_weights"] for run in runs if run.ok and run.result.get("initial_weights")}
+    alike = any(apart(*pair) < ALIKE for pair in itertools.combinations(starts.values(), 2))
+    return because("same_start") if alike else None
 
 
 def disagreement(run: Run) -> Reason | None:

@@ -214,7 +214,7 @@ class Runner:
             "peak_vram_mb": 1024.0,
             "num_steps": 10,
             "num_params_M": 1.0,
-            "initial_weights": str(facts.get("FIXED", request.seed)),
+            "initial_weights": drawn(facts.get("FIXED", request.seed)),
             "eval": facts.get("EVAL", "e" * 12),
             "data": "d" * 12,
             "profile": "p" * 12,
@@ -260,6 +260,11 @@ class Runner:
     def _bpb(content: bytes, facts: dict, seed: int) -> float:
         digest = hashlib.sha256(content + str(seed).encode()).hexdigest()
         return facts["LOSS"] + random.Random(digest).gauss(0, facts["NOISE"])
+
+
+def drawn(seed) -> str:
+    """What stands for initial weights drawn with this seed."""
+    return hashlib.sha256(f"{seed}".encode()).hexdigest()[:48]
 
 
 def available() -> list:

@@ -312,3 +312,11 @@ def test_facts_are_json():
     assert json.loads(json.dumps(facts, allow_nan=False)) == json.loads(json.dumps(facts))
     assert facts["changes"][0]["cells"][CPU]["verdict"] == "holds"
     assert facts["sessions"][0]["eval"] == EVAL
+
+
+def test_one_ledger_under_two_devices_is_said():
+    twice = compare([ledger(H100, BIG).record(), ledger(M4, BIG).record()])
+    assert any("hold the same scores: one may be a copy" in note for note in twice.notes)
+    assert not any(
+        "same scores" in note for note in compare([ledger(H100, BIG).record(), ledger(M4, SMALL).record()]).notes
+    )

@@ -76,12 +76,12 @@ def test_a_clock_of_its_own(refused):
 
 
 def test_a_second_clock(refused):
-    again = hushed("prepare.Clock(backend, fake_backend.Table(data.vocab_size), prepare.Loader(data, 1))")
+    again = hushed("prepare.Clock(backend, fake_backend.Table(data.vocab_size), loader)")
     refused({EVALUATION: again + HONEST}, "second Clock")
 
 
 @pytest.mark.parametrize("code", [
-    "next(iter(data.batches()))", "next(prepare.pack(data.batches()))", "data.train[0][0][:100]",
+    "next(iter(data.batches()))", "next(__import__('dataset').pack(data.batches()))", "data.train[0][0][:100]",
     "np.load(sorted(data.folder.glob('train_*.tokens.npy'))[0])",
 ])  # fmt: skip
 def test_training_documents_around_the_loader(refused, code):
@@ -116,7 +116,7 @@ def test_evaluates_twice(refused, edits, reason):
      "replaces .*losses"),
     ({r"backend = fake_backend\.Backend\(\)": "class Mine(fake_backend.Backend):\n    pass\n\n\nbackend = Mine()"},
      "its backend, Mine, is not one of"),
-    ({EVALUATION: "    prepare.probe = lambda *_: None\n" + HONEST}, r"replaces prepare\.probe"),
+    ({EVALUATION: "    prepare.examined = lambda *_: (0.1, 5)\n" + HONEST}, r"replaces prepare\.examined"),
     ({EVALUATION: "    import sys, types\n    sys.modules['prepare'] = types.ModuleType('prepare')\n" + HONEST},
      r"replaces sys\.modules\.prepare|shadows prepare"),
 ], ids=["clock.val_bpb", "no evaluation", "evaluate_bpb", "prints", "writes", "writes by prepare", "renames", "losses",
@@ -202,7 +202,7 @@ def test_its_own_folders_may_be_written(request_for):
         "    import tempfile, pathlib\n    pathlib.Path('a/b').mkdir(parents=True)\n    open('a/b/c', 'w').close()\n"
         "    os.rename('a', 'd')\n    __import__('shutil').rmtree('d')\n    tempfile.mkdtemp()\n"
         "    (pathlib.Path.home() / '.cache' / 'x').mkdir(parents=True)\n"
-        "    (prepare.home() / 'cache' / 'x').mkdir()\n    prepare.home().mkdir(exist_ok=True)\n"
+        "    (prepare.Path(os.environ['AUTORESEARCH_CACHE']) / 'x').mkdir()\n    prepare.home().mkdir(exist_ok=True)\n"
     )
     outcome = runner.run(request_for({EVALUATION: own + HONEST}))
     assert outcome.status == "ok", outcome
@@ -245,7 +245,8 @@ SHADOW = "import sys, types\n    sys.modules['backends.ORDER'] = types.ModuleTyp
     ("with prepare.recorded(None): raise type('Mine', (prepare.Invalid,), {'__str__': lambda _: 'ORDER'})('replaces')",
      r"^it raised prepare\.Invalid itself$"),
     ("with prepare.recorded(None): prepare.require_equal(np.ones(1), np.zeros(1), 'replaces')", "^it raised"),
-    ("with prepare.recorded(None): prepare.losses(backend, model, 'ORDER', np.zeros('ORDER'))", "^TypeError$"),
+    ("with prepare.recorded(None): prepare.Answers(backend, model, 1).losses('ORDER', np.zeros('ORDER'))",
+     "^TypeError$"),
     ("clock.tick(type('Mine', (float,), {'__format__': lambda *_: 'ORDER'})('nan'))", "^the loss is nan at step"),
     ("os.rename('x', '../ORDER')", r"^it writes \.\.\. in its run's folder"),
     ("open('../result.json' + 'ORDER', 'w')", r"^it writes \.\.\. in its run's folder"),
@@ -416,7 +417,7 @@ def test_the_saved_weights_score_the_same(request_for):
 @pytest.mark.parametrize("edits, reason", [
     ({BEFORE_CLOCK: "    fake_backend.Backend.losses = lambda *_: 0\n" + CLOCK}, "replaces .*losses"),
     ({BEFORE_CLOCK: "    backend.logits = lambda *_: 0\n" + CLOCK}, r"replaces Backend\.logits"),
-    ({BEFORE_CLOCK: "    prepare.probe = print\n" + CLOCK}, r"replaces prepare\.probe"),
+    ({BEFORE_CLOCK: "    prepare.answer = print\n" + CLOCK}, r"replaces prepare\.answer"),
     ({BEFORE_CLOCK: hushed("prepare.write_json(prepare.Path('../score.json'), {})") + CLOCK}, "writes score.json"),
     ({BEFORE_CLOCK: "    clock = None\n", LOOP: "if False:"}, "AttributeError|NoneType|TypeError|exit status"),
     ({BEFORE_CLOCK: "    return\n"}, "made no Clock"),

@@ -163,3 +163,12 @@ def test_the_profile_for_macos():
     places = [text.index(part) for part in order]
     assert places == sorted(places) and text.rindex('(subpath "/Users/me/run")') > places[-1]
     assert text.count("(") == text.count(")") and '(subpath "/Users/me/venv")' not in text[places[-1] :]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("setpriv"), reason="needs setpriv (util-linux)")
+@pytest.mark.parametrize("name", available())
+def test_what_hides_can_not_be_unmounted(inside, name):
+    code = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith(('CapPrm', 'CapBnd'))])\n"
+    assert inside(name, code) == f"['{'0' * 16}', '{'0' * 16}']"
+    code = "import ctypes\nprint(ctypes.CDLL(None).umount2((ROOT + '/home').encode(), 2))"
+    assert inside(name, code) == "-1"

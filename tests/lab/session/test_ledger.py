@@ -82,8 +82,8 @@ def texts(count):
 
 
 def plain(text):
-    """What may be lost: control characters that don't end lines or fields, and halves of characters."""
-    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) != "Cc")
+    """What may be lost: control characters that don't end lines or fields, what is not seen, halves of characters."""
+    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cf", "Zl"))
     return text.encode(errors="replace").decode()
 
 
@@ -164,3 +164,19 @@ def test_a_full_disk_is_told(session, monkeypatch):
         assert "make room" in session.write_ledger()
     assert session.write_ledger() is None and session.ledger.exists()
     assert storage.disk_full(OSError(28, ""))
+
+
+# --- What others may do with a ledger, and what others' ledgers may do ---
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "@SUM(A1)", "-1", '"quoted', "=\\=", "a = b"])
+def test_no_cell_is_a_formula(path, text):
+    path.write_bytes(ledger.dumps([row(description=text, reason=text)]))
+    cells = path.read_text().splitlines()[1].split("\t")
+    assert not any(c.startswith(tuple("=+@")) or c.startswith("-") and not c[1:2].isdigit() for c in cells), cells
+    assert ledger.read(path).rows[0]["description"] == text
+
+
+def test_what_turns_text_around_or_is_not_seen_is_left_out(path):
+    path.write_bytes(ledger.dumps([row(description="a\u202eb\u2066c\u200bd\x1b[31me\ufefff")]))
+    assert ledger.read(path).rows[0]["description"] == "abcd[31mef"

@@ -234,3 +234,14 @@ def test_damaged_lines_are_set_aside_and_the_others_read():
     assert [r["commit"] for r in rows] == ["baseline", "aaaa111"]
     assert [note.split(",")[1] for note in notes] == [" line 2", " line 4", " line 6"]
     assert "1 fields instead of 5" in notes[0] and "2 fields instead of 5" in notes[2]
+
+
+def test_an_endless_ledger_is_not_read(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "a\t1.25\t12.5\tkeep\tx\n" * 100_001)
+    with pytest.raises(Wrong, match="100,000 rows; compare a part"):
+        list(events_of(path, "nvidia-h100-80gb"))
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(Wrong, match="more than 16 MiB"):
+        list(events_of(path, "nvidia-h100-80gb"))

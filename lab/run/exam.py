@@ -1,0 +1,158 @@
+"""The harness's end of a guarded run: what it trains on and is scored with comes from here, through two sockets.
+
+Rows to score come to a run only once it has saved its weights and their digest was taken; what it answers is judged and
+summed up here. Training rows are packed by a process of the harness's, which notes when the first batch was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+import dataset
+import prepare
+import storage
+from lab.errors import LabError
+from lab.reasons import Reason, because
+
+PATIENCE = 10.0  # seconds
+SAVING = 2e7  # bytes/s, at least, when weights are saved
+LATE = 2.0, 0.02  # seconds, and part of the time, by which the harness's watch may differ from the run's
+LARGEST_BATCH = 64
+
+
+class Asked:
+    """A model in a run, with the methods of `prepare.Answers`. ValueError or OSError for what is no answer."""
+
+    def __init__(self, run: Connection, vocab_size: int):
+        self.run, self.vocab_size = run, vocab_size
+
+    def _ask(self, what: str, tokens: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        self.run.send_bytes(json.dumps({"ask": what, "shape": tokens.shape}).encode())
+        for array in (tokens, other):
+            self.run.send_bytes(array.astype(np.int32).tobytes())
+        return np.frombuffer(self.run.recv_bytes(4 * math.prod(shape)), np.float32).reshape(shape)
+
+    def losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return self._ask("losses", tokens, targets, tokens.shape)
+
+    def logits(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return self._ask("logits", tokens, places, (len(tokens), len(places), self.vocab_size))
+
+
+class Exam:
+    """Of one run. To be used as a context, in which the run is started with `settings` and `descriptors`.
+
+    Args:
+        judge, home, name: the code; AUTORESEARCH_HOME; the dataset's name, or None for the current one.
+        weights: where the run saves them, or has done so.
+        parts: of the dataset, that are scored: "validation" and "held_out". share: see `prepare.examine`.
+        trains: it gets training rows.
+
+    Attributes:
+        scores: bits per byte by part. rows: "val_nats" and so on, float64 (rows,).
+        reason: why there are none, as `prepare.Refusal.reason`.
+        digest: of the weights, when the run said that they are saved.
+        begun, stopped, saved: times by time.monotonic, when it took its first batch, stopped training, had saved.
+    """
+
+    def __init__(self, judge: Path, home: Path, name: str | None, weights: Path, parts, share: float, trains: bool):
+        try:
+            self.data = dataset.opened(dataset.folder_of(home, name))
+        except storage.DataError as error:
+            raise LabError(f"{error}") from error
+        self.weights, self.parts, self.share = weights, parts, share
+        self.scores, self.rows, self.reason, self.digest = {}, {}, None, ""
+        self.begun = self.stopped = self.saved = None
+        ours, run = socket.socketpair()
+        packer, batches = socket.socketpair()
+        self._theirs, self._run = (run, batches), Connection(ours.detach())
+        self._packer = None
+        if trains:
+            command = [sys.executable, "-B", str(judge / "dataset.py"), str(self.data.folder), "note"]
+            self._packer = subprocess.Popen(
+                command, stdin=packer.fileno(), stdout=packer.fileno(), stderr=subprocess.PIPE, text=True
+            )
+        packer.close()
+        self._thread = threading.Thread(target=self._examine, name="exam", daemon=True)
+        self.descriptors = [run.fileno(), batches.fileno()]
+        self.settings = {prepare.EXAM: f"{run.fileno()}", dataset.BATCHES: f"{batches.fileno()}"}
+
+    def __enter__(self) -> Exam:
+        return self
+
+    def start(self) -> None:
+        """The run has its ends of the sockets."""
+        for end in self._theirs:
+            end.close()
+        self._thread.start()
+
+    def __exit__(self, *_) -> None:
+        for end in self._theirs:
+            end.close()
+        if self._thread.is_alive():
+            self._thread.join(PATIENCE)
+        self._run.close()
+        if self._packer:
+            self._packer.kill()
+            noted = self._packer.communicate()[1]
+            with suppress(ValueError, IndexError):
+                self.begun = float(noted.splitlines()[0])
+
+    def _examine(self) -> None:
+        with suppress(EOFError, OSError, ValueError, KeyError, TypeError):  # it has ended, or says what it should not
+            while True:
+                told = json.loads(self._run.recv_bytes(1000))
+                if told["event"] == "weights":
+                    break
+                self.stopped = self.stopped or time.monotonic()
+            self.saved, self.digest = time.monotonic(), storage.sha256(self.weights)
+            size = min(max(int(told["batch_size"]), 1), LARGEST_BATCH)
+            try:
+                for part, key in self.parts.items():
+                    self._score(part, key, size)
+            except prepare.Invalid as error:
+                self.reason = error.reason
+            bpb = next(iter(self.scores.values()), None)
+            done = {"ask": "done", "refused": self.reason, "bpb": bpb, "rows": self.data.eval_rows}
+            self._run.send_bytes(json.dumps(done).encode())
+
+    def _score(self, part: str, key: str, batch_size: int) -> None:
+        data, rows = self.data, getattr(self.data, f"{part}_rows")[: self.data.eval_rows]
+        asked = Asked(self._run, data.vocab_size)
+        nats, sizes = prepare.examine(asked, rows, data.token_bytes, batch_size, self.share)
+        self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
+        self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
+
+    def problem(self, facts: dict) -> Reason | None:
+        """Why a run's result is not believed."""
+        training_seconds = facts["training_seconds"]
+        if facts["eval"] != self.data.eval_tag:
+            return because("other_data", name=self.data.name)
+        if not self.scores or self.saved is None:
+            return because("not_examined")
+        if not self.weights.is_file() or storage.sha256(self.weights) != self.digest:
+            return because("changed_weights")
+        stopped = self.stopped or self.saved
+        if self.begun is not None:
+            seconds = stopped - self.begun
+            if seconds > training_seconds + LATE[0] + LATE[1] * seconds:
+                return because("other_watch", told=training_seconds, seconds=seconds)
+        if self.saved - stopped > PATIENCE + self.weights.stat().st_size / SAVING:
+            return because("slow_saving", seconds=self.saved - stopped)
+        return None
+
+
+def save_rows(path: Path, exam: Exam) -> None:
+    with storage.atomic(path) as file:
+        np.savez(file, **exam.rows)
