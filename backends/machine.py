@@ -23,6 +23,7 @@ MEMORY_BLOCKS = Path("/sys/devices/system/memory")
 DEVICE_TREE = Path("/proc/device-tree/model")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CUDA_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 # Limit, what is used of it, and in memory.stat the files among that: by the files' names in a cgroup of each version.

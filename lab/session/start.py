@@ -22,6 +22,7 @@ from lab.genome.syntax import TRAIN, describe
 from lab.run import sandbox
 from lab.session.events import ExperimentOpened, SessionStarted
 from lab.session.journal import Journal
+from lab.session.locks import device_lock, refuse_if_busy
 from lab.session.repository import Repository
 from lab.session.session import (
     FORMAT,
@@ -29,10 +30,8 @@ from lab.session.session import (
     PREFIX,
     Local,
     Session,
-    device_lock,
     fingerprints,
     folder_of,
-    refuse_if_busy,
 )
 from lab.session.state import BASELINE
 
@@ -90,7 +89,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     }
     if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
-    settings |= {"CUDA_VISIBLE_DEVICES": seen} if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) else {}
+    settings |= {name: value for name in machine.CHOOSING_GPUS if (value := os.environ.get(name))}
     settings |= {
         "AUTORESEARCH_HOME": str(storage.home().absolute()),
         "AUTORESEARCH_DATA": data.name,
@@ -153,12 +152,8 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
 
 
 def which_gpu(kind: str) -> str:
-    """The GPU that is used, as CUDA_VISIBLE_DEVICES names it: an index or a UUID; "" for what there is one of."""
-    if kind != "cuda":
-        return ""
-    index = int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0)
-    visible = machine.visible_gpus()
-    return visible[index] if index < len(visible) else str(index)
+    """The name of the GPU that is used (`machine.gpu_name`); "" for a device that there is one of."""
+    return machine.gpu_name(int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0)) if kind == "cuda" else ""
 
 
 def checked_profile(hardware, train: Path, say) -> dict:
