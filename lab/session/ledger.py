@@ -8,6 +8,7 @@ CSV. Other control characters are removed.
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 import time
@@ -187,7 +188,7 @@ def read(path: Path) -> Ledger:
 
 def parse(content: bytes, name: str = "results.tsv") -> Ledger:
     """As `read`, of a file's content; `name` is what errors call it."""
-    *lines, tail = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    *lines, tail = _utf8(content).split(b"\n")
     rows, set_aside, row_of_fields, headed = [], [], None, False
     columns: tuple[str, ...] = ()
     for number, line in enumerate(lines, 1):
@@ -207,6 +208,13 @@ def parse(content: bytes, name: str = "results.tsv") -> Ledger:
         why = "it may be cut short: the line does not end (if it is whole, end it)"
         set_aside.append(SetAside(len(lines) + 1, tail.decode(errors="replace"), why))
     return Ledger(rows, set_aside, columns, headed)
+
+
+def _utf8(content: bytes) -> bytes:
+    """A file's content without its mark; from UTF-16, as PowerShell's `>` and Excel's "Unicode text" write it."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", errors="replace").encode()
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _fields(line: bytes) -> list[str]:

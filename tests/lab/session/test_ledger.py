@@ -145,6 +145,22 @@ def test_ends_of_lines_blank_lines_and_marks_make_no_difference(path, change):
     assert ledger.read(path).rows == rows and not ledger.read(path).set_aside
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_ledger_that_windows_wrote_is_read(path, encoding):
+    text = FIVE.replace("longer", "längeres")
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path.write_bytes((mark + text.replace("\n", "\r\n")).encode(encoding))
+    ledger_of_windows = ledger.read(path)
+    path.write_bytes(text.encode())
+    assert ledger_of_windows.rows == ledger.read(path).rows and not ledger_of_windows.set_aside
+
+
+def test_a_utf_16_ledger_that_was_cut_short_loses_its_last_line_only(path):
+    path.write_bytes(FIVE.encode("utf-16")[:-9])
+    cut = ledger.read(path)
+    assert [row["commit"] for row in cut.rows] == ["baseline", "aaaa111"] and len(cut.set_aside) == 1
+
+
 def test_a_missing_header_is_told(path):
     path.write_text(FIVE.removeprefix(HEADER))
     found = ledger.read(path)
