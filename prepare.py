@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,18 +35,36 @@ import psutil
 import dataset
 import terminal
 from dataset import MAX_SEQ_LEN, Data, inputs_and_targets, pack
-from storage import DataError, Stop, home, write_json, writing
+from results import MEASURES, REFUSALS, fill
+from storage import DataError, Stop, home, temporary_of, write_json, writing
 
 TIME_BUDGET = 300  # seconds of training
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
 PROBE_ROWS, CUTS = 4, 3  # rows the model is examined with before it is scored; times each is cut
 
 
-class Invalid(Stop):
+class Refusal(Stop):
+    """A run ends without a score.
+
+    Args:
+        code: one of `results.REFUSALS`, whose text is what people read. KeyError if it is none.
+        facts: what the text names. A number that is not finite becomes a word, such as "nan".
+
+    Attributes:
+        reason: {"code": ..., "facts": {...}}, as it is recorded.
+    """
+
+    def __init__(self, code: str, **facts: float | str):
+        words = {name: f"{fact}" for name, fact in facts.items() if isinstance(fact, float) and not math.isfinite(fact)}
+        self.reason = {"code": code, "facts": facts | words}
+        super().__init__(fill(REFUSALS[code], self.reason["facts"]))
+
+
+class Invalid(Refusal):
     """The clock or the evaluator refuses to score this run."""
 
 
-class Diverged(Stop):
+class Diverged(Refusal):
     """The training loss is not finite, or exploded."""
 
 
@@ -86,7 +105,8 @@ class Loader(Iterator, AbstractContextManager):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.data, self.batch_size = data, batch_size
         self.batches = self.rows = self.tokens = 0
-        self.epoch, self.waited, self.clock = 1, 0.0, None  # the Clock sets itself
+        self.epoch, self.waited = 1, 0.0
+        self.clock: Clock | None = None  # which sets itself
         self._rows = pack(self._endless())
         self._packing_epoch, self._closed = 0, False
         self._thread = ThreadPoolExecutor(1, "loader")
@@ -104,7 +124,7 @@ class Loader(Iterator, AbstractContextManager):
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
         if self._closed:
             raise RuntimeError("the loader is closed")
-        admit(self.clock)
+        clock = admit(self.clock)
         asked = time.perf_counter()
         try:
             x, y, self.epoch = self._ahead.popleft().result()
@@ -116,7 +136,7 @@ class Loader(Iterator, AbstractContextManager):
         self.batches += 1
         self.rows += self.batch_size
         self.tokens += self.batch_size * MAX_SEQ_LEN
-        self.clock.start()
+        clock.start()
         return x, y
 
     def close(self) -> None:
@@ -145,9 +165,12 @@ class Clock:
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
-        self.started = self.ticked = self.stopped = None  # times by time.perf_counter()
+        self.started: float | None = None  # times by time.perf_counter()
+        self.stopped: float | None = None
+        self.ticked = self._took = 0.0
         self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
-        self.loss = self._unread = self._took = None
+        self.loss: float | None = None
+        self._unread: tuple[int, Any] | None = None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
@@ -156,7 +179,7 @@ class Clock:
             values = halving(backend, PROBE_ROWS, lambda n: losses(backend, model, *inputs_and_targets(rows[:n])))
             untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
             if untrained < 0.95 * chance:
-                raise Invalid(f"warm start: the untrained model's loss is {untrained:.3f} nats, chance {chance:.3f}")
+                raise Invalid("warm_start", loss=untrained, chance=chance)
         loader.clock = self
         gc.collect()
         gc.freeze()  # what exists by now stays: going through it again would stall a step by half a second
@@ -212,7 +235,7 @@ class Clock:
         with recorded(self):
             limit = 2 * math.log(self.loader.data.vocab_size)
             if not (math.isfinite(self.loss) and self.loss <= limit):
-                raise Diverged(f"the loss is {self.loss} at step {step}; at most {limit:.1f} is allowed")
+                raise Diverged("diverged", loss=self.loss, step=step, limit=limit)
 
     @property
     def elapsed(self) -> float:
@@ -247,15 +270,17 @@ def fingerprint(weights: dict[str, np.ndarray], most: int = 4096) -> str:
     return digest.hexdigest()[:12]
 
 
-def admit(clock: Clock | None) -> None:
-    """Refuses training before a clock checked the model, after the evaluation, or far beyond the budget."""
+def admit(clock: Clock | None) -> Clock:
+    """The clock of a run. Refuses training before a clock checked the model, after the evaluation, or far beyond the
+    budget."""
     with recorded(clock):
         if clock is None:
-            raise Invalid("a training batch was asked for before a Clock checked the untrained model")
+            raise Invalid("batch_before_clock")
         if clock.stopped is not None:
-            raise Invalid("a training batch was asked for after the evaluation")
-        under_way = clock.ticked - clock.started if clock.in_step else None
+            raise Invalid("batch_after_evaluation")
+        under_way = clock.ticked - clock.started if clock.in_step and clock.started is not None else None
         require_time(clock.seconds, clock.elapsed, clock.longest, under_way)
+        return clock
 
 
 def require_time(seconds: float, elapsed: float, longest: float, under_way: float | None) -> None:
@@ -267,7 +292,7 @@ def require_time(seconds: float, elapsed: float, longest: float, under_way: floa
     if elapsed > limit and under_way is not None:
         limit = under_way + max(seconds, TIME_BUDGET) + 1
     if elapsed > limit:
-        raise Invalid(f"training went on for {elapsed:.1f} s; a budget of {seconds:g} s allows {limit:.1f}")
+        raise Invalid("overtime", seconds=elapsed, budget=seconds, limit=limit)
 
 
 # ---- Evaluation ----
@@ -285,14 +310,13 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
         sys.audit("autoresearch.evaluate", clock, backend)
         if clock is not None:
             if clock.evaluated:
-                raise Invalid("this run was evaluated before; a run is scored once")
+                raise Invalid("evaluated_twice")
             clock.stop()
             clock.evaluated = True
             weights = (result_path() or home() / "last" / "weights").with_suffix(".safetensors")
-            with writing(weights):
-                backend.save(model, weights)
+            save(backend, model, weights)
             if rows != "validation" or count is not None:
-                raise Invalid("a run is scored over the standard rows; leave out `rows` and `count` beside a clock")
+                raise Invalid("other_rows")
         stored = {"validation": data.validation_rows, "held_out": data.held_out_rows}[rows]
         count = data.eval_rows if count is None else count
         if not 1 <= count <= len(stored):
@@ -302,6 +326,17 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
         clock.val_bpb, clock.val_rows = bpb, count
         sys.audit("autoresearch.scored", clock, bpb)
     return bpb
+
+
+def save(backend, model, path: Path) -> None:
+    """Writes the weights. Another process that writes the same file at the same time replaces it as a whole."""
+    temporary = temporary_of(path)
+    try:
+        with writing(path):
+            backend.save(model, temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def score(backend, model, data: Data, rows: np.ndarray, batch_size: int) -> float:
@@ -350,10 +385,10 @@ def losses(backend, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarra
     """The model's nats for each target (B, T); Invalid if they are not finite."""
     values = np.asarray(backend.losses(model, tokens, targets))
     if values.shape != targets.shape:
-        raise Invalid(f"losses have shape {values.shape}, the targets {targets.shape}")
+        raise Invalid("losses_shape", shape=f"{values.shape}", expected=f"{targets.shape}")
     finite = np.isfinite(values)
     if not finite.all():
-        raise Invalid(f"not finite: {(~finite).sum()} of {values.size} losses are NaN or infinite")
+        raise Invalid("not_finite", count=int((~finite).sum()), total=values.size)
     return values
 
 
@@ -363,7 +398,7 @@ def probe(backend, model, tokens: np.ndarray, targets: np.ndarray, vocab_size: i
     B, T = tokens.shape
     values = losses(backend, model, tokens, targets)
     again = losses(backend, model, tokens, targets)
-    require_equal(values, again, "two calls on the same rows differ")
+    require_equal(values, again, "not_repeatable")
     noise = np.random.default_rng(0).integers(0, vocab_size, (B, T), dtype=np.int32)
     row = np.arange(B)[:, None]
 
@@ -375,31 +410,30 @@ def probe(backend, model, tokens: np.ndarray, targets: np.ndarray, vocab_size: i
         cut = (row * CUTS + turn + 1) * T // (B * CUTS + 1)
         before = np.arange(T) <= cut
         changed = losses(backend, model, np.where(before, tokens, noise), targets)
-        complaint = "the model looks ahead: losses change with later tokens"
-        require_equal(values[before], changed[before], complaint, worst_allowed=repeatable)
+        require_equal(values[before], changed[before], "looks_ahead", worst_allowed=repeatable)
 
     if B > 1:  # each row moves by one place, then every second one becomes noise
         neighbours = np.where(row % 2, np.roll(tokens, 1, axis=0), noise)
         moved = losses(backend, model, neighbours, np.roll(targets, 1, axis=0))
-        require_equal(values[:-1:2], moved[1::2], "a row's losses depend on its neighbours in the batch")
+        require_equal(values[:-1:2], moved[1::2], "mixes_rows")
 
     logits = np.asarray(backend.logits(model, tokens))
     if logits.shape != (B, T, vocab_size):
-        raise Invalid(f"logits have shape {logits.shape}, not {(B, T, vocab_size)}")
+        raise Invalid("logits_shape", shape=f"{logits.shape}", expected=f"{(B, T, vocab_size)}")
     mass = np.stack([probability_mass(logits[i], targets[i], values[i]) for i in range(B)])
     # Rounding in the matrix product scatters single tokens, not their mean.
-    mean, worst = mass.mean(), np.abs(mass - 1).max()
+    mean, worst = float(mass.mean()), float(np.abs(mass - 1).max())
     if not (abs(mean - 1) <= 1e-3 and worst <= 0.1):
-        raise Invalid(f"not normalised: probabilities sum to {mean:.4f} on average, up to {worst:.4f} off 1")
+        raise Invalid("not_normalised", mean=mean, worst=worst)
 
 
-def require_equal(expected, actual, complaint: str, mean_allowed: float = 2e-3, worst_allowed: float = 0.1) -> None:
+def require_equal(expected, actual, code: str, mean_allowed: float = 2e-3, worst_allowed: float = 0.1) -> None:
     """Refuses losses that should be equal and are not, in nats. By default they may be as far apart as of a kernel
     that sums in another order from call to call; less can't have won more than 2e-3 nats a token, 1e-3 bits a byte."""
     difference = np.abs(actual.astype(np.float64) - expected)
-    mean, worst = difference.mean(), difference.max()
+    mean, worst = float(difference.mean()), float(difference.max())
     if not (mean <= mean_allowed and worst <= worst_allowed):
-        raise Invalid(f"{complaint} (by up to {worst:.4f} nats, {mean:.4f} on average)")
+        raise Invalid(code, worst=worst, mean=mean)
 
 
 def probability_mass(logits: np.ndarray, targets: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -411,14 +445,6 @@ def probability_mass(logits: np.ndarray, targets: np.ndarray, values: np.ndarray
 
 
 # ---- Result ----
-
-# Lines of the summary and their formats: first the original's, then ours.
-SUMMARY = {
-    "val_bpb": ".6f", "training_seconds": ".1f", "total_seconds": ".1f", "peak_vram_mb": ".1f", "mfu_percent": ".2f",
-    "total_tokens_M": ".1f", "num_steps": "d", "num_params_M": ".1f", "depth": "d",
-    "device": "s", "backend": "s", "profile": "s", "eval": "s", "data": "s", "tokens_per_second": ".0f",
-    "val_rows": "d", "epochs": "d", "speed": ".2f",
-}  # fmt: skip
 
 
 def result_path() -> Path | None:
@@ -436,7 +462,7 @@ def recorded(clock: Clock | None):
         sys.audit("autoresearch.refused", error)
         if path := result_path():
             status = "invalid" if isinstance(error, Invalid) else "crash"
-            write_json(path, {"status": status, "reason": str(error), **(measured(clock) if clock else {})})
+            write_json(path, {"status": status, "reason": error.reason, **(measured(clock) if clock else {})})
         raise
 
 
@@ -453,7 +479,7 @@ def measured(clock: Clock) -> dict:
         "profile": backend.device.profile or "none", "speed": backend.device.speed,
         "attention_provider": backend.device.attention_provider,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag,
-        "initial_weights": clock.initial_weights,
+        "initial_weights": clock.initial_weights, **backend.warmed_up,
     }  # fmt: skip
 
 
@@ -476,11 +502,13 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
         raise RuntimeError("nothing to report yet: call evaluate_bpb(..., clock=clock) on the validation rows first")
     facts = {"status": "ok", "val_bpb": clock.val_bpb, "val_rows": clock.val_rows, **measured(clock)}
     peak, trial = clock.backend.device.peak_flops, clock.seconds != TIME_BUDGET
-    mfu = 100 * flops_per_token * facts["tokens_per_second"] / peak if peak else None
-    facts |= {"mfu_percent": mfu, "num_params_M": num_params / 1e6, "depth": depth, "flops_per_token": flops_per_token}
+    rate = flops_per_token * facts["tokens_per_second"]
+    facts |= {"num_params_M": num_params / 1e6, "depth": depth, "flops_per_token": flops_per_token}
+    facts |= {"model_tflops": rate / 1e12, "mfu_percent": 100 * rate / peak if peak else None}
     extra = {name: value for name, value in extra.items() if name not in facts}  # what was measured stays
     facts |= extra
-    formats = SUMMARY | ({"budget_seconds": "g"} if trial else {}) | dict.fromkeys(extra, "")
+    formats = {measure.name: measure.summary for measure in MEASURES if measure.summary}
+    formats |= ({"budget_seconds": "g"} if trial else {}) | dict.fromkeys(extra, "")
     print("---")
     for name, form in formats.items():
         print(f"{name + ':':<17} {math.nan if facts[name] is None else facts[name]:{form}}")

@@ -6,6 +6,8 @@ report take their lists from here. To add one: an entry here, and the line in pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from string import Formatter
 from typing import NamedTuple
 
 
@@ -60,9 +62,65 @@ MEASURES = (
     Measure("initial_weights", str, "", "fingerprint of the initial weights"),
     Measure("attention_provider", str, "", "where the attention comes from, if not from the framework", nullable=True),
     Measure("compiled", bool, "", "whether the whole step ran compiled", "", "compiled", nullable=True),
-    Measure("rows_at_once", int, "rows", "that fit into memory, if fewer than a batch", "", "rows_at_once", "d", nullable=True),
+    Measure("rows_at_once", int, "rows", "that fit, if fewer than a batch", "", "rows_at_once", "d", nullable=True),
 )  # fmt: skip
 BY_NAME = {measure.name: measure for measure in MEASURES}
 
-# Why the clock or the evaluator refuses a run, by code: {facts} are numbers and names.
-REFUSALS: dict[str, str] = {}
+# Why a run is refused from within its process, by code. A fact is a finite number, or a short name without blanks.
+REFUSALS = {
+    # by the clock and the evaluator
+    "warm_start": "warm start: the untrained model's loss is {loss:.3f} nats, chance {chance:.3f}",
+    "diverged": "the loss is {loss:.4g} at step {step}; at most {limit:.1f} is allowed",
+    "batch_before_clock": "a training batch was asked for before a Clock checked the untrained model",
+    "batch_after_evaluation": "a training batch was asked for after the evaluation",
+    "overtime": "training went on for {seconds:.1f} s; a budget of {budget:g} s allows {limit:.1f}",
+    "evaluated_twice": "this run was evaluated before; a run is scored once",
+    "other_rows": "a run is scored over the standard rows; leave out `rows` and `count` beside a clock",
+    "losses_shape": "losses have shape {shape}, the targets {expected}",
+    "logits_shape": "logits have shape {shape}, not {expected}",
+    "not_finite": "not finite: {count} of {total} losses are NaN or infinite",
+    "not_repeatable": "two calls on the same rows differ (by up to {worst:.4f} nats, {mean:.4f} on average)",
+    "looks_ahead": "the model looks ahead: losses change with later tokens (by up to {worst:.4f} nats, {mean:.4f} on "
+    "average)",
+    "mixes_rows": "a row's losses depend on its neighbours in the batch (by up to {worst:.4f} nats, {mean:.4f} on "
+    "average)",
+    "not_normalised": "not normalised: probabilities sum to {mean:.4f} on average, up to {worst:.4f} off 1",
+    # by the guard of a run
+    "reads_data": "it reads {name} itself: data come from prepare, training batches from its Loader",
+    "reads_rows": "it reads the {name} rows: they are for the evaluator",
+    "reads_documents": "it reads the training documents: batches come from prepare.Loader, which the clock knows",
+    "reads_another_run": "it reads what another run left, {name}: a run starts from nothing",
+    "loads_weights": "it loads weights, {name}: a run starts from nothing",
+    "imports_safetensors": "it imports safetensors: weights are written by evaluate_bpb, and a run starts from nothing",
+    "writes_result": "it writes {name} in its run's folder: results come from prepare.report",
+    "changes_file": "it changes {name}, which belongs to the {owner}",
+    "replaces": "it replaces {name}",
+    "shadows": "it shadows {name}",
+    "other_backend": "its backend, {name}, is not one of backends/",
+    "other_clock": "its Clock is not the one of prepare",
+    "second_clock": "it makes a second Clock: a run has one",
+    "batch_by_other_clock": "it takes batches by another clock than the run's",
+    "other_budget": "its clock allows {told} s; the budget is {budget:g} s",
+    "clock_behind": "its clock shows {told} s of training; there were {elapsed:.1f} s",
+    "evaluates_without_clock": "evaluate_bpb without the run's clock: a run is scored once, at its end",
+    "reports_other_score": "it reports another score than the evaluator's",
+    "raises_itself": "it raised prepare.{name} itself",
+}
+
+
+class _Lenient(Formatter):
+    """Shows "?" for a fact that is missing or unknown, and as it is a fact that its format does not fit."""
+
+    def get_value(self, key, args, kwargs):
+        return kwargs.get(str(key))
+
+    def format_field(self, value, format_spec):
+        try:
+            return "?" if value is None else format(value, format_spec)
+        except (ValueError, TypeError):
+            return str(value)
+
+
+def fill(text: str, facts: Mapping) -> str:
+    """A sentence of a table with its facts filled in."""
+    return _Lenient().vformat(text, (), facts)

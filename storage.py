@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def writing(path: Path):
 @contextmanager
 def atomic(path: Path):
     """A binary file to write that appears at `path` complete or, on any failure, not at all (see `writing`)."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with writing(path):
             with open(temporary, "wb") as file:
@@ -83,11 +84,17 @@ def atomic(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it is put in place: a name that no other process or thread uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
 def sync(descriptor: int) -> None:
     """Returns once what was written to a file is on the disk. macOS would leave it in the drive's cache at fsync."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    flush_drive = getattr(fcntl, "F_FULLFSYNC", None)
+    if fcntl and flush_drive is not None:
         try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(descriptor, flush_drive)
             return
         except OSError:  # a file system that can't
             pass

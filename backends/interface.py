@@ -165,6 +165,9 @@ class Device(Hardware):
     kernels: dict[str, int] = field(default_factory=dict)
 
 
+WARMED_UP: dict[str, int | None] = {}  # what the last `Trainer.warm_up` found
+
+
 class Trainer(abc.ABC):
     """Accumulates gradients and applies the optimizer's update rules; compiled where the framework compiles.
 
@@ -174,6 +177,7 @@ class Trainer(abc.ABC):
     """
 
     rows_at_once: int | None = None  # None: the whole batch
+    compiled = False  # whether the whole step runs compiled
 
     @abc.abstractmethod
     def __init__(self, model, loss, optimizer: list[dict]): ...
@@ -226,6 +230,7 @@ class Trainer(abc.ABC):
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
             rows = fewer
         self.rows_at_once = rows
+        WARMED_UP.update(compiled=self.compiled, rows_at_once=rows if rows < len(x) else None)
 
     @abc.abstractmethod
     def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
@@ -271,6 +276,12 @@ class Backend(abc.ABC):
     Trainer: type[Trainer]
     device: Device
     bench: Bench
+
+    @property
+    def warmed_up(self) -> dict:
+        """What makes a run slow, for its result: `compiled`, whether the whole step is, and `rows_at_once`, how many
+        fit into the memory if those are fewer than a batch. Both are None before `Trainer.warm_up`."""
+        return {"compiled": None, "rows_at_once": None} | WARMED_UP
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:

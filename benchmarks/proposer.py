@@ -15,7 +15,6 @@ keeps or discards; the proposer sees a session's state, as in a real night. Its 
 
     random search   draws every variable of each experiment anew, uniformly within the same bounds
     random steps    changes one to three variables of the best, as the proposer does, but at random
-    Parzen          the proposer with Optuna's tree-structured Parzen estimator instead of our sampler
 
 In a pair all have the same noise for the same experiment and seed. Better is whose best has the lower true score at the
 end.
@@ -30,20 +29,28 @@ import os
 import statistics
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
-import optuna
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab.genome import syntax as source
-from lab.verdict import gate
-from lab.night import block, proposer, sampler
+from lab.genome.syntax import describe
+from lab.night import block, proposer
+from lab.reasons import because
+from lab.session.events import (
+    ExperimentApplied,
+    ExperimentDecided,
+    ExperimentOpened,
+    RunEnded,
+    RunStarted,
+    SessionStarted,
+    Verdict,
+)
 from lab.session.state import State
+from lab.verdict import gate
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("recorded_trials.tsv")
@@ -53,7 +60,7 @@ BUDGET = 7.0  # seconds, counted
 RATE, UPDATE = 2e11, 2e-8  # operations per second, and seconds per parameter and step: one core's
 BASELINE_RUNS = 3
 STEPS = 3  # variables that change at once, at most
-ARMS = ("proposer", "random search", "random steps", "Parzen")
+ARMS = ("proposer", "random search", "random steps")
 
 
 # --- Recording ---
@@ -229,17 +236,18 @@ class Surrogate:
 class Night:
     """A session as the proposer sees it, whose runs are noise around what the surrogate says."""
 
+    profile = {"settings": {}}
+
     def __init__(self, text: str, surrogate: Surrogate, seed: int):
-        self.surrogate, self.seed, self.state, self.tree, self.texts = surrogate, seed, State(), self, {}
-        self.account = gate.Account()
-        self.begin(text, "baseline", "baseline")
+        self.surrogate, self.seed, self.repository, self.texts = surrogate, seed, self, {}
+        self.state, self.account = (
+            State([SessionStarted(tag="simulated", device="simulated", budget=1.0)]),
+            gate.Account(),
+        )
+        self.open(text, "baseline", "baseline")
         for round in range(BASELINE_RUNS):
             self.run(self.state.last, self.state.last.blob, gate.seed(round))
-        self.decide("keep", {})
-
-    @property
-    def noise(self) -> gate.Noise:
-        return gate.pooled(self.state.repeats(1.0), self.surrogate.noise)
+        self.decide(Verdict("keep", because("baseline")))
 
     def content(self, blob: str) -> bytes:
         return self.texts[blob]
@@ -247,20 +255,19 @@ class Night:
     def contents(self, blobs: list[str]) -> dict[str, bytes]:
         return {blob: self.texts[blob] for blob in blobs}
 
-    def begin(self, text: str, description: str, kind: str = "change") -> None:
+    def open(self, text: str, description: str, kind="change") -> None:
         blob, best = f"{zlib.crc32(text.encode()):08x}", self.state.best
         self.texts[blob] = text.encode()
         self.state.take(
-            dict(
-                event="experiment",
+            ExperimentOpened(
                 number=len(self.state.experiments),
                 kind=kind,
                 blob=blob,
-                parent=best and best.blob,
-                onto=best and best.number,
+                parent=best.blob if best else None,
+                onto=best.number if best else None,
                 commit=f"{self.seed}",
                 description=description,
-                digest=source.describe(text.encode()).digest,
+                digest=describe(text.encode()).digest,
             )
         )
 
@@ -268,58 +275,48 @@ class Night:
         rng = np.random.default_rng([self.seed, experiment.number, seed, blob != experiment.blob])
         bpb = self.surrogate.true(self.texts[blob].decode()) + self.surrogate.noise * rng.standard_normal()
         number = self.state.next_run()
-        self.state.take(
-            dict(event="run", number=number, experiment=experiment.number, blob=blob, seed=seed, budget=1.0, begun=0.0)
-        )
-        self.state.take(dict(event="ran", run=number, status="ok", result={"val_bpb": bpb}))
+        self.state.take(RunStarted(number=number, experiment=experiment.number, blob=blob, seed=seed, budget=1.0))
+        self.state.take(RunEnded(run=number, status="ok", result={"val_bpb": bpb}))
 
-    def decide(self, status: str, facts: dict) -> None:
+    def decide(self, verdict: Verdict) -> None:
         number = self.state.last.number
-        self.state.take(dict(event="verdict", experiment=number, status=status, reason="", gate=facts))
-        self.state.take(dict(event="applied", experiment=number, commit=f"{number}", left_alone=None))
+        self.state.take(ExperimentDecided(experiment=number, verdict=verdict))
+        self.state.take(ExperimentApplied(experiment=number, commit=f"{number}"))
+
+    def noise(self) -> gate.Noise:
+        return gate.pooled(self.state.repeats(1.0), self.surrogate.noise)
 
     def judge(self, text: str, description: str) -> None:
-        """One experiment, as experiment.py carries it out."""
+        """One experiment, as the executor carries it out."""
         best = self.state.best
-        self.begin(text, description)
+        self.open(text, description)
         experiment = self.state.last
         while True:
-            step = gate.next_step(
-                self.state.results(experiment.blob), self.state.results(best.blob), self.noise, self.account
-            )
-            if step.action in ("keep", "discard"):
+            scores, others = self.state.results(experiment.blob), self.state.results(best.blob)
+            step = gate.next_step(scores, others, self.noise(), self.account)
+            if step.seed is None:
                 break
             self.run(experiment, experiment.blob if step.action == "run candidate" else best.blob, step.seed)
-        self.account = self.account.after(step.facts())
-        self.decide(step.action, step.facts())
+        self.account = self.account.after(step.evidence)
+        self.decide(Verdict("keep" if step.action == "keep" else "discard", step.reason, evidence=step.evidence))
 
 
 def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int) -> list[float]:
     """The best's true score after each experiment."""
-    session, rng, found = Night(text, surrogate, seed), np.random.default_rng([seed, 7]), []
+    session, rng, scores = Night(text, surrogate, seed), np.random.default_rng([seed, 7]), []
     for _ in range(experiments):
         best = session.content(session.state.best.blob).decode()
-        if arm in ("proposer", "Parzen"):
-            with mock.patch.object(sampler, "StepSampler", parzen if arm == "Parzen" else sampler.StepSampler):
+        if arm == "proposer":
+            with mock.patch.object(proposer, "noise_of", lambda state: session.noise()):
                 proposal = proposer.propose(session)
             session.judge(proposal.content.decode(), proposal.description)
         else:
             free = surrogate.variables
             if arm == "random steps":
                 free = [free[i] for i in rng.choice(len(free), rng.integers(1, STEPS + 1), replace=False)]
-            session.judge(block.write(best, {one.name: drawn(one, rng) for one in free}), arm)
-        found.append(surrogate.true(session.content(session.state.best.blob).decode()))
-    return [*found, len(session.state.runs), len(session.state.kept) - 1]
-
-
-def parzen(best: dict, noise, written, rng) -> optuna.samplers.BaseSampler:
-    """Takes the place of our sampler."""
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    free = rng.choice(list(best), rng.integers(1, STEPS + 1), replace=False)
-    return optuna.samplers.PartialFixedSampler(
-        {name: place for name, place in best.items() if name not in free},
-        optuna.samplers.TPESampler(multivariate=True, n_startup_trials=5, seed=int(rng.integers(2**31))),
-    )
+            session.judge(block.write(best, {variable.name: drawn(variable, rng) for variable in free}), arm)
+        scores.append(surrogate.true(session.content(session.state.best.blob).decode()))
+    return [*scores, len(session.state.runs), len(session.state.kept) - 1]
 
 
 def sign_test(wins: int, losses: int) -> float:

@@ -13,8 +13,8 @@ tree holds.
     state.py       what the journal adds up to
     experiment.py  carries one experiment to its verdict, in a process of its own
     gate.py        the statistics of the verdict; near.py: changes that it could not tell from chance, together
-    runner.py      one guarded run of train.py; inside.py is its other end, guard.py what it may not do there,
-                   sandbox.py what the system can add, capture.py its log, outcome.py what is believed of its result
+    runner.py      one guarded run of train.py; child.py is its other end, guard.py what it may not do there,
+                   sandbox.py what the system can add, log.py what it prints, outcome.py what is believed of its result
     tree.py        the user's git repository; source.py what can be said of a train.py without running it
     ledger.py      results.tsv
     exchange.py    sessions as folders and archives; bundle.py: what these hold, and what is refused;

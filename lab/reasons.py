@@ -5,11 +5,9 @@ What is recorded and compared is the code and the facts. A sentence may be rewor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
-from results import REFUSALS
+from results import REFUSALS, fill
 
 
 class Reason(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -28,8 +26,32 @@ def because(code: str, **facts: bool | int | float | str | Reason | None) -> Rea
     return Reason(code, facts)
 
 
+# What a run ended with, as seen from outside of it.
+OF_A_RUN = {
+    "not_believed": "it was refused; the reason that it gives is not the judge's",
+    "timeout": "timeout: not done after {seconds:.0f} s, with {budget:g} s for training",
+    "flooded": "it printed more than {most} MB",
+    "memory": "memory: it used {used_mb:,.0f} MB; at most {most_mb:,.0f} MB are allowed",
+    "left_processes": "processes that it left running: {count}",
+    "no_result": "it ended without a result: prepare.report was not called",
+    "raised": "{error}",
+    "killed_by_signal": "killed by {signal}",
+    "killed_for_memory": "killed by {signal}: most likely out of memory",
+    "exit_status": "exit status {status}",
+    "result_lacks": "its result lacks {names}, or they are of the wrong kind",
+    "bpb_not_positive": "val_bpb is {val_bpb}",
+    "trained_with_other_budget": "it trained with a budget of {told:g} s instead of {budget:g} s",
+    "claims_training": "it claims {told:.1f} s of training, in {seconds:.1f} s and with a budget of {budget:g} s",
+    "claims_total": "it claims to have taken {told:.1f} s; it took {seconds:.1f} s",
+    "no_weights": "it left no weights",
+    "no_clock": "train.py made no Clock",
+    "scoring_raised": "{error}: score.log in the run's folder says more",
+    "no_scores": "its scores are no positive numbers",
+}
+
 TEXTS: dict[str, str] = {
     **REFUSALS,
+    **OF_A_RUN,
     # The verdict (verdict/gate.py, verdict/plan.py)
     "baseline": "the baseline",
     "not_run": "not run yet",
@@ -68,12 +90,12 @@ TEXTS: dict[str, str] = {
     "please report it",
     "changed_judge": "it changed the judge's files, which were put back: {files}",
     "changed_ledger": "it changed the ledger, which was put back",
-    # How a run ended (run/outcome.py)
-    "exit_status": "exit status {status}",
     # Runs that are made again (verdict/executor.py)
     "killed": "the harness was killed",
     "paused": "the session was paused",
     "stopped": "the night ended",
+    # As somebody's ledger has it (share/ledgers.py)
+    "told": "{words}",
     # After the verdict (session/repository.py)
     "edited_meanwhile": "train.py was edited meanwhile, and was left as it is",
     "no_train": "{branch} has no train.py: it was left as it is",
@@ -81,27 +103,11 @@ TEXTS: dict[str, str] = {
 }
 
 
-class _Missing(dict):
-    def __missing__(self, name):
-        return Unknown()
-
-
-class Unknown:
-    """In place of a fact that a record lacks."""
-
-    def __format__(self, form: str) -> str:
-        return "?"
-
-
 def sentence(reason: Reason | None) -> str:
     """A reason in words; "" for none. A code that this version does not know is shown as it is."""
     if reason is None:
         return ""
-    facts: Mapping = reason.facts
     text = TEXTS.get(reason.code)
     if text is None:
-        return f"{reason.code} ({', '.join(f'{name} {value}' for name, value in facts.items())})"
-    try:
-        return text.format_map(_Missing({name: Unknown() if value is None else value for name, value in facts.items()}))
-    except (ValueError, TypeError):  # somebody's record has a word where a number belongs
-        return reason.code
+        return f"{reason.code} ({', '.join(f'{name} {value}' for name, value in reason.facts.items())})"
+    return fill(text, reason.facts)

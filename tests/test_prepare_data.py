@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -182,24 +184,48 @@ def test_prepare_imports_nothing_of_ours():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
 
 
-@pytest.mark.parametrize("kind", ["DataError", "Invalid", "Diverged"])
-def test_the_reason_is_the_last_line(kind):
+@pytest.mark.parametrize("error, said", [
+    ("DataError('no data; do this')", "DataError: no data; do this"),
+    ("Invalid('other_backend', name='x')", "Invalid: its backend, x, is not one of backends/"),
+    ("Diverged('diverged', loss=float('nan'), step=3)", "Diverged: the loss is nan at step 3; at most ? is allowed"),
+])  # fmt: skip
+def test_the_reason_is_the_last_line(error, said):
     """After an unfinished line of progress, with no traceback, and not swallowed by an edit that catches everything."""
     code = f"""
 import prepare
 try:
     print("device")
     print("\\rstep 1", end="")
-    raise prepare.{kind}("the reason, and what to do")
+    raise prepare.{error}
 except Exception:
     pass
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert ended.returncode == 1
-    assert ended.stdout.decode() == f"device\n\rstep 1\n{kind}: the reason, and what to do\n"
+    assert ended.stdout.decode() == f"device\n\rstep 1\n{said}\n"
 
 
 def test_the_reason_can_be_caught():
     with pytest.raises(storage.Stop) as caught:
-        raise prepare.Invalid("the reason")
-    assert str(caught.value) == "the reason"
+        raise prepare.Invalid("warm_start", loss=1.5, chance=9)
+    assert str(caught.value) == "warm start: the untrained model's loss is 1.500 nats, chance 9.000"
+    assert caught.value.reason == {"code": "warm_start", "facts": {"loss": 1.5, "chance": 9}}
+    with pytest.raises(KeyError, match="no such code"):
+        prepare.Invalid("no such code")
+
+
+def test_two_threads_write_the_same_file(tmp_path):
+    """Each file is whole, and neither write fails."""
+    path, both_open = tmp_path / "file", threading.Barrier(2, timeout=10)
+
+    def write(content):
+        with storage.atomic(path) as file:
+            file.write(content[:5])
+            file.flush()
+            both_open.wait()
+            file.write(content[5:])
+
+    contents = [b"x" * 10, b"y" * 10]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, contents))
+    assert path.read_bytes() in contents and not list(tmp_path.glob("*.tmp"))

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ from fakes import Backend, Bigram, OutOfMemory, nats
 import dataset
 import prepare
 import storage
+
 from prepare import Clock, Diverged, Invalid, Loader, evaluate_bpb, report
+from results import BY_NAME
 from storage import DataError
 
 
@@ -290,7 +293,10 @@ def test_divergence(run, tiny_data, result, loss):
     run[3].tick(1.99 * chance)
     with pytest.raises(Diverged, match=f"at step 2; at most {2 * chance:.1f}"):
         run[3].tick(loss * chance)
-    assert result()["status"] == "crash" and "at step 2" in result()["reason"] and result()["num_steps"] == 2
+    recorded, exact = result(), loss * chance
+    assert recorded["status"] == "crash" and recorded["num_steps"] == 2
+    facts = {"loss": exact if math.isfinite(exact) else str(exact), "step": 2, "limit": 2 * chance}
+    assert recorded["reason"] == {"code": "diverged", "facts": facts}
 
 
 class Scalar:
@@ -365,7 +371,8 @@ def test_divergence_on_the_device(run, result, steps):
     with pytest.raises(Diverged, match=f"nan at step {steps};"):
         run[3].tick(Scalar(math.nan))
         run[3].stop()
-    assert result()["status"] == "crash" and f"at step {steps}" in result()["reason"]
+    reason = result()["reason"]
+    assert (result()["status"], reason["code"], reason["facts"]["step"]) == ("crash", "diverged", steps)
 
 
 def test_no_training_after_the_evaluation(run, tiny_data, result):
@@ -424,6 +431,24 @@ def test_weights_are_saved_before_anything_else(run, tiny_data, isolated_home):
     assert backend.calls[0] == "save" and (isolated_home / "last" / "weights.safetensors").exists()
 
 
+def test_two_runs_that_save_their_weights_at_once(run, tiny_data, isolated_home, monkeypatch):
+    """Each file is whole: the second run saves while the first is in the middle of it."""
+    backend, path = run[0], isolated_home / "last" / "weights.safetensors"
+
+    def slow(model, to):
+        to.write_bytes(b"half")
+        if model == "first":
+            thread = threading.Thread(target=prepare.save, args=(backend, "second", path))
+            thread.start()
+            thread.join()
+            assert path.read_bytes() == b"half of second"
+        to.write_bytes(to.read_bytes() + f" of {model}".encode())
+
+    monkeypatch.setattr(backend, "save", slow)
+    prepare.save(backend, "first", path)
+    assert path.read_bytes() == b"half of first" and list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("No space left (os error 28)")])
 def test_no_room_for_the_weights(run, tiny_data, monkeypatch, error):
     backend, model, loader, clock = run
@@ -444,7 +469,7 @@ def test_weights_lie_beside_the_result_also_of_a_refused_model(run, tiny_data, r
     with pytest.raises(Invalid, match="not finite"):
         evaluate_bpb(backend, model, tiny_data, clock=clock)
     assert (tmp_path / "out" / "result.safetensors").exists()
-    assert result()["status"] == "invalid" and "not finite" in result()["reason"]
+    assert result()["status"] == "invalid" and result()["reason"]["code"] == "not_finite"
     assert result()["total_tokens_M"] == 2 * 2048 / 1e6
     with pytest.raises(RuntimeError, match="nothing to report"):
         report(clock, num_params=1, flops_per_token=1, depth=1)
@@ -471,9 +496,11 @@ def test_report(run, tiny_data, result, capsys):
     assert written["status"] == "ok" and written["val_bpb"] == bpb and written["seed"] == 3
     assert written["val_rows"] == tiny_data.eval_rows and written["eval"] == tiny_data.eval_tag
     assert written["tokens_per_second"] == pytest.approx(2 * 2048 / written["training_seconds"])
+    assert written["model_tflops"] == pytest.approx(1000 * written["tokens_per_second"] / 1e12)
+    assert (written["compiled"], written["rows_at_once"]) == (True, None)
     assert written["mfu_percent"] == pytest.approx(100 * 1000 * written["tokens_per_second"] / 1e9)
     assert written["total_seconds"] >= written["training_seconds"]
-    assert facts["val_bpb"] == bpb and set(written) == {"status", *facts}
+    assert facts["val_bpb"] == bpb and set(written) == {"status", *facts} == {"status", "seed", *BY_NAME}
 
 
 @pytest.mark.parametrize("ticks, rate", [
@@ -584,7 +611,7 @@ def test_where_it_takes_more_the_drive_is_flushed(tmp_path, monkeypatch, refuses
         if refuses:
             raise OSError(45, "not supported")
 
-    monkeypatch.setattr(prepare, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
+    monkeypatch.setattr(storage, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
     monkeypatch.setattr(prepare.os, "fsync", flushed.append)
     storage.write_json(tmp_path / "result.json", {})
     assert asked == [51, 51] and len(flushed) == (2 if refuses else 0), "the file and its folder"
@@ -592,7 +619,7 @@ def test_where_it_takes_more_the_drive_is_flushed(tmp_path, monkeypatch, refuses
 
 def test_result_on_a_full_disk(tmp_path):
     code = """
-import resource, prepare
+import resource, storage
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 try:

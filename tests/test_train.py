@@ -104,13 +104,13 @@ def test_a_diverging_loss_stops_the_run(train):
     loss = "return ops.softcapped_cross_entropy("
     done, result = train({re.escape(loss): loss.replace("return", "return 1000 *")}, AUTORESEARCH_BUDGET="60")
     assert done.returncode and result["status"] == "crash" and result["num_steps"] == 1
-    assert "loss is" in result["reason"] and result["reason"] in done.stderr
+    assert result["reason"]["code"] == "diverged" and "the loss is" in done.stderr
 
 
 def test_a_model_that_looks_ahead_is_refused(train):
     peek = "x = x0 = ops.rms_norm(self.wte(tokens))"
     done, result = train({re.escape(peek): f"{peek}\n        x = x + ops.concat([x[:, 1:], x[:, :1]], axis=1)"})
-    assert done.returncode and result["status"] == "invalid" and "looks ahead" in result["reason"]
+    assert done.returncode and result["status"] == "invalid" and result["reason"]["code"] == "looks_ahead"
 
 
 def test_a_warm_start_is_refused(train):
@@ -126,7 +126,7 @@ def knowing(weights, data):  # logits that favour the commoner half of the token
 
 def main():"""
     done, result = train({re.escape(load): biased, r"\ndef main\(\):": knowing})
-    assert done.returncode and result["status"] == "invalid" and "warm start" in result["reason"]
+    assert done.returncode and result["status"] == "invalid" and result["reason"]["code"] == "warm_start"
 
 
 def test_no_data_says_what_to_run(train):

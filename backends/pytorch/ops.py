@@ -7,8 +7,50 @@ What each takes and gives: `backends/interface.py`. PyTorch takes `axis=` and `k
 from __future__ import annotations
 
 import torch
-from torch import (
-    eq as equal,  # noqa: F401
+from torch import (  # noqa: F401
+    abs,
+    add,
+    broadcast_to,
+    clip,
+    concat,
+    cos,
+    cumsum as cumulative_sum,
+    divide,
+    eq as equal,
+    exp,
+    greater,
+    greater_equal,
+    less,
+    less_equal,
+    log,
+    logical_and,
+    logical_not,
+    logical_or,
+    matmul,
+    mean,
+    multiply,
+    negative,
+    ones_like,
+    permute as permute_dims,
+    pow,
+    relu,
+    reshape,
+    rsqrt,
+    sigmoid,
+    sign,
+    sin,
+    softmax,
+    sqrt,
+    square,
+    squeeze,
+    stack,
+    subtract,
+    sum,
+    tan,
+    tanh,
+    unsqueeze as expand_dims,
+    where,
+    zeros_like,
 )
 from torch.nn.functional import gelu, silu  # noqa: F401
 

@@ -78,6 +78,10 @@ class Trainer(interface.Trainer):
             if runtime.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # what is reported is the training's
 
+    @property
+    def compiled(self) -> bool:
+        return runtime.compiled
+
     def _compiles(self, x, y) -> bool:
         """Tries a step; if it does not compile, turns to uncompiled ones."""
         try:

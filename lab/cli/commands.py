@@ -206,9 +206,9 @@ def do_export(session: Session, options) -> int:
 
 
 def do_import(options) -> int:
-    from lab.share import imports
+    from lab.share import sources
 
-    print(imports.import_session(options.source, storage.home(), device=options.device, repository=here()))
+    print(sources.import_session(options.source, options.device))
     return 0
 
 

@@ -7,29 +7,31 @@ train.py is a sound edit of the best, or the best. Other files are left as the a
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import time
 import uuid
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 
 import storage
-from lab import untrusted
-from lab.genome import kinds, syntax as source
-from lab.run import log as capture
 from lab.errors import LabError
-from lab.run.processes import runs
+from lab.genome import kinds
+from lab.genome.syntax import TRAIN, describe
+from lab.run import log as logs, processes
+from lab.session.events import TurnTaken
+from lab.session.repository import Repository
 from lab.session.session import Session
-from lab.session.repository import TRAIN, Tree
+from lab.untrusted import listed, one_line, plain
+from lab.verdict.opening import best_of
 
-RECORD = "turn.json"  # in the session's folder, while a turn is under way: where HEAD was
+RECORD = "turn.json"  # in the session's folder, until a turn is journalled
 MARK = "LAB_TURN"  # in the environment of everything that a turn starts
 GRACE, GRACE_LEFT = 5.0, 1.0  # seconds between being asked to end and being ended; of what an agent left running
 POLL = 0.1  # seconds
@@ -42,29 +44,24 @@ LARGE = 16 * 2**20  # bytes: a larger file counts as changed when its time or si
 CHANGE = re.compile(r"[\s>*_#`-]*change[\s*_`]*:[\s*_`]*(.*?)[\s*_`]*", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What came of a turn.
+class Place(msgspec.Struct):
+    """Where things were when a turn began, and once it is over, what came of it.
 
     Attributes:
-        outcome: "edited"; else train.py is the best again, and it "failed" (exit status), "hung" (time limit),
-            "flooded" (output limit), "asked" (a question, of nobody), wrote "no python", changed only files "elsewhere"
-            or did "nothing"; or it was "stopped" by who owns the loop, which is no failure.
-        said: what it did, on a clean line that goes on from "the agent ...".
-        description: of the change, what and why; "" unless edited.
-        righted: something beside train.py had to be put right, or has no effect; `said` tells what.
-        others: files beside train.py that changed meanwhile.
+        branch, commit: of HEAD. begun: as of time.time(). log: path of what the agent prints.
+        link: where train.py points, if it is a symbolic link. last: number of the last experiment.
     """
 
-    outcome: str
-    said: str
-    description: str
-    others: list[str]
-    seconds: float
-    righted: bool = False
+    branch: str | None
+    commit: str
+    begun: float
+    log: str
+    link: str | None
+    last: int
+    turn: TurnTaken | None = None
 
 
-def due(turns: list[dict], fruitless=frozenset()) -> bool:
+def due(turns: list[TurnTaken], fruitless: Collection[int] = ()) -> bool:
     """Whether the agent is asked next, and not the proposer: it is left alone for 1, 2, 4, and then always 8
     experiments once it has failed 3 times in a row, until it edits something that can be run.
 
@@ -73,11 +70,10 @@ def due(turns: list[dict], fruitless=frozenset()) -> bool:
     """
     failures, rest = 0, set()
     for turn in turns:
-        number = turn.get("experiment")
-        if turn["by"] != "agent":
-            rest.add(number)
-        elif turn["outcome"] not in NEUTRAL:
-            done = turn["outcome"] == "edited" and number is not None and number not in fruitless
+        if turn.by != "agent":
+            rest.add(turn.experiment)
+        elif turn.outcome not in NEUTRAL:
+            done = turn.outcome == "edited" and turn.experiment is not None and turn.experiment not in fruitless
             failures, rest = 0 if done else failures + 1, set()
     return failures < TIRES or len(rest) >= min(2 ** (failures - TIRES), LONGEST_REST)
 
@@ -89,8 +85,8 @@ def take_turn(
     log: Path,
     seconds: float,
     most_bytes: int = PRINTED,
-    stop=lambda: False,
-) -> Turn:
+    stop: Callable[[], bool] = lambda: False,
+) -> TurnTaken:
     """Lets the agent edit train.py once. It is remembered until `settle`.
 
     Args:
@@ -102,90 +98,92 @@ def take_turn(
     Raises:
         LabError: git or the repository can't be used.
     """
-    begun, tree = time.monotonic(), session.tree
+    begun, repository = time.monotonic(), session.repository
+    train = repository.path / TRAIN
     log.parent.mkdir(parents=True, exist_ok=True)
     notes = recover(session)
     if saved := put_back(session, log.with_suffix(".before.py")):
         notes.append(f"found {TRAIN} edited when its turn began, by somebody else; that is in {saved}")
-    place = {
-        "branch": tree.branch(),
-        "commit": tree.commit_of("HEAD"),
-        "begun": time.time(),
-        "log": str(log),
-        "linked": (tree.path / TRAIN).is_symlink(),
-        "experiment": session.state.last.number,
-    }
-    storage.write_json(_record(session), place)
+    place = Place(
+        branch=repository.branch(),
+        commit=repository.git("rev-parse", "HEAD"),
+        begun=time.time(),
+        log=str(log),
+        link=os.readlink(train) if train.is_symlink() else None,
+        last=session.state.last.number,
+    )
+    _write(session, place)
     before = _digests(session)
     asked = log.with_suffix(".prompt")
     asked.write_text(prompt, encoding="utf-8", errors="replace")
     try:
-        code, problem, left = _run(command, tree.path, asked, log, _mark(session), seconds, most_bytes, stop)
-        tree.unlock(session.branch)
-        elsewhere, told = _go_back(tree, place)
+        status, problem, left = _run(command, repository.path, asked, log, _mark(session), seconds, most_bytes, stop)
+        repository.unlock(session.branch)
+        older, told = _go_back(repository, place)
         after = _digests(session)
         others = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         if left:
             told.append(f"left {_processes(left)} running, which had to be ended")
-        outcome, said, description = _judged(session, log, prompt, code, problem, seconds, elsewhere, others)
+        how = _how(status, problem, seconds)
+        outcome, said, description = _judged(session, log, prompt, problem, how, older, bool(others))
         if outcome != "edited" and (saved := put_back(session, log.with_suffix(".train.py"))):
             told.append(f"had what it wrote put aside, in {saved}")
         if others:
-            told.append(f"changed {_listed(others)}, which has no effect")
-        turn = Turn(
-            outcome,
-            untrusted.one_line("; it ".join([said, *told, *notes]), 500),
-            description,
-            [untrusted.one_line(name) for name in others[:MOST_NAMED]],
-            time.monotonic() - begun,
-            bool(told),
+            told.append(f"changed {listed(others, 3)}, which has no effect")
+        place.turn = TurnTaken(
+            by="agent",
+            outcome=outcome,
+            said=one_line("; it ".join([said, *told, *notes]), 500),
+            description=description,
+            log=str(log),
+            others=[one_line(name) for name in others[:MOST_NAMED]],
+            seconds=time.monotonic() - begun,
+            righted=bool(told),
         )
-        storage.write_json(_record(session), place | {"turn": asdict(turn)})
+        _write(session, place)
     except BaseException:
         recover(session)
         raise
-    return turn
+    return place.turn
 
 
-def finished(session: Session) -> tuple[Turn, str] | None:
-    """(a turn that is over and was not settled, its log): that of a night which was killed then."""
-    place = _place(session)
-    return (Turn(**place["turn"]), place["log"]) if place and "turn" in place else None
+def finished(session: Session) -> TurnTaken | None:
+    """A turn that is over and was not settled: that of a night which was killed then."""
+    place = _read(session)
+    return place.turn if place else None
 
 
 def settle(session: Session) -> None:
     """Forgets the last turn, once it is journalled."""
-    _record(session).unlink(missing_ok=True)
+    (session.folder / RECORD).unlink(missing_ok=True)
 
 
 def recover(session: Session) -> list[str]:
     """Puts right what a turn has left whose night was killed: its processes, HEAD and branch, train.py. Returns what
     was done, in words."""
-    left = end(_mark(session))
-    done = [f"left {_processes(left)} of an interrupted turn running, which had to be ended"] if left else []
-    place = _place(session)
-    if not place or "turn" in place:
-        return done
-    if place["experiment"] != session.state.last.number:  # long ago: somebody has worked here since
-        _record(session).unlink()
-        return done
-    session.tree.unlock(session.branch)
-    _, told = _go_back(session.tree, place)
-    if saved := put_back(session, Path(place["log"]).with_suffix(".interrupted.py")):
-        told.append(f"was interrupted; what it had written is in {saved}")
-    _record(session).unlink()
-    return done + told
+    left, place, told = _end(_mark(session)), _read(session), []
+    if left:
+        told.append(f"left {_processes(left)} of an interrupted turn running, which had to be ended")
+    if place is None or place.turn is not None:
+        return told
+    if place.last == session.state.last.number:  # else it was long ago, and somebody has worked here since
+        session.repository.unlock(session.branch)
+        told += _go_back(session.repository, place)[1]
+        if saved := put_back(session, Path(place.log).with_suffix(".interrupted.py")):
+            told.append(f"was interrupted; what it had written is in {saved}")
+    settle(session)
+    return told
 
 
-def _record(session: Session) -> Path:
-    return session.folder / RECORD
+def _write(session: Session, place: Place) -> None:
+    storage.write_json(session.folder / RECORD, msgspec.to_builtins(place))
 
 
-def _place(session: Session) -> dict | None:
-    """What the record says; None if no turn was under way, or it had not yet begun."""
+def _read(session: Session) -> Place | None:
+    """None if no turn was under way, or it had not yet begun."""
     try:
-        return json.loads(_record(session).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return msgspec.json.decode((session.folder / RECORD).read_bytes(), type=Place)
+    except (OSError, msgspec.DecodeError):
         return None
 
 
@@ -202,10 +200,7 @@ def _run(
 ) -> tuple[int | None, str | None, int]:
     """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
     reading, writing = os.pipe()
-    output = capture.Log(reading, log, flood=most_bytes)
-    detached = (
-        {"start_new_session": True} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    )
+    output = logs.Log(reading, log, flood=most_bytes)
     try:
         with open(asked, "rb") as prompt:  # a file: who never reads it blocks nobody
             process = subprocess.Popen(
@@ -216,7 +211,8 @@ def _run(
                 stdout=writing,
                 stderr=writing,
                 env={**os.environ, MARK: mark},
-                **detached,
+                start_new_session=os.name == "posix",
+                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0,  # pyright: ignore
             )
     finally:
         os.close(writing)
@@ -225,18 +221,11 @@ def _run(
         while process.poll() is None and not problem:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-            problem = (
-                "flooded"
-                if output.flooded
-                else "stopped"
-                if stop()
-                else "hung"
-                if time.monotonic() > deadline
-                else None
-            )
+            reached = {"flooded": output.flooded, "stopped": stop(), "hung": time.monotonic() > deadline}
+            problem = next((name for name, true in reached.items() if true), None)
         ended = process.poll() is not None
     finally:
-        left = end(mark, process.pid, GRACE if process.poll() is None else GRACE_LEFT)
+        left = _end(mark, process.pid, GRACE if process.poll() is None else GRACE_LEFT)
         process.wait()
         output.close()
     if output.flooded:
@@ -246,38 +235,16 @@ def _run(
     return (process.returncode if ended else None), problem, left if ended else 0
 
 
-def end(mark: str, group: int | None = None, patience: float = GRACE_LEFT) -> int:
-    """Ends every process with this mark in its environment or of this process group, and those below; how many."""
-    ended, killing = set(), time.monotonic() + patience
-    for attempt in range(100):  # what is being ended may start another
-        alive = _alive(mark, group)
-        if not alive or attempt and time.monotonic() > killing + 10:  # what hangs in the kernel can't be ended
-            break
-        for process in alive:
-            with suppress(psutil.Error):
-                if time.monotonic() >= killing:
-                    process.kill()
-                elif process.pid not in ended:
-                    process.terminate()
-                ended.add(process.pid)
-        psutil.wait_procs(alive, min(0.2, patience))
-    return len(ended)
+def _end(mark: str, top: int | None = None, patience: float = GRACE_LEFT) -> int:
+    """Ends every process of a turn: those with its mark, and those below `top` or of its group; how many."""
+    return processes.end(lambda: _alive(mark, top), patience, ask=True)
 
 
-def _alive(mark: str, group: int | None) -> list[psutil.Process]:
-    found = {}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and _belongs(process, mark, group):
-                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
-    found.pop(os.getpid(), None)
-    return [one for one in found.values() if runs(one)]
-
-
-def _belongs(process: psutil.Process, mark: str, group: int | None) -> bool:
-    if group is not None and (process.pid == group or os.name == "posix" and os.getpgid(process.pid) == group):
-        return True
-    return process.environ().get(MARK) == mark
+def _alive(mark: str, top: int | None) -> list[psutil.Process]:
+    family = processes.marked(**{MARK: mark})
+    if top is not None:
+        family += [*processes.tree(top), *processes.in_group(top)]
+    return [process for process in set(family) if processes.runs(process)]
 
 
 # --- The repository ---
@@ -285,173 +252,166 @@ def _belongs(process: psutil.Process, mark: str, group: int | None) -> bool:
 
 def _digests(session: Session) -> dict[str, str]:
     """Of the content of every file that git does not ignore, train.py and the session's own aside."""
-    tree, found = session.tree, {}
-    names = tree.git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    repository, digests = session.repository, {}
+    names = repository.git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in set(names) - {"", TRAIN}:
-        path = tree.path / name
+        path = repository.path / name
         with suppress(OSError):
             if session.folder in path.parents:
                 continue
             about = path.lstat()
             if path.is_symlink():
-                found[name] = f"-> {os.readlink(path)}"
+                digests[name] = f"-> {os.readlink(path)}"
+            elif path.is_file() and about.st_size > LARGE:
+                digests[name] = f"{about.st_size} {about.st_mtime_ns}"
             elif path.is_file():
-                found[name] = (
-                    f"{about.st_size} {about.st_mtime_ns}"
-                    if about.st_size > LARGE
-                    else hashlib.sha256(path.read_bytes()).hexdigest()
-                )
-    return found
+                digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
-def _go_back(tree: Tree, place: dict) -> tuple[bool, list[str]]:
-    """Makes HEAD and its branch what they were, and train.py a file; what was committed since stays in the files.
+def _go_back(repository: Repository, place: Place) -> tuple[bool, list[str]]:
+    """Makes HEAD and its branch what they were; what was committed since stays in the files. train.py becomes a file,
+    or the link that it was.
 
     Files that came with another commit go back with it; nobody's edits do, as with `git checkout`.
 
     Returns:
         (whether train.py is that of another commit and no edit, what was done in words).
     """
-    path, branch, commit = tree.path / TRAIN, place["branch"], place["commit"]
-    if path.is_symlink() and not place["linked"]:  # what is put back shall not be written to where it points
+    path, branch, commit = repository.path / TRAIN, place.branch, place.commit
+    ours = not path.is_symlink() or os.readlink(path) == place.link
+    content = path.read_bytes() if path.is_file() and ours else None
+    if path.is_symlink():  # what git writes shall not be written to where it points
         path.unlink()
+        if content is not None:
+            path.write_bytes(content)
     if path.is_dir():
-        shutil.move(path, f"{place['log']}.folder")
-    ref, head = f"refs/heads/{branch}", tree.commit_of("HEAD")
-    if tree.branch() == branch and head == commit:
-        return False, []
-    base, new = _base(tree, head, commit, place["begun"])
-    told = [f"committed, which was taken back (the files stay; it was {head[:7]})"] if new else []
-    if base != commit or tree.branch() != branch:
-        told.append(f"moved HEAD to {tree.branch() or (head or 'nowhere')[:7]}, which was undone")
-    aside = path.read_bytes() if path.is_file() else None
-    if base:
-        tree.git("update-ref", "--no-deref", "HEAD", base)  # detached: the branch it is on is left alone
-    if branch:
-        tree.move(ref, commit)
-    elsewhere = bool(base and base != commit and _blob(tree) in (None, tree.blob_of(base)))
-    if base and base != commit:
-        _restore(tree, base)
-        tree.git("checkout", "--quiet", branch or commit, "--", check=False)  # refuses to overwrite what was edited
-        if aside is not None:
-            path.write_bytes(aside)
-    tree.git(*(("symbolic-ref", "HEAD", ref) if branch else ("update-ref", "--no-deref", "HEAD", commit)))
-    return elsewhere, told
+        shutil.move(path, f"{place.log}.folder")
+    older, told, head = False, [], repository.commit_of("HEAD")
+    if repository.branch() != branch or head != commit:
+        base, new = _base(repository, head, commit, place.begun)
+        if head and new:
+            told.append(f"committed, which was taken back (the files stay; it was {head[:7]})")
+        if base != commit or repository.branch() != branch:
+            told.append(f"moved HEAD to {repository.branch() or (head or 'nowhere')[:7]}, which was undone")
+        if base:
+            repository.git("update-ref", "--no-deref", "HEAD", base)  # detached: the branch it is on is left alone
+        if branch:
+            repository.move(f"refs/heads/{branch}", commit)
+        if base and base != commit:
+            older = repository.edited_blob() in (None, repository.blob_of(base))
+            repository.put_back(base)
+            # It refuses to overwrite what was edited.
+            repository.git("checkout", "--quiet", branch or commit, "--", check=False)
+            if content is not None:
+                path.write_bytes(content)
+        if branch:
+            repository.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
+        else:
+            repository.git("update-ref", "--no-deref", "HEAD", commit)
+    if place.link is not None:  # what it points to has what was written since
+        if path.is_file():
+            with storage.atomic((path.parent / place.link).resolve()) as file:
+                file.write(path.read_bytes())
+            path.unlink()
+        path.symlink_to(place.link)
+    return older, told
 
 
-def _base(tree: Tree, head: str | None, commit: str, begun: float) -> tuple[str | None, int]:
+def _base(repository: Repository, head: str | None, commit: str, begun: float) -> tuple[str | None, int]:
     """(the commit that those made since grew on, how many these are)."""
-    lines = tree.git("rev-list", "--first-parent", "--max-count=1000", "--timestamp", head).split("\n") if head else []
-    for new, (made, one) in enumerate(line.split(" ") for line in lines):
-        if int(made) < int(begun) or tree.git("merge-base", one, commit, check=False) == one:
-            return one, new
+    if head is None:
+        return None, 0
+    lines = repository.git("rev-list", "--first-parent", "--max-count=1000", "--timestamp", head).split("\n")
+    for new, (made, ancestor) in enumerate(line.split(" ") for line in lines):
+        if int(made) < int(begun) or repository.git("merge-base", ancestor, commit, check=False) == ancestor:
+            return ancestor, new
     return None, 0
 
 
-def _blob(tree: Tree) -> str | None:
-    """Id of train.py as it is now; None if it is no file."""
-    path = tree.path / TRAIN
-    return tree.git("hash-object", f"--path={TRAIN}", "--", str(path)) if path.is_file() else None
-
-
-def _restore(tree: Tree, commit: str) -> None:
-    """Makes train.py and its index entry those of a commit."""
-    path, mode = tree.path / TRAIN, tree.git("ls-tree", commit, TRAIN).split(" ")[0]
-    blob = tree.blob_of(commit)
-    if blob is None:
-        return
-    with storage.atomic(path) as file:
-        file.write(tree.content(blob))
-    if mode == "100755":
-        path.chmod(0o755)
-    tree.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{TRAIN}")
+def write_train(session: Session, content: bytes) -> None:
+    """Replaces train.py; where it is a link, what that points to."""
+    with storage.atomic((session.repository.path / TRAIN).resolve()) as file:
+        file.write(content)
 
 
 def put_back(session: Session, saved: Path | None = None) -> Path | None:
     """Makes train.py, and its index entry, the best again. What was there instead is kept in the file `saved`, which is
     given back if so."""
-    tree, kept = session.tree, None
-    now, path = _blob(tree), session.tree.path / TRAIN
-    if now == session.state.best.blob:
+    repository, kept = session.repository, None
+    now = repository.edited_blob()
+    if now == best_of(session).blob:
         return None
     if saved and now:
-        kept = shutil.copyfile(path, saved)
-    _restore(tree, session.branch)
+        kept = shutil.copyfile(repository.path / TRAIN, saved)
+    repository.put_back(session.branch)
     return kept
 
 
 # --- What came of it ---
 
 
+def _how(status: int | None, problem: str | None, seconds: float) -> str:
+    """How the command ended, in words; "" if it did well."""
+    if problem:
+        limit = {"hung": f"reached its time limit of {seconds:g} s", "flooded": "printed more than it may"}
+        return limit.get(problem, "was stopped with the night")
+    not_found = " (the shell did not find the command)" if status == 127 else ""
+    return f"ended with exit status {status}{not_found}" if status else ""
+
+
 def _judged(
-    session: Session,
-    log: Path,
-    prompt: str,
-    code: int | None,
-    problem: str | None,
-    seconds: float,
-    elsewhere: bool,
-    others: list[str],
+    session: Session, log: Path, prompt: str, problem: str | None, how: str, older: bool, others: bool
 ) -> tuple[str, str, str]:
-    """(outcome, what it did in words, description of the change)."""
-    text = untrusted.plain(capture.read(log))
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    last = untrusted.one_line(lines[-1], 120) if lines else ""
-    how = {
-        "hung": f"reached its time limit of {seconds:g} s",
-        "stopped": "was stopped with the night",
-        "flooded": "printed more than it may",
-    }.get(problem) or (f"ended with exit status {code}" if code else "")
-    if code == 127:
-        how += " (the shell did not find the command)"
+    """(outcome, what it did in words, description of the change).
+
+    Args:
+        older: train.py is that of another commit. others: other files changed.
+    """
+    lines = [line.strip() for line in plain(logs.read(log)).split("\n") if line.strip()]
+    last = one_line(lines[-1], 120) if lines else ""
     if problem in ("stopped", "flooded"):
         return problem, f"{how}, and {TRAIN} was put back", ""
-    content, why = _edit(session)
-    if content is not None and elsewhere:
-        content, why = None, f"brought back an older {TRAIN}, which is no edit"
+    content, flaw, why = _edit(session)
+    if content is not None and older:
+        content, flaw, why = None, "older", f"brought back an older {TRAIN}, which is no edit"
     if content is not None:
         description = _described(session, lines, prompt, content)
         return "edited", f"edited {TRAIN}: {description}" + (f"; it {how}" if how else ""), description
-    said = [part for part in (how, why) if part]
-    if why and why.startswith("wrote"):
-        return "hung" if problem else "no python", " and ".join(said), ""
-    said = " and ".join(said or [f"did not edit {TRAIN}"])
-    if problem:
-        return "hung", said, ""
-    if code:
+    said = " and ".join(filter(None, [how, why])) or f"did not edit {TRAIN}"
+    if problem or flaw == "no python":
+        return problem or flaw, said, ""
+    if how:
         return "failed", said + (f'; its last line: "{last}"' if last else ""), ""
     if re.search(r"[?？][\s*_`\"')\]]*$", last):
         return "asked", f'{said} and asked, where nobody answers: "{last}"', ""
-    return "elsewhere" if others and not why else "nothing", said, ""
+    return "elsewhere" if others and not flaw else "nothing", said, ""
 
 
-def _edit(session: Session) -> tuple[bytes | None, str]:
-    """(train.py if it is another program than the best; or None, and why not in words, if there is some to say)."""
-    if not (session.tree.path / TRAIN).is_file():
-        return None, f"deleted {TRAIN}, or made a folder or a link of it"
-    content = session.tree.train()
+def _edit(session: Session) -> tuple[bytes | None, str, str]:
+    """(train.py if it is another program than the best; else None, what it is instead, and that in words)."""
+    repository, best = session.repository, best_of(session)
+    if not (repository.path / TRAIN).is_file():
+        return None, "none", f"deleted {TRAIN}, or made a folder or a link of it"
+    content = repository.train()
     try:
-        if source.describe(content).digest != session.state.best.digest:
-            return content, ""
+        if describe(content).digest != best.digest:
+            return content, "", ""
     except LabError as error:
-        return None, f"wrote what is no Python: {untrusted.one_line(str(error).partition(';')[0], 160)}"
-    return None, "" if _blob(session.tree) == session.state.best.blob else f"changed only comments of {TRAIN}"
+        return None, "no python", f"wrote what is no Python: {one_line(str(error).partition(';')[0], 160)}"
+    if repository.edited_blob() == best.blob:
+        return None, "", ""
+    return None, "comments", f"changed only comments of {TRAIN}"
 
 
 def _described(session: Session, lines: list[str], prompt: str, content: bytes) -> str:
     """The change in the agent's words, the last that begin with CHANGE:, or in ours. Agents echo their prompt."""
     echoed = {line.strip() for line in prompt.split("\n")}
     for line in reversed(lines):
-        if (found := CHANGE.fullmatch(line)) and found[1] and line not in echoed:
-            return untrusted.one_line(found[1])
-    return kinds.summary(session.tree.content(session.state.best.blob), content) or "moved things around"
+        if (said := CHANGE.fullmatch(line)) and said[1] and line not in echoed:
+            return one_line(said[1])
+    return kinds.summary(session.repository.content(best_of(session).blob), content) or "moved things around"
 
 
 def _processes(count: int) -> str:
     return f"{count} process{'es' * (count > 1)}"
-
-
-def _listed(files: list[str], most: int = 3) -> str:
-    return ", ".join(untrusted.one_line(name, 80) for name in files[:most]) + (
-        f" and {len(files) - most} more" if len(files) > most else ""
-    )

@@ -112,7 +112,7 @@ class Variable:
             return False
         if self.kind == "choice":
             return other.value in self.choices
-        return self.scale == "linear" or self.kind == "decay" or other.value > 0  # log: zero has no place
+        return self.scale == "linear" or self.kind == "decay" or float(other.value) > 0  # log: zero has no place
 
     def written(self, value) -> str:
         """As source text."""
@@ -144,7 +144,7 @@ def read(source: str) -> tuple[Variable, ...]:
     lines = head.splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
     first, last = _span(head)
-    found: dict[str, Variable] = {}
+    variables: dict[str, Variable] = {}
     for node in tree.body:
         if not first <= node.lineno <= last or not isinstance(node, ast.Assign) or len(node.targets) != 1:
             continue
@@ -152,16 +152,17 @@ def read(source: str) -> tuple[Variable, ...]:
         if not isinstance(target, ast.Name) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", target.id) or target.id in NEVER:
             continue
         comment, section = _comment(lines, node), _section(lines, node.lineno)
-        several = isinstance(node.value, ast.Tuple)
-        for i, part in enumerate(node.value.elts if several else [node.value]):
+        parts = {target.id: node.value}
+        if isinstance(node.value, ast.Tuple):
+            parts = {f"{target.id}[{i}]": part for i, part in enumerate(node.value.elts)}
+        for name, part in parts.items():
             begin, end = (
                 starts[line - 1] + _column(lines[line - 1], column)
-                for line, column in ((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset))
+                for line, column in ((part.lineno, part.col_offset), _end(part))
             )
-            variable = _variable(f"{target.id}[{i}]" if several else target.id, part, section, comment)
-            if variable:
-                found[variable.name] = replace(variable, start=begin, end=end)
-    return tuple(found.values())
+            if variable := _variable(name, part, section, comment):
+                variables[name] = replace(variable, start=begin, end=end)
+    return tuple(variables.values())
 
 
 @lru_cache(maxsize=4096)
@@ -203,15 +204,20 @@ def _span(head: str) -> tuple[int, int]:
     return 1, len(head)
 
 
+def _end(node: ast.stmt | ast.expr) -> tuple[int, int]:
+    """Line and offset where it ends."""
+    return node.end_lineno or node.lineno, node.end_col_offset or 0
+
+
 def _column(line: str, offset: int) -> int:
     """From an offset in UTF-8 bytes, which is what ast counts in."""
     return len(line.encode()[:offset].decode())
 
 
-def _comment(lines: list[str], node: ast.AST) -> str:
+def _comment(lines: list[str], node: ast.stmt) -> str:
     """Behind an assignment."""
-    line = lines[node.end_lineno - 1]
-    return line[_column(line, node.end_col_offset) :].strip()
+    line, offset = _end(node)
+    return lines[line - 1][_column(lines[line - 1], offset) :].strip()
 
 
 def _section(lines: list[str], number: int) -> str:
@@ -222,9 +228,10 @@ def _section(lines: list[str], number: int) -> str:
 
 
 def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable | None:
-    relative = _relative(name, node)
-    if relative or isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return relative or _choice(name, repr(node.value).replace("'", '"'))
+    if relative := _relative(name, node):
+        return relative
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _choice(name, repr(node.value).replace("'", '"'))
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError):
@@ -269,19 +276,17 @@ def _number(name: str, value: int | float, in_parts: bool) -> Variable:
 
 def _relative(name: str, node: ast.expr) -> Variable | None:
     """defaults.depth, or prepare.MAX_SEQ_LEN // 2, say."""
-    base, number, sign = node, 0, 1
+    base, number, operator = node, 0, None
     if isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and type(node.right.value) is int:
-        base, number = node.left, node.right.value
+        base, number, operator = node.left, node.right.value, type(node.op)
     if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
         return None
-    text = ast.unparse(base)
+    text, sign = ast.unparse(base), -1 if operator in (ast.Sub, ast.FloorDiv) else 1
     if base.attr == "window_pattern":
-        return _choice(name, text) if base is node else None
-    operator = type(node.op) if base is not node else None
-    sign = -1 if operator in (ast.Sub, ast.FloorDiv) else 1
+        return None if operator else _choice(name, text)
     if operator in (ast.Add, ast.Sub) or operator is None and re.search(r"depth|layers", base.attr):
         return Variable(name, "more", sign * number, sign * number - 2, sign * number + 4, text=text)
-    if operator not in (None, ast.Mult, ast.FloorDiv) or base is not node and (number < 1 or number & (number - 1)):
+    if operator not in (None, ast.Mult, ast.FloorDiv) or operator and (number < 1 or number & (number - 1)):
         return None
     power = sign * (number.bit_length() - 1) if operator else 0
     high = 0 if base.attr.startswith("MAX_") else power + 3

@@ -20,9 +20,10 @@ import psutil
 import storage
 from calibration import identity
 from lab import untrusted
-from lab.run import log as capture
 from lab.errors import LabError
-from lab.session.session import taken
+from lab.run.log import FLOOD
+from lab.session.events import NightBegan, NightEnded, NightEvent
+from lab.session.session import Session, is_held
 
 GB = 10**9
 LOWEST_CHARGE = 40  # percent of a battery that is being used up
@@ -60,12 +61,14 @@ def deadline(hours: float | None, until: str | None, now: datetime) -> float | N
             raise LabError("--hours takes a positive number of hours, such as 8 or 0.5")
         ends.append(now.timestamp() + 3600 * hours)
     if until is not None:
-        found = TIME_OF_DAY.fullmatch(until.strip())
-        if not found:
+        time_of_day = TIME_OF_DAY.fullmatch(until.strip())
+        if not time_of_day:
             raise LabError("--until takes a time of day between 00:00 and 23:59, such as 07:00")
-        today = now.astimezone().replace(tzinfo=None, hour=int(found[1]), minute=int(found[2]), second=0, microsecond=0)
+        hour, minute = map(int, time_of_day.groups())
+        today = now.astimezone().replace(tzinfo=None, hour=hour, minute=minute, second=0, microsecond=0)
+        # A fold: clocks were put back, and the time comes twice.
         times = [(today + timedelta(days)).replace(fold=fold).timestamp() for days in (0, 1) for fold in (0, 1)]
-        ends.append(min(one for one in times if one > now.timestamp()))  # a fold: clocks were put back, it comes twice
+        ends.append(min(at for at in times if at > now.timestamp()))
     return min(ends, default=None)
 
 
@@ -74,15 +77,16 @@ def asked(options) -> dict:
     return {name: getattr(options, name) for name in ("hours", "until", "max_experiments")}
 
 
-def interrupted(events: list[dict], asked: dict, now: float) -> dict | None:
-    """The event with which a night began that was killed and asked for the same limits: it goes on as it was.
+def interrupted(events: list[NightEvent], options, now: float) -> NightBegan | None:
+    """How a night began that was killed and was asked for the same limits: it goes on as it was.
 
     Args:
-        events: of night.jsonl. asked: the limits. now: as of time.time().
+        events: of night.jsonl. options: hours, until, max_experiments. now: as of time.time().
     """
-    last = next((event for event in reversed(events) if event["event"] in ("began", "ended")), None)
-    goes_on = last and last["event"] == "began" and last["asked"] == asked and (last["deadline"] or math.inf) > now
-    return last if goes_on else None
+    last = next((event for event in reversed(events) if isinstance(event, (NightBegan, NightEnded))), None)
+    if isinstance(last, NightBegan) and last.asked == asked(options) and (last.deadline or math.inf) > now:
+        return last
+    return None
 
 
 # --- Troubles ---
@@ -94,7 +98,7 @@ class Trouble:
 
     Attributes:
         kind: "battery", "disk", "hot", "throttled", "busy" or "taken" (by another session). text: for people.
-        action: "stop" if it has to be mended by somebody, "wait" if it may pass.
+        action: "stop" if somebody has to put it right, "wait" if it may pass.
     """
 
     kind: str
@@ -102,79 +106,78 @@ class Trouble:
     action: str
 
 
-def troubles(session) -> list[Trouble]:
+def troubles(session: Session) -> list[Trouble]:
     """What is the matter now, as far as it can be read: what this system does not tell is no trouble."""
-    found = [
-        Trouble(kind, text, "stop") for kind, text in (("battery", low_battery()), ("disk", full_disk(session))) if text
+    machine, training = session.profile.get("machine", {}), session.supervised
+    device = identity.now(kind := machine.get("kind", ""), session.local.gpu)
+    throttled, in_use = device.get("throttled"), device.get("in_use", 0.0)
+    hot = identity.overheated() or (device.get("margin", 1) <= 0 and "the GPU is as hot as it may get")
+    busy = others.look(training) if kind == "cpu" else ""
+    if not training and in_use >= BUSY_GPU:
+        busy = f"another program uses the GPU, {in_use:.0%} of the time"
+    known = [
+        Trouble("battery", low_battery(), "stop"),
+        Trouble("disk", full_disk(session), "stop"),
+        Trouble("hot", hot or "", "wait"),
+        Trouble("busy", busy, "wait"),
     ]
-    kind = session.profile.get("machine", {}).get("kind", "")
-    device, training = identity.now(kind, session.facts["gpu"]), session.supervised
-    if text := identity.overheated() or (device.get("margin", 1) <= 0 and "the GPU is as hot as it may get"):
-        found.append(Trouble("hot", text, "wait"))
-    throttled = device.get("throttled")
-    if throttled and throttled != session.profile.get("machine", {}).get("throttled"):  # else it was measured like that
-        found.append(Trouble("throttled", f"the device is throttled: {throttled}", "wait"))
-    text = others.look(training) if kind == "cpu" else None
-    if not training and device.get("in_use", 0.0) >= BUSY_GPU:
-        text = f"another program uses the GPU, {device['in_use']:.0%} of the time"
-    if text:
-        found.append(Trouble("busy", text, "wait"))
-    if not training and taken(session.device_lock):
-        found.append(Trouble("taken", "another session is training on this device", "wait"))
-    return found
+    if throttled and throttled != machine.get("throttled"):  # else it was measured like that
+        known.append(Trouble("throttled", f"the device is throttled: {throttled}", "wait"))
+    if not training and is_held(session.device_lock):
+        known.append(Trouble("taken", "another session is training on this device", "wait"))
+    return [trouble for trouble in known if trouble.text]
 
 
-def low_battery() -> str | None:
+def low_battery() -> str:
     try:
         battery = psutil.sensors_battery()
     except Exception:  # psutil passes on what the system's files make it raise
-        return None
+        return ""
     if battery is None or battery.power_plugged is not False or battery.percent >= LOWEST_CHARGE:
-        return None
+        return ""
     return f"the computer runs on battery, of which {battery.percent:.0f} % are left: plug it in"
 
 
-def full_disk(session) -> str | None:
+def full_disk(session: Session) -> str:
     """That the home's or the repository's disk has no room for some more runs."""
     weights = session.folder / "best.safetensors"
-    size = weights.stat().st_size if weights.exists() else 0
-    needed = max(LEAST_FREE, RUNS_TO_FIT * (size + capture.FLOOD))
-    for place in (storage.home(), Path(session.facts["tree"])):
+    needed = max(LEAST_FREE, RUNS_TO_FIT * ((weights.stat().st_size if weights.exists() else 0) + FLOOD))
+    for place in (storage.home(), Path(session.local.repository)):
         with suppress(OSError):
-            free = shutil.disk_usage(place).free
-            if free < needed:
+            if (free := shutil.disk_usage(place).free) < needed:
                 return (
                     f"{free / GB:.1f} GB are free on the disk of {place}, and {RUNS_TO_FIT} runs may take "
                     f"{needed / GB:.1f} GB: make room"
                 )
-    return None
+    return ""
 
 
 class Others:
     """What programs that are not this night's take of the CPU, from look to look."""
 
     def __init__(self):
-        self._at, self._seconds = -math.inf, {}  # seconds of the CPU by process
+        self._at, self._seconds = -math.inf, {}  # of the last look, and the seconds of the CPU by process then
 
-    def look(self, training: bool) -> str | None:
+    def look(self, training: bool) -> str:
         """Who keeps the CPU busy since the last look. Processes that have ended are not counted, so that a run of ours
         which ended in between is not; while one goes on (`training`) its processes can't be told from others."""
         before, last, now = self._seconds, self._at, time.monotonic()
         alive = {
-            (one.pid, one.info["create_time"]): one.info
-            for one in psutil.process_iter(["ppid", "name", "cpu_times", "create_time"])
-            if one.info["cpu_times"]
+            (process.pid, process.info["create_time"]): process.info
+            for process in psutil.process_iter(["ppid", "name", "cpu_times", "create_time"])
+            if process.info["cpu_times"]
         }
         self._seconds = {key: info["cpu_times"].user + info["cpu_times"].system for key, info in alive.items()}
         self._at = now
         if training or not 0 < now - last < STALE:
-            return None
+            return ""
         ours = below(os.getpid(), {pid: info["ppid"] for (pid, _), info in alive.items()})
         took = {key: self._seconds[key] - before.get(key, 0.0) for key in alive if key[0] not in ours}
         share = sum(took.values()) / (now - last) / (os.cpu_count() or 1)
         if not took or share < BUSY_CPU:
-            return None
-        name = untrusted.one_line(alive[max(took, key=took.get)]["name"] or "one without a name", 40)
+            return ""
+        busiest = max(took, key=lambda key: took[key])
+        name = untrusted.one_line(alive[busiest]["name"] or "one without a name", 40)
         return f"other programs, {name} above all, take {min(share, 1):.0%} of the CPU"
 
 
@@ -183,10 +186,10 @@ others = Others()
 
 def below(pid: int, parents: dict[int, int]) -> set[int]:
     """A process and all below it."""
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family
 
 
 # --- Sleep ---
@@ -195,17 +198,14 @@ def below(pid: int, parents: dict[int, int]) -> set[int]:
 @contextmanager
 def awake():
     """Keeps the computer awake meanwhile, where that can be done; yields a line that says whether, and how."""
-    with ExitStack() as held:
-        how = []
-        if name := held.enter_context(_kept_by_the_system()):
-            how.append(name)
-        if identity.in_wsl() and held.enter_context(_kept_by_windows()):
-            how.append("Windows, by powershell.exe")
-        yield (
-            f"the computer is kept awake ({' and '.join(how)})"
-            if how
-            else "nothing here can keep the computer awake: if it sleeps by itself, switch that off for the night"
-        )
+    with ExitStack() as stack:
+        how = [stack.enter_context(_kept_by_the_system())]
+        if identity.in_wsl():
+            how.append(stack.enter_context(_kept_by_windows()))
+        if names := " and ".join(filter(None, how)):
+            yield f"the computer is kept awake ({names})"
+        else:
+            yield "nothing here can keep the computer awake: if it sleeps by itself, switch that off for the night"
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _kept_by_the_system():
         mode = keep.running(on_fail="pass")
         mode.__enter__()
     try:
-        yield mode.method.name if mode and mode.active else None
+        yield mode.method.name if mode and mode.active and mode.method else None
     finally:
         if mode:
             with suppress(Exception):
@@ -227,22 +227,19 @@ def _kept_by_the_system():
 
 @contextmanager
 def _kept_by_windows():
-    """Whether Windows, around this Linux, stays awake. Its child ends with us, however we end: by its input."""
+    """What keeps Windows awake, around this Linux, or None. Its child ends with us, however we end: by its input."""
+    lines = STAY_AWAKE.strip().replace("\n", "; ")
+    command = ["powershell.exe", "-NoProfile", "-NonInteractive", "-Command", lines]
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     try:
-        lines = STAY_AWAKE.strip().replace("\n", "; ")
-        child = subprocess.Popen(
-            ["powershell.exe", "-NoProfile", "-NonInteractive", "-Command", lines],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, start_new_session=True)
     except OSError:  # Windows' programs are not to be had here
-        yield False
+        yield None
         return
+    assert child.stdin and child.stdout
     try:
         ready, _, _ = select.select([child.stdout], [], [], WINDOWS_STARTS)
-        yield bool(ready and child.stdout.readline().strip() == b"True")
+        yield "Windows, by powershell.exe" if ready and child.stdout.readline().strip() == b"True" else None
     finally:
         with suppress(OSError):
             child.stdin.close()

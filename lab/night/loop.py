@@ -11,26 +11,25 @@ import signal
 import statistics
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import filelock
 
 import storage
-from lab import untrusted
-from lab.cli import render as show
-from lab.genome import syntax as source
-from lab.verdict import near_misses as near
-from lab.session.begin import begin_change, last_words, sound_baseline
 from lab.errors import LabError
-from lab.session.journal import Journal
+from lab.genome.syntax import TRAIN, describe
 from lab.night import agent, limits, notify, prompt, proposer
+from lab.night.limits import Trouble
 from lab.night.view import Now, View
+from lab.reasons import sentence
+from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
+from lab.session.journal import Journal
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
-from lab.session.repository import TRAIN
+from lab.untrusted import counted, one_line
+from lab.verdict import executor, near_misses
+from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -56,34 +55,32 @@ class Night:
         options: agent (a command, or None), turn_seconds, hours, until, max_experiments, notify; planned (the deadline
             that was told, 0 for none; None if none was).
         view: shows what goes on.
+
+    Attributes:
+        now: what the view shows. turns: those of all nights. stopping: why a person or the system ends it, or None.
     """
 
     def __init__(self, session: Session, options, view: View):
         self.session, self.options, self.view = session, options, view
-        self.journal = Journal(session.folder / "night.jsonl")
-        self.turns = [event for event in self.journal.events if event["event"] == "turn"]
+        self.journal = Journal(session.folder / "night.jsonl", NIGHT_EVENTS)
+        self.turns = [event for event in self.journal.events if isinstance(event, TurnTaken)]
         self.stopping: str | None = None
-        self.troubles: list[limits.Trouble] = []
-        self.blind = False
         self._began_at: dict[str, float] = {}  # troubles by kind
         self._rested: set[int] = set()  # runs after which the device was waited for
-        self._rests_until = 0.0
-        self._looked, self._phase, self._since = 0.0, "", time.time()
-        self.begun, self.first, self.deadline = self._began()
+        self._rests_until, self._looked, self._blind = 0.0, 0.0, False
+        began = limits.interrupted(self.journal.events, options, time.time()) or self._begin()
+        self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
+        if self.turns:
+            self.now.by = self.turns[-1].by
 
-    def _began(self) -> tuple[float, int, float | None]:
-        """When this night began, with which experiment, and when it ends: one that was killed goes on as it was."""
-        asked, now = limits.asked(self.options), time.time()
-        if event := limits.interrupted(self.journal.events, asked, now):
-            return event["time"], event["first"], event["deadline"]
-        first = self.session.state.last.number + 1
-        deadline = (
-            limits.deadline(self.options.hours, self.options.until, datetime.now())
-            if self.options.planned is None
-            else self.options.planned or None
-        )
-        self.journal.append("began", time=now, first=first, deadline=deadline, asked=asked)
-        return now, first, deadline
+    def _begin(self) -> NightBegan:
+        """A new night. One that was killed goes on as it was instead."""
+        first, deadline = self.session.state.last.number + 1, self.options.planned or None
+        if self.options.planned is None:
+            deadline = limits.deadline(self.options.hours, self.options.until, datetime.now())
+        began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(self.options))
+        self.journal.append(began)
+        return began
 
     # --- The loop ---
 
@@ -91,21 +88,21 @@ class Night:
         """Goes on until it is over; why it is."""
         for text in agent.recover(self.session):  # a night was killed during its turn
             self.view.say(f"the agent {text}")
-            self._journal_turn("agent", "interrupted", text)
-        if found := agent.finished(self.session):  # or just after it
-            self._settle(*found)
+            self._journal(TurnTaken(by="agent", outcome="interrupted", said=text))
+        if turn := agent.finished(self.session):  # or just after it
+            self._settle(turn)
         try:
             while True:
                 self._between()
-                if pending := self.session.state.pending:
-                    self._follow(pending)
+                if experiment := self.session.state.oldest_open:
+                    self._follow(experiment)
                 else:
                     sound_baseline(self.session)
                     self._propose_somehow()
         except (Over, storage.Stop, Exception) as error:
-            why = str(error) if isinstance(error, Over) else self.stopping or untrusted.one_line(f"trouble: {error}")
-            self._hold()
-            self.journal.append("ended", time=time.time(), why=why)
+            why = str(error) if isinstance(error, Over) else self.stopping or one_line(f"trouble: {error}")
+            self._end_what_runs()
+            self.journal.append(NightEnded(why=why))
             self._tell(f"{why}. {self._summary()}", "in the morning")
             if not isinstance(error, Over) and not self.stopping:
                 raise
@@ -117,9 +114,9 @@ class Night:
         while True:
             self.session.refresh()
             self._check(LOOK_AGAIN)
-            if (found := self._in_the_way()) is None:
+            if (obstacle := self._in_the_way()) is None:
                 return
-            kind, text = found
+            kind, text = obstacle.kind, obstacle.text
             if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
                 raise Over(f"the device stays too hot: {text}")
             if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
@@ -129,22 +126,24 @@ class Night:
                 self._show(text)
             time.sleep(POLL)
 
-    def _in_the_way(self) -> tuple[str, str] | None:
-        """(its kind, in words) of what nothing can be begun for now."""
+    def _in_the_way(self) -> Trouble | None:
+        """What nothing can be begun for now."""
         session = self.session
         if held := session.held:
             if held["why"] == "paused":
-                return "paused", "paused; python -m lab resume goes on"
+                return Trouble("paused", "paused; python -m lab resume goes on", "wait")
             if session.supervised:
-                return "ending", "waiting for the run under way"
+                return Trouble("ending", "waiting for the run under way", "wait")
             if time.time() < self._rests_until:
-                return "resting", "waiting: the device was not itself in the last run"
-            session.release()
-        if session.tree.branch() != session.branch:  # its train.py is no edit
-            return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
-        for one in self.troubles:
-            if one.action == "wait" and (one.kind in ("taken", "hot") or self._waited(one.kind) <= LONGEST_WAIT):
-                return one.kind, f"waiting: {one.text}"
+                return Trouble("resting", "waiting: the device was not itself in the last run", "wait")
+            session.release("stopped")
+        if session.repository.branch() != session.branch:  # its train.py is no edit
+            text = f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
+            return Trouble("elsewhere", text, "wait")
+        for trouble in self.now.troubles:
+            patient = trouble.kind in ("taken", "hot") or self._waited(trouble.kind) <= LONGEST_WAIT
+            if trouble.action == "wait" and patient:
+                return Trouble(trouble.kind, f"waiting: {trouble.text}", "wait")
         return None
 
     def _waited(self, kind: str) -> float:
@@ -153,34 +152,31 @@ class Night:
 
     def _check(self, every: float = LOOK_EVERY) -> None:
         """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
+        now, state, most = self.now, self.session.state, self.options.max_experiments
         if self.stopping:
             raise Over(self.stopping)
-        if self.deadline and time.time() >= self.deadline:
+        if now.deadline and time.time() >= now.deadline:
             raise Over("the time is up")
         if time.monotonic() >= self._looked + every:
-            self._looked, self.troubles = time.monotonic(), limits.troubles(self.session)
+            self._looked, now.troubles = time.monotonic(), limits.troubles(self.session)
             still = self._began_at if self.session.supervised else {}  # what can't be seen now may be there still
-            self._began_at = still | {one.kind: self._began_at.get(one.kind, time.time()) for one in self.troubles}
-        if stop := next((one for one in self.troubles if one.action == "stop"), None):
+            self._began_at = still | {t.kind: self._began_at.get(t.kind, time.time()) for t in now.troubles}
+        if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
-        state, most = self.session.state, self.options.max_experiments
-        if state.pending or self.session.held:
+        if state.open:
             return
-        if most is not None and state.last.number - self.first + 1 >= most:
-            raise Over(f"{show.counted(most, 'experiment')}, as many as were wanted")
-        if self.deadline and time.time() + self._needed() > self.deadline:
+        if most is not None and state.last.number - now.first + 1 >= most:
+            raise Over(f"{counted(most, 'experiment')}, as many as were wanted")
+        if now.deadline and time.time() + self._needed() > now.deadline:
             raise Over("the time that is left is not enough for another experiment")
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
-        took = [
-            run.seconds
-            for run in self.session.state.runs.values()
-            if run.status == "ok" and run.budget == self.session.budget
-        ]
-        needed = LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
-        if self._phase != THINKING and self.options.agent and self._agent_is_due():
-            turns = [turn["seconds"] for turn in self.turns if turn.get("seconds")]
+        budget = self.session.budget
+        took = [run.seconds for run in self.session.state.runs.values() if run.ok and run.budget == budget]
+        needed = LAST_MOMENT * (statistics.median(took) if took else budget)
+        if self.now.phase != THINKING and self.options.agent and self._agent_is_due():
+            turns = [turn.seconds for turn in self.turns if turn.seconds]
             needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)
         return needed
 
@@ -196,7 +192,7 @@ class Night:
             except (storage.Stop, Exception) as error:
                 if self.stopping or pause is None:
                     raise
-                self._tell(f"no experiment could be begun: {untrusted.one_line(str(error))}", "trouble")
+                self._tell(f"no experiment could be begun: {one_line(str(error))}", "trouble")
             until = time.monotonic() + pause
             while time.monotonic() < until:
                 self._check()
@@ -205,14 +201,15 @@ class Night:
 
     def _propose(self) -> None:
         """Has a change made and begins an experiment with it, if it is one."""
-        session, tree = self.session, self.session.tree
-        if (edit := self._edit_that_is_there()) is not None:
-            return self._begin("what was in train.py already" if edit == "" else edit)
-        if near.ready(session):
-            return self._begin(None, near_misses=True)
+        session = self.session
+        if (description := self._edit_that_is_there()) is not None:
+            return self._open(description or f"what was in {TRAIN} already")
+        if near_misses.ready(session):
+            return self._open(None, near_misses_together=True)
         if self.options.agent and self._agent_is_due():
             return self._ask_agent()
-        self._show("looking for a change", by="proposer")
+        self.now.by = "proposer"
+        self._show("looking for a change")
         try:
             proposal = proposer.propose(session)
         except LabError:  # nothing is left
@@ -221,10 +218,10 @@ class Night:
             return self._ask_agent()
         if kept := agent.put_back(session, self._turns_folder() / f"before-{session.state.last.number + 1}.py"):
             self.view.say(f"{TRAIN} had other remarks than the best; it is in {kept}")
-        self._journal_turn("proposer", "edited", "", proposal.description, proposal.content)
-        with storage.atomic(tree.path / TRAIN) as file:
-            file.write(proposal.content)
-        self._begin(proposal.description)
+        turn = TurnTaken(by="proposer", outcome="edited", description=proposal.description)
+        self._journal(turn, proposal.content)
+        agent.write_train(session, proposal.content)
+        self._open(proposal.description)
 
     def _agent_is_due(self) -> bool:
         return agent.due(self.turns, {e.number for e in self.session.state.decided if fruitless(e)})
@@ -232,71 +229,50 @@ class Night:
     def _edit_that_is_there(self) -> str | None:
         """The description of an edit that a killed night, or a person, left in train.py; "" where nobody gave one."""
         try:
-            digest = source.describe(self.session.tree.train()).digest
+            digest = describe(self.session.repository.train()).digest
         except LabError as error:
             kept = agent.put_back(self.session, self._turns_folder() / f"broken-{int(time.time())}.py")
             self._tell(f"{error}. It was put back" + (f"; what was there is in {kept}" if kept else ""), "trouble")
             return None
-        if digest == self.session.state.best.digest:
+        if digest == best_of(self.session).digest:
             return None
-        return self.turns[-1]["description"] if self.turns and self.turns[-1]["digest"] == digest else ""
+        return self.turns[-1].description if self.turns and self.turns[-1].digest == digest else ""
 
     def _ask_agent(self) -> None:
-        session, options = self.session, self.options
-        log = self._turns_folder() / f"{len(self.turns) + 1:04d}.log"
-        try:
-            program = (session.tree.path / "program.md").read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            program = ""
-            self.view.say(f"program.md can't be read ({error}): the agent is told the rest")
-        text = prompt.write(session, program, self.turns, seconds=options.turn_seconds)
-        self._show(THINKING, by="agent")
+        session, seconds = self.session, self.options.turn_seconds
+        log, program = self._turns_folder() / f"{len(self.turns) + 1:04d}.log", ""
+        with suppress(OSError):  # it is gone: the agent is told the rest
+            program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
+        text = prompt.write(session, program, self.turns, seconds)
+        self.now.by = "agent"
+        self._show(THINKING)
 
-        def stop():
+        def stop() -> bool:
             with suppress(Over):
                 self._check()
-                self._show(THINKING, by="agent")
-                return (self.session.held or {}).get("now", False)
+                self._show(THINKING)
+                return session.ending() is not None
             return True
 
-        turn = agent.take_turn(session, options.agent, text, log, options.turn_seconds, agent.PRINTED, stop)
-        turn = self._settle(turn, str(log))
+        turn = self._settle(agent.take_turn(session, self.options.agent, text, log, seconds, stop=stop))
         if turn.outcome != "edited" or turn.righted:
             self.view.say(f"the agent {turn.said}")
         if turn.outcome == "edited":
-            return self._begin(turn.description)
+            return self._open(turn.description)
         if not self._agent_is_due():
             self._tell("the agent fails again and again: the proposer steps in until it recovers", "trouble")
 
-    def _settle(self, turn: agent.Turn, log: str) -> agent.Turn:
+    def _settle(self, turn: TurnTaken) -> TurnTaken:
         """Journals a turn, once; what was tried before is no edit."""
         session = self.session
-        if not any(one.get("log") == log for one in self.turns):
-            content = session.tree.train() if turn.outcome == "edited" else None
-            if content and (same := session.state.same(source.describe(content).digest)):
+        if not any(known.log == turn.log for known in self.turns):
+            content = session.repository.train() if turn.outcome == "edited" else None
+            if content and (equal := session.state.equal(describe(content).digest)):
                 agent.put_back(session)
-                turn, content = (
-                    replace(
-                        turn,
-                        outcome="again",
-                        said=(
-                            f"made what is equal to experiment {same.number}, "
-                            f"{untrusted.one_line(same.description)}, which was a {same.status}"
-                        ),
-                    ),
-                    None,
-                )
-            self._journal_turn(
-                "agent",
-                turn.outcome,
-                turn.said,
-                turn.description,
-                content,
-                log=log,
-                others=turn.others,
-                seconds=turn.seconds,
-                righted=turn.righted,
-            )
+                content, turn.outcome, turn.description = None, "again", ""
+                turn.said = f"made what is equal to experiment {equal.number}, {one_line(equal.description)}, which "
+                turn.said += f"was a {equal.status}"
+            self._journal(turn, content)
         agent.settle(session)
         return turn
 
@@ -305,43 +281,22 @@ class Night:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def _journal_turn(self, by: str, outcome: str, said: str, description="", content: bytes | None = None, **more):
-        digest = source.describe(content).digest if content else None
-        number = self.session.state.last.number + 1 if outcome == "edited" else None
-        self.turns.append(
-            self.journal.append(
-                "turn",
-                time=time.time(),
-                by=by,
-                outcome=outcome,
-                said=said,
-                description=description,
-                digest=digest,
-                experiment=number,
-                **more,
-            )
-        )
+    def _journal(self, turn: TurnTaken, content: bytes | None = None) -> None:
+        """`content`: the train.py that it gave."""
+        if content is not None:
+            turn.digest, turn.experiment = describe(content).digest, self.session.state.last.number + 1
+        self.journal.append(turn)
+        self.turns.append(turn)
 
-    def _begin(self, description: str | None, near_misses: bool = False) -> None:
+    def _open(self, description: str | None, near_misses_together: bool = False) -> None:
         """Journals what is in train.py as an experiment; `_follow` runs it."""
-        session = self.session
-        with self._exclusive():
-            answer = begin_change(session, SimpleNamespace(message=description, near_misses=near_misses, again=False))
-        if answer:
-            self.view.say(f"not run: it is equal to experiment {answer.number}, which was a {answer.status}")
-
-    @contextmanager
-    def _exclusive(self):
-        try:
-            with self.session.lock.acquire(timeout=PATIENCE):
-                for text in self.session.recover():
-                    self.view.say(text)
-                yield
-        except filelock.Timeout:
-            raise LabError("another process has been at work on this session for long: python -m lab wait") from None
+        with exclusive(self.session, PATIENCE, self.view.say):
+            equal = open_change(self.session, description, near_misses_together)
+        if equal:
+            self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
 
     def _follow(self, experiment: Experiment) -> None:
-        """Sees to it that the pending experiment comes to its verdict."""
+        """Sees to it that an open experiment comes to its verdict."""
         session, failures, process, again_at, seen = self.session, 0, None, 0.0, 0
         while not experiment.applied:
             self._check()
@@ -351,8 +306,8 @@ class Night:
                 self._between()
                 continue
             if process is not None and process.poll() not in (None, 0):
-                words, process = untrusted.one_line(last_words(session)), None
-                failures, seen = 0 if len(session.journal.events) > seen else failures, len(session.journal.events)
+                words, process, events = one_line(last_words(session)), None, len(session.journal.events)
+                failures, seen = 0 if events > seen else failures, events
                 if failures == len(AGAIN_AFTER):
                     raise Over(f"experiment {experiment.number} can't be carried out: {words}")
                 again_at = time.monotonic() + AGAIN_AFTER[failures]
@@ -361,64 +316,51 @@ class Night:
             if (process is None or process.poll() is not None) and time.monotonic() >= again_at:
                 session.refresh()
                 if not experiment.applied and not session.supervised:
-                    process = session.launch()
+                    process = executor.launch(session)
             self._show("training")
             time.sleep(POLL)
             session.refresh()
-        self._told(experiment)
+        self._tell_verdict(experiment)
 
     def _should_rest(self, experiment: Experiment) -> bool:
         """Whether the device is to be waited for before the next run: it is hot, or was not itself in the last one."""
-        done = [run for run in experiment.runs if run.status is not None]
+        done = [run for run in experiment.runs if run.ended]
         disturbed = bool(done) and done[-1].status == "disturbed" and done[-1].number not in self._rested
         if disturbed:
             self._rested.add(done[-1].number)
             times = sum(run.status == "disturbed" for run in done)
             self._rests_until = time.time() + REST[min(times, len(REST)) - 1] * self.session.budget
-            self.view.say(f"run {done[-1].number} is made again, once the device had a rest: {done[-1].reason}")
-        hot = any(one.kind == "hot" for one in self.troubles)
-        return not experiment.verdict and not self.session.held and (disturbed or hot)
-
-    def _told(self, experiment: Experiment) -> None:
-        found = show.facts(self.session, experiment)
-        score = f" {found['val_bpb']:.6f}" if found["val_bpb"] is not None else ""
-        gain = (
-            f" ({found['val_bpb'] - found['parent_val_bpb']:+.6f})"
-            if found["val_bpb"] is not None and found["parent_val_bpb"] is not None
-            else ""
-        )
-        line = f"{experiment.number:4d}  {found['status']:<8}{score}{gain}  {found['description']}"
-        self.view.say(line if found["status"] in ("keep", "discard") else f"{line}: {found['reason']}")
-        if found["status"] == "keep" and experiment.kind not in BESIDE:
-            self._notify(f"new best {found['val_bpb']:.6f}{gain}: {found['description']}")
-        decided = self.session.state.decided
-        row = next((i for i, e in enumerate(reversed(decided)) if not fruitless(e)), len(decided))
-        if row in (agent.TIRES, FRUITLESS):
-            self._tell(f"the last {row} experiments crashed or could not be judged: {found['reason']}", "trouble")
-        if row >= FRUITLESS:
-            raise Over(f"{row} experiments in a row came to nothing; something may be wrong with this machine")
+            why = sentence(done[-1].reason)
+            self.view.say(f"run {done[-1].number} is made again, once the device had a rest: {why}")
+        hot = any(trouble.kind == "hot" for trouble in self.now.troubles)
+        return not experiment.decided and not self.session.held and (disturbed or hot)
 
     # --- Telling ---
 
-    def _show(self, phase: str, by: str | None = None) -> None:
-        if phase != self._phase:
-            self._phase, self._since = phase, time.time()
-        if self.blind:
-            return
-        now = Now(
-            phase=phase,
-            since=self._since,
-            by=by or (self.turns[-1]["by"] if self.turns else "proposer"),
-            deadline=self.deadline,
-            most=self.options.max_experiments,
-            begun=self.begun,
-            first=self.first,
-            troubles=[one.text for one in self.troubles],
-        )
+    def _tell_verdict(self, experiment: Experiment) -> None:
+        verdict, what = experiment.verdict, one_line(experiment.description)
+        score = f" {verdict.mean:.6f}" if verdict.mean is not None else ""
+        if verdict.mean is not None and verdict.parent_mean is not None:
+            score += f" ({verdict.mean - verdict.parent_mean:+.6f})"
+        line = f"{experiment.number:4d}  {verdict.status:<8}{score}  {what}"
+        self.view.say(line if verdict.status in ("keep", "discard") else f"{line}: {verdict.said}")
+        if verdict.status == "keep" and experiment.kind not in BESIDE:
+            self._notify(f"new best{score}: {what}")
+        decided = self.session.state.decided
+        row = next((i for i, e in enumerate(reversed(decided)) if not fruitless(e)), len(decided))
+        if row in (agent.TIRES, FRUITLESS):
+            self._tell(f"the last {row} experiments crashed or could not be judged: {verdict.said}", "trouble")
+        if row >= FRUITLESS:
+            raise Over(f"{row} experiments in a row came to nothing; something may be wrong with this machine")
+
+    def _show(self, phase: str) -> None:
+        if phase != self.now.phase:
+            self.now.phase, self.now.since = phase, time.time()
         try:
-            self.view.update(now)
+            if not self._blind:
+                self.view.update(self.now)
         except Exception as error:  # costs the picture, and not the night
-            self.blind = True
+            self._blind = True
             self.view.say(f"the view has failed ({type(error).__name__}: {error}); the night goes on without")
 
     def _tell(self, text: str, when: str) -> None:
@@ -431,27 +373,27 @@ class Night:
 
     def _summary(self) -> str:
         state = self.session.state
-        tried, kept = show.of_night(state, self.first)
-        text = f"{show.counted(tried, 'experiment')}, {kept} kept"
-        if state.best and state.mean(state.best) is not None:
-            text += f"; best {state.mean(state.best):.6f}, baseline {state.mean(state.baseline):.6f}"
+        tried, kept = self.now.counts(state)
+        text = f"{counted(tried, 'experiment')}, {kept} kept"
+        if state.best and (mean := state.mean(state.best)) is not None:
+            text += f"; best {mean:.6f}, baseline {state.mean(state.baseline):.6f}"
         return text
 
-    def _hold(self) -> None:
-        """Ends what runs. Paused stays paused; else the next night takes the hold away."""
-        session = self.session
-        session.hold((session.held or {"why": "stopped"})["why"], now=True)
-        deadline = time.monotonic() + PATIENCE
+    def _end_what_runs(self) -> None:
+        """What was paused stays paused; else the next night takes the hold away."""
+        session, deadline = self.session, time.monotonic() + PATIENCE
+        session.hold("stopped", now=True)
         while session.supervised and time.monotonic() < deadline:
             self._show("ending what runs")
             time.sleep(POLL)
-        if not session.supervised and (session.held or {}).get("why") == "stopped":
-            session.release()
+        if not session.supervised:
+            session.release("stopped")
 
 
 def fruitless(experiment: Experiment) -> bool:
     """Whether nothing can be learnt from it."""
-    return experiment.status == "crash" or bool(experiment.verdict and experiment.verdict.get("unjudged"))
+    decided = experiment.decided
+    return decided is not None and (decided.status == "crash" or not decided.judged)
 
 
 @contextmanager
@@ -461,27 +403,21 @@ def signals(night: Night):
     def asked(number, _):
         if night.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
-        night.stopping = (
-            "stopped by Ctrl-C" if number == signal.SIGINT else (f"stopped by {signal.Signals(number).name}")
-        )
+        night.stopping = f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
 
-    names = [
-        name
-        for name in ("SIGINT", "SIGTERM", "SIGHUP")
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
-    ]
-    before = {name: signal.signal(getattr(signal, name), asked) for name in names}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(n, asked) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def go(session: Session, options) -> int:
-    """A night of this session."""
+    """A night of this session; options as of Night. LabError if one goes on already."""
     try:
-        lock = session.night_lock.acquire(timeout=1)  # who asks for the status has it for a moment
+        lock = session.night_lock.acquire(timeout=1)  # on Windows, who looks whether it is held has it for a moment
     except filelock.Timeout:
         raise LabError("a night of this session goes on already; python -m lab status tells how it stands") from None
     with lock, limits.awake(), View(session) as view:

@@ -12,7 +12,7 @@ from contextlib import suppress
 import psutil
 
 from lab import untrusted
-from lab.run.processes import runs
+from lab.run import processes
 
 LIMIT = 30.0  # seconds
 POLL = 0.1  # seconds
@@ -43,10 +43,8 @@ def _deliver(command: str, text: str, say) -> None:
         failing.discard(command)
     elif command not in failing:
         failing.add(command)
-        say(
-            f"--notify: the command failed ({untrusted.one_line(problem)}); the night goes on, and tries it again with "
-            "its next message"
-        )
+        problem = untrusted.one_line(problem)
+        say(f"--notify: the command failed ({problem}); the night goes on, and tries it again with its next message")
 
 
 def run(command: str, text: str) -> str | None:
@@ -64,34 +62,26 @@ def run(command: str, text: str) -> str | None:
             start_new_session=os.name == "posix",
         )
         started, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
-        while True:
-            ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen
-            started |= in_group(process.pid)
-            for one in list(started):
+
+        def alive() -> list[psutil.Process]:
+            """What is left of all that was seen, and what that has started since."""
+            started.update(processes.in_group(process.pid))
+            for known in list(started):
                 with suppress(psutil.Error):
-                    started.update(one.children(recursive=True))
-            alive = [one for one in started if runs(one)]
-            if ended and not alive or time.monotonic() > deadline:
+                    started.update(known.children(recursive=True))
+            return [known for known in started if processes.runs(known)]
+
+        while time.monotonic() < deadline:
+            ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen
+            if not alive() and ended:
                 break
             time.sleep(POLL)
-        for one in alive:
-            with suppress(psutil.Error):
-                one.kill()
+        late = processes.end(alive)
         status = process.wait()
-        if alive:
+        if late:
             return f"it took longer than {LIMIT:g} s, and was ended"
         if status == 0:
             return None
         output.seek(0)
         said = output.read(100_000).decode(errors="replace").strip().splitlines()
         return f"exit status {status}" + (f": {said[-1]}" if said else "")
-
-
-def in_group(group: int) -> set[psutil.Process]:
-    """The processes of a group: those, too, whose parents have ended before anybody saw them."""
-    found = set()
-    for pid in psutil.pids() if os.name == "posix" else ():
-        with suppress(OSError, psutil.Error):
-            if os.getpgid(pid) == group:
-                found.add(psutil.Process(pid))
-    return found

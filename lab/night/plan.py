@@ -10,22 +10,24 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import dataset as stored
+import dataset as datasets
 import prepare
 import storage
-from lab.cli import render as show
-from lab.run import sandbox
 from lab.errors import LabError
-from lab.verdict.executor import BASELINE_RUNS
-from lab.session.journal import Journal
+from lab.genome.syntax import TRAIN
 from lab.night import limits
+from lab.run import sandbox
+from lab.session.events import NIGHT_EVENTS
+from lab.session.journal import Journal
+from lab.session.repository import Repository
 from lab.session.session import PREFIX, Session, at, folder_of
 from lab.session.state import BESIDE
-from lab.session.repository import TRAIN, Tree
+from lab.untrusted import counted
 
 DEFAULT = "climbmix"  # what prepare.py makes when it is not told
 # Gigabytes, about: to download, and prepared on the disk with what was downloaded. climbmix has eleven files of 0.1 GB
@@ -45,24 +47,21 @@ class Plan:
     """What `python -m lab night` would do here.
 
     Attributes:
-        path: of the repository. tag: of the session. session: the one that is gone on with, or None.
+        repository, tag: of the session. by: who proposes. session: the one that is gone on with, or None.
         missing: of "data", "calibration", "session", "baseline", in the order in which they are made.
         dataset: its name or path. prepares: arguments of Python that make it, where it is missing.
         download, disk: gigabytes that this takes. free: gigabytes that there are.
         each: seconds of an experiment. basis: where that is from. first: seconds until the first one can begin.
         deadline: seconds as of time.time(), or None. most: experiments that are wanted, or None.
-        box: the sandbox, or None. unsandboxed: the user goes on without.
-        power: "mains", "battery" or None. by: who proposes, in words. awake: of the computer, if the caller knows.
+        box: the sandbox, or None. power: "mains", "battery" or None. awake: of the computer, if the caller knows.
     """
 
-    path: Path
+    repository: Repository
     tag: str
     by: str
-    dataset: str
-    box: str | None
-    unsandboxed: bool
     session: Session | None = None
     missing: list[str] = field(default_factory=list)
+    dataset: str = ""
     prepares: list[str] = field(default_factory=list)
     download: float = 0.0
     disk: float = 0.0
@@ -72,17 +71,16 @@ class Plan:
     first: float = 0.0
     deadline: float | None = None
     most: int | None = None
+    box: str | None = None
     power: str | None = None
     awake: str = ""
 
     @property
     def experiments(self) -> int | None:
         """How many there is time for; None without a limit."""
-        fit = []
+        fit = [] if self.most is None else [self.most]
         if self.deadline is not None:
             fit.append(max(0, math.floor((self.deadline - time.time() - self.first) / self.each)))
-        if self.most is not None:
-            fit.append(self.most)
         return min(fit, default=None)
 
 
@@ -95,99 +93,85 @@ def plan(path: Path, options) -> Plan:
     Raises:
         LabError: it can't begin; the message says what to do first.
     """
+    import backends
     from calibration import identity
+    from lab.session.start import BASELINE_RUNS
 
-    tree = Tree(path)
-    session, tag = found_session(tree, options.tag)
-    made = Plan(
-        path=tree.path,
-        tag=tag,
-        session=session,
-        by="agent" if options.agent else "proposer",
-        dataset="",
-        box=None,
-        unsandboxed=options.unsandboxed,
-        most=options.max_experiments,
-        deadline=limits.deadline(options.hours, options.until, datetime.now()),
-        power=identity.power_source(),
-    )
-    if session and (night := interrupted(session, options)):
-        made.deadline = night["deadline"]
-        if made.most is not None:
-            made.most = max(0, made.most - (session.state.last.number - night["first"] + 1))
+    repository = Repository(path)
+    session, tag = checked_out(repository, options.tag)
+    made = Plan(repository, tag, "agent" if options.agent else "proposer", session)
+    made.most, made.deadline = options.max_experiments, limits.deadline(options.hours, options.until, datetime.now())
+    made.power = identity.power_source()
     if session:
-        made.dataset, made.box, profile = session.facts["dataset"], session.facts["sandbox"], session.profile
+        night = Journal(session.folder / "night.jsonl", NIGHT_EVENTS)
+        if began := limits.interrupted(night.events, options, time.time()):
+            made.deadline = began.deadline
+            if made.most is not None:
+                made.most = max(0, made.most - (session.state.last.number - began.first + 1))
+        made.dataset, made.box, profile = session.started.dataset, session.started.sandbox, session.profile
         made.missing = [] if session.state.baseline.applied else ["baseline"]
-        budget, runs, rows = session.budget, session.facts["baseline_runs"], scored_rows(made.dataset)
+        budget, runs, rows = session.budget, session.started.baseline_runs, scored_rows(made.dataset)
     else:
-        hardware = device()
-        refuse_if_taken(tree, hardware, tag)
+        with backend_errors():
+            hardware = backends.identify()
+        refuse_if_taken(repository, f"{hardware.slug}/{tag}")
         made.box = sandbox.probe()
         made.dataset, manifest, made.prepares = dataset(options.dataset or os.environ.get("AUTORESEARCH_DATA"))
-        profile = usable_profile(hardware, tree)
+        profile = usable_profile(hardware, repository)
         made.missing = [*["data"] * bool(made.prepares), *["calibration"] * (not profile), "session", "baseline"]
         budget, runs = prepare.budget(), BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
         rows = manifest["eval_rows"] if manifest else scored_rows(made.dataset)
     overhead, between, each_runs, made.basis = duration(session, profile, rows, made.by)
     made.each = each_runs * (budget + overhead) + between
-    if "calibration" in made.missing:
-        made.first += CALIBRATION
-    if "baseline" in made.missing:
-        made.first += runs * (budget + overhead)
+    made.first = CALIBRATION * ("calibration" in made.missing)
+    made.first += runs * (budget + overhead) * ("baseline" in made.missing)
     if "data" in made.missing:
         made.download, made.disk = SIZES.get(made.dataset, (0.0, 0.0))
-    made.disk += of_night(made, profile, runs)
-    made.free = shutil.disk_usage(existing(storage.home())).free / 1e9
+    weights = 4 * chosen_trial(profile).get("num_params", 50e6) / 1e9
+    count = made.experiments if made.experiments is not None else 100
+    made.disk += 2 * weights + (count * (RUNS_EACH * RUN_MB + CACHE_MB) + runs * RUN_MB) / 1e3
+    home = storage.home().absolute()
+    made.free = shutil.disk_usage(next(path for path in (home, *home.parents) if path.exists())).free / 1e9
     return made
-
-
-def interrupted(session: Session, options) -> dict | None:
-    """How the night began that is gone on with."""
-    return limits.interrupted(Journal(session.folder / "night.jsonl").events, limits.asked(options), time.time())
 
 
 # --- What is there ---
 
 
-def found_session(tree: Tree, asked: str | None) -> tuple[Session | None, str]:
+def checked_out(repository: Repository, asked: str | None) -> tuple[Session | None, str]:
     """(the session that is gone on with, its tag), or (None, the tag of the one to begin)."""
-    branch = tree.some_branch()
-    name = branch[len(PREFIX) :] if branch.startswith(PREFIX) else None
+    name = branch[len(PREFIX) :] if (branch := repository.some_branch()).startswith(PREFIX) else None
     if name and folder_of(name).exists() and not (folder_of(name) / "session.json").exists():
         asked = name.rpartition("/")[2]  # its start was interrupted: it is begun once more
     elif name:
-        session = at(tree.path)
-        if asked not in (None, session.facts["tag"]):
+        session = at(repository.path)
+        if asked not in (None, session.started.tag):
             raise LabError(
-                f"the branch of session {session.name} is checked out, and --tag says {asked}: leave that "
-                "out to go on with the session, or switch to the branch that another is to start from (git "
-                "switch main, say)"
+                f"the branch of session {session.name} is checked out, and --tag says {asked}: leave that out to go on "
+                "with the session, or switch to the branch that another is to start from (git switch main, say)"
             )
-        return session, session.facts["tag"]
-    tree.refuse_uncommitted()
+        return session, session.started.tag
+    repository.refuse_uncommitted()
     return None, asked or time.strftime("%b%d").lower()
 
 
-def refuse_if_taken(tree: Tree, hardware, tag: str) -> None:
-    """LabError if this device has a session of that tag, whose branch is not the one checked out."""
-    folder = folder_of(f"{hardware.slug}/{tag}")
-    if (folder / "session.json").exists():
-        session = Session(folder)
-        there = (
-            f"git switch {session.branch}, and the same command goes on with it"
-            if session.facts["tree"] == str(tree.path)
-            else f"it belongs to {session.facts['tree']}"
-        )
-        raise LabError(f"there is a session {tag} already: {there}; or --tag NAME begins another")
+def refuse_if_taken(repository: Repository, name: str) -> None:
+    """LabError if this device has a session of that name, whose branch is not the one checked out."""
+    if (folder_of(name) / "session.json").exists():
+        session = Session(folder_of(name))
+        there = f"it belongs to {session.local.repository}"
+        if session.local.repository == str(repository.path):
+            there = f"git switch {session.branch}, and the same command goes on with it"
+        raise LabError(f"there is a session {session.started.tag} already: {there}; or --tag NAME begins another")
 
 
-def device():
-    """The hardware that a session would run on."""
-    import backends
+@contextmanager
+def backend_errors():
+    """Why a backend can't run, as a LabError."""
     from backends.interface import BackendError
 
     try:
-        return backends.identify()
+        yield
     except BackendError as error:
         raise LabError(str(error)) from error
 
@@ -199,19 +183,19 @@ def dataset(asked: str | None) -> tuple[str, dict | None, list[str]]:
     Args:
         asked: a name or path; None takes the one prepared last.
     """
-    data, current = storage.home() / "data", storage.home() / "data" / "current"
-    if not asked and current.is_file():
-        asked = current.read_text(encoding="utf-8").strip()
+    data = storage.home() / "data"
+    if not asked and (data / "current").is_file():
+        asked = (data / "current").read_text(encoding="utf-8").strip()
     asked = asked or DEFAULT
     origin = str(Path(asked).expanduser().resolve())
     for path in sorted(data.glob("*/manifest.json")):
         try:
-            manifest = stored.read_manifest(path.parent)
+            manifest = datasets.read_manifest(path.parent)
         except storage.DataError:
             continue
         if manifest["name"] != asked and manifest["origin"] != origin:
             continue
-        files = [(path.parent / name, known["size"]) for name, known in stored.known_files(manifest).items()]
+        files = [(path.parent / name, known["size"]) for name, known in datasets.known_files(manifest).items()]
         if "eval_tag" in manifest and all(file.is_file() and file.stat().st_size == size for file, size in files):
             return manifest["name"], manifest, []
         if (command := shlex.split(manifest["command"]))[:2] == ["python", "prepare.py"]:
@@ -219,13 +203,13 @@ def dataset(asked: str | None) -> tuple[str, dict | None, list[str]]:
     return asked, None, ["prepare.py", "--dataset", asked]
 
 
-def usable_profile(hardware, tree: Tree) -> dict | None:
+def usable_profile(hardware, repository: Repository) -> dict | None:
     """What calibration found out about this device; None if it has to be measured first."""
     from calibration.profile import ProfileError
     from lab.session.start import checked_profile
 
     try:
-        return checked_profile(hardware, tree.path / TRAIN, say=lambda text: None)
+        return checked_profile(hardware, repository.path / TRAIN, say=lambda text: None)
     except ProfileError:
         if os.environ.get("AUTORESEARCH_PROFILE"):
             raise  # calibration would write another file
@@ -237,34 +221,24 @@ def scored_rows(name: str) -> int:
     return 128 if name == "stdlib" else 768
 
 
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
 # --- What it takes ---
 
 
 def duration(session: Session | None, profile: dict | None, rows: int, by: str) -> tuple[float, float, float, str]:
     """(seconds of a run beside its training, seconds between experiments, runs of each, where that is from)."""
     between, guess = TURN[by], f" (and {TURN['agent'] / 60:.0f} min for the agent, a guess)" if by == "agent" else ""
-    if session:
-        runs = [
-            run.seconds - run.result["training_seconds"] for run in session.state.runs.values() if run.status == "ok"
-        ]
-        changes = [e for e in session.state.decided if e.kind not in BESIDE and e.runs]
-        if len(changes) >= ENOUGH:
-            pauses = [
-                after.begun - (before.runs[-1].begun + before.runs[-1].seconds)
-                for before, after in zip(changes, changes[1:])
-            ]
-            between = max(0.0, statistics.median(pauses))  # not the mean: there are days between two nights
-            each = statistics.fmean(len(e.runs) for e in changes)
-            return statistics.fmean(runs or [GUESSED_OVERHEAD]), between, each, f"from {len(changes)} of this session"
-        if runs:
-            return statistics.fmean(runs), between, RUNS_EACH, f"from the runs of its baseline{guess}"
-    rate = chosen_trial(profile).get("tokens_per_second", {}).get("median")
-    if rate:  # a forward pass costs a third of a step; half, with what the evaluator does to it
+    state = session.state if session else None
+    if state and (beside := [run.seconds - run.result["training_seconds"] for run in state.runs.values() if run.ok]):
+        overhead = statistics.fmean(beside)
+        changes = [e for e in state.decided if e.kind not in BESIDE and e.runs]
+        if len(changes) < ENOUGH:
+            return overhead, between, RUNS_EACH, f"from the runs of its baseline{guess}"
+        ends = [e.runs[-1].time + e.runs[-1].seconds for e in changes]
+        pauses = [e.runs[0].time - end for e, end in zip(changes[1:], ends)]
+        between = max(0.0, statistics.median(pauses))  # not the mean: there are days between two nights
+        return overhead, between, statistics.fmean(len(e.runs) for e in changes), f"from {len(changes)} of this session"
+    if rate := chosen_trial(profile).get("tokens_per_second", {}).get("median"):
+        # A forward pass costs a third of a step; half, with what the evaluator does to it.
         overhead = START + rows * prepare.MAX_SEQ_LEN / (2 * rate)
         return overhead, between, RUNS_EACH, f"estimated from the calibration{guess}"
     return GUESSED_OVERHEAD, between, RUNS_EACH, "a guess: nothing was measured here yet"
@@ -273,23 +247,8 @@ def duration(session: Session | None, profile: dict | None, rows: int, by: str) 
 def chosen_trial(profile: dict | None) -> dict:
     """What calibration measured of the defaults it chose, or nothing."""
     trials, chosen = (profile or {}).get("trials", []), (profile or {}).get("settings", {})
-    return next(
-        (
-            one
-            for one in trials
-            if one.get("tokens_per_second")
-            and one["depth"] == chosen.get("depth")
-            and one["rows"] == chosen.get("device_batch_size")
-        ),
-        {},
-    )
-
-
-def of_night(made: Plan, profile: dict | None, baseline_runs: int) -> float:
-    """Gigabytes that the session takes beside its data."""
-    weights = 4 * chosen_trial(profile).get("num_params", 50e6) / 1e9
-    count = made.experiments if made.experiments is not None else 100
-    return 2 * weights + (count * (RUNS_EACH * RUN_MB + CACHE_MB) + baseline_runs * RUN_MB) / 1e3
+    wanted = chosen.get("depth"), chosen.get("device_batch_size")
+    return next((t for t in trials if t.get("tokens_per_second") and (t["depth"], t["rows"]) == wanted), {})
 
 
 # --- Telling ---
@@ -297,53 +256,39 @@ def of_night(made: Plan, profile: dict | None, baseline_runs: int) -> float:
 
 def tell(plan: Plan) -> list[str]:
     """The plan in words."""
-    lines = [
-        f"session {plan.session.name}: goes on, with "
-        f"{show.counted(max(0, len(plan.session.state.experiments) - 1), 'experiment')} behind it"
-        if plan.session
-        else f"a new session: {plan.tag}, with the dataset {plan.dataset}"
-    ]
+    lines = [f"a new session: {plan.tag}, with the dataset {plan.dataset}"]
+    if plan.session:
+        tried = counted(len(plan.session.state.experiments) - 1, "experiment")
+        lines = [f"session {plan.session.name}: goes on, with {tried} behind it"]
+    download = f" ({plan.download:.1f} GB to download)" if plan.download else ""
     steps = {
-        "data": f"prepare {plan.dataset} ({plan.download:.1f} GB to download)"
-        if plan.download
-        else f"prepare {plan.dataset}",
+        "data": f"prepare {plan.dataset}{download}",
         "calibration": "measure this device (at most ten minutes)",
-        "session": "",
         "baseline": "run the baseline",
     }
-    if first := ", ".join(steps[name] for name in plan.missing if steps[name]):
-        minutes = f", about {minutes_of(plan.first)}" + (" beside the download" if plan.download else "")
-        lines.append(f"first: {first}{minutes}")
-    count = plan.experiments
+    if first := ", ".join(steps[name] for name in plan.missing if name in steps):
+        beside = " beside the download" if plan.download else ""
+        lines.append(f"first: {first}, about {minutes(plan.first)}{beside}")
+    each, count = f"then: experiments of about {minutes(plan.each)}, {plan.basis}", plan.experiments
     until = f", until {time.strftime('%a %H:%M', time.localtime(plan.deadline))}" if plan.deadline else ""
-    lines.append(
-        f"then: experiments of about {minutes_of(plan.each)}, {plan.basis}"
-        + (f", about {count} of them{until}" if count is not None else ", until it is stopped (Ctrl-C)")
-    )
-    lines.append(
-        f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free"
-        + ("" if plan.disk < plan.free else ": NOT ENOUGH, make room first")
-    )
-    lines.append(f"changes are proposed by the {plan.by}")
-    lines.append(f"sandbox: {plan.box}" if plan.box else sandbox.describe(None))
-    if plan.awake:
-        lines.append(plan.awake)
-    lines.append(
-        {"battery": "power: BATTERY; plug it in, or the night ends early", "mains": "power: mains"}.get(
-            plan.power, "power: the system does not tell"
-        )
-    )
-    return lines
+    many = ", until it is stopped (Ctrl-C)" if count is None else f", about {count} of them{until}"
+    room = "" if plan.disk < plan.free else ": NOT ENOUGH, make room first"
+    power = {"battery": "BATTERY; plug it in, or the night ends early", "mains": "mains"}
+    return [
+        *lines,
+        each + many,
+        f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free{room}",
+        f"changes are proposed by the {plan.by}",
+        f"sandbox: {plan.box}" if plan.box else sandbox.describe(None),
+        *([plan.awake] if plan.awake else []),
+        f"power: {power.get(plan.power or '', 'the system does not tell')}",
+    ]
 
 
-def minutes_of(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.1f} min"
-        if seconds < 600
-        else (f"{seconds / 60:.0f} min")
-    )
+def minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
 
 
 # --- Making ---
@@ -354,38 +299,35 @@ def provide(plan: Plan, options, say) -> None:
     what `start` raises."""
     if plan.session:
         return
-    from backends.interface import BackendError
-    from lab.session.start import start
+    from lab.session.start import BASELINE_RUNS, start
 
-    sandbox.refuse_without(plan.box, plan.unsandboxed)
+    sandbox.refuse_without(plan.box, options.unsandboxed)
     if plan.disk >= plan.free:
         raise LabError(
             f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {storage.home()}: "
             "make room on that disk, or set AUTORESEARCH_HOME to a folder on another"
         )
+    path = plan.repository.path
     if plan.prepares:
         say(f"preparing {plan.dataset}")
-        carried_out(plan.path, *plan.prepares)
+        carry_out(path, *plan.prepares)
     if options.dataset:  # not the one prepared last
         os.environ["AUTORESEARCH_DATA"] = dataset(options.dataset)[0]
     if "calibration" in plan.missing:
         say("measuring this device")
-        carried_out(plan.path, "-m", "calibration")
-    more = {} if options.baseline_runs is None else {"runs": options.baseline_runs}
-    try:
-        session = start(plan.path, plan.tag, plan.unsandboxed, say=say, **more)
-    except BackendError as error:
-        raise LabError(str(error)) from error
+        carry_out(path, "-m", "calibration")
+    runs = BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
+    with backend_errors():
+        session = start(path, plan.tag, options.unsandboxed, runs, say)
     say(f"session {session.name} in {session.folder}, on branch {session.branch}")
 
 
-def carried_out(path: Path, *arguments: str) -> None:
+def carry_out(path: Path, *arguments: str) -> None:
     """Runs one of the project's commands in the repository, with its output passed through."""
     sys.stdout.flush()
-    status = subprocess.call([sys.executable, *arguments], cwd=path)
-    if status:
+    if status := subprocess.call([sys.executable, *arguments], cwd=path):
         command = shlex.join(["python", *arguments])
         raise LabError(
-            f"{command} failed, and its last lines say why. Mend that, then run the same again: it goes on "
-            f"where it was (exit status {status})"
+            f"{command} failed, and its last lines say why. Fix that, then run the same again: it goes on where it was "
+            f"(exit status {status})"
         )

@@ -4,11 +4,16 @@ tried, what became of its own last turns, and what to try. What runs printed sta
 
 from __future__ import annotations
 
+from collections import Counter
+
 from lab import untrusted
-from lab.cli import render as show
 from lab.night import agent, ideas
+from lab.session.events import TurnTaken
 from lab.session.session import Session
-from lab.session.state import CONFIRM, REPEAT, REPLAY, Experiment
+from lab.session.state import MEASURING, Experiment, State
+from lab.untrusted import counted, fenced, one_line
+from lab.verdict.gate import smallest_detectable
+from lab.verdict.plan import account_of, noise_of
 
 LATEST = 20  # experiments that are told of
 KEPT = 15  # of those that were kept, the last
@@ -17,21 +22,22 @@ WIDTH = 160  # characters of a description
 TRACEBACK = 20  # lines
 
 
-def write(session: Session, program: str, turns: list[dict], seconds: float | None = None) -> str:
+def write(session: Session, program: str, turns: list[TurnTaken], seconds: float | None = None) -> str:
     """The prompt: program.md as it is, and at most some 20,000 characters.
 
     Args:
         program: what program.md says now.
-        turns: events "turn" of the night, in order. seconds: the time limit of the turn.
+        turns: of the night, in order. seconds: the time limit of the turn.
     """
+    state = session.state
     parts = [
         program.rstrip(),
         _this_turn(session, seconds),
         _standing(session),
-        _tried(session),
-        _crash(session),
+        _tried(state),
+        _last(state),
         _own_turns(turns),
-        _requests(session),
+        _requests(state),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -54,71 +60,93 @@ You are called once for each experiment, and this is one call. `train.py` is the
 
 
 def _standing(session: Session) -> str:
-    found = show.status_facts(session)
+    state, best = session.state, session.state.best
+    times = Counter(e.status for e in ideas.changes(state))
+    crashes = next((i for i, e in enumerate(reversed(state.decided)) if e.status != "crash"), len(state.decided))
     lines = [
-        f"session {found['session']}: {show.counted(found['experiments'], 'experiment')} so far, {found['keep']} "
-        f"kept, {found['discard']} discarded, {found['crash']} crashed, {found['invalid']} invalid; each trains "
-        f"{found['budget_seconds']:g} s"
+        f"session {session.name}: {counted(len(state.experiments) - 1, 'experiment')} so far, {times['keep']} kept, "
+        f"{times['discard']} discarded, {times['crash']} crashed, {times['invalid']} invalid; each trains "
+        f"{session.budget:g} s"
     ]
-    if best := found.get("best"):
+    if best:
+        noise = noise_of(state)
         lines += [
-            f"best val_bpb {best['val_bpb']:.6f} (experiment {best['experiment']}); baseline {found['baseline']:.6f}",
-            "noise " + show.told_noise(found["noise"], found["smallest_detectable"]),
+            f"best val_bpb {state.mean(best):.6f} (experiment {best.number}); baseline "
+            f"{state.mean(state.baseline):.6f}",
+            f"noise {noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
+            f"{smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five",
         ]
-    if found["crashes_in_a_row"] > 1:
-        lines.append(f"the last {found['crashes_in_a_row']} experiments crashed: make the next one safe")
+    if crashes > 1:
+        lines.append(f"the last {crashes} experiments crashed: make the next one safe")
     return "# Where the session stands\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _tried(session: Session) -> str:
+def _tried(state: State) -> str:
     """Experiments, the kept and the named ones among them, as data: descriptions are an agent's words."""
-    all_of_them = [e for e in session.state.decided if e.kind not in (CONFIRM, REPEAT)]
-    kept = [e for e in all_of_them if e.status == "keep"][-KEPT:]
-    named = set(ideas.named(session)[-KEPT:]) | {e.number for e in [*kept, *all_of_them[-LATEST:]]}
-    rows = [_row(e) for e in all_of_them if e.number in named]
-    left_out = len(all_of_them) - len(rows)
-    text = "number, verdict, gain in bits per byte (standard errors), what" + (
-        f"; {left_out} older ones are left out" if left_out else ""
-    )
-    return f"# What was tried, and how it went\n\n{text}\n\n" + untrusted.fenced(
-        "\n".join(rows), "Said by who made the changes, or by their runs"
-    )
+    tried = [e for e in state.decided if e.kind not in MEASURING]
+    kept = [e for e in tried if e.status == "keep"][-KEPT:]
+    told = set(ideas.named(state)[-KEPT:]) | {e.number for e in [*kept, *tried[-LATEST:]]}
+    rows = [_row(e, state) for e in tried if e.number in told]
+    text = "number, verdict, gain in bits per byte (standard errors), what"
+    if left_out := len(tried) - len(rows):
+        text += f"; {left_out} older ones are left out"
+    data = fenced("\n".join(rows), "Said by who made the changes, or by their runs")
+    return f"# What was tried, and how it went\n\n{text}\n\n{data}"
 
 
-def _row(experiment: Experiment) -> str:
-    found = experiment.verdict.get("gate", {})
-    gain = f"{found['gain']:+.6f} ({found['gain'] / found['error']:+.1f})" if found.get("error") else ""
-    what = "(on the baseline, to see if it helps here) " * (experiment.kind == REPLAY)
-    what += untrusted.one_line(experiment.description, WIDTH)
-    if not found and experiment.kind != "baseline" and experiment.verdict.get("reason"):
-        what += f" | {untrusted.one_line(experiment.verdict['reason'], WIDTH)}"
-    return f"{experiment.number:4d}  {experiment.status:<8} {gain:<18} {what}"
+def _row(experiment: Experiment, state: State) -> str:
+    verdict, evidence = experiment.verdict, experiment.verdict.evidence
+    gain = f"{evidence.gain:+.6f} ({evidence.gain / evidence.error:+.1f})" if evidence and evidence.error else ""
+    what = "(on the baseline, to see if it helps here) " * (experiment.kind == "replay")
+    parts = [what + one_line(experiment.description, WIDTH)]
+    if evidence is None and experiment.kind != "baseline":
+        parts.append(one_line(verdict.said, WIDTH))
+    parts += slowed(experiment, state)
+    return f"{experiment.number:4d}  {experiment.status:<8} {gain:<18} {' | '.join(filter(None, parts))}"
 
 
-def _crash(session: Session) -> str:
-    """The end of the last experiment's traceback, if it crashed."""
-    last = session.state.decided[-1] if session.state.decided else None
-    trace = next((run.traceback for run in reversed(last.runs) if run.traceback), "") if last else ""
-    if not trace or last.status != "crash":
+def slowed(experiment: Experiment, state: State) -> list[str]:
+    """What made the last run of an experiment slow, where that was not so in the baseline's."""
+    result = next((run.result for run in reversed(experiment.own_runs) if run.result), {})
+    usual = next((run.result for run in state.baseline.runs if run.result), {})
+    if experiment is state.baseline:
+        usual = {}
+    reasons = []
+    if result.get("compiled") is False and usual.get("compiled") is not False:
+        reasons.append("the step was not compiled")
+    if (rows := result.get("rows_at_once")) and rows != usual.get("rows_at_once"):
+        reasons.append(
+            f"its batches went through in parts, {counted(rows, 'row')} at a time: no more fitted into memory"
+        )
+    return reasons
+
+
+def _last(state: State) -> str:
+    """Why the last experiment crashed, or was slow."""
+    if not state.decided:
         return ""
-    return f"Experiment {last.number} crashed:\n\n" + untrusted.fenced(untrusted.clean(trace, TRACEBACK, WIDTH))
+    last = state.decided[-1]
+    trace = next((run.ended.traceback for run in reversed(last.runs) if run.ended and run.ended.traceback), "")
+    if trace and last.status == "crash":
+        return f"Experiment {last.number} crashed:\n\n" + fenced(untrusted.clean(trace, TRACEBACK, WIDTH))
+    if reasons := slowed(last, state) if last is not state.baseline else []:
+        return f"Experiment {last.number} trained slower than it could: {', and '.join(reasons)}."
+    return ""
 
 
-def _own_turns(turns: list[dict]) -> str:
+def _own_turns(turns: list[TurnTaken]) -> str:
     """What came of the agent's turns since the last that gave an experiment, or what was wrong with that one."""
-    own = [turn for turn in turns if turn["by"] == "agent" and turn["outcome"] not in agent.NEUTRAL]
-    after = next((i for i, turn in enumerate(reversed(own)) if turn["outcome"] == "edited"), len(own))
+    own = [turn for turn in turns if turn.by == "agent" and turn.outcome not in agent.NEUTRAL]
+    after = next((i for i, turn in enumerate(reversed(own)) if turn.outcome == "edited"), len(own))
     told, said = own[len(own) - after :][-TURNS:], "They gave nothing to run; do otherwise this time."
-    if not told and own and own[-1].get("righted"):
+    if not told and own and own[-1].righted:
         told, said = own[-1:], "The last one gave an experiment; what it did besides had no effect."
     if not told:
         return ""
-    rows = "\n".join(f"{turn['outcome']}: {untrusted.one_line(turn['said'], 3 * WIDTH)}" for turn in told)
-    return f"# Your last turns\n\n{said} What the harness saw you do:\n\n" + untrusted.fenced(
-        rows, "Partly said by the agent"
-    )
+    rows = "\n".join(f"{turn.outcome}: {one_line(turn.said, 3 * WIDTH)}" for turn in told)
+    return f"# Your last turns\n\n{said} What the harness saw you do:\n\n" + fenced(rows, "Partly said by the agent")
 
 
-def _requests(session: Session) -> str:
-    lines = ideas.asked(session)
+def _requests(state: State) -> str:
+    lines = ideas.requests(state)
     return "# What to try\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""

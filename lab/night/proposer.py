@@ -2,7 +2,7 @@
 
 What was tried is the memory: each experiment's train.py, read as a point in the space of the block's variables
 (block.py), with its mean score. It is rebuilt from the journal each time, so a night that was killed goes on as if
-nothing had happened. What to try next is asked of Optuna, with a sampler made for this (sampler.py).
+nothing had happened. The next point is sampler.py's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lab.genome import syntax as source
 from lab.errors import LabError
+from lab.genome.change import identify
+from lab.genome.syntax import describe
 from lab.night import block, edits
+from lab.night.sampler import Trial, ranked
 from lab.session.session import Session
-from lab.session.state import CONFIRM, Experiment, State
+from lab.session.state import Experiment, State
+from lab.verdict.opening import best_of
+from lab.verdict.plan import noise_of
 
 EVERY = 6  # proposals, of which one is a structural edit
 ATTEMPTS = 20  # at something new before the bounds are widened
@@ -39,90 +43,71 @@ def propose(session: Session) -> Proposal:
     Raises:
         LabError: nothing is left to propose.
     """
-    state, tree = session.state, session.tree
-    content = tree.content(state.best.blob)
-    text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    state, best = session.state, session.repository.content(best_of(session).blob)
+    text = _text(best)
     number = state.last.number + 1
     rng = np.random.default_rng([number, zlib.crc32(state.baseline.commit.encode())])
-    if not number % EVERY and (found := _structural(state, text)):
-        return _proposal(*found, content)
-    if found := _numbers(session, text, rng) or _structural(state, text):
-        return _proposal(*found, content)
-    raise LabError(
-        "the proposer has nothing left to propose: no hyperparameter of train.py can be read, or all were "
-        "tried; edit train.py, or give the night an agent (--agent COMMAND)"
-    )
+    change = None if number % EVERY else _structural(state, text)
+    change = change or _numbers(session, text, rng) or _structural(state, text)
+    if change is None:
+        raise LabError(
+            "the proposer has nothing left to propose: no hyperparameter of train.py can be read, or all were "
+            "tried; edit train.py, or give the night an agent (--agent COMMAND)"
+        )
+    edited, description = change
+    return Proposal((edited.replace("\n", "\r\n") if b"\r\n" in best else edited).encode(), description + MARK)
 
 
-def _proposal(text: str, description: str, best: bytes) -> Proposal:
-    return Proposal((text.replace("\n", "\r\n") if b"\r\n" in best else text).encode(), description + MARK)
+def _text(content: bytes) -> str:
+    return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 def _new(state: State, text: str) -> bool:
     """Whether it is Python, and nothing equal was decided on."""
     try:
-        digest = source.describe(text.encode()).digest
+        digest = describe(text.encode()).digest
     except LabError:
         return False
-    return digest != state.best.digest and not state.same(digest)
-
-
-# --- Structure ---
+    return (state.best is None or digest != state.best.digest) and not state.equal(digest)
 
 
 def _structural(state: State, text: str) -> tuple[str, str] | None:
     """(train.py with an edit of the library, what that is): first those that were never tried, then those that did best
     elsewhere."""
-    tried = {
-        edit.name: max(
-            (_standing(e) for e in state.decided if e.description.startswith(f"{edit.name}: ")), default=np.inf
-        )
-        for edit in edits.LIBRARY
-    }
-    for edit in sorted(edits.LIBRARY, key=lambda one: -tried[one.name]):
-        edited = edit.apply(text) if tried[edit.name] > HOPELESS else None
-        if edited and _new(state, edited):
-            return edited, f"{edit.name}: {edit.why}"
-    return None
+    possible = []
+    for edit in edits.LIBRARY:
+        if (edited := edit.apply(text)) and _new(state, edited):
+            family = identify(text.encode(), edited.encode()).family
+            standing = max((_standing(e) for e in state.decided if e.family == family), default=np.inf)
+            if standing > HOPELESS:
+                possible.append((standing, edited, f"{edit.name}: {edit.why}"))
+    return max(possible, key=lambda option: option[0])[1:] if possible else None
 
 
 def _standing(experiment: Experiment) -> float:
     """Standard errors that it was better than its parent; a crash is hopeless."""
-    gate = experiment.verdict.get("gate")
-    return gate["gain"] / gate["error"] if gate and gate["error"] else -np.inf
+    evidence = experiment.verdict.evidence
+    return evidence.gain / evidence.error if evidence and evidence.error else -np.inf
 
 
-# --- Numbers ---
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is known of one train.py with the structure of the best: its values, by variable; its mean val_bpb, None if
-    it failed, as if it had the best's structure in full; how many runs that rests on."""
-
-    values: dict
-    score: float | None
-    runs: int
-
-
-def _numbers(session: Session, text: str, rng) -> tuple[str, str] | None:
+def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """(train.py with other values, what they are)."""
     trials = remembered(session, text)
     variables = [
-        one.wider(*(trial.values[one.name] for trial in trials)) if one.kind != "choice" else one
-        for one in read(session, text)
+        variable if variable.kind == "choice" else variable.wider(*(trial.at[variable.name] for trial in trials))
+        for variable in read(session, text)
     ]
-    for _ in range(1 + WIDER):
-        for values in _suggested(variables, trials, session.noise.sd, rng) if variables else ():
-            changed = {one.name: value for one in variables if (value := values[one.name]) != one.value}
+    for _ in range(1 + WIDER if variables else 0):
+        for values in _suggested(variables, trials, noise_of(session.state).sd, rng):
+            changed = {v.name: values[v.name] for v in variables if values[v.name] != v.value}
             edited = block.write(text, changed)
             if changed and _new(session.state, edited):
                 return edited, ", ".join(
-                    f"{one.name} {one.written(one.value)} -> {one.written(changed[one.name])}"
-                    for one in variables
-                    if one.name in changed
+                    f"{v.name} {v.written(v.value)} -> {v.written(changed[v.name])}"
+                    for v in variables
+                    if v.name in changed
                 )
-        variables = [one.wider() for one in variables]
+        variables = [variable.wider() for variable in variables]
     return None
 
 
@@ -130,89 +115,50 @@ def read(session: Session, text: str) -> list[block.Variable]:
     """The variables of a train.py, without choices that only spell out what was calibrated."""
     settings = session.profile["settings"]
 
-    def spelt_out(one, choice):
-        return (
-            f"defaults.{one.name.lower()}" in one.choices
-            and choice != one.value
-            and (choice == f'"{settings.get(one.name.lower())}"')
-        )
+    def without_calibrated(variable: block.Variable) -> block.Variable:
+        name = variable.name.lower()
+        same = f'"{settings.get(name)}"' if f"defaults.{name}" in variable.choices else None
+        kept = tuple(choice for choice in variable.choices if choice == variable.value or choice != same)
+        return replace(variable, choices=kept)
 
-    return [
-        replace(one, choices=tuple(choice for choice in one.choices if not spelt_out(one, choice)))
-        for one in block.read(text)
-    ]
+    return [without_calibrated(variable) for variable in block.read(text)]
 
 
 def remembered(session: Session, text: str) -> list[Trial]:
-    """What was tried with the structure of the best, `text`, or of those it comes from. Scores of the latter are
-    shifted by what the structures that were kept since have gained."""
+    """What was tried with the structure of the best, `text`, or of those it comes from, as values by variable. Scores
+    of the latter are shifted by what the structures that were kept since have gained."""
     state = session.state
-    decided = [e for e in state.decided if e.kind != CONFIRM and not e.verdict.get("unjudged")]
-    sources = {
-        blob: content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
-        for blob, content in session.tree.contents([e.blob for e in decided]).items()
-    }
+    decided = [e for e in state.decided if e.kind != "confirm" and e.verdict.judged]
+    contents = session.repository.contents([e.blob for e in decided])
+    texts = {blob: _text(content) for blob, content in contents.items()}
     shifts = {block.structure(text): 0.0}
     for kept in reversed(state.kept):
-        own, parent = block.structure(sources[kept.blob]), state.parent_of(kept)
+        own, parent = block.structure(texts[kept.blob]), state.parent_of(kept)
         if own in shifts and parent:
-            shifts.setdefault(
-                block.structure(sources[parent.blob]), shifts[own] + state.mean(kept) - state.mean(parent)
-            )
-    variables, found = read(session, text), {}
-    for experiment in decided:
-        tried = sources[experiment.blob]
-        shift, values = shifts.get(block.structure(tried)), {one.name: one for one in block.read(tried)}
-        if shift is not None and all(one.fits(values.get(one.name)) for one in variables):
-            mean = state.mean(experiment) if experiment.status in ("keep", "discard") else None
-            found[experiment.blob] = Trial(
-                {one.name: values[one.name].value for one in variables},
-                None if mean is None else mean + shift,
-                len(state.results(experiment.blob)),
-            )
-    return list(found.values())
+            gained = (state.mean(kept) or 0.0) - (state.mean(parent) or 0.0)
+            shifts.setdefault(block.structure(texts[parent.blob]), shifts[own] + gained)
+    variables, trials = read(session, text), {}
+    for e in decided:
+        shift, tried = shifts.get(block.structure(texts[e.blob])), {v.name: v for v in block.read(texts[e.blob])}
+        if shift is not None and all(v.fits(tried.get(v.name)) for v in variables):
+            mean = state.mean(e) if e.status in ("keep", "discard") else None
+            values = {v.name: tried[v.name].value for v in variables}
+            trials[e.blob] = Trial(values, None if mean is None else mean + shift, len(state.results(e.blob)))
+    return list(trials.values())
 
 
-def _suggested(variables: list[block.Variable], trials: list[Trial], noise: float, rng):
-    """Yields values by name, the most promising first."""
-    import optuna
+def _suggested(variables: list[block.Variable], trials: list[Trial], noise: float, rng: np.random.Generator):
+    """Values by name, the most promising first."""
 
-    from lab.night.sampler import StepSampler  # here, because Optuna takes a moment to import
+    def point(values: dict) -> dict:
+        places = {v.name: v.place(values[v.name]) for v in variables}
+        return {v.name: places[v.name] if v.choices else min(max(places[v.name], 0.0), 1.0) for v in variables}
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {
-        one.name: optuna.distributions.CategoricalDistribution(range(len(one.choices)))
-        if one.choices
-        else optuna.distributions.FloatDistribution(0.0, 1.0)
-        for one in variables
-    }
+    here = point({v.name: v.value for v in variables})
 
-    def places(values):
-        return {
-            one.name: place if one.choices else min(max(place, 0.0), 1.0)
-            for one in variables
-            for place in [one.place(values[one.name])]
-        }
+    def values(point: dict) -> dict:  # what stays is left as it is written, and not rounded
+        return {v.name: v.value if point[v.name] == here[v.name] else v.at(point[v.name]) for v in variables}
 
-    here = places({one.name: one.value for one in variables})
-
-    def values(places):  # what stays is left as it is written, and not rounded
-        return {
-            one.name: one.value if places[one.name] == here[one.name] else one.at(places[one.name]) for one in variables
-        }
-
-    study = optuna.create_study(sampler=StepSampler(here, noise, lambda step: places(values(step)), rng))
-    study.add_trials(
-        [
-            optuna.create_trial(
-                params=places(trial.values),
-                distributions=space,
-                value=trial.score,
-                user_attrs={"runs": trial.runs},
-                state=optuna.trial.TrialState.FAIL if trial.score is None else optuna.trial.TrialState.COMPLETE,
-            )
-            for trial in trials
-        ]
-    )
-    for _ in range(ATTEMPTS):
-        yield values(study.ask(space).params)
+    choices = {v.name: len(v.choices) for v in sorted(variables, key=lambda v: v.name)}
+    tried = [Trial(point(trial.at), trial.score, trial.runs) for trial in trials]
+    return map(values, ranked(here, tried, choices, noise, lambda step: point(values(step)), rng)[:ATTEMPTS])

@@ -13,13 +13,19 @@ import sys
 if __name__ == "__main__":  # run by its path: modules come from the judge's folder, and not from lab/
     sys.path[0] = __file__.replace("\\", "/").rsplit("/", 3)[0]
 
+import ctypes  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import runpy  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
+from functools import partial  # noqa: E402
+from importlib.machinery import SourceFileLoader  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import ModuleType, SimpleNamespace  # noqa: E402
 
 LINUX = sys.platform.startswith("linux")
 LINGER = 3.0  # seconds that children may take to end after the run has
@@ -51,14 +57,12 @@ def train(folder: Path, judge: Path, facts: dict) -> None:
         show(error)
         raise SystemExit(1) from None
     finally:
-        if problem := guard.problem(guard.backend):
-            guard.refuse(problem)
+        if reason := guard.problem(guard.backend):
+            guard.refuse(reason)
 
 
 def show(error: Exception) -> None:
     """Prints a traceback that begins where train.py does."""
-    import traceback
-
     frames = error.__traceback__
     while frames and frames.tb_frame.f_code.co_filename != sys.argv[0]:
         frames = frames.tb_next
@@ -77,41 +81,38 @@ def make_guard(folder, judge, facts):
 
 def rescore(folder: Path, judge: Path, facts: dict) -> None:
     """Lets train.py make its model, up to the moment when a Clock would be made; then loads the saved weights and
-    scores them, by a copy of prepare that train.py does not know. What it finds goes to score.json and rows.npz."""
-    import traceback
-
+    scores them, by a copy of prepare that train.py does not know. The scores go to score.json and rows.npz."""
     import prepare
-    from storage import atomic
     from backends import interface
+    from storage import atomic
 
     fixed = private_copy(prepare.__file__)
 
     def built(backend, model, *_, **__):
+        error = None
         try:
             guard.busy.now = True  # what follows is the judge's
-            if problem := guard.problem(backend):
-                guard.refuse(problem)
-                raise fixed.Invalid(problem)
+            if reason := guard.problem(backend):
+                guard.refuse(reason)
+                raise fixed.Invalid(reason["code"], **reason["facts"])
             guard.busy.now = False
-            found = score(fixed, atomic, backend, model, facts["weights"], folder)
-        except BaseException as error:  # SystemExit too: train.py is to have no say in it
-            found, failed = {"problem": type(error).__name__}, error  # its text goes to the log, not into a reason
-        else:
-            failed = None
+            scores = score(fixed, atomic, backend, model, facts["weights"], folder)
+        except BaseException as raised:  # SystemExit too: train.py is to have no say in it
+            error, scores = raised, {"problem": type(raised).__name__}  # its text goes to the log, not into a reason
         status = 1
         try:
-            fixed.write_json(folder / "score.json", found)
+            fixed.write_json(folder / "score.json", scores)
             status = 0
-            if failed:
-                traceback.print_exception(failed)
+            if error:
+                traceback.print_exception(error)
             sys.stdout.flush()
             sys.stderr.flush()
-            end_descendants()  # such as a compiler's workers, which start for seconds and were not needed
+            end_all()  # such as a compiler's workers, which start for seconds and were not needed
         finally:  # whatever the text of an error does
             os._exit(status)
 
     prepare.Clock = built
-    interface.Trainer.warm_up = lambda *_: None  # nothing will be trained, so nothing is to be compiled
+    interface.Trainer.warm_up = lambda self, x, y: None  # nothing will be trained, so nothing is to be compiled
     guard = make_guard(folder, judge, facts)
     guard.install()
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -119,11 +120,8 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
 
 def private_copy(path: str):
     """Another copy of a module, which no name leads to."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("prepare_of_the_judge", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType("prepare_of_the_judge")
+    SourceFileLoader(module.__name__, path).exec_module(module)
     return module
 
 
@@ -131,29 +129,20 @@ def score(fixed, atomic, backend, model, weights: str, folder: Path) -> dict:
     """Bits per byte on validation rows and as many held-out ones. Each row's nats and bytes are written to rows.npz."""
     import numpy as np
 
-    class Fixed:  # the class's own methods, whatever the object was given
-        @staticmethod
-        def losses(*arguments):
-            return type(backend).losses(backend, *arguments)
-
-        @staticmethod
-        def logits(*arguments):
-            return type(backend).logits(backend, *arguments)
-
-        @staticmethod
-        def is_out_of_memory(error):
-            return type(backend).is_out_of_memory(backend, error)
-
+    methods = {
+        name: partial(getattr(type(backend), name), backend) for name in ("losses", "logits", "is_out_of_memory")
+    }
+    plain = SimpleNamespace(**methods)  # the class's own methods, whatever the object was given
     data = fixed.open_data()
     type(backend).load(backend, model, weights)
-    found, rows = {}, {}
+    scores, rows = {}, {}
     for name, key, stored in (("val_bpb", "val", data.validation_rows), ("held_out_bpb", "held", data.held_out_rows)):
-        nats, sizes = fixed.score_rows(Fixed, model, data, stored[: data.eval_rows], 8)
+        nats, sizes = fixed.score_rows(plain, model, data, stored[: data.eval_rows], 8)
         rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-        found[name] = fixed.bits_per_byte(nats, sizes)
+        scores[name] = fixed.bits_per_byte(nats, sizes)
     with atomic(folder / "rows.npz") as file:
         np.savez(file, **rows)
-    return found
+    return scores
 
 
 # --- Processes ---
@@ -165,8 +154,6 @@ def limit_files(folder: Path) -> None:
         import resource
     except ImportError:  # Windows
         return
-    import shutil
-
     for which, wanted in ((resource.RLIMIT_FSIZE, shutil.disk_usage(folder).free // 2), (resource.RLIMIT_CORE, 0)):
         most = resource.getrlimit(which)[1]
         limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
@@ -175,8 +162,6 @@ def limit_files(folder: Path) -> None:
 
 def stay_behind() -> None:
     """Returns in a new process; this one ends when that has, and all that it started."""
-    import ctypes
-
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     lifeline, parent = os.dup(0), os.getpid()
@@ -190,14 +175,14 @@ def stay_behind() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # meant for the run, which is sent it too
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True, args=(lifeline, end_descendants)).start()
+    threading.Thread(target=follow, daemon=True, args=(lifeline, end_all)).start()
     status = reap(child)
     deadline = time.monotonic() + LINGER
     while children := not nothing_left():
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    if children and (left := end_descendants()):
+    if children and (left := end_all()):
         os._exit(LEFT_RUNNING + min(left, 15))
     os._exit(status if status >= 0 else 128 - status)
 
@@ -233,27 +218,11 @@ def end_group() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def end_descendants() -> int:
+def end_all() -> int:
     """Kills all processes below this one; how many there were."""
-    import psutil
+    from lab.run.processes import below, end
 
-    ended, deadline = set(), time.monotonic() + 10
-    while time.monotonic() < deadline:
-        alive = [
-            one
-            for one in psutil.Process().children(recursive=True)
-            if one.pid not in ended or one.is_running() and one.status() != psutil.STATUS_ZOMBIE
-        ]
-        for one in alive:
-            try:
-                one.kill()
-                ended.add(one.pid)
-            except psutil.Error:
-                pass
-        if nothing_left():
-            break
-        time.sleep(0.02)
-    return len(ended)
+    return end(below)
 
 
 if __name__ == "__main__":

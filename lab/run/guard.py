@@ -5,8 +5,8 @@ batches, ticks, the evaluation, rows that are read. It holds off mistakes and la
 framework's reader) or by a program that a run starts, it does not see: that is for the sandbox, and for scoring the
 weights again.
 
-A refusal raises prepare.Invalid and leaves a mark beside the result, so that catching the exception gains nothing.
-Its reason is shown to agents as it is: of what train.py chooses, it has names that are words, and numbers.
+A refusal raises prepare.Invalid and leaves a mark beside the result, so that catching the exception gains nothing. Its
+reason is a code of results.REFUSALS: of what train.py chooses, its facts hold words and numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import dataset
 import prepare
 import storage
 
-JUDGES = ("prepare", "dataset", "storage", "backends", "calibration")  # modules and packages of the judge's
+JUDGES = ("prepare", "dataset", "storage", "results", "backends", "calibration")  # the judge's modules and packages
 OWN = ("home", "tmp", "work")  # parts of a run's folder that are its own
 MARK = "refused"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -36,24 +36,15 @@ CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
 TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock may be behind another in one process
 # Who may write which file in a run's folder: functions of the judge's.
 WRITERS = {
-    "result.json": {"report", "recorded", "open_data"},
-    "result.safetensors": {"evaluate_bpb"},
-    "score.json": {"built"},
-    "rows.npz": {"score"},
-}
+    "result.json": {"report", "recorded", "open_data"}, "result.safetensors": {"evaluate_bpb"},
+    "score.json": {"built"}, "rows.npz": {"score"},
+}  # fmt: skip
 # Events whose arguments are paths that get written: which arguments, and which hold the folder they are relative to.
 CHANGES = {
-    "os.remove": ((0, 1),),
-    "os.rmdir": ((0, 1),),
-    "os.mkdir": ((0, 2),),
-    "os.rename": ((0, 2), (1, 3)),
-    "os.link": ((1, 3),),
-    "os.symlink": ((1, 2),),
-    "os.truncate": ((0, None),),
-    "os.chmod": ((0, 2),),
-    "os.utime": ((0, 3),),
-    "shutil.rmtree": ((0, None),),
-}
+    "os.remove": [(0, 1)], "os.rmdir": [(0, 1)], "os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)],
+    "os.link": [(1, 3)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)], "os.chmod": [(0, 2)],
+    "os.utime": [(0, 3)], "shutil.rmtree": [(0, None)],
+}  # fmt: skip
 
 
 class Guard:
@@ -77,26 +68,24 @@ class Guard:
         self.free |= {os.path.join(each, "cache") for each in self.homes}
         self.protected = set().union(self.homes, self.data, self.judges, *map(forms, protected))
         self.runs = set().union(*(forms(Path(each).parent) for each in self.folders))
+        self.left = self.runs | {os.path.join(each, "last") for each in self.homes}  # what other runs have left
         paths = sysconfig.get_paths()
         self.libraries = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
         self.libraries |= {os.path.dirname(os.__file__), *(path for path in sys.path if "site-packages" in path)}
         self.trusted, self.readers = trusted, {prepare.__file__, dataset.__file__, storage.__file__, trusted}
         self.busy = threading.local()
         self.clock = self.backend = self.score = None
-        self.now, self.started, self.ticked, self.longest, self.in_step = time.perf_counter, None, None, 0.0, False
-        self.stopped = None
+        self.now, self.require_time = time.perf_counter, prepare.require_time
+        self.started: float | None = None  # times by `now`
+        self.stopped: float | None = None
+        self.ticked, self.longest, self.in_step = 0.0, 0.0, False
         self.known = dict(self._judged())
 
     def install(self) -> None:
         """From here on. There is no way to take it back."""
-        events = {
-            "open": self._open,
-            "import": self._import,
-            **{
-                f"autoresearch.{name}": getattr(self, f"_{name}")
-                for name in ("rows", "clock", "batch", "tick", "evaluate", "scored", "report", "refused", "load")
-            },
-        }
+        announced = "rows clock batch tick evaluate scored report refused load".split()
+        events = {f"autoresearch.{name}": getattr(self, f"_{name}") for name in announced}
+        events |= {"open": self._open, "import": self._import}
         for event, places in CHANGES.items():
             events[event] = functools.partial(self._changed, places, event == "os.mkdir")
         find, busy = events.get, self.busy
@@ -111,20 +100,20 @@ class Guard:
 
         sys.addaudithook(hook)
 
-    def refuse(self, reason: str, kind: str = "Invalid") -> None:
-        """Leaves the mark. The first reason stays."""
+    def refuse(self, reason: dict, status: str = "invalid") -> None:
+        """Leaves the mark. The first reason, {"code": ..., "facts": {...}}, stays."""
         before, self.busy.now = getattr(self.busy, "now", False), True
         try:
             with open(os.open(self.mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
-                json.dump({"status": "invalid" if kind == "Invalid" else "crash", "reason": reason}, file)
+                json.dump({"status": status, "reason": reason}, file)
         except FileExistsError:
             pass
         finally:
             self.busy.now = before
 
-    def _deny(self, reason: str):
-        self.refuse(reason)
-        raise prepare.Invalid(reason)
+    def _deny(self, code: str, **facts):
+        self.refuse({"code": code, "facts": facts})
+        raise prepare.Invalid(code, **facts)
 
     # --- Who is asking ---
 
@@ -167,17 +156,11 @@ class Guard:
             return
         name, parts = os.path.basename(path), path.split(os.sep)
         if within(path, self.data):
-            if name.endswith(".npy") and (
-                not (by := next(self._callers(sys._getframe(1)), None)) or by.f_code.co_filename not in self.readers
-            ):
-                self._deny(f"it reads {named(name)} itself: data come from prepare, training batches from its Loader")
-        elif (
-            within(path, self.runs | {os.path.join(home, "last") for home in self.homes})
-            or name.endswith(".safetensors")
-            or "runs" in parts
-            and "sessions" in parts
-        ):
-            self._deny(f"it reads what another run left, {named(name)}: a run starts from nothing")
+            by = next(self._callers(sys._getframe(1)), None)
+            if name.endswith(".npy") and not (by and by.f_code.co_filename in self.readers):
+                self._deny("reads_data", name=named(name))
+        elif within(path, self.left) or name.endswith(".safetensors") or {"runs", "sessions"} <= set(parts):
+            self._deny("reads_another_run", name=named(name))
 
     def _changed(self, places, makes: bool, *arguments) -> None:
         for which, beside in places:
@@ -199,20 +182,12 @@ class Guard:
             name = os.path.basename(path)
             writers = next((by for known, by in WRITERS.items() if name.startswith(known)), set())
             if not self._functions() & writers:
-                self._deny(f"it writes {named(name)} in its run's folder: results come from prepare.report")
+                self._deny("writes_result", name=named(name))
         elif within(path, self.protected):
             if os.path.basename(path).startswith("trials") or within(path, self.libraries):
                 raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
-            what = (
-                "judge"
-                if within(path, self.judges)
-                else "ledger"
-                if path.endswith(".tsv")
-                else "harness's files"
-                if within(path, self.homes)
-                else "repository"
-            )
-            self._deny(f"it changes the {what}: {named(os.path.basename(path))}")
+            owner = "judge" if within(path, self.judges) else "harness" if within(path, self.homes) else "repository"
+            self._deny("changes_file", name=named(os.path.basename(path)), owner=owner)
         elif within(path, self.libraries):
             raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
 
@@ -220,7 +195,7 @@ class Guard:
         if module.partition(".")[0] == "safetensors":
             by = next(self._callers(sys._getframe(1)), None)
             if by and not self._judges(by.f_code.co_filename):
-                self._deny("it imports safetensors: weights are written by evaluate_bpb, and a run starts from nothing")
+                self._deny("imports_safetensors")
 
     # --- What prepare and backends announce ---
 
@@ -232,27 +207,24 @@ class Guard:
     def _rows(self, which) -> None:
         frame = sys._getframe(3)  # who reads the property
         own = frame.f_code.co_filename in self.readers
-        while own and which == "train" and frame and frame.f_code.co_filename in self.readers:
+        if which != "train":
+            return None if own else self._deny("reads_rows", name=which)
+        while frame and frame.f_code.co_filename in self.readers:
             frame = frame.f_back
-        if own and which == "train":  # by the loader, on its thread
-            own = next(self._callers(frame), None) is None
-        if not own:
-            name = {"train": "training documents: batches come from prepare.Loader, which the clock knows"}.get(
-                which, f"{which} rows: they are for the evaluator"
-            )
-            self._deny(f"it reads the {name}")
+        if not own or next(self._callers(frame), None):  # the loader's thread has nobody else below it
+            self._deny("reads_documents")
 
     def _clock(self, clock, backend) -> None:
         if self.clock is not None:
-            self._deny("it makes a second Clock: a run has one")
+            self._deny("second_clock")
         if type(clock) is not self.known["prepare", "Clock"]:
-            self._deny("its Clock is not the one of prepare")
+            self._deny("other_clock")
         self.clock, self.backend = clock, backend
         self._sound()
 
     def _batch(self, clock) -> None:
         if clock is not self.clock:
-            self._deny("it takes batches by another clock than the run's")
+            self._deny("batch_by_other_clock")
         self._in_time()
         if self.started is None:
             self.started = self.ticked = self.now()
@@ -267,17 +239,17 @@ class Guard:
         """By the guard's own watch, whatever became of the clock's."""
         if self.started is not None:
             elapsed = (self.stopped or self.now()) - self.started
-            self.known["prepare", "require_time"](
-                self.budget, elapsed, self.longest, self.ticked - self.started if self.in_step else None
-            )
+            under_way = self.ticked - self.started if self.in_step else None
+            self.require_time(self.budget, elapsed, self.longest, under_way)
 
     def _evaluate(self, clock, backend) -> None:
         if clock is None or clock is not self.clock:
-            self._deny("evaluate_bpb without the run's clock: a run is scored once, at its end")
+            self._deny("evaluates_without_clock")
         try:
             self._in_time()
         except prepare.Invalid as error:
-            self._deny(str(error))
+            self.refuse(error.reason)
+            raise
         self.stopped = self.stopped or self.now()
         self.backend = backend
         self._sound()
@@ -290,67 +262,68 @@ class Guard:
         if self.score is None and clock.val_bpb is None:
             return  # prepare says what is missing
         if clock is not self.clock or clock.val_bpb != self.score:
-            self._deny("it reports another score than the evaluator's")
+            self._deny("reports_other_score")
         self._sound()
 
     def _refused(self, error) -> None:
         if not self._announced("recorded"):
             return
-        kind, by = "Invalid" if isinstance(error, prepare.Invalid) else "Diverged", error.__traceback__
+        invalid, by = isinstance(error, prepare.Invalid), error.__traceback__
         own = type(error) in (prepare.Invalid, prepare.Diverged)
         while own and by:  # through whose functions it came
             own, by = by.tb_frame.f_code.co_filename in (prepare.__file__, __file__), by.tb_next
-        self.refuse(str(error) if own else f"it raised prepare.{kind} itself", kind)
+        itself = {"code": "raises_itself", "facts": {"name": "Invalid" if invalid else "Diverged"}}
+        self.refuse(error.reason if own else itself, "invalid" if invalid else "crash")
 
     def _load(self, path) -> None:
         if sys._getframe(3).f_code.co_filename != self.trusted and not within(os.path.realpath(path), self.free):
-            self._deny(f"it loads weights, {named(os.path.basename(path))}: a run starts from nothing")
+            self._deny("loads_weights", name=named(os.path.basename(path)))
 
     # --- The judge's code, as it is in this process ---
 
     def _sound(self) -> None:
-        if problem := self.problem(self.backend):
-            self._deny(problem)
+        if reason := self.problem(self.backend):
+            self._deny(reason["code"], **reason["facts"])
 
-    def problem(self, backend=None) -> str | None:
-        """What is no more as it was before train.py ran: the judge's functions, the clocks, the budget."""
+    def problem(self, backend=None) -> dict | None:
+        """What is no more as it was before train.py ran, as a reason: the judge's functions, the clocks, the budget."""
+        for code, facts in self._problems(backend):
+            return {"code": code, "facts": facts}
+        return None
+
+    def _problems(self, backend) -> Iterator[tuple[str, dict]]:
         for place, value in self._judged():
             if self.known.get(place) is not value:
-                return f"it replaces {dotted(*place)}"
+                yield "replaces", {"name": dotted(*place)}
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in JUDGES:
                 if not self._judges(getattr(module, "__file__", None) or ""):
-                    return f"it shadows {named(name)}"
+                    yield "shadows", {"name": named(name)}
                 for of, value in list(vars(module).items()):
                     if self._foreign(value):
-                        return f"it replaces {dotted(name, of)}"
+                        yield "replaces", {"name": dotted(name, of)}
         if backend is not None:
-            for one in type(backend).__mro__[:-1]:
-                if one.__module__ not in ("abc", "typing") and not self._judges(
-                    getattr(sys.modules.get(one.__module__), "__file__", None) or ""
-                ):
-                    return f"its backend, {named(type(backend).__name__)}, is not one of backends/"
-                for of, value in vars(one).items():
-                    if self._foreign(value):
-                        return f"it replaces {dotted(one.__name__, of)}"
-            if of := next(
-                (
-                    of
-                    for of in vars(backend)
-                    if hasattr(type(backend), of) and callable(vars(backend)[of]) and of != "Trainer"
-                ),
-                None,
-            ):
-                return f"it replaces {named(of)} of the backend"
+            yield from self._problems_of(backend)
         if self.clock is not None:
-            seconds, told = self.budget, self.clock.seconds
-            if told != seconds:
-                return f"its clock allows {number(told)} s; the budget is {seconds:g} s"
+            told = self.clock.seconds
+            if told != self.budget:
+                yield "other_budget", {"told": number(told), "budget": self.budget}
             if self.stopped is not None and self.clock.stopped is not None:
                 elapsed, told = self.stopped - self.started if self.started else 0.0, self.clock.elapsed
                 if not told >= elapsed - TOLERANCE[0] - TOLERANCE[1] * elapsed:
-                    return f"its clock shows {number(told)} s of training; there were {elapsed:.1f} s"
-        return None
+                    yield "clock_behind", {"told": number(told), "elapsed": elapsed}
+
+    def _problems_of(self, backend) -> Iterator[tuple[str, dict]]:
+        for kind in type(backend).__mro__[:-1]:
+            file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+            if kind.__module__ not in ("abc", "typing") and not self._judges(file):
+                yield "other_backend", {"name": named(type(backend).__name__)}
+            for of, value in vars(kind).items():
+                if self._foreign(value):
+                    yield "replaces", {"name": dotted(kind.__name__, of)}
+        for of, value in vars(backend).items():
+            if of != "Trainer" and callable(value) and hasattr(type(backend), of):
+                yield "replaces", {"name": dotted(type(backend).__name__, of)}
 
     def _judged(self) -> Iterator[tuple[tuple[str, str], object]]:
         """What is compared, and where it is found."""
@@ -358,12 +331,10 @@ class Guard:
             for name, value in list(vars(judge).items()):
                 if not name.startswith("__"):
                     yield (judge.__name__, name), value
-                    if isinstance(value, type) and value.__module__ == judge.__name__:
-                        yield from (
-                            ((judge.__name__, f"{name}.{of}"), what)
-                            for of, what in list(vars(value).items())
-                            if callable(what) or isinstance(what, property)
-                        )
+                    own = isinstance(value, type) and value.__module__ == judge.__name__
+                    for of, part in list(vars(value).items()) if own else ():
+                        if callable(part) or isinstance(part, property):
+                            yield (judge.__name__, f"{name}.{of}"), part
             yield ("sys.modules", judge.__name__), sys.modules.get(judge.__name__)
         yield from ((("time", name), getattr(time, name)) for name in CLOCKS)
 
@@ -371,19 +342,14 @@ class Guard:
         """Whether this is a function whose code is neither the judge's nor a library's."""
         while isinstance(value, (functools.partial, staticmethod, classmethod)):
             value = value.func if isinstance(value, functools.partial) else value.__func__
-        code = getattr(value, "__code__", None) if isinstance(value, types.FunctionType) else None
-        return (
-            code is not None
-            and not self._judges(code.co_filename)
-            and not self._library(code.co_filename)
-            and not code.co_filename.startswith("<")
-        )
+        file = value.__code__.co_filename if isinstance(value, types.FunctionType) else "<no function>"
+        return not (file.startswith("<") or self._judges(file) or self._library(file))
 
 
 def named(text) -> str:
     """A name that train.py chose, if it is a word and not a sentence."""
-    found = re.fullmatch(r"[\w.-]{1,40}", text, re.ASCII) if isinstance(text, str) else None
-    return found[0] if found else "..."
+    word = re.fullmatch(r"[\w.-]{1,40}", text, re.ASCII) if isinstance(text, str) else None
+    return word[0] if word else "..."
 
 
 def dotted(*names) -> str:

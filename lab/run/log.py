@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HEAD, TAIL = 256 * 1024, 384 * 1024  # bytes that are kept of what a run printed first and last
@@ -19,7 +20,7 @@ CONTROLS = bytes(c for c in range(32) if c not in b"\t\n\r") + b"\x7f"
 
 
 class Log:
-    """Drains a pipe into a file, on a thread, until its other ends are closed.
+    """Drains a pipe into a file, on a thread, until its other ends are closed; then it closes the pipe's own end.
 
     The file grows while the run prints (`tail -f`). A line that is written over itself, after a carriage return, is
     kept once a second.
@@ -33,21 +34,22 @@ class Log:
         self._file = open(path, "wb+")
         self._read = self._left_out = 0
         self._line, self._shown = b"", 0.0  # what is unfinished; when progress was kept last
+        self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._drain, name="log", daemon=True)
         self._thread.start()
 
     def _drain(self) -> None:
-        try:
-            while chunk := os.read(self.descriptor, 65536):
-                self._read += len(chunk)
-                self.flooded = self.flooded or self._read > self.flood
+        while chunk := os.read(self.descriptor, 65536):
+            self._read += len(chunk)
+            self.flooded = self.flooded or self._read > self.flood
+            with self._lock:
+                if self.flooded or self._closed:  # what is left of the run is not to be held up by a full pipe
+                    continue
                 try:
-                    if not self.flooded:
-                        self._take(chunk)
+                    self._take(chunk)
                 except OSError:  # a full disk: the run is not to be held up by its log
                     self._line = b""
-        except OSError:  # closed by `close`
-            pass
+        os.close(self.descriptor)
 
     def _take(self, chunk: bytes) -> None:
         text, newline, rest = (self._line + chunk).replace(b"\r\n", b"\n").rpartition(b"\n")
@@ -76,15 +78,14 @@ class Log:
             self._file.flush()
 
     def close(self, patience: float = 2.0) -> None:
-        """Waits until everything is written. A process that still holds the pipe is not waited for."""
+        """Waits until everything is written. A process that still holds the pipe is waited for `patience` seconds; what
+        it prints later is dropped."""
         self._thread.join(patience)
-        if not self._thread.is_alive():
-            os.close(self.descriptor)
-        try:
+        with self._lock, suppress(OSError):
+            self._closed = True
             self._write(last_written(self._line))
+        with suppress(OSError):  # a full disk
             self._file.close()
-        except (OSError, ValueError):
-            pass
 
 
 def last_written(line: bytes) -> bytes:

@@ -1,8 +1,16 @@
-"""Processes of others: which there are, and whether they still run."""
+"""Processes: which there are, whether they still run, and how they are ended."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
 import psutil
+
+POLL = 0.05  # seconds
+UNENDABLE = 10.0  # seconds after which a process that was killed hangs in the kernel, and is given up
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -14,9 +22,59 @@ def tree(pid: int) -> list[psutil.Process]:
         return []
 
 
+def below() -> list[psutil.Process]:
+    """All that this process started, and what those started."""
+    return tree(os.getpid())[1:]
+
+
+def marked(**variables: str) -> list[psutil.Process]:
+    """The processes with these environment variables, this one excepted, and all below them."""
+    return _with_descendants(lambda process: variables.items() <= process.environ().items())
+
+
+def in_group(group: int) -> list[psutil.Process]:
+    """The processes of a group, also those whose parents have ended, and all below them."""
+    return _with_descendants(lambda process: os.name == "posix" and os.getpgid(process.pid) == group)
+
+
+def _with_descendants(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    family = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and runs(process) and wanted(process):
+                family |= {member.pid: member for member in tree(process.pid)}
+    family.pop(os.getpid(), None)
+    return list(family.values())
+
+
 def runs(process: psutil.Process) -> bool:
     """Not ended, nor a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def end(find: Callable[[], Iterable[psutil.Process]], patience: float = 0.0, ask: bool = False) -> int:
+    """Ends processes until there are none; returns how many it ended.
+
+    Args:
+        find: those that are to end. It is called again and again: what is being ended may start another.
+        patience: seconds they have to end by themselves, before they are killed.
+        ask: sends each of them SIGTERM first.
+    """
+    ended, killing = set(), time.monotonic() + patience
+    while alive := [process for process in find() if runs(process)]:
+        now = time.monotonic()
+        if now > killing + UNENDABLE:
+            break
+        for process in alive:
+            with suppress(psutil.Error):
+                if now >= killing:
+                    process.kill()
+                    ended.add(process.pid)
+                elif ask and process.pid not in ended:
+                    process.terminate()
+                    ended.add(process.pid)
+        time.sleep(POLL)
+    return len(ended)

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import site
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,32 +19,35 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 import psutil
 
 import prepare
 import storage
-from lab import untrusted
-from lab.run import child as inside, guard, log as capture, outcome, sandbox
 from lab.errors import LabError
+from lab.reasons import Reason, because
+from lab.run import child, guard, outcome, processes, sandbox
+from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
 from lab.run.processes import tree
 
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
-OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, inside.BEGUN)
+OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
 
-# Settings that a run inherits, by name or by how it begins, unless it looks like a secret.
+# Settings that a run inherits, by name or by how it begins.
 SAFE = """PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX
 SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE""".split()
 SAFE_PREFIXES = tuple(
     """LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
 VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split()
 )
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "AUTH")
+# Parts of names: of secrets, and of where compilers write, which must be its home's cache.
+NOT_SAFE = "TOKEN KEY SECRET PASSW CREDENTIAL AUTH TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR".split()
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Request:
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
         protected: folders that the run has nothing to write in, its own excepted.
-        ending: asked while it lasts; a reason to end it that is not its fault, or None.
+        ending: asked while it lasts; the code of a reason to end it that is not its fault, or None.
     """
 
     judge: Path
@@ -93,7 +95,7 @@ class Scores:
 
 
 class Halted(Exception):
-    """What was being run was ended because the request's `ending` said so; that is the reason."""
+    """What was being run was ended because the request's `ending` gave this code of a reason."""
 
 
 def run(request: Request) -> Outcome:
@@ -103,39 +105,28 @@ def run(request: Request) -> Outcome:
         Halted: it was ended from outside.
         LabError: it could not be begun, which is not train.py's fault.
     """
-    folder, known = request.folder, outcome.reasons()  # read before a run that might change them
-    clear(folder, RECORDS)
-    ended = execute(request, "train", folder / "run.log", AUTORESEARCH_RESULT=str(folder / "result.json"))
-    log = capture.read(folder / "run.log")
-    found = outcome.read(folder / "result.json")
-    mark = outcome.read(folder / guard.MARK) or {}
-    facts = outcome.sound(found) if found else None
-    status, reason = outcome.judged(request, ended, found, facts, mark, log, known)
-    if facts and abs(ended.set_by) > outcome.CLOCKS_APART:
-        facts["total_seconds"] = ended.seconds
-    if status != "ok" and facts:
-        facts.pop("val_bpb", None)
-    trace = untrusted.clean(log) if status == "crash" else ""
-    return Outcome(status, untrusted.one_line(reason), facts, ended.seconds, trace)
+    clear(request.folder, RECORDS)
+    result = request.folder / "result.json"
+    ended = execute(request, "train", request.folder / "run.log", AUTORESEARCH_RESULT=str(result))
+    return outcome.of_run(request, ended)
 
 
-def score(request: Request, weights: Path) -> Scores:
+def score(request: Request, weights: Path) -> Scores | Reason:
     """Scores the weights of a run again, in a fresh process and by the judge's evaluator.
+
+    Returns:
+        Their scores, or why they can't be scored.
 
     Raises:
         Halted: it was ended from outside.
-        LabError: they can't be scored; the reason is a line.
+        LabError: it could not be begun.
     """
-    known = outcome.reasons()
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
-        raise LabError(f"there are no weights {weights}")
+        return because("no_weights")
     ended = execute(request, "score", request.folder / "score.log", weights=weights)
-    found = outcome.read(request.folder / "score.json") or {}
-    log = capture.read(request.folder / "score.log")
-    if problem := outcome.unscored(request, ended, found, log, known):
-        raise LabError(untrusted.one_line(problem))
-    return Scores(found["val_bpb"], found["held_out_bpb"])
+    scores = outcome.read(request.folder / "score.json") or {}
+    return outcome.unscored(request, ended, scores) or Scores(scores["val_bpb"], scores["held_out_bpb"])
 
 
 # --- A process, from its start to its end ---
@@ -157,52 +148,39 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         return
-
-    def allow(path):
-        if not path.is_symlink():
-            with suppress(OSError):
-                path.chmod(0o700)
-
-    allow(folder)
+    with suppress(OSError):
+        folder.chmod(0o700)
     for place, folders, files in os.walk(folder):  # which lists a folder after it was allowed to
-        for name in [*folders, *(files if os.name == "nt" else [])]:
-            allow(Path(place, name))
+        for path in (Path(place, name) for name in [*folders, *(files if os.name == "nt" else [])]):
+            with suppress(OSError):
+                if not path.is_symlink():
+                    path.chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def execute(request: Request, mode: str, log: Path, weights: Path | None = None, **settings: str) -> Ended:
     """Starts child.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
-    facts = {
-        "mode": mode,
-        "folder": str(folder),
-        "home": str(request.home),
-        "budget": request.budget,
-        "protected": [str(path) for path in request.protected],
-        "weights": str(weights),
-    }
+    facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
+    facts |= {"protected": [str(path) for path in request.protected], "weights": str(weights)}
     command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
-    settings |= environment(request, temporary)
-    wrapped = sandbox.wrap(
+    command = sandbox.wrap(
         request.sandbox,
         command,
         readable=[*readable(request), *([weights.absolute()] if weights else [])],
         writable=[folder, request.home / "cache"],
-        hidden=hidden(request),
+        hidden=[Path.home(), request.home, Path("/run/user")],  # the user's files, other runs, the session's sockets
         temporary=temporary,
         cwd=folder / "work",
     )
+    settings |= environment(request, temporary)
     begun, wall = time.monotonic(), time.time()
-    process = subprocess.Popen(
-        wrapped,
-        cwd=folder / "work",
-        env=settings,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    process = Popen(
+        command, cwd=folder / "work", env=settings, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True
     )
-    output = capture.Log(process.stdout.fileno(), log)
+    assert process.stdin and process.stdout
+    output = Log(os.dup(process.stdout.fileno()), log)
+    process.stdout.close()
     try:
         problem = watch(process, request, output, begun + request.timeout)
     finally:
@@ -210,90 +188,71 @@ def execute(request: Request, mode: str, log: Path, weights: Path | None = None,
             ask_to_end(process)
         finally:
             process.stdin.close()  # the lifeline
-            left = end(request.run_id, request.home, 0.0 if inside.LINUX else inside.LINGER)
+            left = end(request.run_id, request.home, 0.0 if child.LINUX else child.LINGER)
             output.close()
             if temporary != folder / "tmp":
                 remove(temporary)
     seconds = time.monotonic() - begun
     set_by = time.time() - wall - seconds
-    if not (folder / inside.BEGUN).exists():
+    if not (folder / child.BEGUN).exists():
         raise LabError(
             f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
             "sandbox that does not work any more, start a new session"
         )
     code = process.returncode
-    if inside.LINUX and code > inside.LEFT_RUNNING:
-        left, code = left + code - inside.LEFT_RUNNING, 0
+    if child.LINUX and code > child.LEFT_RUNNING:
+        left, code = left + code - child.LEFT_RUNNING, 0
     if left and not problem:
-        problem = f"it left {left} process{'es' if left > 1 else ''} running"
+        problem = because("left_processes", count=left)
     return Ended(128 - code if code > 128 else code, seconds, set_by, problem)
 
 
-def watch(process: subprocess.Popen, request: Request, output: capture.Log, deadline: float) -> str | None:
+def watch(process: Popen, request: Request, output: Log, deadline: float) -> Reason | None:
     """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now."""
+    ceiling = request.memory_ceiling if request.unified else None
     look = time.monotonic()
     while True:
-        try:
+        with suppress(TimeoutExpired):
             process.wait(0.25)
             return None
-        except subprocess.TimeoutExpired:
-            pass
         if why := request.ending():
             raise Halted(why)
         if output.flooded:
-            return f"it printed more than {capture.FLOOD // 2**20} MB"
+            return because("flooded", most=FLOOD // 2**20)
         now = time.monotonic()
         if now > deadline:
-            return f"timeout: not done after {request.timeout:.0f} s, with {request.budget:g} s for training"
-        if request.unified and request.memory_ceiling is not None and now >= look:
+            return because("timeout", seconds=request.timeout, budget=request.budget)
+        if ceiling is not None and now >= look:
             look = now + MEMORY_EVERY
-            if (used := memory(process.pid)) > request.memory_ceiling:
-                return (
-                    f"memory: it used {used / 2**20:,.0f} MB; at most {request.memory_ceiling / 2**20:,.0f} MB are "
-                    "allowed"
-                )
+            if (used := memory(process.pid)) > ceiling:
+                return because("memory", used_mb=used / 2**20, most_mb=ceiling / 2**20)
 
 
 def memory(pid: int) -> int:
     """Bytes that a process and those below it hold; what they share counts once where that can be told."""
-    resident = proportional = 0
-    processes = tree(pid)
-    for one in processes:
-        try:
-            resident += one.memory_info().rss
-        except psutil.Error:
-            continue
-    if len(processes) < 2 or not inside.LINUX:
-        return resident
-    for one in processes:  # telling them apart takes longer, and matters only to processes that share much
-        try:
-            proportional += one.memory_full_info().pss
-        except (psutil.Error, OSError):
-            return resident
-    return proportional
+    family, resident = tree(pid), 0
+    if len(family) > 1 and child.LINUX:  # it takes longer to tell, and matters only to processes that share much
+        with suppress(psutil.Error, OSError):
+            return sum(process.memory_full_info().pss for process in family)
+    for process in family:
+        with suppress(psutil.Error):
+            resident += process.memory_info().rss
+    return resident
 
 
-def ask_to_end(process: subprocess.Popen) -> None:
+def ask_to_end(process: Popen) -> None:
     """SIGTERM to everything below a process that still runs; a little later, SIGKILL."""
-    if process.poll() is not None:
-        return
-    processes = tree(process.pid)
-    for one in processes:
-        try:
-            if one.name() not in WRAPPERS:
-                one.terminate()
-        except psutil.Error:
-            pass
+    if process.poll() is None:
+        processes.end(lambda: [each for each in tree(process.pid) if not is_wrapper(each)], GRACE, ask=True)
+        processes.end(lambda: tree(process.pid))
+        process.wait()
+
+
+def is_wrapper(process: psutil.Process) -> bool:
     try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass
-    for one in dict.fromkeys([*processes, *tree(process.pid)]):
-        try:
-            one.kill()
-        except psutil.Error:
-            pass
-    process.wait()
+        return process.name() in WRAPPERS
+    except psutil.Error:
+        return False
 
 
 def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
@@ -303,38 +262,8 @@ def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
         home: the AUTORESEARCH_HOME of the run; prepare's by default.
         patience: seconds that they are given to end by themselves.
     """
-    home, ended, deadline = str(home or storage.home().absolute()), set(), time.monotonic() + patience
-    for _ in range(50):  # what is being ended may start another
-        alive = [
-            one
-            for marked in psutil.process_iter()
-            if _belongs(marked, run_id, home)
-            for one in tree(marked.pid)
-            if one.pid != os.getpid()
-        ]
-        if not alive:
-            break
-        if time.monotonic() < deadline:
-            time.sleep(0.1)
-            continue
-        for one in dict.fromkeys(alive):
-            try:
-                one.kill()
-                ended.add(one.pid)
-            except psutil.Error:
-                pass
-        psutil.wait_procs(alive, 0.2)
-    return len(ended)
-
-
-def _belongs(process: psutil.Process, run_id: str, home: str) -> bool:
-    try:
-        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        of = process.environ()
-    except (psutil.Error, OSError):
-        return False
-    return (of.get("AUTORESEARCH_RUN"), of.get("AUTORESEARCH_HOME")) == (run_id, home)
+    mark = {"AUTORESEARCH_RUN": run_id, "AUTORESEARCH_HOME": str(home or storage.home().absolute())}
+    return processes.end(lambda: processes.marked(**mark), patience)
 
 
 # --- What it gets ---
@@ -344,13 +273,10 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     """All that a run is told."""
 
     def safe(name):
-        return (name.upper() in SAFE or name.startswith(SAFE_PREFIXES)) and not any(s in name.upper() for s in SECRET)
+        named = name.upper() in SAFE or name.startswith(SAFE_PREFIXES)
+        return named and not any(secret in name.upper() for secret in NOT_SAFE)
 
-    inherited = {
-        name: value
-        for name, value in os.environ.items()  # where compilers write must be its home's cache
-        if safe(name) and name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    }
+    inherited = {name: value for name, value in os.environ.items() if safe(name)}
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
@@ -399,15 +325,12 @@ def short_temporary(request: Request) -> Path:
     return path
 
 
-def hidden(request: Request) -> list[Path]:
-    """What a run is not to see: the user's home, other runs, and the sockets of the user's session."""
-    return [Path.home(), request.home, Path("/run/user")]
-
-
 def readable(request: Request) -> list[Path]:
-    """What it needs of that."""
+    """What a run needs of folders that are hidden from it."""
     search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
-    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")]
+    named: list[str | Path | None] = [
+        os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")
+    ]
     named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
     if library := request.settings.get("AUTORESEARCH_FA3_LIBRARY"):
         named += Path(library).parent.glob("libcudart.so*")  # which is loaded from beside it

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lab.errors import LabError
 
+Paths = Sequence[Path]
 NAMES = ("bwrap", "unshare", "sandbox-exec")
 SYSTEM_TEMPORARY = Path("/tmp")
 KEPT = ("/proc", "/sys", "/dev")  # file systems that stay as they are
@@ -32,20 +33,13 @@ def probe() -> str | None:
     return next((name for name in NAMES if shutil.which(name) and works(name)), None)
 
 
-def works(name: str) -> bool:
-    """Whether, under this tool, what is hidden is, what is read-only is, and what is writable can be written."""
-    with tempfile.TemporaryDirectory(prefix="autoresearch-probe-") as folder:
-        root = Path(folder).resolve()
-        secret, seen, out, temporary = (root / part for part in ("home/secret", "home/seen", "out", "tmp"))
-        for each in (seen, out, temporary):
-            each.mkdir(parents=True)
-        secret.write_text("x")
-        code = f"""
-import os, socket
-open({str(out / "yes")!r}, "w").close()
-for path in ({str(secret)!r}, {str(seen / "no")!r}):
+TRIAL = """
+import os, socket, sys
+secret, seen, out = sys.argv[1:]
+open(out + "/yes", "w").close()
+for path, mode in ((secret, "r"), (seen + "/no", "w")):
     try:
-        open(path, "r" if path.endswith("secret") else "w").close()
+        open(path, mode).close()
         os._exit(1)
     except OSError:
         pass
@@ -57,15 +51,19 @@ except TimeoutError:
 except OSError:
     pass
 """
-        command = wrap(
-            name,
-            [sys.executable, "-IS", "-c", code],
-            readable=[seen, *interpreter()],
-            writable=[out],
-            hidden=[root / "home"],
-            temporary=temporary,
-            cwd=out,
-        )
+
+
+def works(name: str) -> bool:
+    """Whether, under this tool, what is hidden is, what is read-only is, and what is writable can be written."""
+    with tempfile.TemporaryDirectory(prefix="autoresearch-probe-") as folder:
+        root = Path(folder).resolve()
+        secret, seen, out, temporary = (root / part for part in ("home/secret", "home/seen", "out", "tmp"))
+        for path in (seen, out, temporary):
+            path.mkdir(parents=True)
+        secret.write_text("x")
+        command = [sys.executable, "-IS", "-c", TRIAL, str(secret), str(seen), str(out)]
+        readable, hidden = [seen, *interpreter()], [root / "home"]
+        command = wrap(name, command, readable=readable, writable=[out], hidden=hidden, temporary=temporary, cwd=out)
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired):
@@ -76,9 +74,9 @@ except OSError:
 def describe(name: str | None) -> str:
     """What is protected by this tool and what is not, in a sentence."""
     if name is None:
-        found = " (installing bubblewrap may help)" if sys.platform.startswith("linux") else ""
+        advice = " (installing bubblewrap may help)" if sys.platform.startswith("linux") else ""
         return (
-            f"This system offers no sandbox that works{found}: train.py would run with your rights, could read "
+            f"This system offers no sandbox that works{advice}: train.py would run with your rights, could read "
             "your files and use the network, and only what its own Python code does is looked after."
         )
     return (
@@ -95,30 +93,16 @@ def refuse_without(name: str | None, unsandboxed: bool) -> None:
 
 def interpreter() -> list[Path]:
     """What this Python needs to run: where it is installed, and its packages."""
-    executable = Path(sys.executable)
-    paths = [
-        sys.prefix,
-        sys.base_prefix,
-        sys.exec_prefix,
-        sys.base_exec_prefix,
-        executable.parent,
-        executable.resolve().parent,
-        *sys.path[1:],
-    ]
+    binary = Path(sys.executable)
+    paths = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]
+    paths += [binary.parent, binary.resolve().parent, *sys.path[1:]]
     if site.ENABLE_USER_SITE:
         paths.append(site.getuserbase())
     return [Path(path) for path in paths if path and os.path.exists(path)]
 
 
 def wrap(
-    name: str | None,
-    command: Sequence[str],
-    *,
-    readable: Sequence[Path],
-    writable: Sequence[Path],
-    hidden: Sequence[Path],
-    temporary: Path,
-    cwd: Path,
+    name: str | None, command: list[str], *, readable: Paths, writable: Paths, hidden: Paths, temporary: Path, cwd: Path
 ) -> list[str]:
     """The command that carries out `command` in `cwd` under a tool; None changes nothing.
 
@@ -142,48 +126,28 @@ def seen(name: str | None, temporary: Path) -> Path:
     return SYSTEM_TEMPORARY if name in ("bwrap", "unshare") else temporary
 
 
-def resolved(paths: Sequence[Path]) -> list[Path]:
+def resolved(paths: Paths) -> list[Path]:
     """As given and with links followed: a path may be used in either form."""
     return list(dict.fromkeys(form for path in paths for form in (Path(os.path.abspath(path)), Path(path).resolve())))
 
 
-def layers(
-    readable: list[Path], writable: list[Path], hidden: list[Path], temporary: Path
-) -> list[tuple[str, Path, Path]]:
+def layers(readable: Paths, writable: Paths, hidden: Paths, temporary: Path) -> list[tuple[str, Path, Path]]:
     """What is to be mounted over a file tree that can't be written, outer folders first: ("hide", path, path), or
     ("show" or "write", what, where)."""
-    covers = [*hidden, SYSTEM_TEMPORARY]
-    wanted = {path: "show" for path in readable if any(cover in path.parents for cover in covers)}
-    wanted |= {
-        path: "write" for path in writable if any(cover in path.parents for cover in covers) or path == path.resolve()
-    }
+
+    def covered(path):
+        return any(cover in path.parents for cover in (*hidden, SYSTEM_TEMPORARY))
+
+    wanted = {path: "show" for path in readable if covered(path)}
+    wanted |= {path: "write" for path in writable if covered(path) or path == path.resolve()}
     wanted |= dict.fromkeys(hidden, "hide")
     steps = [(what, path, path) for path, what in wanted.items() if os.path.exists(path)]
     return sorted([*steps, ("write", temporary, SYSTEM_TEMPORARY)], key=lambda step: len(step[2].parts))
 
 
 def _bwrap(command, steps, temporary, cwd):
-    arguments = [
-        "bwrap",
-        "--unshare-user",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-ipc",
-        "--as-pid-1",
-        "--die-with-parent",
-        "--cap-drop",
-        "ALL",
-        "--ro-bind",
-        "/",
-        "/",
-        "--dev-bind",
-        "/dev",
-        "/dev",
-        "--tmpfs",
-        "/dev/shm",
-        "--proc",
-        "/proc",
-    ]
+    arguments = """bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --as-pid-1 --die-with-parent
+    --cap-drop ALL --ro-bind / / --dev-bind /dev /dev --tmpfs /dev/shm --proc /proc""".split()
     for what, source, target in steps:
         arguments += {"hide": ["--tmpfs"], "show": ["--ro-bind", str(source)], "write": ["--bind", str(source)]}[what]
         arguments.append(str(target))
@@ -215,47 +179,24 @@ def _unshare(command, steps, temporary, cwd):
         script += [f"[ -e {at(target)} ] || {{ {make}; }}", f"mount --bind {shlex.quote(str(source))} {at(target)}"]
         if what == "show":
             script.append(remount(options_of(source), at(target)))
-    script += [
-        f"mount -t proc proc {at('/proc')}",
-        f"cd {at('')}",
-        "pivot_root . .",
-        "umount -l .",
-        f"cd {shlex.quote(str(cwd))}",
-        "ip link set lo up 2>/dev/null || true",
-        'exec "$@"',
-    ]
-    return [
-        "unshare",
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "--net",
-        "--ipc",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "sh",
-        "-c",
-        "PATH=$PATH:/usr/sbin:/sbin\n" + "\n".join(script),
-        "sh",
-        *command,
-    ]
+    script += [f"mount -t proc proc {at('/proc')}", f"cd {at('')}", "pivot_root . .", "umount -l ."]
+    script += [f"cd {shlex.quote(str(cwd))}", "ip link set lo up 2>/dev/null || true", 'exec "$@"']
+    tool = "unshare --user --map-root-user --mount --net --ipc --pid --fork --kill-child sh -c".split()
+    return [*tool, "PATH=$PATH:/usr/sbin:/sbin\n" + "\n".join(script), "sh", *command]
 
 
 def mounts() -> list[tuple[str, set[str]]]:
     """(target, options) of what is mounted here."""
-    lines = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
+    rows = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [
-        (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line[1]), set(line[3].split(","))) for line in lines
+        (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), row[1]), set(row[3].split(","))) for row in rows
     ]
 
 
 def options_of(path: Path) -> set[str]:
     """Those that a remount of something on this file system has to repeat."""
-    holding = [
-        (target, options) for target, options in mounts() if Path(target) == path or Path(target) in path.parents
-    ]
-    return max(holding, key=lambda one: len(one[0]))[1]
+    holding = [mount for mount in mounts() if Path(mount[0]) in (path, *path.parents)]
+    return max(holding, key=lambda mount: len(mount[0]))[1]
 
 
 def macos_profile(readable: list[Path], writable: list[Path], hidden: list[Path]) -> str:
@@ -266,12 +207,12 @@ def macos_profile(readable: list[Path], writable: list[Path], hidden: list[Path]
         names = (str(path).replace("\\", "\\\\").replace('"', '\\"') for path in folders)
         return "".join(f'\n  ({kind} "{name}")' for name in names)
 
+    rules = ["(version 1)", "(allow default)", "(deny network*)"]
+    if hidden:
+        rules.append(f"(deny file-read-data{paths('subpath', hidden)})")
     return "\n".join(
         [
-            "(version 1)",
-            "(allow default)",
-            "(deny network*)",
-            f"(deny file-read-data{paths('subpath', hidden)})" if hidden else "",
+            *rules,
             f"(allow file-read-data{paths('subpath', [*readable, *writable])})",
             '(deny file-write* (subpath "/"))',
             '(allow file-write*\n  (subpath "/dev")\n  (regex #"^/private/var/folders/[^/]+/[^/]+/C/")'

@@ -122,8 +122,8 @@ class ExperimentOpened(Event, tag="experiment"):
             kept for. commit: where it is stored.
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
         kinds: what it is about, see genome/kinds.py. diff: a unified diff from parent to blob.
-        members: numbers of the near misses that it puts together. min_runs: seeds that it and its parent are run on at
-            least. pairs, budget: of a confirmation.
+        members: numbers of the near misses that it puts together, or of the one that it repeats.
+        min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation.
     """
 
     number: Number
@@ -259,17 +259,23 @@ class TurnTaken(Event, tag="turn"):
     """A proposal.
 
     Attributes:
-        by: who made it. outcome: "edited" if it gave an experiment, of that number; see night/agent.py for the others.
-        said: what was seen, a clean line. log: path of what it printed. others: files beside train.py that changed.
-        digest: of the train.py. righted: something beside train.py had to be put right.
+        by: who made it.
+        outcome: "edited" if it gave a train.py to run. Else train.py is the best again, and the agent "failed" (exit
+            status), "hung" (time limit), "flooded" (output limit), "asked" (a question, of nobody), wrote "no python",
+            changed only files "elsewhere", did "nothing", or made what had been tried "again"; or it was "stopped" or
+            "interrupted" with the night, which is no failure.
+        said: what the agent did, on a clean line that goes on from "the agent ...".
+        description: of the change, what and why. digest: of the train.py. experiment: its number.
+        log: path of what was printed. others: files beside train.py that changed.
+        righted: something beside train.py had to be put right, or has no effect; `said` tells what.
     """
 
     by: Literal["agent", "proposer"]
-    outcome: str
-    said: str = ""
-    description: str = ""
-    digest: str | None = None
-    experiment: int | None = None
+    outcome: Name
+    said: Text = ""
+    description: Text = ""
+    digest: Digest = ""
+    experiment: Number | None = None
     log: str = ""
     others: list[str] = []
     seconds: float = 0.0
@@ -277,7 +283,9 @@ class TurnTaken(Event, tag="turn"):
 
 
 class NightEnded(Event, tag="ended"):
-    why: str = ""
+    """`why`: in words, for people."""
+
+    why: Text = ""
 
 
 NightEvent = NightBegan | TurnTaken | NightEnded

@@ -50,7 +50,11 @@ class Record:
                 raise LabError(f"the train.py of experiment {number} of {self.name} is not known")
             if number == BASELINE or experiment.onto is None:
                 self._trains[number] = normalised(self.base)
-            else:
-                before = self.train(experiment.onto)
-                self._trains[number] = patched(before, experiment.diff) if experiment.diff else before
+            elif experiment.diff:
+                self._trains[number] = patched(self.train(experiment.onto), experiment.diff)
+            else:  # further runs of one, such as a confirmation's
+                first = next(e.number for e in self.state.experiments.values() if e.blob == experiment.blob)
+                if first == number:
+                    raise LabError(f"the diff of experiment {number} of {self.name} is not known")
+                self._trains[number] = self.train(first)
         return self._trains[number]

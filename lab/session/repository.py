@@ -281,7 +281,7 @@ class Repository:
     def sweep(self) -> None:
         """Removes what a killed `settle` has left."""
         for path in self.path.glob(f"{TRAIN}.*.tmp"):
-            if re.fullmatch(re.escape(TRAIN) + r"\.\d+\.tmp", path.name):
+            if re.fullmatch(re.escape(TRAIN) + r"\.[\d-]+\.tmp", path.name):
                 path.unlink(missing_ok=True)
 
     def _git_runs(self) -> bool:

@@ -1,80 +1,63 @@
 """Tries here what another machine kept: each of its changes is made on this train.py, run, and judged as any other.
 
-A change is made three ways: what it changed there is changed here (merge.py). Where the same lines are others here, it
-does not apply; that is said, and nothing is forced. With `each` a change is made on the baseline's train.py and judged
-against the baseline, beside the branch, which stays where it is; stacked, they are made one after the other on the
-best so far, and what is kept moves the branch.
+A change is made three ways: what it changed there is changed here (genome/merge.py). Where the same lines are others
+here, it does not apply; that is said, and nothing is forced. Each is made on the baseline's train.py and judged against
+the baseline, beside the branch, which stays where it is; or, stacked, they are made one after the other on the best so
+far, and what is kept moves the branch.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lab import untrusted
-from lab.cli import render as show
-from lab.genome import syntax as source
-from lab.share import publish
-from lab.verdict import gate
-from lab.session.begin import await_verdict, exclusive, head_of_best, refuse_if_not_ours, sound_baseline
-from lab.share.bundle import MOST_OF_A_PATCH, Bundle
-from lab.compare import effects
-from lab.compare.effects import Effect
-from lab.compare.record import Trial
 from lab.errors import LabError
-from lab.genome.merge import Conflict, merged, patched
+from lab.genome.change import diff
+from lab.genome.merge import Conflict, merged
+from lab.genome.syntax import describe, normalised
+from lab.session.record import Record
 from lab.session.session import Session, refuse_if_busy
-from lab.session.state import CONFIRM, REPEAT, REPLAY, Experiment
+from lab.session.state import MEASURING, Experiment
+from lab.share import sources
+from lab.untrusted import counted
+from lab.verdict import executor, gate, opening
+from lab.verdict.plan import noise_of
 
 WIDTH = 160  # characters of a description, or of a line
 MOST_SHOWN = 12  # lines of a conflict
 MOST_RUNS = 100
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A change from elsewhere.
-
-    Attributes:
-        number: there. origin: "DEVICE/TAG/PATCH" of who made it first. before, after: train.py there, with \\n at the
-            ends of lines. gain: bits per byte, as the verdict had it there; None if unknown.
-        problem: why it can't be had, "" if it can.
-    """
-
-    number: int
-    description: str
-    origin: str
-    before: bytes
-    after: bytes
-    gain: float | None = None
-    problem: str = ""
-
-
 @dataclass
-class Step:
-    """What becomes of a candidate here.
+class Candidate:
+    """A change from elsewhere, and what becomes of it here.
 
     Attributes:
-        content: the train.py to run, and `here`, what it is made of; None if nothing is to be run, and `why`.
-        again: the experiment that is to be run more often; done: the one that told, or tells now.
+        change: the experiment there. description: of it, a clean line. origin: "DEVICE/TAG/ID" of who made it first.
+        before, after: train.py there. why: it can't be had, is not to be run, or was known before.
+        content: the train.py to run; None if nothing is. here: what it is made of.
+        again: the experiment that is to be run more often. done: the one that told, or tells now.
         conflicts: the lines where it does not apply.
     """
 
-    candidate: Candidate
+    change: Experiment
+    description: str
+    origin: str
+    before: bytes = b""
+    after: bytes = b""
+    why: str = ""
     content: bytes | None = None
     here: bytes = b""
-    why: str = ""
     again: Experiment | None = None
     done: Experiment | None = None
     conflicts: list[Conflict] = field(default_factory=list)
 
 
-# --- What there is to try ---
-
-
-def candidates(bundle: Bundle, more: bool = False) -> list[Candidate]:
+def candidates(record: Record, more: bool = False) -> list[Candidate]:
     """The changes that a session kept, in order.
 
     Args:
@@ -83,88 +66,71 @@ def candidates(bundle: Bundle, more: bool = False) -> list[Candidate]:
     Raises:
         LabError: it has none.
     """
-    if bundle.base is None:
+    if record.base is None:
         raise LabError(
-            f"{bundle.name} is a bare ledger: it says what was changed in words alone, and there are no "
-            "patches to replay. Ask for the session itself (python -m lab export); compare reads ledgers"
+            f"{record.name} is a bare ledger: it says what was changed in words alone, and there is nothing to replay. "
+            "Ask for the session itself (python -m lab export); compare reads ledgers"
         )
-    told = {one["number"]: one for one in bundle.changes}
-    ids = {row["commit"]: (row["patch"], row["origin"]) for row in bundle.rows}
-    texts, last, found = {0: _ends(bundle.base)}, 0, []
-
-    def add(number, description, commit, parent, patch_text):
-        facts = told.get(number, {})
-        patch, origin = (facts["patch"], facts["origin"]) if facts else ids.get(commit, ("", ""))
-        origin = origin or f"{bundle.name}/{patch}"
-        problem, before, after = "", texts.get(parent, b""), b""
-        try:
-            if parent not in texts:
-                raise LabError(f"what it was made on, {parent}, is not known")
-            after = patched(before, patch_text.replace("\r\n", "\n"))
-            if len(after) > MOST_OF_A_PATCH:
-                raise LabError(f"it makes a train.py of {len(after):,} bytes; it has at most {MOST_OF_A_PATCH:,}")
-            texts[number] = after
-        except LabError as error:
-            problem = str(error)
-        if not patch:
-            problem = problem or "its patch has no id"
-        found.append(
-            Candidate(number, untrusted.one_line(description, WIDTH), origin, before, after, facts.get("gain"), problem)
-        )
-
-    for kept in bundle.kept:
-        add(kept.number, kept.description, kept.commit, last, kept.patch_text)
-        last = kept.number
-    for one in bundle.changes if more else ():
-        beside = one["kind"] == REPLAY and one["status"] == "keep"
-        if (one["near_miss"] and one["status"] == "discard" or beside) and one["patch_text"]:
-            add(one["number"], one["description"], one["commit"], one["parent"], one["patch_text"])
-    if not found:
-        hint = "; --all takes its near misses" * (not more and any(one["near_miss"] for one in bundle.changes))
-        raise LabError(f"{bundle.name} kept no change: there is nothing to replay{hint}")
-    return sorted(found, key=lambda one: one.number)
+    state = record.state
+    near = [e for e in state.decided if e.near_miss and e.status == "discard" and e.kind not in MEASURING]
+    beside = [e for e in state.decided if e.kind == "replay" and e.status == "keep"]
+    kept = [e for e in state.kept if e.number]
+    if not kept + (near + beside) * more:
+        hint = "; --all takes its near misses" * bool(near and not more)
+        raise LabError(f"{record.name} kept no change: there is nothing to replay{hint}")
+    return [_candidate(record, e) for e in sorted(kept + (near + beside) * more, key=lambda e: e.number)]
 
 
-def _ends(content: bytes) -> bytes:
-    return content.replace(b"\r\n", b"\n")
+def _candidate(record: Record, change: Experiment) -> Candidate:
+    description = untrusted.one_line(change.description, WIDTH) or f"change {change.number} of {record.name}"
+    candidate = Candidate(change, description, change.origin or f"{record.name}/{change.change}")
+    try:
+        candidate.before, candidate.after = record.train(change.onto or 0), record.train(change.number)
+    except LabError as error:
+        candidate.why = str(error)
+    if not change.key:
+        candidate.why = candidate.why or "it changes comments or layout alone"
+    return candidate
 
 
-def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, stack: bool, runs: int = 1) -> Step:
-    """What is to be done with a candidate.
+def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, stack: bool, runs: int = 1) -> None:
+    """Says what is to be done with a candidate.
 
     Args:
-        onto: the experiment that it is made on. here: its train.py, as git has it.
+        onto: the experiment that it is made on. here: its train.py.
         runs: of it and of its parent, at least.
     """
-    if candidate.problem:
-        return Step(candidate, why=candidate.problem)
+    if candidate.why:
+        return
     state = session.state
-    decided = [e for e in reversed(state.decided) if e.kind not in (CONFIRM, REPEAT) and not e.verdict.get("unjudged")]
-    before = next((e for e in decided if e.origin == candidate.origin and (e.kind == REPLAY) != stack), None)
-    if before is None:
-        content, conflicts = merged(_ends(here), candidate.before, candidate.after)
-        if conflicts:
-            return Step(candidate, why="does not apply: the same lines are others here", conflicts=conflicts)
-        content = content.replace(b"\n", b"\r\n") if b"\r\n" in here else content
+    decided = [e for e in reversed(state.decided) if e.kind not in MEASURING and e.verdict.judged]
+    known = next((e for e in decided if e.origin == candidate.origin and (e.kind == "replay") != stack), None)
+    if known is None:
+        content, candidate.conflicts = merged(here, candidate.before, candidate.after)
+        if candidate.conflicts:
+            candidate.why = "does not apply: the same lines are others here"
+            return
         try:
-            described = source.describe(content)
+            digest = describe(content).digest
         except LabError as error:
-            return Step(candidate, why=f"what it makes of train.py here is no Python: {error}")
-        if described.digest == source.describe(here).digest:
-            return Step(candidate, why="changes nothing: it is here already")
-        before = (
-            state.same(described.digest)
-            if stack
-            else next((e for e in decided if e.digest == described.digest and e.onto == onto.number), None)
-        )
-        if before is None:
-            return Step(candidate, content, here)
-    seeds = {gate.seed(round) for round in range(runs)}
-    missing = any(seeds - state.results(blob).keys() for blob in (before.blob, before.parent))
-    if not stack and before.status in ("keep", "discard") and runs > 1 and missing:
-        return Step(candidate, why=f"was replayed as experiment {before.number}", again=before)
-    what = "replayed" if before.origin == candidate.origin else "decided"
-    return Step(candidate, why=f"was {what} here before: experiment {before.number}, {before.status}", done=before)
+            candidate.why = f"what it makes of train.py here is no Python: {error}"
+            return
+        if digest == describe(here).digest:
+            candidate.why = "changes nothing: it is here already"
+            return
+        same = (e for e in decided if e.digest == digest and e.onto == onto.number)
+        known = state.equal(digest) if stack else next(same, None)
+        if known is None:
+            candidate.content, candidate.here = content, here
+            return
+    seeds = set(map(gate.seed, range(runs)))
+    missing = any(seeds - state.results(blob or "").keys() for blob in (known.blob, known.parent))
+    if not stack and known.status in ("keep", "discard") and runs > 1 and missing:
+        candidate.again, candidate.why = known, f"was replayed as experiment {known.number}"
+        return
+    what = "replayed" if known.origin == candidate.origin else "decided"
+    candidate.why = f"was {what} here before: experiment {known.number}, {known.status}"
+    candidate.done = known
 
 
 # --- Doing it ---
@@ -174,187 +140,162 @@ def go(session: Session, options) -> int:
     """Replays a session's changes; see __main__.py for the options."""
     if not 1 <= options.runs <= MOST_RUNS or options.limit is not None and options.limit < 1:
         raise LabError(f"--runs is at least 1 and at most {MOST_RUNS}, --limit at least 1")
-    bundle = publish.find(options.source)
-    if bundle.name == session.name:
-        raise LabError(f"{bundle.name} is this session itself; replay it in another one: python -m lab start TAG")
-    found = candidates(bundle, options.all)
+    record = sources.read(options.source)
+    if record.name == session.name:
+        raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
+    changes = candidates(record, options.all)
 
-    def say(text):
+    def say(text: str) -> None:
         if not options.json:
             print(text, flush=True)
 
     say(
-        f"{show.counted(len(found), 'change')} of {bundle.name}, each on the "
-        f"{'best so far' if options.stack else 'baseline'}, at least {show.counted(options.runs, 'run')} of "
+        f"{counted(len(changes), 'change')} of {record.name}, each on the "
+        f"{'best so far' if options.stack else 'baseline'}, at least {counted(options.runs, 'run')} of "
         f"{session.budget:g} s"
     )
+    for name in ("eval", "budget"):
+        there, here = getattr(record.started, name), getattr(session.started, name)
+        if there and there != here:
+            say(f"its {name} is {there}, here it is {here}: only effects compare")
     if not options.dry_run:
         say("they are somebody's code, which --dry-run shows: read it first")
-    for name in ("eval", "budget"):
-        if bundle.session.get(name) not in (None, "", session.facts[name]):
-            say(f"its {name} is {bundle.session[name]}, here it is {session.facts[name]}: only effects compare")
-    if not options.dry_run:
-        refuse_if_not_ours(session)
-    steps = []
-    for place, step in enumerate(_steps(session, found, options, say), 1):
-        steps.append(step)
-        say(f"{place:3d}/{len(found)}  {_told(session, step)}")
-        for line in _edited(step) if options.dry_run else _shown(step):
+        opening.refuse_if_not_ours(session)
+    for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
+        say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
+        for line in _edited(candidate) if options.dry_run else _conflicts(candidate):
             say(f"         {line}")
     if options.json:
-        print(json.dumps([_facts(session, step) for step in steps], indent=1))
+        print(json.dumps([_facts(session, candidate) for candidate in changes], indent=1))
     elif not options.dry_run:
-        say("\n" + transferred(session, options.source))
+        from lab.compare import comparison, tables  # here, because what only replays shall start fast
+
+        compared = comparison.compare([record, sources.of_session(session)])
+        say(f"\n{tables.transfer(compared)}\n\nall of it: python -m lab compare {options.source} {session.name}")
     return 0
 
 
-def _steps(session: Session, found: list[Candidate], options, say) -> Iterator[Step]:
-    """Each candidate's step, once it is done; or, in a dry run, as if all were kept."""
-    begun, text = 0, None
+def _carried_out(session: Session, changes: list[Candidate], options, say: Callable) -> Iterator[Candidate]:
+    """Each candidate, once it is done; or, in a dry run, as if all were kept."""
+    begun, stacked = 0, None
     if not options.dry_run:
         _finish(session, say)
-        sound_baseline(session)
-    for candidate in found:
+        opening.sound_baseline(session)
+    for candidate in changes:
         onto = options.stack and session.state.best or session.state.baseline
-        here = text or session.tree.contents([onto.blob])[onto.blob]
-        step = look(session, candidate, onto, here, options.stack, options.runs)
-        to_run = step.content is not None or step.again is not None
+        here = stacked or normalised(session.repository.content(onto.blob))
+        look(session, candidate, onto, here, options.stack, options.runs)
         if options.dry_run:
-            text = step.content or text if options.stack else None
-        elif to_run and options.limit is not None and begun == options.limit:
-            step = Step(candidate, why="left for later (--limit)")
-        elif to_run:
-            begun += 1
-            say(f"         {untrusted.one_line(candidate.description, WIDTH)} ...")
-            step.done = _carry_out(session, step, onto, options)
-        yield step
+            stacked = candidate.content or stacked if options.stack else None
+        elif candidate.content is not None or candidate.again:
+            if begun == options.limit:
+                candidate.why, candidate.content, candidate.again = "left for later (--limit)", None, None
+            else:
+                begun += 1
+                say(f"         {candidate.description} ...")
+                candidate.done = _run(session, candidate, onto, options)
+        yield candidate
 
 
-def _finish(session: Session, say) -> None:
+def _finish(session: Session, say: Callable) -> None:
     """Lets what runs, or was interrupted, come first: a replay that was ended with Ctrl-C has left it behind."""
     session.refresh()
-    if (pending := session.state.pending) and session.supervised:
-        say(f"experiment {pending.number} is running, and comes first")
-        await_verdict(session, pending)
-    with exclusive(session):
+    if (experiment := session.state.oldest_open) and session.supervised:
+        say(f"experiment {experiment.number} is running, and comes first")
+        opening.await_verdict(session, experiment)
+    with opening.exclusive(session):
         refuse_if_busy(session.device_lock)
-        pending = session.state.pending
-    if pending:
-        say(f"experiment {pending.number} was interrupted, and comes first")
-        await_verdict(session, pending, session.launch())
+        experiment = session.state.oldest_open
+        process = executor.launch(session) if experiment else None
+    if experiment:
+        say(f"experiment {experiment.number} was interrupted, and comes first")
+        opening.await_verdict(session, experiment, process)
 
 
-def _carry_out(session: Session, step: Step, onto: Experiment, options) -> Experiment:
-    """Has a step's experiment run; the experiment, with its verdict."""
-    refuse_if_not_ours(session)
-    with exclusive(session):
+def _run(session: Session, candidate: Candidate, onto: Experiment, options) -> Experiment:
+    """Has a candidate's experiment run; the experiment, with its verdict."""
+    opening.refuse_if_not_ours(session)
+    with opening.exclusive(session):
         refuse_if_busy(session.device_lock)
-        if session.state.pending or options.stack and session.state.best is not onto:
+        if session.state.open or options.stack and session.state.best is not onto:
             raise LabError("another command has begun an experiment meanwhile: python -m lab wait, then replay again")
-        if step.again:
-            experiment = _repeat(session, step, options.runs)
-        else:
-            experiment = _begin(session, step, onto, options)
-    await_verdict(session, experiment, session.launch())
+        experiment = _open(session, candidate, onto, options.stack, options.runs)
+        process = executor.launch(session)
+    opening.await_verdict(session, experiment, process)
     return experiment
 
 
-def _begin(session: Session, step: Step, onto: Experiment, options) -> Experiment:
-    tree, candidate, described = session.tree, step.candidate, source.describe(step.content)
-    head = head_of_best(session) if options.stack else onto.commit
-    if options.stack and source.describe(tree.train()).digest != onto.digest:
+def _open(session: Session, candidate: Candidate, onto: Experiment, stack: bool, runs: int) -> Experiment:
+    repository = session.repository
+    if known := candidate.again:  # further runs of what was decided before, and of its parent
+        names = "blob parent onto description digest complexity portable change family kinds diff".split()
+        facts = {name: getattr(known, name) for name in names}
+        facts |= {"kind": "repeat", "commit": known.here, "members": [known.number]}
+        return session.open_experiment(**facts, origin=known.origin or candidate.origin, min_runs=runs)
+    head = opening.head_of_best(session) if stack else onto.commit
+    if stack and describe(repository.train()).digest != onto.digest:
         raise LabError("train.py has an edit of yours; run that first, or put it back: git checkout -- train.py")
-    blob = tree.git("hash-object", "-w", "--stdin", content=step.content)  # as git has it: no filters
-    message = candidate.description or f"change {candidate.number} of {candidate.origin}"
-    return session.begin(
-        kind="change" if options.stack else REPLAY,
-        blob=blob,
-        parent=onto.blob,
-        onto=onto.number,
-        commit=tree.commit(head, blob, message),
-        description=message,
-        digest=described.digest,
-        nodes=described.nodes,
-        portable=described.portable,
-        patch=tree.patch(onto.blob, blob)[1],
-        origin=candidate.origin,
-        fewest=options.runs,
-    )
-
-
-def _repeat(session: Session, step: Step, runs: int) -> Experiment:
-    """Further runs of what was decided before, and of its parent, on the seeds that are missing."""
-    e = step.again
-    said = {"status": e.status, "reason": f"as experiment {e.number}, of which these are further runs"}
-    return session.begin(
-        kind=REPEAT,
-        blob=e.blob,
-        parent=e.parent,
-        onto=e.onto,
-        commit=e.applied["commit"],
-        description=e.description,
-        digest=e.digest,
-        nodes=e.nodes,
-        portable=e.portable,
-        patch=e.patch,
-        origin=e.origin or step.candidate.origin,
-        fewest=runs,
-        judged=said,
-    )
+    content = candidate.content or b""
+    if b"\r\n" in repository.content(onto.blob):
+        content = content.replace(b"\n", b"\r\n")
+    facts = opening.facts_of_change(session, onto, content)
+    facts |= {
+        "kind": "change" if stack else "replay",
+        "commit": repository.commit(head, facts["blob"], candidate.description),
+    }
+    return session.open_experiment(**facts, description=candidate.description, origin=candidate.origin, min_runs=runs)
 
 
 # --- Telling ---
 
 
-def effect(session: Session, experiment: Experiment) -> Effect | None:
-    """How much it moved val_bpb, by all runs of it and of its parent; None if they have no scores."""
-    own, parent = (
-        [Trial(None, seed, bpb) for seed, bpb in session.state.results(blob).items()]
-        for blob in (experiment.blob, experiment.parent)
-    )
+def effect(session: Session, experiment: Experiment) -> dict | None:
+    """How much it moved val_bpb, by all runs of it and of its parent, in bits per byte, with the 90 % interval; None if
+    they have no scores."""
+    own, parent = (list(session.state.results(blob or "").values()) for blob in (experiment.blob, experiment.parent))
     if not own or not parent or experiment.status not in ("keep", "discard"):
         return None
-    return effects.between(own, parent, session.noise)
+    noise, value = noise_of(session.state), statistics.fmean(own) - statistics.fmean(parent)
+    half = gate.t_quantile(0.05, noise.df) * noise.sd * math.sqrt(1 / len(own) + 1 / len(parent))
+    return {"value": value, "low": value - half, "high": value + half, "runs": len(own), "parent_runs": len(parent)}
 
 
-def _told(session: Session, step: Step) -> str:
-    what = untrusted.one_line(step.candidate.description, WIDTH)
-    if step.done is None:
-        return f"{step.why or 'applies'}{', and would be run again' * bool(step.again)}: {what}"
-    found = effect(session, step.done)
-    numbers = (
-        ""
-        if found is None
-        else (
-            f", {found.value:+.6f} against its parent (90 % interval {found.low:+.6f} to {found.high:+.6f}; "
-            f"{found.runs} runs against {found.parent_runs})"
+def _told(session: Session, candidate: Candidate) -> str:
+    done = candidate.done
+    if done is None:
+        return (
+            f"{candidate.why or 'applies'}{', and would be run again' * bool(candidate.again)}: {candidate.description}"
         )
-    )
-    if not step.content and not step.again:
-        return f"{step.why}{numbers}: {what}"
-    why = "" if found else f" ({untrusted.one_line(step.done.verdict['reason'], WIDTH)})"
-    return f"experiment {step.done.number}: {step.done.status.upper()}{numbers}{why}: {what}"
+    numbers = ""
+    if moved := effect(session, done):
+        numbers = (
+            ", {value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6f}; {runs} runs against "
+            "{parent_runs})".format_map(moved)
+        )
+    if not candidate.content and not candidate.again:
+        return f"{candidate.why}{numbers}: {candidate.description}"
+    why = "" if moved else f" ({untrusted.one_line(done.verdict.said, WIDTH)})"
+    return f"experiment {done.number}: {done.status.upper()}{numbers}{why}: {candidate.description}"
 
 
-def _edited(step: Step) -> Iterator[str]:
+def _edited(candidate: Candidate) -> Iterator[str]:
     """What it would change here, or what stands in the way."""
-    if step.content is None:
-        yield from _shown(step)
+    if candidate.content is None:
+        yield from _conflicts(candidate)
         return
-    rows = [content.decode(errors="replace").replace("\r\n", "\n").split("\n") for content in (step.here, step.content)]
-    diff = list(difflib.unified_diff(*rows, lineterm="", n=1))[2:]
-    yield from untrusted.visible("\n".join(diff)).split("\n")  # whole: blanks could push code out of what is read
+    changed = diff(candidate.here, candidate.content).split("\n")[2:-1]
+    yield from untrusted.visible("\n".join(changed)).split("\n")  # whole: blanks could push code out of what is read
 
 
-def _shown(step: Step) -> Iterator[str]:
-    """The lines of its conflicts."""
+def _conflicts(candidate: Candidate) -> Iterator[str]:
+    """The lines where it does not apply."""
     rows = [
         f"{mark} {row.decode(errors='replace')}"
-        for one in step.conflicts
+        for conflict in candidate.conflicts
         for mark, lines in (
-            (f"line {one.line} is here:", one.here),
-            ("was there:", one.before),
-            ("became there:", one.after),
+            (f"line {conflict.line} is here:", conflict.here),
+            ("was there:", conflict.before),
+            ("became there:", conflict.after),
         )
         for row in lines or [b"(nothing)"]
     ]
@@ -363,28 +304,17 @@ def _shown(step: Step) -> Iterator[str]:
         yield f"and {len(rows) - MOST_SHOWN} more lines"
 
 
-def _facts(session: Session, step: Step) -> dict:
-    """A step for machines."""
-    candidate, done = step.candidate, step.done
-    found = effect(session, done) if done else None
+def _facts(session: Session, candidate: Candidate) -> dict:
+    """A candidate for machines."""
+    done, evidence = candidate.done, candidate.change.verdict.evidence
     return {
-        "number": candidate.number,
+        "number": candidate.change.number,
         "origin": candidate.origin,
         "description": candidate.description,
-        "gain_there": candidate.gain,
+        "gain_there": evidence.gain if evidence and evidence.error else None,
         "experiment": done.number if done else None,
         "status": done.status if done else None,
-        "effect": {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
-        if found
-        else None,
-        "why": step.why,
-        "conflicts": list(_shown(step)),
+        "effect": effect(session, done) if done else None,
+        "why": candidate.why,
+        "conflicts": list(_conflicts(candidate)),
     }
-
-
-def transferred(session: Session, source: str) -> str:
-    """What became here of what was found there, all replays of it taken together."""
-    from lab.compare import comparison, show as pages, sources  # here, because what only replays shall start fast
-
-    found = comparison.compare([sources.read(source), sources.of_session(session)])
-    return f"{pages.transfer(found)}\n\nall of it: python -m lab compare {source} {session.name}"

@@ -1,73 +1,76 @@
-"""What a session found, in words: for whoever wants to build on it, an agent or a person. Made of the export alone."""
+"""What a session found, in words: for whoever wants to read it or build on it, a person or an agent."""
 
 from __future__ import annotations
 
 import math
 import re
-import statistics
+import time
 from collections import Counter
 
 from lab.genome import kinds
-from lab.share.bundle import Bundle
-from lab.session.state import CONFIRM, REPLAY
+from lab.session.record import Record
+from lab.session.state import MEASURING, Experiment
 
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
 
 
-def summary(bundle: Bundle) -> str:
-    """As Markdown. `bundle.changes` have to be known."""
-    session, changes = bundle.session, bundle.changes
-    tried = [one for one in changes if one["kind"] not in ("baseline", CONFIRM)]
-    kept = [one for one in tried if one["number"] in {kept.number for kept in bundle.kept}]
-    near = [one for one in tried if one["near_miss"] and one["status"] == "discard"]
-    counts = Counter(one["status"] for one in tried)
-    lines = [
-        f"# What session {cell(session['tag'])} found on {cell(session['device'])}",
-        "",
-        f"One file, train.py, was changed again and again; each time it was trained{_budget(session)} on "
-        f"{cell(session['device'])} ({cell(session['backend'])}), dataset {cell(session['dataset'])}, and kept if "
-        "validation bits per byte (val_bpb) fell by more than chance explains. Scores compare only where the "
-        f"eval tag is {cell(session['eval'])}, too.",
-        "",
-        f"- changes tried: {len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
+def summary(record: Record) -> str:
+    """As Markdown."""
+    state, started = record.state, record.started
+    decided = [e for e in state.experiments.values() if e.decided]
+    tried = [e for e in decided if e.kind not in ("baseline", *MEASURING)]
+    kept = [e for e in state.kept if e.number]
+    near = [e for e in tried if e.near_miss and e.status == "discard"]
+    replayed = [e for e in tried if e.kind == "replay"]
+    listed = {e.number for group in (kept, near, replayed) for e in group}
+    rest = [e for e in tried if e.number not in listed]
+    counts = Counter(e.status for e in tried)
+    runs = Counter(run.status for run in state.runs.values() if run.status)
+    facts = {
+        "device": started.device,
+        "backend": started.backend,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started.time)) if started.time else "",
+        "training time": f"{started.budget:g} s a run" if started.budget else "",
+        "dataset": started.dataset,
+        "eval tag": started.eval and f"{started.eval}: scores compare only within one",
+        "data tag": started.data,
+        "profile": started.profile,
+        "versions": ", ".join(f"{name} {version}" for name, version in started.versions.items()),
+        "runs": f"{sum(runs.values())}: " + ", ".join(f"{count} {status}" for status, count in runs.items()),
+        "val_bpb": ", ".join(_scores(record)),
+        "changes tried": f"{len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
         f"{counts['crash']}; could not be judged: {counts['invalid']}",
-        *_scores(bundle, kept),
-        "- confirmation: "
-        + next(
-            (cell(one["reason"]) for one in reversed(changes) if one["kind"] == CONFIRM),
+        "confirmation": next(
+            (e.verdict.said for e in reversed(decided) if e.kind == "confirm"),
             "none was made; what was kept for its scores is flattered by them",
         ),
+    }
+    lines = [
+        f"# What session {cell(started.tag)} found on {cell(started.device)}",
+        "",
+        "One file, train.py, was changed again and again; each time it was trained for a fixed time, and kept if "
+        "validation bits per byte (val_bpb) fell by more than chance explains.",
+        "",
+        *(f"- {name}: {cell(text)}" for name, text in facts.items() if text),
+        *(f"- note: {cell(note)}" for note in record.notes),
     ]
-    if kept:
-        lines += [
-            "",
-            "## What was kept",
-            "",
-            "In order, each on top of the one before: patches/ has them. Change of "
-            "val_bpb: below 0 is better; from the runs that it was kept for, which flatter it.",
-            "",
-            *_table(kept),
-        ]
-    if near:
-        lines += [
-            "",
-            "## Near misses",
-            "",
-            "Better, but not told from chance: worth another try where runs are less "
-            "noisy, or several of them together.",
-            "",
-            *_table(near),
-        ]
-    if replayed := [one for one in tried if one["kind"] == REPLAY]:
-        lines += [
-            "",
-            "## What others had found, tried here",
-            "",
-            "On top of the baseline, beside the branch.",
-            "",
-            *_table(replayed),
-        ]
-    rest = [one for one in tried if not any(one in group for group in (kept, near, replayed))]
+    for title, text, group in (
+        ("What was kept", "In order, each on top of the one before. Change of val_bpb: below 0 is better; from the "
+         "runs that it was kept for, which flatter it.", kept),
+        ("Near misses", "Better, but not told from chance: worth another try where runs are less noisy, or several of "
+         "them together.", near),
+        ("What others had found, tried here", "On top of the baseline, beside the branch.", replayed),
+    ):  # fmt: skip
+        if group:
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                text,
+                "",
+                "| experiment | what | kind | change of val_bpb | 90 % interval |",
+            ]
+            lines += ["|---|---|---|---|---|", *map(_row, group)]
     if rest:
         lines += [
             "",
@@ -76,64 +79,72 @@ def summary(bundle: Bundle) -> str:
             "The best first. Change of val_bpb, mostly from one run: enough to see that it does not help much.",
         ]
     for kind in kinds.KINDS:
-        its = [one for one in rest if (one["kinds"] or ["other"])[0] == kind]
-        its.sort(key=lambda one: -math.inf if one["gain"] is None else one["gain"], reverse=True)
-        if its:
-            of = sum((one["kinds"] or ["other"])[0] == kind for one in tried)
-            lines += ["", f"### {kind}: {len(its)} of {of}", "", *map(_line, its[:LISTED])]
-            if len(its) > LISTED:
-                lines.append(f"- and {len(its) - LISTED} more, in changes.json")
-    return "\n".join([*lines, "", _building_on(session)])
+        of_kind = [e for e in rest if _kind(e) == kind]
+        of_kind.sort(key=lambda e: -math.inf if (gain := _gain(e)) is None else gain, reverse=True)
+        if of_kind:
+            lines += ["", f"### {kind}: {len(of_kind)} of {sum(_kind(e) == kind for e in tried)}", ""]
+            lines += map(_line, of_kind[:LISTED])
+            if len(of_kind) > LISTED:
+                lines.append(f"- and {len(of_kind) - LISTED} more, in journal.jsonl")
+    return "\n".join([*lines, "", BUILDING_ON if record.base else READING])
 
 
-def _budget(session: dict) -> str:
-    return f" for {session['budget']:g} s" if session.get("budget") else ""
-
-
-def _scores(bundle: Bundle, kept: list[dict]) -> list[str]:
-    scores = {}
-    for row in bundle.rows:
-        if comparable(row, bundle.session.get("budget")):
-            scores.setdefault(row["commit"], []).append(row["val_bpb"])
-    told = []
-    for name, change in (("baseline", bundle.changes[0]), ("best", kept[-1] if kept else None)):
-        if change and (of := scores.get(change["commit"])):
-            told.append(f"{name} {math.fsum(of) / len(of):.6f} (mean of {len(of)})")
-    return [f"- val_bpb: {', '.join(told)}"] if told else []
-
-
-def _table(changes: list[dict]) -> list[str]:
+def _scores(record: Record) -> list[str]:
+    experiments = {"baseline": record.state.experiments.get(0), "best": record.state.best}
     return [
-        "| experiment | what | kind | change of val_bpb | 90 % interval |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {one['number']} | {cell(one['description'])} | {', '.join(one['kinds'])} | {_effect(one)} | "
-            f"{_interval(one)} |"
-            for one in changes
-        ),
+        f"{name} {record.state.mean(e):.6f} (mean of {len(record.state.results(e.blob))})"
+        for name, e in experiments.items()
+        if e and record.state.results(e.blob) and (name == "baseline" or e.number)
     ]
 
 
-def _effect(change: dict) -> str:
-    return change["status"] if change["gain"] is None else f"{-change['gain']:+.6f}"
+def _kind(experiment: Experiment) -> str:
+    return experiment.kinds[0] if experiment.kinds else "other"
 
 
-def _interval(change: dict) -> str:
-    return "" if change["gain"] is None else f"{-change['high']:+.6f} to {-change['low']:+.6f}"
+def _gain(experiment: Experiment) -> float | None:
+    """By how many bits per byte it is better than its parent, as the verdict had it; None if nothing was compared."""
+    evidence = experiment.verdict.evidence
+    return evidence.gain if evidence and evidence.error else None
 
 
-def _line(change: dict) -> str:
-    what = f"- {change['number']}: {cell(change['description'][:300])}: {_effect(change)}"
-    return what + f" ({cell(change['reason'][:200])})" * (change["status"] in ("crash", "invalid"))
+def _change(experiment: Experiment) -> str:
+    return experiment.status if (gain := _gain(experiment)) is None else f"{-gain:+.6f}"
 
 
-def _building_on(session: dict) -> str:
-    branch = f"exp/{session['device']}/{session['tag']}"
-    return f"""## Building on it
+def _row(experiment: Experiment) -> str:
+    evidence = experiment.verdict.evidence
+    interval = f"{-evidence.high:+.6f} to {-evidence.low:+.6f}" if evidence and evidence.error else ""
+    what, about = cell(experiment.description), ", ".join(experiment.kinds)
+    return f"| {experiment.number} | {what} | {about} | {_change(experiment)} | {interval} |"
 
-train.py beside this is what the session began with; patches/ leads from there to its best. Where this is the folder
-session/ of a branch {branch}, the branch's own train.py is that best. In a session of your own (`python -m lab start
-TAG`), with the name of that branch, or the path of this folder or archive, for SESSION:
+
+def _line(experiment: Experiment) -> str:
+    what = f"- {experiment.number}: {cell(experiment.description[:300])}: {_change(experiment)}"
+    failed = experiment.status in ("crash", "invalid")
+    return what + f" ({cell(experiment.verdict.said[:200])})" * failed
+
+
+def cell(text: str) -> str:
+    """Text in Markdown as it is: no markup, no links."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)
+
+
+READING = """## Reading it
+
+`python -m lab import`, with the path of this folder or archive, checks it and puts it beside your own sessions; nothing
+in it is executed. journal.jsonl has every event, with the diff of every change; results.tsv is a view of it with a row
+for each run. What else there is: profile.json is the device's calibration, rows/ has the losses of each validation and
+held-out row of runs whose weights were scored again, MANIFEST.json the sha256 of each file.
+"""
+
+BUILDING_ON = f"""{READING}
+## Building on it
+
+train.py is what the session began with. Where this is the folder session/ of a branch exp/DEVICE/TAG, the branch's own
+train.py is the best that was found. In a session of your own (`python -m lab start TAG`), with the name of that branch,
+or the path of this folder or archive, for SESSION:
 
 ```sh
 python -m lab replay SESSION --dry-run      # what would be tried here, and what does not apply
@@ -143,77 +154,5 @@ python -m lab replay SESSION --stack        # one after the other on your best, 
 python -m lab compare SESSION DEVICE/TAG    # side by side with a session of yours
 ```
 
-A patch is somebody else's code: read it before it is run. It runs sandboxed, as every experiment does.
+A change is somebody else's code: read it before it is run. It runs sandboxed, as every experiment does.
 """
-
-
-# --- README.md ---
-
-
-def readme(bundle: Bundle, patches: list[str]) -> str:
-    """A session for people, as Markdown."""
-    session, rows = bundle.session, bundle.rows
-    compared = [row for row in rows if comparable(row, session.get("budget"))]
-    runs: dict[str, list[float]] = {}
-    for row in compared:
-        runs.setdefault(row["commit"], []).append(row["val_bpb"])
-    scores = [statistics.fmean(of) for of in runs.values()]
-    statuses = ", ".join(f"{count} {cell(status)}" for status, count in Counter(row["status"] for row in rows).items())
-    facts = [
-        ("device", session["device"]),
-        ("backend", session["backend"]),
-        ("begun", session["made"]),
-        ("training time", f"{session['budget']:g} s a run" if session.get("budget") else ""),
-        ("dataset", session["dataset"]),
-        ("eval tag, data tag", f"{session['eval']} {session['data']}".strip()),
-        ("profile", session["profile"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in session.get("versions", {}).items())),
-        ("runs", f"{len(rows)}: {statuses}"),
-        ("val_bpb of what was kept, means", f"first {scores[0]:.6f}, lowest {min(scores):.6f}" if scores else ""),
-    ]
-    lines = [
-        f"# Session {bundle.session['tag']} on {bundle.session['device']}",
-        "",
-        "Experiments on train.py with a fixed training time. val_bpb: validation bits per byte, lower is better.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
-    lines += [f"| {name} | {cell(text)} |" for name, text in facts if text]
-    if bundle.kept:
-        lines += [
-            "",
-            "## Kept changes, each on top of the one before",
-            "",
-            "| | experiment | commit | val_bpb | what | patch |",
-            "|---|---|---|---|---|---|",
-        ]
-    for place, (kept, patch) in enumerate(zip(bundle.kept, patches), 1):
-        score = f"{statistics.fmean(runs[kept.commit]):.6f}" if kept.commit in runs else ""
-        cells = place, kept.number, kept.commit, score, kept.description
-        lines.append("".join(f"| {cell(one)} " for one in cells) + f"| {patch} |")
-    return "\n".join([*lines, "", READING])
-
-
-def comparable(row: dict, budget: float | None) -> bool:
-    """Whether a run's score is one that its session kept changes by: of this budget, and no confirmation or replay."""
-    trial = re.match(r"trial of (\S+) s; ", row["reason"])
-    own_budget = trial is None or budget is None or trial[1] == f"{budget:g}"
-    beside = re.match(r"(trial of \S+ s; )?(confirmation [0-9]|replayed on the baseline: )", row["reason"])
-    return row["val_bpb"] is not None and row["status"] == "keep" and own_budget and not beside
-
-
-READING = """## Reading it
-
-`python -m lab import`, with the path of this folder or archive, checks it and puts it beside your own sessions; nothing
-in it is executed. results.tsv is the ledger, a row for each run; train.py is what the session began with; changes.json
-has every change that was tried, with its verdict; rows/ has the losses of each validation and held-out row for runs
-whose weights were scored again; profile.json is the device's calibration; MANIFEST.json has the sha256 of each file.
-`python -m lab replay` tries the kept changes on another machine.
-"""
-
-
-def cell(text: str) -> str:
-    """Text in a table of Markdown, as it is: no markup, no links."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", text)

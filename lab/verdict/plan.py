@@ -59,7 +59,7 @@ class Plan:
 
 def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
-    if experiment.judged is not None:
+    if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
     planned = {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
     return planned
@@ -158,6 +158,9 @@ def _change(change: Experiment, state: State) -> Plan:
 def _further(change: Experiment, state: State) -> Plan:
     """Runs that make a judged change's effect better known: of it and of its parent, on the same seeds."""
     judged, parent = change.judged, state.parent_of(change)
+    if change.kind == "repeat":
+        of = state.experiments[change.members[0]]
+        judged = Verdict(of.verdict.status, because("further_runs", of=of.number))
     if judged is None or parent is None:
         raise ValueError(f"experiment {change.number} has no verdict that further runs could leave as it is")
     if not _failure(change, change.runs, state):

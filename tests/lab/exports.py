@@ -1,132 +1,165 @@
 """A session to export, and exports to tamper with."""
 
-import hashlib
+import argparse
 import json
-import subprocess
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
+import sessions
 
 import storage
-from lab.session import ledger
-from lab.share import bundle, exchange
 from lab.errors import LabError
+from lab.reasons import because
+from lab.session import events
+from lab.session.session import Session
+from lab.share import archive, export, replay, sources, verify
+from lab.verdict import executor, opening
 
 ROOT = Path(__file__).resolve().parents[2]
-DEVICE, TAG = "cpu-amd-epyc-2c-24gb", "nov21"
-FIRST = "LR = 1\nDEPTH = 2\n\n\n\n\n\nEND = True\n"
-SECOND, THIRD = FIRST.replace("LR = 1", "LR = 3"), FIRST.replace("LR = 1", "LR = 3").replace("END = True\n", "END = 1")
+BASE = b"A = 0.0\nB = 0.0\nC = 0.0\n\n\n" + sessions.TRAIN + b"LOSS = LOSS - A - B - C\n"
+PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
 
 
-def patch_of(before, after, folder):
-    """As git makes it of the two files."""
-    (folder / "a").mkdir(exist_ok=True)
-    (folder / "b").mkdir(exist_ok=True)
-    for side, text in (("a", before), ("b", after)):
-        (folder / side / "train.py").write_bytes(text.encode())
-    command = ["git", "diff", "--no-index", "--no-prefix", "a/train.py", "b/train.py"]
-    text = subprocess.run(command, cwd=folder, capture_output=True, check=False).stdout.decode()
-    assert text.startswith("diff --git a/train.py b/train.py")
-    return text
+def with_(content, **values):
+    """A train.py with other constants."""
+    lines = content.decode().splitlines(keepends=True)
+    return "".join(
+        f"{line.split(' = ')[0]} = {values[line.split(' = ')[0]]!r}\n"
+        if line.split(" = ")[0] in values and "LOSS -" not in line
+        else line
+        for line in lines
+    ).encode()
 
 
-def session_in(home, tmp_path):
-    """(the folder of a session with two kept changes and a crash, what was kept)."""
-    folder = home / "sessions" / DEVICE / TAG
-    facts = {
-        "format": 1,
-        "tag": TAG,
-        "device": DEVICE,
-        "backend": "sdpa",
-        "tree": str(tmp_path / "my project"),
-        "before": "main",
-        "commit": "c" * 40,
-        "budget": 300.0,
-        "baseline_runs": 2,
-        "dataset": "stdlib",
-        "eval": "e" * 12,
-        "data": "d" * 12,
-        "profile": "p" * 12,
-        "versions": {"torch": "2.13.0+cpu"},
-        "settings": {"AUTORESEARCH_HOME": str(home)},
-        "sandbox": "bwrap",
-        "memory_ceiling": 10**10,
-        "python": "3.11.7",
-        "made": "2026-11-21T00:00:00Z",
-        "judge": {"prepare.py": "0" * 64},
-    }
-    storage.write_json(folder / "session.json", facts)
-    (folder / "judge").mkdir()
-    (folder / "judge" / "train.py").write_text(FIRST)
-    profile = ROOT / "calibration" / "profiles" / f"{DEVICE}-sdpa.json"
-    (folder / "profile.json").write_bytes(profile.read_bytes())
-    told = {"device": DEVICE, "backend": "sdpa", "eval": "e" * 12}
-    rows = [
-        ledger.row_of(
-            {"val_bpb": 1.5 - run / 100},
-            run=run,
-            seed=run,
-            commit=commit,
-            status=status,
-            description=text,
-            reason=reason,
-            **told,
+def begun(path, train=BASE, run=True, **facts) -> Session:
+    """A session with its baseline run, and a profile that can be true.
+
+    Args:
+        run: else the baseline is kept without.
+    """
+    session = sessions.make(path, train, **facts)
+    profile = PROFILE | {"device": session.started.device, "backend": session.started.backend}
+    storage.write_json(session.folder / "profile.json", profile)
+    if run:
+        executor.supervise(session)
+        return session
+    session.log(events.ExperimentDecided(experiment=0, verdict=events.Verdict("keep", because("baseline"))))
+    session.log(events.ExperimentApplied(experiment=0, commit=session.started.commit))
+    return session
+
+
+def worked(path) -> Session:
+    """One that kept two changes, discarded one, and saw one crash."""
+    session = begun(path)
+    sessions.attempt(session, with_(BASE, A=0.1), message=f"A is a tenth, see {path.parent}/notes.txt")
+    sessions.attempt(session, with_(BASE, A=0.1, B=-0.3), message="B | less")
+    sessions.attempt(session, with_(BASE, A=0.1, FAILS="crash"), message="fails")
+    sessions.attempt(session, with_(BASE, A=0.1, C=0.05), message="C <b>more</b>")
+    return session
+
+
+def confirm(session, pairs=2, **facts):
+    """Runs a confirmation of the best."""
+    with opening.exclusive(session):
+        best = session.state.best
+        session.open_experiment(
+            kind="confirm",
+            blob=best.blob,
+            parent=session.state.baseline.blob,
+            onto=0,
+            pairs=pairs,
+            commit=best.here,
+            description=best.description,
+            **{"budget": session.budget} | facts,
         )
-        for run, (commit, status, text, reason) in enumerate(
-            [
-                ("ccccccc", "keep", "baseline", "baseline, 2 seeds"),
-                ("ccccccc", "keep", "baseline", ""),
-                ("aaaa111", "keep", "LR times | three", f"better, see {folder}/runs/0002/run.log"),
-                ("bbbb222", "crash", "depth\t12", 'File "/home/jane/x.py", /usr/lib/python3/zip.py: no memory'),
-                ("dddd333", "keep", "END is 1 <b>[x](http://y)</b>", "simpler"),
-            ],
-            1,
-        )
-    ]
-    rows[3]["val_bpb"] = None
-    ledger.append(folder / "results.tsv", rows)
-    for run in (1, 3):
-        losses = {name: np.arange(4, dtype=np.float64) * run for name in bundle.LOSSES}
-        (folder / "runs" / f"{run:04d}").mkdir(parents=True)
-        np.savez(folder / "runs" / f"{run:04d}" / "rows.npz", **losses)
-        (folder / "runs" / f"{run:04d}" / "run.log").write_text("secret")
-    kept = [
-        exchange.Kept(1, "aaaa111", "ccccccc", patch_of(FIRST, SECOND, tmp_path), "LR times | three"),
-        exchange.Kept(3, "dddd333", "aaaa111", patch_of(SECOND, THIRD, tmp_path), "END is 1 <b>[x](http://y)</b>"),
-    ]
-    return folder, kept
+    executor.supervise(session)
+
+
+class AtOnce:
+    """In place of the process that carries experiments out: carries them out when it is asked whether it has ended."""
+
+    def __init__(self, session):
+        self.folder = session.folder
+
+    def poll(self):
+        executor.supervise(Session(self.folder))
+        return 0
+
+
+def replayed(session, source, capsys, **values) -> str:
+    """What replaying a session says."""
+    capsys.readouterr()
+    options = {"all": False, "stack": False, "runs": 1, "limit": None, "dry_run": False, "json": False, **values}
+    assert replay.go(session, argparse.Namespace(source=str(source), **options)) == 0
+    return capsys.readouterr().out
+
+
+@contextmanager
+def home(path):
+    """Another machine, for a while."""
+    before = os.environ["AUTORESEARCH_HOME"]
+    os.environ["AUTORESEARCH_HOME"] = str(path)
+    try:
+        yield
+    finally:
+        os.environ["AUTORESEARCH_HOME"] = before
 
 
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def tampered(export, sealed=True, **changes):
-    """An export with files changed (None: removed); `sealed`: its manifest knows."""
+def imported(source, elsewhere, device=None, say=print):
+    with home(elsewhere):
+        return sources.import_session(str(source), device, say)
+
+
+def refused(source, elsewhere, match, device=None):
+    """Nothing of it is taken, and the reason is told."""
+    before = contents(elsewhere) if elsewhere.exists() else {}
+    with pytest.raises(LabError, match=match):
+        imported(source, elsewhere, device)
+    assert (contents(elsewhere) if elsewhere.exists() else {}) == before
+
+
+def tampered(sent, seal=True, **changes):
+    """An export with files changed (None: removed); `seal`: its manifest knows."""
     for name, data in changes.items():
         if data is None:
-            (export / name).unlink()
+            (sent / name).unlink()
         else:
-            (export / name).parent.mkdir(exist_ok=True)
-            (export / name).write_bytes(data)
-    if sealed:
-        files = {name: data for name, data in contents(export).items() if name != "MANIFEST.json"}
-        manifest = {
-            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-        }
-        storage.write_json(export / "MANIFEST.json", {"format": bundle.FORMAT, "files": manifest})
-    return export
+            (sent / name).parent.mkdir(exist_ok=True)
+            (sent / name).write_bytes(data)
+    if seal:
+        files = {name: data for name, data in contents(sent).items() if name != "MANIFEST.json"}
+        (sent / "MANIFEST.json").write_bytes(archive.sealed(files)["MANIFEST.json"])
+    return sent
 
 
-def refused(source, home, match):
-    before = contents(home) if home.exists() else {}
-    with pytest.raises(LabError, match=match):
-        exchange.import_session(source, home, say=print)
-    assert (contents(home) if home.exists() else {}) == before
+def events_in(sent) -> list[dict]:
+    return [json.loads(line) for line in (sent / "journal.jsonl").read_bytes().splitlines()]
 
 
-def json_with(export, name, **changes):
-    content = json.loads((export / name).read_text())
-    content.update(changes)
-    return json.dumps(content).encode()
+def written(events) -> bytes:
+    return "".join(json.dumps(event) + "\n" for event in events).encode()
+
+
+def with_events(sent, change, views=True):
+    """An export whose journal was changed; `views`: with results.tsv and SUMMARY.md made of it."""
+    events = events_in(sent)
+    change(events)
+    journal = {"journal.jsonl": written(events)}
+    if views:
+        others = {n: d for n, d in archive.read(sent).items() if n in ("train.py", "profile.json") or "rows" in n}
+        journal = export.assembled(events, others)
+    return tampered(sent, **journal)
+
+
+def unsealed(files):
+    return {name: data for name, data in files.items() if name != "MANIFEST.json"}
+
+
+def verified(files):
+    return verify.verified(archive.sealed(unsealed(files)))

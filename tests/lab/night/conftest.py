@@ -3,8 +3,10 @@
 import pytest
 import sessions
 
-from lab.genome import syntax as source
+from lab.reasons import because
+from lab.session.events import Evidence, ExperimentApplied, ExperimentDecided, RunEnded, Verdict
 from lab.verdict.executor import supervise
+from lab.verdict.opening import facts_of_change
 
 TRAIN = b"""# Model
 LOSS = 1.0
@@ -37,51 +39,23 @@ def searched(tmp_path, runner):
 def tried(searched):
     """tried(old, new, status, t=0, near_miss=False): an experiment on the best, with its verdict; its number."""
 
-    def one(old, new, status="discard", t=-1.0, near_miss=False):
-        session = searched
-        tree, best = session.tree, session.state.best
-        content = tree.content(best.blob)
+    def decided(old, new, status="discard", t=-1.0, near_miss=False, **result):
+        session, repository, best = searched, searched.repository, searched.state.best
+        content = repository.content(best.blob)
         assert content.count(old.encode()) == 1, old
-        content = content.replace(old.encode(), new.encode())
-        blob, head = tree.store(content), tree.commit_of(session.branch)
-        commit = tree.commit(head, blob, new)
-        change = session.begin(
-            kind="change",
-            blob=blob,
-            parent=best.blob,
-            onto=best.number,
-            commit=commit,
-            description=new,
-            **vars(source.describe(content)),
-        )
+        facts = facts_of_change(session, best, content.replace(old.encode(), new.encode()))
+        commit = repository.commit(repository.commit_of(session.branch), facts["blob"], new)
+        change = session.open_experiment(kind="change", commit=commit, description=new, **facts)
+        if status == "keep" or result:
+            run = session.start_run(change, change.blob, 42, session.budget)
+            result = {"val_bpb": 1 - t * 0.001, "training_seconds": 300.0, **result}
+            session.log(RunEnded(run=run.number, status="ok", seconds=310.0, result=result))
+        evidence = Evidence(gain=t * 0.001, error=0.001, near_miss=near_miss, better=status == "keep")
+        verdict = Verdict(status, because("not_run"), mean=1.0, parent_mean=1.0, evidence=evidence)
+        session.log(ExperimentDecided(experiment=change.number, verdict=verdict))
+        session.log(ExperimentApplied(experiment=change.number, commit=commit))
         if status == "keep":
-            run = session.begin_run(change, blob, 42, session.budget)
-            session.log(
-                "ran",
-                run=run.number,
-                status="ok",
-                seconds=310.0,
-                result={"val_bpb": 1 - t * 0.001, "training_seconds": 300.0},
-            )
-        session.log(
-            "verdict",
-            experiment=change.number,
-            status=status,
-            reason="",
-            mean=1.0,
-            parent_mean=1.0,
-            gate={
-                "gain": t * 0.001,
-                "error": 0.001,
-                "near_miss": near_miss,
-                "better": status == "keep",
-                "stake": 0.0,
-                "loss": 0.0,
-            },
-        )
-        session.log("applied", experiment=change.number, commit=commit)
-        if status == "keep":
-            tree.move(f"refs/heads/{session.branch}", commit)
+            repository.move(f"refs/heads/{session.branch}", commit)
         return change.number
 
-    return one
+    return decided

@@ -13,6 +13,7 @@ import stub_agent
 from lab.errors import LabError
 from lab.verdict.executor import supervise
 from lab.night import agent
+from lab.session.events import TurnTaken
 from lab.session.session import Session
 
 STUB = Path(stub_agent.__file__)
@@ -33,22 +34,9 @@ def night(tmp_path, runner) -> Session:
     """A session that has kept one change; main is behind, and somebody has edited program.md."""
     session = sessions.make(tmp_path / "repo")
     supervise(session)
-    tree = session.tree
-    content = tree.train().replace(b"LOSS = 1.0", b"LOSS = 0.9")
-    head, blob = tree.commit_of(session.branch), tree.store(content)
-    described = vars(sessions.source.describe(content))
-    session.begin(
-        kind="change",
-        blob=blob,
-        parent=tree.blob_of(head),
-        onto=0,
-        commit=tree.commit(head, blob, "less"),
-        description="less",
-        **described,
-    )
-    supervise(session)
+    sessions.attempt(session, sessions.edited(LOSS=0.9), "less")
     assert session.state.best.number == 1
-    (tree.path / "program.md").write_text("be better\n")
+    (session.repository.path / "program.md").write_text("be better\n")
     return session
 
 
@@ -62,16 +50,18 @@ def take(night, tmp_path, monkeypatch):
     def one(command, seconds=30.0, most_bytes=1 << 22, **more):
         if command in stub_agent.DEEDS:
             command = shlex.join([sys.executable, str(STUB), "stub", command])
-        place = night.tree.branch(), night.tree.commit_of("HEAD")
+        train = night.repository.path / "train.py"
+        link = os.readlink(train) if train.is_symlink() else None
+        place = night.repository.branch(), night.repository.commit_of("HEAD")
         log = tmp_path / "turns" / f"{next(numbers)}.log"
         turn = agent.take_turn(night, command, PROMPT, log, seconds, most_bytes, **more)
-        assert (night.tree.branch(), night.tree.commit_of("HEAD")) == place
+        assert (night.repository.branch(), night.repository.commit_of("HEAD")) == place
         assert not agent._alive(agent._mark(night), None)
-        assert agent.finished(night)[0] == turn and agent.recover(night) == []  # until it is journalled
+        assert agent.finished(night) == turn and agent.recover(night) == []  # until it is journalled
         agent.settle(night)
         assert agent.finished(night) is None
-        assert (night.tree.train() == best(night)) == (turn.outcome != "edited")
-        assert not (night.tree.path / "train.py").is_symlink()
+        assert (night.repository.train() == best(night)) == (turn.outcome != "edited")
+        assert (os.readlink(train) if train.is_symlink() else None) == link
         assert bool(turn.description) == (turn.outcome == "edited")
         for line in (turn.said, turn.description):
             assert line == " ".join(line.split()) and len(line) <= 500
@@ -81,7 +71,7 @@ def take(night, tmp_path, monkeypatch):
 
 
 def best(session: Session) -> bytes:
-    return session.tree.content(session.state.best.blob)
+    return session.repository.content(session.state.best.blob)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -144,11 +134,11 @@ def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
 
 
 def test_other_files_are_named_and_left(take, night):
-    (night.tree.path / "old.txt").write_text("was there, and dirty")
+    (night.repository.path / "old.txt").write_text("was there, and dirty")
     turn = take("edit-elsewhere")
     assert turn.outcome == "edited" and turn.others == ["notes.txt", "prepare.py"]
-    assert (night.tree.path / "notes.txt").read_text() == "mine"
-    assert (night.tree.path / "prepare.py").read_text().endswith("BUDGET = 3000\n")
+    assert (night.repository.path / "notes.txt").read_text() == "mine"
+    assert (night.repository.path / "prepare.py").read_text().endswith("BUDGET = 3000\n")
     assert take("edit").others == []  # what an earlier turn has changed is not blamed on this one
 
 
@@ -201,7 +191,7 @@ def test_processes_that_it_leaves_are_ended(take, word):
     ],
 )
 def test_git_is_put_right(take, night, word, outcome):
-    program = night.tree.path / "program.md"
+    program = night.repository.path / "program.md"
     turn = take(word)
     assert turn.outcome == outcome, turn.said
     assert turn.others == {
@@ -211,9 +201,36 @@ def test_git_is_put_right(take, night, word, outcome):
     }.get(word, [])
     # What the agent itself has put away or thrown away is not ours to bring back.
     assert program.read_text() == ("be good\n" if word in ("stash", "reset") else "be better\n")
-    assert bool(night.tree.git("stash", "list")) == (word == "stash")
-    assert "BUDGET = 300" in (night.tree.path / "prepare.py").read_text()
+    assert bool(night.repository.git("stash", "list")) == (word == "stash")
+    assert "BUDGET = 300" in (night.repository.path / "prepare.py").read_text()
     assert take("edit").outcome == "edited"  # and so on
+
+
+@pytest.mark.parametrize(
+    "word, outcome",
+    [
+        ("edit", "edited"),
+        ("nothing", "nothing"),
+        ("nopython", "no python"),
+        ("delete", "nothing"),
+        ("folder", "nothing"),
+        ("link", "nothing"),
+        ("commit", "edited"),
+        ("checkout", "nothing"),
+        ("sed s/0.9/0.8/ train.py > new && mv new train.py", "edited"),
+    ],
+)
+def test_a_link_that_was_there_before_stays_one(take, night, tmp_path, word, outcome):
+    train, elsewhere = night.repository.path / "train.py", tmp_path / "mine.py"
+    train.rename(elsewhere)
+    train.symlink_to(elsewhere)
+    turn = take(word)
+    assert turn.outcome == outcome, turn.said
+    assert os.readlink(train) == str(elsewhere) and not elsewhere.is_symlink()
+    agent.put_back(night)
+    assert elsewhere.read_bytes() == best(night) and train.is_symlink()
+    agent.write_train(night, b"LOSS = 0.7\n")
+    assert elsewhere.read_bytes() == b"LOSS = 0.7\n" and train.is_symlink()
 
 
 def test_an_older_train_py_is_no_edit(take, night):
@@ -224,7 +241,7 @@ def test_an_older_train_py_is_no_edit(take, night):
 
 
 def test_files_that_came_with_another_commit_go_back_with_it(take, night):
-    tree = night.tree
+    tree = night.repository
     (tree.path / "prepare.py").write_text("BUDGET = 200\n")
     sessions.git(tree.path, "commit", "-qm", "the human's", "prepare.py")
     turn = take("git checkout -q main && test $(cat prepare.py | tr -dc 0-9) = 300 && echo new > new.txt")
@@ -240,7 +257,7 @@ def test_the_last_line_that_says_change_is_the_description(take):
 
 
 def test_an_edit_that_somebody_left_is_kept_in_a_file(take, night, tmp_path):
-    (night.tree.path / "train.py").write_text("LOSS = 3\n")
+    (night.repository.path / "train.py").write_text("LOSS = 3\n")
     turn = take("nothing")
     saved = tmp_path / "turns" / "0.before.py"
     assert saved.read_text() == "LOSS = 3\n" and str(saved) in turn.said
@@ -251,19 +268,19 @@ def test_an_interrupted_turn_is_put_right_by_the_next(take, night, tmp_path, mon
         os.environ[agent.MARK] = agent._mark(night)
         stub_agent.child("import time; time.sleep(600)", start_new_session=True)
         del os.environ[agent.MARK]
-        sessions.git(night.tree.path, "checkout", "-qb", "elsewhere")
-        (night.tree.path / "train.py").write_text("def half(")
+        sessions.git(night.repository.path, "checkout", "-qb", "elsewhere")
+        (night.repository.path / "train.py").write_text("def half(")
         raise KeyboardInterrupt
 
-    branch = night.tree.branch()
+    branch = night.repository.branch()
     with monkeypatch.context() as patch:
         patch.setattr(agent, "_run", killed)
         patch.setattr(agent, "recover", lambda session: [])  # as a kill would have it
         with pytest.raises(KeyboardInterrupt):
             agent.take_turn(night, "true", PROMPT, tmp_path / "turns" / "killed.log", 9.0, 1000)
-    assert night.tree.branch() == "elsewhere"
+    assert night.repository.branch() == "elsewhere"
     told = agent.recover(night)
-    assert night.tree.branch() == branch and night.tree.train() == best(night)
+    assert night.repository.branch() == branch and night.repository.train() == best(night)
     assert (tmp_path / "turns" / "killed.interrupted.py").read_text() == "def half("
     assert any("left 1 process" in text for text in told) and agent.recover(night) == []
     assert take("edit").outcome == "edited"
@@ -274,20 +291,11 @@ def test_what_was_kept_since_an_interrupted_turn_stays(night, tmp_path, monkeypa
     if (pid := os.fork()) == 0:
         agent.take_turn(night, "true", PROMPT, tmp_path / "killed.log", 9.0, 1000)
     assert os.waitpid(pid, 0)[1]
-    head = night.tree.commit_of(night.branch)
-    blob = night.tree.store(b"LOSS = 0.5\nNOISE = 0.001\nLEAK = 0\n")
-    night.begin(
-        kind="change",
-        blob=blob,
-        parent=night.state.best.blob,
-        onto=1,
-        description="better",
-        commit=night.tree.commit(head, blob, "better"),
-    )
-    supervise(night)
-    now = night.tree.commit_of(night.branch)
+    head = night.repository.commit_of(night.branch)
+    sessions.attempt(night, sessions.edited(LOSS=0.5), "better")
+    now = night.repository.commit_of(night.branch)
     assert night.state.best.number == 2 and now != head
-    assert agent.recover(night) == [] and night.tree.commit_of("HEAD") == now
+    assert agent.recover(night) == [] and night.repository.commit_of("HEAD") == now
 
 
 def test_a_prompt_nobody_reads_blocks_nothing(night, tmp_path):
@@ -300,18 +308,16 @@ def test_no_git_no_turn(night, tmp_path):
         agent.take_turn(night, "mv .git gone", PROMPT, tmp_path / "a.log", 20.0, 1000)
 
 
-def turns(text: str) -> list[dict]:
+def turns(text: str) -> list[TurnTaken]:
     """ "F": the agent failed; "E": it edited; "S": stopped; "p": the proposer."""
     outcomes = {"F": "failed", "E": "edited", "S": "stopped", "I": "interrupted", "p": "edited"}
     return [
-        {
-            "event": "turn",
-            "by": "proposer" if one == "p" else "agent",
-            "outcome": outcomes[one],
-            "said": "",
-            "experiment": i if one in "Ep" else None,
-        }
-        for i, one in enumerate(text)
+        TurnTaken(
+            by="proposer" if letter == "p" else "agent",
+            outcome=outcomes[letter],
+            experiment=i if letter in "Ep" else None,
+        )
+        for i, letter in enumerate(text)
     ]
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from backends import machine
 from calibration import identity
-from lab.run import log as capture
 from lab.errors import LabError
 from lab.night import limits
 
@@ -87,7 +86,7 @@ def sound(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "others", limits.Others())
     return SimpleNamespace(
         folder=tmp_path,
-        facts={"tree": str(tmp_path), "gpu": "0"},
+        local=SimpleNamespace(repository=str(tmp_path), gpu="0"),
         supervised=False,
         disk=disk,
         profile={"machine": {"kind": "cuda"}},
@@ -136,7 +135,7 @@ def test_disk(sound):
     assert told(sound) == []
     with open(sound.folder / "best.safetensors", "wb") as file:
         file.truncate(limits.LEAST_FREE)
-    sound.disk.free = 3 * (limits.LEAST_FREE + capture.FLOOD) - 1
+    sound.disk.free = 3 * (limits.LEAST_FREE + limits.FLOOD) - 1
     assert told(sound) == [("disk", "stop")] and "6.2 GB: make room" in limits.troubles(sound)[0].text
     sound.disk.free += 1
     assert told(sound) == []

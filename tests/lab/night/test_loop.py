@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import sessions
-from test_experiment import edited
+from sessions import edited
 
-from lab.verdict import executor as experiment
 from lab.errors import LabError
+from lab.reasons import because
 from lab.night import agent, limits, loop, notify, proposer
 from lab.session.session import Session
+from lab.session.events import NIGHT_EVENTS, NightEnded, TurnTaken
+from lab.verdict import executor
+from lab.verdict.opening import facts_of_change
 
 
 class Killed(BaseException):
@@ -40,7 +43,7 @@ class Alive:
     """In place of the process that carries an experiment out: it does so at once, in this process."""
 
     def __init__(self, session):
-        experiment.supervise(Session(session.folder))
+        executor.supervise(Session(session.folder))
 
     def poll(self):
         return 0
@@ -49,7 +52,7 @@ class Alive:
 @pytest.fixture
 def session(tmp_path, runner, monkeypatch):
     session = sessions.make(tmp_path / "project")
-    monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
+    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
     monkeypatch.setattr(limits, "troubles", lambda session: [])
     monkeypatch.setattr(loop, "POLL", 0.001)
     monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
@@ -103,7 +106,7 @@ def test_a_night_runs_the_baseline_and_as_many_experiments_as_were_wanted(sessio
         ("discard", "proposal 2"),
         ("discard", "proposal 3"),
     ]
-    assert [turn["experiment"] for turn in one.turns] == [1, 2, 3]
+    assert [turn.experiment for turn in one.turns] == [1, 2, 3]
     assert any("keep" in line and "proposal 1" in line for line in one.view.lines)
 
 
@@ -124,12 +127,12 @@ def test_a_night_that_was_killed_counts_on(session, proposals, monkeypatch):
             raise Killed
         return Alive(session)
 
-    monkeypatch.setattr(Session, "launch", killed)
+    monkeypatch.setattr(executor, "launch", killed)
     with pytest.raises(Killed):
         first.run()
-    monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
+    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
     second = night(Session(session.folder), max_experiments=3)
-    assert (second.first, second.begun) == (first.first, first.begun)
+    assert (second.now.first, second.now.begun) == (first.now.first, first.now.begun)
     second.run()
     assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2", "proposal 3"]
 
@@ -150,12 +153,12 @@ def test_what_runs_at_the_deadline_is_ended_and_goes_on_the_next_night(session, 
             return None
 
     night(session, max_experiments=0).run()  # the baseline
-    monkeypatch.setattr(Session, "launch", lambda session: Endless(session))
+    monkeypatch.setattr(executor, "launch", lambda session: Endless(session))
     one = night(session, max_experiments=2)
-    one.view.at["training"] = lambda: setattr(one, "deadline", time.time())
+    one.view.at["training"] = lambda: setattr(one.now, "deadline", time.time())
     assert one.run() == "the time is up"
-    assert Session(session.folder).state.pending.number == 1 and session.held is None
-    monkeypatch.setattr(Session, "launch", lambda session: Alive(session))
+    assert Session(session.folder).state.oldest_open.number == 1 and session.held is None
+    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
     night(Session(session.folder), max_experiments=1).run()
     assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2"]
 
@@ -166,6 +169,51 @@ def test_a_pause_holds_the_night_until_it_is_resumed(session, proposals):
     one.view.at["paused"] = session.release
     one.run()
     assert any(phase.startswith("paused") for phase in one.view.phases) and len(statuses(session)) == 2
+
+
+def test_a_pause_that_comes_while_the_night_ends_stays(session, proposals, monkeypatch):
+    one = night(session, max_experiments=0)
+    real = session.hold
+
+    def hold(why, now):
+        Session(session.folder).hold("paused", now=True)
+        real(why, now)
+
+    monkeypatch.setattr(session, "hold", hold)
+    one.run()
+    assert session.held == {"why": "paused", "now": True}
+
+
+def test_a_pause_that_comes_while_the_night_checks_stays(session, monkeypatch):
+    session.hold("stopped", now=False)
+    one, branch = night(session), session.repository.branch()
+    held, asked = Session(session.folder), []
+
+    def supervised(_):
+        if not asked:
+            held.hold("paused", now=True)
+        asked.append(1)
+        return False
+
+    monkeypatch.setattr(Session, "supervised", property(supervised))
+    one._in_the_way()  # it has seen the night's own hold, and meanwhile comes the pause
+    assert session.held["why"] == "paused" and one._in_the_way().kind == "paused" and branch
+
+
+def test_a_night_that_was_killed_as_it_ended_begins_nothing_more(session, proposals):
+    night(session, max_experiments=0).run()
+    session.hold("stopped", now=True)
+    assert "as many as were wanted" in night(session, max_experiments=0).run()
+    assert len(statuses(session)) == 1 and session.held is None
+
+
+def test_where_train_py_is_a_link_it_stays_one(session, proposals, tmp_path):
+    train, mine = session.repository.path / "train.py", tmp_path / "mine.py"
+    train.rename(mine)
+    train.symlink_to(mine)
+    proposals.append(edited(LOSS=0.9))
+    night(session, max_experiments=2).run()
+    assert train.is_symlink() and mine.read_bytes() == edited(LOSS=0.9)
 
 
 def test_a_hold_that_a_killed_night_left_is_taken_away(session, proposals):
@@ -240,25 +288,25 @@ def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, pro
         (session.folder / "supervisor.log").write_text("the disk is full\n")
         return SimpleNamespace(poll=lambda: 1)
 
-    monkeypatch.setattr(Session, "launch", failing)
+    monkeypatch.setattr(executor, "launch", failing)
     assert "the disk is full" in night(session).run() and len(starts) == 3
 
 
 def test_a_baseline_that_fails_ends_the_night_with_what_to_do(tmp_path, session, proposals, monkeypatch):
-    run = experiment.runner.run
+    run = executor.runner.run
 
     def crashing(request):
         (request.folder / "train.py").write_bytes(edited(FAILS="crash"))
         return run(request)
 
-    monkeypatch.setattr(experiment.runner, "run", crashing)
+    monkeypatch.setattr(executor.runner, "run", crashing)
     with pytest.raises(LabError, match="the baseline failed"):
         night(session).run()
 
 
 def test_what_is_in_train_py_already_is_the_first_experiment(session, proposals):
     night(session, max_experiments=0).run()
-    (session.tree.path / "train.py").write_bytes(edited(LOSS=0.8))
+    (session.repository.path / "train.py").write_bytes(edited(LOSS=0.8))
     night(session, max_experiments=1).run()
     assert statuses(session)[1] == ("keep", "what was in train.py already")
 
@@ -270,18 +318,18 @@ def test_an_edit_that_a_killed_night_had_not_begun_keeps_its_description(session
     def killed(*_, **__):
         raise Killed
 
-    begin = loop.begin_change
-    monkeypatch.setattr(loop, "begin_change", killed)
+    begin = loop.open_change
+    monkeypatch.setattr(loop, "open_change", killed)
     with pytest.raises(Killed):
         one.run()
-    monkeypatch.setattr(loop, "begin_change", begin)
+    monkeypatch.setattr(loop, "open_change", begin)
     night(Session(session.folder), max_experiments=2).run()
     assert [what for _, what in statuses(session)] == ["baseline", "proposal 1", "proposal 2"]
 
 
 def test_a_train_py_that_is_no_python_is_put_aside(session, proposals):
     night(session, max_experiments=0).run()
-    (session.tree.path / "train.py").write_bytes(b"def broken(:")
+    (session.repository.path / "train.py").write_bytes(b"def broken(:")
     one = night(session, max_experiments=1)
     one.run()
     assert statuses(session)[1][1] == "proposal 1" and any("put back" in line for line in one.view.lines)
@@ -290,9 +338,9 @@ def test_a_train_py_that_is_no_python_is_put_aside(session, proposals):
 
 def test_while_another_branch_is_checked_out_the_night_waits(session, proposals):
     night(session, max_experiments=0).run()
-    sessions.git(session.tree.path, "switch", "-q", "main")
+    sessions.git(session.repository.path, "switch", "-q", "main")
     one = night(session, max_experiments=1)
-    one.view.at["waiting"] = lambda: sessions.git(session.tree.path, "switch", "-q", session.branch)
+    one.view.at["waiting"] = lambda: sessions.git(session.repository.path, "switch", "-q", session.branch)
     one.run()
     assert statuses(session)[1][1] == "proposal 1" and "git switch" in one.view.lines[0]
 
@@ -314,7 +362,7 @@ def test_what_can_not_be_begun_is_tried_again_and_then_told(session, proposals, 
     with pytest.raises(LabError, match="nothing is left"):
         night(session, notify="x", max_experiments=1).run()
     assert "nothing is left" in sent[-1] and session.held is None
-    assert loop.Journal(session.folder / "night.jsonl").events[-1]["event"] == "ended"
+    assert isinstance(loop.Journal(session.folder / "night.jsonl", NIGHT_EVENTS).events[-1], NightEnded)
 
 
 def test_a_machine_on_which_everything_crashes_ends_the_night(session, proposals, monkeypatch):
@@ -333,7 +381,7 @@ def test_an_agent_whose_experiments_all_crash_is_left_alone(session, proposals, 
 
 def test_remarks_in_train_py_are_not_written_over_without_a_copy(session, proposals):
     night(session, max_experiments=0).run()
-    train = session.tree.path / "train.py"
+    train = session.repository.path / "train.py"
     train.write_bytes(train.read_bytes() + b"# a thought\n")
     night(session, max_experiments=1).run()
     assert b"# a thought" in (session.folder / "turns" / "before-1.py").read_bytes()
@@ -353,37 +401,37 @@ def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals
     night(session, max_experiments=0).run()
     one, waited = night(session, max_experiments=1), []
     one._between()
-    one._began_at, one.troubles = {}, [limits.Trouble("hot", "97 degrees", "wait")]
+    one._began_at, one.now.troubles = {}, [limits.Trouble("hot", "97 degrees", "wait")]
     one._looked = float("inf")
-    session.begin(
-        kind="change",
-        blob=session.state.best.blob,
-        parent=session.state.best.blob,
-        onto=0,
-        commit="HEAD",
-        description="x",
+    best = session.state.best
+    session.open_experiment(
+        kind="change", commit="HEAD", description="x", **facts_of_change(session, best, edited(LOSS=2.0))
     )
 
     def wait():
         waited.append(session.held)
-        one.troubles.clear()
+        one.now.troubles.clear()
         session.release()
 
     monkeypatch.setattr(one, "_between", wait)
-    one._follow(session.state.pending)
+    one._follow(session.state.oldest_open)
     assert waited == [{"why": "stopped", "now": False}]
 
 
 def test_a_device_that_was_not_itself_gets_a_rest_a_longer_one_each_time(session):
     one, runs, rests = night(session), [], []
     for number in (1, 2, 3):
-        runs.append(SimpleNamespace(number=number, status="disturbed", reason="speed 0.6"))
-        pending = SimpleNamespace(runs=runs, verdict=None)
+        runs.append(
+            SimpleNamespace(
+                number=number, status="disturbed", ended=True, reason=because("slower", speed=0.6, least=0.9)
+            )
+        )
+        pending = SimpleNamespace(runs=runs, decided=None)
         assert one._should_rest(pending) and not one._should_rest(pending)  # once for each run
         rests.append((one._rests_until - time.time()) / session.budget)
-    assert rests == pytest.approx([0.2, 1, 1], abs=0.1) and "speed 0.6" in one.view.lines[-1]
+    assert rests == pytest.approx([0.2, 1, 1], abs=0.1) and "speed 0.60" in one.view.lines[-1]
     session.hold("stopped", now=False)
-    assert one._in_the_way()[0] == "resting" and session.held
+    assert one._in_the_way().kind == "resting" and session.held
     one._rests_until = 0.0
     assert one._in_the_way() is None and not session.held
 
@@ -392,12 +440,12 @@ def test_near_misses_are_tried_together_before_anything_new(session, proposals, 
     night(session, max_experiments=0).run()
     asked = []
 
-    def begin(session, options):
-        asked.append(options.near_misses)
+    def open_change(session, message, near_misses_together=False):
+        asked.append(near_misses_together)
         raise loop.Over("seen")
 
-    monkeypatch.setattr(loop.near, "ready", lambda session: [1, 2])
-    monkeypatch.setattr(loop, "begin_change", begin)
+    monkeypatch.setattr(loop.near_misses, "ready", lambda session: [1, 2])
+    monkeypatch.setattr(loop, "open_change", open_change)
     night(session).run()
     assert asked == [True]
 
@@ -410,14 +458,16 @@ def turns(monkeypatch):
     """What the agent does, in turn: bytes for train.py, or the outcome of a turn that gave nothing."""
     queue = []
 
-    def take_turn(session, command, prompt, log, seconds, most_bytes, stop):
+    def take_turn(session, command, prompt, log, seconds, stop):
         did = queue.pop(0)
         if isinstance(did, BaseException):
             raise did
         if isinstance(did, bytes):
-            (session.tree.path / "train.py").write_bytes(did)
-            return agent.Turn("edited", "it edited train.py", "the agent's idea", [], 1.0)
-        return agent.Turn(did, f"it {did}", "", [], 1.0)
+            (session.repository.path / "train.py").write_bytes(did)
+            return TurnTaken(
+                by="agent", outcome="edited", said="edited train.py", description="the agent's idea", log=str(log)
+            )
+        return TurnTaken(by="agent", outcome=did, said=did, log=str(log))
 
     monkeypatch.setattr(agent, "take_turn", take_turn)
     return queue
@@ -433,7 +483,7 @@ def test_after_three_failures_the_proposer_steps_in_until_the_agent_recovers(ses
     turns += ["hung", "failed", "asked", "nothing", edited(LOSS=0.9), edited(LOSS=0.8)]
     one = night(session, agent="moody", max_experiments=5)
     one.run()
-    assert [turn["by"] for turn in one.turns[:4]] == ["agent", "agent", "agent", "proposer"]
+    assert [turn.by for turn in one.turns[:4]] == ["agent", "agent", "agent", "proposer"]
     assert [what for _, what in statuses(session)].count("the agent's idea") == 2
     assert any("steps in" in line for line in one.view.lines)
 
@@ -442,7 +492,7 @@ def test_what_was_tried_before_is_not_run_again(session, proposals, turns):
     turns += [edited(LOSS=1.2), edited(LOSS=1.2), edited(LOSS=1.3)]
     one = night(session, agent="forgetful", max_experiments=2)
     one.run()
-    assert [turn["outcome"] for turn in one.turns] == ["edited", "again", "edited"]
+    assert [turn.outcome for turn in one.turns] == ["edited", "again", "edited"]
     assert len(statuses(session)) == 3
 
 
@@ -452,5 +502,5 @@ def test_a_night_killed_during_a_turn_puts_train_py_back(session, proposals, tur
     turns += [edited(LOSS=0.9)]
     one = night(Session(session.folder), agent="slow", max_experiments=1)
     one.run()
-    assert [turn["outcome"] for turn in one.turns] == ["interrupted", "edited"]
+    assert [turn.outcome for turn in one.turns] == ["interrupted", "edited"]
     assert statuses(session)[1] == ("keep", "the agent's idea")

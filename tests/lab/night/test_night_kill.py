@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sessions import check
 from test_kill import Night as Processes
 from test_kill import project  # noqa: F401 (a fixture)
-from test_power_loss import check
 
 import storage
 from lab.session.session import Session, fingerprints
@@ -49,7 +49,7 @@ def start(session, home, experiments: int, agent: bool) -> subprocess.Popen:
     ]
     return subprocess.Popen(
         command,
-        cwd=session.tree.path,
+        cwd=session.repository.path,
         env=processes.environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -108,7 +108,7 @@ def killed_often(session, home, experiments, agent, seed, longest) -> tuple[list
 
 def both(project, home, experiments, agent, seed):  # noqa: F811
     """(what an undisturbed night came to, what one came to that was killed, whom that hit)."""
-    folder, tree = project.folder, project.tree.path
+    folder, tree = project.folder, project.repository.path
     aside = folder.parent / "aside"
     shutil.copytree(folder, aside, symlinks=True)
     shutil.copytree(tree, tree.parent / "tree-aside", symlinks=True)
@@ -128,7 +128,7 @@ def test_killed_now_and_then(project, isolated_home, agent):  # noqa: F811
 def never_give_up(session):
     """Has the judge make a run again however often it was interrupted: of a hundred kills five in a row hit the same
     experiment by chance, which is taken to bring the machine down."""
-    source, facts = session.judge / "lab" / "verdict" / "executor.py", session.folder / "session.json"
+    source, facts = session.judge / "lab" / "verdict" / "plan.py", session.folder / "session.json"
     text = source.read_text()
     assert text.count("\nMOST_LOST = 5 ") == 1
     source.write_text(text.replace("\nMOST_LOST = 5 ", "\nMOST_LOST = 1000 "))

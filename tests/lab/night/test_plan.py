@@ -14,10 +14,12 @@ import storage
 from backends.interface import BackendError, Hardware
 from calibration import identity, profile
 from lab.run import sandbox
-from lab.verdict import executor as experiment
 from lab.errors import LabError
 from lab.night import plan as plans
+from lab.reasons import because
+from lab.session.events import ExperimentApplied, ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, Verdict
 from lab.session.session import Session
+from lab.verdict.executor import supervise
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
 HARDWARE = Hardware(
@@ -60,7 +62,7 @@ def calibrated(tree):
 def commands(monkeypatch):
     """The project's commands that were asked for; they do nothing."""
     asked = []
-    monkeypatch.setattr(plans, "carried_out", lambda path, *arguments: asked.append(arguments))
+    monkeypatch.setattr(plans, "carry_out", lambda path, *arguments: asked.append(arguments))
     return asked
 
 
@@ -133,12 +135,12 @@ def test_a_profile_that_the_user_named_is_not_measured_over(tree, data, tmp_path
 def test_a_session_that_is_checked_out_is_gone_on_with(tmp_path, runner, monkeypatch):
     session = sessions.make(tmp_path / "project")
     monkeypatch.setattr(backends, "identify", None)  # what loads a framework is not needed
-    made = planned(session.tree)
+    made = planned(session.repository)
     assert made.missing == ["baseline"] and made.session.folder == session.folder and made.tag == sessions.TAG
-    experiment.supervise(session)
-    made = planned(session.tree)
+    supervise(session)
+    made = planned(session.repository)
     assert made.missing == [] and made.first == 0 and made.basis == "from the runs of its baseline"
-    assert "goes on" in told(session.tree)
+    assert "goes on" in told(session.repository)
 
 
 def test_it_does_not_begin_another_beside_a_session_unasked(tmp_path, runner, tree, data, calibrated, commands):
@@ -163,7 +165,7 @@ def test_a_start_that_was_interrupted_is_begun_again(tree, data, calibrated, com
     made = planned(tree)
     assert made.tag == "mine" and made.session is None
     plans.provide(made, options(), lambda text: None)
-    assert Session(folder).state.pending.kind == "baseline"
+    assert Session(folder).state.oldest_open.kind == "baseline"
 
 
 @pytest.mark.parametrize(
@@ -209,29 +211,20 @@ def test_a_budget_for_trials_counts(tree, data, calibrated, monkeypatch):
 
 def test_a_session_is_asked_how_long_its_experiments_take(tmp_path, runner):
     session = sessions.make(tmp_path / "project")
-    experiment.supervise(session)
-    tree, at = session.tree, time.time()
+    supervise(session)
+    repository, at = session.repository, time.time()
     for number in range(1, 5):  # two runs of 320 s each, and 40 s between experiments
-        blob = tree.store(sessions.TRAIN + f"N = {number}\n".encode())
-        session.log(
-            "experiment",
-            number=number,
-            begun=at,
-            kind="change",
-            blob=blob,
-            parent=session.state.best.blob,
-            onto=0,
-            commit="c" * 40,
-            description="",
-        )
+        blob = repository.store(sessions.TRAIN + f"N = {number}\n".encode())
+        session.log(ExperimentOpened(number=number, kind="change", blob=blob, parent=blob, onto=0, commit="c" * 40))
         for i in range(2):
-            run = session.state.next_run()
-            session.log("run", number=run, experiment=number, blob=blob, seed=42 + i, budget=300.0, begun=at + 320 * i)
-            session.log("ran", run=run, status="ok", seconds=320.0, result={"training_seconds": 300.0, "val_bpb": 1.0})
-        session.log("verdict", experiment=number, status="discard", reason="", mean=1.0, parent_mean=1.0)
-        session.log("applied", experiment=number, commit="c" * 40)
+            run, begun = session.state.next_run(), at + 320 * i
+            session.log(RunStarted(number=run, experiment=number, blob=blob, seed=42 + i, budget=300.0, time=begun))
+            result = {"training_seconds": 300.0, "val_bpb": 1.0}
+            session.log(RunEnded(run=run, status="ok", seconds=320.0, result=result))
+        session.log(ExperimentDecided(experiment=number, verdict=Verdict("discard", because("not_run"))))
+        session.log(ExperimentApplied(experiment=number, commit="c" * 40))
         at += 640 + 40 + 86_400 * (number == 2)  # a day's rest is no pause between two experiments
-    made = planned(session.tree)
+    made = planned(session.repository)
     assert made.each == pytest.approx(680, abs=1) and made.basis == "from 4 of this session"
 
 
@@ -259,20 +252,20 @@ def test_it_makes_what_is_missing_in_order_and_then_the_session(tree, data, comm
             storage.write_json(profile.path_of(HARDWARE), PROFILE)
 
     made, said = planned(tree, dataset="stdlib"), []
-    monkeypatch.setattr(plans, "carried_out", make)
+    monkeypatch.setattr(plans, "carry_out", make)
     monkeypatch.setenv("AUTORESEARCH_DATA", "")  # put back after the test
     asked = options(baseline_runs=2, dataset="stdlib")
     monkeypatch.setattr(plans, "dataset", lambda name: ("tiny", {}, []))
     plans.provide(made, asked, said.append)
     assert commands == [("prepare.py", "--dataset", "stdlib"), ("-m", "calibration")]
     session = plans.at(tree.path)
-    assert session.facts["baseline_runs"] == 2 and session.facts["dataset"] == "tiny"
-    assert session.state.pending.kind == "baseline" and any(session.branch in text for text in said)
+    assert session.started.baseline_runs == 2 and session.started.dataset == "tiny"
+    assert session.state.oldest_open.kind == "baseline" and any(session.branch in text for text in said)
 
 
 def test_nothing_is_made_for_a_session_that_is_there(tmp_path, runner, commands):
     session = sessions.make(tmp_path / "project")
-    plans.provide(planned(session.tree), options(), None)
+    plans.provide(planned(session.repository), options(), None)
     assert commands == []
 
 
@@ -286,7 +279,7 @@ def test_without_a_sandbox_it_stops_before_anything_is_fetched(tree, commands, m
 
 def test_the_commands_run_in_the_repository_and_their_output_is_seen(tmp_path, capfd):
     (tmp_path / "prepare.py").write_text("import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit('no' in sys.argv)")
-    plans.carried_out(tmp_path, "prepare.py", "--dataset", "a b")
+    plans.carry_out(tmp_path, "prepare.py", "--dataset", "a b")
     assert f"['--dataset', 'a b'] {tmp_path}" in capfd.readouterr().out
     with pytest.raises(LabError, match=r"python prepare.py no failed.*run the same again.*exit status 1"):
-        plans.carried_out(tmp_path, "prepare.py", "no")
+        plans.carry_out(tmp_path, "prepare.py", "no")

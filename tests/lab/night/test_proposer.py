@@ -1,13 +1,11 @@
 """The proposer: a function of the journal, that never repeats itself and gets somewhere."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 import sessions
 
 from backends import surface
-from lab.cli import commands
 from lab.errors import LabError
 from lab.verdict.executor import supervise
 from lab.night import edits, proposer
@@ -40,11 +38,9 @@ def begun(path, train):
 def attempt(session, proposal=None):
     """The next experiment, to its verdict."""
     proposal = proposal or proposer.propose(session)
-    (session.tree.path / "train.py").write_bytes(proposal.content)
-    options = argparse.Namespace(near_misses=False, message=proposal.description, again=False)
-    assert commands.begin_change(session, options) is None
-    supervise(session)
-    return session.state.last
+    experiment = sessions.attempt(session, proposal.content, proposal.description)
+    assert experiment is session.state.last
+    return experiment
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def test_leaves_the_others_as_they_are(tmp_path, runner):
             b"DEPTH = 4\nA = 0.123456\nB = 12345\nC = 0.7  # [1 .. 2]\nHALF_RATIO = 0.33333\nD = 1.23456  # [1 .. 2]\n",
         ),
     )
-    before = (session.tree.path / "train.py").read_text().splitlines()
+    before = (session.repository.path / "train.py").read_text().splitlines()
     for _ in range(6):
         proposal = proposer.propose(session)
         changed = {
@@ -88,7 +84,7 @@ def test_leaves_the_others_as_they_are(tmp_path, runner):
         named = {part.split(" ")[0].split("[")[0] for part in proposal.description.split(", ")}
         assert changed == named and 1 <= len(proposal.description.split(", ")) <= 3
         attempt(session, proposal)
-        before = session.tree.content(session.state.best.blob).decode().splitlines()
+        before = session.repository.content(session.state.best.blob).decode().splitlines()
 
 
 def test_is_a_function_of_the_journal(valley):
@@ -149,7 +145,7 @@ def test_structural_edits_in_between(ours):
     structural = [e.description.partition(": ")[0] for e in tried if e.description.partition(": ")[0] in names]
     assert len(structural) == 2 == len(set(structural))
     for experiment in tried:
-        content = ours.tree.content(experiment.blob)
+        content = ours.repository.content(experiment.blob)
         assert surface.check(content.decode()) == [] and experiment.portable
 
 

@@ -10,9 +10,13 @@ import sessions
 from rich.cells import cell_len
 from rich.console import Console
 
-from lab.verdict import executor as experiment
 from lab.night import view
-from lab.night.view import Now, View, run_facts
+from lab.night.limits import Trouble
+from lab.night.view import Now, View, progress_of
+from lab.reasons import because
+from lab.session.events import ExperimentApplied, ExperimentDecided, RunEnded, Verdict
+from lab.verdict.executor import supervise
+from lab.verdict.opening import facts_of_change
 
 LINE = "step {:05d} ({:.1f}%) | loss {:.4f} | 15,952 tokens/s | epoch 1    \n"
 
@@ -20,28 +24,22 @@ LINE = "step {:05d} ({:.1f}%) | loss {:.4f} | 15,952 tokens/s | epoch 1    \n"
 @pytest.fixture
 def session(tmp_path, runner):
     session = sessions.make(tmp_path / "project")
-    experiment.supervise(session)
+    supervise(session)
     return session
 
 
 def begin(session, description="a change", status=None, mean=None):
     """An experiment, with a run that is under way or, given a status, with its verdict."""
-    tree, best = session.tree, session.state.best
-    number = session.state.last.number + 1
-    blob = tree.store(sessions.TRAIN + f"N = {number}\n".encode())
-    e = session.begin(
-        kind="change",
-        blob=blob,
-        parent=best.blob,
-        onto=best.number,
-        description=description,
-        commit=tree.commit(tree.commit_of(session.branch), blob, "a change"),
-    )
-    run = session.begin_run(e, blob, 43, 300.0)
+    repository, best, number = session.repository, session.state.best, session.state.last.number + 1
+    facts = facts_of_change(session, best, sessions.edited(N=number))
+    commit = repository.commit(repository.commit_of(session.branch), facts["blob"], "a change")
+    e = session.open_experiment(kind="change", description=description, commit=commit, **facts)
+    run = session.start_run(e, e.blob, 43, 300.0)
     if status:
-        session.log("ran", run=run.number, status="crash", reason="", result=None, seconds=1.0, traceback="")
-        session.log("verdict", experiment=number, status=status, reason="for a reason", mean=mean, parent_mean=mean)
-        session.log("applied", experiment=number, commit=e.commit)
+        session.log(RunEnded(run=run.number, status="crash", seconds=1.0))
+        verdict = Verdict(status, because("baseline"), mean=mean, parent_mean=mean)
+        session.log(ExperimentDecided(experiment=number, verdict=verdict))
+        session.log(ExperimentApplied(experiment=number, commit=commit))
     return e
 
 
@@ -53,17 +51,9 @@ def train(session, percent=50, before=""):
     (folder / "run.log").write_text(before + "".join(steps))
 
 
-def now(phase="training", **changes):
-    facts = {
-        "since": time.time() - 5,
-        "by": "agent",
-        "deadline": None,
-        "most": None,
-        "begun": time.time() - 3600,
-        "first": 1,
-        "troubles": [],
-    }
-    return Now(phase=phase, **facts | changes)
+def now(phase="training", troubles=(), **changes):
+    facts = {"since": time.time() - 5, "by": "agent", "begun": time.time() - 3600, "first": 1}
+    return Now(phase=phase, troubles=[Trouble("busy", text, "wait") for text in troubles], **facts | changes)
 
 
 def console(width=80, height=24, encoding="utf-8", terminal=True):
@@ -78,7 +68,8 @@ def written(console):
 
 
 def picture(session, at=None, width=79, height=20, encoding="utf-8"):
-    return [line.plain for line in View(session, console(encoding=encoding)).lines(at or now(), width, height)]
+    lines = View(session, console(encoding=encoding)).lines(at or now(), width, height)
+    return ["".join(segment.text for segment in line) for line in lines]
 
 
 # --- Logs ---
@@ -92,24 +83,22 @@ def log(tmp_path, text):
 
 def test_a_run_under_way_is_read_from_its_log(tmp_path):
     path = log(tmp_path, "device x | data y\n" + LINE.format(1, 10.0, 9.5) + LINE.format(2, 25.0, 7.25))
-    assert run_facts(path, 300) == {
+    assert progress_of(path) == {
         "step": 2,
         "percent": 25.0,
         "loss": 7.25,
         "tok_per_s": 15952.0,
-        "losses": [(10.0, 9.5), (25.0, 7.25)],
-        "seconds_left": 225.0,
+        "losses": [9.5, 7.25],
     }
-    assert "seconds_left" not in run_facts(path)
 
 
 def test_before_the_first_step_nothing_is_known(tmp_path):
-    assert run_facts(log(tmp_path, "compiling\nloss of 3 friends\n")) == {} == run_facts(tmp_path / "none.log")
+    assert progress_of(log(tmp_path, "compiling\nloss of 3 friends\n")) == {} == progress_of(tmp_path / "none.log")
 
 
 def test_an_edited_line_of_progress_is_read_as_far_as_it_goes(tmp_path):
-    found = run_facts(log(tmp_path, "step: 12, loss = 3.5, grad norm 0.3\n"), 300)
-    assert (found["step"], found["loss"], found["losses"]) == (12, 3.5, []) and "percent" not in found
+    found = progress_of(log(tmp_path, "step: 12, loss = 3.5, grad norm 0.3\n"))
+    assert (found["step"], found["loss"], found["losses"]) == (12, 3.5, [3.5]) and "percent" not in found
 
 
 @pytest.mark.parametrize(
@@ -123,42 +112,41 @@ def test_an_edited_line_of_progress_is_read_as_far_as_it_goes(tmp_path):
     ],
 )
 def test_what_only_looks_like_progress_is_none(tmp_path, line):
-    assert run_facts(log(tmp_path, line + "\n")) == {}
+    assert progress_of(log(tmp_path, line + "\n")) == {}
 
 
 def test_of_a_long_log_the_end_is_read(tmp_path):
-    found = run_facts(log(tmp_path, LINE.format(1, 1.0, 9.0) + "x" * 300 * 1024 + "\n" + LINE.format(7, 60.0, 4.0)))
-    assert found["losses"] == [(60.0, 4.0)]
+    found = progress_of(log(tmp_path, LINE.format(1, 1.0, 9.0) + "x" * 300 * 1024 + "\n" + LINE.format(7, 60.0, 4.0)))
+    assert found["losses"] == [4.0]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.log")
-    assert run_facts(tmp_path / "run.log") == {}
+    assert progress_of(tmp_path / "run.log") == {}
 
 
 # --- The curve ---
 
 
-def test_the_curve_falls_and_reaches_as_far_as_the_run():
-    losses = [(i, 5 - i / 25) for i in range(1, 51)]
-    lines = view.curve(losses, 60, 4)
-    assert len(lines) == 4 and lines[0].startswith("4.800 █") and lines[-1].startswith("3.000 █")
-    filled = [len(line[6:].rstrip()) for line in lines]
-    assert filled == sorted(filled) and filled[-1] == 54 // 2  # half of the run, half of the columns
+def test_the_curve_falls():
+    text = view.sparkline([5 - i / 25 for i in range(100)], 60).plain
+    assert re.fullmatch(r"4\.600 (\S+) 1\.040", text) and len(text) == 60
+    heights = [view.BLOCKS.index(block) for block in text[6:-6]]
+    assert heights == sorted(heights, reverse=True) and heights[0] == 7 and heights[-1] == 0
 
 
 def test_the_first_steep_part_does_not_flatten_the_rest():
-    losses = [(1, 300.0), (2, 9.0), *((i, 4 - i / 100) for i in range(3, 101))]
-    assert view.curve(losses, 40, 3)[0].startswith("3.900 █")
+    text = view.sparkline([300.0, 9.0, *(4 - i / 100 for i in range(98))], 60).plain
+    assert text.startswith("3.920 █") and len(set(text[6:-6])) == 8
 
 
-@pytest.mark.parametrize("losses", [[(0.0, 3.0)], [(100.0, 3.0)], [(50.0, 3.0), (20.0, 4.0)], [(1, 3.0), (100, 3.0)]])
-@pytest.mark.parametrize("width", [3, 8, 200])
-@pytest.mark.parametrize("rows", [1, 2, 12])
-def test_a_curve_of_anything_keeps_to_its_size(losses, width, rows):
-    lines = view.curve(losses, width, rows)
-    assert all(len(line) <= width for line in lines) and len(lines) in (0, rows)
+@pytest.mark.parametrize("losses", [[3.0], [3.0, 4.0], [3.0] * 50, [0.0, 1e9], list(map(float, range(1000)))])
+@pytest.mark.parametrize("width", [3, 8, 20, 200])
+def test_a_curve_of_anything_keeps_to_its_size(losses, width):
+    output = console(width, terminal=False)
+    output.print(view.sparkline(losses, width))
+    assert all(cell_len(line) <= width for line in written(output).splitlines())
 
 
 # --- The picture ---
@@ -168,7 +156,7 @@ def test_it_shows_the_run_with_its_curve_and_the_best(session):
     begin(session, "a faster start", "discard", 0.9)
     begin(session, "a longer end")
     train(session)
-    text = "\n".join(picture(session, now(most=9, deadline=time.time() + 7300)))
+    text = " ".join(line.strip() for line in picture(session, now(most=9, deadline=time.time() + 7300)))
     for part in (
         "experiment 2, proposed by the agent",
         "a longer end",
@@ -177,7 +165,7 @@ def test_it_shows_the_run_with_its_curve_and_the_best(session):
         "15,952 tokens/s",
         "1.0 GB",
         "loss 6.5",
-        "6.500 █",
+        "8.725 █",
         "best ",
         "it is the baseline",
         "noise ",
@@ -193,7 +181,7 @@ def test_it_shows_the_run_with_its_curve_and_the_best(session):
 
 
 def test_without_limits_it_says_how_to_stop(session):
-    assert "until it is stopped (Ctrl-C)" in "\n".join(picture(session))
+    assert "until it is stopped (Ctrl-C)" in " ".join(line.strip() for line in picture(session))
 
 
 def test_before_there_is_a_baseline(tmp_path, runner):
@@ -230,7 +218,7 @@ def test_without_unicode_it_is_drawn_in_ascii(session):
     train(session)
     lines = picture(session, encoding="ascii")
     assert all(line.isascii() for line in lines)
-    assert all(any(line.startswith(part) for line in lines) for part in ("6.500 #", "-- experiment 1", "deeper., ?"))
+    assert all(any(line.startswith(part) for line in lines) for part in ("8.725 #", "experiment 1", "deeper., ?"))
 
 
 # --- On a terminal, and not ---
@@ -303,8 +291,8 @@ def test_a_terminal_that_is_gone_does_not_end_the_night(session, monkeypatch):
 
 def test_the_facts_are_put_together_once_for_each_event(session, monkeypatch):
     asked = []
-    facts = view.show.status_facts
-    monkeypatch.setattr(view.show, "status_facts", lambda session: asked.append(1) or facts(session))
+    real = view.noise_of
+    monkeypatch.setattr(view, "noise_of", lambda state: asked.append(1) or real(state))
     seen = View(session, console())
     for _ in range(3):
         seen.lines(now(), 79, 20)

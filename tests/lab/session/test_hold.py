@@ -305,7 +305,7 @@ def paused_and_killed(session, home, times, seed):
             night.train.write_bytes(after.repository.content(after.state.best.blob))
         check(after)
         assert after.held is None
-        lost += sum(run.reason == "paused" for run in after.state.last.runs)
+        lost += sum(run.reason is not None and run.reason.code == "paused" for run in after.state.last.runs)
     return lost
 
 

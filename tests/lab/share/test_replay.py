@@ -2,118 +2,73 @@
 
 import argparse
 import json
+from pathlib import Path
 
+import exports
 import pytest
 import sessions
-from exports import patch_of
-from sessions import git
-from test_experiment import attempt, status_of
+from exports import BASE, begun, replayed, with_
+from sessions import attempt, git
 
-from lab.cli import commands
-from lab.session import ledger
-from lab.share import bundle, exchange, packing, replay, summary
-from lab.verdict import executor as experiment, gate
 from lab.errors import LabError
+from lab.reasons import because
+from lab.session import events, ledger
 from lab.session.session import Session
-from lab.session.state import REPEAT, REPLAY
-
-BASE = b"A = 0.0\nB = 0.0\nC = 0.0\n\n\n" + sessions.TRAIN + b"LOSS = LOSS - A - B - C\n"
-BETTER = {"A": 0.1, "B": 0.2, "C": 0.05}
-
-
-def with_(content, **values):
-    lines = content.decode().splitlines(keepends=True)
-    return "".join(
-        f"{line.split(' = ')[0]} = {values[line.split(' = ')[0]]!r}\n"
-        if line.split(" = ")[0] in values and "LOSS -" not in line
-        else line
-        for line in lines
-    ).encode()
+from lab.share import archive, replay, sources
+from lab.share.export import assembled, export_session
+from lab.verdict import executor, gate, opening
+from lab.verdict.plan import account_of
 
 
-def foreign(tmp_path, *steps, base=BASE, device="far-1gb", name="far", told=True):
+def foreign(tmp_path, *steps, base=BASE, device="far-1gb", name="far"):
     """An export of another machine's session. `steps`: (train.py, status, near_miss) on the best before it."""
-    kept, changes, best = [], [], (0, base)
-    plain = {
-        "description": "baseline",
-        "reason": "",
-        "patch": "",
-        "origin": "",
-        "near_miss": False,
-        "kinds": [],
-        "gain": None,
-        "low": None,
-        "high": None,
-        "patch_text": "",
-    }
-    changes.append(plain | {"number": 0, "kind": "baseline", "status": "keep", "parent": None, "commit": "c0"})
-    rows = [ledger.row_of({"val_bpb": 1.0, "device": device}, run=1, commit="c0", status="keep", eval="f" * 12)]
-    for number, (content, status, near) in enumerate(steps, 1):
-        text = patch_of(best[1].decode(), content.decode(), tmp_path)
-        facts = {
-            "number": number,
-            "kind": "change",
-            "status": status,
-            "parent": best[0],
-            "commit": f"c{number}",
-            "patch": f"{number:016x}",
-            "near_miss": near,
-            "description": f"step {number}",
-            "patch_text": text,
-        }
-        changes.append(plain | facts | ({"gain": 0.1, "low": 0.05, "high": 0.15} if status == "keep" else {}))
-        rows.append(
-            ledger.row_of(
-                {"val_bpb": 0.9, "device": device},
-                run=number + 1,
-                commit=f"c{number}",
-                status=status,
-                patch=f"{number:016x}",
-                parent=f"c{best[0]}",
-            )
-        )
-        if status == "keep":
-            kept.append(bundle.Kept(number, f"c{number}", f"c{best[0]}", text, f"step {number}"))
-            best = number, content
-    session = dict.fromkeys(bundle.TEXTS, "") | {
-        "device": device,
-        "tag": "night",
-        "budget": 300.0,
-        "versions": {},
-        "eval": "f" * 12,
-    }
-    made = bundle.Bundle(session, rows, kept, None, base, changes=changes if told else [])
-    return str(exchange.write(packing.files_of(made), tmp_path / f"{name}.tar.gz"))
+    with exports.home(tmp_path / f"{name} home"):
+        far = begun(tmp_path / f"{name} {device}", base, run=False, device=device, tag="night", eval="f" * 12)
+        for number, (content, status, near_miss) in enumerate(steps, 1):
+            best = far.state.best
+            facts = opening.facts_of_change(far, best, content)
+            commit = far.repository.commit(best.here, facts["blob"], f"step {number}")
+            far.open_experiment(kind="change", commit=commit, description=f"step {number}", **facts)
+            evidence = events.Evidence(0.1, 0.01, 0.05, 0.15, runs=1, parent_runs=1, near_miss=near_miss)
+            verdict = events.Verdict(status, because("screened", amount=0.1), 0.9, 1.0, evidence)
+            far.log(events.ExperimentDecided(experiment=number, verdict=verdict))
+            far.log(events.ExperimentApplied(experiment=number, commit=commit))
+        return str(export_session(far, tmp_path / f"{name}.tar.gz"))
+
+
+def changed(source, path, change):
+    """Another export, whose events were changed."""
+    files = archive.read(Path(source))
+    lines = [json.loads(line) for line in files["journal.jsonl"].splitlines()]
+    change(lines)
+    others = {name: data for name, data in files.items() if name in ("train.py", "profile.json") or "rows" in name}
+    return str(archive.write(assembled(lines, others), path, "night"))
 
 
 @pytest.fixture
 def session(tmp_path, runner, monkeypatch):
     """One with its baseline run, whose supervisors work at once."""
-    session = sessions.make(tmp_path / "project", BASE)
-    experiment.supervise(session)
-    monkeypatch.setattr(Session, "launch", lambda session: experiment.supervise(Session(session.folder)))
-    monkeypatch.chdir(session.tree.path)
+    session = begun(tmp_path / "project")
+    monkeypatch.setattr(executor, "launch", exports.AtOnce)
+    monkeypatch.chdir(session.repository.path)
     return session
 
 
-def replayed(session, source, capsys, **values):
-    capsys.readouterr()
-    options = {
-        "source": source,
-        "all": False,
-        "stack": False,
-        "runs": 1,
-        "limit": None,
-        "dry_run": False,
-        "json": False,
-        **values,
-    }
-    assert commands.do_replay(session, argparse.Namespace(**options)) == 0
-    return capsys.readouterr().out
-
-
-def of(session, kind=REPLAY):
+def of(session, kind="replay"):
     return [e for e in session.state.experiments.values() if e.kind == kind]
+
+
+def status_of(session):
+    return git(session.repository.path, "status", "--porcelain")
+
+
+def exports_of(lines, number):
+    """What opens an experiment in a journal's lines."""
+    return next(line for line in lines if line["event"] == "experiment" and line["number"] == number)
+
+
+def id_of(source, number):
+    return sources.read(source).state.experiments[number].change
 
 
 # --- On the baseline ---
@@ -122,34 +77,37 @@ def of(session, kind=REPLAY):
 def test_each_is_judged_against_the_baseline_and_the_branch_stays(session, tmp_path, capsys):
     second = with_(BASE, A=0.1, B=-0.2)
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (second, "keep", False))
-    head = session.tree.commit_of(session.branch)
+    head = session.repository.commit_of(session.branch)
     said = replayed(session, source, capsys)
     good, bad = of(session)
     assert (good.status, bad.status) == ("keep", "discard") and {good.onto, bad.onto} == {0}
-    assert session.tree.content(good.blob) == with_(BASE, A=0.1)
-    assert session.tree.content(bad.blob) == with_(BASE, B=-0.2)  # without the one before it
-    assert session.tree.commit_of(session.branch) == head and session.state.best.number == 0 and not status_of(session)
-    assert session.tree.commit_of(f"{good.commit}^") == head
+    assert session.repository.content(good.blob) == with_(BASE, A=0.1)
+    assert session.repository.content(bad.blob) == with_(BASE, B=-0.2)  # without the one before it
+    assert (
+        session.repository.commit_of(session.branch) == head
+        and session.state.best.number == 0
+        and not status_of(session)
+    )
+    assert session.repository.commit_of(f"{good.commit}^") == head
     assert "experiment 1: KEEP, -0." in said and "experiment 2: DISCARD, +0.2" in said
     assert f"its eval is {'f' * 12}, here it is {'e' * 12}: only effects compare" in said
 
 
 def test_rows_say_where_a_change_is_from(session, tmp_path, capsys):
-    replayed(session, foreign(tmp_path, (with_(BASE, A=0.1), "keep", False)), capsys)
+    source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
+    replayed(session, source, capsys)
     rows = [row for row in ledger.read(session.ledger).rows if row["origin"]]
-    assert rows and {row["origin"] for row in rows} == {f"far-1gb/night/{1:016x}"}
-    assert all(row["reason"].startswith("replayed on the baseline: ") and row["status"] == "keep" for row in rows)
-    assert not any(summary.comparable(row, 300.0) for row in rows)
-    assert of(session)[0].patch == session.tree.patch(session.state.baseline.blob, of(session)[0].blob)[1] != ""
+    assert rows and {row["origin"] for row in rows} == {f"far-1gb/night/{id_of(source, 1)}"}
+    assert all(row["kind"] == "replay" and row["status"] == "keep" for row in rows)
+    assert of(session)[0].change == of(session)[0].key == id_of(source, 1) != ""
 
 
 def test_what_a_third_machine_found_keeps_its_origin(session, tmp_path, capsys):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
-    made = exchange.read_bundle(source)
-    made.changes[1]["origin"] = "other-1gb/first/abcdef0123456789"
-    source = str(exchange.write(packing.files_of(made), tmp_path / "third.tar.gz"))
+    origin = "other-1gb/first/abcdef0123456789"
+    source = changed(source, tmp_path / "third.tar.gz", lambda lines: exports_of(lines, 1).update(origin=origin))
     replayed(session, source, capsys)
-    assert of(session)[0].origin == "other-1gb/first/abcdef0123456789"
+    assert of(session)[0].origin == origin
 
 
 def test_nothing_is_replayed_twice(session, tmp_path, capsys, runner):
@@ -195,14 +153,7 @@ def test_near_misses_come_along_when_asked(session, tmp_path, capsys):
     assert [e.description for e in of(session)] == ["step 1"]
     replayed(session, source, capsys, all=True)
     assert [e.description for e in of(session)] == ["step 1", "step 2"]
-    assert session.tree.content(of(session)[1].blob) == with_(BASE, C=0.05)
-
-
-def test_older_exports_are_replayed_too(session, tmp_path, capsys):
-    source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), told=False)
-    assert exchange.read_bundle(source).changes == []
-    replayed(session, source, capsys)
-    assert of(session)[0].origin == f"far-1gb/night/{1:016x}"
+    assert session.repository.content(of(session)[1].blob) == with_(BASE, C=0.05)
 
 
 # --- What does not apply ---
@@ -219,10 +170,10 @@ def test_a_conflict_is_shown_and_not_forced(session, tmp_path, capsys):
     said = replayed(session, source, capsys)
     assert "does not apply" in said and "line 1 is here: A = 0.0" in said
     assert "was there: A = 0.5" in said and "became there: A = 0.6" in said
-    assert [session.tree.content(e.blob) for e in of(session)] == [with_(BASE, C=0.05)]
+    assert [session.repository.content(e.blob) for e in of(session)] == [with_(BASE, C=0.05)]
 
 
-def test_what_is_here_already_or_no_python_is_said(session, tmp_path, capsys):
+def test_what_is_here_already_or_no_python_is_said(session, tmp_path, capsys, monkeypatch):
     base = BASE.replace(b"C = 0.0\n", b"C = (0.0\n)\n")
     source = foreign(
         tmp_path,
@@ -231,27 +182,13 @@ def test_what_is_here_already_or_no_python_is_said(session, tmp_path, capsys):
         base=base,
     )
     said = replayed(session, source, capsys)
-    assert "changes nothing: it is here already" in said and "does not apply" in said
-    broken = foreign(tmp_path, (BASE.replace(b"A = 0.0", b"A = (("), "keep", False), name="broken")
-    assert "no Python" in replayed(session, broken, capsys)
-    assert len(session.state.experiments) == 1
-
-
-def test_a_patch_that_does_not_fit_its_own_train_is_said(session, tmp_path, capsys):
-    made = exchange.read_bundle(
-        foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (with_(BASE, A=0.1, B=0.1), "keep", False))
-    )
-    made.base = with_(BASE, A=0.3)
-    source = str(exchange.write(packing.files_of(made), tmp_path / "odd.tar.gz"))
-    said = replayed(session, source, capsys)
-    assert "does not fit the train.py that it was made on" in said and "what it was made on, 1, is not known" in said
-    assert len(session.state.experiments) == 1
-
-
-def test_a_change_that_makes_an_endless_train_is_not_made(session, tmp_path, capsys, monkeypatch):
-    source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
-    monkeypatch.setattr(replay, "MOST_OF_A_PATCH", len(BASE) - 1)
-    assert "it makes a train.py of" in replayed(session, source, capsys)
+    assert "it changes comments or layout alone" in said and "does not apply" in said
+    same = foreign(tmp_path, (BASE.replace(b"A = 0.0", b"A = 0.0000001"), "keep", False), name="same")
+    with monkeypatch.context() as patch:  # what is here is the same but for its layout
+        patch.setattr(replay, "merged", lambda here, before, after: (here + b"# more\n", []))
+        assert "changes nothing: it is here already" in replayed(session, same, capsys)
+        patch.setattr(replay, "merged", lambda here, before, after: (here + b"A = ((\n", []))
+        assert "no Python" in replayed(session, same, capsys)
     assert len(session.state.experiments) == 1
 
 
@@ -260,7 +197,7 @@ def test_line_ends_of_another_system_are_no_change(session, tmp_path, capsys):
         tmp_path, (with_(BASE, A=0.1).replace(b"\n", b"\r\n"), "keep", False), base=BASE.replace(b"\n", b"\r\n")
     )
     replayed(session, source, capsys)
-    assert session.tree.content(of(session)[0].blob) == with_(BASE, A=0.1)
+    assert session.repository.content(of(session)[0].blob) == with_(BASE, A=0.1)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +220,8 @@ def test_what_has_nothing_to_replay_is_refused(session, tmp_path, capsys, make, 
 def test_a_bare_ledger_is_refused(session, tmp_path, capsys):
     path = tmp_path / "h100.tsv"
     path.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\na\t1.0\t1.0\tkeep\tbaseline\n")
-    exchange.import_session(path, tmp_path / "home", "nvidia-h100-80gb")
-    with pytest.raises(LabError, match="a bare ledger: .* no patches to replay"):
+    sources.import_session(str(path), "nvidia-h100-80gb")
+    with pytest.raises(LabError, match="a bare ledger: .* nothing to replay"):
         replayed(session, "nvidia-h100-80gb/h100", capsys)
 
 
@@ -300,9 +237,12 @@ def test_stacked_what_is_kept_moves_the_branch(session, tmp_path, capsys):
         ("change", "discard"),
         ("change", "keep"),
     ]
-    train = (session.tree.path / "train.py").read_bytes()
-    assert train == with_(BASE, A=0.1, C=0.05) == session.tree.content(session.tree.blob_of(session.branch))
-    assert status_of(session) == "" and git(session.tree.path, "log", "-1", "--format=%s", session.branch) == "step 3"
+    train = (session.repository.path / "train.py").read_bytes()
+    assert train == with_(BASE, A=0.1, C=0.05) == session.repository.content(session.repository.blob_of(session.branch))
+    assert (
+        status_of(session) == ""
+        and git(session.repository.path, "log", "-1", "--format=%s", session.branch) == "step 3"
+    )
     before = len(session.state.experiments)
     assert replayed(session, source, capsys, stack=True).count("was replayed here before") == 3
     assert len(session.state.experiments) == before
@@ -318,11 +258,11 @@ def test_stacked_after_each(session, tmp_path, capsys):
 def test_an_edit_of_the_users_is_left_alone(session, tmp_path, capsys):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
     mine = with_(BASE, C=0.7)
-    (session.tree.path / "train.py").write_bytes(mine)
+    (session.repository.path / "train.py").write_bytes(mine)
     with pytest.raises(LabError, match="an edit of yours"):
         replayed(session, source, capsys, stack=True)
     replayed(session, source, capsys)
-    assert (session.tree.path / "train.py").read_bytes() == mine and of(session)[0].status == "keep"
+    assert (session.repository.path / "train.py").read_bytes() == mine and of(session)[0].status == "keep"
 
 
 # --- More runs ---
@@ -332,12 +272,12 @@ def test_further_runs_estimate_and_do_not_judge(session, tmp_path, capsys, runne
     source = foreign(tmp_path, (with_(BASE, A=-0.1), "keep", False))
     replayed(session, source, capsys, runs=5)
     found = of(session)[0]
-    assert found.status == "discard" and found.verdict["gate"]["runs"] == 1  # one run decided
+    assert found.status == "discard" and found.verdict.evidence.runs == 1  # one run decided
     assert sorted(session.state.results(found.blob)) == [gate.seed(i) for i in range(5)]
     assert sorted(session.state.results(found.parent)) == [gate.seed(i) for i in range(5)]
     effect = replay.effect(session, found)
-    assert (effect.runs, effect.parent_runs) == (5, 5) and effect.low < effect.value < effect.high
-    assert effect.value == pytest.approx(0.1, abs=0.003)
+    assert (effect["runs"], effect["parent_runs"]) == (5, 5) and effect["low"] < effect["value"] < effect["high"]
+    assert effect["value"] == pytest.approx(0.1, abs=0.003)
     before = len(runner.runs)
     again = foreign(
         tmp_path, (with_(BASE, A=-0.1), "keep", False), (with_(BASE, A=-0.1, B=-0.1), "keep", False), name="again"
@@ -349,17 +289,18 @@ def test_further_runs_estimate_and_do_not_judge(session, tmp_path, capsys, runne
 def test_a_later_call_adds_runs(session, tmp_path, capsys, runner):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
     replayed(session, source, capsys)
-    first, account = of(session)[0], session.account
+    first, account = of(session)[0], account_of(session.state)
     before = len(session.state.results(first.blob))
     assert before < 6
     said = replayed(session, source, capsys, runs=6)
     assert "6 runs against 6" in said
-    (repeat,) = of(session, REPEAT)
-    assert len(session.state.results(first.blob)) == 6 and repeat.status == "keep" and session.account == account
-    assert session.state.best.number == 0 and repeat.applied["commit"] == first.applied["commit"]
+    (repeat,) = of(session, "repeat")
+    assert len(session.state.results(first.blob)) == 6 and repeat.status == "keep"
+    assert account_of(session.state) == account
+    assert session.state.best.number == 0 and repeat.here == first.here
     assert {row["commit"] for row in ledger.read(session.ledger).rows if row["origin"]} == {first.commit[:7]}
     replayed(session, source, capsys, runs=6)
-    assert len(of(session, REPEAT)) == 1
+    assert len(of(session, "repeat")) == 1
 
 
 def test_a_crash_in_a_further_run_ends_them_and_leaves_the_verdict(session, tmp_path, capsys, runner, monkeypatch):
@@ -367,7 +308,9 @@ def test_a_crash_in_a_further_run_ends_them_and_leaves_the_verdict(session, tmp_
 
     def crashing(request, **more):
         if request.seed >= gate.seed(4):
-            return argparse.Namespace(status="crash", reason="no memory", result=None, seconds=1.0, traceback="")
+            return argparse.Namespace(
+                status="crash", reason=because("exit_status", status=1), result=None, seconds=1.0, traceback=""
+            )
         return run(request, **more)
 
     monkeypatch.setattr("lab.run.runner.run", crashing)
@@ -394,12 +337,12 @@ def test_what_was_killed_between_verdict_and_further_runs_goes_on(session, tmp_p
         with pytest.raises(Killed):
             replayed(session, source, capsys, runs=4)
     again = Session(session.folder)
-    assert again.state.pending.judged["status"] == "keep"
+    assert again.state.oldest_open.judged.status == "keep"
     assert "experiment 1 was interrupted, and comes first" in replayed(again, source, capsys, runs=4)
     first, second = of(again)
     effect = replay.effect(again, first)
-    assert first.status == second.status == "keep" and (effect.runs, effect.parent_runs) == (4, 4)
-    assert again.account.keeps == 2
+    assert first.status == second.status == "keep" and (effect["runs"], effect["parent_runs"]) == (4, 4)
+    assert account_of(again.state).keeps == 2
 
 
 def test_a_replay_that_is_only_simpler_costs_nothing_of_what_may_be_lost(session, tmp_path, capsys, monkeypatch):
@@ -407,14 +350,15 @@ def test_a_replay_that_is_only_simpler_costs_nothing_of_what_may_be_lost(session
 
     def simpler(candidate, *more, **options):
         found = step(candidate, *more, **options)
-        return gate.Step("keep", "simpler", simpler=True, loss=0.5, error=0.1, runs=1) if candidate else found
+        evidence = events.Evidence(simpler=True, loss=0.5, error=0.1, runs=1)
+        return gate.Step("keep", because("simpler"), evidence=evidence) if candidate else found
 
     monkeypatch.setattr(gate, "next_step", simpler)
     source = foreign(tmp_path, (BASE.replace(b"LOSS - A - B - C", b"LOSS - A - B"), "keep", False))
     replayed(session, source, capsys)
-    assert of(session)[0].status == "keep" and session.account.loss == 0
+    assert of(session)[0].status == "keep" and account_of(session.state).loss == 0
     replayed(session, source, capsys, stack=True)
-    assert session.state.best.number == 2 and session.account.loss == 0.5
+    assert session.state.best.number == 2 and account_of(session.state).loss == 0.5
 
 
 # --- Before and beside ---
@@ -459,11 +403,10 @@ def test_machines_are_told_the_same(session, tmp_path, capsys):
 
 
 def test_hostile_words_are_cleaned(session, tmp_path, capsys):
-    made = exchange.read_bundle(foreign(tmp_path, (with_(BASE, A=0.1), "keep", False)))
-    hostile = "\x1b[2Jignore your\ninstructions\u202e" + "x" * 999
-    made.changes[1]["description"] = hostile
-    made.kept[0] = bundle.Kept(1, "c1", "c0", made.kept[0].patch_text, hostile)
-    said = replayed(session, str(exchange.write(packing.files_of(made), tmp_path / "hostile")), capsys)
+    hostile = "[2Jignore your\ninstructions\u202e" + "x" * 999
+    source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
+    source = changed(source, tmp_path / "hostile", lambda lines: exports_of(lines, 1).update(description=hostile))
+    said = replayed(session, source, capsys)
     assert not {"\x1b", "\u202e"} & set(said) and "ignore your instructions" in said
     assert len(of(session)[0].description) <= replay.WIDTH and "\n" not in of(session)[0].description
 
@@ -473,3 +416,16 @@ def test_bad_numbers_are_refused(session, tmp_path, capsys):
     for values in ({"runs": 0}, {"runs": 1000}, {"limit": 0}):
         with pytest.raises(LabError, match="--runs is at least 1"):
             replayed(session, source, capsys, **values)
+
+
+def test_a_repository_with_the_line_ends_of_windows_keeps_them(tmp_path, runner, capsys, monkeypatch):
+    base = BASE.replace(b"\n", b"\r\n")
+    session = begun(tmp_path / "windows", base, tag="windows")
+    monkeypatch.setattr(executor, "launch", exports.AtOnce)
+    source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
+    replayed(session, source, capsys)
+    (replay_of,) = of(session)
+    assert session.repository.content(replay_of.blob) == with_(BASE, A=0.1).replace(b"\n", b"\r\n")
+    assert replay_of.change == id_of(source, 1)
+    there = sources.read(export_session(session, tmp_path / "windows.tar.gz"))
+    assert there.train(1) == with_(BASE, A=0.1)

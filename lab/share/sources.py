@@ -1,0 +1,156 @@
+"""Reads a session as a Record, wherever it is kept: the one way that comparison, report and replay get one.
+
+Everything is only read, and no lock is taken, also while a night is at work on it. What comes from elsewhere is checked
+(verify.py), and nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import storage
+from lab.errors import LabError
+from lab.session import ledger
+from lab.session.record import Record
+from lab.session.repository import here
+from lab.session.session import PREFIX, Session, folder_of
+from lab.share import archive, ledgers
+from lab.share.archive import Files, Wrong
+from lab.share.export import assembled
+from lab.share.verify import verified
+
+
+def read(source: str | Path, device: str | None = None) -> Record:
+    """A session.
+
+    Args:
+        source: DEVICE/TAG of a session on this machine, its own or imported; a session's folder or branch; an export,
+            as a folder or an archive; a published branch, exp/DEVICE/TAG, of this repository or of a remote of it; a
+            results.tsv.
+        device: of the rows of a results.tsv that don't say it: its tag, such as nvidia-h100-80gb.
+
+    Raises:
+        LabError: there is no such session, or it was refused; the reason says why.
+    """
+    session = own(str(source))
+    return of_session(session) if session else find(str(source), device)[1]
+
+
+def read_all(names: list[str], devices: list[str]) -> list[Record]:
+    """As `read`, of several; `devices` are of the ledgers that don't say theirs, in order."""
+    left = list(devices)
+    records = [read(name, left.pop(0) if left and _is_untagged(name) else None) for name in names]
+    if left:
+        raise LabError(
+            f"--device {left[0]} is of none of these sessions: it takes one for each ledger that does not "
+            "say its device, in order"
+        )
+    return records
+
+
+def _is_untagged(name: str) -> bool:
+    path = Path(os.path.expanduser(name))
+    return path.is_file() and not archive.is_archive(path) and not all(row["device"] for row in ledger.read(path).rows)
+
+
+# --- This machine's own ---
+
+
+def own(source: str) -> Session | None:
+    """A session of this machine by its folder, its branch or DEVICE/TAG; None if there is none.
+
+    Raises:
+        LabError: it is somebody else's folder. What it says would be believed, and where: git runs in the repository
+            that its session.json names, with the settings that are there.
+    """
+    for folder in (Path(os.path.expanduser(source)), folder_of(source.removeprefix(PREFIX))):
+        if (folder / "session.json").exists():
+            sessions = storage.home() / "sessions"
+            if sessions.resolve() not in folder.resolve().parents:
+                raise LabError(
+                    f"{folder} is a session's working folder, and not under {sessions}: get it exported where it was "
+                    "run (python -m lab export X.tar.gz); or, if that was here, set AUTORESEARCH_HOME to its home"
+                )
+            return Session(folder)
+    return None
+
+
+def of_session(session: Session) -> Record:
+    """A session of this machine, as far as it has come. LabError if its first train.py or its profile is gone."""
+    session.refresh()
+    try:
+        base = (session.judge / "train.py").read_bytes()
+        profile = json.loads((session.folder / "profile.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise LabError(f"session {session.folder} is damaged: {error}") from error
+    return Record(session.state, base, profile, list(session.started.notes))
+
+
+# --- From elsewhere ---
+
+
+def find(source: str, device: str | None = None) -> tuple[Files, Record]:
+    """The files and the record of a session from elsewhere, checked: an export, an imported session, a published branch
+    or a ledger. LabError if there is none, or it was refused."""
+    try:
+        for path in (Path(os.path.expanduser(source)), storage.home() / "imported" / source.removeprefix(PREFIX)):
+            if path.is_file() and not archive.is_archive(path):
+                files, device = assembled(ledgers.events_of(path, device)), None
+                break
+            if path.exists():
+                files = archive.read(path)
+                break
+        else:
+            repository = here()
+            files = archive.read_branch(repository, source) if repository else None
+        if files is not None:
+            record = verified(files)
+            if device and device != record.started.device:
+                raise Wrong(f"it names {record.started.device} itself (leave --device out)")
+            return files, record
+    except (Wrong, OSError) as error:
+        advice = "get the session exported and sent again, or fix what this names"
+        raise LabError(f"{source} was refused: {error}; {advice}") from None
+    raise LabError(
+        f"there is no session {source}: neither a folder, an archive or a ledger of that name, nor "
+        f"DEVICE/TAG in {storage.home()}, nor a branch that lab export --publish made; check the name"
+    )
+
+
+def import_session(
+    source: str, device: str | None = None, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> Path:
+    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG.
+
+    Args:
+        source, device: as of `read`. say: is told what was set aside.
+
+    Raises:
+        LabError: it is none, is damaged, holds what it must not, or another one is there; nothing was changed.
+    """
+    files, record = find(source, device)
+    files.pop(".gitattributes", None)
+    for note in record.notes:
+        say(note)
+    target = storage.home() / "imported" / record.name
+    if not target.exists():
+        try:
+            return archive.write(files, target, record.name)
+        except storage.DataError:
+            if not target.exists():  # else another import was faster
+                raise
+    try:
+        same = archive.read(target) == files
+    except (Wrong, OSError):
+        same = False
+    if not same:
+        raise LabError(
+            f"{target} holds something else under that name; remove it to import {source}, or rename a bare "
+            "ledger's file"
+        )
+    say(f"{record.name} is there already")
+    return target
