@@ -50,6 +50,7 @@ class Place(msgspec.Struct):
     Attributes:
         branch, commit: of HEAD. begun: as of time.time(). log: path of what the agent prints.
         link: where train.py points, if it is a symbolic link. last: number of the last experiment.
+        config: the file with git's settings for the repository. settings: what it held, each byte as a character.
     """
 
     branch: str | None
@@ -58,6 +59,8 @@ class Place(msgspec.Struct):
     log: str
     link: str | None
     last: int
+    config: str
+    settings: str
     turn: TurnTaken | None = None
 
 
@@ -104,6 +107,7 @@ def take_turn(
     notes = recover(session)
     if saved := put_back(session, log.with_suffix(".before.py")):
         notes.append(f"found {TRAIN} edited when its turn began, by somebody else; that is in {saved}")
+    config = repository.path / repository.git("rev-parse", "--git-path", "config")
     place = Place(
         branch=repository.branch(),
         commit=repository.git("rev-parse", "HEAD"),
@@ -111,6 +115,8 @@ def take_turn(
         log=str(log),
         link=os.readlink(train) if train.is_symlink() else None,
         last=session.state.last.number,
+        config=str(config),
+        settings=config.read_bytes().decode("latin-1"),
     )
     _write(session, place)
     before = _digests(session)
@@ -118,8 +124,10 @@ def take_turn(
     asked.write_text(prompt, encoding="utf-8", errors="replace")
     try:
         status, problem, left = _run(command, repository.path, asked, log, _mark(session), seconds, most_bytes, stop)
+        settings = _restore_settings(place)
         repository.unlock(session.branch)
         older, told = _go_back(repository, place)
+        told += settings
         after = _digests(session)
         others = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         if left:
@@ -167,6 +175,7 @@ def recover(session: Session) -> list[str]:
     if place is None or place.turn is not None:
         return told
     if place.last == session.state.last.number:  # else it was long ago, and somebody has worked here since
+        told += _restore_settings(place)
         session.repository.unlock(session.branch)
         told += _go_back(session.repository, place)[1]
         if saved := put_back(session, Path(place.log).with_suffix(".interrupted.py")):
@@ -316,6 +325,18 @@ def _go_back(repository: Repository, place: Place) -> tuple[bool, list[str]]:
             path.unlink()
         path.symlink_to(place.link)
     return older, told
+
+
+def _restore_settings(place: Place) -> list[str]:
+    """Makes git's settings for the repository what they were, before git is asked anything; what was done in words."""
+    before, path = place.settings.encode("latin-1"), Path(place.config)
+    now = path.read_bytes() if path.is_file() else b""
+    if now == before:
+        return []
+    Path(f"{place.log}.config").write_bytes(now)
+    with storage.atomic(path) as file:
+        file.write(before)
+    return [f"changed git's settings for the repository, which was undone (they are in {place.log}.config)"]
 
 
 def _base(repository: Repository, head: str | None, commit: str, begun: float) -> tuple[str | None, int]:

@@ -75,7 +75,17 @@ def _device(source: Path, named: set[str], device: str | None) -> str:
     return name
 
 
+STATUSES = ("keep", "discard", "crash", "invalid")
+
+
 def _notes(name: str, content: ledger.Ledger) -> Iterator[str]:
+    unknown = Counter(row["status"] for row in content.rows if row["status"] not in STATUSES)
+    if unknown:
+        which = untrusted.listed([untrusted.one_line(status, 40) or "an empty one" for status in unknown])
+        yield (
+            f"{untrusted.counted(sum(unknown.values()), 'row')} of {name} have a status that is none of "
+            f"{', '.join(STATUSES)} ({which}): their scores are left out. Write keep or discard there to have them counted"
+        )
     if not content.headed:
         yield f"{name} does not name its columns; they are taken for {' '.join(content.columns)}"
     for line in content.set_aside[:SHOWN]:

@@ -345,3 +345,20 @@ def turns(text: str) -> list[TurnTaken]:
 )
 def test_when_the_agent_is_asked(text, due):
     assert agent.due(turns(text)) is due
+
+
+@pytest.mark.parametrize(
+    "deed", ["git config user.name Agent; git config core.bare true", "echo '[broken' >> .git/config", "rm .git/config"]
+)
+def test_settings_of_git_are_put_back(night, take, deed):
+    config = night.repository.path / ".git" / "config"
+    before = config.read_bytes()
+    turn = take(f"{deed}; echo LOSS = 0.8 > train.py")
+    assert config.read_bytes() == before and turn.righted and "git's settings" in turn.said
+    assert turn.outcome == "edited"
+    kept = Path(f"{turn.log}.config").read_bytes()
+    assert kept != before
+
+
+def test_settings_that_stay_are_no_trouble(night, take):
+    assert "settings" not in take("echo LOSS = 0.8 > train.py").said

@@ -63,6 +63,14 @@ def test_a_row_of_five_columns_is_an_experiment_on_the_best_before_it(tmp_path):
     assert [row["val_bpb"] for row in ledger.rows_of(record.state)] == [0.998, 0.986, 0.987, None, 0.981]
 
 
+def test_statuses_that_this_project_does_not_know_are_told(tmp_path):
+    path = tmp_path / "mar8.tsv"
+    path.write_text(ORIGINAL.replace("\tkeep\t", "\tbaseline\t", 1).replace("\tkeep\t", "\tbest\t", 1))
+    record = sources.read(path, "nvidia-h100-80gb")
+    (told,) = [note for note in record.notes if "status" in note]
+    assert told.startswith("2 rows of mar8.tsv") and "baseline and best" in told and "Write keep or discard" in told
+
+
 def test_our_own_ledger_tells_what_the_session_does(session, tmp_path):
     path = tmp_path / "mine.tsv"
     path.write_bytes(session.ledger.read_bytes())
