@@ -68,7 +68,7 @@ def test_statuses_that_this_project_does_not_know_are_told(tmp_path):
     path.write_text(ORIGINAL.replace("\tkeep\t", "\tbaseline\t", 1).replace("\tkeep\t", "\tbest\t", 1))
     record = sources.read(path, "nvidia-h100-80gb")
     (told,) = [note for note in record.notes if "status" in note]
-    assert told.startswith("2 rows of mar8.tsv") and "baseline and best" in told and "Write keep or discard" in told
+    assert told.startswith("2 rows of mar8.tsv") and "(baseline, best)" in told and "Write keep or discard" in told
 
 
 def test_our_own_ledger_tells_what_the_session_does(session, tmp_path):
