@@ -3,12 +3,12 @@
     python benchmarks/compare.py [--quads 200] [--runs 1 3 5 8]
 
 No model is trained: changes have effects (val_bpb of the child minus its parent's) that add up, runs have normal noise,
-and `lab.verdict.gate` decides. Device A runs a session of 60 changes: 12 gains and 18 losses (of 1 to 12 times its noise,
+and `verdict/gate.py` decides. Device A tries 60 changes: 12 gains and 18 losses (of 1 to 12 times its noise,
 log-uniform), 30 that do nothing. What it kept, and its near misses (`replay --all`), are replayed on the baselines of
 B, C and D and, since what was kept flatters itself, of A again: sessions of their own, each change judged by the gate,
 and run at least so often as --runs says, beside the baseline on the same seeds. The noise of B is A's, C's twice, D's
-four times; no session knows its own but by its repeats and a prior that is wrong by up to a factor of two. The records
-are those that `lab compare` reads, and the classes those that it says.
+four times; no session knows its own but by its repeats and a prior that is wrong by up to a factor of two. The sessions
+are what `lab compare` works with, and the classes those that it says.
 
 Worlds: "mixed", where on each device a gain of A's holds (0.8 to 1.25 of it), fades (0 to 0.2) or reverses (-0.5 to -1)
 by chance (1/2, 1/4, 1/4); "nothing", where all 60 changes do nothing anywhere; "same", where all effects are A's.
@@ -25,10 +25,13 @@ from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab.verdict import gate
 from lab.compare import comparison
+from lab.compare.analysis import Analysis
 from lab.compare.classify import CLASSES, FADES, HALF, HOLDS, OPEN, REVERSES
-from lab.compare.record import Change, Record, Trial
+from lab.session.events import ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, SessionStarted, Verdict
+from lab.session.record import Record
+from lab.session.state import Experiment, State
+from lab.verdict import gate
 
 gate.t_quantile = lru_cache(maxsize=100_000)(gate.t_quantile)
 NOISE = {"A": 0.0005, "B": 0.0005, "C": 0.001, "D": 0.002}  # standard deviation of a run
@@ -39,65 +42,59 @@ class Device:
     """A session on a device where a change has the effect that `truth` says."""
 
     def __init__(self, name: str, tag: str, truth: dict[str, float], rng: random.Random):
-        self.name, self.tag, self.truth, self.rng = name, tag, truth, rng
+        self.name, self.truth, self.rng = name, truth, rng
         self.prior = NOISE[name] * 2 ** rng.uniform(-1, 1)
-        self.account, self.changes, self.trials, self.means = gate.Account(), [], {}, {}
-        self.best, self.runs = 0, 0
-        self.add("baseline", None)
+        self.state, self.account, self.means = State(), gate.Account(), {}
+        self.state.take(SessionStarted(tag=tag, device=name, budget=300.0))
+        self.open("baseline", None)
         for round in range(3):
             self.run(0, gate.seed(round), 0)
+        self.state.take(ExperimentDecided(experiment=0, verdict=Verdict("keep", gate.because("baseline"))))
 
-    def add(self, key: str, parent: int | None, origin: str = "") -> int:
-        number = len(self.changes)
-        self.changes.append(
-            {
-                "number": number,
-                "parent": parent,
-                "description": key,
-                "patch": key * (number > 0),
-                "origin": origin,
-                "status": "keep",
-                "kind": "replay" if origin else "change" if number else "baseline",
-            }
-        )
-        self.trials[number] = []
+    def open(self, key: str, parent: int | None, origin: str = "") -> int:
+        """A new experiment's number."""
+        number = len(self.state.experiments)
+        facts = {"kind": "replay" if origin else "change" if number else "baseline", "onto": parent, "origin": origin}
+        change = key if number else ""
+        self.state.take(ExperimentOpened(number=number, blob=f"{number:x}", description=key, change=change, **facts))
         self.means[number] = self.means.get(parent, BASE) + self.truth.get(key, 0.0)
         return number
 
-    def run(self, number: int, seed: int, beside: int) -> None:
-        self.runs += 1
-        score = self.rng.gauss(self.means[number], NOISE[self.name])
-        self.trials[number].append(Trial(self.runs, seed, score, "e", 300.0, beside=beside))
+    def run(self, number: int, seed: int, experiment: int) -> None:
+        """A run of a train.py, for an experiment."""
+        run, score = self.state.next_run(), self.rng.gauss(self.means[number], NOISE[self.name])
+        facts = {"blob": f"{number:x}", "seed": seed, "budget": 300.0}
+        self.state.take(RunStarted(number=run, experiment=experiment, **facts))
+        self.state.take(RunEnded(run=run, status="ok", result={"val_bpb": score, "eval": "e"}))
 
     def scores(self, number: int) -> dict[int, float]:
-        return {trial.seed: trial.bpb for trial in self.trials[number]}
+        return self.state.results(f"{number:x}")
 
     @property
     def noise(self) -> gate.Noise:
-        return gate.pooled([[trial.bpb for trial in its] for its in self.trials.values()], self.prior)
+        return gate.pooled(self.state.repeats(300.0), self.prior)
 
-    def judge(self, number: int, parent: int, fewest: int = 1) -> None:
+    def judge(self, number: int, parent: int, fewest: int = 1) -> Experiment:
         """As the lab does: runs until the gate has decided, and then until there are as many as were asked for."""
         while (step := gate.next_step(self.scores(number), self.scores(parent), self.noise, self.account)).action in (
             "run candidate",
             "run parent",
         ):
             self.run(number if step.action == "run candidate" else parent, step.seed, number)
-        self.account = self.account.after(step.facts())
-        self.changes[number] |= {"status": step.action, "near_miss": step.near_miss}
+        self.account = self.account.after(step.evidence)
+        verdict = Verdict(step.action, step.reason, evidence=step.evidence)
+        self.state.take(ExperimentDecided(experiment=number, verdict=verdict))
         for seed in map(gate.seed, range(fewest)):
-            for one in (number, parent):
-                if seed not in self.scores(one):
-                    self.run(one, seed, number)
+            for train in (number, parent):
+                if seed not in self.scores(train):
+                    self.run(train, seed, number)
+        return self.state.experiments[number]
 
-    def record(self) -> Record:
-        return Record(
-            self.name,
-            self.tag,
-            {facts["number"]: Change(**facts, trials=tuple(self.trials[facts["number"]])) for facts in self.changes},
-            noise=self.noise,
-            budget=300.0,
-        )
+    def analysis(self) -> Analysis:
+        """With the noise that the session knows, whose prior is wrong."""
+        analysis = Analysis(Record(self.state))
+        analysis.noise = self.noise
+        return analysis
 
 
 def effects(world: str, rng: random.Random) -> dict[str, dict[str, float]]:
@@ -122,31 +119,31 @@ def truth(source: float, target: float) -> str:
     return HOLDS if share >= HALF else REVERSES if share < 0 else FADES
 
 
-def quadruple(world: str, runs: int, rng: random.Random) -> tuple[list[Record], dict]:
-    """(the records of A's session and of its replays, the true effects)."""
+def quadruple(world: str, runs: int, rng: random.Random) -> tuple[list[Analysis], dict]:
+    """(A's session and its replays, the true effects)."""
     true = effects(world, rng)
-    source = Device("A", "night", true["A"], rng)
+    source, best, taken = Device("A", "night", true["A"], rng), 0, []
     for key in true["A"]:
-        number = source.add(key, source.best)
-        source.judge(number, source.best)
-        if source.changes[number]["status"] == "keep":
-            source.best = number
-    records = [source.record()]
-    taken = [facts for facts in source.changes[1:] if facts["status"] == "keep" or facts["near_miss"]]
+        experiment = source.judge(source.open(key, best), best)
+        if experiment.status == "keep":
+            best = experiment.number
+        if experiment.status == "keep" or experiment.near_miss:
+            taken.append(key)
+    sessions = [source.analysis()]
     for name in NOISE:
         replay = Device(name, "replay", true[name], rng)
-        for facts in taken:
-            replay.judge(replay.add(facts["description"], 0, f"A/night/{facts['patch']}"), 0, runs)
-        records.append(replay.record())
-    return records, true
+        for key in taken:
+            replay.judge(replay.open(key, 0, f"A/night/{key}"), 0, runs)
+        sessions.append(replay.analysis())
+    return sessions, true
 
 
 def outcomes(world: str, runs: int, quads: int, seed: int = 0) -> tuple[Counter, int, int]:
     """((device, truth, class) -> changes, changes with a wrong class on any device, changes)."""
     counts, wrong, changes = Counter(), 0, 0
     for quad in range(quads):
-        records, true = quadruple(world, runs, random.Random(f"{seed} {world} {quad}"))
-        for change in comparison.compare(records).shared:
+        sessions, true = quadruple(world, runs, random.Random(f"{seed} {world} {quad}"))
+        for change in comparison.of_analyses(sessions).shared:
             source, false = true["A"][change.key], False
             for name in "BCD":
                 right = truth(source, true[name][change.key]) if source else "nothing"

@@ -42,12 +42,12 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, fl
 def ranks(values: Sequence[float]) -> list[float]:
     """From 1; equal values have the mean of their places."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    found, at = [0.0] * len(values), 0
+    shared, at = [0.0] * len(values), 0
     while at < len(order):
         end = at
         while end + 1 < len(order) and values[order[end + 1]] == values[order[at]]:
             end += 1
         for i in order[at : end + 1]:
-            found[i] = (at + end) / 2 + 1
+            shared[i] = (at + end) / 2 + 1
         at = end + 1
-    return found
+    return shared

@@ -75,16 +75,17 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
     return OPEN, "the same way, how far is open" if same else "may be chance here", _asked(*_to_tell(source, target))
 
 
-def real(one: Effect) -> bool:
-    """Whether an effect is told from chance: better, if that is what it was chosen for; else any way."""
-    if one.known:
-        return t_tail(-one.value / one.error, one.df) <= LEVEL
-    return t_tail(abs(one.value) / one.error, one.df) <= LEVEL / 2
+def real(effect: Effect) -> bool:
+    """Whether an effect with an error is told from chance: better, if that is what it was chosen for; else any way."""
+    error = math.sqrt(effect.variance)
+    if effect.known:
+        return t_tail(-effect.value / error, effect.df) <= LEVEL
+    return t_tail(abs(effect.value) / error, effect.df) <= LEVEL / 2
 
 
 def _gap(source: Effect, target: Effect) -> tuple[float, float, int]:
     """t - s/2, with s above 0; its standard error, and degrees of freedom."""
-    parts = [(target.error**2, target.df), ((HALF * source.error) ** 2, source.df)]
+    parts = [(target.variance, target.df), (HALF**2 * source.variance, source.df)]
     gap = math.copysign(1, source.value) * target.value - HALF * abs(source.value)
     return gap, math.sqrt(math.fsum(v for v, _ in parts)), satterthwaite(parts)
 
@@ -100,10 +101,10 @@ def _asked(here: int | None, source: int | None) -> dict | None:
     return None if here is None or source is None else {"here": here, "source": source}
 
 
-def _after(one: Effect, n: int) -> tuple[float, int]:
+def _after(effect: Effect, n: int) -> tuple[float, int]:
     """(variance, degrees of freedom) once n more runs of the change and of its parent each are there."""
-    known = 0.0 if one.flattered else 1 / one.error**2
-    return 1 / (known + n / (2 * one.noise**2)), one.df + 2 * n
+    known = 0.0 if effect.flattered else 1 / effect.variance
+    return 1 / (known + n / (2 * effect.noise**2)), effect.df + 2 * n
 
 
 def _to_be_real(source: Effect) -> int | None:
@@ -125,7 +126,7 @@ def _to_tell(source: Effect, target: Effect) -> tuple[int | None, int | None]:
     s = abs(source.value)
     for both in (0, 1):
         for n in range(int(target.flattered), MOST + 1):
-            (here, df), (there, its) = _after(target, n), _after(source, n) if both else (source.error**2, source.df)
+            (here, df), (there, its) = _after(target, n), _after(source, n) if both else (source.variance, source.df)
             shown = s / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
             parts = [(here, df), (HALF**2 * there, its)]
             gone = HALF * s / math.sqrt(here + HALF**2 * there)
@@ -139,7 +140,7 @@ def _near_half(source: Effect, target: Effect) -> int | None:
     gap = abs(_gap(source, target)[0])
     for n in range(1, MOST + 1):
         here, df = _after(target, n)
-        parts = [(here, df), (HALF**2 * source.error**2, source.df)]
+        parts = [(here, df), (HALF**2 * source.variance, source.df)]
         error = math.sqrt(math.fsum(variance for variance, _ in parts))
         if abs(target.value) >= HALF * abs(source.value):  # which way it goes is to be shown, and the rest to be seen
             way = abs(target.value) / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z

@@ -7,21 +7,25 @@ are taken together; effects are compared across places, and absolute scores are 
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
+from typing import NamedTuple
 
-from lab.genome import kinds
 from lab.compare import agreement, classify, effects, words
+from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
-from lab.compare.record import Change, Record
 from lab.errors import LabError
-from lab.session.state import REPLAY
+from lab.genome import kinds
+from lab.session.events import Interval
+from lab.session.record import Record
+from lab.session.state import Experiment
+from lab.untrusted import one_line
 
-DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
 SOURCE = "source"
+CHANGE, FAMILY, WORDS = JOINED = "change", "family", "words"  # by what changes are taken for one, the surest first
 
 
 @dataclass
@@ -29,21 +33,24 @@ class Cell:
     """A change in one place.
 
     Attributes:
-        tried: "DEVICE/TAG #NUMBER STATUS" of each experiment with it there.
+        tried: "DEVICE/TAG #NUMBER STATUS" of each experiment with it there. sessions: their names.
         verdict: "source" where it comes from; elsewhere "holds", "fades", "reverses" or "can't be told"; "" if nothing
             is known of its source, or it has no score here.
         why: a sentence.
         more: further runs, of the change and of its parent each, that would probably tell: {"here": 3, "source": 0};
             None if nothing is missing, or nothing that can be run would tell.
         due: "more tokens", "fewer tokens, better per token" and the like; "" where it is not known.
+        description: the first one's here.
     """
 
     effect: Effect | None
-    tried: list[str] = field(default_factory=list)
+    tried: list[str]
+    sessions: list[str]
     verdict: str = ""
     why: str = ""
-    more: dict | None = None
+    more: dict[str, int] | None = None
     due: str = ""
+    description: str = ""
 
 
 @dataclass
@@ -51,79 +58,19 @@ class Shared:
     """A change, and what it did in each place.
 
     Attributes:
-        key: the stable id of its patch, or of the first one's where only words joined them; "" if none is known.
-        by_words: it is taken for one change because of how it is described, and may not be.
-        source: the place that it comes from; "" if that is not among the sessions.
-        cells: by place. texts: its descriptions, by place.
+        key: its id, or the first one's where less joined them; "" if none is known.
+        joined: "change" by its id or by what it repeats; "family" if it is probably the same, its lines in the same
+            definition beside other neighbours; "words" if only its description says so.
+        source: the place that it comes from; "" if that is not among the sessions, or not sure.
+        cells: by place.
     """
 
     key: str
     description: str
-    kinds: tuple[str, ...]
-    by_words: bool
+    kind: str
+    joined: str
     source: str
     cells: dict[str, Cell]
-    texts: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Facts:
-    """A session in numbers.
-
-    Attributes:
-        place: as in Comparison. sort: of the device, see `sort_of`.
-        baseline, best: mean val_bpb, as the session saw it: the best flatters itself. gain: baseline's minus best's;
-            relative: to the baseline's. None without scores. best_number: of the experiment.
-        confirmed: the best against the baseline, on runs of confirmations alone; None without any.
-        experiments: without the baseline and confirmations; and of them so many kept, discarded, crashed, invalid.
-        keep_rate, crash_rate: of the experiments. per_hour: experiments.
-        tokens, flops, mfu: of a run of the baseline, and of the best: means; the model's, mfu in percent; or None.
-        noise, df: of val_bpb between seeds; None where nothing was repeated. rows: of the ledger.
-    """
-
-    name: str
-    place: str
-    device: str
-    sort: str
-    backend: str
-    budget: float | None
-    eval: str
-    tagged: bool
-    baseline: float | None
-    best: float | None
-    best_number: int | None
-    gain: float | None
-    relative: float | None
-    confirmed: Effect | None
-    confirmation: str
-    experiments: int
-    kept: int
-    discarded: int
-    crashed: int
-    invalid: int
-    keep_rate: float | None
-    crash_rate: float | None
-    per_hour: float | None
-    hours: float | None
-    tokens: tuple[float | None, float | None]
-    flops: tuple[float | None, float | None]
-    mfu: tuple[float | None, float | None]
-    noise: float | None
-    df: int | None
-    rows: int
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def measured(self) -> tuple:
-        """Equal for sessions whose scores compare; what an unknown evaluator measured compares with nothing."""
-        return self.eval, self.budget or 0.0, "" if self.eval else self.name
-
-    @property
-    def measured_by(self) -> str:
-        """The same in words."""
-        if not self.eval:
-            return "Measured by what is not known: these scores compare with no others"
-        return f"Measured by evaluator {self.eval}" + (f", after {self.budget:g} s of training" if self.budget else "")
 
 
 @dataclass(frozen=True)
@@ -134,21 +81,17 @@ class Agreement:
         same: of `n` changes have effects of the same sign; share, with its 90 % interval (Wilson).
         rho: Spearman's, with its 90 % interval; None with fewer than 4 changes.
         flattered: how many of the effects rest on runs that the change was chosen for.
-        by_words: for changes that are joined by their words.
+        joined: as of the changes.
     """
 
     one: str
     other: str
     n: int
     same: int
-    share: float
-    share_low: float
-    share_high: float
-    rho: float | None
-    rho_low: float | None
-    rho_high: float | None
+    share: Interval
+    rho: Interval | None
     flattered: int
-    by_words: bool
+    joined: str
 
 
 @dataclass(frozen=True)
@@ -156,32 +99,17 @@ class Paid:
     """What changes of a kind came to on a sort of device. What touches several kinds counts for that which it is most.
 
     Attributes:
-        tried: with a verdict, those that crashed too; kept: of them.
-        median: of the effects (effects.py; of what was kept mostly flattered), in per cent of the parent's val_bpb;
-            None without scores.
+        tried: with a verdict, those that crashed too; kept, crashed: of them.
+        median: of the steps from the parent as the session saw them (what was kept flatters itself), in per cent of its
+            val_bpb; None without scores.
     """
 
     kind: str
     sort: str
     tried: int
     kept: int
+    crashed: int
     median: float | None
-
-
-@dataclass(frozen=True)
-class Point:
-    """A train.py in the table of val_bpb against tokens and FLOPs: means over its runs. `what`: its description."""
-
-    session: str
-    place: str
-    number: int
-    status: str
-    what: str
-    bpb: float
-    tokens: float | None
-    flops: float | None
-    eval: str
-    budget: float | None
 
 
 @dataclass
@@ -189,11 +117,10 @@ class Comparison:
     """All of it. `places`: label by label what tells them apart; `changes`: those of several places first."""
 
     places: list[str]
-    sessions: list[Facts]
+    sessions: list[Analysis]
     changes: list[Shared]
     agreements: list[Agreement]
     kinds: list[Paid]
-    points: list[Point]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -203,17 +130,30 @@ class Comparison:
 
     def facts(self) -> dict:
         """For machines (JSON)."""
-        return asdict(self)
+        lists = {name: [asdict(part) for part in getattr(self, name)] for name in ("changes", "agreements", "kinds")}
+        sessions = [analysis.facts() for analysis in self.sessions]
+        return {"places": self.places, "sessions": sessions, **lists, "notes": self.notes}
+
+
+class Attempt(NamedTuple):
+    """An experiment with a change."""
+
+    session: Analysis
+    experiment: Experiment
+
+    @property
+    def place(self) -> str:
+        return self.session.place
 
 
 def tally(changes: list[Shared]) -> dict[tuple[str, str], Counter]:
     """(source, place) -> how often each class was found there."""
-    found: dict[tuple[str, str], Counter] = {}
+    counts: dict[tuple[str, str], Counter] = {}
     for change in changes:
         for place, cell in change.cells.items():
             if change.source and cell.verdict in classify.CLASSES:
-                found.setdefault((change.source, place), Counter())[cell.verdict] += 1
-    return found
+                counts.setdefault((change.source, place), Counter())[cell.verdict] += 1
+    return counts
 
 
 def compare(records: list[Record]) -> Comparison:
@@ -222,70 +162,54 @@ def compare(records: list[Record]) -> Comparison:
     Raises:
         LabError: there is none, or the same one twice.
     """
-    if not records:
+    return of_analyses([Analysis(record) for record in records])
+
+
+def of_analyses(analyses: list[Analysis]) -> Comparison:
+    """As `compare`."""
+    if not analyses:
         raise LabError("name at least one session to compare")
-    if twice := [name for name, n in Counter(record.name for record in records).items() if n > 1]:
+    if twice := [name for name, n in Counter(analysis.name for analysis in analyses).items() if n > 1]:
         raise LabError(f"{twice[0]} is there twice: leave one of them out, or rename a bare ledger's file")
-    places = _places(records)
-    labels = list(dict.fromkeys(places))
-    changes = _by_patch(records, places) + _by_words(records, places)
+    _name_places(analyses)
+    attempts = [Attempt(analysis, experiment) for analysis in analyses for experiment in analysis.tried]
+    changes = _by_id(attempts) + _by_family(attempts) + _by_words(analyses, attempts)
     changes.sort(key=lambda change: len(change.cells) < 2)
+    labels = list(dict.fromkeys(analysis.place for analysis in analyses))
     return Comparison(
         labels,
-        [facts_of(record, place) for record, place in zip(records, places)],
+        analyses,
         changes,
         [
-            one
-            for by_words in (False, True)
+            agreed
+            for joined in JOINED
             for pair in combinations(labels, 2)
-            if (one := _agreement(*pair, [c for c in changes if c.by_words == by_words], by_words))
+            if (agreed := _agreement(*pair, [c for c in changes if c.joined == joined], joined))
         ],
-        _paid(records),
-        [point for record, place in zip(records, places) for point in _points(record, place)],
-        _notes(records, places),
+        paid(analyses),
+        _notes(analyses),
     )
 
 
 # --- Places ---
 
 
-def _places(records: list[Record]) -> list[str]:
-    """The label of each session's place: the device, and what else it takes to tell places apart."""
-    found = [(record.device, record.backend, record.budget, record.eval) for record in records]
-    labels = []
-    for device, backend, budget, tag in found:
-        alike = {one for one in found if one[0] == device}
-        more = [backend or "backend unknown"] * (len({one[1] for one in alike}) > 1)
-        more += [f"{budget:g} s" if budget else "time unknown"] * (len({one[2] for one in alike}) > 1)
-        more += [f"eval {tag[:6]}" if tag else "eval unknown"] * (len({one[3] for one in alike}) > 1)
-        labels.append(device + f" ({', '.join(more)})" * bool(more))
-    return labels
+def _name_places(analyses: list[Analysis]) -> None:
+    """Names the place of each session: the device, and what else it takes to tell places apart."""
+    facts = [(a.started.device, a.started.backend, a.budget, a.eval) for a in analyses]
+    for analysis, (device, backend, budget, tag) in zip(analyses, facts):
+        _, backends, budgets, tags = map(set, zip(*(place for place in facts if place[0] == device)))
+        more = [one_line(backend, 40) or "backend unknown"] * (len(backends) > 1)
+        more += [f"{budget:g} s" if budget else "time unknown"] * (len(budgets) > 1)
+        more += [f"eval {tag[:6]}" if tag else "eval unknown"] * (len(tags) > 1)
+        analysis.place = device + f" ({', '.join(more)})" * bool(more)
 
 
-def sort_of(device: str) -> str:
-    """What sort of device a tag names: "cpu", "apple", "jetson", "nvidia datacentre", "nvidia desktop", "amd", "intel"
-    or "other"."""
-    parts = device.lower().split("-")
-    if parts[0] in ("cpu", "apple", "amd", "intel"):
-        return parts[0]
-    if {"jetson", "orin", "xavier", "thor"} & set(parts):
-        return "jetson"
-    if parts[0] != "nvidia":
-        return "other"
-    desktop = {"rtx", "gtx", "titan", "quadro"} & set(parts)
-    return (
-        "nvidia datacentre"
-        if not desktop and any(re.fullmatch(DATACENTRE, part) for part in parts)
-        else ("nvidia desktop")
-    )
-
-
-def _notes(records: list[Record], places: list[str]) -> list[str]:
-    notes = [f"{record.name}: {note}" for record in records for note in record.notes]
-    by_place = {place: (record.budget, record.eval) for record, place in zip(records, places)}
-    if len({tag for _, tag in by_place.values()}) > 1:
+def _notes(analyses: list[Analysis]) -> list[str]:
+    notes = [f"{analysis.name}: {note}" for analysis in analyses for note in analysis.notes]
+    if len({analysis.eval for analysis in analyses}) > 1:
         notes.append("these sessions were not all measured by the same evaluator: effects are compared, scores are not")
-    if len({budget for budget, _ in by_place.values()}) > 1:
+    if len({analysis.budget for analysis in analyses}) > 1:
         notes.append("they did not all train for the same time: what helps in one may take longer to help in another")
     return notes
 
@@ -293,216 +217,128 @@ def _notes(records: list[Record], places: list[str]) -> list[str]:
 # --- Changes ---
 
 
-def _by_patch(records: list[Record], places: list[str]) -> list[Shared]:
-    """Those whose patch is known, joined by it."""
-    found: dict[str, list[tuple[Record, str, Change]]] = {}
-    for record, place in zip(records, places):
-        for change in record.changes.values():
-            if change.number and change.key:
-                found.setdefault(change.key, []).append((record, place, change))
-    return [_shared(key, its) for key, its in found.items()]
+def _by_id(attempts: list[Attempt]) -> list[Shared]:
+    """Those whose id is known, joined by it."""
+    changes = []
+    for key, same in _grouped(attempts, lambda attempt: attempt.experiment.key).items():
+        source = _source(same)
+        change = _shared(key, CHANGE, same, source or same[0])
+        if source:
+            change.source = source.place
+            _judge(change.cells, source.place)
+        changes.append(change)
+    return changes
 
 
-def _shared(key: str, its: list[tuple[Record, str, Change]]) -> Shared:
-    """A change from all experiments with it."""
-    first = _source(its)
-    by_place: dict[str, list[tuple[Record, Change]]] = {}
-    for record, place, change in its:
-        by_place.setdefault(place, []).append((record, change))
-    cells = {place: _cell(tried) for place, tried in by_place.items()}
-    source = first[1] if first else ""
-    _judge(cells, source)
-    told = (first or its[0])[2]
-    return Shared(
-        key,
-        told.description,
-        told.kinds,
-        False,
-        source,
-        cells,
-        {place: tried[0][1].description for place, tried in by_place.items()},
-    )
+def _by_family(attempts: list[Attempt]) -> list[Shared]:
+    """Those with one family in places where no one id joins them."""
+    changes = []
+    for same in _grouped(attempts, lambda attempt: attempt.experiment.family).values():
+        keys: dict[str, set[str]] = {}
+        for attempt in same:
+            keys.setdefault(attempt.place, set()).add(attempt.experiment.key)
+        if any(not keys[one] & keys[other] for one, other in combinations(keys, 2)):
+            changes.append(_shared(same[0].experiment.key, FAMILY, same, same[0]))
+    return changes
 
 
-def _source(its: list[tuple[Record, str, Change]]) -> tuple[Record, str, Change] | None:
+def _by_words(analyses: list[Analysis], attempts: list[Attempt]) -> list[Shared]:
+    """Pairs of changes that are probably one, as far as words tell: where one of two sessions has nothing else."""
+    by_session = _grouped(attempts, lambda attempt: attempt.session.name)
+    changes = []
+    for one, other in combinations([by_session.get(analysis.name, []) for analysis in analyses], 2):
+        if not one or not other or one[0].place == other[0].place:
+            continue
+        if all(attempt.experiment.key for attempt in (*one, *other)):
+            continue
+        descriptions = ([attempt.experiment.description for attempt in side] for side in (one, other))
+        for i, j in words.matches(*descriptions):
+            pair, ids = [one[i], other[j]], [one[i].experiment.key, other[j].experiment.key]
+            if not all(ids):
+                changes.append(_shared(ids[0] or ids[1], WORDS, pair, pair[0]))
+    return changes
+
+
+def _grouped(attempts: list[Attempt], key: Callable[[Attempt], str]) -> dict[str, list[Attempt]]:
+    """Attempts by a text, those without one left out."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        if text := key(attempt):
+            groups.setdefault(text, []).append(attempt)
+    return groups
+
+
+def _shared(key: str, joined: str, attempts: list[Attempt], named: Attempt) -> Shared:
+    """A change from all experiments with it, called as in one of them."""
+    cells = {place: _cell(tried) for place, tried in _grouped(attempts, lambda attempt: attempt.place).items()}
+    return Shared(key, named.experiment.description, kind_of(named.experiment), joined, "", cells)
+
+
+def _source(attempts: list[Attempt]) -> Attempt | None:
     """Where a change comes from: what its replays name; without any, the first session that kept it, or tried it."""
-    own = [one for one in its if not one[2].origin]
-    named = {one[2].origin.rpartition("/")[0] for one in its if one[2].origin}
+    own = [attempt for attempt in attempts if not attempt.experiment.origin]
+    named = {a.experiment.origin.rpartition("/")[0] for a in attempts if a.experiment.origin}
     if named:
-        there = [one for one in own if one[0].name in named]
+        there = [attempt for attempt in own if attempt.session.name in named]
         # Where its session is not given, a replay on the very device it is from stands for it.
-        return next(iter(there), None) or next(
-            (one for one in its if one[0].device in {name.partition("/")[0] for name in named}), None
-        )
-    return next((one for one in own if one[2].status == "keep"), own[0])
+        devices = {name.partition("/")[0] for name in named}
+        return next(iter(there), None) or next((a for a in attempts if a.session.started.device in devices), None)
+    return next((attempt for attempt in own if attempt.experiment.status == "keep"), own[0])
 
 
-def _cell(tried: list[tuple[Record, Change]]) -> Cell:
-    known = [one for record, change in tried if (one := effects.effect(record, change))]
+def _cell(attempts: list[Attempt]) -> Cell:
+    known = [effect for session, experiment in attempts if (effect := session.effect(experiment))]
     effect = effects.together(known)
     return Cell(
         effect,
-        [f"{record.name} #{change.number} {change.status}" for record, change in tried],
+        [f"{session.name} #{experiment.number} {experiment.status}" for session, experiment in attempts],
+        [session.name for session, _ in attempts],
         due=effects.due(effect) if effect else "",
+        description=attempts[0].experiment.description,
     )
 
 
 def _judge(cells: dict[str, Cell], source: str) -> None:
     """Says of each place whether it holds there."""
-    if not source:
-        return
     cells[source].verdict = SOURCE
-    if (its := cells[source].effect) is None:
+    effect = cells[source].effect
+    if effect is None:
         return
     for place, cell in cells.items():
         if place != source and cell.effect is not None:
-            cell.verdict, cell.why, cell.more = classify.classify(its, cell.effect)
-
-
-def _by_words(records: list[Record], places: list[str]) -> list[Shared]:
-    """Pairs of changes that are probably one, as far as words tell: where one of two sessions has nothing else."""
-    found = []
-    for (one, here), (other, there) in combinations(zip(records, places), 2):
-        if here == there:
-            continue
-        ours, theirs = ([change for change in record.changes.values() if change.number] for record in (one, other))
-        if all(change.key for change in ours) and all(change.key for change in theirs):
-            continue
-        for i, j in words.matches([c.description for c in ours], [c.description for c in theirs]):
-            a, b = ours[i], theirs[j]
-            if not (a.key and b.key):
-                found.append(
-                    Shared(
-                        a.key or b.key,
-                        a.description,
-                        a.kinds,
-                        True,
-                        "",
-                        {here: _cell([(one, a)]), there: _cell([(other, b)])},
-                        {here: a.description, there: b.description},
-                    )
-                )
-    return found
+            cell.verdict, cell.why, cell.more = classify.classify(effect, cell.effect)
 
 
 # --- Agreement, kinds, scores ---
 
 
-def _agreement(one: str, other: str, changes: list[Shared], by_words: bool) -> Agreement | None:
-    pairs = [
-        (change.cells[one].effect, change.cells[other].effect)
-        for change in changes
-        if one in change.cells and other in change.cells
-    ]
-    pairs = [pair for pair in pairs if None not in pair]
+def _agreement(one: str, other: str, changes: list[Shared], joined: str) -> Agreement | None:
+    pairs = []
+    for change in changes:
+        if one in change.cells and other in change.cells:
+            effect, elsewhere = change.cells[one].effect, change.cells[other].effect
+            if effect and elsewhere:
+                pairs.append((effect, elsewhere))
     if not pairs:
         return None
     same = sum((a.value < 0) == (b.value < 0) for a, b in pairs)
-    low, high = agreement.wilson(same, len(pairs))
-    rho = agreement.spearman(*([effect.value for effect in side] for side in zip(*pairs))) or (None, None, None)
-    return Agreement(
-        one,
-        other,
-        len(pairs),
-        same,
-        same / len(pairs),
-        low,
-        high,
-        *rho,
-        sum(effect.flattered for pair in pairs for effect in pair),
-        by_words,
-    )
+    rho = agreement.spearman([effect.value for effect, _ in pairs], [effect.value for _, effect in pairs])
+    flattered = sum(effect.flattered for pair in pairs for effect in pair)
+    share = (same / len(pairs), *agreement.wilson(same, len(pairs)))
+    return Agreement(one, other, len(pairs), same, share, rho, flattered, joined)
 
 
-def _paid(records: list[Record]) -> list[Paid]:
-    found: dict[tuple[str, str], list[tuple[str, float | None]]] = {}
-    for record in records:
-        for change in record.changes.values():
-            if change.number:
-                effect = effects.effect(record, change)
-                kind = change.kinds[0] if change.kinds else "other"
-                found.setdefault((kind, sort_of(record.device)), []).append(
-                    (change.status, effect and 100 * effect.relative)
-                )
-    sorts = list(dict.fromkeys(sort_of(record.device) for record in records))
-    return [
-        Paid(
-            kind,
-            sort,
-            len(its),
-            sum(status == "keep" for status, _ in its),
-            statistics.median(known) if (known := [value for _, value in its if value is not None]) else None,
-        )
-        for kind in kinds.KINDS
-        for sort in sorts
-        if (its := found.get((kind, sort)))
-    ]
-
-
-def _points(record: Record, place: str) -> list[Point]:
-    return [
-        Point(
-            record.name,
-            place,
-            change.number,
-            change.status,
-            change.description,
-            score,
-            _mean(record, change, "tokens"),
-            _mean(record, change, "flops"),
-            record.eval,
-            record.budget,
-        )
-        for change in record.changes.values()
-        if (score := effects.mean(record, change)) is not None
-    ]
-
-
-def _mean(record: Record, change: Change | None, name: str) -> float | None:
-    known = [getattr(t, name) for t in effects.counted(record, change)] if change else []
-    known = [value for value in known if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def facts_of(record: Record, place: str = "") -> Facts:
-    """A session by itself."""
-    baseline = record.changes.get(0)
-    kept = [change for change in record.changes.values() if change.status == "keep" and change.kind != REPLAY]
-    best = max(kept, key=lambda change: change.number, default=None)
-    scores = [effects.mean(record, change) if change else None for change in (baseline, best)]
-    tried = [change.status for change in record.changes.values() if change.number]
-    count = {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid")}
-    gain = scores[0] - scores[1] if None not in scores else None
-    pairs = [[t for t in effects.counted(record, c) if t.confirms] if c else [] for c in (best, baseline)]
-    both = {name: tuple(_mean(record, c, name) for c in (baseline, best)) for name in ("tokens", "flops", "mfu")}
-    return Facts(
-        name=record.name,
-        place=place,
-        device=record.device,
-        sort=sort_of(record.device),
-        backend=record.backend,
-        budget=record.budget,
-        eval=record.eval,
-        tagged=record.tagged,
-        baseline=scores[0],
-        best=scores[1],
-        best_number=best.number if best else None,
-        gain=gain,
-        relative=gain / scores[0] if gain is not None else None,
-        confirmed=effects.between(*pairs, record.noise) if best is not baseline and all(pairs) else None,
-        confirmation=record.confirmation,
-        experiments=len(tried),
-        kept=count["keep"],
-        discarded=count["discard"],
-        crashed=count["crash"],
-        invalid=count["invalid"],
-        keep_rate=count["keep"] / len(tried) if tried else None,
-        crash_rate=count["crash"] / len(tried) if tried else None,
-        per_hour=len(tried) / record.hours if record.hours else None,
-        hours=record.hours,
-        **both,
-        noise=record.noise.sd if record.noise else None,
-        df=record.noise.df if record.noise else None,
-        rows=record.rows,
-        notes=list(record.notes),
-    )
+def paid(analyses: list[Analysis]) -> list[Paid]:
+    """What each kind of change came to on each sort of device."""
+    groups: dict[tuple[str, str], list[tuple[str, float | None]]] = {}
+    for analysis in analyses:
+        for experiment in analysis.tried:
+            group = groups.setdefault((kind_of(experiment) or "other", sort_of(analysis.started.device)), [])
+            group.append((experiment.status, analysis.step(experiment, relative=True)))
+    summaries = []
+    for (kind, sort), group in groups.items():
+        statuses = [status for status, _ in group]
+        known = [100 * step for _, step in group if step is not None]
+        median = statistics.median(known) if known else None
+        summaries.append(Paid(kind, sort, len(group), statuses.count("keep"), statuses.count("crash"), median))
+    return sorted(summaries, key=lambda summary: kinds.KINDS.index(summary.kind))

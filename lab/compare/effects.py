@@ -21,17 +21,54 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from lab.session.state import Run
 from lab.verdict import gate
-from lab.compare.record import Change, Record, Trial
 
 quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times
 TAIL = 0.05  # on each side of an interval
 FASTER = 0.05  # more or fewer tokens than this share are more or fewer
+FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
 # Of an effect that is flattered, by `picked`: if its parent alone flatters itself, a change looks the worse for it.
 FLATTERED = {True: "as selected: flatters itself", False: "against a parent that flatters itself"}
+
+
+# --- What a run measured ---
+
+
+def quantity(run: Run, name: str) -> float | None:
+    """A figure of a run: "tokens" that it was trained on, the model's "flops" for all of them, "memory" at the peak
+    (GiB), or a measure by its name in results.py. None if it is unknown, or nothing that can have been measured: a
+    record from elsewhere may say anything."""
+    if name == "tokens":
+        return _scaled(quantity(run, "total_tokens_M"), 1e6)
+    if name == "memory":
+        return _scaled(quantity(run, "peak_vram_mb"), 1 / 1024)
+    if name == "flops":
+        per_token, rate = quantity(run, "flops_per_token"), quantity(run, "tokens_per_second")
+        if per_token is None and rate is not None:  # of a ledger
+            per_token = _scaled(quantity(run, "model_tflops"), 1e12 / rate)
+        return _scaled(quantity(run, "tokens"), per_token)
+    value = run.result.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if FEWEST < value < MOST else None
+
+
+def _scaled(value: float | None, factor: float | None) -> float | None:
+    return None if value is None or factor is None else value * factor
+
+
+def mean(runs: Sequence[Run], name: str = "val_bpb") -> float | None:
+    """Of a figure, over the runs that have it."""
+    known = [value for run in runs if (value := quantity(run, name)) is not None]
+    return statistics.fmean(known) if known else None
+
+
+# --- Effects ---
 
 
 @dataclass(frozen=True)
@@ -40,9 +77,9 @@ class Effect:
 
     Attributes:
         value: bits per byte; below 0 is better. relative: to its parent's val_bpb.
-        error, df: its standard error, and the degrees of freedom of that; None in a ledger without repeats.
+        error, df: its standard error, and the degrees of freedom of that; None and 0 in a ledger without repeats.
         low, high: Student's 90 % interval; None likewise.
-        noise: standard deviation of a run; None likewise.
+        noise: standard deviation of a run; 0 likewise.
         runs, parent_runs: how many it rests on.
         flattered: it rests on runs that the change, or its parent, was chosen for; nothing was measured since.
         known: which way it goes was known before these runs, better that is, so that one side is enough to test.
@@ -53,10 +90,10 @@ class Effect:
     value: float
     relative: float
     error: float | None = None
-    df: int | None = None
+    df: int = 0
     low: float | None = None
     high: float | None = None
-    noise: float | None = None
+    noise: float = 0.0
     runs: int = 1
     parent_runs: int = 1
     flattered: bool = False
@@ -66,115 +103,62 @@ class Effect:
     flops: float | None = None
 
     @property
+    def variance(self) -> float:
+        """Of the value. ValueError where nothing was repeated."""
+        if self.error is None:
+            raise ValueError("nothing was repeated: this effect has no error")
+        return self.error**2
+
+    @property
     def sure(self) -> bool:
         """Whether its interval means what it says: chance was measured, and it was not chosen for its size."""
         return self.error is not None and not self.flattered
 
 
-def chosen(change: Change) -> bool:
-    """Whether a session picked it for its scores."""
-    return change.number > 0 and not change.origin and (change.status == "keep" or change.near_miss)
-
-
-def counted(record: Record, change: Change) -> list[Trial]:
-    """The runs of a change under its session's conditions; none of one whose scores are not believed."""
-    if change.status not in ("keep", "discard"):
-        return []
-    return [t for t in change.trials if record.usual(t) and t.eval == record.eval]
-
-
-def mean(record: Record, change: Change) -> float | None:
-    """val_bpb as the session saw it: confirmations left out."""
-    scores = [t.bpb for t in counted(record, change) if not t.confirms]
-    return statistics.fmean(scores) if scores else None
-
-
-def effect(record: Record, change: Change) -> Effect | None:
-    """Of a change on top of its parent, in its own session; None where one of them has no score."""
-    if change.parent is None or (parent := record.changes.get(change.parent)) is None:
-        return None
-    own, others = counted(record, change), counted(record, parent)
-    if not own or not others:
-        return None
-    picked = chosen(change)
-    # A parent was picked for its scores wherever it came from: it is the parent because it was kept.
-    after = change.number if picked else parent.number if parent.number > 0 else -1
-    later = [t for t in own if t.beside > change.number] if picked else own
-    since = [t for t in others if t.beside > after]
-    sure = record.noise is not None and bool(later and since)
-    own, others = (later, since) if sure else (own, others)
-    found = between(own, others, record.noise)
-    return replace(
-        found, flattered=record.noise is not None and not sure, known=bool(change.origin) or picked, picked=picked
-    )
-
-
-def between(own: list[Trial], others: list[Trial], noise: gate.Noise | None) -> Effect:
-    """Of runs, on top of others."""
-    base = statistics.fmean(t.bpb for t in others)
-    value = statistics.fmean(t.bpb for t in own) - base
+def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None) -> Effect:
+    """Of runs, on top of others; each of them has a val_bpb."""
+    base = statistics.fmean(run.bpb for run in others)
+    value = statistics.fmean(run.bpb for run in own) - base
     error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others)) if noise else None
-    return interval(
-        Effect(
-            value,
-            value / base,
-            error,
-            noise and noise.df,
-            noise=noise and noise.sd,
-            runs=len(own),
-            parent_runs=len(others),
-            tokens=ratio(own, others, "tokens"),
-            flops=ratio(own, others, "flops"),
-        )
-    )
+    effect = Effect(value, value / base, error, noise.df if noise else 0, noise=noise.sd if noise else 0.0)
+    ratios = [ratio(own, others, name) for name in ("tokens", "flops")]
+    return interval(replace(effect, runs=len(own), parent_runs=len(others), tokens=ratios[0], flops=ratios[1]))
 
 
-def interval(one: Effect) -> Effect:
+def interval(effect: Effect) -> Effect:
     """With its interval."""
-    if one.error is None:
-        return one
-    half = quantile(TAIL, one.df) * one.error
-    return replace(one, low=one.value - half, high=one.value + half)
+    if effect.error is None:
+        return effect
+    half = quantile(TAIL, effect.df) * effect.error
+    return replace(effect, low=effect.value - half, high=effect.value + half)
 
 
-def ratio(own: list[Trial], others: list[Trial], name: str) -> float | None:
-    """Of the means of something that runs have."""
-    means = [
-        known and statistics.fmean(known)
-        for known in ([getattr(t, name) for t in some if getattr(t, name)] for some in (own, others))
-    ]
-    return means[0] / means[1] if all(means) else None
+def ratio(own: Sequence[Run], others: Sequence[Run], name: str) -> float | None:
+    """Of the means of a figure."""
+    means = mean(own, name), mean(others, name)
+    return means[0] / means[1] if means[0] and means[1] else None
 
 
 def together(effects: list[Effect]) -> Effect | None:
     """Of several sessions of one place: the sure ones weighted by their inverse variances; else the first there is."""
-    sure = [one for one in effects if one.sure]
-    if not sure:
-        return effects[0] if effects else None
-    if len(sure) == 1:
-        return sure[0]
-    weights = [1 / one.error**2 for one in sure]
+    sure = [effect for effect in effects if effect.sure]
+    if len(sure) < 2:
+        return next(iter(sure or effects), None)
+    weights = [1 / effect.variance for effect in sure]
     shares = [weight / math.fsum(weights) for weight in weights]
 
     def average(name):
-        known = [getattr(one, name) for one in sure]
-        return None if None in known else math.fsum(share * value for share, value in zip(shares, known))
+        values = [getattr(effect, name) for effect in sure]
+        return None if None in values else math.fsum(share * value for share, value in zip(shares, values))
 
-    error = 1 / math.sqrt(math.fsum(weights))
-    return interval(
-        Effect(
-            average("value"),
-            average("relative"),
-            error,
-            satterthwaite([(s * s * one.error**2, one.df) for s, one in zip(shares, sure)]),
-            noise=average("noise"),
-            runs=sum(one.runs for one in sure),
-            parent_runs=sum(one.parent_runs for one in sure),
-            known=all(one.known for one in sure),
-            tokens=average("tokens"),
-            flops=average("flops"),
-        )
+    noise, tokens, flops = (average(name) for name in ("noise", "tokens", "flops"))
+    runs, parent_runs = (sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs"))
+    parts = [(share / math.fsum(weights), effect.df) for share, effect in zip(shares, sure)]
+    error, known = 1 / math.sqrt(math.fsum(weights)), all(effect.known for effect in sure)
+    effect = Effect(
+        average("value") or 0.0, average("relative") or 0.0, error, satterthwaite(parts), noise=noise or 0.0
     )
+    return interval(replace(effect, runs=runs, parent_runs=parent_runs, known=known, tokens=tokens, flops=flops))
 
 
 def satterthwaite(parts: list[tuple[float, int]]) -> int:
@@ -183,11 +167,13 @@ def satterthwaite(parts: list[tuple[float, int]]) -> int:
     return max(1, math.floor(math.fsum(v for v, _ in parts) ** 2 / math.fsum(v * v / df for v, df in parts) + 1e-9))
 
 
-def due(one: Effect) -> str:
-    """What an effect was due to: a run ends by the clock, so that a faster train.py reads more tokens."""
-    if one.tokens is None or one.low is None or one.low <= 0 <= one.high:
+def due(effect: Effect) -> str:
+    """What an effect was due to: a run ends by the clock, so that a faster train.py reads more tokens. "" if it is not
+    known, or the effect may be chance."""
+    tokens = effect.tokens
+    if tokens is None or effect.low is None or effect.high is None or effect.low <= 0 <= effect.high:
         return ""
-    amount = ("more" if one.tokens >= 1 + FASTER else "fewer" if one.tokens <= 1 - FASTER else "as many") + " tokens"
-    if one.value < 0:
+    amount = ("more" if tokens >= 1 + FASTER else "fewer" if tokens <= 1 - FASTER else "as many") + " tokens"
+    if effect.value < 0:
         return amount if amount == "more tokens" else f"{amount}, better per token"
     return amount if amount == "fewer tokens" else f"{amount}, worse per token"

@@ -13,107 +13,55 @@ from dataclasses import dataclass
 LEAST = 0.6  # of likeness
 OTHER_VALUE, NO_VALUE = 0.7, 0.85  # likeness is so much less where they end at different values, or one says none
 
-PHRASES = (
-    ("learning rate", "lr"),
-    ("weight decay", "wd"),
-    ("warm down", "warmdown"),
-    ("cool down", "warmdown"),
-    ("warm up", "warmup"),
-    ("batch size", "batch"),
-    ("lm head", "unembedding"),
-    ("value embedding", "ve"),
-    ("value embeddings", "ve"),
-    ("key value heads", "kv heads"),
-    ("n kv head", "kv heads"),
+PHRASES = {  # in a description: the word for it
+    "learning rate": "lr",
+    "weight decay": "wd",
+    "warm down": "warmdown",
+    "cool down": "warmdown",
+    "warm up": "warmup",
+    "batch size": "batch",
+    "lm head": "unembedding",
+    "value embedding": "ve",
+    "value embeddings": "ve",
+    "key value heads": "kv heads",
+    "n kv head": "kv heads",
+}
+SYNONYMS = {
+    word: words.split()[0]
+    for words in (
+        "batch batchsize",
+        "warmdown cooldown",
+        "embedding embed embeddings emb wte",
+        "unembedding unembed lmhead",
+        "attention attn",
+        "depth layers layer",
+        "window windows",
+        "beta betas",
+        "lr lrs",
+        "head heads",
+        "frac fraction ratio",
+        "init initialisation initialization",
+        "clip clipping",
+    )
+    for word in words.split()
+}
+UP = set(
+    """
+    increase increased raise raised higher more larger bigger longer wider deeper double doubled twice up
+    """.split()
 )
-SAME = {
-    "batchsize": "batch",
-    "cooldown": "warmdown",
-    "embed": "embedding",
-    "embeddings": "embedding",
-    "emb": "embedding",
-    "wte": "embedding",
-    "unembed": "unembedding",
-    "lmhead": "unembedding",
-    "attn": "attention",
-    "layers": "depth",
-    "layer": "depth",
-    "windows": "window",
-    "betas": "beta",
-    "lrs": "lr",
-    "heads": "head",
-    "fraction": "frac",
-    "ratio": "frac",
-    "initialisation": "init",
-    "initialization": "init",
-    "clipping": "clip",
-}
-UP = {
-    "increase",
-    "increased",
-    "raise",
-    "raised",
-    "higher",
-    "more",
-    "larger",
-    "bigger",
-    "longer",
-    "wider",
-    "deeper",
-    "double",
-    "doubled",
-    "twice",
-    "up",
-}
-DOWN = {
-    "decrease",
-    "decreased",
-    "reduce",
-    "reduced",
-    "lower",
-    "lowered",
-    "less",
-    "fewer",
-    "smaller",
-    "shorter",
-    "narrower",
-    "shallower",
-    "halve",
-    "halved",
-    "half",
-    "shrink",
-    "cut",
-    "down",
-}
-EMPTY = {
-    "to",
-    "from",
-    "the",
-    "a",
-    "an",
-    "of",
-    "in",
-    "with",
-    "and",
-    "by",
-    "at",
-    "for",
-    "on",
-    "is",
-    "set",
-    "use",
-    "try",
-    "change",
-    "instead",
-    "total",
-    "size",
-    "steps",
-    "x",
-    "than",
-    "it",
-    "as",
-    "only",
-}
+DOWN = set(
+    """
+    decrease decreased reduce reduced lower lowered less fewer smaller shorter narrower shallower halve halved
+    half shrink cut down
+    """.split()
+)
+EMPTY = set(
+    """
+    to from the a an of in with and by at for on is set use try change instead total size steps x than it as
+    only
+    """.split()
+)
 NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?(?:e-?\d+)?)(?:\s?(?:\^|\*\*)\s?(\d+))?(%|[kKmM](?!\w))?(?:x(?!\w))?")
 
 
@@ -128,20 +76,20 @@ class Said:
 
 def said(text: str) -> Said:
     text = re.sub(r"\([^()]*\)", " ", text)
-    numbers = [_number(found) for found in NUMBER.finditer(text)]
+    numbers = [_number(match) for match in NUMBER.finditer(text)]
     text = re.sub(r"[^a-z0-9]+", " ", NUMBER.sub(" ", text).lower()).strip()
-    for phrase, word in PHRASES:
+    for phrase, word in PHRASES.items():
         text = re.sub(rf"\b{phrase}\b", word, text)
-    words = [SAME.get(word, word) for word in text.split()]
+    words = [SYNONYMS.get(word, word) for word in text.split()]
     way = 1 if UP & set(words) else -1 if DOWN & set(words) else 0
     if way == 0 and len(numbers) == 2 and numbers[0] != numbers[1]:
         way = 1 if numbers[1] > numbers[0] else -1
     return Said(frozenset(words) - UP - DOWN - EMPTY, way, numbers[-1] if numbers else None)
 
 
-def _number(found: re.Match) -> float:
-    value = float(found[1]) ** int(found[2]) if found[2] and int(found[2]) < 64 else float(found[1])
-    unit = (found[3] or "").lower()
+def _number(match: re.Match) -> float:
+    value = float(match[1]) ** int(match[2]) if match[2] and int(match[2]) < 64 else float(match[1])
+    unit = (match[3] or "").lower()
     value *= {"%": 0.01, "k": 1e3, "m": 1e6}.get(unit, 1)
     if unit in ("k", "m"):  # 524K is 2^19
         power = 2.0 ** round(math.log2(value)) if value else 0.0
@@ -167,9 +115,9 @@ def matches(ones: list[str], others: list[str]) -> list[tuple[int, int]]:
     Of several equally good ones the first."""
     left, right = [said(text) for text in ones], [said(text) for text in others]
     table = [[likeness(a, b) for b in right] for a in left]
-    found = []
-    for i, row in enumerate(table):
-        j = max(range(len(row)), key=row.__getitem__, default=None)
-        if j is not None and row[j] >= LEAST and max(range(len(table)), key=lambda k: table[k][j]) == i:
-            found.append((i, j))
-    return found
+    pairs = []
+    for i, row in enumerate(table if others else []):
+        j = max(range(len(row)), key=row.__getitem__)
+        if row[j] >= LEAST and max(range(len(table)), key=lambda k: table[k][j]) == i:
+            pairs.append((i, j))
+    return pairs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import storage
-from lab.compare.record import Record
+from lab.session.record import Record
 from lab.errors import LabError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -22,16 +22,17 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
         LabError: something else is there, or there is nothing to draw.
         DataError: it can't be written; the reason says why.
     """
-    from lab.report import curve, page as pages, png
-    from lab.report.view import View
+    from lab.compare.analysis import Analysis  # here, as commands that write no report shall start fast
+    from lab.report import charts, page as pages
 
     if picture and picture.absolute() == page.absolute():
         raise LabError(f"{page} can't be both the page and the picture: name two files")
-    files = {page: (pages.html(records), pages.MARK.encode())}
+    analyses = [Analysis(record) for record in records]
+    files = {page: (pages.written(analyses), pages.MARK.encode())}
     if picture:
-        if (card := curve.card([View(record) for record in records])) is None:
+        if (card := charts.card(analyses, pages.subtitle(analyses))) is None:
             raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
-        files[picture] = png.png(card), PNG
+        files[picture] = card, PNG
     for path, (_, begins) in files.items():
         _refuse_other(path, begins)
     for path, (content, _) in files.items():

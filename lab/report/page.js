@@ -21,11 +21,11 @@ dark.addEventListener("change", name);
 theme.hidden = false;
 name();
 
-// --- The ledger ---
+// --- The experiments ---
 
-const ledgers = {};
+const tables = {};
 
-class Ledger {
+class Experiments {
   constructor(element) {
     this.session = element.dataset.session;
     this.body = element.querySelector("tbody");
@@ -110,8 +110,8 @@ class Ledger {
     for (const [name, text] of details.facts) facts.append(made("dt", name), made("dd", text));
     cell.append(facts);
     if (details.runs.length) cell.append(this.runs(details.runs));
-    cell.append(details.diff === null ? made("p", "The change itself is not known: its ledger came without patches.",
-      "note") : diff(details.diff));
+    if (details.diff === null) cell.append(made("p", "The change itself is not known: its record came without it.", "note"));
+    else if (details.diff) cell.append(diff(details.diff));
     const opened = made("tr", undefined, "open");
     opened.setAttribute("role", "row");
     cell.setAttribute("role", "cell");
@@ -148,8 +148,8 @@ function diff(text) {
   return pre;
 }
 
-for (const element of document.querySelectorAll(".ledger")) {
-  ledgers[element.dataset.session] = new Ledger(element);
+for (const element of document.querySelectorAll(".experiments")) {
+  tables[element.dataset.session] = new Experiments(element);
 }
 
 // --- Charts: what is pointed at, tapped, or walked to with the arrow keys ---
@@ -172,7 +172,7 @@ class Chart {
     svg.addEventListener("pointerdown", (event) => this.point(event));
     svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") this.leave(); });
     svg.addEventListener("blur", () => this.leave());
-    svg.addEventListener("click", () => { if (matchMedia("(hover: hover)").matches) this.open(); });
+    svg.addEventListener("click", (event) => this.click(event));
     svg.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -189,6 +189,14 @@ class Chart {
     if (best < 0) this.leave(); else this.show(best);
   }
 
+  click(event) {
+    const link = event.target.closest("a");
+    if (!link && this.at < 0) return;
+    event.preventDefault();
+    if (!matchMedia("(hover: hover)").matches) return;
+    this.open(link ? document.getElementById(link.getAttribute("href").slice(1)) : this.row());
+  }
+
   key(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (step) {
@@ -196,7 +204,7 @@ class Chart {
       this.show((this.at + step + this.spots.length) % this.spots.length);
     } else if (event.key === "Enter") {
       event.preventDefault();  // it would close again what gets the focus now
-      this.open();
+      this.open(this.row());
     } else if (event.key === "Escape") this.leave();
   }
 
@@ -226,16 +234,15 @@ class Chart {
     tip.hidden = true;
   }
 
-  open() {
-    const row = this.row();
+  open(row) {
     if (!row) return;
     this.leave();
-    const ledger = ledgers[this.session];
+    const table = tables[this.session];
     if (row.hidden) {
-      ledger.form.reset();
-      ledger.filter();
+      table.form.reset();
+      table.filter();
     }
-    ledger.toggle(row, true);
+    table.toggle(row, true);
     row.scrollIntoView({ block: "center" });
     row.cells[0].firstChild.focus({ preventScroll: true });
   }

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from xml.etree.ElementTree import Element, tostring
 
 from lab import untrusted
-from lab.compare.record import Change, Record
-from lab.report import across, curve
-from lab.report.figure import Figure
-from lab.report.html import cleaned, el, embedded, number, table
-from lab.report.svg import sign, svg
-from lab.report.view import View, in_short, words
+from lab.compare import comparison, tables
+from lab.compare.analysis import Analysis, kind_of
+from lab.compare.tables import Table, Tag
+from lab.report import charts
+from lab.report.html import cleaned, el, embedded, table
+from lab.session.state import Experiment
 
 HERE = Path(__file__).resolve().parent
 MARK = "<!doctype html>\n<!-- python -m lab report -->\n"  # what a file of ours begins with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
-LONG = 30  # rows of a table that is not folded
-# Of charts, on a desk and on a phone: width, height, size of letters.
-PROGRESS, BARS, HALVES = (
-    ((1120, 430, 12.5), (360, 330, 11)),
-    ((1120, 240, 12.5), (360, 220, 11)),
-    ((540, 300, 12.5), (360, 250, 11)),
-)
-BARS_TOLD = (
-    ("own", "bar", "training the change"),
-    ("around", "bar", "start, compilation, evaluation"),
-    ("beside", "bar", "training what it is measured against; confirmations"),
-)
 TOKENS_TOLD = (
     "A run ends by the clock. A change that only makes it faster moves along the others' slope; one that "
     "learns more from each token lies below it."
@@ -49,382 +38,334 @@ class Page:
     def __init__(self):
         self.data = {"sessions": {}, "charts": {}}
 
-    def chart(
-        self,
-        name: str,
-        draw: Callable[[float, float, float], Figure | None],
-        sizes: tuple,
-        label: str,
-        session: str = "",
-        legend: Callable[[Figure], Iterable] = lambda figure: (),
-    ) -> Element | None:
-        """A chart for a desk and one for a phone, of which the style sheet shows one, with its legend (name, sign,
-        meaning of each entry); None without anything to draw."""
-        drawn = []
-        for class_, size in zip(("wide", "narrow"), sizes):
-            if (figure := draw(*size)) is None:
+    def chart(self, key: str, name: str, label: str, draw: Callable, *subject, height: float = 0.0) -> Element | None:
+        """A chart with its legend; None without anything to draw. `key` begins the ids of the session's rows.
+
+        Args:
+            draw: called with what is to be drawn, the width, the height and the size of letters, in pixels.
+            height: of a wide chart on a desk, which gets another for a phone; else one of half the width is for both.
+        """
+        sizes = {"wide": (1120, height, 12.5), "narrow": (360, 290, 11)} if height else {"half": (440, 270, 12)}
+        parts, legend = [], []
+        for form, size in sizes.items():
+            if (chart := draw(*subject, *size)) is None:
                 return None
-            self.data["charts"][f"{name}-{class_}"] = [
-                session,
-                *(round(part, 1) for spot in figure.spots for part in spot),
-            ]
-            drawn.append(svg(figure, label, id=f"{name}-{class_}", class_=f"chart {class_}"))
-        signs = [el("li", sign(*kind), text) for *kind, text in legend(figure)]
-        return el("figure", *drawn, el("ul", *signs, class_="legend") if signs else None)
+            identity = f"{key}-{name}-{form}"
+            self.data["charts"][identity] = [key, *(round(part, 1) for spot in chart.spots for part in spot)]
+            parts.append(charts.svg(chart, label, identity, form))
+            legend = chart.legend
+        entries = [(el("span", sign, class_=f"sign {hue}", aria_hidden="true"), text) for hue, sign, text in legend]
+        return el(
+            "figure", *parts, el("ul", *(el("li", *entry) for entry in entries), class_="legend") if legend else None
+        )
 
 
-def html(records: list[Record]) -> bytes:
+def written(analyses: list[Analysis]) -> bytes:
     """The page about one session, or about several and what they say together."""
-    page, views = Page(), [View(record) for record in records]
-    if len(views) == 1:
-        title = f"{views[0].record.tag} on {views[0].record.device}"
-        main = [
-            el("h1", el("span", "autoresearch session ", class_="over"), cleaned(title)),
-            *_session(page, "s0", views[0], "h2"),
-        ]
+    page, started, names = Page(), [a.started for a in analyses], [cleaned(a.name) for a in analyses]
+    if len(analyses) == 1:
+        title, over = f"{started[0].tag} on {started[0].device}", "autoresearch session"
+        parts = _session(page, "s0", analyses[0], "h2")
     else:
-        title = f"{len(views)} sessions on {len({record.device for record in records})} devices"
-        main = [
-            el("h1", el("span", "autoresearch ", class_="over"), title),
-            *across.sections(page, views),
-            *(
-                el(
-                    "section",
-                    el("h2", view.name),
-                    *_session(page, f"s{place}", view, "h3"),
-                    id=f"s{place}",
-                    class_="session",
-                )
-                for place, view in enumerate(views)
-            ),
-        ]
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        title, over = f"{len(analyses)} sessions on {len({s.device for s in started})} devices", "autoresearch"
+        parts = _together(page, analyses, names)
+        for i, analysis in enumerate(analyses):
+            inner = _session(page, f"s{i}", analysis, "h3")
+            parts.append(el("section", el("h2", names[i]), *inner, id=f"s{i}", class_="session"))
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    content = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(cleaned(title)),
+        over=over,
+        main="\n".join(tostring(part, encoding="unicode", method="html") for part in parts),
+        data=embedded(page.data),
+        now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        **{"style": charts.STYLE, "style_digest": _digest(charts.STYLE)},
+        **{"script": script, "script_digest": _digest(script)},
     )
-    whole = el(
-        "html",
-        el(
-            "head",
-            el("meta", charset="utf-8"),
-            el("meta", http_equiv="Content-Security-Policy", content=policy),
-            el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            el("meta", name="referrer", content="no-referrer"),
-            el("meta", name="color-scheme", content="light dark"),
-            el("link", rel="icon", href="data:,"),
-            el("title", f"{cleaned(title)} – autoresearch"),
-            el("style", style),
-        ),
-        el(
-            "body",
-            el("a", "Skip to the content", href="#main", class_="skip"),
-            el("header", el("button", "Dark", type="button", id="theme", hidden="")),
-            el("main", *main, el("footer", _stamp()), id="main"),
-            el("div", id="tip", role="status", aria_live="polite", hidden=""),
-            el("script", embedded(page.data), type="application/json", id="data"),
-            el("script", script),
-        ),
-        lang="en",
-    )
-    return (MARK + tostring(whole, encoding="unicode", method="html")).encode(errors="replace") + b"\n"
+    return (MARK + content).encode(errors="replace")
 
 
 def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _stamp() -> str:
-    return (
-        f"Written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by python -m lab report. val_bpb: "
-        "validation bits per byte, lower is better. This file holds everything that it shows, and loads nothing."
-    )
+def _section(name: str, title: str, head: str, *parts: Element | Table | str | None) -> Element | None:
+    """A section with a heading, of tables, paragraphs and what else is in it; None if it is empty."""
+    shown = [
+        table(part) if isinstance(part, Table) else el("p", cleaned(part, 500)) if isinstance(part, str) else part
+        for part in parts
+        if part is not None and not (isinstance(part, Table) and not part.rows)
+    ]
+    return el("section", el(head, title, id=f"{name}-head"), *shown, aria_labelledby=f"{name}-head") if shown else None
+
+
+# --- Several sessions ---
+
+
+def _together(page: Page, analyses: list[Analysis], names: list[str]) -> list[Element]:
+    """What they say together."""
+    links = [part for i, name in enumerate(names) for part in (" · " * bool(i), el("a", name, href=f"#s{i}"))]
+    told = "How far each session's best was below its own baseline, by experiment"
+    gains = page.chart("", "together", told, charts.gains, analyses, height=330)
+    sections = [
+        _section(section.name, section.title, "h2", *section.parts, gains if section.name == "sessions" else None)
+        for section in tables.sections(comparison.of_analyses(analyses))
+    ]
+    nav = el("nav", "Each by itself: ", *links, aria_label="Sessions")
+    return [nav, *(section for section in sections if section is not None)]
 
 
 # --- A session ---
 
 
-def _session(page: Page, key: str, view: View, head: str) -> list[Element]:
+def _session(page: Page, key: str, analysis: Analysis, head: str) -> list[Element]:
     """The sections about a session; `head` is the tag of their headings, `key` begins their ids."""
-
-    def section(name, title, *parts):
-        if not any(part is not None for part in parts):
-            return None
-        return el("section", el(head, title, id=f"{key}-{name}-head"), *parts, aria_labelledby=f"{key}-{name}-head")
-
+    progress = page.chart(key, "progress", _told(analysis), charts.progress, analysis, key, height=430)
+    minutes = page.chart(key, "minutes", "Minutes of runs by experiment", charts.minutes, analysis)
     pair = [
-        page.chart(f"{key}-{what}", partial(curve.against, view, what), HALVES, f"val_bpb against {what} of a run", key)
+        page.chart(key, what, f"val_bpb against {what} of a run", charts.against, analysis, what, key)
         for what in ("tokens", "flops")
     ]
-    found = [
-        _headline(view),
-        section(
-            "progress",
-            "Progress",
-            page.chart(
-                f"{key}-progress",
-                partial(curve.progress, view),
-                PROGRESS,
-                _told(view),
-                key,
-                partial(curve.legend, view),
-            ),
-            _kept(view),
-        ),
-        section("ledger", "Experiments", _ledger(page, key, view)),
-        section("failed", "Crashed and invalid", _failed(view)),
-        section("kinds", "Kinds of change", _kinds(view)),
-        section(
-            "time",
-            "Where the time went",
-            _shares(view),
-            page.chart(
-                f"{key}-minutes",
-                partial(curve.minutes, view),
-                BARS,
-                "Minutes of runs by experiment",
-                key,
-                lambda figure: BARS_TOLD,
-            ),
-        ),
-        section("tokens", "Score against tokens and FLOPs", el("p", TOKENS_TOLD), el("div", *pair, class_="pair"))
-        if any(chart is not None for chart in pair)
-        else None,
-        section("under", "What it was measured under", _under(view)),
-    ]
-    return [part for part in found if part is not None]
+    against = (TOKENS_TOLD, el("div", *pair, class_="pair")) if any(part is not None for part in pair) else ()
+    sections = {
+        "Progress": (progress, _kept(analysis)),
+        "Experiments": (_experiments(page, key, analysis),),
+        "Crashed and invalid": (_failed(analysis),),
+        "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
+        "Where the time went": (_shares(analysis), minutes),
+        "Score against tokens and FLOPs": against,
+        "What it was measured under": (_under(analysis),),
+    }
+    shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]
+    return [_headline(analysis), *(section for section in shown if section is not None)]
 
 
-def _headline(view: View) -> Element:
-    big, said = in_short(view)
-    record, noise = view.record, view.record.noise
+def in_short(analysis: Analysis) -> tuple[str, str]:
+    """(the headline, a sentence)."""
+    best, tried = analysis.best, len(analysis.tried)
+    if best is None:
+        return "No score yet", "No run has ended with a score."
+    score = f"{analysis.scores[best.number]:.6f}"
+    if analysis.baseline is None or analysis.gain is None or analysis.relative is None:
+        return score, "val_bpb of what was kept last. The record has no baseline to compare with."
+    if analysis.only_replays:
+        told = f"Each of them was judged against the baseline, whose val_bpb is {score}."
+        return f"{analysis.counts['keep']} of {tried} replayed changes help here", told
+    if best is analysis.baseline:
+        return "Nothing kept yet", f"The baseline's val_bpb is {score}, and no experiment of {tried} beat it."
+    better, less = ("better", "less") if analysis.gain > 0 else ("worse", "more")  # a simplification may cost a little
+    return (
+        f"{100 * abs(analysis.relative):.2f} % {better} than the baseline",
+        f"val_bpb {score} instead of {analysis.scores[0]:.6f}: {abs(analysis.gain):.6f} bits per byte {less}, after "
+        f"{tried} experiments.",
+    )
+
+
+def subtitle(analyses: list[Analysis]) -> str:
+    """A line for the picture: of one session, what it came to."""
+    if len(analyses) != 1:
+        return ""
+    analysis, said = analyses[0], in_short(analyses[0])[0]
+    if analysis.gain:
+        confirmation = analysis.confirmation
+        sure = confirmation and confirmation.verdict.confirmed and not analysis.kept_since
+        said += ", confirmed" if sure else ", not confirmed"
+    return said + (f" (band: ±{analysis.noise.sd:.4f}, see the report)" if analysis.noise else "")
+
+
+def _headline(analysis: Analysis) -> Element:
+    big, said = in_short(analysis)
     chance = "Nothing was run twice, so nobody knows how far chance moves a score."
-    if noise:
-        times = f"; the gain is {view.gain / noise.sd:.1f} times that" if view.gain else ""
+    if noise := analysis.noise:
+        times = f"; the gain is {analysis.gain / noise.sd:.1f} times that" if analysis.gain else ""
         chance = (
             f"Chance alone moves a single run by {noise.sd:.6f} (standard deviation between seeds, {noise.df} "
             f"degrees of freedom){times}."
         )
-    counts = [f"{view.counts[status]} {SAID[status]}" for status in SAID if view.counts[status]]
-    facts = [
-        ("experiments", str(view.tried), ", ".join(counts)),
-        ("runs", str(sum(len(c.trials) for c in view.changes)), "that ended with a score"),
-        ("time", number(record.hours, ".1f", " h"), f"{view.tried / record.hours:.1f} experiments an hour")
-        if record.hours
-        else None,
-        ("training", f"{record.budget:g} s", "in each run") if record.budget else None,
-    ]
-    tiles = [el("div", el("dt", name), el("dd", value, el("small", more))) for name, value, more in filter(None, facts)]
+    counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
+    runs = str(sum(map(len, analysis.runs.values())))
+    tiles = [("experiments", str(len(analysis.tried)), counts), ("runs", runs, "that ended with a score")]
+    if analysis.hours:
+        tiles.append(("time", f"{analysis.hours:.1f} h", f"{analysis.per_hour:.1f} experiments an hour"))
+    if analysis.budget:
+        tiles.append(("training", f"{analysis.budget:g} s", "in each run"))
     return el(
         "section",
         el("p", big, class_="big"),
         el("p", said),
-        el("p", *_badge(view)) if view.gain else None,
+        el("p", *_badge(analysis)) if analysis.gain else None,
         el("p", chance),
-        el("dl", *tiles, class_="tiles"),
-        *(el("p", cleaned(note, 400), class_="note") for note in record.notes),
+        el(
+            "dl",
+            *(el("div", el("dt", name), el("dd", text, el("small", more))) for name, text, more in tiles),
+            class_="tiles",
+        ),
+        *(el("p", cleaned(note, 400), class_="note") for note in analysis.notes),
         aria_label="In short",
     )
 
 
-def _badge(view: View) -> list:
-    said = cleaned(view.record.confirmation, 400)
-    if view.confirmed is None:
+def _badge(analysis: Analysis) -> list:
+    verdict = analysis.confirmation and analysis.confirmation.verdict
+    if verdict is None or verdict.confirmed is None:
         return [
             el("span", "Unconfirmed", class_="badge open"),
             " What is kept for its scores is flattered by them: "
             "python -m lab confirm measures it again, with new seeds and on held-out rows.",
         ]
-    sure = view.confirmed
+    sure, said = verdict.confirmed, cleaned(verdict.said, 400)
     badge = el("span", "Confirmed" if sure else "Not confirmed", class_=f"badge {'yes' if sure else 'no'}")
-    later = " Something was kept after that, and is not confirmed." * view.confirmed_before
+    later = " Something was kept after that, and is not confirmed." * analysis.kept_since
     return [badge, f" {said[:1].upper()}{said[1:]}.{later}"]
 
 
-def _told(view: View) -> str:
+def _told(analysis: Analysis) -> str:
     """The progress chart in words."""
-    if view.best is None:
+    if analysis.best is None:
         return ""
+    first, best = (analysis.scores[experiment.number] for experiment in (analysis.steps[0], analysis.best))
     return (
-        f"val_bpb of {view.tried} experiments: from {view.scores[view.steps[0].number]:.6f} down to "
-        f"{view.scores[view.best.number]:.6f} in {len(view.steps) - 1} kept steps"
+        f"val_bpb of {len(analysis.tried)} experiments: from {first:.6f} down to {best:.6f} in "
+        f"{len(analysis.steps) - 1} kept steps"
     )
 
 
-def _kept(view: View) -> Element | None:
+def _kept(analysis: Analysis) -> Table:
     rows = []
-    for before, change in zip(view.steps, view.steps[1:]):
-        step = view.scores[change.number] - view.scores[before.number]
+    for before, experiment in zip(analysis.steps, analysis.steps[1:]):
+        score = analysis.scores[experiment.number]
+        step, runs = score - analysis.scores[before.number], len(analysis.judged[experiment.number])
         rows.append(
             (
-                f"{change.number}",
-                words(change),
-                f"{view.scores[change.number]:.6f}",
-                number(step, "+.6f"),
-                str(len(view.judged[change.number])),
+                f"{experiment.number}",
+                experiment.description or "(not described)",
+                f"{score:.6f}",
+                f"{step:+.6f}",
+                f"{runs}",
             )
         )
-    return _folded("What was kept, in order", ("experiment", "what", "val_bpb", "step", "runs"), rows)
+    return Table("What was kept, in order", ("experiment", "what", "val_bpb", "step", "runs"), rows)
 
 
-def _failed(view: View) -> Element | None:
+def _failed(analysis: Analysis) -> Table:
     rows = [
-        (f"{c.number}", [el("span", SAID[c.status], class_=f"tag {c.status}")], words(c), cleaned(c.reason) or "–")
-        for c in view.changes
-        if c.status in ("crash", "invalid")
+        (f"{e.number}", Tag(SAID[e.status]), e.description or "(not described)", e.verdict.said or "-")
+        for e in analysis.experiments.values()
+        if e.status in ("crash", "invalid")
     ]
-    return _folded("What did not get a score, and why", ("experiment", "verdict", "what", "why"), rows)
+    return Table("What did not get a score, and why", ("experiment", "verdict", "what", "why"), rows)
 
 
-def _folded(caption: str, heads: tuple[str, ...], rows: list) -> Element | None:
-    """A table, to be unfolded if it is long; None if it is empty."""
-    if len(rows) <= LONG:
-        return table(caption, heads, rows) if rows else None
-    return el("details", el("summary", f"{caption}: {len(rows)}"), table(caption, heads, rows))
-
-
-def _kinds(view: View) -> Element | None:
-    rows = [
-        (kind, str(tried), str(kept), str(crashed), number(effect, "+.6f"))
-        for kind, tried, kept, crashed, effect in view.kinds
-    ]
-    return (
-        table("By what most of a change is about", ("kind", "tried", "kept", "crashed", "median against parent"), rows)
-        if rows
-        else None
-    )
-
-
-def _shares(view: View) -> Element | None:
-    shares = view.shares
+def _shares(analysis: Analysis) -> Table:
+    shares = analysis.shares
     total = sum(hours for _, hours in shares)
     rows = [
         (what, f"{hours:.2f} h" if total >= 1 else f"{60 * hours:.1f} min", f"{100 * hours / total:.0f} %")
         for what, hours in shares
     ]
-    return table("Of the whole session", ("what", "time", "share"), rows, "plain") if rows else None
+    return Table("Of the whole session", ("what", "time", "share"), rows)
 
 
-def _under(view: View) -> Element:
-    record = view.record
-    facts = [
-        ("device", record.device),
-        ("backend", record.backend),
-        ("training", f"{record.budget:g} s a run" if record.budget else ""),
-        *(
-            (name, str(record.facts.get(name) or ""))
-            for name in ("dataset", "eval", "data", "profile", "python", "made")
-        ),
-    ]
-    return el(
-        "dl",
-        *(part for name, text in facts if text for part in (el("dt", name), el("dd", cleaned(text)))),
-        class_="facts",
-    )
+def _under(analysis: Analysis) -> Element:
+    started = analysis.started
+    names = "device backend dataset eval data profile python sandbox attention_provider".split()
+    facts = [(name.replace("_", " "), str(getattr(started, name) or "")) for name in names]
+    facts += [("training", f"{started.budget:g} s a run" if started.budget else ""), *started.versions.items()]
+    known = [(cleaned(name), cleaned(text)) for name, text in facts if text]
+    return el("dl", *(part for name, text in known for part in (el("dt", name), el("dd", text))), class_="facts")
 
 
-# --- The ledger ---
+# --- The experiments ---
 
 
-def _ledger(page: Page, key: str, view: View) -> Element:
+def _experiments(page: Page, key: str, analysis: Analysis) -> Element:
     """All experiments as a table: rows are there without a script, which sorts, filters and opens them."""
-    page.data["sessions"][key] = {c.number: _details(view, c) for c in view.changes}
-    columns = [(head, class_, cells) for head, class_, cells in _columns(view) if any(cell != "–" for cell in cells)]
+    experiments = list(analysis.experiments.values())
+    page.data["sessions"][key] = {e.number: _details(analysis, e) for e in experiments}
+    columns = [column for column in _columns(analysis, experiments) if any(text != "–" for text in column[2])]
+    verdicts = [_verdict(experiment) for experiment in experiments]
     body = el("tbody", role="rowgroup")
-    for place, change in enumerate(view.changes):
+    for i, experiment in enumerate(experiments):
         row = el(
             "tr",
-            el("th", str(change.number), scope="row", role="rowheader"),
-            el("td", el("span", _verdict(change), class_=f"tag {change.status}"), role="cell"),
-            id=f"{key}-e{change.number}",
+            el("th", str(experiment.number), scope="row", role="rowheader"),
+            el("td", el("span", verdicts[i], class_=f"tag {verdicts[i].replace(' ', '-')}"), role="cell"),
+            id=f"{key}-e{experiment.number}",
             role="row",
         )
-        for _, class_, cells in columns:
-            row.append(el("td", cells[place], class_=class_, role="cell"))
-        row.append(el("td", words(change), class_="what", role="cell"))
+        row.extend(el("td", texts[i], class_=name, role="cell") for _, name, texts in columns)
+        row.append(el("td", cleaned(experiment.description) or "(not described)", class_="what", role="cell"))
         body.append(row)
-    heads = [("#", None), ("verdict", None), *((head, class_) for head, class_, _ in columns), ("what", "what")]
-    choices = ["all", *dict.fromkeys(_verdict(c) for c in view.changes)]
-    return el(
-        "div",
-        el(
-            "form",
-            el("label", "Find ", el("input", type="search", autocomplete="off", spellcheck="false")),
-            el("label", "Verdict ", el("select", *(el("option", one) for one in choices))),
-            el("output", aria_live="polite"),
-            class_="tools",
-            hidden="",
-        ),
-        el(
-            "table",
-            el("caption", f"{len(view.changes)} experiments, the baseline among them"),
-            el(
-                "thead",
-                el(
-                    "tr",
-                    *(el("th", head, scope="col", role="columnheader", class_=class_) for head, class_ in heads),
-                    role="row",
-                ),
-                role="rowgroup",
-            ),
-            body,
-            role="table",
-        ),
-        class_="ledger",
-        data_session=key,
+    heads = [("#", None), ("verdict", None), *((head, name) for head, name, _ in columns), ("what", "what")]
+    head = el(
+        "tr", *(el("th", text, scope="col", role="columnheader", class_=name) for text, name in heads), role="row"
     )
+    form = el(
+        "form",
+        el("label", "Find ", el("input", type="search", autocomplete="off", spellcheck="false")),
+        el("label", "Verdict ", el("select", *(el("option", text) for text in ["all", *dict.fromkeys(verdicts)]))),
+        el("output", aria_live="polite"),
+        class_="tools",
+        hidden="",
+    )
+    caption = el("caption", f"{len(experiments)} experiments, the baseline among them")
+    whole = el("table", caption, el("thead", head, role="rowgroup"), body, role="table")
+    return el("div", form, whole, class_="experiments", data_session=key)
 
 
-def _verdict(change: Change) -> str:
-    if change.number == 0 and change.status == "keep":
+def _verdict(experiment: Experiment) -> str:
+    if experiment.kind == "baseline" and experiment.status == "keep":
         return "baseline"
-    return "near miss" if change.near_miss and change.status == "discard" else SAID[change.status]
+    return "near miss" if experiment.near_miss and experiment.status == "discard" else SAID[experiment.status]
 
 
-def _columns(view: View) -> list[tuple[str, str, list[str]]]:
-    """(head, class, a cell for each experiment)."""
-    changes = view.changes
+def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[str, str, list[str]]]:
+    """(head, class, a text for each experiment)."""
 
-    def of(name, scale=1.0):
-        means = [None if (mean := view.mean(c, name)) is None else mean / scale for c in changes]
-        form = ".1f" if max(filter(None, means), default=0) >= 10 else ".3f"
-        return [number(mean, form) for mean in means]
+    def shown(values: list[float | None], form: str = "") -> list[str]:
+        form = form or (".1f" if max(filter(None, values), default=0) >= 10 else ".3f")
+        return ["–" if value is None else format(value, form).replace("-", "−") for value in values]
 
-    spent = [view.spent.get(c.number) for c in changes]
+    tokens = [analysis.mean(e, "tokens") for e in experiments]
+    spent = [analysis.spent.get(e.number) for e in experiments]
     return [
-        ("val_bpb", "n", [number(view.scores.get(c.number), ".6f") for c in changes]),
-        ("against parent", "n", [number(view.effect(c), "+.6f") for c in changes]),
-        ("runs", "n few more", [str(len(view.judged[c.number]) or "–") for c in changes]),
-        ("kind", "more", [c.kinds[0] if c.kinds else "–" for c in changes]),
-        ("tokens, M", "n more", of("tokens", 1e6)),
-        ("GB", "n few more", of("memory")),
-        ("minutes", "n more", [number(one.total / 60 if one else None, ".1f") for one in spent]),
+        ("val_bpb", "n", shown([analysis.scores.get(e.number) for e in experiments], ".6f")),
+        ("against parent", "n", shown(list(map(analysis.step, experiments)), "+.6f")),
+        ("runs", "n few more", [str(len(analysis.judged[e.number]) or "–") for e in experiments]),
+        ("kind", "more", [kind_of(e) or "–" for e in experiments]),
+        ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),
+        ("GB", "n few more", shown([analysis.mean(e, "memory") for e in experiments])),
+        ("minutes", "n more", shown([part.total / 60 if part else None for part in spent], ".1f")),
     ]
 
 
-def _details(view: View, change: Change) -> dict:
+def _details(analysis: Analysis, experiment: Experiment) -> dict:
     """What the row of an experiment opens to. Texts are cleaned already; the script shows them as text."""
+    begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(experiment.time)) if experiment.time > 0 else ""
     facts = [
-        ("why", cleaned(change.reason, 400)),
-        ("kind", ", ".join(change.kinds)),
-        ("made from", "" if change.parent is None else f"experiment {change.parent}"),
-        ("begun", change.started),
-        ("commit", change.commit),
-        ("patch", change.patch),
-        ("repeats", change.origin),
+        ("why", experiment.verdict.said),
+        ("kind", ", ".join(experiment.kinds)),
+        ("made from", "" if experiment.onto is None else f"experiment {experiment.onto}"),
+        ("begun", begun),
+        ("commit", experiment.here[:7]),
+        ("change", experiment.change),
+        ("family", experiment.family),
+        ("repeats", experiment.origin),
     ]
     runs = [
         [
-            t.run,
-            t.seed,
-            f"{t.bpb:.6f}",
-            "confirmation" if t.confirms else "" if t.beside == change.number else f"beside experiment {t.beside}",
+            run.number,
+            run.seed,
+            f"{run.bpb:.6f}",
+            "confirmation"
+            if analysis.confirms(run)
+            else f"beside experiment {run.experiment}" * (run.experiment != experiment.number),
         ]
-        for t in change.trials
-        if t.run is not None
+        for run in analysis.runs[experiment.number]
     ]
+    unknown = experiment.onto is not None and not experiment.diff
     return {
         "facts": [[name, cleaned(text, 400)] for name, text in facts if text],
         "runs": runs,
-        "diff": None if change.text is None else untrusted.visible(change.text),
+        "diff": None if unknown else untrusted.visible(experiment.diff),
     }

@@ -1,92 +1,91 @@
 """Sessions side by side: facts, changes joined, agreement, kinds; and all of it as text and JSON."""
 
-import csv
-import io
 import json
-import os
-import random
-import subprocess
-import sys
+from collections import Counter
 
 import pytest
-import sessions
-from records import change, record, replay, trials
+from records import EVAL, Builder, analysed, session
 
-from lab.compare import comparison, show, sources
-from lab.compare.comparison import compare, sort_of
+from lab.compare import tables
+from lab.compare.analysis import Analysis, sort_of
+from lab.compare.comparison import compare, of_analyses
 from lab.errors import LabError
 
-H100, CPU = "nvidia-h100-80gb", "cpu-amd-epyc-2c-24gb"
+H100, CPU, M4 = "nvidia-h100-80gb", "cpu-amd-epyc-2c-24gb", "apple-m4-16gb"
 A, B = f"{1:016x}", f"{2:016x}"
-# Of the original's form; scores are made up.
-BIG = """commit\tval_bpb\tmemory_gb\tstatus\tdescription
-baseline\t0.998000\t44.0\tkeep\tbaseline
-b1\t0.986000\t43.9\tkeep\thalve batch 524K to 262K (more steps in 5 min)
-b2\t0.987000\t60.2\tdiscard\tadd 5% warmup
-b3\t0.000000\t0.0\tcrash\tbatch 131K (assert fail: not divisible)
-b4\t0.988000\t60.2\tdiscard\tmatrix LR 0.04 to 0.05
-b5\t0.981000\t60.2\tkeep\twarmdown 0.5 to 0.7
-"""
-SMALL = """commit\tval_bpb\tmemory_gb\tstatus\tdescription
-s0\t2.700000\t26.9\tkeep\tbaseline
-s1\t2.750000\t26.9\tdiscard\tlower weight decay to 0.1
-s2\t2.600000\t26.9\tkeep\thalve total batch size to 2^16
-s3\t2.550000\t26.9\tkeep\tincrease matrix LR to 0.05
-s4\t1.900000\t20.7\tkeep\treduce depth from 8 to 4
-"""
+BIG = [
+    ("baseline", 0.998, "keep"),
+    ("halve batch 524K to 262K (more steps in 5 min)", 0.986, "keep"),
+    ("add 5% warmup", 0.987, "discard"),
+    ("batch 131K (assert fail: not divisible)", None, "crash"),
+    ("matrix LR 0.04 to 0.05", 0.988, "discard"),
+    ("warmdown 0.5 to 0.7", 0.981, "keep"),
+]
+SMALL = [
+    ("baseline", 2.7, "keep"),
+    ("lower weight decay to 0.1", 2.75, "discard"),
+    ("halve total batch size to 2^16", 2.6, "keep"),
+    ("increase matrix LR to 0.05", 2.55, "keep"),
+    ("reduce depth from 8 to 4", 1.9, "keep"),
+]
+
+
+def ledger(device, rows):
+    """What a ledger of five columns tells: a run for each row, and no ids."""
+    facts = {"eval": "", "total_tokens_M": None}
+    builder = Builder(device, "mar8", facts, 0.0, source="ledger", backend="", budget=None, eval="")
+    builder.baseline([rows[0][1]], budget=None)
+    best = 0
+    for number, (description, score, status) in enumerate(rows[1:], 1):
+        runs = [] if score is None else [score]
+        builder.change(number, runs, status, onto=best, change="", description=description, runs={"budget": None})
+        best = number if status == "keep" else best
+    return builder
 
 
 @pytest.fixture
-def ledgers(tmp_path):
-    for name, text in (("big", BIG), ("small", SMALL)):
-        (tmp_path / f"{name}.tsv").write_text(text)
-    return [str(tmp_path / "big.tsv"), str(tmp_path / "small.tsv")]
+def ledgers():
+    return [ledger(H100, BIG).record(), ledger(M4, SMALL).record()]
 
 
-def found_and_replayed(there, *, source=(-0.010,) * 3, known=True, **facts):
+def shown_and_replayed(there, source=(-0.010,) * 3, known=True, **facts):
     """A change that H100 kept, measured again there if `known`, and replayed on the CPU with these effects."""
-    after = {"after": trials([1 + one for one in source], beside=2)} if known else {}
-    first = record(
-        H100,
-        "night",
-        change(1, [0.98], "keep", patch=A, kinds=("schedule",), **after),
-        after=trials([1.0] * 3, beside=2) if known else (),
-    )
-    return first, record(CPU, "copy", replay(1, [1 + one for one in there], f"{H100}/night/{A}", **facts))
+    first = session(H100, "night").change(1, [0.98], "keep", change=A, kinds=["schedule"])
+    if known:
+        first.again(2, 1, [1 + effect for effect in source]).again(2, 0, [1.0] * 3)
+    copy = session(CPU, "copy").replay(1, [1 + effect for effect in there], f"{H100}/night/{A}", **facts)
+    return analysed(first), analysed(copy)
 
 
-def cell(found, place=CPU):
-    (one,) = found.shared
-    return one.cells[place]
+def cell(compared, place=CPU):
+    (change,) = compared.shared
+    return change.cells[place]
 
 
-def test_ledgers_without_tags_are_counted_from_the_files_themselves(ledgers):
-    found = compare(sources.read_all(ledgers, [H100, "apple-m4-16gb"]))
-    for facts, text in zip(found.sessions, (BIG, SMALL)):
-        rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
-        statuses = [row["status"] for row in rows]
-        kept = [float(row["val_bpb"]) for row in rows if row["status"] == "keep"]
-        assert facts.rows == len(rows) == facts.experiments + 1
-        assert (facts.kept + 1, facts.discarded, facts.crashed) == tuple(
-            map(statuses.count, ("keep", "discard", "crash"))
-        )
-        assert (facts.baseline, facts.best) == (kept[0], kept[-1])
-        assert facts.gain == pytest.approx(kept[0] - kept[-1]) and facts.noise is None and not facts.tagged
-        assert facts.keep_rate == facts.kept / facts.experiments
-    assert found.sessions[1].relative == pytest.approx(0.8 / 2.7)
+def test_ledgers_without_ids_are_counted_row_by_row(ledgers):
+    compared = compare(ledgers)
+    for facts, rows in zip(compared.facts()["sessions"], (BIG, SMALL)):
+        statuses, kept = [row[2] for row in rows], [row[1] for row in rows if row[2] == "keep"]
+        assert facts["source"] == "ledger" and facts["noise"] is None
+        scored = sum(row[1] is not None for row in rows)
+        assert (facts["rows"], facts["experiments"]) == (scored, len(rows) - 1)
+        assert Counter(facts["counts"]) + Counter(keep=1) == Counter(statuses)
+        assert (facts["baseline"]["val_bpb"], facts["best"]["val_bpb"]) == (kept[0], kept[-1])
+        assert facts["gain"] == pytest.approx(kept[0] - kept[-1])
+    assert compared.sessions[1].relative == pytest.approx(0.8 / 2.7)
 
 
 def test_words_join_where_there_is_nothing_else_and_are_said_to(ledgers):
-    found = compare(sources.read_all(ledgers, [H100, "apple-m4-16gb"]))
-    assert all(one.by_words and not one.source for one in found.shared)
-    assert [tuple(one.texts.values()) for one in found.shared] == [
+    compared = compare(ledgers)
+    assert all(change.joined == "words" and not change.source for change in compared.shared)
+    assert [tuple(cell.description for cell in change.cells.values()) for change in compared.shared] == [
         ("halve batch 524K to 262K (more steps in 5 min)", "halve total batch size to 2^16"),
         ("matrix LR 0.04 to 0.05", "increase matrix LR to 0.05"),
     ]
-    assert {c.verdict for one in found.shared for c in one.cells.values()} == {""}
-    (pair,) = found.agreements
-    assert pair.by_words and (pair.n, pair.same, pair.rho) == (2, 1, None)
-    text = show.text(found)
+    assert {c.verdict for change in compared.shared for c in change.cells.values()} == {""}
+    (pair,) = compared.agreements
+    assert pair.joined == "words" and (pair.n, pair.same, pair.rho) == (2, 1, None)
+    text = tables.text(compared)
     assert "By its words: probably the same change" in text and text.count("unconfirmed") >= 4
 
 
@@ -95,118 +94,148 @@ def test_words_join_where_there_is_nothing_else_and_are_said_to(ledgers):
     [((-0.011, -0.009, -0.010), "holds"), ((0.0, 0.001, -0.001), "fades"), ((0.010, 0.009, 0.010), "reverses")],
 )
 def test_a_replay_is_joined_by_its_origin_and_classed(there, said):
-    found = compare(found_and_replayed(there))
-    (one,) = found.shared
-    assert (one.key, one.source, one.by_words, one.kinds) == (A, H100, False, ("schedule",))
-    assert one.cells[H100].verdict == "source" and one.cells[H100].effect.value == pytest.approx(-0.010)
-    assert cell(found).verdict == said
-    assert one.cells[CPU].tried == [f"{CPU}/copy #1 discard"]
+    compared = of_analyses(shown_and_replayed(there))
+    (change,) = compared.shared
+    assert (change.key, change.source, change.joined, change.kind) == (A, H100, "change", "schedule")
+    assert change.cells[H100].verdict == "source" and change.cells[H100].effect.value == pytest.approx(-0.010)
+    assert cell(compared).verdict == said
+    assert change.cells[CPU].tried == [f"{CPU}/copy #1 discard"]
 
 
 def test_what_was_not_measured_since_is_shown_and_not_believed():
-    found = compare(found_and_replayed((-0.010,) * 3, known=False))
-    assert cell(found, H100).effect.flattered and cell(found, H100).effect.value == pytest.approx(-0.02)
-    assert cell(found).verdict == "can't be told" and cell(found).more["source"] > 0
-    text = show.text(found)
+    compared = of_analyses(shown_and_replayed((-0.010,) * 3, known=False))
+    assert cell(compared, H100).effect.flattered and cell(compared, H100).effect.value == pytest.approx(-0.02)
+    assert cell(compared).verdict == "can't be told" and cell(compared).more["source"] > 0
+    text = " ".join(tables.text(compared).split())
     assert "flatters itself" in text and f"python -m lab replay {H100}/night --runs 3" in text
 
 
 def test_what_was_discarded_looks_worse_beside_a_parent_that_flatters_itself():
     """And no replay takes it: none is asked for."""
-    first = record(H100, "night", change(1, [0.98], "keep", patch=A), change(2, [0.985], parent=1, patch=B))
-    found = compare([first, record(CPU, "own", change(1, [1.01], patch=B))])
-    (one,) = found.shared
-    assert one.source == H100 and one.cells[CPU].why == "its parent there flatters itself"
-    text = show.text(found)
+    first = session(H100, "night").change(1, [0.98], "keep", change=A).change(2, [0.985], onto=1, change=B)
+    compared = of_analyses([analysed(first), analysed(session(CPU, "own").change(1, [1.01], change=B))])
+    (change,) = compared.shared
+    assert change.source == H100 and change.cells[CPU].why == "its parent there flatters itself"
+    text = tables.text(compared)
     assert "against a parent that flatters itself" in text and "lab replay" not in text
 
 
 def test_a_replay_on_its_own_device_measures_the_source():
-    first, copy = found_and_replayed((-0.010,) * 3, known=False)
-    again = record(H100, "again", replay(1, [0.990, 0.991, 0.989], f"{H100}/night/{A}"))
-    found = compare([first, again, copy])
-    assert cell(found, H100).effect.value == pytest.approx(-0.010) and not cell(found, H100).effect.flattered
-    assert len(cell(found, H100).tried) == 2 and cell(found).verdict == "holds"
-    alone = compare([again, copy])  # the session itself is not at hand
+    first, copy = shown_and_replayed((-0.010,) * 3, known=False)
+    again = analysed(session(H100, "again").replay(1, [0.990, 0.991, 0.989], f"{H100}/night/{A}"))
+    compared = of_analyses([first, again, copy])
+    effect = cell(compared, H100).effect
+    assert effect.value == pytest.approx(-0.010) and not effect.flattered
+    assert len(cell(compared, H100).tried) == 2 and cell(compared).verdict == "holds"
+    alone = of_analyses([again, copy])  # the session itself is not at hand
     assert cell(alone).verdict == "holds" and alone.shared[0].source == H100
-    assert show.transfer(compare([first, again])).startswith(f"Both are of {H100}: ")
+    assert tables.transfer(of_analyses([first, again])).startswith(f"Both are of {H100}: ")
+    assert f"  A: {H100}\n  B: {CPU}\n\nThe same change" in tables.transfer(of_analyses([first, copy]))
 
 
 def test_without_its_source_nothing_is_claimed():
-    copies = [record(device, "copy", replay(1, [0.99] * 3, f"{H100}/night/{A}")) for device in (CPU, "apple-m4-16gb")]
-    found = compare(copies)
-    assert found.shared[0].source == "" and {c.verdict for c in found.shared[0].cells.values()} == {""}
-    assert found.agreements[0].same == 1
+    copies = [analysed(session(d, "copy").replay(1, [0.99] * 3, f"{H100}/night/{A}")) for d in (CPU, M4)]
+    compared = of_analyses(copies)
+    assert compared.shared[0].source == "" and {c.verdict for c in compared.shared[0].cells.values()} == {""}
+    assert compared.agreements[0].same == 1
 
 
-def test_two_that_found_the_same_are_joined_by_patch():
-    one = record(H100, "a", change(1, [0.99] * 3, patch=A), change(2, [1.01] * 3, patch=B))
-    other = record(CPU, "b", change(7, [0.98] * 3, patch=A))
-    found = compare([one, other])
-    assert [shared.key for shared in found.shared] == [A] and len(found.changes) == 2
-    assert found.shared[0].source == H100
+def test_two_that_made_the_same_change_are_joined_by_its_id():
+    one = session(H100, "a").change(1, [0.99] * 3, change=A).change(2, [1.01] * 3, change=B)
+    other = session(CPU, "b").change(7, [0.98] * 3, change=A)
+    compared = of_analyses([analysed(one), analysed(other)])
+    assert [change.key for change in compared.shared] == [A] and len(compared.changes) == 2
+    assert compared.shared[0].source == H100
+
+
+def test_a_family_is_shown_as_probably_the_same_and_nothing_is_claimed_of_it():
+    def of(device, tag, change, family="a" * 16):
+        return analysed(session(device, tag).change(1, [0.99] * 3, change=change, family=family))
+
+    compared = of_analyses([of(H100, "a", A), of(CPU, "b", B)])
+    (change,) = compared.shared
+    assert (change.joined, change.source, list(change.cells)) == ("family", "", [H100, CPU])
+    assert {c.verdict for c in change.cells.values()} == {""}
+    assert [pair.joined for pair in compared.agreements] == ["family"]
+    assert "Probably the same change" in tables.text(compared)
+    assert [c.joined for c in of_analyses([of(H100, "a", A), of(CPU, "b", A)]).shared] == ["change"]
+    assert of_analyses([of(H100, "a", A), of(CPU, "b", B, "b" * 16)]).shared == []
+    # Where one of three has another id, the family is shown beside what the id joins.
+    three = of_analyses([of(H100, "a", A), of(CPU, "b", A), of(M4, "c", B)])
+    assert [(c.joined, len(c.cells)) for c in three.shared] == [("change", 2), ("family", 3)]
 
 
 def test_another_backend_or_evaluator_or_budget_on_one_device_is_another_place():
-    def session(tag, **facts):
-        return record(CPU, tag, change(1, [0.99] * 3, patch=A), **facts)
+    def of(tag, facts=None, **started):
+        return analysed(session(CPU, tag, facts=facts, **started).change(1, [0.99] * 3, change=A))
 
-    found = compare([session("a"), session("b", backend="mlx"), session("c")])
-    assert found.places == [f"{CPU} (sdpa)", f"{CPU} (mlx)"] and len(found.shared[0].cells) == 2
-    other = record(CPU, "d", change(1, [0.99], patch=A))
-    other.changes = {
-        n: comparison.Change(**{**vars(c), "trials": trials([1.0], eval="f" * 12)}) for n, c in other.changes.items()
-    }
-    found = compare([session("a"), other])
-    assert found.places == [f"{CPU} (eval eeeeee)", f"{CPU} (eval ffffff)"]
-    assert any("same evaluator" in note for note in found.notes)
-    assert show.text(found).count("Measured by evaluator") == 2  # no scores beside each other
-    short = record(CPU, "e", budget=60.0)
-    assert compare([session("a"), short]).places[1].startswith(f"{CPU} (60 s")
+    compared = of_analyses([of("a"), of("b", backend="mlx"), of("c")])
+    assert compared.places == [f"{CPU} (sdpa)", f"{CPU} (mlx)"] and len(compared.shared[0].cells) == 2
+    compared = of_analyses([of("a"), of("d", {"eval": "f" * 12})])
+    assert compared.places == [f"{CPU} (eval eeeeee)", f"{CPU} (eval ffffff)"]
+    assert any("same evaluator" in note for note in compared.notes)
+    assert tables.text(compared).count("Measured by evaluator") == 2  # no scores beside each other
+    short = analysed(Builder(CPU, "e", budget=60.0).baseline(budget=60.0))
+    assert of_analyses([of("a"), short]).places[1] == f"{CPU} (60 s)"
 
 
 def test_facts_of_a_session():
-    confirms = {"confirms": True, "beside": 3}
-    best = change(1, [0.98, 0.98], "keep", tokens=2e6, after=trials([0.985, 0.987], tokens=2e6, **confirms))
-    session = record(
-        CPU,
-        "a",
-        best,
-        change(2, [], "crash", parent=1),
-        tokens=1e6,
-        hours=2.0,
-        rows=11,
-        after=trials([1.0, 1.002], tokens=1e6, **confirms),
-        confirmation="it is",
-    )
-    (facts,) = compare([session]).sessions
-    assert (facts.baseline, facts.best, facts.best_number) == (1.0, 0.98, 1) and facts.relative == pytest.approx(0.02)
-    assert (facts.experiments, facts.kept, facts.crashed, facts.rows, facts.per_hour) == (2, 1, 1, 11, 1.0)
-    assert facts.keep_rate == facts.crash_rate == 0.5 and facts.tokens == (1e6, 2e6) and facts.flops == (1e12, 2e12)
-    assert facts.confirmed.value == pytest.approx(0.986 - 1.001) and facts.confirmed.error == pytest.approx(0.001)
-    assert (facts.noise, facts.df, facts.confirmation) == (0.001, 10, "it is")
+    facts = {"flops_per_token": 1e6}
+    builder = session(CPU, "a", base=[1.0, 1.0, 1.0], facts=facts, time=1e9)
+    builder.change(1, [0.98, 0.98], "keep", runs={"total_tokens_M": 2.0}).change(2, [], "crash", onto=1)
+    builder.confirm(3, 1, [0.985, 0.987], [1.0, 1.002], (0.015, 0.01, 0.02))
+    analysis = analysed(builder)
+    (facts,) = of_analyses([analysis]).facts()["sessions"]
+    baseline, best = facts["baseline"], facts["best"]
+    assert (baseline["val_bpb"], best["val_bpb"], best["number"]) == (1.0, 0.98, 1)
+    assert facts["relative"] == pytest.approx(0.02)
+    assert (facts["experiments"], facts["counts"], facts["rows"]) == (2, {"keep": 1, "crash": 1}, 9)
+    assert facts["hours"] == pytest.approx(9 * 340 / 3600) and facts["per_hour"] == pytest.approx(2 / facts["hours"])
+    assert (baseline["tokens"], best["tokens"]) == (1e6, 1.5e6)  # of all runs, confirmations too
+    assert (baseline["flops"], best["flops"]) == (1e12, 1.5e12)
+    assert facts["confirmed"]["value"] == pytest.approx(0.986 - 1.001)
+    assert facts["confirmed"]["error"] == pytest.approx(0.001) and facts["noise"] == {"sd": 0.001, "df": 10}
+    assert facts["confirmation"].startswith("on held-out rows and 2 new seeds")
+    assert analysis.confirmation.verdict.confirmed and not analysis.kept_since
+
+
+def test_runs_belong_to_the_train_py_that_they_are_of():
+    """A parent's beside an experiment, further runs and confirmations too, whatever experiment they were made for."""
+    builder = session().change(1, [0.9], "keep").change(2, [0.95], onto=1).again(2, 1, [0.91], seed=43)
+    builder.again(3, 2, [0.96]).confirm(4, 1, [0.92], [1.01])
+    analysis = Analysis(builder.record())
+    assert {n: [run.bpb for run in runs] for n, runs in analysis.runs.items()} == {
+        0: [1.0, 1.0, 1.0, 1.01],
+        1: [0.9, 0.91, 0.92],
+        2: [0.95, 0.96],
+    }
+    assert analysis.scores == pytest.approx({0: 1.0, 1: 0.905, 2: 0.955})
+    assert [run.experiment for run in analysis.runs[1] if analysis.confirms(run)] == [4]
+
+
+def test_the_noise_is_what_the_session_estimates():
+    from lab.verdict.plan import noise_of
+
+    builder = session(base=[1.0, 1.01, 0.99]).change(1, [0.9, 0.93, 0.94], "keep").change(2, [0.5, 0.1], "invalid")
+    assert Analysis(builder.record()).noise == noise_of(builder.state)
 
 
 def test_a_session_without_a_score():
-    session = record(CPU, "a", change(1, [], "crash"), base=(), noise=None)
-    (facts,) = compare([session]).sessions
-    assert facts.gain is facts.baseline is facts.confirmed is None
-    assert "crashed" in show.text(compare([session]))
+    compared = of_analyses([analysed(session(CPU, "a", base=()).change(1, [], "crash"), noise=None)])
+    (facts,) = compared.facts()["sessions"]
+    assert facts["gain"] is facts["baseline"] is facts["confirmed"] is None
+    assert "crashed" in tables.text(compared)
 
 
 def test_kinds_by_sort_of_device():
-    one = record(
-        H100,
-        "a",
-        change(1, [0.98] * 3, "keep", kinds=("batch", "schedule")),
-        change(2, [1.02] * 3, parent=0, kinds=("batch",)),
-        change(3, [], "crash", kinds=("architecture",)),
-    )
-    found = {(paid.kind, paid.sort): paid for paid in compare([one, record(CPU, "b")]).kinds}
-    assert found.keys() == {("batch", "nvidia datacentre"), ("architecture", "nvidia datacentre")}
-    batch = found["batch", "nvidia datacentre"]
-    assert (batch.tried, batch.kept) == (2, 1) and batch.median == pytest.approx(0.0, abs=1e-9)
-    assert found["architecture", "nvidia datacentre"].median is None
+    one = session(H100, "a").change(1, [0.98] * 3, "keep", kinds=["batch", "schedule"])
+    one.change(2, [1.02] * 3, kinds=["batch"]).change(3, [], "crash", kinds=["architecture"])
+    compared = of_analyses([analysed(one), analysed(session(CPU, "b"))])
+    paid = {(paid.kind, paid.sort): paid for paid in compared.kinds}
+    assert paid.keys() == {("batch", "nvidia datacentre"), ("architecture", "nvidia datacentre")}
+    batch, failed = paid["batch", "nvidia datacentre"], paid["architecture", "nvidia datacentre"]
+    assert (batch.tried, batch.kept, batch.crashed) == (2, 1, 0) and batch.median == pytest.approx(0.0, abs=1e-9)
+    assert failed.median is None and failed.crashed == 1
 
 
 @pytest.mark.parametrize(
@@ -234,110 +263,52 @@ def test_sorts(device, sort):
 
 
 def test_agreement_over_what_both_measured():
-    effects = [-0.01, -0.005, 0.0, 0.005, 0.01]
-    one = record(H100, "a", *(change(i + 1, [1 + e] * 3, patch=f"{i:016x}") for i, e in enumerate(effects)))
-    other = record(
-        CPU,
-        "b",
-        *(change(i + 1, [1 + 2 * e] * 3, patch=f"{i:016x}") for i, e in enumerate(effects)),
-        change(9, [], "crash", patch="9" * 16),
-    )
-    (pair,) = compare([one, other]).agreements
-    assert (pair.n, pair.same, pair.share, pair.flattered) == (5, 5, 1.0, 0) and pair.rho == pytest.approx(1.0)
-    assert pair.share_low < 1 == pair.share_high and pair.rho_low < 1
+    one, other = session(H100, "a"), session(CPU, "b")
+    for number, effect in enumerate([-0.01, -0.005, 0.0, 0.005, 0.01], 1):
+        one.change(number, [1 + effect] * 3)
+        other.change(number, [1 + 2 * effect] * 3)
+    other.change(9, [], "crash", change="9" * 16)
+    (pair,) = of_analyses([analysed(one), analysed(other)]).agreements
+    assert (pair.n, pair.same, pair.share[0], pair.flattered) == (5, 5, 1.0, 0)
+    assert pair.share[1] < 1 == pair.share[2] and pair.rho[0] == pytest.approx(1.0) and pair.rho[1] < 1
 
 
 def test_scores_against_tokens_and_flops():
-    session = record(CPU, "a", change(1, [0.9], "keep", tokens=3e6), tokens=2e6)
-    points = compare([session]).points
-    assert [(p.number, p.bpb, p.tokens, p.flops) for p in points] == [(0, 1.0, 2e6, 2e12), (1, 0.9, 3e6, 3e12)]
-    assert "val_bpb against tokens and FLOPs" in show.text(compare([session]))
+    builder = session(CPU, "a", facts={"total_tokens_M": 2.0, "flops_per_token": 1e6})
+    compared = of_analyses([analysed(builder.change(1, [0.9], "keep", runs={"total_tokens_M": 3.0}))])
+    (section,) = (section for section in tables.sections(compared) if section.name == "steps")
+    rows = [row[1:5] for row in section.parts[0].rows]
+    assert rows == [("0", "1.000000", "2", "0.002"), ("1", "0.900000", "3", "0.003")]
+    assert "val_bpb against tokens and FLOPs" in tables.text(compared)
 
 
 def test_nothing_and_the_same_twice_are_refused():
     with pytest.raises(LabError, match="at least one"):
         compare([])
     with pytest.raises(LabError, match="twice"):
-        compare([record(CPU, "a"), record(CPU, "a")])
+        compare([session(CPU, "a").record(), session(CPU, "a").record()])
 
 
 def test_text_is_narrow_and_hides_no_codes():
     hostile = "\x1b[31mred\x1b[0m \u202eevil" + "x" * 500
-    first, copy = found_and_replayed((-0.001, 0.001, 0.0))
-    first.changes[1] = comparison.Change(**{**vars(first.changes[1]), "description": hostile})
-    text = show.text(compare([first, copy]))
-    assert "\x1b" not in text and "\u202e" not in text and "red evil" in text
-    assert max(map(len, text.splitlines())) <= 120
+    first = session(H100, "night").change(1, [0.98], "keep", change=A, description=hostile, kinds=[hostile[:200]])
+    copy = session(CPU, "copy", backend="\x1b[2J").replay(1, [0.999, 1.001, 1.0], f"{H100}/night/{A}")
+    for noise in (0.001, None):
+        text = tables.text(of_analyses([analysed(first, noise), analysed(copy, noise)]))
+        assert "\x1b" not in text and "\u202e" not in text and "red evil" in text
+        assert max(map(len, text.splitlines())) <= 120
+
+
+def test_odd_figures_break_nothing():
+    for odd in ({"val_bpb": -1.0}, {"val_bpb": "1"}, {"total_tokens_M": 1e308}, {"mfu_percent": 1e308}, {"eval": 7}):
+        builder = session(CPU, "a").change(1, [0.9] * 2, "keep", runs=odd)
+        compared = compare([builder.record()])
+        json.dumps(compared.facts(), allow_nan=False)
+        assert tables.text(compared).replace("\n", "").isprintable()
 
 
 def test_facts_are_json():
-    found = compare(found_and_replayed((-0.010,) * 3)).facts()
-    assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
-    assert found["changes"][0]["cells"][CPU]["verdict"] == "holds"
-
-
-def test_the_command_works_outside_of_a_session(ledgers, tmp_path):
-    def lab(*arguments):
-        program = sessions.ROOT / "lab" / "__main__.py"
-        return subprocess.run(
-            [sys.executable, str(program), "compare", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"LAB_TURN": "1"},
-        )
-
-    done = lab(*ledgers, "--device", H100, "--device", "apple-m4-16gb", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["sessions"][0]["rows"] == 6
-    done = lab(*ledgers, "--device", H100)
-    assert done.returncode == 1 and "--device" in done.stderr and done.stdout == ""
-    done = lab("nowhere")
-    assert done.returncode == 1 and "there is no session nowhere" in done.stderr
-
-
-@pytest.fixture(scope="module")
-def simulation():
-    sys.path.insert(0, str(sessions.ROOT / "benchmarks"))
-    try:
-        import compare as module
-    finally:
-        sys.path.remove(str(sessions.ROOT / "benchmarks"))
-    return module
-
-
-def test_where_nothing_does_anything_nothing_is_found(simulation):
-    counts, wrong, changes = simulation.outcomes("nothing", 3, 12)
-    assert changes > 50 and wrong <= 0.05 * changes
-
-
-def test_on_identical_devices_what_is_told_is_that_it_holds(simulation):
-    counts, wrong, changes = simulation.outcomes("same", 5, 5)
-    assert wrong <= 0.05 * changes
-    held = simulation.share(counts, "B", ("holds",), lambda right: (right,))
-    assert held > 0.6
-    naive = simulation.naive("same", 8)
-    assert simulation.share(naive, "B", ("holds",), lambda right: ("fades", "reverses")) > 0.1
-
-
-def test_planted_truths_are_recovered(simulation):
-    counts, _, _ = simulation.outcomes("mixed", 5, 12)
-    for truth in ("holds", "fades", "reverses"):
-        its = {said: sum(counts[name, truth, said] for name in "BCD") for said in simulation.CLASSES}
-        false = {"holds": ("fades", "reverses"), "fades": ("holds", "reverses"), "reverses": ("holds",)}[truth]
-        assert its[truth] > 0.3 * sum(its.values()) and sum(its[said] for said in false) < 0.1 * sum(its.values())
-
-
-def test_runs_make_the_difference(simulation):
-    few, many = (simulation.outcomes("same", runs, 4)[0] for runs in (1, 6))
-    assert simulation.share(many, "C", ("holds",), lambda right: (right,)) > simulation.share(
-        few, "C", ("holds",), lambda right: (right,)
-    )
-
-
-def test_the_simulated_runs_have_the_effects_they_should(simulation):
-    device = simulation.Device("A", "t", {"x": -0.004}, random.Random(0))
-    number = device.add("x", 0)
-    device.judge(number, 0, fewest=200)
-    found = compare([device.record()]).changes[0].cells["A"].effect
-    assert found.runs == 200 and abs(found.value + 0.004) < 4 * found.error
+    facts = of_analyses(shown_and_replayed((-0.010,) * 3)).facts()
+    assert json.loads(json.dumps(facts, allow_nan=False)) == json.loads(json.dumps(facts))
+    assert facts["changes"][0]["cells"][CPU]["verdict"] == "holds"
+    assert facts["sessions"][0]["eval"] == EVAL

@@ -4,89 +4,93 @@ import math
 import random
 
 import pytest
-from records import change, record, replay, trials
+from records import analysed, session
 
-from lab.verdict import gate
 from lab.compare import effects
+from lab.compare.analysis import Analysis
+from lab.verdict import gate
+
+SD, DF = 0.001, 10
 
 
-def of(session, number=1):
-    return effects.effect(session, session.changes[number])
+def of(builder, number=1, noise=SD, df=DF):
+    analysis = analysed(builder, noise, df)
+    return analysis.effect(analysis.experiments[number])
 
 
 def test_a_discarded_change_is_measured_by_all_of_its_runs():
-    found = of(record("d", "t", change(1, [1.01, 1.03]), base=[1.0, 1.02, 1.04]))
-    assert found.value == pytest.approx(0.0) and not found.flattered and not found.known
-    assert found.error == pytest.approx(0.001 * math.sqrt(1 / 2 + 1 / 3))
-    assert found.high - found.value == pytest.approx(gate.t_quantile(0.05, 10) * found.error)
-    assert found.low + found.high == pytest.approx(2 * found.value)
+    effect = of(session(base=[1.0, 1.02, 1.04]).change(1, [1.01, 1.03]))
+    assert effect.value == pytest.approx(0.0) and not effect.flattered and not effect.known
+    assert effect.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 3))
+    assert effect.high - effect.value == pytest.approx(gate.t_quantile(0.05, DF) * effect.error)
+    assert effect.low + effect.high == pytest.approx(2 * effect.value)
 
 
 @pytest.mark.parametrize("status, near_miss", [("keep", False), ("discard", True)])
 def test_what_was_chosen_for_its_scores_is_flattered_until_it_and_its_parent_are_run_again(status, near_miss):
-    chosen = change(1, [0.9, 0.9], status, near_miss=near_miss)
-    assert of(record("d", "t", chosen)).flattered
-    again = trials([0.99, 0.97], beside=2)
-    only = of(record("d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again)))
+    def chosen():
+        return session().change(1, [0.9, 0.9], status, near_miss=near_miss)
+
+    assert of(chosen()).flattered
+    only = of(chosen().again(2, 1, [0.99, 0.97]))
     assert only.flattered and only.runs == 4  # its parent was not
-    both = of(
-        record(
-            "d", "t", change(1, [0.9, 0.9], status, near_miss=near_miss, after=again), after=trials([1.01], beside=2)
-        )
-    )
+    both = of(chosen().again(2, 1, [0.99, 0.97]).again(2, 0, [1.01]))
     assert not both.flattered and both.known and (both.runs, both.parent_runs) == (2, 1)
     assert both.value == pytest.approx(0.98 - 1.01)
 
 
 def test_runs_of_the_parent_beside_a_kept_change_had_a_part_in_its_choice():
-    again = trials([0.95], beside=2)
-    beside = record("d", "t", change(1, [0.9], "keep", after=again), after=trials([1.2], beside=1))
-    assert of(beside).flattered
+    beside = session().change(1, [0.9], "keep").again(1, 0, [1.2]).again(2, 1, [0.95])
+    assert of(beside).flattered and of(beside).parent_runs == 4
 
 
 def test_a_parent_that_was_kept_counts_by_its_later_runs():
-    parent = change(1, [0.90], "keep", after=trials([0.95], beside=2))
-    found = of(record("d", "t", parent, change(2, [0.99], parent=1)), 2)
-    assert found.value == pytest.approx(0.04) and not found.flattered
-    lucky = of(record("d", "t", change(1, [0.90], "keep"), change(2, [0.99], parent=1)), 2)
+    def parent():
+        return session().change(1, [0.90], "keep")
+
+    effect = of(parent().change(2, [0.99], onto=1).again(2, 1, [0.95]), 2)
+    assert effect.value == pytest.approx(0.04) and not effect.flattered
+    lucky = of(parent().change(2, [0.99], onto=1), 2)
     assert lucky.flattered and lucky.value == pytest.approx(0.09)
 
 
 def test_a_replay_was_chosen_elsewhere():
-    found = of(record("d", "t", replay(1, [0.9], "a/b/" + "1" * 16, "keep")))
-    assert not found.flattered and found.known and found.value == pytest.approx(-0.1)
+    effect = of(session().replay(1, [0.9], "a/b/" + "1" * 16, "keep"))
+    assert not effect.flattered and effect.known and effect.value == pytest.approx(-0.1)
 
 
 def test_runs_of_another_budget_or_evaluator_are_left_out():
-    longer, other = trials([0.5], budget=1200.0), trials([0.5], eval="other")
-    found = of(record("d", "t", change(1, [1.1], after=longer + other), after=longer))
-    assert found.value == pytest.approx(0.1) and (found.runs, found.parent_runs) == (1, 3)
+    builder = session().change(1, [1.1]).again(2, 1, [0.5], budget=1200.0).again(2, 1, [0.5], eval="other")
+    effect = of(builder.again(2, 0, [0.5], budget=1200.0))
+    assert effect.value == pytest.approx(0.1) and (effect.runs, effect.parent_runs) == (1, 3)
+    assert Analysis(builder.record()).notes == ["2 runs of 1200 s instead of 300 s are left out"]
 
 
 def test_without_repeats_nothing_is_sure():
-    found = of(record("d", "t", change(1, [0.9], "keep"), base=[1.0], noise=None))
-    assert found.value == pytest.approx(-0.1) and found.error is found.low is None
-    assert not found.sure and not found.flattered
+    builder = session(base=[1.0]).change(1, [0.9], "keep")
+    assert Analysis(builder.record()).noise is None
+    effect = of(builder, noise=None)
+    assert effect.value == pytest.approx(-0.1) and effect.error is effect.low is None
+    assert not effect.sure and not effect.flattered
 
 
 @pytest.mark.parametrize("status", ["crash", "invalid"])
 def test_what_failed_has_no_effect(status):
-    assert of(record("d", "t", change(1, [0.1], status))) is None
+    assert of(session().change(1, [0.1], status)) is None
 
 
 def test_sessions_of_one_place_are_weighted_by_what_they_know():
-    one = of(record("d", "a", change(1, [1.1] * 3)))
-    other = of(record("d", "b", change(1, [1.4] * 3), noise=0.002, df=4))
-    found = effects.together([one, other])
-    assert found.value == pytest.approx((4 * 0.1 + 1 * 0.4) / 5)
-    assert 1 / found.error**2 == pytest.approx(1 / one.error**2 + 1 / other.error**2)
+    one, other = of(session().change(1, [1.1] * 3)), of(session().change(1, [1.4] * 3), noise=0.002, df=4)
+    effect = effects.together([one, other])
+    assert effect.value == pytest.approx((4 * 0.1 + 1 * 0.4) / 5)
+    assert 1 / effect.error**2 == pytest.approx(1 / one.error**2 + 1 / other.error**2)
     # Satterthwaite: shares 0.8 and 0.2 of the variance
-    assert found.df == math.floor(1 / (0.8**2 / 10 + 0.2**2 / 4)) and found.runs == 6
+    assert effect.df == math.floor(1 / (0.8**2 / 10 + 0.2**2 / 4)) and effect.runs == 6
 
 
 def test_a_flattered_effect_is_taken_only_where_there_is_no_other():
-    flattered = of(record("d", "a", change(1, [0.5], "keep")))
-    measured = of(record("d", "b", replay(1, [0.99], "d/a/" + "1" * 16)))
+    flattered = of(session().change(1, [0.5], "keep"))
+    measured = of(session().replay(1, [0.99], "d/a/" + "1" * 16))
     assert effects.together([flattered, measured]) == measured
     assert effects.together([flattered]) == flattered and effects.together([]) is None
 
@@ -108,13 +112,29 @@ def test_satterthwaite_of_equal_parts_adds_their_degrees():
     ],
 )
 def test_what_an_effect_was_due_to(score, tokens, words):
-    found = of(record("d", "t", change(1, [score] * 3, tokens=tokens), tokens=100.0))
-    assert effects.due(found) == words and found.tokens == pytest.approx(tokens / 100)
-    assert found.flops == pytest.approx(tokens / 100)
+    facts = {"total_tokens_M": 100.0, "flops_per_token": 2.0}
+    effect = of(session(facts=facts).change(1, [score] * 3, runs={"total_tokens_M": tokens}))
+    assert effects.due(effect) == words and effect.tokens == pytest.approx(tokens / 100)
+    assert effect.flops == pytest.approx(tokens / 100)
 
 
 def test_nothing_is_said_of_tokens_that_are_unknown():
-    assert effects.due(of(record("d", "t", change(1, [0.9] * 3)))) == ""
+    assert effects.due(of(session(facts={"total_tokens_M": None}).change(1, [0.9] * 3))) == ""
+
+
+def test_flops_come_from_the_model_or_from_a_ledgers_columns():
+    def flops(**facts):
+        builder = session(facts={"total_tokens_M": 2.0} | facts)
+        return effects.quantity(builder.state.runs[1], "flops")
+
+    assert flops(flops_per_token=3e6) == flops(model_tflops=1.5, tokens_per_second=5e5) == 6e12
+    assert flops() is flops(tokens_per_second=1.0) is flops(flops_per_token=3.0, total_tokens_M=None) is None
+
+
+@pytest.mark.parametrize("value", ["words", True, None, -1, 0, 1e308, float("inf"), float("nan"), 10**400])
+def test_what_nothing_can_have_measured_is_unknown(value):
+    builder = session(facts={"peak_vram_mb": value})
+    assert effects.quantity(builder.state.runs[1], "memory") is None
 
 
 def test_intervals_hold_what_they_should():
@@ -122,6 +142,6 @@ def test_intervals_hold_what_they_should():
     for _ in range(400):
         base, new = ([rng.gauss(mean, 0.001) for _ in range(3)] for mean in (1.0, 1.002))
         noise = gate.pooled([base, new], 0.001)
-        found = of(record("d", "t", change(1, new), base=base, noise=noise.sd, df=noise.df))
-        inside += found.low <= 0.002 <= found.high
+        effect = of(session(base=base).change(1, new), noise=noise.sd, df=noise.df)
+        inside += effect.low <= 0.002 <= effect.high
     assert 0.85 < inside / 400 < 0.96

@@ -41,14 +41,14 @@ def show(chromium, tmp_path):
 
 
 def open_all(shown):
-    for button in shown.query_selector_all(".ledger tbody th button"):
+    for button in shown.query_selector_all(".experiments tbody th button"):
         button.click()
 
 
 @pytest.mark.parametrize("size", (DESK, PHONE), ids=("desk", "phone"))
 def test_nothing_hostile_runs_and_nothing_is_loaded(show, size):
-    hostile = session(27, texts=HOSTILE, notes=HOSTILE, confirmation=HOSTILE[0])
-    shown = show(page.html([hostile, session(9, tag="other", texts=HOSTILE)]), size)
+    hostile = session(27, texts=HOSTILE, notes=HOSTILE, backend=HOSTILE[0])
+    shown = show(page.written([hostile, session(9, tag="other", texts=HOSTILE)]), size)
     open_all(shown)
     shown.hover(f".chart.{'wide' if size is DESK else 'narrow'} >> nth=1")
     shown.wait_for_timeout(200)
@@ -60,11 +60,11 @@ def test_nothing_hostile_runs_and_nothing_is_loaded(show, size):
 
 def test_the_policy_stops_what_would_get_in_all_the_same(show):
     """A second wall; and without it these are seen to run, so that the test above tells something."""
-    content = page.html([session(3)])
+    content = page.written([session(3)])
     hostile = content.replace(b"</main>", b"<img src=x onerror=window.pwned=1><script>window.pwned=1</script></main>")
     shown = show(hostile)
     shown.wait_for_timeout(200)
-    assert shown.evaluate("window.pwned") is None and shown.locator(".ledger tbody th button").count() == 4
+    assert shown.evaluate("window.pwned") is None and shown.locator(".experiments tbody th button").count() == 4
     open_wall = re.sub(rb'<meta http-equiv="Content-Security-Policy"[^>]*>', b"", hostile)
     shown = show(open_wall)
     shown.wait_for_function("window.pwned === 1")
@@ -81,7 +81,7 @@ def pages():
 @pytest.mark.parametrize("records", [pytest.param(records, id=name) for name, records in pages()])
 @pytest.mark.parametrize("size", (DESK, PHONE), ids=("desk", "phone"))
 def test_the_page_never_scrolls_sideways(show, records, size):
-    shown = show(page.html(records), size)
+    shown = show(page.written(records), size)
     open_all(shown)
     assert shown.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert not shown.errors
@@ -92,7 +92,7 @@ def paper(shown):
 
 
 def test_light_and_dark_by_the_system_and_by_the_switch(show):
-    content = page.html([session(5)])
+    content = page.written([session(5)])
     light, dark = (paper(show(content, color_scheme=scheme)) for scheme in ("light", "dark"))
     assert light != dark
     shown = show(content, color_scheme="dark")
@@ -103,31 +103,31 @@ def test_light_and_dark_by_the_system_and_by_the_switch(show):
 
 
 def shown_numbers(shown):
-    return [int(text) for text in shown.locator(".ledger > table > tbody > tr:not([hidden]) > th").all_inner_texts()]
+    return [
+        int(text) for text in shown.locator(".experiments > table > tbody > tr:not([hidden]) > th").all_inner_texts()
+    ]
 
 
-def test_the_ledger_is_sorted_and_filtered(show):
+def test_the_experiments_are_sorted_and_filtered(show):
     record = session(40)
-    shown = show(page.html([record]))
-    assert shown_numbers(shown) == list(record.changes)
-    head = shown.locator(".ledger thead th", has_text="val_bpb")
+    shown = show(page.written([record]))
+    assert shown_numbers(shown) == list(record.experiments)
+    head = shown.locator(".experiments thead th", has_text="val_bpb")
     for order, reverse in (("ascending", False), ("descending", True)):
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == order
-        scores = {
-            number: sum(t.bpb for t in c.trials) / len(c.trials) for number, c in record.changes.items() if c.trials
-        }
+        scores = record.scores
         numbers = shown_numbers(shown)
         assert numbers[: len(scores)] == sorted(scores, key=lambda number: round(scores[number], 6), reverse=reverse)
-        assert set(numbers[len(scores) :]) == record.changes.keys() - scores.keys()  # the unknown last, both ways
+        assert set(numbers[len(scores) :]) == record.experiments.keys() - scores.keys()  # the unknown last, both ways
     shown.select_option("select", "crashed")
-    assert {record.changes[number].status for number in shown_numbers(shown)} == {"crash"}
+    assert {record.experiments[number].status for number in shown_numbers(shown)} == {"crash"}
     shown.fill("input", "no such words")
     assert shown_numbers(shown) == [] and shown.inner_text("output") == "0 of 41 shown"
 
 
-def test_a_chart_is_read_by_keyboard_and_leads_to_the_ledger(show):
-    shown = show(page.html([session(10)]))
+def test_a_chart_is_read_by_keyboard_and_leads_to_the_table(show):
+    shown = show(page.written([session(10)]))
     shown.focus("#s0-progress-wide")
     for _ in range(3):
         shown.keyboard.press("ArrowRight")
@@ -140,8 +140,14 @@ def test_a_chart_is_read_by_keyboard_and_leads_to_the_ledger(show):
     assert shown.locator("pre").count() == 0
 
 
+def test_a_label_leads_to_its_row(show):
+    shown = show(page.written([session(10)]))
+    shown.click("#s0-progress-wide .label a >> nth=0")
+    assert "+DEPTH" in shown.inner_text("pre") and shown.uri == shown.url
+
+
 def test_a_tap_tells_what_it_hits(show):
-    shown = show(page.html([session(10)]), PHONE, has_touch=True, is_mobile=True)
+    shown = show(page.written([session(10)]), PHONE, has_touch=True, is_mobile=True)
     x, y = shown.evaluate("""() => {
         const svg = document.getElementById("s0-progress-narrow");
         const [, x, y] = JSON.parse(document.getElementById("data").textContent).charts[svg.id];
@@ -156,15 +162,15 @@ def test_a_tap_tells_what_it_hits(show):
 
 
 def test_two_thousand_experiments(show):
-    shown = show(page.html([session(2000)]))
+    shown = show(page.written([session(2000)]))
     assert shown.inner_text("output") == "2001 of 2001 shown" and not shown.errors
-    shown.fill(".ledger input", "change 1999")
+    shown.fill(".experiments input", "change 1999")
     assert shown_numbers(shown) == [1999]
     shown.click("#s0-e1999 th button")
     assert "+DEPTH = 2000" in shown.inner_text("pre")
 
 
 def test_without_scripts_everything_but_the_diffs_is_there(show):
-    shown = show(page.html([session(10)]), java_script_enabled=False)
+    shown = show(page.written([session(10)]), java_script_enabled=False)
     assert "better than the baseline" in shown.inner_text("main") and shown.locator("#s0-progress-wide").is_visible()
-    assert shown.locator(".ledger tbody tr").count() == 11 and shown.locator("form").is_hidden()
+    assert shown.locator(".experiments tbody tr").count() == 11 and shown.locator("form").is_hidden()

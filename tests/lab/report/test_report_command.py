@@ -8,13 +8,13 @@ import exports
 import pytest
 import sessions
 from report_records import session as made_up
-from test_experiment import attempt, edited
+from sessions import attempt, edited
 
-from lab import __main__ as main, report
-from lab.share import exchange
-from lab.verdict import executor as experiment
+from lab import __main__ as main
+from lab import report
 from lab.errors import LabError
 from lab.session.session import Session
+from lab.verdict.executor import supervise
 
 ROOT = Path(__file__).resolve().parents[3]
 LEDGER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "".join(
@@ -31,7 +31,7 @@ LEDGER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "".join(
 @pytest.fixture(name="session")
 def finished(tmp_path, runner):
     session = sessions.make(tmp_path / "project")
-    experiment.supervise(session)
+    supervise(session)
     for loss in (0.9, 1.3):
         attempt(session, edited(LOSS=loss), message=f"loss {loss}")
     return session
@@ -59,27 +59,27 @@ def test_a_ledger_becomes_a_page_and_a_picture(ledger, tmp_path, monkeypatch, ca
 
 def test_page_and_picture_are_two_files(tmp_path):
     with pytest.raises(LabError, match="two files"):
-        report.write([made_up(3)], tmp_path / "r", tmp_path / "r")
+        report.write([made_up(3).record], tmp_path / "r", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path):
     page, picture = tmp_path / "r.html", tmp_path / "p.png"
     for count in (3, 12):
-        report.write([made_up(count)], page, picture)
+        report.write([made_up(count).record], page, picture)
     assert page.read_text().count('id="s0-e') == 13
     for other in (tmp_path / "train.py", tmp_path / "photo.png"):
         other.write_bytes(b"mine")
         with pytest.raises(LabError, match="no earlier report"):
-            report.write([made_up(3)], *((other, None) if other.suffix == ".py" else (page, other)))
+            report.write([made_up(3).record], *((other, None) if other.suffix == ".py" else (page, other)))
         assert other.read_bytes() == b"mine"
     assert page.read_text().count('id="s0-e') == 13  # nothing of a report that can't be written whole
     with pytest.raises(LabError, match="is a folder"):
-        report.write([made_up(3)], tmp_path)
+        report.write([made_up(3).record], tmp_path)
 
 
 def test_a_session_is_reported_in_its_repository_also_while_something_runs(session, monkeypatch, capsys):
-    monkeypatch.chdir(session.tree.path)
+    monkeypatch.chdir(session.repository.path)
     with session.lock, session.night_lock:
         before = contents(session)
         assert main.main(["report", "--out", "../r.html"]) == 0
@@ -87,12 +87,13 @@ def test_a_session_is_reported_in_its_repository_also_while_something_runs(sessi
     assert "loss 0.9" in Path("../r.html").read_text() and "loss 1.3" in Path("../r.html").read_text()
 
 
-def test_an_export_is_reported(isolated_home, tmp_path):
-    exported = exchange.export_session(*exports.session_in(isolated_home, tmp_path), tmp_path / "x.tar.gz")
-    assert main.main(["report", str(exported), "--out", str(tmp_path / "r.html")]) == 0
+def test_an_export_is_reported(tmp_path, monkeypatch, runner):
+    session = exports.worked(tmp_path / "project")
+    monkeypatch.chdir(session.repository.path)
+    assert main.main(["export", str(tmp_path / "x.tar.gz")]) == 0
+    assert main.main(["report", str(tmp_path / "x.tar.gz"), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
-    assert "nov21 on cpu-amd-epyc-2c-24gb" in page and "2 kept, 1 crashed" in page
-    assert "END is 1 &lt;b&gt;[x](http://y)&lt;/b&gt;" in page and "-LR = 1\\n+LR = 3" in page
+    assert f"{session.started.tag} on {session.started.device}" in page and "+++ b/train.py" in page
 
 
 def test_an_agent_may_ask_for_it_in_its_turn(ledger, tmp_path, monkeypatch):
@@ -118,4 +119,4 @@ def test_there_is_nothing_to_draw_before_the_first_score(tmp_path, monkeypatch, 
     assert "No score yet" in (tmp_path / "r.html").read_text()
     assert main.main(["report", str(session.folder), "--png", str(tmp_path / "p.png")]) == 1
     assert "leave --png out" in capsys.readouterr().err
-    assert Session(session.folder).state.pending
+    assert Session(session.folder).state.oldest_open

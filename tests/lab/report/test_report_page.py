@@ -8,17 +8,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_records import HOSTILE, replayed, session, source, trial
+from records import Builder, analysed
+from report_records import HOSTILE, begun, replayed, session, source
 
-from lab.compare.record import Change, Record
-from lab.report import page
-from lab.report.view import View
+from lab.report import charts, page
 
 FILES = Path(page.__file__).parent
 ATTRIBUTES = set(
-    """anchor aria-expanded aria-hidden aria-label aria-labelledby aria-live autocomplete charset class
-content d data-label data-session font-size for hidden href http-equiv id lang name rel role scope spellcheck
-stroke-width tabindex text-anchor type viewBox viewbox x y""".split()
+    """aria-expanded aria-hidden aria-label aria-labelledby aria-live autocomplete charset class clip-path content cx cy
+d data-label data-session fill fill-opacity font-size for height hidden href http-equiv id lang name opacity r rel role
+rowspan scope spellcheck stroke stroke-dasharray stroke-linecap stroke-linejoin stroke-opacity stroke-width tabindex
+text-anchor transform type viewBox viewbox width x y""".split()
 )
 VOID = {"meta", "link", "input", "br"}
 
@@ -58,8 +58,8 @@ class Parsed(HTMLParser):
         ]
 
 
-def parsed(*records):
-    return Parsed(page.html(list(records)))
+def parsed(*analyses):
+    return Parsed(page.written(list(analyses)))
 
 
 def data_of(found):
@@ -71,35 +71,45 @@ def data_of(found):
 
 @pytest.mark.parametrize("several", (False, True))
 def test_hostile_words_stay_words(several):
-    hostile = session(40, texts=HOSTILE, tag="x", confirmation=HOSTILE[0], notes=HOSTILE)
-    hostile.facts = dict.fromkeys(("dataset", "python"), HOSTILE[1])
+    started = {"notes": HOSTILE, "dataset": HOSTILE[1], "python": HOSTILE[1], "versions": {HOSTILE[0]: HOSTILE[2]}}
+    hostile = session(40, texts=HOSTILE, tag="x", backend=HOSTILE[3], **started)
     others = [session(12, device="nvidia-h200-141gb")] if several else []
     found, benign = parsed(hostile, *others), parsed(session(40, tag="x"), *others)
     assert {tag for tag, _ in found.elements} <= {tag for tag, _ in benign.elements}
     names = {name for _, attributes in found.elements for name in attributes}
     assert names <= ATTRIBUTES and len(found.all("script")) == 2
-    assert {link["href"][:1] for link in found.all("a")} == {"#"}
+    assert {link["href"][:1] for link in found.all("a")} | {use["href"][:1] for use in found.all("use")} == {"#"}
     assert "window.pwned" in found.text  # it is told, as text
     assert len(found.comments) == 1
 
 
+def test_nothing_in_a_chart_is_read_as_mathematics():
+    text = "$\\frac{1}{2}$ $\\undefined{$ 100%"
+    analysis = session(10, texts=[text], tag="x")
+    assert text in parsed(analysis).texts["text"]
+    assert charts.card([analysis], text).startswith(b"\x89PNG")
+
+
 def test_embedded_data_can_end_no_script_and_is_whole():
-    raw = page.html([session(40, texts=HOSTILE)])
+    raw = page.written([session(40, texts=HOSTILE)])
     block = re.search(rb'<script type="application/json" id="data">(.*?)</script>', raw, re.DOTALL)[1]
     assert not set("<>&\u2028\u2029") & set(block.decode()) and block.isascii()
     details = json.loads(block)["sessions"]["s0"]
-    assert details["1"]["diff"] == HOSTILE[1] and details["2"]["facts"][0][1] == HOSTILE[2]
+    assert (
+        details["1"]["diff"] == HOSTILE[1]
+        and details["14"]["facts"][0][1] == f"its saved weights could not be scored again: {HOSTILE[5]}"
+    )
 
 
 def test_no_character_acts_on_the_reader():
-    text = page.html([session(40, texts=HOSTILE)]).decode()
+    text = page.written([session(40, texts=HOSTILE)]).decode()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]", text)
     diff = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["sessions"]["s0"]["4"]["diff"]
     assert "<U+001B>[2J" in diff and "<U+202E>" in diff  # in a diff what is unseen is spelt out
 
 
 def test_an_endless_line_is_cut_and_said_so():
-    found = page.html([session(60, texts=["x" * 2**20, "y\n" * 2**19])])
+    found = page.written([session(60, texts=["x" * 2**20, "y\n" * 2**19])])
     assert len(found) < 2**23 and b"characters more" in found
 
 
@@ -137,97 +147,92 @@ def test_it_refers_to_no_other_file():
 
 
 def test_the_headline_has_gain_noise_and_counts():
-    record = session(10, sd=0.002)
-    text = parsed(record).text
-    best = sum(t.bpb for t in record.changes[10].trials) / 2
-    base = sum(t.bpb for t in record.changes[0].trials) / 3
+    analysis = session(10, sd=0.002)
+    text, best, base = parsed(analysis).text, analysis.scores[10], analysis.scores[0]
     assert f"{100 * (base - best) / base:.2f} % better than the baseline" in text
     assert f"val_bpb {best:.6f} instead of {base:.6f}" in text
     assert "2 kept, 7 discarded, 1 crashed" in text
     assert "moves a single run by 0.002000" in text and f"the gain is {(base - best) / 0.002:.1f} times that" in text
 
 
-CONFIRMED = (
-    "on held-out rows and 3 new seeds the best is {} bits per byte better than the baseline (90 % interval {} to {})"
-)
-
-
 @pytest.mark.parametrize(
-    "confirmation, badge",
-    (
-        ("", "Unconfirmed"),
-        (CONFIRMED.format("+0.020000", "+0.010000", "+0.030000"), "Confirmed"),
-        (CONFIRMED.format("+0.001000", "-0.010000", "+0.012000"), "Not confirmed"),
-    ),
+    "gains, badge", ((None, "Unconfirmed"), ((0.02, 0.01, 0.03), "Confirmed"), ((0.001, -0.01, 0.012), "Not confirmed"))
 )
-def test_what_a_confirmation_came_to_is_said(confirmation, badge):
-    found = parsed(session(5, confirmation=confirmation))
-    assert badge in found.texts["span"] and confirmation[1:] in found.text
+def test_what_a_confirmation_came_to_is_said(gains, badge):
+    then = (lambda builder: builder.confirm(6, 5, [1.1] * 3, [1.2] * 3, gains)) if gains else None
+    found = parsed(session(5, then=then))
+    assert badge in found.texts["span"]
+    if gains:
+        assert f"held-out rows and 3 new seeds the best is {gains[0]:+.6f} bits per byte better" in found.text
 
 
 def test_what_was_kept_after_a_confirmation_is_not_called_confirmed():
-    record = session(10, confirmation=CONFIRMED.format("+0.02", "+0.01", "+0.03"))
-    record.changes[5] = with_trials(record.changes[5], trial(90, 1.1, 11, confirms=True))
-    assert "is not confirmed" in parsed(record).text
-    record.changes[10] = with_trials(record.changes[10], trial(91, 1.1, 12, confirms=True))
-    assert "is not confirmed" not in parsed(record).text
+    def confirmed(then):
+        return parsed(session(5, then=then)).text
 
+    def kept_later(builder):
+        builder.confirm(6, 5, [1.1], [1.2], (0.02, 0.01, 0.03)).change(7, [1.0], "keep", onto=5)
 
-def with_trials(change, *more):
-    return Change(**{**vars(change), "trials": (*change.trials, *more)})
+    assert "is not confirmed" in confirmed(kept_later)
+    both = confirmed(lambda builder: (kept_later(builder), builder.confirm(8, 7, [1.1], [1.2], (0.02, 0.01, 0.03))))
+    assert "is not confirmed" not in both
 
 
 def test_every_experiment_has_a_row_that_opens():
-    record = session(30)
-    found = parsed(record)
+    analysis = session(30)
+    found = parsed(analysis)
     rows = [row["id"] for row in found.all("tr") if "id" in row]
-    assert rows == [f"s0-e{number}" for number in record.changes]
+    assert rows == [f"s0-e{number}" for number in analysis.experiments]
     details = data_of(found)["sessions"]["s0"]
-    assert details.keys() == {str(number) for number in record.changes}
-    assert details["5"]["diff"] == record.changes[5].text and details["0"]["diff"] is None
-    assert details["5"]["runs"] == [[t.run, t.seed, f"{t.bpb:.6f}", ""] for t in record.changes[5].trials]
+    assert details.keys() == {str(number) for number in analysis.experiments}
+    assert details["5"]["diff"] == analysis.experiments[5].diff and details["0"]["diff"] == ""
+    assert details["5"]["runs"] == [[run.number, run.seed, f"{run.bpb:.6f}", ""] for run in analysis.runs[5]]
+
+
+def test_charts_lead_to_rows_without_a_script():
+    found = parsed(session(30))
+    rows = {f"#{row['id']}" for row in found.all("tr") if "id" in row}
+    links = [link["href"] for link in found.all("a") if link["href"].startswith("#s0-e")]
+    assert set(links) <= rows and {f"#s0-e{number}" for number in (0, 5, 10, 15, 20, 25, 30)} <= set(links)
 
 
 def test_crashes_are_told_with_their_reasons():
-    text = parsed(session(8)).text
-    assert "RuntimeError: out of memory" in text and "Crashed and invalid" in text
+    text = parsed(session(8, texts=["out of memory"])).text
+    assert "could not be scored again: out of memory" in text and "Crashed and invalid" in text
     assert "Crashed and invalid" not in parsed(session(4)).text
 
 
 def test_kinds_are_counted():
     found = parsed(session(10))
-    cells = found.texts["td"]
-    counts = [cells[i : i + 3] for i in range(len(cells))]
-    assert ["5", "1", "1"] in counts and ["5", "1", "0"] in counts  # tried, kept, crashed: odd ones, and even ones
+    cells = [text for text in found.texts["td"] if " of " in text and "%" in text]
+    assert any(cell.startswith("1 of 5, 1 crashed, ") for cell in cells)  # odd ones
+    assert any(re.match("1 of 5, [+−]", cell) for cell in cells)  # even ones
     assert {"schedule", "architecture"} <= set(found.texts["th"])
-
-
-UNKNOWN = {"seed": None, "eval": "", "budget": None, "tokens": None, "flops": None, "mfu": None, "seconds": None}
 
 
 def bare(device="nvidia-h100-80gb"):
     """As read from a ledger of five columns."""
-    changes = {
-        0: Change(0, None, "keep", "baseline", "baseline", trials=(trial(None, 0.9979, 0, **UNKNOWN),)),
-        1: Change(1, 0, "keep", "change", "halve batch", trials=(trial(None, 0.986, 1, **UNKNOWN),)),
-        2: Change(2, 1, "discard", "change", "warmup", trials=(trial(None, 0.987, 2, **UNKNOWN),)),
-    }
-    return Record(device, "mar8", changes, tagged=False)
+    builder = Builder(device, "mar8", {"eval": "", "total_tokens_M": None}, 0.0, source="ledger", budget=None, eval="")
+    builder.baseline([0.9979], budget=None)
+    builder.change(1, [0.986], "keep", change="", description="halve batch", runs={"budget": None})
+    return analysed(builder.change(2, [0.987], onto=1, change="", description="warmup", runs={"budget": None}), None)
 
 
 def test_a_ledger_of_five_columns_leaves_out_what_it_does_not_know():
     found = parsed(bare())
     assert "1.19 % better" in found.text and "nobody knows how far chance moves" in found.text
     assert "minutes " not in found.text and "tokens" not in " ".join(found.texts["th"])
-    assert data_of(found)["sessions"]["s0"]["1"] == {"facts": [["made from", "experiment 0"]], "runs": [], "diff": None}
+    details = data_of(found)["sessions"]["s0"]["1"]
+    assert details["diff"] is None and ["made from", "experiment 0"] in details["facts"]
 
 
 def test_a_session_that_has_just_begun_can_be_reported():
-    assert "No score yet" in parsed(Record("cpu-x", "t", {})).text
-    crashed = {0: Change(0, None, "crash", "baseline", "baseline", reason="no memory")}
-    assert "No score yet" in parsed(Record("cpu-x", "t", crashed)).text
-    alone = {0: Change(0, None, "keep", "baseline", "baseline", trials=(trial(1, 1.2, 0),))}
-    assert "Nothing kept yet" in parsed(Record("cpu-x", "t", alone, budget=300.0)).text
+    assert "No score yet" in parsed(analysed(begun(), None)).text
+    opened = begun()
+    opened.open(0, "baseline", description="baseline")
+    assert "No score yet" in parsed(analysed(opened, None)).text
+    assert "No score yet" in parsed(analysed(begun().baseline([], "crash"), None)).text
+    assert "Nothing kept yet" in parsed(analysed(begun().baseline([1.2]), None)).text
 
 
 # --- Several sessions ---
@@ -254,16 +259,21 @@ def test_scores_of_different_evaluators_stand_in_different_tables():
 
 
 def test_a_replay_that_helps_is_not_the_best():
-    record = session(10)
-    best = View(record).best
-    record.changes[11] = Change(11, 0, "keep", "replay", "another's", trials=(trial(99, 0.7, 11),))
-    assert View(record).best is best and View(record).counts["keep"] == 3
+    analysis = session(10, then=lambda builder: builder.replay(11, [0.7], "x/y/" + "1" * 16, "keep"))
+    assert analysis.best.number == 10 and analysis.counts["keep"] == 3
 
 
 def test_without_a_shared_change_it_says_how_to_get_one():
-    one, other = session(5, device="cpu-a"), session(5, device="cpu-b")
-    other.changes = {number: Change(**{**vars(c), "patch": f"f{number:015x}"}) for number, c in other.changes.items()}
-    assert "python -m lab replay" in parsed(one, other).text
+    assert "python -m lab replay" in parsed(session(5, device="cpu-a"), session(5, device="cpu-b", family="f")).text
+
+
+def test_a_family_is_shown_as_probably_the_same():
+    def of(device, change):
+        builder = begun(device).baseline().change(1, [0.9], change=change * 16, family="a" * 16)
+        return analysed(builder)
+
+    captions = parsed(of("cpu-a", "1"), of("cpu-b", "2")).texts["caption"]
+    assert any(caption.startswith("Probably the same change") for caption in captions)
 
 
 # --- To everybody ---

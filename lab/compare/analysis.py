@@ -1,0 +1,291 @@
+"""A session in numbers, worked out once from its record: comparison and report say the same of it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+from lab.compare import effects
+from lab.compare.effects import Effect, quantity
+from lab.genome.kinds import KINDS
+from lab.session.record import Record
+from lab.session.state import BASELINE, MEASURING, Experiment, Run
+from lab.verdict import gate
+
+FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
+STARTED = "device backend source".split()
+DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
+
+
+@dataclass
+class Spent:
+    """Seconds of an experiment's runs: training of its own train.py and of others' beside it, and what runs took apart
+    from training (start, compilation, evaluation)."""
+
+    own: float = 0.0
+    beside: float = 0.0
+    around: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.own + self.beside + self.around
+
+
+class Analysis:
+    """A session in numbers.
+
+    Attributes:
+        place: where it was measured, as in Comparison; the device, unless a comparison says more.
+        budget: seconds of training of its usual runs; None if unknown.
+        experiments: those that are decided, by number, the baseline first; confirmations and further runs are not.
+        runs: by experiment, all runs of its train.py that have a score, for whatever experiment they were made.
+        eval: the tag of what most of its usual runs were measured by; "" if that is unknown.
+        counted: of `runs` those under the session's conditions; none of what failed.
+        judged: of `counted` those that the score is the mean of: confirmations are left out.
+        scores: mean val_bpb by experiment, of those that have one.
+        steps: the baseline, and what was kept on top of it, in order. A replay that helped is not among them: it was
+            judged against the baseline, and the best stays where it is.
+        baseline, best: the ends of `steps`; None without a score. gain: bits per byte that the best, which flatters
+            itself, is below the baseline; relative: to the baseline's.
+        tried: all experiments but the baseline. counts: of them by status.
+    """
+
+    def __init__(self, record: Record):
+        self.record, self.state, self.started = record, record.state, record.started
+        self.budget, self.name, self.place = self.started.budget, record.name, self.started.device
+        decided = sorted(self.state.decided, key=lambda experiment: experiment.number)
+        self.experiments = {e.number: e for e in decided if e.kind not in MEASURING}
+        self.runs: dict[int, list[Run]] = {number: [] for number in self.experiments}
+        for run in self.state.runs.values():
+            if run.ok and quantity(run, "val_bpb") is not None:
+                owner = self._owner(run)
+                if owner in self.runs:
+                    self.runs[owner].append(run)
+        usual = {number: [run for run in runs if self._usual(run)] for number, runs in self.runs.items()}
+        tags = Counter(_eval(run) for runs in usual.values() for run in runs)
+        self.eval = tags.most_common(1)[0][0] if tags else self.started.eval
+        self.counted = {
+            number: [run for run in runs if _eval(run) == self.eval]
+            if self.experiments[number].status in ("keep", "discard")
+            else []
+            for number, runs in usual.items()
+        }
+        self.judged = {n: [run for run in runs if not self.confirms(run)] for n, runs in self.counted.items()}
+        self.scores = {n: statistics.fmean(run.bpb for run in runs) for n, runs in self.judged.items() if runs}
+        self.steps = [
+            e for n, e in self.experiments.items() if e.status == "keep" and e.kind != "replay" and n in self.scores
+        ]
+
+        self.tried = [experiment for experiment in self.experiments.values() if experiment.number != BASELINE]
+        self.counts = Counter(experiment.status for experiment in self.tried)
+        self.best = self.steps[-1] if self.steps else None
+        self.baseline = self.steps[0] if self.steps and self.steps[0].number == BASELINE else None
+        self.gain = self.relative = None
+        if self.best and self.baseline:
+            self.gain = self.scores[BASELINE] - self.scores[self.best.number]
+            self.relative = self.gain / self.scores[BASELINE]
+
+    def _owner(self, run: Run) -> int | None:
+        """The number of the experiment whose train.py a run is of."""
+        experiment = self.state.experiments[run.experiment]
+        if experiment.kind not in MEASURING and run.blob == experiment.blob:
+            return experiment.number
+        parent = self.state.parent_of(experiment)
+        if parent is not None and run.blob == parent.blob:
+            return parent.number
+        earlier = self.state.kept if experiment.kind == "confirm" else self.experiments.values()
+        same = [e.number for e in earlier if e.blob == run.blob and e.number < experiment.number]
+        return max(same, default=None)
+
+    def _usual(self, run: Run) -> bool:
+        """Whether a run was as long as the session's are."""
+        return None in (run.budget, self.budget) or run.budget == self.budget
+
+    def confirms(self, run: Run) -> bool:
+        """Whether a run is part of a confirmation."""
+        return self.state.experiments[run.experiment].kind == "confirm"
+
+    # --- Scores ---
+
+    @cached_property
+    def noise(self) -> gate.Noise | None:
+        """Of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
+        from calibration.noise import expected  # here, as the rest of calibration is large
+
+        groups = [
+            [run.bpb for run in runs if run.budget == self.budget]
+            for number, runs in self.runs.items()
+            if self.experiments[number].status != "invalid"
+        ]
+        first = next(iter(self.runs.get(BASELINE, ())), None)
+        tokens = first and quantity(first, "tokens")
+        if first is None or not tokens or not any(len(group) > 1 for group in groups):
+            return None
+        return gate.pooled(groups, first.bpb * expected(tokens))
+
+    def mean(self, experiment: Experiment | None, name: str) -> float | None:
+        """Of a figure of its runs, see effects.quantity."""
+        return effects.mean(self.counted[experiment.number], name) if experiment else None
+
+    def step(self, experiment: Experiment, relative: bool = False) -> float | None:
+        """val_bpb minus the parent's, as the session saw them: below 0 is better. relative: to the parent's."""
+        score, before = (
+            self.scores.get(experiment.number),
+            self.scores.get(-1 if experiment.onto is None else experiment.onto),
+        )
+        if score is None or before is None:
+            return None
+        return (score - before) / before if relative else score - before
+
+    def effect(self, experiment: Experiment) -> Effect | None:
+        """Of a change on top of its parent, in its own session; None where one of them has no score."""
+        parent = None if experiment.onto is None else self.experiments.get(experiment.onto)
+        if parent is None:
+            return None
+        own, others = self.counted[experiment.number], self.counted[parent.number]
+        if not own or not others:
+            return None
+        picked = chosen(experiment)
+        # A parent was picked for its scores wherever it came from: it is the parent because it was kept.
+        after = experiment.number if picked else parent.number if parent.number > BASELINE else -1
+        later = [run for run in own if run.experiment > experiment.number] if picked else own
+        since = [run for run in others if run.experiment > after]
+        sure = self.noise is not None and bool(later and since)
+        own, others = (later, since) if sure else (own, others)
+        effect = effects.between(own, others, self.noise)
+        flattered = self.noise is not None and not sure
+        return replace(effect, flattered=flattered, known=bool(experiment.origin) or picked, picked=picked)
+
+    # --- The session as a whole ---
+
+    @property
+    def only_replays(self) -> bool:
+        """Whether all that it tried were others' changes, on its baseline."""
+        return bool(self.tried) and all(experiment.kind == "replay" for experiment in self.tried)
+
+    @cached_property
+    def confirmation(self) -> Experiment | None:
+        """The last one that is decided."""
+        return next((e for e in reversed(self.state.decided) if e.kind == "confirm"), None)
+
+    @property
+    def kept_since(self) -> bool:
+        """Whether something was kept after the last confirmation."""
+        return bool(self.confirmation and self.best and self.confirmation.blob != self.best.blob)
+
+    @property
+    def confirmed(self) -> Effect | None:
+        """The best against the baseline, on runs of confirmations alone."""
+        if not self.best or not self.baseline or self.best is self.baseline:
+            return None
+        pair = [[run for run in self.counted[e.number] if self.confirms(run)] for e in (self.best, self.baseline)]
+        return effects.between(pair[0], pair[1], self.noise) if all(pair) else None
+
+    @cached_property
+    def hours(self) -> float | None:
+        """From its first run to the end of its last; None if no time is known."""
+        ended = [run for run in self.state.runs.values() if run.status and run.time > 0]
+        if not ended:
+            return None
+        return (max(run.time + run.seconds for run in ended) - min(run.time for run in ended)) / 3600
+
+    @property
+    def per_hour(self) -> float | None:
+        """Experiments."""
+        return len(self.tried) / self.hours if self.hours else None
+
+    @property
+    def rows(self) -> int:
+        """Runs that its ledger has."""
+        return sum(run.status not in (None, "lost") for run in self.state.runs.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know."""
+        lengths = Counter(run.budget for runs in self.runs.values() for run in runs if not self._usual(run))
+        notes = [
+            f"{n} runs of {seconds:g} s instead of {self.budget:g} s are left out" for seconds, n in lengths.items()
+        ]
+        return list(dict.fromkeys([*self.record.notes, *self.started.notes, *notes]))
+
+    def facts(self) -> dict:
+        """For machines (JSON). Of the baseline and of the best: val_bpb, and the means of its runs' figures."""
+        facts = {name: getattr(self, name) for name in FACTS} | {n: getattr(self.started, n) for n in STARTED}
+        facts |= {"sort": sort_of(self.started.device), "experiments": len(self.tried), "counts": dict(self.counts)}
+        for name, experiment in (("baseline", self.baseline), ("best", self.best)):
+            figures = {figure: self.mean(experiment, figure) for figure in ("tokens", "flops", "mfu_percent")}
+            known = {"number": experiment.number, "val_bpb": self.scores[experiment.number]} if experiment else {}
+            facts[name] = known | figures if known else None
+        said = self.confirmation.verdict.said if self.confirmation else ""
+        confirmed, noise = (value and asdict(value) for value in (self.confirmed, self.noise))
+        return facts | {"confirmed": confirmed, "confirmation": said, "noise": noise}
+
+    # --- Time ---
+
+    @cached_property
+    def spent(self) -> dict[int, Spent]:
+        """By the experiment that scored runs were made for, confirmations too."""
+        spent: dict[int, Spent] = {}
+        for number, runs in self.runs.items():
+            for run in runs:
+                if run.budget is None or not run.seconds:
+                    continue
+                part = spent.setdefault(run.experiment, Spent())
+                trained = min(run.budget, run.seconds)
+                part.around += run.seconds - trained
+                if run.experiment == number:
+                    part.own += trained
+                else:
+                    part.beside += trained
+        return dict(sorted(spent.items()))
+
+    @property
+    def shares(self) -> list[tuple[str, float]]:
+        """(what, hours): where the session's time went."""
+        judging = [s for number, s in self.spent.items() if self.state.experiments[number].kind != "confirm"]
+        used = sum(spent.total for spent in self.spent.values())
+        seconds = {
+            "training the changes": sum(spent.own for spent in judging),
+            "training again: parents beside them, further runs": sum(spent.beside for spent in judging),
+            "start, compilation and evaluation of runs": sum(spent.around for spent in judging),
+            "confirmations": used - sum(spent.total for spent in judging),
+            "between runs, crashed runs, thinking": (self.hours or 0.0) * 3600 - used,
+        }
+        return [(what, amount / 3600) for what, amount in seconds.items() if amount > 1e-6]
+
+
+def chosen(experiment: Experiment) -> bool:
+    """Whether a session picked it for its scores."""
+    return (
+        experiment.number != BASELINE
+        and not experiment.origin
+        and (experiment.status == "keep" or experiment.near_miss)
+    )
+
+
+def kind_of(experiment: Experiment) -> str:
+    """What most of a change is about, one of KINDS; "" if that is unknown."""
+    return next((kind for kind in experiment.kinds if kind in KINDS), "")
+
+
+def _eval(run: Run) -> str:
+    return str(run.result.get("eval") or "")
+
+
+def sort_of(device: str) -> str:
+    """What sort of device a tag names: "cpu", "apple", "jetson", "nvidia datacentre", "nvidia desktop", "amd", "intel"
+    or "other"."""
+    parts = device.lower().split("-")
+    if parts[0] in ("cpu", "apple", "amd", "intel"):
+        return parts[0]
+    if {"jetson", "orin", "xavier", "thor"} & set(parts):
+        return "jetson"
+    if parts[0] != "nvidia":
+        return "other"
+    desktop = {"rtx", "gtx", "titan", "quadro"} & set(parts) or not any(
+        re.fullmatch(DATACENTRE, part) for part in parts
+    )
+    return "nvidia desktop" if desktop else "nvidia datacentre"
