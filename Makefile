@@ -63,7 +63,8 @@ clean:
 	touch $@ .venv/installed
 
 # A PyTorch that came with the system (a Jetson's, say) is used and never replaced: the environment sees it, and the
-# pins of it and of the numpy it was built for are left out of the constraints.
+# pins of it and of the numpy it was built for are left out of the constraints. uv does not look for packages outside of
+# the environment: it is told to leave both out.
 .venv/created: pyproject.toml constraints.txt
 ifeq ($(UV),1)
 	@command -v uv >/dev/null || { echo "UV=1 needs uv: https://docs.astral.sh/uv"; exit 1; }
@@ -73,8 +74,10 @@ else
 endif
 	if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; \
 	then $(create) --system-site-packages; else $(create); fi
-	if $(RUN) -c 'import torch' 2>/dev/null; \
-	then grep -v -e "^torch" -e "^numpy" constraints.txt > .venv/constraints.txt; else cp constraints.txt .venv; fi
+	cp constraints.txt .venv && : > .venv/overrides.txt
+	if $(RUN) -c 'import torch' 2>/dev/null; then for package in torch numpy; do \
+		grep -v "^$$package" .venv/constraints.txt > .venv/others.txt && mv .venv/others.txt .venv/constraints.txt; \
+		if $(RUN) -c "import $$package"; then echo "$$package; python_version < '3'" >> .venv/overrides.txt; fi; done; fi
 	@if test -n "$$$(PINS)"; then echo "$(PINS) is set: versions are those of $$$(PINS), and not those of" \
 		"constraints.txt, which the tests were run with"; : > .venv/constraints.txt; fi
 	touch $@
@@ -87,7 +90,7 @@ endef
 ifeq ($(UV),1)
 PINS = UV_CONSTRAINT
 create = uv venv --quiet --allow-existing .venv $(if $(PYTHON),--python "$(PYTHON)")
-install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt '$(1)' || $(failed)
+install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt --overrides .venv/overrides.txt '$(1)' || $(failed)
 else
 PINS = PIP_CONSTRAINT
 create = "$(PYTHON)" -m venv .venv
