@@ -89,7 +89,9 @@ def _session(clone: Path, budget: float, quick: bool) -> Session:
     _command(clone, "-m", "lab", *start, **environment)
     text, count = re.subn(*EDIT, (clone / TRAIN).read_text(encoding="utf-8"))
     if not count:
-        raise storage.DataError(f"{TRAIN} is not the project's: WARMDOWN_RATIO, which the session changes, is not there")
+        raise storage.DataError(
+            f"{TRAIN} is not the project's: WARMDOWN_RATIO, which the session changes, is not there"
+        )
     with open(clone / TRAIN, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
     _command(clone, "-m", "lab", "run", "-m", "a longer cooldown", *wait, **environment)
@@ -149,10 +151,11 @@ def contents(facts: dict) -> str:
     """What an archive holds and says, in Markdown."""
     session = facts["session"]
     baseline = "no score" if session["baseline"] is None else f"{session['baseline']:.4f} bits per byte"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     found = {
         "device": f"{facts['name']} ({facts['device']}, {facts['kind']})",
         "system": facts["system"],
-        "backend": f"{facts['backend']}, {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}",
+        "backend": f"{facts['backend']}, {versions}",
         "precision": facts["precision"],
         "attention": facts["attention"],
         "model": f"depth {facts['depth']}, {facts['tokens_per_second']:,} tokens/s ({facts['calibrated']} calibration)",
@@ -168,8 +171,8 @@ def contents(facts: dict) -> str:
             *_markdown(("what", "found"), found.items()),
             "",
             *[f"A run failed: {reason}" for reason in session["failed"]],
-            f"- `session/`: the session as `python -m lab export` writes it; `session/profile.json` is the calibration, and "
-            f"goes to `calibration/profiles/{name}.json`",
+            "- `session/`: the session as `python -m lab export` writes it; `session/profile.json` is the calibration, "
+            f"and goes to `calibration/profiles/{name}.json`",
             f"- `tried.json`: the table above for programs; goes to `calibration/tried/{name}.json`",
             "",
             "Folders of your machine are cut down to their last part. There is nothing else in it.",
@@ -203,10 +206,12 @@ def _markdown(heads, rows) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="contribute.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="contribute.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("target", nargs="?", type=Path, help="the archive (default DEVICE-BACKEND.tar.gz)")
     parser.add_argument("--quick", action="store_true", help="some three minutes instead of twenty, uncompiled")
-    parser.add_argument("--budget", type=float, metavar="S", help="seconds of training of a run (default 120; quick: 20)")
+    parser.add_argument(
+        "--budget", type=float, metavar="S", help="seconds of training of a run (default 120; quick: 20)"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of what the project was tried on")
     options = parser.parse_args(arguments)
     terminal.spell_what_is_missing()

@@ -337,8 +337,8 @@ def retrying(action: Callable, what: str, attempts: int = 5):
                 raise DataError(f"no room for {what} under {home()} ({reason}); make room on that disk") from error
             if status in (401, 403):
                 raise Refused(
-                    f"the hub refuses {what} ({status}). Is the token of hf auth login or HF_TOKEN expired? Renew it with "
-                    "hf auth login, or remove it: the datasets known by name need none"
+                    f"the hub refuses {what} ({status}). Is the token of hf auth login or HF_TOKEN expired? Renew it "
+                    "with hf auth login, or remove it: the datasets known by name need none"
                 ) from error
             if status < 500 and status not in (408, 429):
                 raise DataError(f"the hub has no {what} for us: {reason}; check the name and HF_ENDPOINT") from error

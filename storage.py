@@ -45,7 +45,9 @@ def home() -> Path:
         return path
     if named and not named.startswith("~"):  # commands are run from several folders: each would have a home of its own
         raise DataError(f"AUTORESEARCH_HOME={named} is not a whole path; set it to {Path(named).absolute()}, say")
-    raise DataError(f"there is no home folder to keep {path} in; set AUTORESEARCH_HOME to a folder that you can write in")
+    raise DataError(
+        f"there is no home folder to keep {path} in; set AUTORESEARCH_HOME to a folder that you can write in"
+    )
 
 
 def disk_full(error: BaseException) -> bool:

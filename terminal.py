@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import sys
 import unicodedata
 
@@ -24,5 +25,5 @@ def spell_what_is_missing() -> None:
     """Has standard output and errors use `spell`, whatever their encoding is."""
     codecs.register_error("spell", spell)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where a test or a notebook stands in for it
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook stands in for it
             stream.reconfigure(errors="spell")

@@ -224,7 +224,7 @@ def card_of(library, handle):
 
 
 def nvidia_memory(name: str | None = None, index: int = 0) -> int | None:
-    """Bytes of an NVIDIA GPU's memory as its name has it; CUDA reports a per cent less. Of a slice (MIG), the slice's."""
+    """Bytes of an NVIDIA GPU's memory as its name has it; CUDA reports a per cent less. Of a slice (MIG), its own."""
     with nvml() as library:
         handle = library and nvidia_handle(library, name, index)
         try:

@@ -76,7 +76,9 @@ def make(tmp_path):
 
     def made(target, status=0, **environment):
         environment = os.environ | {"PYTHON": sys.executable} | environment
-        done = subprocess.run(["make", target], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["make", target], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == status, done.stderr
         return done.stdout + done.stderr
 

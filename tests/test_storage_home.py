@@ -33,7 +33,9 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, named):
         monkeypatch.setenv("AUTORESEARCH_HOME", named)
     else:
         monkeypatch.delenv("AUTORESEARCH_HOME")
-    with pytest.raises(storage.DataError, match="no home folder .*; set AUTORESEARCH_HOME to a folder that you can write"):
+    with pytest.raises(
+        storage.DataError, match="no home folder .*; set AUTORESEARCH_HOME to a folder that you can write"
+    ):
         storage.home()
 
 
@@ -42,5 +44,7 @@ def test_a_read_only_home_is_told_what_to_set(isolated_home, monkeypatch):
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(storage.DataError, match="Read-only .*; set AUTORESEARCH_HOME to a folder that you can write in"):
+    with pytest.raises(
+        storage.DataError, match="Read-only .*; set AUTORESEARCH_HOME to a folder that you can write in"
+    ):
         storage.write_json(isolated_home / "profiles" / "x.json", {})

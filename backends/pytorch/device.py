@@ -100,7 +100,7 @@ def keep_to_itself(device: torch.device) -> None:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    found = {"torch": str(torch.__version__), "python": sys.version.split()[0]}
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
     return found

@@ -93,9 +93,10 @@ def advice() -> str:
         return ""
     if machine.told(NAMESPACES / "kernel/apparmor_restrict_unprivileged_userns") == "1":  # Ubuntu from 23.10 on
         return (
-            " AppArmor keeps programs from making user namespaces here. Give bubblewrap the profile that Ubuntu has for "
-            "it: sudo apt install bubblewrap apparmor-profiles && sudo ln -s "
-            "/usr/share/apparmor/extra-profiles/bwrap-userns-restrict /etc/apparmor.d/ && sudo systemctl reload apparmor."
+            " AppArmor keeps programs from making user namespaces here. Give bubblewrap the profile that Ubuntu has "
+            "for it: sudo apt install bubblewrap apparmor-profiles && sudo ln -s "
+            "/usr/share/apparmor/extra-profiles/bwrap-userns-restrict /etc/apparmor.d/ && "
+            "sudo systemctl reload apparmor."
         )
     for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):  # of Debian once; of any Linux
         if machine.told(NAMESPACES / name) == "0":

@@ -23,7 +23,7 @@ class Lock(filelock.FileLock):
         LabError: the file system has no locks, or can't be written; it says what to do.
     """
 
-    def __init__(self, path: Path, timeout: float = -1, poll_interval: float = 0.05):
+    def __init__(self, path: Path | str, timeout: float = -1, poll_interval: float = 0.05):
         super().__init__(path, timeout, poll_interval=poll_interval, fallback_to_soft=False)
 
     def acquire(self, *arguments, **named):
@@ -36,8 +36,10 @@ class Lock(filelock.FileLock):
 
 
 def no_locks(lock: filelock.BaseFileLock, problem) -> LabError:
-    return LabError(f"{lock.lock_file} can't be locked ({problem}): set AUTORESEARCH_HOME to a folder on a disk of this "
-                    "computer that you can write in")  # fmt: skip
+    return LabError(
+        f"{lock.lock_file} can't be locked ({problem}): set AUTORESEARCH_HOME to a folder on a disk of this computer "
+        "that you can write in"
+    )
 
 
 def device_lock(device: str, gpu: str) -> Lock:

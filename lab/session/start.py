@@ -153,7 +153,11 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
 
 def which_gpu(kind: str) -> str:
     """The name of the GPU that is used (`machine.gpu_name`); "" for a device that there is one of."""
-    return machine.gpu_name(int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0)) if kind == "cuda" else ""
+    return (
+        machine.gpu_name(int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0))
+        if kind == "cuda"
+        else ""
+    )
 
 
 def checked_profile(hardware, train: Path, say) -> dict:

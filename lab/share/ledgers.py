@@ -84,7 +84,8 @@ def _notes(name: str, content: ledger.Ledger) -> Iterator[str]:
         which = untrusted.listed([untrusted.one_line(status, 40) or "an empty one" for status in unknown])
         yield (
             f"{untrusted.counted(sum(unknown.values()), 'row')} of {name} have a status that is none of "
-            f"{', '.join(STATUSES)} ({which}): their scores are left out. Write keep or discard there to have them counted"
+            f"{', '.join(STATUSES)} ({which}): their scores are left out. Write keep or discard there to have "
+            "them counted"
         )
     if not content.headed:
         yield f"{name} does not name its columns; they are taken for {' '.join(content.columns)}"
