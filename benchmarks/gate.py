@@ -3,8 +3,8 @@
     python benchmarks/gate.py [RESULTS_TSV] [--nights 1000]
 
 No model is trained: changes have effects (val_bpb of the child minus its parent's), runs have normal noise, and
-`verdict/gate.py` decides. Effects are drawn independently from those of a published session, RESULTS_TSV, as they are there:
-each change minus the best before it. They hold that session's own noise, which spreads them more than true effects are;
+`verdict/gate.py` decides. Effects are drawn independently from those of a published session, RESULTS_TSV: each change
+minus the best before it. They hold that session's own noise, which spreads them more than true effects are;
 `less_noise` takes it out (a nonparametric maximum-likelihood mixture: Laird, JASA 1978). Without a file they are drawn
 from what was fitted to it, `fitted` below.
 
