@@ -1,7 +1,7 @@
 """One experiment: train a small GPT for the time budget, then score it in bits per byte.
 
 This is the only file an experiment edits: model, optimizer, schedule, hyperparameters and loop are all here, written
-once for every backend. Arrays are reached through `nn` and `ops` (what they offer: backends/interface.py); on arrays
+once for every backend. Arrays are reached through `nn` and `ops` (python -m backends.surface lists them); on arrays
 themselves only operators, .shape, .ndim, .dtype, .reshape and basic slicing. Usage: python train.py
 """
 
@@ -23,15 +23,15 @@ nn, ops = backend.nn, backend.ops
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Model
-DEPTH = defaults.depth      # transformer layers; width follows
-ASPECT_RATIO = 64           # width per layer, rounded up to a multiple of HEAD_DIM
+DEPTH = defaults.depth  # transformer layers; width follows
+ASPECT_RATIO = 64  # width per layer, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128
-KV_RATIO = 1                # query heads that share one key and value head
+KV_RATIO = 1  # query heads that share one key and value head
 WINDOW_PATTERN = defaults.window_pattern  # "SSSL", by layer: S = SHORT_WINDOW, L = full; the last is always full
 SHORT_WINDOW = prepare.MAX_SEQ_LEN // 2
 ROPE_BASE = 10000
-SOFTCAP = 15                # logits stay within ± this
-VALUE_GATE_CHANNELS = 32    # channels of the residual stream that gate the value embeddings
+SOFTCAP = 15  # logits stay within ± this
+VALUE_GATE_CHANNELS = 32  # channels of the residual stream that gate the value embeddings
 
 # Batches
 TOTAL_BATCH_SIZE = defaults.total_batch_size  # tokens per optimizer step
@@ -39,16 +39,16 @@ TOTAL_BATCH_SIZE = defaults.total_batch_size  # tokens per optimizer step
 DEVICE_BATCH_SIZE = min(defaults.device_batch_size, TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
 
 # Optimizer
-MATRIX_LR = 0.04            # Muon, every matrix inside the blocks
-EMBEDDING_LR = 0.6          # AdamW, token and value embeddings
-UNEMBEDDING_LR = 0.004      # AdamW, the head
-SCALAR_LR = 0.5             # AdamW, the per-layer scalars
-WEIGHT_DECAY = 0.2          # Muon, cautious, falls to zero over the run
+MATRIX_LR = 0.04  # Muon, every matrix but embeddings and head
+EMBEDDING_LR = 0.6  # AdamW, token and value embeddings
+UNEMBEDDING_LR = 0.004  # AdamW, the head
+SCALAR_LR = 0.5  # AdamW, the per-layer scalars
+WEIGHT_DECAY = 0.2  # Muon, cautious, falls to zero over the run
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
 MUON_BETA2 = 0.95
-MUON_STEPS = 5              # Polar Express iterations, at most 5
-MOMENTUM = (0.85, 0.95)     # Muon, at the start and after MOMENTUM_STEPS
+MUON_STEPS = 5  # Polar Express iterations, at most 5
+MOMENTUM = (0.85, 0.95)  # Muon, at the start and after MOMENTUM_STEPS
 MOMENTUM_STEPS = 300
 
 # Schedule, in fractions of the time budget
@@ -97,12 +97,21 @@ class Attention(nn.Module):
         if gated:
             self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, self.n_kv_head)
 
+    @ops.fusable
+    def qkv(self, x):
+        """Queries, keys and values by head; the first two are rotated, then normalised (arXiv:2010.04245)."""
+        B, T, _ = x.shape
+        q = self.c_q(x).reshape(B, T, self.n_head, HEAD_DIM)
+        k = self.c_k(x).reshape(B, T, self.n_kv_head, HEAD_DIM)
+        v = self.c_v(x).reshape(B, T, self.n_kv_head, HEAD_DIM)
+        return ops.rms_norm(ops.rope(q, ROPE_BASE)), ops.rms_norm(ops.rope(k, ROPE_BASE)), v
+
     def forward(self, x, value_embedding):
         B, T, _ = x.shape
-        q, k, v = ops.rotary_qkv(x, self.c_q.weight, self.c_k.weight, self.c_v.weight, HEAD_DIM, ROPE_BASE)
+        q, k, v = self.qkv(x)
         if value_embedding is not None:  # ResFormer (arXiv:2410.17897); the gate starts at 1
             gate = 2 * ops.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)
-            v = v + ops.expand_dims(gate, -1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
+            v = v + ops.expand_dims(gate, axis=-1) * value_embedding.reshape(B, T, self.n_kv_head, HEAD_DIM)
         y = ops.attention(q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, self.n_head * HEAD_DIM))
 
@@ -113,8 +122,9 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
+    @ops.fusable
     def forward(self, x):
-        return ops.squared_relu_mlp(x, self.c_fc.weight, self.c_proj.weight)
+        return self.c_proj(ops.square(ops.relu(self.c_fc(x))))  # the squared ReLU (arXiv:2109.08668)
 
 
 class Block(nn.Module):
@@ -135,10 +145,11 @@ class GPT(nn.Module):
         gated = [has_value_embedding(i, depth) for i in range(depth)]
         self.wte = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList([Block(width, windows[i], gated[i]) for i in range(depth)])
-        self.value_embeds = nn.ModuleDict({f"layer{i}": nn.Embedding(vocab_size, kv_heads(width) * HEAD_DIM)
-                                           for i in range(depth) if gated[i]})
+        self.value_embeds = nn.ModuleDict(
+            {f"layer{i}": nn.Embedding(vocab_size, kv_heads(width) * HEAD_DIM) for i in range(depth) if gated[i]}
+        )
         self.resid_lambdas = nn.Parameter((depth,))  # how much of the residual stream each layer receives,
-        self.x0_lambdas = nn.Parameter((depth,))     # and how much of the normalised token embedding
+        self.x0_lambdas = nn.Parameter((depth,))  # and how much of the normalised token embedding
         self.lm_head = nn.Linear(width, vocab_size)
 
     def hidden(self, tokens):
@@ -146,32 +157,35 @@ class GPT(nn.Module):
         x = x0 = ops.rms_norm(self.wte(tokens))
         resid_lambdas, x0_lambdas = self.resid_lambdas, self.x0_lambdas
         for i, block in enumerate(self.blocks):
-            # `multiply` and not *: on some devices it sums the gradients of these scalars more exactly.
-            x = ops.multiply(resid_lambdas[i], x) + ops.multiply(x0_lambdas[i], x0)
+            x = resid_lambdas[i] * x + x0_lambdas[i] * x0
             layer = f"layer{i}"
             x = block(x, self.value_embeds[layer](tokens) if layer in self.value_embeds else None)
         return ops.rms_norm(x)
 
-    def forward(self, tokens):
-        """Logits (B, T, vocabulary): what the evaluator scores."""
-        return SOFTCAP * ops.tanh(self.lm_head(self.hidden(tokens)) / SOFTCAP)
+    @ops.fusable
+    def logits(self, hidden):
+        """The head, in training and in evaluation: float32 (N, vocabulary) for N tokens, within ± SOFTCAP."""
+        return SOFTCAP * ops.tanh(ops.float32(self.lm_head(hidden)) / SOFTCAP)
+
+
+@ops.fusable
+def token_losses(logits, targets):
+    """Nats of each target (N,) under logits (N, vocabulary)."""
+    right = ops.take_along_axis(logits, ops.expand_dims(targets, axis=-1), axis=-1)
+    return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
 
 
 def training_loss(model, x, y):
-    """Mean nats per token, for x and y (B, T)."""
-    return ops.softcapped_cross_entropy(model.hidden(x), model.lm_head.weight, y, SOFTCAP, "mean")
+    """The mean over tokens, for x and y (B, T); head and losses see some of the tokens at a time."""
+    return ops.mean_loss(model.logits, token_losses, model.hidden(x), y)
 
 
 def initial_weights(shapes, seed):
-    """Every parameter as float32 numpy: the same bytes on every machine.
-
-    Args:
-        shapes: name -> shape, in any order (weights are drawn in the order of their names).
-    """
-    rng = np.random.default_rng(seed)
+    """Every parameter by name, float32: the same bytes on every machine, whatever other parameters there are."""
     bound = 3**0.5 * model_width(DEPTH) ** -0.5  # uniform within ± bound has standard deviation width^-0.5
 
     def draw(name, shape):
+        rng = np.random.default_rng([seed, *name.encode()])
         if name == "wte.weight":
             return rng.standard_normal(shape, np.float32)
         if name == "lm_head.weight":
@@ -184,13 +198,16 @@ def initial_weights(shapes, seed):
             return np.zeros(shape, np.float32)
         return bound * (2 * rng.random(shape, np.float32) - 1)
 
-    return {name: draw(name, shapes[name]) for name in sorted(shapes)}
+    return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 def flops_per_token(model, shapes):
     """Floating-point operations per trained token, forward and backward: 6 per matrix weight, and attention's."""
-    matrices = sum(math.prod(shape) for name, shape in shapes.items()
-                   if len(shape) == 2 and name != "wte.weight" and not name.startswith("value_embeds"))
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name != "wte.weight" and not name.startswith("value_embeds")
+    )
     T = prepare.MAX_SEQ_LEN
     attention = sum(12 * model_width(DEPTH) * min(block.attn.window or T, T) for block in model.blocks)
     return 6 * matrices + attention
@@ -244,8 +261,10 @@ def muon_axis(shape):
 
 
 def muon_init(param):
-    return dict(momentum=ops.zeros_like(param),
-                square=ops.zeros_like(ops.mean(param, axis=muon_axis(param.shape), keepdims=True)))
+    return dict(
+        momentum=ops.zeros_like(param),
+        square=ops.zeros_like(ops.mean(param, axis=muon_axis(param.shape), keepdims=True)),
+    )
 
 
 def muon_update(param, grad, state, hyper):
@@ -271,23 +290,26 @@ def muon_update(param, grad, state, hyper):
 
 
 def optimizer_groups(shapes):
-    """Who is updated by what, and how fast. AdamW's rates scale with width^-0.5; they were tuned at 768."""
+    """Who is updated by what, and how fast: Muon the matrices, AdamW the rest. A parameter in no group is an error.
+    AdamW's rates scale with width^-0.5; they were tuned at 768."""
     width_scale = (model_width(DEPTH) / 768) ** -0.5
+    embeddings = [name for name in shapes if name == "wte.weight" or name.startswith("value_embeds.")]
+    apart = (*embeddings, "lm_head.weight")
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name not in apart]
 
-    def adamw(select, lr, betas=ADAM_BETAS, eps=1e-10):
+    def adamw(names, lr, betas=ADAM_BETAS, eps=1e-10):
         hyper = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=0.0)
-        return dict(names=[name for name in shapes if select(name)], init=adamw_init, update=adamw_update,
-                    stack=False, hyper=hyper)
+        return dict(names=names, init=adamw_init, update=adamw_update, stack=False, hyper=hyper)
 
+    muon = dict(lr=MATRIX_LR, momentum=MOMENTUM[0], beta2=MUON_BETA2, weight_decay=WEIGHT_DECAY)
     return [
-        dict(names=[name for name in shapes if name.startswith("blocks.")], init=muon_init, update=muon_update,
-             stack=True, hyper=dict(lr=MATRIX_LR, momentum=MOMENTUM[0], beta2=MUON_BETA2, weight_decay=WEIGHT_DECAY)),
-        adamw(lambda name: name == "lm_head.weight", UNEMBEDDING_LR * width_scale),
-        adamw(lambda name: name == "wte.weight" or name.startswith("value_embeds."), EMBEDDING_LR * width_scale),
+        dict(names=matrices, init=muon_init, update=muon_update, stack=True, hyper=muon),
+        adamw(["lm_head.weight"], UNEMBEDDING_LR * width_scale),
+        adamw(embeddings, EMBEDDING_LR * width_scale),
         # Their gradients start at zero, of which bfloat16 makes some 1e-6, and grow to 1e-3 and more: a smaller eps
         # would turn that noise into a first step of full size, up or down by chance.
-        adamw(lambda name: name == "resid_lambdas", SCALAR_LR * 0.01, eps=1e-4),
-        adamw(lambda name: name == "x0_lambdas", SCALAR_LR, X0_BETAS, eps=1e-4),
+        adamw(["resid_lambdas"], SCALAR_LR * 0.01, eps=1e-4),
+        adamw(["x0_lambdas"], SCALAR_LR, X0_BETAS, eps=1e-4),
     ]
 
 
@@ -320,8 +342,10 @@ def main():
     tokens_per_pass = DEVICE_BATCH_SIZE * prepare.MAX_SEQ_LEN
     accumulation, rest = divmod(TOTAL_BATCH_SIZE, tokens_per_pass)
     if rest or not accumulation:
-        raise SystemExit(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE "
-                         f"{DEVICE_BATCH_SIZE} x {prepare.MAX_SEQ_LEN} tokens: change one of them in train.py")
+        raise SystemExit(
+            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE "
+            f"{DEVICE_BATCH_SIZE} x {prepare.MAX_SEQ_LEN} tokens: change one of them in train.py"
+        )
     print(f"device {backend.device.name} | backend {backend.name} | data {data.name}")
     for note in (*defaults.notes, *backend.device.notes):
         print(note)
@@ -334,8 +358,10 @@ def main():
     trainer = backend.Trainer(model, training_loss, groups)
     flops = flops_per_token(model, shapes)
     num_params = sum(math.prod(shape) for shape in shapes.values())
-    print(f"depth {DEPTH} | width {model_width(DEPTH)} | {num_params / 1e6:.1f} M parameters | "
-          f"{flops:.3g} FLOP per token | {accumulation} x {DEVICE_BATCH_SIZE} rows per step")
+    print(
+        f"depth {DEPTH} | width {model_width(DEPTH)} | {num_params / 1e6:.1f} M parameters | "
+        f"{flops:.3g} FLOP per token | {accumulation} x {DEVICE_BATCH_SIZE} rows per step"
+    )
 
     throwaway = np.zeros((DEVICE_BATCH_SIZE, prepare.MAX_SEQ_LEN), np.int32)
     trainer.warm_up(throwaway, throwaway)  # compiles, before the clock starts
@@ -350,8 +376,12 @@ def main():
         trainer.step(schedule(groups, progress, clock.steps))
         seconds = clock.tick(loss)  # waits for the step before: the device has one to do while the next is prepared
         smooth_loss = clock.loss if smooth_loss is None else 0.9 * smooth_loss + 0.1 * clock.loss
-        print(f"\rstep {clock.steps:05d} ({100 * clock.progress:.1f}%) | loss {smooth_loss:.4f} | "
-              f"{TOTAL_BATCH_SIZE / seconds:,.0f} tokens/s | epoch {loader.epoch}    ", end="", flush=True)
+        print(
+            f"\rstep {clock.steps:05d} ({100 * clock.progress:.1f}%) | loss {smooth_loss:.4f} | "
+            f"{TOTAL_BATCH_SIZE / seconds:,.0f} tokens/s | epoch {loader.epoch}    ",
+            end="",
+            flush=True,
+        )
     print()
 
     prepare.evaluate_bpb(backend, model, data, batch_size=min(DEVICE_BATCH_SIZE, 8), clock=clock)

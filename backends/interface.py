@@ -8,48 +8,19 @@ On arrays themselves `train.py` uses operators, `.shape`, `.ndim`, `.dtype`, `.r
 else differs silently between frameworks (`split`, `repeat`, `std`, `max(axis=)`, `transpose`, boolean indexing), so it
 goes through `ops`; `python -m backends.surface train.py` names the lines that don't.
 
-## nn
+## nn and ops
 
-    Module                   subclasses define `forward`; calling the module calls it
-    Linear(n_in, n_out)      y = x @ weight.T, no bias; `weight` has shape (n_out, n_in)
-    Embedding(n, dim)        float32 `weight` of shape (n, dim); the rows looked up are cast to the compute precision
-    ModuleList(modules)      indexed and iterated; names "blocks.0.…"
-    ModuleDict({name: ...})  indexed by name; `in`, `.items()`; a purely numeric key is an error
-    Parameter(shape)         a float32 array of zeros to be trained
+`backends/operations.py` holds both as tables, which `python -m backends.surface` prints. Parameter names are dotted
+paths, the same on every backend. Masters are float32; a parameter read in `forward` arrives in the compute precision,
+because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and becomes float32 in MLX.
 
-Parameter names are dotted paths, the same on every backend. Masters are float32; a parameter read in `forward` arrives
-in the compute precision, because a bfloat16 array times a float32 scalar stays bfloat16 in PyTorch and becomes float32
-in MLX.
+## The model
 
-## ops
+`hidden(tokens)` makes what the head reads (B, T, C) of int32 tokens (B, T). `logits(hidden)` is the head, for training
+and evaluation alike: it makes logits (N, V) of some tokens' (N, C), which need not be those of a row. Parameters are
+all the state that a model has: what else it keeps is lost between training and scoring.
 
-Functions under their Python Array API names, with `axis=` and `keepdims=` keywords; `OPS` below lists them. Those that
-the Array API does not have:
-
-    attention(q, k, v, window)   q (B, T, H, D), k and v (B, T, H_kv, D) with H a multiple of H_kv; query i sees keys j
-                                 with i - window <= j <= i, `None` for all j <= i; scaled by D^-1/2; (B, T, H, D)
-    rope(x, base)                rotary embedding of x (B, T, H, D): halves split, position on axis 1, frequencies
-                                 base^(-2i/D); y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin (Su et al. 2021,
-                                 arXiv:2104.09864, with the rotation's sign turned as the original project has it)
-    rotary_qkv(x, w_q, w_k, w_v, head_dim, base)
-                                 q (B, T, H, D), k and v (B, T, H_kv, D) of x (B, T, C): x @ w.T by head, and for q and
-                                 k rms_norm(rope(..., base)) of that. As one op because it is faster so on some devices
-    squared_relu_mlp(x, w_in, w_out)
-                                 square(relu(x @ w_in.T)) @ w_out.T, for the same reason
-    rms_norm(x)                  x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32, no weight
-    softcapped_cross_entropy(hidden, weight, targets, softcap, reduction)
-                                 nats of targets (B, T) under softmax(softcap * tanh(hidden @ weight.T / softcap)), from
-                                 hidden (B, T, C) and weight (V, C); `softcap=None` for none; float32: "mean" and "sum"
-                                 give a scalar, "none" (B, T). Works over chunks of tokens: no float32 logits of the
-                                 whole batch are held
-    relu, gelu (exact, erf), silu, sigmoid, softmax(x, axis)
-    compute(x), float32(x)       x in the compute precision, in float32
-
-Where the Array API leaves a choice, or not every framework follows it: `std` and `var` have correction=0; `full` gives
-float32; `tril` and `triu` take `k=`, `clip` takes `min=` and `max=`; `maximum`, `minimum`, `where` and the comparisons
-accept a number as their last operand.
-
-## Trainer(model, loss, optimizer)
+## Trainer(model, loss, optimizer, transform=None)
 
 `loss(model, x, y)` returns a float32 scalar, a mean over rows. `optimizer` is a list of groups:
 
@@ -59,7 +30,9 @@ accept a number as their last operand.
          stack=False,                               True: equal shapes are stacked on a new leading axis, one alone too
          hyper=dict(lr=..., ...))                   float32 scalars, which may change at each step
 
-A parameter that the loss doesn't use has a gradient of zero, and is updated with it.
+A parameter that the loss doesn't use has a gradient of zero, and is updated with it. `transform(gradients)` gets all
+accumulated gradients at once, float32 by name, before they are applied, and gives back as many of the same shapes: to
+clip them by their common norm, say.
 """
 
 from __future__ import annotations
@@ -77,20 +50,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from backends.bench import Bench
-
-# What `ops` offers, so that one list serves the checker, the tests and the reader.
-ARRAY_API = """
-abs add arange astype broadcast_to clip concat cos cumulative_sum divide equal exp expand_dims full greater
-greater_equal less less_equal log logical_and logical_not logical_or matmul matrix_transpose max maximum mean min
-minimum multiply negative ones ones_like permute_dims pow reshape sigmoid sign sin sqrt square squeeze stack std
-subtract sum take tan tanh tril triu var where zeros zeros_like
-""".split()
-TRANSFORMER = """
-attention compute float32 gelu relu rms_norm rope rotary_qkv rsqrt silu softcapped_cross_entropy softmax
-squared_relu_mlp stop_gradient
-""".split()
-OPS = sorted(ARRAY_API + TRANSFORMER)
-NN = ("Embedding", "Linear", "Module", "ModuleDict", "ModuleList", "Parameter")  # and what `nn` offers
 
 
 class BackendError(RuntimeError):
@@ -173,14 +132,17 @@ class Trainer(abc.ABC):
 
     In half precision (float16) it scales the loss dynamically and leaves out a step whose gradients overflow. A batch
     too large for the memory goes through in parts, which `warm_up` finds. A backend fills in `accumulate`, `rehearse`,
-    `step`, `gradients` and `is_out_of_memory`.
+    `step`, `gradients`, `adopt` and `is_out_of_memory`.
+
+    Attributes:
+        rows_at_once: by the shape (B, T) of a batch that was warmed up, how many of its rows go through at once.
     """
 
-    rows_at_once: int | None = None  # None: the whole batch
     compiled = False  # whether the whole step runs compiled
 
     @abc.abstractmethod
-    def __init__(self, model, loss, optimizer: list[dict]): ...
+    def __init__(self, model, loss, optimizer: list[dict], transform=None):
+        self.rows_at_once: dict[tuple[int, int], int] = {}
 
     def backward(self, x: np.ndarray, y: np.ndarray, scale: float = 1.0):
         """Adds the gradient of `scale * loss(model, x, y)` to what is accumulated.
@@ -192,7 +154,7 @@ class Trainer(abc.ABC):
         Returns:
             The loss before scaling: a scalar on the device; `float(loss)` waits for it.
         """
-        rows, loss = self.rows_at_once or len(x), 0.0
+        rows, loss = self.rows_at_once.get(x.shape, len(x)), 0.0
         if len(x) <= rows:
             return self.accumulate(x, y, scale)
         for start in range(0, len(x), rows):
@@ -202,7 +164,8 @@ class Trainer(abc.ABC):
         return loss
 
     def warm_up(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were.
+        """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were. To be called
+        once for each shape of batch that will be trained on.
 
         When the memory is too small for it, it is halved, said, and tried again; `backward` then takes batches in parts
         of what fitted. The loss has to be a mean over rows.
@@ -229,7 +192,7 @@ class Trainer(abc.ABC):
             fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
             rows = fewer
-        self.rows_at_once = rows
+        self.rows_at_once[x.shape] = rows
         WARMED_UP.update(compiled=self.compiled, rows_at_once=rows if rows < len(x) else None)
 
     @abc.abstractmethod
@@ -251,7 +214,17 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def gradients(self) -> dict[str, np.ndarray]:
-        """The accumulated gradients by parameter name, float32."""
+        """The accumulated gradients by parameter name, float32, before `transform`."""
+
+    @abc.abstractmethod
+    def adopt(self, key: str) -> None:
+        """Puts `state[key]` in the place of each parameter whose update rule carries such an array; the others stay.
+
+        So an average of the weights that a rule carries along becomes what is evaluated and saved.
+
+        Raises:
+            KeyError: no rule's state has this key.
+        """
 
     @staticmethod
     @abc.abstractmethod
@@ -285,14 +258,15 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
-        """The model's logits, float32 (B, T, V), for int32 tokens (B, T). The evaluator probes a few rows with it."""
+        """`model.logits` of each row of `model.hidden(tokens)`, float32 (B, T, V), for int32 tokens (B, T). The
+        evaluator probes a few rows with it."""
 
     @abc.abstractmethod
     def losses(self, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Nats of each target, float32 (B, T): the model sees only `tokens`, log-softmax and gather are done here.
 
-        The fixed half of the evaluator: `model(tokens)` gives logits (B, T, V) in any precision; they are taken to
-        float32 a few rows at a time.
+        The fixed half of the evaluator: `model.hidden(tokens)` gives what the head reads (B, T, C), and
+        `model.logits` makes logits of it, here of a row at a time.
         """
 
     @abc.abstractmethod
@@ -371,25 +345,53 @@ def check_weights(expected: dict[str, tuple[int, ...]], weights: dict[str, np.nd
         raise ValueError("weights do not fit the model: " + "; ".join(problems))
 
 
+def check_head(model, module: type) -> None:
+    """Raises TypeError unless the model's logits come from one place, for training and evaluation.
+
+    Args:
+        module: the backend's `nn.Module`.
+    """
+    name = type(model).__name__
+    if missing := [part for part in ("hidden", "logits") if not callable(getattr(model, part, None))]:
+        raise TypeError(
+            f"{name} has no {' and no '.join(missing)}: hidden(tokens) gives what the head reads, and logits(hidden) "
+            "is the head, for training and evaluation"
+        )
+    if getattr(type(model), "forward", None) not in (None, getattr(module, "forward", None)):
+        raise TypeError(
+            f"{name} has two heads, logits(hidden) and forward(tokens): the evaluator asks the first. Write the head "
+            "there alone, and take forward out"
+        )
+
+
 def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
     """Raises ValueError when a group lacks a key or a parameter is in no group, in two, or unknown."""
     for i, group in enumerate(optimizer):
         if missing := {"names", "init", "update", "stack", "hyper"} - group.keys():
             raise ValueError(f"optimizer group {i} lacks {sorted(missing)}")
     grouped = [name for group in optimizer for name in group["names"]]
-    problems = [f"{name} is in no group" for name in names if name not in grouped]
+    problems = [
+        f"{name} is in no group: in optimizer_groups of train.py, write it into the names of the one whose rule is to "
+        f'update it, or add a group, such as adamw(["{name}"], SCALAR_LR)'
+        for name in names
+        if name not in grouped
+    ]
     problems += [f"{name} is not a parameter of the model" for name in grouped if name not in names]
-    problems += [f"{name} is in two groups" for name in sorted({n for n in grouped if grouped.count(n) > 1})]
+    problems += [
+        f"{name} is in two groups: take it out of one of them"
+        for name in sorted({name for name in grouped if grouped.count(name) > 1})
+    ]
     if problems:
         raise ValueError("optimizer groups do not match the model: " + "; ".join(problems))
 
 
-def check_heads(query_heads: int, key_heads: int) -> None:
-    """Raises ValueError unless each key and value head serves the same number of query heads."""
-    if not key_heads or query_heads % key_heads:
+def check_transformed(given: dict, transformed: dict) -> None:
+    """Raises ValueError unless `transform` gave back gradients of the names and shapes that it was given."""
+    wanted, found = ({name: tuple(array.shape) for name, array in arrays.items()} for arrays in (given, transformed))
+    if wrong := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
         raise ValueError(
-            f"attention with {query_heads} query heads and {key_heads} key and value heads: the first has "
-            "to be a multiple of the second"
+            f"transform(gradients) has to give back every gradient in its shape; {wrong[0]} has "
+            f"{found.get(wrong[0], 'none')}, not {wanted.get(wrong[0], 'expected at all')}"
         )
 
 

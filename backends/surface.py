@@ -1,12 +1,14 @@
-"""Finds what `train.py` uses beyond the surface that every backend offers.
+"""What `train.py` may use on every backend, and what it uses beyond that.
 
-    python -m backends.surface [train.py]
+    python -m backends.surface              prints the surface: a page
+    python -m backends.surface train.py     checks a file
 
 Reported are
-1. imports of a framework;
-2. names that `ops` and `nn` don't have, and `dim=` and `keepdim=` in calls of `ops`;
+1. imports of a framework, of Python's `random`, and by name (`importlib`);
+2. names that `ops` and `nn` don't have, and arguments that an operation doesn't take, or lacks;
 3. methods and attributes that arrays have in some frameworks but not in all: the tables below;
-4. `x[x > 0]`, and assignment into `x[:, i]` or `x[x > 0]`.
+4. `x[x > 0]`, `x[..., ::-1]`, and assignment into `x[:, i]` or `x[x > 0]`;
+5. in the methods of an `nn.Module`, arithmetic between an array and one that numpy makes.
 
 No types are known here, so 3 and 4 go by the receiver. Left alone are imported modules and names, literals, what is
 made from these (`np.ones(3).mean()`; `rng = np.random.default_rng()`, then `rng.random()`), and each name that the file
@@ -16,34 +18,22 @@ gives to a method or attribute of its own. It is a help to whoever edits `train.
 from __future__ import annotations
 
 import ast
-import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.interface import NN, OPS
+from backends.operations import MODULES, NN, NOTES, OPERATIONS, OPS, OTHER_ARGUMENTS, OTHER_NAMES, TABLE, nearest
 
 FRAMEWORKS = set("cupy flax jax jaxlib keras mlx optax tensorflow tinygrad torch torchao torchvision triton".split())
 
-# What frameworks call an op, as a function or a method.
-OTHER_NAMES = {
-    "amax": "max",
-    "amin": "min",
-    "clamp": "clip",
-    "cumsum": "cumulative_sum",
-    "detach": "stop_gradient",
-    "expand_as": "broadcast_to",
-    "gather": "take",
-    "index_select": "take",
-    "type_as": "astype",
-    "moveaxis": "permute_dims",
-    "movedim": "permute_dims",
-    "permute": "permute_dims",
-    "swapaxes": "permute_dims",
-    "transpose": "permute_dims",
-    "unsqueeze": "expand_dims",
+# Operations that are methods elsewhere.
+SAME_NAMES = "argmax astype clip flip logsumexp max mean min roll softmax squeeze std sum topk tril triu var".split()
+OTHER_IMPORTS = {
+    "importlib": "a plain import: what this file depends on has to be readable in it",
+    "random": "ops.dropout or ops.uniform in training, np.random.default_rng(SEED) for weights: other draws don't come "
+    "from the run's seed",
 }
-SAME_NAMES = "astype clip max mean min softmax squeeze std sum tril triu var".split()  # ops that are methods elsewhere
+MAKERS = "arange array asarray eye full linspace ones tri zeros".split()  # numpy's, which give an array
 
 
 def _table(text: str) -> dict[str, str]:
@@ -53,7 +43,11 @@ def _table(text: str) -> dict[str, str]:
 
 
 # Array methods outside the surface, and what to write instead for the array x. These are reported however called:
-METHODS = {name: f"ops.{OTHER_NAMES.get(name, name)}(x, ...)" for name in (*OTHER_NAMES, *SAME_NAMES)} | _table("""
+METHODS = {
+    name: f"ops.{OTHER_NAMES.get(name, name)}(x, ...)"
+    for name in (*OTHER_NAMES, *SAME_NAMES)
+    if name not in ("array", "rand", "tensor")
+} | _table("""
     view flatten: x.reshape(...)
     repeat tile: ops.concat([x] * n, axis=...)
     repeat_interleave: ops.broadcast_to(x, shape), then .reshape(...)
@@ -62,7 +56,9 @@ METHODS = {name: f"ops.{OTHER_NAMES.get(name, name)}(x, ...)" for name in (*OTHE
     to: ops.compute(x), ops.float32(x) or ops.astype(x, other.dtype)
     cpu cuda contiguous clone: x itself: backends place arrays and never change them
     mul div pow neg matmul mm bmm: an operator, such as x * y or x @ y
-    argmax argmin argsort prod: nothing: the surface has no such op
+    argmin: ops.argmax(-x, ...)
+    argsort: ops.topk(x, n, axis=...)[1], from the largest down
+    prod: ops.cumulative_prod(x, axis=...), of which the last
     parameters named_parameters state_dict: backend.weights(model)
     load_state_dict: backend.set_weights(model, weights)
 """)
@@ -75,7 +71,8 @@ BARE |= _table("""
     numel: math.prod(x.shape)
     float double: ops.float32(x)
     half bfloat16: ops.compute(x)
-    int long bool: ops.astype(x, other.dtype), or a comparison
+    int long: ops.astype(x, "int32")
+    bool: ops.astype(x, "bool")
     backward: trainer.backward(x, y)
 """)
 # Only with a number or a list first or an axis by name, because strings, lists and others have methods of these names:
@@ -84,7 +81,10 @@ NUMBERED = _table("""
     size: x.shape
     expand: ops.broadcast_to(x, shape)
     norm: ops.sqrt(ops.sum(ops.square(x), axis=...))
-    all any round sort: nothing: the surface has no such op
+    all: ops.min(x, axis=...)
+    any: ops.max(x, axis=...)
+    round: ops.astype(x, "int32")
+    sort: ops.sort(x, axis=...)
 """)
 ATTRIBUTES = dict.fromkeys(("T", "mT"), "ops.matrix_transpose(x)")
 NEVER_IN_PLACE = "ops.where(mask, value, x), or x = x + y: arrays are never changed in place"
@@ -120,6 +120,11 @@ class _Checker(ast.NodeVisitor):
     def __init__(self, tree: ast.Module):
         self.problems: set[Problem] = set()
         self.own = _own_names(tree)
+        self.in_module = False
+        self.numpy_arrays: set[str] = set()
+        self.numpy_arrays = {
+            name for name, value in _bindings(tree) if value is not None and self._is_numpy_array(value)
+        }
         # Names, in the scope being visited, of what is no backend's array.
         self.ordinary = {
             (alias.asname or alias.name).split(".")[0]
@@ -134,8 +139,13 @@ class _Checker(ast.NodeVisitor):
 
     def visit_Import(self, node):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        if FRAMEWORKS & {module.split(".")[0] for module in modules}:
-            self._report(node, ast.unparse(node), "nn and ops of backends.load(): this file runs on every framework")
+        for module in (module.split(".")[0] for module in modules):
+            if module in FRAMEWORKS:
+                self._report(
+                    node, ast.unparse(node), "nn and ops of backends.load(): this file runs on every framework"
+                )
+            elif module in OTHER_IMPORTS:
+                self._report(node, ast.unparse(node), OTHER_IMPORTS[module])
 
     visit_ImportFrom = visit_Import
 
@@ -143,18 +153,63 @@ class _Checker(ast.NodeVisitor):
         if isinstance(node.func, ast.Attribute):
             name, found = node.func.attr, ast.unparse(node.func)
             if self._namespace(node.func.value) == "ops":
-                for wrong in (keyword.arg for keyword in node.keywords if keyword.arg in ("dim", "keepdim")):
-                    self._report(node, f"{found}(..., {wrong}=...)", {"dim": "axis=", "keepdim": "keepdims="}[wrong])
+                if name in OPERATIONS:
+                    self._check_arguments(node, found, OPERATIONS[name])
             elif _is_array_method(name, node) and name not in self.own and not self._is_ordinary(node):
                 self._report(node.func, f"{found}(...)", INSTEAD[name])
+        elif ast.unparse(node.func) == "__import__":
+            self._report(node, "__import__(...)", OTHER_IMPORTS["importlib"])
         self.generic_visit(node)
+
+    def _check_arguments(self, call, found, operation):
+        """What the operation's signature doesn't allow, or wants besides. Nothing is known behind a * or **."""
+        parameters = operation.signature.parameters.values()
+        signature = f"ops.{operation}"
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        given = [keyword.arg for keyword in call.keywords]
+        starred = None in given or any(isinstance(argument, ast.Starred) for argument in call.args)
+        for key in filter(None, given):
+            if key not in operation.keywords:
+                near = nearest(key, operation.keywords, OTHER_ARGUMENTS)
+                self._report(call, f"{found}(..., {key}=...)", f"{near}=" if near else signature)
+        if starred:
+            return
+        if len(call.args) > len(positional) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            further = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY][: len(call.args) - len(positional)]
+            by_name = f"{'=..., '.join(further)}=...: " if further else ""
+            self._report(call, f"{found} with {len(call.args)} arguments by position", by_name + signature)
+        lacking = [p.name for p in positional[len(call.args) :] if p.default is p.empty and p.name not in given]
+        lacking += [
+            p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in given
+        ]
+        if lacking:
+            self._report(call, f"{found} without {', '.join(lacking)}", signature)
+
+    def visit_ClassDef(self, node):
+        outer = self.in_module
+        self.in_module = any(ast.unparse(base).split(".")[-1] == "Module" for base in node.bases)
+        self.generic_visit(node)
+        self.in_module = outer
+
+    def visit_BinOp(self, node):
+        for numpys, other in ((node.left, node.right), (node.right, node.left)):
+            if self.in_module and self._is_numpy_array(numpys) and not self._is_ordinary(other):
+                self._report(node, ast.unparse(node), f"ops.asarray({ast.unparse(numpys)}), made in __init__")
+        self.generic_visit(node)
+
+    def _is_numpy_array(self, node) -> bool:
+        """Whether numpy's functions for making arrays make this, here or where its name was bound."""
+        if isinstance(node, ast.Name):
+            return node.id in self.numpy_arrays
+        function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        return function.startswith(("np.", "numpy.")) and function.split(".")[-1] in MAKERS
 
     def visit_Attribute(self, node):
         name, namespace = node.attr, self._namespace(node.value)
         known = {"ops": OPS, "nn": NN}.get(namespace, ())
         if namespace and name not in known:
-            near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, known)
-            use = f"{namespace}.{near[0]}" if near else f"what {namespace} has: {', '.join(known)}"
+            near = nearest(name, known)
+            use = f"{namespace}.{near}" if near else f"what {namespace} has: {', '.join(known)}"
             self._report(node, ast.unparse(node), use)
         elif name in ATTRIBUTES and name not in self.own and not self._is_ordinary(node.value):
             self._report(node, ast.unparse(node), ATTRIBUTES[name])
@@ -172,6 +227,8 @@ class _Checker(ast.NodeVisitor):
         slices = [part for part in parts if isinstance(part, ast.Slice) or ast.unparse(part) == "..."]
         if isinstance(node.ctx, ast.Store) and (masks or slices) and not self._is_ordinary(node.value):
             self._report(node, f"{text} = ...", NEVER_IN_PLACE)
+        elif any(_is_backwards(part) for part in slices) and not self._is_ordinary(node.value):
+            self._report(node, text, "ops.flip(x, axis=...)")
         elif masks and not self._is_ordinary(node.value):
             self._report(node, text, "ops.where(mask, x, 0): no result's shape may depend on values")
         self.generic_visit(node)
@@ -242,15 +299,36 @@ def _is_array_method(name: str, call: ast.Call) -> bool:
     return name in METHODS or name in IN_PLACE
 
 
+def _is_backwards(part) -> bool:
+    return isinstance(step := getattr(part, "step", None), ast.UnaryOp) and isinstance(step.op, ast.USub)
+
+
 def _comparisons(index) -> list[ast.Compare]:
     """The comparisons that an index is made of: x > 0, ~(x > 0), (x > 0) & (y > 0)."""
     parts = ast.iter_child_nodes(index) if isinstance(index, (ast.BinOp, ast.UnaryOp)) else ()
     return [index] if isinstance(index, ast.Compare) else [found for part in parts for found in _comparisons(part)]
 
 
+def page() -> str:
+    """The surface, for reading."""
+    return f"""\
+What train.py may use, on every backend. On arrays themselves: operators, .shape, .ndim, .dtype, .reshape, slices.
+
+nn
+{MODULES}
+ops: the call; the dtype of the result (x: as the arguments; float: the same, float32 for integers; int: the backend's
+integer for positions); its gradient (-: none by definition). `/` ends the arguments by position alone, `*` begins those
+by name. A number may stand for one of two arrays.
+{TABLE}{NOTES}
+In other places only plain Python and numpy. A file is checked by: python -m backends.surface train.py"""
+
+
 def main(arguments: list[str]) -> int:
-    """Prints a line for each problem; 1 if there are any."""
-    path = Path(arguments[0] if arguments else "train.py")
+    """Prints the page, or a line for each problem in the file named; 1 if there are any."""
+    if not arguments:
+        print(page())
+        return 0
+    path = Path(arguments[0])
     try:
         problems = check(path.read_text(encoding="utf-8"), str(path))
     except (OSError, SyntaxError, ValueError) as error:

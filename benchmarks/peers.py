@@ -7,6 +7,7 @@ but for what is said at each function. Rates leave out the first steps, in which
 
 import functools
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -71,10 +72,12 @@ def replaced(source: str, old: str, new: str) -> str:
 
 def execute(name: str, source: str, **variables):
     """The source as an imported module, which finds `variables` set.
-    It has to be registered: torch.compile looks a function's globals up by their module's name."""
-    module = sys.modules[name] = types.ModuleType(name)
+    It has to be registered: torch.compile looks a function's globals up by their module's name, and a backend reads the
+    source of what it may have a kernel for."""
+    module, filename = types.ModuleType(name), f"<{name}.py>"
+    sys.modules[name], linecache.cache[filename] = module, (len(source), None, source.splitlines(True), filename)
     vars(module).update(variables)
-    exec(compile(source, f"{name}.py", "exec"), vars(module))
+    exec(compile(source, filename, "exec"), vars(module))
     return module
 
 
@@ -122,7 +125,8 @@ def scorer(data, backend: type):
     evaluating = type("Evaluating", (backend,), {"__init__": lambda self: None})()
 
     def scored(model) -> dict:
-        bpb = prepare.evaluate_bpb(evaluating, model, data)
+        in_parts = types.SimpleNamespace(hidden=model, logits=lambda rows: rows)
+        bpb = prepare.evaluate_bpb(evaluating, in_parts, data)
         return dict(val_bpb=bpb, val_rows=data.eval_rows, eval=data.eval_tag, data=data.data_tag)
 
     return scored

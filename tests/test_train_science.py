@@ -155,6 +155,12 @@ def test_muon_decays_only_what_the_update_shrinks(train):
     np.testing.assert_allclose(taken, np.where(shrinks, lr * decay * param, 0), atol=1e-6)
 
 
+def test_muon_gets_matrices_and_nothing_else(train):
+    shapes = {**SHAPES, "blocks.0.attn.gain": (32,), "blocks.0.attn.kernel": (4, 8, 8), "mixer.weight": (32, 32)}
+    muon = train.optimizer_groups(shapes)[0]["names"]
+    assert sorted(muon) == sorted(["mixer.weight", *(name for name in SHAPES if name.startswith("blocks."))])
+
+
 def test_optimizer_groups(train):
     shapes = {
         "wte.weight": (512, 256),
@@ -307,9 +313,10 @@ SHAPES = {
 def test_initial_weights_are_the_same_bytes_everywhere(train):
     weights = train.initial_weights(SHAPES, 42)
     digest = hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()[:12]
-    assert digest == "93b402bc0b7b"
-    backwards = train.initial_weights(dict(reversed(SHAPES.items())), 42)
-    assert all(np.array_equal(weights[name], backwards[name]) for name in SHAPES)
+    assert digest == "1f406ca44ae8"
+    others = train.initial_weights({"gain": (8,), **dict(reversed(SHAPES.items())), "extra.weight": (8, 8)}, 42)
+    assert all(np.array_equal(weights[name], others[name]) for name in SHAPES)  # a new parameter changes no other
+    assert not np.array_equal(weights["wte.weight"], 1000 * weights["lm_head.weight"])
     assert not np.array_equal(weights["wte.weight"], train.initial_weights(SHAPES, 43)["wte.weight"])
 
 

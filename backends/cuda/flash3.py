@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-LARGEST_HEAD = 256  # and a multiple of 8
 # What is asked of every build: causal attention, each row of a batch by itself. One split: with more, a row's sums
 # would depend on how many rows are beside it.
 FIXED = {"causal": True, "is_causal": True, "window_size_right": 0, "num_splits": 1}
@@ -42,15 +41,8 @@ def use(kernels: Kernels | None) -> None:
 
 
 def flash3(q, k, v, window):
-    """Attention as `backends/pytorch/attention.py` defines it; bfloat16 and float16. q, k and v may be slices of one
-    array, as long as their last axis is contiguous."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise NotImplementedError("Flash Attention 3 trains in bfloat16 and float16 only")
-    if q.shape[-1] % 8 or q.shape[-1] > LARGEST_HEAD:
-        raise NotImplementedError(
-            f"Flash Attention 3 takes heads of up to {LARGEST_HEAD} dimensions, a multiple of 8; "
-            f"these have {q.shape[-1]}"
-        )
+    """Attention as `backends/pytorch/attention.py` defines it, for what `takes` there says. q, k and v may be slices of
+    one array, as long as their last axis is contiguous."""
     return torch.ops.autoresearch.flash3(q, k, v, -1 if window is None else window)[0]
 
 

@@ -51,6 +51,50 @@ def reference(q, k, v, window):
     return (_probabilities(q, k, everything, everything, window) @ v).reshape(shape)
 
 
+def modified(q, k, v, window, softcap, bias, documents):
+    """With what changes a score, or hides it, beyond a window: blocks whose scores are made again in the backward pass.
+
+    Args:
+        softcap, bias (H, N), documents (B, T): as `backends/operations.py` has them, or None.
+    """
+    q, k, v, shape = *_grouped(q, k, v), q.shape
+    if bias is not None:
+        bias = bias.reshape(k.shape[1], -1, bias.shape[1])  # (H_kv, H / H_kv, N)
+    parts = []
+    for rows, keys in _spans(shape[2], window):
+        q_part, k_part, v_part = after(q[..., rows, :], parts[-1:]), k[..., keys, :], v[..., keys, :]
+
+        @mx.checkpoint
+        def block(q, k, v, bias, rows=rows, keys=keys):
+            scores = (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2)) * q.shape[-1] ** -0.5
+            if softcap is not None:
+                scores = softcap * mx.tanh(scores / softcap)
+            if bias is not None:
+                scores = scores + _by_distance(bias, rows, keys)
+            scores = scores + _bias(rows, keys, window, mx.float32)
+            if documents is not None:
+                same = documents[:, rows, None] == documents[:, None, keys]
+                scores = mx.where(same[:, None, None], scores, -mx.inf)
+            return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+        parts.append(block(q_part, k_part, v_part, bias))
+    return mx.concatenate(parts, axis=-2).reshape(shape)
+
+
+def _by_distance(bias, rows: slice, keys: slice):
+    """bias (H_kv, H / H_kv, N) as (H_kv, H / H_kv, n, m): for query i and key j its column i - j, or its last.
+
+    Not by an index for each score, whose gradient would be added up one score after another: rows of one length less
+    begin one element earlier each time.
+    """
+    queries, count = rows.stop - rows.start, keys.stop - keys.start
+    c = np.concatenate([np.arange(count), np.arange(-queries, 0)])  # key - query, both counted from 0
+    distances = np.clip(rows.start - keys.start - c, 0, bias.shape[-1] - 1)
+    line = mx.take(bias.astype(mx.float32), mx.array(distances), axis=-1)
+    tiled = mx.tile(line, (1, 1, queries))[..., : queries * (len(c) - 1)]
+    return tiled.reshape(*bias.shape[:-1], queries, len(c) - 1)[..., :count]
+
+
 IMPLEMENTATIONS = {function.__name__: function for function in (fused, recomputed, blocks)}
 
 

@@ -70,11 +70,14 @@ class MlxBackend(interface.Backend):
         self.bench.forget()
 
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
-        return np.array(model(mx.array(tokens)).astype(mx.float32))
+        interface.check_head(model, nn.Module)
+        rows = [np.array(model.logits(hidden).astype(mx.float32)) for hidden in model.hidden(mx.array(tokens))]
+        return np.stack(rows)
 
     def losses(self, model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logits = model(mx.array(tokens))
-        return np.stack([_row_losses(row, mx.array(wanted)) for row, wanted in zip(logits, targets)])
+        interface.check_head(model, nn.Module)
+        hidden = model.hidden(mx.array(tokens))
+        return np.stack([_row_losses(model.logits(row), mx.array(wanted)) for row, wanted in zip(hidden, targets)])
 
     def weights(self, model) -> dict[str, np.ndarray]:
         return {name: np.array(parameter.value) for name, parameter in nn.named_parameters(model).items()}

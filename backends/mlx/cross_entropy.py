@@ -10,6 +10,8 @@ from functools import cache
 
 import mlx.core as mx
 
+from backends import fusion
+from backends.mlx import nn
 from backends.mlx.attention import after
 
 # Logits of a chunk: 32 MiB in float32, 1024 tokens of vocabulary 8192. A device with more memory takes larger ones,
@@ -18,33 +20,76 @@ SMALLEST_CHUNK, SHARE_OF_MEMORY, BYTES_PER_LOGIT = 2**23, 256, 12
 
 
 def by_memory(memory: int):
-    """`softcapped_cross_entropy` for a device of so many bytes."""
+    """The contract's `mean_loss` for a device of so many bytes."""
     logits_at_once = max(SMALLEST_CHUNK, memory // SHARE_OF_MEMORY // BYTES_PER_LOGIT)
 
-    def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean"):
-        """Nats of targets (B, T), from hidden (B, T, C) and weight (V, C). See `backends/interface.py`."""
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'reduction {reduction!r}: choose "mean", "sum" or "none"')
+    def mean_loss(head, loss, hidden, targets):
+        """The mean of `loss(head(hidden), targets)` over tokens: see `backends/interface.py`."""
         rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        size = max(1, logits_at_once // len(weight))
-        chunks = [slice(start, start + size) for start in range(0, len(labels), size)]
-        if reduction == "none":  # each token's weight is known only in the backward pass: the head is multiplied again
-            losses = mx.checkpoint(lambda h, w, t: _token_losses(_capped(h @ w.T, softcap), t))
-            return mx.concatenate([losses(rows[c], weight, labels[c]) for c in chunks]).reshape(targets.shape)
-        total = _summed(softcap, size)(rows, weight, labels)[0]
-        return total / len(labels) if reduction == "mean" else total
+        unedited = fusion.softcapped_head(head, loss, hidden)
+        if unedited and nn.is_linear(unedited[1]):
+            softcap, weight = unedited[0], unedited[1].weight
+            return _summed(softcap, max(1, logits_at_once // len(weight)))(rows, weight, labels)[0] / len(labels)
+        return _written(head, loss, rows, labels, logits_at_once) / len(labels)
 
-    return softcapped_cross_entropy
+    return mean_loss
+
+
+def _written(head, loss, rows, labels, logits_at_once: int):
+    """The sum of all tokens' losses as `train.py` writes them. A chunk's logits are made again in the backward pass, so
+    that no two chunks' are there at once."""
+    # A function with a gradient of its own is differentiated by what it is given, and by nothing that it captures: so
+    # it is given the parameters that the head reads.
+    with nn.read() as parameters:
+        vocabulary = head(rows[:1]).shape[-1]
+    if captured := nn.captured(head, loss):
+        raise ValueError(
+            f"{captured} is an array that the head or its loss takes from elsewhere, and its gradient would be lost: "
+            "they may use their arguments and the model's parameters"
+        )
+    size = max(1, logits_at_once // vocabulary)
+    chunks = [slice(start, start + size) for start in range(0, len(labels), size)]
+
+    def of_chunk(hidden, targets, values):
+        with nn.substituted(parameters, dict(zip(parameters, values))):
+            losses = loss(head(hidden), targets)
+        if losses.shape != targets.shape:
+            raise ValueError(
+                f"the loss of a chunk of {len(targets)} tokens has shape {losses.shape}: give one number for each "
+                "token, whose mean is taken over all chunks"
+            )
+        return mx.sum(losses.astype(mx.float32))
+
+    @mx.custom_function
+    def summed(rows, labels, *values):
+        total = mx.zeros(())
+        for chunk in chunks:
+            total = total + of_chunk(after(rows[chunk], [total]), labels[chunk], values)
+        return total
+
+    @summed.vjp
+    def gradients(inputs, upstream, _):
+        rows, labels, *values = inputs
+        to_rows, to_values = [], [mx.zeros(value.shape) for value in values]
+        for chunk in chunks:
+            targets = labels[chunk]
+            hidden = after(rows[chunk], [*to_rows[-1:], *to_values])
+            _, (to_hidden, *further) = mx.vjp(
+                lambda hidden, *values: of_chunk(hidden, targets, values),
+                [hidden, *values],
+                [upstream],
+            )
+            to_rows.append(to_hidden)
+            to_values = [total + more.astype(mx.float32) for total, more in zip(to_values, further)]
+        to_values = [total.astype(value.dtype) for total, value in zip(to_values, values)]
+        return mx.concatenate(to_rows), mx.zeros_like(labels), *to_values
+
+    return summed(rows, labels, *(parameter.value for parameter in parameters.values()))
 
 
 def _capped(logits, softcap: float | None):
     logits = logits.astype(mx.float32)
     return logits if softcap is None else softcap * mx.tanh(logits / softcap)
-
-
-def _token_losses(logits, targets):
-    wanted = mx.stop_gradient(targets)[:, None]  # a checkpoint differentiates by all that it is given
-    return mx.logsumexp(logits, axis=1) - mx.take_along_axis(logits, wanted, axis=1)[:, 0]
 
 
 @cache

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
+from backends import fusion
+from backends.mlx.indexing import take
+
 
 class Parameter:
     """A float32 array of zeros, of the given shape, to be trained. `value` is the master."""
@@ -43,7 +46,7 @@ class Module:
 
     def __getattr__(self, name):  # called only when `name` is no ordinary attribute
         if name in self.__dict__.get("_parameters", ()):
-            return self._parameters[name].value.astype(self.precision)
+            return _noted(self._parameters[name]).value.astype(self.precision)
         if name in self.__dict__.get("_modules", ()):
             return self._modules[name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -74,7 +77,7 @@ class Embedding(Module):
 
     def forward(self, tokens):
         # The rows are taken from the master, so that their gradients are summed in float32.
-        return mx.take(self._parameters["weight"].value, tokens, axis=0).astype(self.precision)
+        return take(_noted(self._parameters["weight"]).value, tokens, axis=0).astype(self.precision)
 
 
 class ModuleList(Module):
@@ -152,6 +155,54 @@ def named_parameters(module: Module, prefix: str = "") -> dict[str, Parameter]:
             if not any(parameter is known for known in found.values()):
                 found[path] = parameter
     return found
+
+
+_reads: list[list[Parameter]] = []
+
+
+def _noted(parameter: Parameter) -> Parameter:
+    for reads in _reads:
+        if not any(parameter is known for known in reads):
+            reads.append(parameter)
+    return parameter
+
+
+@contextmanager
+def read():
+    """Gives a dict that holds, from the end of this context on, the parameters read within it."""
+    parameters: dict[str, Parameter] = {}
+    _reads.append([])
+    try:
+        yield parameters
+    finally:
+        parameters.update((str(i), parameter) for i, parameter in enumerate(_reads.pop()))
+
+
+def captured(*functions) -> str | None:
+    """The name of an array that these functions take from a closure, or from a module that they are methods of."""
+    for function in functions:
+        inner = getattr(fusion.of(function), "function", None) or getattr(function, "__func__", function)
+        cells = zip(inner.__code__.co_freevars, inner.__closure__ or ()) if hasattr(inner, "__code__") else ()
+        for name, cell in cells:
+            if isinstance(cell.cell_contents, mx.array):
+                return name
+        owner = getattr(function, "__self__", None)
+        for module in _modules(owner) if isinstance(owner, Module) else ():
+            for name, value in vars(module).items():
+                if isinstance(value, mx.array):
+                    return name
+    return None
+
+
+def _modules(module: Module):
+    yield module
+    for child in module._modules.values():
+        yield from _modules(child)
+
+
+def is_linear(layer) -> bool:
+    """Whether this is the `Linear` of a `namespace`, and not a subclass with a forward of its own."""
+    return isinstance(layer, Linear) and type(layer).forward is Linear.forward
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from backends import interface
+from backends.mlx import random
 from backends.mlx.device import is_out_of_memory
 from backends.mlx.nn import named_parameters, substituted
 
@@ -24,14 +25,17 @@ class Trainer(interface.Trainer):
     compiled = True  # whether to compile; the backend sets it
     working_set: int | None = None  # bytes that it should use at most; None for no limit
 
-    def __init__(self, model, loss, optimizer: list[dict]):
+    def __init__(self, model, loss, optimizer: list[dict], transform=None):
+        super().__init__(model, loss, optimizer, transform)
         self._parameters = named_parameters(model)
         interface.check_optimizer(optimizer, list(self._parameters))
         self._optimizer = optimizer
         self._units = [unit for i, group in enumerate(optimizer) for unit in self._split(i, group)]
+        self._transform = transform and self._maybe_compile(_transformer(transform))
         self._differentiate = self._maybe_compile(_differentiator(model, loss, self._parameters))
         self._loss_scale = LossScale() if model.precision == mx.float16 else None
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
+        self._passes = 0  # made so far: what random numbers are drawn by
         self._in_flight = None
         # Zeros are not left to be computed with the first step: if it fails, they would pass for computed.
         mx.eval(self._everything())
@@ -40,7 +44,9 @@ class Trainer(interface.Trainer):
         factor = mx.array(scale, dtype=mx.float32)
         if self._loss_scale:
             factor = factor * self._loss_scale.value
-        loss, gradients = self._differentiate(self._masters(), mx.array(x), mx.array(y), factor)
+        passes = mx.array(self._passes, dtype=mx.uint64)
+        loss, gradients = self._differentiate(self._masters(), mx.array(x), mx.array(y), factor, passes)
+        self._passes += 1
         if self._gradients:
             gradients = {name: self._gradients[name] + gradient for name, gradient in gradients.items()}
         self._gradients = gradients
@@ -56,6 +62,8 @@ class Trainer(interface.Trainer):
         interface.check_step(self._optimizer, schedule, bool(self._gradients))
         gradients, self._gradients = self._gradients, {}
         guard = (self._loss_scale.value, _all_finite(gradients)) if self._loss_scale else ()
+        if self._transform:
+            gradients = self._transform(gradients, *guard[:1])
         hypers = [{name: mx.array(value, dtype=mx.float32) for name, value in hyper.items()} for hyper in schedule]
         for unit in self._units:
             masters = [self._parameters[name].value for name in unit.names]
@@ -72,7 +80,7 @@ class Trainer(interface.Trainer):
         # Arrays that are computed never change, so keeping the old ones is a snapshot.
         masters, states = self._masters(), [unit.state for unit in self._units]
         gradients, loss_scale = self._gradients, self._loss_scale and self._loss_scale.state
-        self._gradients = {}
+        passes, self._gradients = self._passes, {}
         mx.clear_cache()
         mx.reset_peak_memory()
         try:
@@ -88,7 +96,7 @@ class Trainer(interface.Trainer):
                 parameter.value = masters[name]
             for unit, state in zip(self._units, states):
                 unit.state = state
-            self._gradients, self._in_flight = gradients, None
+            self._gradients, self._in_flight, self._passes = gradients, None, passes
             if self._loss_scale:
                 self._loss_scale.state = loss_scale
         self._check_working_set(len(x))
@@ -111,6 +119,15 @@ class Trainer(interface.Trainer):
             else np.zeros(parameter.value.shape, np.float32)
             for name, parameter in self._parameters.items()
         }
+
+    def adopt(self, key: str) -> None:
+        carrying = [unit for unit in self._units if key in unit.state]
+        if not carrying:
+            raise KeyError(f"no update rule carries {key!r} in its state")
+        for unit in carrying:
+            values = list(unit.state[key]) if self._optimizer[unit.group]["stack"] else [unit.state[key]]
+            for name, value in zip(unit.names, values, strict=True):
+                self._parameters[name].value = value
 
     def _maybe_compile(self, function):
         return mx.compile(function) if self.compiled else function
@@ -149,18 +166,31 @@ def compiling_pays() -> bool:
 
 
 def _differentiator(model, loss, parameters):
-    """f(masters, x, y, factor) -> loss, and the gradients of factor * loss by name."""
+    """f(masters, x, y, factor, passes) -> loss, and the gradients of factor * loss by name."""
 
     def scaled_loss(masters, x, y, factor):
         with substituted(parameters, masters):
             value = loss(model, x, y).astype(mx.float32)
         return factor * value, value
 
-    def differentiate(masters, x, y, factor):
-        (_, value), gradients = mx.value_and_grad(scaled_loss)(masters, x, y, factor)
+    def differentiate(masters, x, y, factor, passes):
+        with random.drawing(passes):
+            (_, value), gradients = mx.value_and_grad(scaled_loss)(masters, x, y, factor)
         return value, gradients
 
     return differentiate
+
+
+def _transformer(transform):
+    """f(gradients, loss scale or nothing) -> the gradients that `transform` makes of them, scaled as they were."""
+
+    def transformed(gradients, scale=None):
+        given = gradients if scale is None else {name: grad / scale for name, grad in gradients.items()}
+        found = transform(dict(given))
+        interface.check_transformed(given, found)
+        return found if scale is None else {name: grad * scale for name, grad in found.items()}
+
+    return transformed
 
 
 def _updater(rule, stack: bool):

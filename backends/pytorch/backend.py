@@ -12,9 +12,10 @@ import torch
 from backends import bench as benches
 from backends import interface, machine, trials
 from backends.pytorch import device as devices
-from backends.pytorch import nn, ops, runtime
+from backends.pytorch import nn, runtime
 from backends.pytorch.bench import Bench
 from backends.pytorch.kernels import trial as kernels
+from backends.pytorch.ops import ops
 from backends.pytorch.trainer import Trainer, to_device
 
 
@@ -26,14 +27,16 @@ class PyTorchBackend(interface.Backend):
 
     @torch.no_grad()
     def logits(self, model, tokens):
-        return model(to_device(tokens)).float().cpu().numpy()
+        interface.check_head(model, nn.Module)
+        rows = [model.logits(hidden).float().cpu().numpy() for hidden in model.hidden(to_device(tokens))]
+        return np.stack(rows)
 
     @torch.no_grad()
     def losses(self, model, tokens, targets):
-        # Row by row in float32: the model's own logits are there once, in its precision, and no second time.
-        rows = [
-            torch.nn.functional.cross_entropy(logits.float(), row.long(), reduction="none")
-            for logits, row in zip(model(to_device(tokens)), to_device(targets))
+        interface.check_head(model, nn.Module)
+        rows = [  # one by one: in float32 a batch's logits are large
+            torch.nn.functional.cross_entropy(model.logits(hidden).float(), row.long(), reduction="none")
+            for hidden, row in zip(model.hidden(to_device(tokens)), to_device(targets))
         ]
         return torch.stack(rows).cpu().numpy()
 

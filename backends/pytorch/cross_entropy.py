@@ -7,40 +7,22 @@ arXiv:2410.10989): the head is multiplied once, not again in the backward pass.
 from __future__ import annotations
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from backends.pytorch import runtime
 
 LARGEST_ROW = 2**15  # logits of one token, which our kernel holds in registers
 
 
-def softcapped_cross_entropy(hidden, weight, targets, softcap=None, reduction="mean"):
-    """Nats of `targets` under softmax(softcap * tanh(hidden @ weight.T / softcap)).
+def softcapped_cross_entropy(hidden, weight, targets, softcap):
+    """Mean nats of `targets` under softmax(softcap * tanh(hidden @ weight.T / softcap)), a float32 scalar.
 
     Args:
         hidden: (B, T, C) or (N, C). weight: (V, C). targets: (B, T) or (N,), integers in [0, V).
         softcap: the bound on logits, or None.
-        reduction: "mean", "sum" (float32 scalars) or "none" (float32, the shape of `targets`).
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction {reduction!r}: choose mean, sum or none")
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long().contiguous()
     size = max(1, runtime.logits_at_once // weight.shape[0])
-    if reduction == "none":  # each token's weight is known only in the backward pass: the head is multiplied again
-        chunks = [
-            checkpoint(_token_losses, h, weight, t, softcap, use_reentrant=False)
-            for h, t in zip(rows.split(size), labels.split(size))
-        ]
-        return torch.cat(chunks).reshape(targets.shape)
-    total = _Summed.apply(rows, weight, labels, softcap, size)
-    return total / labels.shape[0] if reduction == "mean" else total
-
-
-def _token_losses(hidden, weight, targets, softcap):
-    logits = (hidden @ weight.T).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return _Summed.apply(rows, weight, labels, softcap, size) / labels.shape[0]
 
 
 class _Summed(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from backends.pytorch import runtime
+from backends.pytorch.indexing import rows
 
 ModuleList = torch.nn.ModuleList
 
@@ -46,7 +47,7 @@ class Embedding(Module):
 
     def forward(self, tokens):
         # The rows are cast, not the table: the gradient is summed over repeated tokens in float32.
-        return F.embedding(tokens, self._parameters["weight"]).to(runtime.dtype)
+        return rows(self._parameters["weight"], tokens).to(runtime.dtype)
 
 
 class ModuleDict(torch.nn.ModuleDict):

@@ -7,16 +7,18 @@ import torch
 
 from backends import bench, interface
 from backends.pytorch import device as devices
-from backends.pytorch import runtime
+from backends.pytorch import random, runtime
 
 
 class Trainer(interface.Trainer):
-    def __init__(self, model, loss, optimizer):
+    def __init__(self, model, loss, optimizer, transform=None):
+        super().__init__(model, loss, optimizer, transform)
         self.model = model
         self._named = dict(model.named_parameters())
         interface.check_optimizer(optimizer, list(self._named))
         self._eager_loss, self._loss = loss, runtime.maybe_compile(loss)
         self._apply = runtime.maybe_compile(_apply)
+        self._transform, self._transformed = transform, runtime.maybe_compile(_transform)
         self._optimizer = optimizer
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
         with torch.no_grad():
@@ -26,13 +28,16 @@ class Trainer(interface.Trainer):
                 for names in interface.updated_together(group, shapes)
             ]
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
+        self._passes = random.counter()
         self._clear()  # gradients live in the parameters: an earlier trainer's are none of this one's
 
     is_out_of_memory = staticmethod(runtime.is_out_of_memory)
 
     def accumulate(self, x, y, scale):
-        loss = self._loss(self.model, to_device(x), to_device(y))
-        (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
+        with random.drawing(self._passes):
+            loss = self._loss(self.model, to_device(x), to_device(y))
+            (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
+        self._passes += 1
         return loss.detach()
 
     @torch.no_grad()
@@ -44,6 +49,9 @@ class Trainer(interface.Trainer):
         # Scalars on the host are arguments of the compiled kernels, not constants: a new value compiles nothing.
         scalars = [{name: torch.tensor(float(value)) for name, value in hyper.items()} for hyper in schedule]
         unscale, finite = self._scaler.inspect(self._named.values()) if self._scaler else (None, None)
+        if self._transform:
+            self._transformed(self._transform, {name: p.grad for name, p in self._named.items()}, unscale)
+            unscale = None
         for bucket in self._buckets:
             grads = [parameter.grad for parameter in bucket.parameters]
             self._apply(
@@ -63,7 +71,8 @@ class Trainer(interface.Trainer):
     def rehearse(self, x, y):
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        with torch.no_grad():  # one row without a graph first: makes the tables and masks a trace can't make
+        # One row without a graph first: makes the tables and masks a trace can't make.
+        with torch.no_grad(), random.drawing(self._passes):
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
         try:
@@ -94,7 +103,7 @@ class Trainer(interface.Trainer):
             # What is wrong with train.py itself will be raised again.
             print(f"this step does not compile and runs uncompiled, slower: {bench.first_line(error)}")
             runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
-            self._loss, self._apply = self._eager_loss, _apply
+            self._loss, self._apply, self._transformed = self._eager_loss, _apply, _transform
             return False
 
     def _once(self, x, y):
@@ -110,9 +119,20 @@ class Trainer(interface.Trainer):
             for name, p in self._named.items()
         }
 
+    @torch.no_grad()
+    def adopt(self, key):
+        carrying = [bucket for bucket in self._buckets if key in bucket.state]
+        if not carrying:
+            raise KeyError(f"no update rule carries {key!r} in its state")
+        for bucket in carrying:
+            values = bucket.state[key].unbind() if bucket.stack else [bucket.state[key]]
+            for parameter, value in zip(bucket.parameters, values, strict=True):
+                parameter.copy_(value)
+
     def _everything(self):
         """All that a step changes, in a fixed order."""
         yield from self._named.values()
+        yield self._passes
         for bucket in self._buckets:
             yield from bucket.state.values()
         if self._scaler:
@@ -129,7 +149,17 @@ class _Bucket:
     def __init__(self, group_index, group, parameters):
         self.group, self.parameters = group_index, parameters
         self.update, self.stack = group["update"], group["stack"]
-        self.state = dict(group["init"](torch.stack(parameters) if self.stack else parameters[0]))
+        state = group["init"](torch.stack(parameters) if self.stack else parameters[0])
+        self.state = {name: value.clone() for name, value in state.items()}  # it may be the parameter itself
+
+
+def _transform(transform, grads, unscale):
+    """Writes what `transform` makes of all gradients in their place."""
+    given = grads if unscale is None else {name: grad * unscale for name, grad in grads.items()}
+    transformed = transform(dict(given))
+    interface.check_transformed(given, transformed)
+    for name, grad in grads.items():
+        grad.copy_(transformed[name])
 
 
 def _apply(update, stack, parameters, grads, state, hyper, unscale, finite):

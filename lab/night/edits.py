@@ -35,9 +35,9 @@ class Edit:
             return None
 
 
-MLP_FORWARD = "        return ops.squared_relu_mlp(x, self.c_fc.weight, self.c_proj.weight)\n"
+MLP_FORWARD = "        return self.c_proj(ops.square(ops.relu(self.c_fc(x))))  # the squared ReLU (arXiv:2109.08668)\n"
 FIRST_WEIGHTS = '        if name == "resid_lambdas":\n            return np.ones(shape, np.float32)\n'
-SLOW_SCALARS = '        adamw(lambda name: name == "resid_lambdas", SCALAR_LR * 0.01, eps=1e-4),\n'
+SLOW_SCALARS = '        adamw(["resid_lambdas"], SCALAR_LR * 0.01, eps=1e-4),\n'
 
 LIBRARY = (
     Edit(
@@ -64,7 +64,7 @@ LIBRARY = (
         (
             (
                 "ROPE_BASE = ",
-                "MLP_RATIO = 6               # hidden channels of the MLP per channel [2 .. 12]\nROPE_BASE = ",
+                "MLP_RATIO = 6  # hidden channels of the MLP per channel [2 .. 12]\nROPE_BASE = ",
             ),
             ("nn.Linear(width, 4 * width)", "nn.Linear(width, MLP_RATIO * width)"),
             ("nn.Linear(4 * width, width)", "nn.Linear(MLP_RATIO * width, width)"),
@@ -101,15 +101,14 @@ LIBRARY = (
             ),
             (
                 "ops.attention(q, k, v, self.window)",
-                "ops.attention(ops.expand_dims(self.qk_gain, -1) * q, k, v, self.window)",
+                "ops.attention(ops.expand_dims(self.qk_gain, axis=-1) * q, k, v, self.window)",
             ),
             (FIRST_WEIGHTS, FIRST_WEIGHTS.replace('"resid_lambdas"', '"resid_lambdas" or name.endswith("qk_gain")')),
             (
-                'for name in shapes if name.startswith("blocks.")], init=muon_init',
-                'for name in shapes if name.startswith("blocks.") and len(shapes[name]) == 2],\n'
-                "             init=muon_init",
+                SLOW_SCALARS,
+                SLOW_SCALARS
+                + '        adamw([name for name in shapes if name.endswith("qk_gain")], SCALAR_LR * 0.01, eps=1e-4),\n',
             ),
-            (SLOW_SCALARS, SLOW_SCALARS.replace('"resid_lambdas",', '"resid_lambdas" or name.endswith("qk_gain"),')),
         ),
     ),
     Edit(
@@ -132,7 +131,7 @@ LIBRARY = (
                 FIRST_WEIGHTS + '        if name == "smear_gate":\n'
                 "            return np.full(shape, -2.0, np.float32)  # a share of an eighth, at first\n",
             ),
-            (SLOW_SCALARS, SLOW_SCALARS.replace('name == "resid_lambdas"', 'name in ("resid_lambdas", "smear_gate")')),
+            (SLOW_SCALARS, SLOW_SCALARS + '        adamw(["smear_gate"], SCALAR_LR * 0.01, eps=1e-4),\n'),
         ),
     ),
     Edit(

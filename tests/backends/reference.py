@@ -1,79 +1,160 @@
-"""What each op must give, in numpy and float64, written for plainness."""
+"""What each operation must give, in numpy and float64, written for plainness."""
 
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 
+from backends.operations import OPS, Operations
 
-class Reference:
-    """The Array API is numpy's own; here is what a transformer needs besides."""
 
-    def __getattr__(self, name):
-        return getattr(np, name)
+class Reference(Operations):
+    """The Array API is numpy's own; here is what it lacks, or has under another name."""
 
-    def full(self, shape, fill_value):
-        return np.full(shape, float(fill_value))
+    def __init__(self):
+        numpys = {name: getattr(np, name) for name in OPS if hasattr(np, name)}
+        super().__init__(numpys | _further)
 
-    def float32(self, x):
-        return np.asarray(x, np.float64)
 
-    compute = stop_gradient = float32
+def _or_nan(x, inside):
+    return np.where(inside, x, np.nan) if x.dtype.kind == "f" else x
 
-    def relu(self, x):
-        return np.maximum(x, 0)
 
-    def rsqrt(self, x):
-        return 1 / np.sqrt(x)
+def take(x, indices, axis):
+    size, axis = x.shape[axis], axis % x.ndim
+    taken = np.take(x, np.clip(np.where(indices < 0, indices + size, indices), 0, size - 1), axis=axis)
+    inside = (indices >= -size) & (indices < size)
+    return _or_nan(taken, inside.reshape(*indices.shape, *[1] * (x.ndim - axis - 1)))
 
-    def sigmoid(self, x):
-        return 1 / (1 + np.exp(-x))
 
-    def silu(self, x):
-        return x / (1 + np.exp(-x))
+def take_along_axis(x, indices, axis):
+    size = x.shape[axis]
+    wrapped = np.clip(np.where(indices < 0, indices + size, indices), 0, size - 1)
+    return _or_nan(np.take_along_axis(x, wrapped, axis=axis), (indices >= -size) & (indices < size))
 
-    def gelu(self, x):
-        return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
-    def softmax(self, x, axis):
-        powers = np.exp(x - x.max(axis=axis, keepdims=True))
-        return powers / powers.sum(axis=axis, keepdims=True)
+def sort(x, axis, descending):
+    return np.flip(np.sort(x, axis=axis), axis=axis) if descending else np.sort(x, axis=axis)
 
-    def rms_norm(self, x):
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 2.0**-23)
 
-    def rope(self, x, base):
-        _, length, _, size = x.shape
-        angles = np.outer(np.arange(length), base ** (-2 * np.arange(size // 2) / size))[None, :, None]
-        x1, x2 = x[..., : size // 2], x[..., size // 2 :]
-        return np.concatenate(
-            [x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)], axis=-1
-        )
+def topk(x, k, axis):
+    indices = np.take(np.argsort(-x, axis=axis, stable=True), np.arange(k), axis=axis)
+    return np.take_along_axis(x, indices, axis=axis), indices
 
-    def rotary_qkv(self, x, w_q, w_k, w_v, head_dim, base):
-        q, k, v = ((x @ w.T).reshape(*x.shape[:2], -1, head_dim) for w in (w_q, w_k, w_v))
-        return self.rms_norm(self.rope(q, base)), self.rms_norm(self.rope(k, base)), v
 
-    def squared_relu_mlp(self, x, w_in, w_out):
-        return self.relu(x @ w_in.T) ** 2 @ w_out.T
+def logsumexp(x, axis, keepdims):
+    return np.log(np.sum(np.exp(x), axis=axis, keepdims=keepdims))
 
-    def attention(self, q, k, v, window):
-        rows, length, heads, size = q.shape
-        out = np.zeros_like(q)
-        for b, h, i in np.ndindex(rows, heads, length):
-            first = 0 if window is None else max(0, i - window)
-            shared = h // (heads // k.shape[2])
-            scores = k[b, first : i + 1, shared] @ q[b, i, h] / math.sqrt(size)
-            out[b, i, h] = self.softmax(scores, axis=0) @ v[b, first : i + 1, shared]
-        return out
 
-    def softcapped_cross_entropy(self, hidden, weight, targets, softcap, reduction):
-        logits = hidden @ weight.T
-        if softcap is not None:
-            logits = softcap * np.tanh(logits / softcap)
-        losses = token_losses(logits, targets)
-        return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+def softmax(x, axis):
+    powers = np.exp(x - x.max(axis=axis, keepdims=True))
+    return powers / powers.sum(axis=axis, keepdims=True)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def rms_norm(x):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 2.0**-23)
+
+
+def rope(x, base):
+    _, length, _, size = x.shape
+    angles = np.outer(np.arange(length), base ** (-2 * np.arange(size // 2) / size))[None, :, None]
+    x1, x2 = x[..., : size // 2], x[..., size // 2 :]
+    return np.concatenate(
+        [x1 * np.cos(angles) + x2 * np.sin(angles), x2 * np.cos(angles) - x1 * np.sin(angles)], axis=-1
+    )
+
+
+def attention(q, k, v, window, scale, softcap, bias, documents):
+    length, heads, size = q.shape[1:]
+    k, v = (np.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("bihd,bjhd->bhij", q, k) * (size**-0.5 if scale is None else scale)
+    back = np.arange(length)[:, None] - np.arange(length)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias[:, np.clip(back, 0, bias.shape[1] - 1)]
+    visible = (back >= 0) & (back <= (length if window is None else window))
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
+    return np.einsum("bhij,bjhd->bihd", softmax(np.where(visible, scores, -np.inf), -1), v)
+
+
+def mix(state):
+    """SplitMix64, from its authors' description."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(state % 2**64) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int(state ^ (state >> np.uint64(31)))
+
+
+def squares32(counter, key):
+    """Squares, round by round from its author's description, in uint64, which wraps."""
+    half = np.uint64(32)
+    x = counter * key
+    y, z = x, x + key
+    x = x * x + y
+    x = (x >> half) | (x << half)
+    x = x * x + z
+    x = (x >> half) | (x << half)
+    x = x * x + y
+    x = (x >> half) | (x << half)
+    return (x * x + z) >> half
+
+
+def uniform(shape, key, passes=0):
+    """The draw of a pass with so many before it."""
+    word = np.uint64(mix(mix(key[0]) + key[1]) | 1)
+    words = squares32(np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(passes * 2**32), word)
+    return (words >> np.uint64(8)).astype(np.float64).reshape(shape) / 2**24
+
+
+def dropout(x, rate, key):
+    return np.where(uniform(x.shape, key) >= rate, x / (1 - rate), 0)
+
+
+_further = dict(
+    argmax=np.argmax,
+    asarray=np.asarray,
+    astype=lambda x, dtype: x.astype({"float32": np.float64}.get(dtype, dtype)),
+    attention=attention,
+    compute=np.asarray,
+    cumulative_prod=np.cumulative_prod,
+    dropout=dropout,
+    einsum=np.einsum,
+    float32=lambda x: np.asarray(x, np.float64),
+    fusable=lambda function: function,
+    full=lambda shape, fill_value: np.full(shape, float(fill_value)),
+    gelu=gelu,
+    logsumexp=logsumexp,
+    mean_loss=lambda head, loss, hidden, targets: loss(head(hidden), targets).mean(),
+    matmul=operator.matmul,
+    relu=relu,
+    rms_norm=rms_norm,
+    rope=rope,
+    rsqrt=lambda x: 1 / np.sqrt(x),
+    sigmoid=lambda x: 1 / (1 + np.exp(-x)),
+    silu=lambda x: x / (1 + np.exp(-x)),
+    softmax=softmax,
+    sort=sort,
+    stop_gradient=np.asarray,
+    take=take,
+    take_along_axis=take_along_axis,
+    topk=topk,
+    training=lambda: True,
+    uniform=uniform,
+    where=np.where,
+)
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -109,8 +109,10 @@ def test_parameters_are_read_in_the_compute_precision(low, precision):
             super().__init__()
             self.scale, self.wte, self.head = nn.Parameter((2,)), nn.Embedding(5, 4), nn.Linear(4, 5)
 
-        def forward(self, tokens):
-            x = self.wte(tokens)
+        def hidden(self, tokens):
+            return self.wte(tokens)
+
+        def logits(self, x):
             out = self.head(x * self.scale[0])
             cast = backend.ops.compute(backend.ops.float32(x))
             read.update(scale=self.scale, tied=self.wte.weight, row=x, out=out, number=2.5 * x, cast=cast)
@@ -208,6 +210,21 @@ def test_peak_memory_and_synchronize(backend):
     tiny.trainer(backend, tiny.build(backend)).backward(*tiny.batch())
     backend.synchronize()
     assert backend.peak_memory() > 100_000  # the masters alone are more
+
+
+@pytest.mark.parametrize(
+    "methods, message",
+    [
+        (["hidden", "logits", "forward"], "has two heads.*take forward out"),
+        (["hidden", "forward"], r"has no logits: .* logits\(hidden\) is the head"),
+        (["forward"], "has no hidden and no logits"),
+    ],
+)
+def test_a_model_has_one_head(backend, methods, message):
+    model = type("Model", (backend.nn.Module,), dict.fromkeys(methods, lambda self, x: x))()
+    for ask in (lambda: backend.logits(model, support.TOKENS), lambda: backend.losses(model, *2 * [support.TOKENS])):
+        with pytest.raises(TypeError, match=message):
+            ask()
 
 
 @pytest.mark.parametrize(
@@ -403,6 +420,27 @@ def test_a_batch_too_large_is_halved_said_and_carried_on(backend, monkeypatch, c
         np.testing.assert_allclose(parts.gradients()[name], gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_batches_of_several_shapes_are_warmed_up(backend, monkeypatch):
+    """What does not fit in one shape leaves the others as they are."""
+    trainer, sizes = tiny.trainer(backend, tiny.build(backend)), []
+    accumulate = trainer.accumulate
+
+    def too_large(x, y, scale):
+        if x.size > 50:
+            raise MemoryError
+        sizes.append(x.shape)
+        return accumulate(x, y, scale)
+
+    monkeypatch.setattr(trainer, "accumulate", too_large)
+    for rows, length in ((2, 12), (8, 12), (8, 5)):
+        trainer.warm_up(*tiny.batch(rows, length))
+    assert trainer.rows_at_once == {(2, 12): 2, (8, 12): 4, (8, 5): 8}
+    sizes.clear()
+    for rows, length in ((8, 12), (2, 12), (8, 5)):
+        trainer.backward(*tiny.batch(rows, length))
+    assert sizes == [(4, 12), (4, 12), (2, 12), (8, 5)]
+
+
 def test_a_step_that_does_not_fit_leaves_no_trace(backend, monkeypatch):
     """It fails after work was done and queued: weights and optimizer state must be those of the start."""
     optimizer = [tiny.adam(backend, tiny.NAMES, stack=True)]
@@ -486,9 +524,12 @@ def test_rates_change_without_recompiling(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda groups: groups[0]["names"].remove("wte.weight"), r"wte\.weight is in no group"),
+        (
+            lambda groups: groups[0]["names"].remove("wte.weight"),
+            r"wte\.weight is in no group: in optimizer_groups of train.py, .* adamw\(\[\"wte.weight\"\], SCALAR_LR\)",
+        ),
         (lambda groups: groups[0]["names"].append("wpe.weight"), r"wpe\.weight is not a parameter"),
-        (lambda groups: groups[1]["names"].append("wte.weight"), r"wte\.weight is in two groups"),
+        (lambda groups: groups[1]["names"].append("wte.weight"), r"wte\.weight is in two groups: take it out"),
         (lambda groups: groups[1].pop("init"), r"group 1 lacks \['init'\]"),
     ],
 )
@@ -497,6 +538,92 @@ def test_optimizer_errors(backend, change, message):
     change(optimizer)
     with pytest.raises(ValueError, match=message):
         tiny.trainer(backend, tiny.build(backend), optimizer)
+
+
+def clipped(backend, most):
+    """`transform` that bounds the norm of all gradients together."""
+    ops = backend.ops
+
+    def clip(gradients):
+        norm = ops.sqrt(sum(ops.sum(ops.square(gradient)) for gradient in gradients.values()))
+        scale = ops.minimum(most / (norm + 1e-6), 1.0)
+        return {name: gradient * scale for name, gradient in gradients.items()}
+
+    return clip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_gradients_are_transformed_together(name, compiled):
+    if compiled:
+        support.needs_compiler()
+    backend = support.opened(name, "float32", compiled)
+    ops = backend.ops
+    for most in (1.0, 100.0):
+        model = support.holder(backend, a=np.ones(3), b=np.zeros((2, 2)))
+        group = tiny.descent(["a", "b"])
+        trainer = backend.Trainer(
+            model, lambda m, x, y: ops.sum(m.a * 3) + ops.sum(m.b * 4), [group], transform=clipped(backend, most)
+        )
+        trainer.warm_up(support.TOKENS, support.TOKENS)
+        trainer.backward(support.TOKENS, support.TOKENS)
+        assert list(trainer.gradients()["a"]) == [3.0] * 3  # those that were accumulated
+        trainer.step([{"lr": 1.0}])
+        scale = min(1.0, most / np.sqrt(3 * 9 + 4 * 16))
+        np.testing.assert_allclose(backend.weights(model)["a"], 1 - 3 * scale, rtol=1e-5)
+        np.testing.assert_allclose(backend.weights(model)["b"], -4 * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_transform_gets_gradients_without_the_loss_scale(low, precision):
+    backend = low(precision)
+    ops, model = backend.ops, support.holder(backend, value=np.ones(2))
+    bounded = lambda gradients: {name: ops.minimum(gradient, 1.5) for name, gradient in gradients.items()}  # noqa: E731
+    trainer = backend.Trainer(
+        model, lambda m, x, y: ops.sum(ops.float32(m.value)) * 0.25, [tiny.descent(["value"])], transform=bounded
+    )
+    for _ in range(8):
+        trainer.backward(support.TOKENS, support.TOKENS)
+    trainer.step([{"lr": 1.0}])
+    np.testing.assert_array_equal(backend.weights(model)["value"], -0.5)
+
+
+def test_gradients_that_a_transform_loses_are_named(backend):
+    model = support.holder(backend, a=np.ones(3), b=np.ones(2))
+    lost = lambda gradients: {"a": gradients["a"]}  # noqa: E731
+    trainer = backend.Trainer(
+        model, lambda m, x, y: backend.ops.sum(m.a) + backend.ops.sum(m.b), [tiny.descent(["a", "b"])], transform=lost
+    )
+    trainer.backward(support.TOKENS, support.TOKENS)
+    with pytest.raises(ValueError, match=r"give back every gradient.*b has none, not \(2,\)"):
+        trainer.step([{"lr": 0.1}])
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_an_average_of_the_weights_is_carried_and_adopted(backend, stack, tmp_path):
+    def update(param, grad, state, hyper):
+        param = param - hyper["lr"] * grad
+        return param, {"average": 0.5 * state["average"] + 0.5 * param}
+
+    group = {**tiny.descent(["a", "b"], stack), "update": update, "init": lambda param: {"average": param}}
+    model = support.holder(backend, a=np.ones(3), b=2 * np.ones(3), c=np.zeros(1))
+    ops = backend.ops
+    trainer = backend.Trainer(
+        model, lambda m, x, y: ops.sum(m.a) + ops.sum(m.b) + ops.sum(m.c), [group, tiny.descent(["c"])]
+    )
+    trainer.warm_up(support.TOKENS, support.TOKENS)
+    for _ in range(2):
+        trainer.backward(support.TOKENS, support.TOKENS)
+        trainer.step([{"lr": 1.0}, {"lr": 1.0}])
+    assert [float(backend.weights(model)[name][0]) for name in "abc"] == [-1.0, 0.0, -2.0]
+    trainer.adopt("average")
+    assert [float(backend.weights(model)[name][0]) for name in "abc"] == [-0.25, 0.75, -2.0]
+    backend.save(model, tmp_path / "weights.safetensors")
+    fresh = support.holder(backend, a=np.ones(3), b=np.ones(3), c=np.ones(1))
+    backend.load(fresh, tmp_path / "weights.safetensors")
+    assert [float(backend.weights(fresh)[name][0]) for name in "abc"] == [-0.25, 0.75, -2.0]
+    with pytest.raises(KeyError, match="no update rule carries 'averages'"):
+        trainer.adopt("averages")
 
 
 @pytest.mark.parametrize("schedule", [[{"rate": 0.1}], [{}], [{"lr": 0.1, "rate": 0.1}], [], [{"lr": 0.1}] * 2])

@@ -20,6 +20,7 @@ from backends import cuda  # noqa: E402
 from backends.cuda import flash3, hub, local, providers  # noqa: E402
 from backends.interface import BackendError, Calibrated  # noqa: E402
 from backends.pytorch import attention, device, runtime  # noqa: E402
+from backends.pytorch.ops import ops  # noqa: E402
 from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
 
@@ -203,18 +204,13 @@ def test_its_fake_has_the_shapes_of_the_real_one(process):
         assert all(x.is_contiguous() for x in found)
 
 
-@pytest.mark.parametrize(
-    "shape, match",
-    [
-        (dict(dtype=torch.float32), "bfloat16 and float16 only"),
-        (dict(dim=264), "up to 256 dimensions.*these have 264"),
-        (dict(dim=12), "these have 12"),
-    ],
-)
-def test_what_it_can_not_do(process, shape, match):
-    _, q, k, v, _ = inputs(**shape)
-    with pytest.raises(NotImplementedError, match=match):
-        flash3.flash3(q, k, v, None)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", [dict(dtype=torch.float32), dict(dim=264), dict(dim=12)])
+def test_heads_that_it_has_no_kernel_for_go_another_way(process, monkeypatch, shape, window):
+    """An edit may change HEAD_DIM, or take q to float32, after this was chosen for other heads."""
+    monkeypatch.setattr(runtime, "added_attention", {"fa3": flash3.flash3})  # without a kernel: it would fail
+    monkeypatch.setattr(runtime, "attention", {"full": "fa3", "window": "fa3"})
+    check(ops.attention, window, **shape)
 
 
 def test_a_schema_without_what_is_needed(process):
@@ -584,7 +580,7 @@ def test_the_backend_takes_what_the_profile_says(on_hopper, package, isolated_ho
     )
     assert backend.name == "cuda" and backend.device.attention_provider == "flash_attn_interface"
     assert runtime.attention == runtime.uncompiled_attention == {"full": "fa3", "window": "sdpa_mask"}
-    check(attention.attention, None)
+    check(ops.attention, None)
     assert backends.load("sdpa", "float32", False).bench.attentions == tuple(attention.IMPLEMENTATIONS)
     assert runtime.added_attention == {}
 

@@ -11,11 +11,12 @@ import backends
 from backends import bench
 from backends.interface import BackendError
 from tests.backends import support, tiny
-from tests.backends.reference import Reference
+from tests.backends.reference import Reference, uniform
 
 mx = pytest.importorskip("mlx.core")
 
-from backends.mlx import attention, cross_entropy  # noqa: E402
+from backends.mlx import attention, cross_entropy, random  # noqa: E402
+from backends.mlx import nn  # noqa: E402
 from backends.mlx import bench as mlx_bench  # noqa: E402
 from backends.mlx.bench import Bench  # noqa: E402
 
@@ -65,7 +66,7 @@ def test_compiled_gradients_equal_eager_ones():
             x = m.wte(x)
             q, k = (head(ops.rope(head(t), 100.0)[:, :, 0]) for t in (x, m.blocks[0].attn.c_q(x)))
             mixed = ops.attention(q, k, head(x), 3) + ops.attention(q, k, head(x), None)
-            return ops.softcapped_cross_entropy(mixed[:, :, 0], m.lm_head.weight, y, 15.0, "mean")
+            return ops.mean_loss(m.logits, tiny.nats(ops), mixed[:, :, 0], y)
 
         trainer = mlx.Trainer(tiny.build(mlx), loss, [tiny.descent(tiny.NAMES, stack=True)])
         trainer.backward(*tiny.batch())
@@ -76,18 +77,54 @@ def test_compiled_gradients_equal_eager_ones():
         np.testing.assert_allclose(compiled[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_cross_entropy_holds_few_chunks_of_logits(mlx, monkeypatch):
+def test_random_numbers_of_a_new_pass_compile_nothing(mlx):
+    support.needs_compiler()
+    traced = []
+
+    @mx.compile
+    def drawn(passes):
+        traced.append(1)
+        with random.drawing(passes):
+            return random.uniform((3,), (4, 2))
+
+    for number in range(3):
+        assert drawn(mx.array(number, dtype=mx.uint64)).tolist() == uniform((3,), (4, 2), number).tolist()
+    assert traced == [1]
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_cross_entropy_holds_few_chunks_of_logits(mlx, monkeypatch, edited):
     if mlx.device.kind == "cuda":
         pytest.skip("CUDA's allocator also counts what is queued behind the chunk at work")
-    hidden, weight = mx.random.normal((4, 1024, 8)), mx.random.normal((1024, 8))
-    targets = mx.zeros((4, 1024), dtype=mx.int32)
-    mx.eval(hidden, weight, targets)
+    ops = mlx.ops
+
+    class Model(mlx.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = mlx.nn.Linear(8, 1024)
+
+        @ops.fusable
+        def logits(self, hidden):
+            return ops.float32(self.lm_head(hidden))
+
+        def edited(self, hidden):
+            return 2.0 * ops.float32(self.lm_head(hidden))
+
+    model = Model()
+    hidden, targets = mx.random.normal((4, 1024, 8)), mx.zeros((4, 1024), dtype=mx.int32)
+    mx.eval(hidden, targets)
+    nats, parameters = tiny.nats(ops), nn.named_parameters(model)
 
     def peak(chunk):
         monkeypatch.setattr("backends.mlx.cross_entropy.SMALLEST_CHUNK", chunk)
-        losses, before = cross_entropy.by_memory(0), mx.get_active_memory()
+        mean_loss, before = cross_entropy.by_memory(0), mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(lambda h, w: losses(h, w, targets, 15.0, "mean"), argnums=(0, 1))(hidden, weight))
+
+        def loss(hidden, weight):
+            with nn.substituted(parameters, {"lm_head.weight": weight}):
+                return mean_loss(model.edited if edited else model.logits, nats, hidden, targets)
+
+        mx.eval(mx.grad(loss, argnums=(0, 1))(hidden, parameters["lm_head.weight"].value))
         return mx.get_peak_memory() - before
 
     assert peak(2**18) < peak(2**22) / 4  # 16 chunks of logits instead of one
@@ -153,7 +190,7 @@ def test_a_precision_with_wrong_products_is_refused(mlx, isolated_home, monkeypa
         Bench, "product_error", lambda self, precision: 0.5 if precision == "bfloat16" else right(self, precision)
     )
     found = backends.load("mlx").device
-    assert found.precision == "float32"
+    assert found.precision != "bfloat16"  # which of the others is faster is the machine's to say
     assert any("bfloat16 wrong: relative error 5.0e-01" in note for note in found.notes)
     with pytest.raises(BackendError, match="can't compute in bfloat16"):
         backends.load("mlx", "bfloat16")
@@ -238,7 +275,7 @@ def test_a_batch_beyond_the_working_set_is_halved(mlx, monkeypatch, capsys):
     monkeypatch.setattr(mx, "get_peak_memory", lambda: next(peaks))
     trainer.warm_up(*tiny.batch(rows=8))
     assert "8 rows at once do not fit" in (out := capsys.readouterr().out) and "going on with 2 at a time" in out
-    assert trainer.rows_at_once == 2
+    assert list(trainer.rows_at_once.values()) == [2]
     assert mlx.warmed_up == {"compiled": trainer.compiled, "rows_at_once": 2}
     trainer.working_set = 10_000_000_000
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 1e9)

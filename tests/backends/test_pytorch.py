@@ -7,11 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounter  # noqa: E402
+
 from backends import bench, trials  # noqa: E402
 from backends.interface import BackendError  # noqa: E402
-from backends.pytorch import attention, device, runtime, trainer  # noqa: E402
+from backends.pytorch import attention, device, random, runtime, trainer  # noqa: E402
 from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends import tiny  # noqa: E402
+from tests.backends.reference import uniform  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
 
 
@@ -96,6 +99,47 @@ def test_every_implementation_agrees_with_the_definition(backend, monkeypatch, n
     q, k, v = (torch.randn(2, 600, heads, 16) for heads in (4, 2, 2))
     found = attention.IMPLEMENTATIONS[name](q, k, v, window)
     assert torch.allclose(found, attention.reference(q, k, v, window), atol=1e-5)
+
+
+def test_random_numbers_of_a_new_pass_compile_nothing(backend):
+    counter, passes = CompileCounter(), random.counter()
+    drawn = torch.compile(lambda: random.uniform((3,), (4, 2)), backend=counter, fullgraph=True)
+    with random.drawing(passes):
+        for number in range(3):
+            assert drawn().tolist() == uniform((3,), (4, 2), number).tolist()
+            passes += 1
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "window, head, trained, flex",
+    [(None, 64, False, True), (100, 128, False, True), (None, 48, False, False), (None, 64, True, False)],
+)
+def test_modified_attention_compiled_for_a_gpu(monkeypatch, window, head, trained, flex):
+    opened("sdpa", "float32", compiled=True)
+    calls = []
+    monkeypatch.setattr(attention, "_flex", lambda *a, f=attention._flex: calls.append(1) or f(*a))
+    documents = (torch.rand(2, 600, device="cuda") < 0.02).cumsum(1)
+    inputs = [torch.randn(2, 600, heads, head, device="cuda") for heads in (4, 2, 2)] + [
+        torch.randn(4, 50, device="cuda")
+    ]
+    upstream = torch.randn(2, 600, 4, head, device="cuda")
+
+    def results(function):
+        leaves = [x.clone().requires_grad_() for x in inputs[: 3 + trained]]
+        out = function(*leaves, *inputs[3 + trained :])
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    def call(q, k, v, bias):
+        return attention.modified(q, k, v, window, 5.0, bias, documents)
+
+    wanted = results(call)  # by blocks, which test_ops compares with the definition; makes the masks
+    assert not calls
+    found = results(torch.compile(call, fullgraph=True, dynamic=False))
+    assert bool(calls) == flex
+    for one, right in zip(found, wanted):
+        assert (one - right).norm() < 2e-3 * right.norm()  # products in TF32
 
 
 def test_a_trial_is_remembered_and_survives_a_damaged_file(tmp_path, monkeypatch):

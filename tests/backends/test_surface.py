@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.interface import NN, OPS
+from backends.operations import NN, OPERATIONS, OPS
 from backends.surface import FRAMEWORKS, INSTEAD, check, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +25,19 @@ ROOT = Path(__file__).resolve().parents[2]
         ("y = nn.ModulList([])", "nn.ModulList", "nn.ModuleList"),
         ("y = ops.mean(x, dim=-1)", "ops.mean(..., dim=...)", "axis="),
         ("y = ops.sum(x, axis=-1, keepdim=True)", "ops.sum(..., keepdim=...)", "keepdims="),
+        ("y = ops.std(x, -1, 0)", "ops.std with 3 arguments by position", "ops.std(x, /, *, axis=None"),
+        ("y = ops.expand_dims(x, -1)", "ops.expand_dims with 2 arguments by position", "axis=...: ops.expand_dims("),
+        ("y = ops.take(x, g)", "ops.take without axis", "ops.take(x, indices, /, *, axis)"),
+        ("y = ops.rope(x)", "ops.rope without base", "ops.rope(x, /, base)"),
+        ("y = ops.sort(x, descend=True)", "ops.sort(..., descend=...)", "descending="),
+        ("y = ops.abs(x, whatever=1)", "ops.abs(..., whatever=...)", "ops.abs(x, /)"),
+        ("y = x.roll(1)", "x.roll(...)", "ops.roll"),
+        ("y = x.logsumexp(-1)", "x.logsumexp(...)", "ops.logsumexp"),
+        ("y = x[..., ::-1]", "x[..., ::-1]", "ops.flip"),
+        ("import importlib", "import importlib", "a plain import"),
+        ("m = __import__(name)", "__import__(...)", "a plain import"),
+        ("import random", "import random", "ops.dropout"),
+        ("from random import random", "from random import random", "ops.dropout"),
         ("y = self.c_q(x).view(B, T)", "self.c_q(x).view(...)", "x.reshape"),
         ("y = x.mean(-1, keepdim=True)", "x.mean(...)", "ops.mean"),
         ("y = x.square().sum()", "x.square().sum(...)", "ops.sum"),
@@ -48,6 +61,28 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_reports(line, found, use):
     advice = {problem.found: problem.use for problem in check(f"def f(self, x, g, model, loss, n):\n    {line}\n")}
     assert use in advice[found]
+
+
+@pytest.mark.parametrize("constant", ["np.arange(n)", "TABLE"])
+def test_an_array_of_numpys_in_a_modules_arithmetic(constant):
+    source = f"""
+import numpy as np
+TABLE = np.ones(3)
+def initial(n, scale):
+    return scale * {constant}
+class Block(nn.Module):
+    def forward(self, x, n):
+        return x * np.sqrt(3) + x * {constant}
+"""
+    problems = check(source)
+    assert [(problem.line, problem.found) for problem in problems] == [(8, f"x * {constant}")]
+    assert f"ops.asarray({constant})" in problems[0].use
+
+
+def test_what_stands_behind_a_star_is_unknown():
+    assert (
+        check("y = ops.take(*x); z = ops.take(x, i, **k); w = ops.einsum('ij,j', x, y); v = ops.rope(x, base=1)") == []
+    )
 
 
 def test_a_name_counts_as_numpys_only_where_it_is_bound_to_it():
@@ -122,6 +157,14 @@ def test_advice_names_ops_that_exist():
 
 def test_every_backend_has_the_nn_names(backend):
     assert [name for name in NN if not hasattr(backend.nn, name)] == []
+
+
+def test_the_page_shows_every_operation_and_module(capsys):
+    assert main([]) == 0
+    page = capsys.readouterr().out
+    assert all(f"\n{name}(" in page for name in OPERATIONS)
+    assert all(f"\n{name}" in page for name in NN)
+    assert max(map(len, page.splitlines())) <= 120 and len(page.splitlines()) < 150
 
 
 @pytest.mark.parametrize(

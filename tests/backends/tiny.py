@@ -74,8 +74,9 @@ def build(backend, seed: int = 1, deviation: float = 0.1):
                 x = block((1 + self.scale[i]) * x, value_embedding, WINDOW if i == 0 else None)
             return ops.rms_norm(x)
 
-        def forward(self, tokens):
-            return SOFTCAP * ops.tanh(self.lm_head(self.hidden(tokens)) / SOFTCAP)
+        @ops.fusable
+        def logits(self, hidden):
+            return SOFTCAP * ops.tanh(ops.float32(self.lm_head(hidden)) / SOFTCAP)
 
     model = Model()
     rng = np.random.default_rng(seed)
@@ -86,11 +87,21 @@ def build(backend, seed: int = 1, deviation: float = 0.1):
     return model
 
 
+def nats(ops):
+    """The loss of each token, as `train.py` has it."""
+
+    @ops.fusable
+    def token_losses(logits, targets):
+        right = ops.take_along_axis(logits, ops.expand_dims(targets, axis=-1), axis=-1)
+        return ops.logsumexp(logits, axis=-1) - ops.squeeze(right, axis=-1)
+
+    return token_losses
+
+
 def loss(backend):
     """The model's training loss, for a Trainer."""
-    return lambda model, x, y: backend.ops.softcapped_cross_entropy(
-        model.hidden(x), model.lm_head.weight, y, SOFTCAP, "mean"
-    )
+    token_losses = nats(backend.ops)
+    return lambda model, x, y: backend.ops.mean_loss(model.logits, token_losses, model.hidden(x), y)
 
 
 def batch(rows: int = 4, length: int = 12, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
