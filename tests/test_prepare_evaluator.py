@@ -19,6 +19,7 @@ import storage
 
 from prepare import Clock, Diverged, Invalid, Loader, evaluate_bpb, report
 from results import BY_NAME
+from results import MEASURES
 from storage import DataError
 
 
@@ -482,8 +483,10 @@ def test_report(run, tiny_data, result, capsys):
     bpb = evaluate_bpb(backend, model, tiny_data, clock=clock)
     facts = report(clock, num_params=11_500_000, flops_per_token=1000, depth=4, seed=3)
     lines = capsys.readouterr().out.splitlines()
-    keys = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M
-    depth device backend profile eval data tokens_per_second val_rows epochs speed budget_seconds seed""".split()
+    keys = [*(measure.name for measure in MEASURES if measure.summary), "budget_seconds", "seed"]
+    original = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M
+    depth""".split()
+    assert keys[: len(original)] == original
     block = [line for line in lines if not line.startswith("note: ")]
     assert block[0] == "---" and [line.split(":")[0] for line in block[1:]] == keys
     assert lines[: len(block)] == block, "notes come last"
