@@ -107,8 +107,9 @@ def _command(folder: Path, *arguments: str, **environment: str) -> None:
 def tried(profile: dict, session: Session | None = None) -> dict:
     """What is told of a machine: what it is, what it chose, how fast it was, and how the session went."""
     settings, machine = profiles.settings(profile), profile["machine"]
-    sizes = settings.depth, settings.device_batch_size
-    rates = [trial.rate for trial in profiles.completed(profile) if (trial.depth, trial.rows) == sizes]
+    # At the chosen batch; where that was cut down to suit the total batch, at those tried with this depth.
+    trials = [trial for trial in profiles.completed(profile) if trial.depth == settings.depth]
+    chosen = [trial for trial in trials if trial.rows == settings.device_batch_size] or trials
     facts = {
         "device": profile["device"],
         "name": machine["name"],
@@ -120,7 +121,7 @@ def tried(profile: dict, session: Session | None = None) -> dict:
         "precision": settings.precision,
         "attention": settings.attention["full"],
         "depth": settings.depth,
-        "tokens_per_second": round(max(rates, default=0.0)),
+        "tokens_per_second": round(max(trial.rate for trial in chosen)),
     }
     if session is None:
         return facts

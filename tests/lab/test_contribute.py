@@ -84,3 +84,10 @@ def test_the_readme_has_the_table():
     assert f"\n\n{contribute.table()}\n\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     given = {path.name for path in contribute.TRIED.glob("*.json")}
     assert given <= {path.name for path in contribute.PROFILES.glob("*.json")}
+
+
+def test_a_batch_that_was_not_tried_itself_has_the_speed_of_its_depth():
+    settings = exports.PROFILE["settings"]
+    other = exports.PROFILE | {"settings": settings | {"device_batch_size": 7 * settings["device_batch_size"]}}
+    rates = [trial.rate for trial in profiles.completed(other) if trial.depth == settings["depth"]]
+    assert contribute.tried(other)["tokens_per_second"] == round(max(rates)) > 0
