@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     start = command("start", "begin a session: branch, judge, baseline", wait=True)
     start("tag", "its name, the date say", "TAG")
     start(*unsandboxed, action="store_true")
-    start("--baseline-runs", "seeds of the baseline (default 3)", **seeds)
+    start("--baseline-runs", "seeds of the baseline (default 3)", default=3, **seeds)
 
     run = command("run", "take train.py, run it, decide, keep or revert, record", wait=True)
     run("-m --message", "what was changed, and why", "TEXT")
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     night("--notify", "gets a line on its input, and as $LAB_MESSAGE, at a new best and at trouble", "COMMAND")
     night("--tag", "of the session that is begun if there is none (default: the date)")
     night("--dataset", "for it (default: the one prepared last, or climbmix)", "NAME")
-    night("--baseline-runs", "seeds of its baseline (default 3)", **seeds)
+    night("--baseline-runs", "seeds of its baseline (default 3)", default=3, **seeds)
     night(*unsandboxed, action="store_true")
     night("--plan", "only tell what it will take", action="store_true")
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)

@@ -6,16 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import storage
 from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
-from lab.session.repository import Repository, here
 from lab.session.locks import refuse_if_busy
+from lab.session.repository import here
 from lab.session.session import PREFIX, Session
 from lab.session.state import Experiment
 from lab.untrusted import counted
@@ -36,14 +34,13 @@ TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 def do_start(options) -> int:
     from backends.interface import BackendError
-    from lab.session.start import BASELINE_RUNS, start
+    from lab.session.start import start
 
     def say(text):
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    runs = BASELINE_RUNS if options.baseline_runs is None else options.baseline_runs
     try:
-        session = start(Path.cwd(), options.tag, options.unsandboxed, runs, say)
+        session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say)
     except BackendError as error:
         raise LabError(str(error)) from error
     say(
@@ -143,27 +140,13 @@ def before_night(options) -> bool:
 
     if options.planned is not None:
         return True
-    if not options.plan:
-        _recover_turn(Repository(Path.cwd()))
     planned = plan.plan(Path.cwd(), options)
-    with limits.awake() as planned.awake:
-        print(*plan.tell(planned), sep="\n", flush=True)
+    with limits.awake() as awake:
+        print(*plan.tell(planned, awake), sep="\n", flush=True)
         if not options.plan:
             plan.provide(planned, options, lambda text: print(text, flush=True))
     options.planned = planned.deadline or 0.0
     return not options.plan
-
-
-def _recover_turn(repository: Repository) -> None:
-    """Puts HEAD back where a night was killed while its agent had another branch checked out."""
-    from lab.night import agent
-
-    for record in (storage.home() / "sessions").glob(f"*/*/{agent.RECORD}"):
-        with suppress(LabError):  # made by another version, say
-            session = Session(record.parent)
-            if session.local.repository == str(repository.path) and not session.owned_by_night:
-                for text in agent.recover(session):
-                    print(f"the agent {text}")
 
 
 def do_night(session: Session, options) -> int:

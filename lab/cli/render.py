@@ -8,11 +8,11 @@ import msgspec
 
 from lab import untrusted
 from lab.session.session import Session
-from lab.session.state import BESIDE, Experiment, Run, State
+from lab.session.state import Experiment, Run
 from lab.untrusted import counted
 from lab.verdict import gate, near_misses
 from lab.verdict.opening import said_of_held
-from lab.verdict.plan import account_of, noise_of
+from lab.verdict.plan import account_of, noise_of, said_of_noise
 from results import MEASURES
 
 RECENT = 10  # experiments that status shows
@@ -102,7 +102,7 @@ def block(session: Session, experiment: Experiment) -> str:
         elif value is not None:
             lines.append(f"  {measure.column:<17} {value:,.6g}")
     if experiment is best and experiment.kind == "baseline":
-        lines.append(f"  noise             {noise_line(session.state)}")
+        lines.append(f"  noise             {said_of_noise(session.state)}")
     if best:
         score = session.state.mean(best) or 0.0
         lines.append(f"  best              {score:.6f}, experiment {best.number}, commit {best.here[:7]}")
@@ -111,16 +111,6 @@ def block(session: Session, experiment: Experiment) -> str:
     lines += [f"  {known['left_alone']}"] if "left_alone" in known else []
     lines += ["", known["traceback"]] if "traceback" in known else []
     return "\n".join(lines)
-
-
-def noise_line(state: State) -> str:
-    """How far chance moves val_bpb, and what can be seen all the same."""
-    noise = noise_of(state)
-    smallest = gate.smallest_detectable(noise, account_of(state))
-    return (
-        f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
-        f"{smallest:.6f} to be kept four times in five"
-    )
 
 
 # --- What is under way ---
@@ -147,7 +137,7 @@ def paused(session: Session) -> str:
 
 def progress_facts(session: Session, experiment: Experiment) -> dict:
     """How an experiment under way stands; seconds_left is of the run that is on now."""
-    now = next((run for run in reversed(experiment.runs) if run.ended is None), None)
+    now = experiment.run_under_way
     known = {
         "experiment": experiment.number,
         "status": "running",
@@ -179,12 +169,6 @@ def progress(session: Session, experiment: Experiment) -> str:
 
 
 # --- The session ---
-
-
-def decided_tonight(state: State, first: int) -> tuple[int, int]:
-    """(experiments that were decided on since the night's `first`, how many of them were kept)."""
-    tried = [e for e in state.decided if e.number >= max(1, first)]
-    return len(tried), sum(e.status == "keep" and e.kind not in BESIDE for e in tried)
 
 
 def status_facts(session: Session) -> dict:
@@ -253,7 +237,7 @@ def status(session: Session) -> str:
         lines += [
             f"best {best['val_bpb']:.6f} (experiment {best['experiment']}, commit {best['commit']}, mean of "
             f"{best['runs']}); baseline {known['baseline']:.6f}",
-            f"noise {noise_line(state)}",
+            f"noise {said_of_noise(state)}",
         ]
     if known["crashes_in_a_row"] > 1:
         lines.append(f"the last {known['crashes_in_a_row']} experiments crashed")

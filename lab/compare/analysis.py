@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from dataclasses import asdict
 from functools import cached_property
 
 from lab.compare import effects
@@ -18,20 +18,6 @@ from lab.verdict import gate
 FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
 STARTED = "device backend source".split()
 DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
-
-
-@dataclass
-class Spent:
-    """Seconds of an experiment's runs: training of its own train.py and of others' beside it, and what runs took apart
-    from training (start, compilation, evaluation)."""
-
-    own: float = 0.0
-    beside: float = 0.0
-    around: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.own + self.beside + self.around
 
 
 class Analysis:
@@ -67,18 +53,14 @@ class Analysis:
         usual = {number: [run for run in runs if self._usual(run)] for number, runs in self.runs.items()}
         tags = Counter(_eval(run) for runs in usual.values() for run in runs)
         self.eval = tags.most_common(1)[0][0] if tags else self.started.eval
-        self.counted = {
-            number: [run for run in runs if _eval(run) == self.eval]
-            if self.experiments[number].status in ("keep", "discard")
-            else []
-            for number, runs in usual.items()
-        }
+        self.counted: dict[int, list[Run]] = {number: [] for number in self.experiments}
+        for number, runs in usual.items():
+            if self.experiments[number].status in ("keep", "discard"):
+                self.counted[number] = [run for run in runs if _eval(run) == self.eval]
         self.judged = {n: [run for run in runs if not self.confirms(run)] for n, runs in self.counted.items()}
         self.scores = {n: statistics.fmean(run.bpb for run in runs) for n, runs in self.judged.items() if runs}
-        self.steps = [
-            e for n, e in self.experiments.items() if e.status == "keep" and e.kind != "replay" and n in self.scores
-        ]
-
+        kept = [e for e in self.experiments.values() if e.status == "keep" and e.kind != "replay"]
+        self.steps = [experiment for experiment in kept if experiment.number in self.scores]
         self.tried = [experiment for experiment in self.experiments.values() if experiment.number != BASELINE]
         self.counts = Counter(experiment.status for experiment in self.tried)
         self.best = self.steps[-1] if self.steps else None
@@ -115,11 +97,8 @@ class Analysis:
         """Of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
         from calibration.noise import expected  # here, as the rest of calibration is large
 
-        groups = [
-            [run.bpb for run in runs if run.budget == self.budget]
-            for number, runs in self.runs.items()
-            if self.experiments[number].status != "invalid"
-        ]
+        believed = [runs for number, runs in self.runs.items() if self.experiments[number].status != "invalid"]
+        groups = [[run.bpb for run in runs if run.budget == self.budget] for runs in believed]
         first = next(iter(self.runs.get(BASELINE, ())), None)
         tokens = first and quantity(first, "tokens")
         if first is None or not tokens or not any(len(group) > 1 for group in groups):
@@ -132,12 +111,9 @@ class Analysis:
 
     def step(self, experiment: Experiment, relative: bool = False) -> float | None:
         """val_bpb minus the parent's, as the session saw them: below 0 is better. relative: to the parent's."""
-        score, before = (
-            self.scores.get(experiment.number),
-            self.scores.get(-1 if experiment.onto is None else experiment.onto),
-        )
-        if score is None or before is None:
+        if experiment.onto not in self.scores or experiment.number not in self.scores:
             return None
+        score, before = self.scores[experiment.number], self.scores[experiment.onto]
         return (score - before) / before if relative else score - before
 
     def effect(self, experiment: Experiment) -> Effect | None:
@@ -155,9 +131,8 @@ class Analysis:
         since = [run for run in others if run.experiment > after]
         sure = self.noise is not None and bool(later and since)
         own, others = (later, since) if sure else (own, others)
-        effect = effects.between(own, others, self.noise)
-        flattered = self.noise is not None and not sure
-        return replace(effect, flattered=flattered, known=bool(experiment.origin) or picked, picked=picked)
+        flattered, known = self.noise is not None and not sure, bool(experiment.origin) or picked
+        return effects.between(own, others, self.noise, flattered=flattered, known=known, picked=picked)
 
     # --- The session as a whole ---
 
@@ -206,9 +181,7 @@ class Analysis:
     def notes(self) -> list[str]:
         """What a reader should know."""
         lengths = Counter(run.budget for runs in self.runs.values() for run in runs if not self._usual(run))
-        notes = [
-            f"{n} runs of {seconds:g} s instead of {self.budget:g} s are left out" for seconds, n in lengths.items()
-        ]
+        notes = [f"{n} runs of {length:g} s instead of {self.budget:g} s are left out" for length, n in lengths.items()]
         return list(dict.fromkeys([*self.record.notes, *self.started.notes, *notes]))
 
     def facts(self) -> dict:
@@ -223,38 +196,24 @@ class Analysis:
         confirmed, noise = (value and asdict(value) for value in (self.confirmed, self.noise))
         return facts | {"confirmed": confirmed, "confirmation": said, "noise": noise}
 
-    # --- Time ---
-
-    @cached_property
-    def spent(self) -> dict[int, Spent]:
-        """By the experiment that scored runs were made for, confirmations too."""
-        spent: dict[int, Spent] = {}
+    @property
+    def shares(self) -> dict[str, float]:
+        """Hours by what the session's time went to."""
+        seconds: defaultdict[str, float] = defaultdict(float)
         for number, runs in self.runs.items():
             for run in runs:
                 if run.budget is None or not run.seconds:
                     continue
-                part = spent.setdefault(run.experiment, Spent())
                 trained = min(run.budget, run.seconds)
-                part.around += run.seconds - trained
-                if run.experiment == number:
-                    part.own += trained
-                else:
-                    part.beside += trained
-        return dict(sorted(spent.items()))
-
-    @property
-    def shares(self) -> list[tuple[str, float]]:
-        """(what, hours): where the session's time went."""
-        judging = [s for number, s in self.spent.items() if self.state.experiments[number].kind != "confirm"]
-        used = sum(spent.total for spent in self.spent.values())
-        seconds = {
-            "training the changes": sum(spent.own for spent in judging),
-            "training again: parents beside them, further runs": sum(spent.beside for spent in judging),
-            "start, compilation and evaluation of runs": sum(spent.around for spent in judging),
-            "confirmations": used - sum(spent.total for spent in judging),
-            "between runs, crashed runs, thinking": (self.hours or 0.0) * 3600 - used,
-        }
-        return [(what, amount / 3600) for what, amount in seconds.items() if amount > 1e-6]
+                if self.confirms(run):
+                    seconds["confirmations"] += run.seconds
+                    continue
+                again = "training again: parents beside them, further runs"
+                seconds["training the changes" if run.experiment == number else again] += trained
+                seconds["start, compilation and evaluation of runs"] += run.seconds - trained
+        if self.hours:
+            seconds["between runs, crashed runs, thinking"] = self.hours * 3600 - sum(seconds.values())
+        return {what: amount / 3600 for what, amount in seconds.items() if amount > 1e-6}
 
 
 def chosen(experiment: Experiment) -> bool:

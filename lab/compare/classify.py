@@ -33,6 +33,7 @@ with its interval, which stands by itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from lab.compare.effects import Effect, quantile, satterthwaite
 from lab.verdict.gate import t_tail
@@ -52,27 +53,27 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
     if target.error is None or source.error is None:
         where = "here" if target.error is None else "where it was found"
         return OPEN, f"{NO_RUNS[0]}: nothing was repeated {where}", None
-    if source.flattered:
-        if not source.picked:  # and no replay takes it, which could measure it
-            return OPEN, NO_RUNS[1], None
-        return OPEN, "not measured since it was selected", _asked(0, _to_be_real(source))
-    if not real(source):
-        return OPEN, "may be chance where it was found", _asked(0, _to_be_real(source))
+    if source.flattered and not source.picked:  # no replay takes it, which could measure it
+        return OPEN, NO_RUNS[1], None
+    if source.flattered or not real(source):
+        why = "not measured since it was selected" if source.flattered else "may be chance where it was found"
+        return OPEN, why, _asked(0, _to_be_real(source))
     if target.flattered:
         return OPEN, "its parent here flatters itself: replay --each", _asked(*_to_tell(source, target))
     sign = math.copysign(1, source.value)
     t, s = sign * target.value, abs(source.value)
+    share = f"{t / s:+.0%} of the effect where it was found"
     if t_tail(-t / target.error, target.df) <= LEVEL / 2:
-        return REVERSES, f"{_share(t, s)} of the effect where it was found", None
+        return REVERSES, share, None
     gap, error, df = _gap(source, target)
-    if t_tail(-gap / error, df) <= LEVEL:
-        if t >= -HALF * s:
-            return FADES, f"{_share(t, s)} of the effect where it was found", None
-        return OPEN, "it fades or reverses", _asked(*_to_tell(source, target))
+    less = t_tail(-gap / error, df) <= LEVEL
     same = t_tail(t / target.error, target.df) <= LEVEL / 2
-    if same and t >= HALF * s:
-        return HOLDS, f"{_share(t, s)} of the effect where it was found", None
-    return OPEN, "the same way, how far is open" if same else "may be chance here", _asked(*_to_tell(source, target))
+    if less and t >= -HALF * s:
+        return FADES, share, None
+    if same and not less and t >= HALF * s:
+        return HOLDS, share, None
+    why = "it fades or reverses" if less else "the same way, how far is open" if same else "may be chance here"
+    return OPEN, why, _asked(*_to_tell(source, target))
 
 
 def real(effect: Effect) -> bool:
@@ -85,13 +86,9 @@ def real(effect: Effect) -> bool:
 
 def _gap(source: Effect, target: Effect) -> tuple[float, float, int]:
     """t - s/2, with s above 0; its standard error, and degrees of freedom."""
-    parts = [(target.variance, target.df), (HALF**2 * source.variance, source.df)]
+    parts = [(target.variance, target.df), _half(source)]
     gap = math.copysign(1, source.value) * target.value - HALF * abs(source.value)
     return gap, math.sqrt(math.fsum(v for v, _ in parts)), satterthwaite(parts)
-
-
-def _share(t: float, s: float) -> str:
-    return f"{t / s:+.0%}"
 
 
 # --- How many more runs ---
@@ -107,46 +104,57 @@ def _after(effect: Effect, n: int) -> tuple[float, int]:
     return 1 / (known + n / (2 * effect.noise**2)), effect.df + 2 * n
 
 
+def _fewest(told: Callable[[int], bool], least: int = 1) -> int | None:
+    """The smallest number of further runs that would tell."""
+    return next((n for n in range(least, MOST + 1) if told(n)), None)
+
+
+def _shows(size: float, parts: list[tuple[float, int]], level: float) -> bool:
+    """Whether an effect of a size probably stands out of chance: of (variance, degrees of freedom), which add up."""
+    error = math.sqrt(math.fsum(variance for variance, _ in parts))
+    return size / error >= quantile(level, satterthwaite(parts)) + POWER_Z
+
+
 def _to_be_real(source: Effect) -> int | None:
     """Further runs that would probably show a source's effect, if it is about as large as it looks."""
     if source.known and source.value >= 0:
         return None
     size = abs(source.value) * (SHRUNK if source.flattered else 1)
     level = LEVEL if source.known or source.flattered else LEVEL / 2
-    for n in range(1, MOST + 1):
-        variance, df = _after(source, n)
-        if size / math.sqrt(variance) >= quantile(level, df) + POWER_Z:
-            return n
-    return None
+    return _fewest(lambda n: _shows(size, [_after(source, n)], level))
+
+
+def _half(source: Effect, more: int = 0) -> tuple[float, int]:
+    """(variance, degrees of freedom) of half of a source's effect, after so many more runs."""
+    variance, df = _after(source, more) if more else (source.variance, source.df)
+    return HALF**2 * variance, df
 
 
 def _to_tell(source: Effect, target: Effect) -> tuple[int | None, int | None]:
     """(here, at the source) further runs that would probably tell an effect as large as the source's from none: here
     alone if that can do, else in both. Where those that there are should have told, it may be half of the source's."""
-    s = abs(source.value)
+    size = abs(source.value)
     for both in (0, 1):
-        for n in range(int(target.flattered), MOST + 1):
-            (here, df), (there, its) = _after(target, n), _after(source, n) if both else (source.variance, source.df)
-            shown = s / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
-            parts = [(here, df), (HALF**2 * there, its)]
-            gone = HALF * s / math.sqrt(here + HALF**2 * there)
-            if shown and gone >= quantile(LEVEL, satterthwaite(parts)) + POWER_Z:
-                return (n, n * both) if n else (_near_half(source, target), 0)
+
+        def told(n: int, both: int = both) -> bool:
+            here = _after(target, n)
+            return _shows(size, [here], LEVEL / 2) and _shows(HALF * size, [here, _half(source, n * both)], LEVEL)
+
+        n = _fewest(told, int(target.flattered))
+        if n is not None:
+            return (n, n * both) if n else (_near_half(source, target), 0)
     return None, None
 
 
 def _near_half(source: Effect, target: Effect) -> int | None:
     """Further runs here that would probably tell, if the effect here is what it seems."""
-    gap = abs(_gap(source, target)[0])
-    for n in range(1, MOST + 1):
-        here, df = _after(target, n)
-        parts = [(here, df), (HALF**2 * source.variance, source.df)]
-        error = math.sqrt(math.fsum(variance for variance, _ in parts))
-        if abs(target.value) >= HALF * abs(source.value):  # which way it goes is to be shown, and the rest to be seen
-            way = abs(target.value) / math.sqrt(here) >= quantile(LEVEL / 2, df) + POWER_Z
-            told = way and gap / error >= POWER_Z
-        else:
-            told = gap / error >= quantile(LEVEL, satterthwaite(parts)) + POWER_Z
-        if told:
-            return n
-    return None
+    size, gap = abs(target.value), abs(_gap(source, target)[0])
+
+    def told(n: int) -> bool:
+        here, half = _after(target, n), _half(source)
+        if size < HALF * abs(source.value):
+            return _shows(gap, [here, half], LEVEL)
+        # Which way it goes is to be shown, and the rest to be seen.
+        return _shows(size, [here], LEVEL / 2) and gap / math.sqrt(here[0] + half[0]) >= POWER_Z
+
+    return _fewest(told)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-from lab.compare import agreement, classify, effects, words
+from lab.compare import classify, effects, words
 from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
 from lab.errors import LabError
-from lab.genome import kinds
+from lab.genome.kinds import KINDS
 from lab.session.events import Interval
 from lab.session.record import Record
 from lab.session.state import Experiment
@@ -33,24 +33,24 @@ class Cell:
     """A change in one place.
 
     Attributes:
-        tried: "DEVICE/TAG #NUMBER STATUS" of each experiment with it there. sessions: their names.
-        verdict: "source" where it comes from; elsewhere "holds", "fades", "reverses" or "can't be told"; "" if nothing
-            is known of its source, or it has no score here.
+        tried: "DEVICE/TAG #NUMBER STATUS" of each experiment with it there. session: the first one's.
+        description: the first one's.
+        verdict: "source" where it comes from; elsewhere one of classify.CLASSES; "" if nothing is known of its source,
+            or it has no score here.
         why: a sentence.
         more: further runs, of the change and of its parent each, that would probably tell: {"here": 3, "source": 0};
             None if nothing is missing, or nothing that can be run would tell.
-        due: "more tokens", "fewer tokens, better per token" and the like; "" where it is not known.
-        description: the first one's here.
+        due: see effects.due.
     """
 
     effect: Effect | None
     tried: list[str]
-    sessions: list[str]
+    session: str
+    description: str
     verdict: str = ""
     why: str = ""
     more: dict[str, int] | None = None
     due: str = ""
-    description: str = ""
 
 
 @dataclass
@@ -75,11 +75,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two places agree on the changes that both measured.
+    """How far two places agree on the changes that both measured. Noise lowers both figures: between two identical
+    devices with one run each, a quarter of what is kept seems to reverse (benchmarks/compare.py). The intervals say how
+    few changes there are, not how noisy each one is.
 
     Attributes:
-        same: of `n` changes have effects of the same sign; share, with its 90 % interval (Wilson).
-        rho: Spearman's, with its 90 % interval; None with fewer than 4 changes.
+        same: of `n` changes have effects of the same sign; share, with its 90 % interval.
+        rho: Spearman's, with its 90 % interval; None with too few changes.
         flattered: how many of the effects rest on runs that the change was chosen for.
         joined: as of the changes.
     """
@@ -121,7 +123,7 @@ class Comparison:
     changes: list[Shared]
     agreements: list[Agreement]
     kinds: list[Paid]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     @property
     def shared(self) -> list[Shared]:
@@ -146,16 +148,6 @@ class Attempt(NamedTuple):
         return self.session.place
 
 
-def tally(changes: list[Shared]) -> dict[tuple[str, str], Counter]:
-    """(source, place) -> how often each class was found there."""
-    counts: dict[tuple[str, str], Counter] = {}
-    for change in changes:
-        for place, cell in change.cells.items():
-            if change.source and cell.verdict in classify.CLASSES:
-                counts.setdefault((change.source, place), Counter())[cell.verdict] += 1
-    return counts
-
-
 def compare(records: list[Record]) -> Comparison:
     """What the sessions say together.
 
@@ -173,25 +165,12 @@ def of_analyses(analyses: list[Analysis]) -> Comparison:
         raise LabError(f"{twice[0]} is there twice: leave one of them out, or rename a bare ledger's file")
     _name_places(analyses)
     attempts = [Attempt(analysis, experiment) for analysis in analyses for experiment in analysis.tried]
-    changes = _by_id(attempts) + _by_family(attempts) + _by_words(analyses, attempts)
+    changes = _by_id(attempts) + _by_family(attempts) + _by_words(attempts)
     changes.sort(key=lambda change: len(change.cells) < 2)
-    labels = list(dict.fromkeys(analysis.place for analysis in analyses))
-    return Comparison(
-        labels,
-        analyses,
-        changes,
-        [
-            agreed
-            for joined in JOINED
-            for pair in combinations(labels, 2)
-            if (agreed := _agreement(*pair, [c for c in changes if c.joined == joined], joined))
-        ],
-        paid(analyses),
-        _notes(analyses),
-    )
-
-
-# --- Places ---
+    places = list(dict.fromkeys(analysis.place for analysis in analyses))
+    pairs = [(*pair, joined) for joined in JOINED for pair in combinations(places, 2)]
+    agreements = [agreed for pair in pairs if (agreed := _agreement(changes, *pair))]
+    return Comparison(places, analyses, changes, agreements, paid(analyses), _notes(analyses))
 
 
 def _name_places(analyses: list[Analysis]) -> None:
@@ -218,15 +197,19 @@ def _notes(analyses: list[Analysis]) -> list[str]:
 
 
 def _by_id(attempts: list[Attempt]) -> list[Shared]:
-    """Those whose id is known, joined by it."""
+    """Those whose id is known, joined by it, and judged where it is known where they come from."""
     changes = []
-    for key, same in _grouped(attempts, lambda attempt: attempt.experiment.key).items():
+    for same in _grouped(attempts, lambda attempt: attempt.experiment.key).values():
         source = _source(same)
-        change = _shared(key, CHANGE, same, source or same[0])
-        if source:
-            change.source = source.place
-            _judge(change.cells, source.place)
+        change = _shared(CHANGE, same, source or same[0])
         changes.append(change)
+        if source is None:
+            continue
+        change.source = source.place
+        change.cells[source.place].verdict, effect = SOURCE, change.cells[source.place].effect
+        for place, cell in change.cells.items():
+            if place != source.place and cell.effect and effect:
+                cell.verdict, cell.why, cell.more = classify.classify(effect, cell.effect)
     return changes
 
 
@@ -234,28 +217,22 @@ def _by_family(attempts: list[Attempt]) -> list[Shared]:
     """Those with one family in places where no one id joins them."""
     changes = []
     for same in _grouped(attempts, lambda attempt: attempt.experiment.family).values():
-        keys: dict[str, set[str]] = {}
-        for attempt in same:
-            keys.setdefault(attempt.place, set()).add(attempt.experiment.key)
-        if any(not keys[one] & keys[other] for one, other in combinations(keys, 2)):
-            changes.append(_shared(same[0].experiment.key, FAMILY, same, same[0]))
+        places = _grouped(same, lambda attempt: attempt.place).values()
+        keys = [{attempt.experiment.key for attempt in there} for there in places]
+        if any(one.isdisjoint(other) for one, other in combinations(keys, 2)):
+            changes.append(_shared(FAMILY, same, same[0]))
     return changes
 
 
-def _by_words(analyses: list[Analysis], attempts: list[Attempt]) -> list[Shared]:
+def _by_words(attempts: list[Attempt]) -> list[Shared]:
     """Pairs of changes that are probably one, as far as words tell: where one of two sessions has nothing else."""
-    by_session = _grouped(attempts, lambda attempt: attempt.session.name)
     changes = []
-    for one, other in combinations([by_session.get(analysis.name, []) for analysis in analyses], 2):
-        if not one or not other or one[0].place == other[0].place:
-            continue
-        if all(attempt.experiment.key for attempt in (*one, *other)):
+    for one, other in combinations(_grouped(attempts, lambda attempt: attempt.session.name).values(), 2):
+        if one[0].place == other[0].place or all(attempt.experiment.key for attempt in (*one, *other)):
             continue
         descriptions = ([attempt.experiment.description for attempt in side] for side in (one, other))
-        for i, j in words.matches(*descriptions):
-            pair, ids = [one[i], other[j]], [one[i].experiment.key, other[j].experiment.key]
-            if not all(ids):
-                changes.append(_shared(ids[0] or ids[1], WORDS, pair, pair[0]))
+        pairs = [(one[i], other[j]) for i, j in words.matches(*descriptions)]
+        changes += [_shared(WORDS, [*pair], pair[0]) for pair in pairs if not all(a.experiment.key for a in pair)]
     return changes
 
 
@@ -268,9 +245,10 @@ def _grouped(attempts: list[Attempt], key: Callable[[Attempt], str]) -> dict[str
     return groups
 
 
-def _shared(key: str, joined: str, attempts: list[Attempt], named: Attempt) -> Shared:
+def _shared(joined: str, attempts: list[Attempt], named: Attempt) -> Shared:
     """A change from all experiments with it, called as in one of them."""
     cells = {place: _cell(tried) for place, tried in _grouped(attempts, lambda attempt: attempt.place).items()}
+    key = next((attempt.experiment.key for attempt in attempts if attempt.experiment.key), "")
     return Shared(key, named.experiment.description, kind_of(named.experiment), joined, "", cells)
 
 
@@ -287,58 +265,38 @@ def _source(attempts: list[Attempt]) -> Attempt | None:
 
 
 def _cell(attempts: list[Attempt]) -> Cell:
-    known = [effect for session, experiment in attempts if (effect := session.effect(experiment))]
-    effect = effects.together(known)
-    return Cell(
-        effect,
-        [f"{session.name} #{experiment.number} {experiment.status}" for session, experiment in attempts],
-        [session.name for session, _ in attempts],
-        due=effects.due(effect) if effect else "",
-        description=attempts[0].experiment.description,
-    )
+    effect = effects.together([effect for session, tried in attempts if (effect := session.effect(tried))])
+    told = [f"{session.name} #{experiment.number} {experiment.status}" for session, experiment in attempts]
+    session, experiment = attempts[0]
+    return Cell(effect, told, session.name, experiment.description, due=effects.due(effect) if effect else "")
 
 
-def _judge(cells: dict[str, Cell], source: str) -> None:
-    """Says of each place whether it holds there."""
-    cells[source].verdict = SOURCE
-    effect = cells[source].effect
-    if effect is None:
-        return
-    for place, cell in cells.items():
-        if place != source and cell.effect is not None:
-            cell.verdict, cell.why, cell.more = classify.classify(effect, cell.effect)
+# --- Agreement, kinds ---
 
 
-# --- Agreement, kinds, scores ---
-
-
-def _agreement(one: str, other: str, changes: list[Shared], joined: str) -> Agreement | None:
-    pairs = []
-    for change in changes:
-        if one in change.cells and other in change.cells:
-            effect, elsewhere = change.cells[one].effect, change.cells[other].effect
-            if effect and elsewhere:
-                pairs.append((effect, elsewhere))
+def _agreement(changes: list[Shared], one: str, other: str, joined: str) -> Agreement | None:
+    """Over the changes that were joined in one way."""
+    there = [change.cells for change in changes if change.joined == joined and {one, other} <= change.cells.keys()]
+    pairs = [(a, b) for cells in there if (a := cells[one].effect) and (b := cells[other].effect)]
     if not pairs:
         return None
-    same = sum((a.value < 0) == (b.value < 0) for a, b in pairs)
-    rho = agreement.spearman([effect.value for effect, _ in pairs], [effect.value for _, effect in pairs])
+    same, n = sum((a.value < 0) == (b.value < 0) for a, b in pairs), len(pairs)
+    rho = effects.spearman([a.value for a, _ in pairs], [b.value for _, b in pairs])
     flattered = sum(effect.flattered for pair in pairs for effect in pair)
-    share = (same / len(pairs), *agreement.wilson(same, len(pairs)))
-    return Agreement(one, other, len(pairs), same, share, rho, flattered, joined)
+    return Agreement(one, other, n, same, (same / n, *effects.wilson(same, n)), rho, flattered, joined)
 
 
 def paid(analyses: list[Analysis]) -> list[Paid]:
     """What each kind of change came to on each sort of device."""
-    groups: dict[tuple[str, str], list[tuple[str, float | None]]] = {}
+    groups: dict[tuple[str, str], list[Attempt]] = {}
     for analysis in analyses:
         for experiment in analysis.tried:
-            group = groups.setdefault((kind_of(experiment) or "other", sort_of(analysis.started.device)), [])
-            group.append((experiment.status, analysis.step(experiment, relative=True)))
+            group = kind_of(experiment) or "other", sort_of(analysis.started.device)
+            groups.setdefault(group, []).append(Attempt(analysis, experiment))
     summaries = []
-    for (kind, sort), group in groups.items():
-        statuses = [status for status, _ in group]
-        known = [100 * step for _, step in group if step is not None]
-        median = statistics.median(known) if known else None
-        summaries.append(Paid(kind, sort, len(group), statuses.count("keep"), statuses.count("crash"), median))
-    return sorted(summaries, key=lambda summary: kinds.KINDS.index(summary.kind))
+    for group, attempts in groups.items():
+        counts = Counter(experiment.status for _, experiment in attempts)
+        steps = [step for session, tried in attempts if (step := session.step(tried, relative=True)) is not None]
+        median = 100 * statistics.median(steps) if steps else None
+        summaries.append(Paid(*group, len(attempts), counts["keep"], counts["crash"], median))
+    return sorted(summaries, key=lambda summary: KINDS.index(summary.kind))

@@ -21,14 +21,18 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from lab.session.state import Run
 from lab.verdict import gate
 
 quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times
+Z = 1.6449  # of a 90 % interval
+FEWEST_PAIRS = 4  # Fisher's interval needs n - 3 of them
 TAIL = 0.05  # on each side of an interval
 FASTER = 0.05  # more or fewer tokens than this share are more or fewer
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
@@ -78,7 +82,7 @@ class Effect:
     Attributes:
         value: bits per byte; below 0 is better. relative: to its parent's val_bpb.
         error, df: its standard error, and the degrees of freedom of that; None and 0 in a ledger without repeats.
-        low, high: Student's 90 % interval; None likewise.
+        low, high: Student's 90 % interval, made of these; None likewise.
         noise: standard deviation of a run; 0 likewise.
         runs, parent_runs: how many it rests on.
         flattered: it rests on runs that the change, or its parent, was chosen for; nothing was measured since.
@@ -91,8 +95,8 @@ class Effect:
     relative: float
     error: float | None = None
     df: int = 0
-    low: float | None = None
-    high: float | None = None
+    low: float | None = field(init=False, default=None)
+    high: float | None = field(init=False, default=None)
     noise: float = 0.0
     runs: int = 1
     parent_runs: int = 1
@@ -101,6 +105,12 @@ class Effect:
     picked: bool = False
     tokens: float | None = None
     flops: float | None = None
+
+    def __post_init__(self):
+        if self.error is not None:
+            half = quantile(TAIL, self.df) * self.error
+            object.__setattr__(self, "low", self.value - half)
+            object.__setattr__(self, "high", self.value + half)
 
     @property
     def variance(self) -> float:
@@ -115,28 +125,19 @@ class Effect:
         return self.error is not None and not self.flattered
 
 
-def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None) -> Effect:
-    """Of runs, on top of others; each of them has a val_bpb."""
+def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None, **facts) -> Effect:
+    """Of runs, on top of others; each of them has a val_bpb. facts: of the Effect, beside what the runs say."""
     base = statistics.fmean(run.bpb for run in others)
     value = statistics.fmean(run.bpb for run in own) - base
-    error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others)) if noise else None
-    effect = Effect(value, value / base, error, noise.df if noise else 0, noise=noise.sd if noise else 0.0)
-    ratios = [ratio(own, others, name) for name in ("tokens", "flops")]
-    return interval(replace(effect, runs=len(own), parent_runs=len(others), tokens=ratios[0], flops=ratios[1]))
+    if noise:
+        error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others))
+        facts |= {"error": error, "df": noise.df, "noise": noise.sd}
+    ratios = {name: _ratio(mean(own, name), mean(others, name)) for name in ("tokens", "flops")}
+    return Effect(value, value / base, runs=len(own), parent_runs=len(others), **ratios, **facts)
 
 
-def interval(effect: Effect) -> Effect:
-    """With its interval."""
-    if effect.error is None:
-        return effect
-    half = quantile(TAIL, effect.df) * effect.error
-    return replace(effect, low=effect.value - half, high=effect.value + half)
-
-
-def ratio(own: Sequence[Run], others: Sequence[Run], name: str) -> float | None:
-    """Of the means of a figure."""
-    means = mean(own, name), mean(others, name)
-    return means[0] / means[1] if means[0] and means[1] else None
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
 
 
 def together(effects: list[Effect]) -> Effect | None:
@@ -145,26 +146,16 @@ def together(effects: list[Effect]) -> Effect | None:
     if len(sure) < 2:
         return next(iter(sure or effects), None)
     weights = [1 / effect.variance for effect in sure]
-    shares = [weight / math.fsum(weights) for weight in weights]
+    total = math.fsum(weights)
 
     def average(name):
         values = [getattr(effect, name) for effect in sure]
-        return None if None in values else math.fsum(share * value for share, value in zip(shares, values))
+        return None if None in values else math.fsum(w * value for w, value in zip(weights, values)) / total
 
-    noise, tokens, flops = (average(name) for name in ("noise", "tokens", "flops"))
-    runs, parent_runs = (sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs"))
-    parts = [(share / math.fsum(weights), effect.df) for share, effect in zip(shares, sure)]
-    error, known = 1 / math.sqrt(math.fsum(weights)), all(effect.known for effect in sure)
-    effect = Effect(
-        average("value") or 0.0, average("relative") or 0.0, error, satterthwaite(parts), noise=noise or 0.0
-    )
-    return interval(replace(effect, runs=runs, parent_runs=parent_runs, known=known, tokens=tokens, flops=flops))
-
-
-def satterthwaite(parts: list[tuple[float, int]]) -> int:
-    """Degrees of freedom of a sum of estimated variances, (variance, its degrees of freedom) each, rounded down
-    (Satterthwaite, Biometrics Bulletin 1946)."""
-    return max(1, math.floor(math.fsum(v for v, _ in parts) ** 2 / math.fsum(v * v / df for v, df in parts) + 1e-9))
+    facts: dict[str, Any] = {name: average(name) for name in ("value", "relative", "noise", "tokens", "flops")}
+    facts |= {name: sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs")}
+    df = satterthwaite([(weight / total**2, effect.df) for weight, effect in zip(weights, sure)])
+    return Effect(error=1 / math.sqrt(total), df=df, known=all(effect.known for effect in sure), **facts)
 
 
 def due(effect: Effect) -> str:
@@ -177,3 +168,38 @@ def due(effect: Effect) -> str:
     if effect.value < 0:
         return amount if amount == "more tokens" else f"{amount}, better per token"
     return amount if amount == "fewer tokens" else f"{amount}, worse per token"
+
+
+# --- Statistics ---
+
+
+def satterthwaite(parts: list[tuple[float, int]]) -> int:
+    """Degrees of freedom of a sum of estimated variances, (variance, its degrees of freedom) each, rounded down
+    (Satterthwaite, Biometrics Bulletin 1946)."""
+    return max(1, math.floor(math.fsum(v for v, _ in parts) ** 2 / math.fsum(v * v / df for v, df in parts) + 1e-9))
+
+
+def wilson(same: int, n: int) -> tuple[float, float]:
+    """90 % interval of a share, n above 0 (Wilson, JASA 1927): it stays within 0 and 1, and is not empty at either."""
+    share, spread = same / n, Z * Z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def spearman(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float] | None:
+    """(rho, low, high): correlation of ranks and its 90 % interval, by Fisher's z with the variance
+    (1 + rho^2/2)/(n - 3) of Bonett & Wright, Psychometrika 2000. None with fewer than FEWEST_PAIRS, or where one side
+    has but one value."""
+    if len(xs) < FEWEST_PAIRS or len(set(xs)) == 1 or len(set(ys)) == 1:
+        return None
+    rho = statistics.correlation(ranks(xs), ranks(ys))
+    most = 1 - 1 / len(xs)  # Fisher's z of 1 is infinite
+    z, half = math.atanh(max(-most, min(most, rho))), Z * math.sqrt((1 + rho * rho / 2) / (len(xs) - 3))
+    return rho, min(rho, math.tanh(z - half)), max(rho, math.tanh(z + half))
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """From 1; equal values have the mean of their places."""
+    ordered = sorted(values)
+    return [(bisect_left(ordered, value) + bisect_right(ordered, value) + 1) / 2 for value in values]

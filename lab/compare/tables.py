@@ -5,10 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from lab.compare import classify, effects
-from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Cell, Comparison, Paid, Shared, tally
+from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Agreement, Cell, Comparison, Paid, Shared
 from lab.compare.analysis import Analysis
 from lab.compare.effects import Effect
 from lab.untrusted import counted, one_line
@@ -32,21 +31,14 @@ class Tag(str):
     """A verdict."""
 
 
-Entry = str | Effect  # a text may be anybody's, and is cleaned when it is shown
-
-
 @dataclass
 class Table:
-    """Rows under heads.
-
-    Attributes:
-        grouped: the first entry of a row is one for all rows of the same change.
-    """
+    """Rows under heads. A row of one entry is a heading for those below it. Entries may be anybody's words, which are
+    cleaned when they are shown."""
 
     caption: str
     heads: Sequence[str]
-    rows: Sequence[Sequence[Entry]]
-    grouped: bool = False
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass
@@ -59,13 +51,13 @@ class Section:
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All that a comparison says."""
+    """All that a comparison says, empty sections left out."""
     all_sections = [
         Section("sessions", "Side by side", [*_scores(comparison.sessions), _costs(comparison.sessions)]),
         Section("transfer", "What holds where", _transfer(comparison)),
-        Section("agreement", "How far devices agree", _agreements(comparison)),
+        Section("agreement", "How far devices agree", _agreements(comparison.agreements)),
         Section("paid", "Which kinds of change paid", [kinds_table(comparison.kinds)] if comparison.kinds else []),
-        Section("steps", "Scores against tokens and FLOPs", _steps(comparison.sessions)),
+        Section("steps", "Scores against tokens and FLOPs", steps_tables(comparison.sessions)),
         Section("notes", "To keep in mind", [f"note: {one_line(note, 400)}" for note in comparison.notes]),
     ]
     return [section for section in all_sections if section.parts]
@@ -83,45 +75,34 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
     heads = "place", "session", "baseline", "best", "gain", "gain, %", "confirmed", "noise"
     tables = []
     for (tag, budget, _), group in groups.items():
-        caption = "Measured by what is not known: these scores compare with no others"
-        if tag:
-            caption = f"Measured by evaluator {tag}" + (f", after {budget:g} s of training" if budget else "")
+        caption = f"Measured by evaluator {tag}" + (f", after {budget:g} s of training" if budget else "")
         rows = []
         for session in group:
             scores = [number(e and session.scores[e.number], ".6f") for e in (session.baseline, session.best)]
-            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), _confirmed(session.confirmed)
+            confirmed = _shown(session.confirmed, -1) if session.confirmed else "no"
+            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), confirmed
             noise = number(session.noise and session.noise.sd, ".6f")
             rows.append((Place(session.place), session.name, *scores, *gains, noise))
-        tables.append(Table(caption, heads, rows))
+        unknown = "Measured by what is not known: these scores compare with no others"
+        tables.append(Table(caption if tag else unknown, heads, rows))
     return tables
 
 
-def _confirmed(effect: Effect | None) -> str:
-    """The gain that a confirmation showed."""
-    if effect is None:
-        return "no"
+def _shown(effect: Effect, sign: int = 1) -> str:
+    """An effect with its interval; with sign -1 as a gain."""
     if effect.low is None or effect.high is None:
-        return f"{-effect.value:+.4f}"
-    return f"{-effect.value:+.4f} ({-effect.high:+.4f} to {-effect.low:+.4f})"
+        return f"{sign * effect.value:+.5f}"
+    low, high = sorted((sign * effect.low, sign * effect.high))
+    return f"{sign * effect.value:+.5f} ({low:+.4f} to {high:+.4f})"
 
 
 def _costs(sessions: list[Analysis]) -> Table:
-    heads = "place", "rows", "experiments", "kept", "crashed", "an hour", "M tokens a run", "PFLOP a run", "MFU %"
     rows = []
     for session in sessions:
-        tried, counts = len(session.tried), session.counts
-        shares = [f"{counts[status]} ({counts[status] / max(1, tried):.0%})" for status in ("keep", "crash")]
-        figures = [_pair(session, *figure) for figure in (("tokens", 1e6), ("flops", 1e15), ("mfu_percent", 1))]
-        hourly = number(session.per_hour, ".1f")
-        rows.append((Place(session.place), str(session.rows), str(tried), *shares, hourly, *figures))
-    return Table("What it took; of the baseline -> of the best", heads, rows)
-
-
-def _pair(session: Analysis, name: str, unit: float) -> str:
-    """A figure of the baseline's runs, and of the best's."""
-    means = [session.mean(experiment, name) for experiment in (session.baseline, session.best)]
-    shown = ["-" if value is None else f"{value / unit:.3g}" for value in means]
-    return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
+        counts = [session.rows, len(session.tried), session.counts["keep"], session.counts["crash"]]
+        figures = number(session.per_hour, ".1f"), number(session.mean(session.best, "mfu_percent"), ".3g")
+        rows.append((Place(session.place), *map(str, counts), *figures))
+    return Table("What it took", ("place", "runs", "experiments", "kept", "crashed", "an hour", "MFU %, best"), rows)
 
 
 # --- Changes ---
@@ -129,8 +110,6 @@ def _pair(session: Analysis, name: str, unit: float) -> str:
 
 def _transfer(comparison: Comparison) -> list[Table | str]:
     """The changes that more than one place has tried."""
-    if len(comparison.places) < 2:
-        return []
     parts: list[Table | str] = []
     for joined, caption in CAPTIONS.items():
         changes = [change for change in comparison.shared if change.joined == joined]
@@ -139,23 +118,14 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
         left_out = len(changes) - MOST_CHANGES
         caption += f"; {left_out} more are left out" * (left_out > 0)
         rows = [row for change in changes[:MOST_CHANGES] for row in _rows(change)]
-        parts.append(Table(caption, ("change", "place", "verdict", "effect", "remarks"), rows, grouped=True))
-        if counts := tally(changes):
-            rows = [
-                (
-                    Place(source),
-                    Place(place),
-                    *map(str, [sum(count.values()), *(count[verdict] for verdict in classify.CLASSES)]),
-                )
-                for (source, place), count in counts.items()
-            ]
-            parts.append(Table("What holds where", ("from", "on", "changes", *classify.CLASSES), rows))
+        parts.append(Table(caption, ("place", "verdict", "effect", "remarks"), rows))
+        origins = {change.source: change.cells[change.source] for change in changes if _is_unmeasured(change)}
         parts += [
             f"What {place} found flatters itself until it is measured again on that device: "
-            f"python -m lab start TAG, then python -m lab replay {session} --runs 3"
-            for place, session in _unmeasured(changes).items()
+            f"python -m lab start TAG, then python -m lab replay {cell.session} --runs 3"
+            for place, cell in origins.items()
         ]
-    if not parts:
+    if not parts and len(comparison.places) > 1:
         parts.append(
             "No change was tried in more than one of these places. To try what one found on another machine: "
             "python -m lab replay SESSION --runs 3"
@@ -163,27 +133,20 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
     return parts
 
 
-def _unmeasured(changes: list[Shared]) -> dict[str, str]:
-    """place -> a session there whose findings were not run again (by a replay, which takes what was kept)."""
-    return {
-        change.source: change.cells[change.source].sessions[0]
-        for change in reversed(changes)
-        if change.source and (effect := change.cells[change.source].effect) and effect.flattered and effect.picked
-    }
+def _is_unmeasured(change: Shared) -> bool:
+    """Whether its source has not run it again, which a replay would do: that takes what was kept."""
+    effect = change.cells[change.source].effect if change.source else None
+    return effect is not None and effect.flattered and effect.picked
 
 
-def _rows(change: Shared) -> list[tuple[Entry, ...]]:
+def _rows(change: Shared) -> list[tuple[str, ...]]:
     about = one_line(change.description, WIDTH - 20) + f" [{change.kind}]" * bool(change.kind)
-    return [
-        (
-            about,
-            Place(place),
-            Tag(cell.verdict.replace(SOURCE, "found here")),
-            cell.effect or "no score",
-            "; ".join(filter(None, _remarks(change, cell))),
-        )
-        for place, cell in change.cells.items()
-    ]
+    rows: list[tuple[str, ...]] = [(about,)]
+    for place, cell in change.cells.items():
+        effect = _shown(cell.effect) if cell.effect else "no score"
+        verdict = Tag(cell.verdict.replace(SOURCE, "found here"))
+        rows.append((Place(place), verdict, effect, "; ".join(filter(None, _remarks(change, cell)))))
+    return rows
 
 
 def _remarks(change: Shared, cell: Cell) -> list[str]:
@@ -211,55 +174,42 @@ def _missing(cell: Cell) -> str:
 # --- The rest ---
 
 
-def _agreements(comparison: Comparison) -> list[Table | str]:
+def _agreements(agreements: list[Agreement]) -> list[Table | str]:
     heads = "", "", "changes", "same sign", "rank correlation", "remark"
-    remarks = {FAMILY: "probably the same", WORDS: "by words"}
-    rows = [
-        (
-            Place(agreed.one),
-            Place(agreed.other),
-            str(agreed.n),
-            "{:.0%} ({:.0%} to {:.0%})".format(*agreed.share),
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(*agreed.rho) if agreed.rho else "-",
-            remarks.get(agreed.joined) or f"{agreed.flattered} effects as selected" * bool(agreed.flattered),
-        )
-        for agreed in comparison.agreements
-    ]
+    remarks, rows = {FAMILY: "probably the same", WORDS: "by words"}, []
+    for agreed in agreements:
+        figures = "{:.0%} ({:.0%} to {:.0%})".format(*agreed.share), "-"
+        if agreed.rho:
+            figures = figures[0], "{:+.2f} ({:+.2f} to {:+.2f})".format(*agreed.rho)
+        remark = remarks.get(agreed.joined) or f"{agreed.flattered} effects as selected" * bool(agreed.flattered)
+        rows.append((Place(agreed.one), Place(agreed.other), str(agreed.n), *figures, remark))
     return [Table("Agreement, with 90 % intervals; noise lowers both figures", heads, rows)] if rows else []
 
 
 def kinds_table(summaries: list[Paid]) -> Table:
     sorts = list(dict.fromkeys(summary.sort for summary in summaries))
-    by_kind = {(summary.kind, summary.sort): summary for summary in summaries}
-
-    def entry(summary: Paid | None) -> str:
-        if summary is None:
-            return "-"
+    rows = {summary.kind: dict.fromkeys(sorts, "-") for summary in summaries}
+    for summary in summaries:
         crashed = f", {summary.crashed} crashed" if summary.crashed else ""
         median = f", {summary.median:+.2f} %" if summary.median is not None else ""
-        return f"{summary.kept} of {summary.tried}{crashed}{median}"
-
-    all_kinds = dict.fromkeys(summary.kind for summary in summaries)
-    rows = [(kind, *(entry(by_kind.get((kind, sort))) for sort in sorts)) for kind in all_kinds]
-    return Table("Kept of those tried, and the median step in per cent of the parent's val_bpb", ("kind", *sorts), rows)
+        rows[summary.kind][summary.sort] = f"{summary.kept} of {summary.tried}{crashed}{median}"
+    caption = "Kept of those tried, and the median step in per cent of the parent's val_bpb"
+    return Table(caption, ("kind", *sorts), [(kind, *entries.values()) for kind, entries in rows.items()])
 
 
-def _steps(sessions: list[Analysis]) -> list[Table | str]:
+def steps_tables(sessions: list[Analysis]) -> list[Table | str]:
     """val_bpb of what was kept against tokens and FLOPs."""
-    groups: dict[tuple, list[Sequence[Entry]]] = {}
+    groups: dict[str, list[Sequence[str]]] = {}
     for session in sessions:
         steps = [step for step in session.steps if session.eval and session.mean(step, "tokens")]
         for step in [*steps[:1], *steps[1:][1 - MOST_STEPS :]]:
             score, means = session.scores[step.number], [session.mean(step, name) for name in ("tokens", "flops")]
             figures = [number(mean and mean / unit, ".4g") for mean, unit in zip(means, (1e6, 1e15))]
             row = Place(session.place), str(step.number), f"{score:.6f}", *figures, one_line(step.description, 50)
-            groups.setdefault((session.eval, session.budget), []).append(row)
-    heads = "place", "#", "val_bpb", "M tokens", "PFLOP", "what"
-    caption = "val_bpb against tokens and FLOPs, of what was kept"
-    return [
-        Table(f"{caption} (evaluator {tag}{f', {budget:g} s' if budget else ''})", heads, rows)
-        for (tag, budget), rows in groups.items()
-    ]
+            measured = f"evaluator {session.eval}" + (f", {session.budget:g} s" if session.budget else "")
+            groups.setdefault(measured, []).append(row)
+    heads, caption = ("place", "#", "val_bpb", "M tokens", "PFLOP", "what"), "val_bpb against tokens and FLOPs"
+    return [Table(f"{caption}, of what was kept ({measured})", heads, rows) for measured, rows in groups.items()]
 
 
 def number(value: float | None, form: str) -> str:
@@ -271,14 +221,12 @@ def number(value: float | None, form: str) -> str:
 
 def text(comparison: Comparison) -> str:
     """For a terminal of 100 columns."""
-    letters = {place: LETTERS[i] if i < len(LETTERS) else str(i + 1) for i, place in enumerate(comparison.places)}
-    parts = [part for section in sections(comparison) for part in section.parts]
-    return _text(parts, letters)
+    return _text([part for section in sections(comparison) for part in section.parts], _letters(comparison))
 
 
 def transfer(comparison: Comparison) -> str:
     """Of it only the changes that more than one place has tried."""
-    letters, parts = dict(zip(comparison.places, LETTERS)), _transfer(comparison)
+    letters, parts = _letters(comparison), _transfer(comparison)
     if not parts:
         return textwrap.fill(
             f"Both are of {comparison.places[0]}: its own findings, measured again, no longer flatter themselves when "
@@ -286,6 +234,10 @@ def transfer(comparison: Comparison) -> str:
             WIDTH,
         )
     return "\n".join(f"  {letter}: {place}" for place, letter in letters.items()) + "\n\n" + _text(parts, letters)
+
+
+def _letters(comparison: Comparison) -> dict[str, str]:
+    return {place: LETTERS[i] if i < len(LETTERS) else str(i + 1) for i, place in enumerate(comparison.places)}
 
 
 def _text(parts: Sequence[Table | str], letters: dict[str, str]) -> str:
@@ -298,39 +250,23 @@ def _text(parts: Sequence[Table | str], letters: dict[str, str]) -> str:
 
 
 def _rows_as_text(table: Table, letters: dict[str, str]) -> str:
-    """Columns: those of numbers to the right. A group has its name on a line of its own."""
-    skipped = 1 if table.grouped else 0
-    rows = [[_entry(entry, letters) for entry in row[skipped:]] for row in table.rows]
-    heads = ["" if head == "place" else head for head in table.heads[skipped:]]
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    right = [not table.grouped and _figures([row[i] for row in rows]) for i in range(len(heads))]
+    """Columns: those of numbers to the right. What stands under a heading is indented."""
+    rows = [[_entry(entry, letters) for entry in row] for row in table.rows]
+    heads = ["" if head == "place" else head for head in table.heads]
+    cells = [row for row in rows if len(row) > 1]
+    grouped = len(cells) < len(rows)
+    columns = list(zip(*([] if grouped else [heads]), *cells))
+    widths = [max(map(len, column)) for column in columns]
+    right = [not grouped and all(entry[:1] in "+-.0123456789" for entry in column[1:]) for column in columns]
 
     def line(row: list[str]) -> str:
+        if len(row) == 1:
+            return f"  {row[0]}"
         padded = (e.rjust(width) if r else e.ljust(width) for e, width, r in zip(row, widths, right))
-        return ("    " if table.grouped else "  ") + "  ".join(padded).rstrip()
+        return (4 if grouped else 2) * " " + "  ".join(padded).rstrip()
 
-    if not table.grouped:
-        return "\n".join(map(line, [heads, *rows]))
-    lines = []
-    for first, group in groupby(zip(table.rows, rows), key=lambda pair: id(pair[0][0])):
-        group = list(group)
-        lines += [f"  {_entry(group[0][0][0], letters)}", *(line(row) for _, row in group)]
-    return "\n".join(lines)
+    return "\n".join(map(line, rows if grouped else [heads, *rows]))
 
 
-def _entry(entry: Entry, letters: dict[str, str]) -> str:
-    if isinstance(entry, Effect):
-        return f"{entry.value:+.5f}{spread(entry)}"
-    if isinstance(entry, Place):
-        return letters.get(entry, entry)
-    return one_line(entry, 200) or "-" * isinstance(entry, Tag)
-
-
-def spread(effect: Effect) -> str:
-    """Its interval; "" without one."""
-    return f" ({effect.low:+.4f} to {effect.high:+.4f})" if effect.low is not None and effect.high is not None else ""
-
-
-def _figures(entries: list[str]) -> bool:
-    shown = [entry for entry in entries if entry]
-    return bool(shown) and all(entry == "-" or entry[0] in "+-.0123456789" for entry in shown)
+def _entry(entry: str, letters: dict[str, str]) -> str:
+    return letters.get(entry, entry) if isinstance(entry, Place) else one_line(entry) or "-" * isinstance(entry, Tag)

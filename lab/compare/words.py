@@ -13,54 +13,32 @@ from dataclasses import dataclass
 LEAST = 0.6  # of likeness
 OTHER_VALUE, NO_VALUE = 0.7, 0.85  # likeness is so much less where they end at different values, or one says none
 
-PHRASES = {  # in a description: the word for it
-    "learning rate": "lr",
-    "weight decay": "wd",
-    "warm down": "warmdown",
-    "cool down": "warmdown",
-    "warm up": "warmup",
-    "batch size": "batch",
-    "lm head": "unembedding",
-    "value embedding": "ve",
-    "value embeddings": "ve",
-    "key value heads": "kv heads",
-    "n kv head": "kv heads",
-}
+PHRASES = dict(  # in a description: the word for it
+    re.split(" *: *", phrase)
+    for phrase in (
+        "learning rate: lr, weight decay: wd, warm down: warmdown, cool down: warmdown, warm up: warmup, "
+        "batch size: batch, lm head: unembedding, value embeddings?: ve, key value heads: kv heads, n kv head: kv heads"
+    ).split(", ")
+)
 SYNONYMS = {
     word: words.split()[0]
     for words in (
-        "batch batchsize",
-        "warmdown cooldown",
-        "embedding embed embeddings emb wte",
-        "unembedding unembed lmhead",
-        "attention attn",
-        "depth layers layer",
-        "window windows",
-        "beta betas",
-        "lr lrs",
-        "head heads",
-        "frac fraction ratio",
-        "init initialisation initialization",
-        "clip clipping",
-    )
+        "batch batchsize, warmdown cooldown, embedding embed embeddings emb wte, unembedding unembed lmhead, "
+        "attention attn, depth layers layer, window windows, beta betas, lr lrs, head heads, "
+        "frac fraction ratio, init initialisation initialization, clip clipping"
+    ).split(", ")
     for word in words.split()
 }
 UP = set(
-    """
-    increase increased raise raised higher more larger bigger longer wider deeper double doubled twice up
-    """.split()
+    "increase increased raise raised higher more larger bigger longer wider deeper double doubled twice up".split()
 )
 DOWN = set(
-    """
-    decrease decreased reduce reduced lower lowered less fewer smaller shorter narrower shallower halve halved
-    half shrink cut down
-    """.split()
+    "decrease decreased reduce reduced lower lowered less fewer smaller shorter narrower shallower halve halved half "
+    "shrink cut down".split()
 )
 EMPTY = set(
-    """
-    to from the a an of in with and by at for on is set use try change instead total size steps x than it as
-    only
-    """.split()
+    "to from the a an of in with and by at for on is set use try change instead total size steps x than it as "
+    "only".split()
 )
 NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?(?:e-?\d+)?)(?:\s?(?:\^|\*\*)\s?(\d+))?(%|[kKmM](?!\w))?(?:x(?!\w))?")
 

@@ -1,37 +1,32 @@
-"""A turn of the agent: a command of the user's gets a prompt, and edits train.py; whatever else it did is put right.
+"""A turn of the agent: a command of the user's gets a prompt, and edits train.py in a clone that is made for the turn.
 
-It costs a bounded time and a bounded log. Afterwards nothing of it runs, HEAD and branch are where they were, and
-train.py is a sound edit of the best, or the best. Other files are left as the agent left them, and named.
+It costs a bounded time and a bounded log. Afterwards nothing of it runs, and what train.py holds in the clone is taken;
+the rest of the clone is thrown away. The user's own checkout has no part in it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
-import psutil
-
-import storage
 from lab.errors import LabError
 from lab.genome import kinds
 from lab.genome.syntax import TRAIN, describe
-from lab.run import log as logs, processes
+from lab.run import log as logs, processes, runner
 from lab.session.events import TurnTaken
-from lab.session.repository import Repository
+from lab.session.repository import ELSEWHERE
 from lab.session.session import Session
 from lab.untrusted import listed, one_line, plain
 from lab.verdict.opening import best_of
 
-RECORD = "turn.json"  # in the session's folder, until a turn is journalled
 MARK = "LAB_TURN"  # in the environment of everything that a turn starts
 GRACE, GRACE_LEFT = 5.0, 1.0  # seconds between being asked to end and being ended; of what an agent left running
 POLL = 0.1  # seconds
@@ -40,28 +35,8 @@ LONGEST_REST = 8  # experiments until the agent is tried again
 NEUTRAL = ("stopped", "interrupted")  # outcomes that are the night's doing
 PRINTED = 32 * 2**20  # bytes, at most, in a turn
 MOST_NAMED = 100  # files that it changed elsewhere
-LARGE = 16 * 2**20  # bytes: a larger file counts as changed when its time or size is
+MOST_COPIED = 2**20  # bytes of a file or folder that git does not have and the clone gets
 CHANGE = re.compile(r"[\s>*_#`-]*change[\s*_`]*:[\s*_`]*(.*?)[\s*_`]*", re.IGNORECASE)
-
-
-class Place(msgspec.Struct):
-    """Where things were when a turn began, and once it is over, what came of it.
-
-    Attributes:
-        branch, commit: of HEAD. begun: as of time.time(). log: path of what the agent prints.
-        link: where train.py points, if it is a symbolic link. last: number of the last experiment.
-        config: the file with git's settings for the repository. settings: what it held, each byte as a character.
-    """
-
-    branch: str | None
-    commit: str
-    begun: float
-    log: str
-    link: str | None
-    last: int
-    config: str
-    settings: str
-    turn: TurnTaken | None = None
 
 
 def due(turns: list[TurnTaken], fruitless: Collection[int] = ()) -> bool:
@@ -90,10 +65,10 @@ def take_turn(
     most_bytes: int = PRINTED,
     stop: Callable[[], bool] = lambda: False,
 ) -> TurnTaken:
-    """Lets the agent edit train.py once. It is remembered until `settle`.
+    """Lets the agent edit train.py once. The clone stays until `discard`: what is in it then was not journalled.
 
     Args:
-        command: for the shell, in the session's repository, with the user's environment.
+        command: for the shell, in the clone, with the user's environment.
         prompt: for its standard input. It is kept beside the log.
         log: gets what it prints, the first and the last of it. seconds, most_bytes: limits.
         stop: asked again and again; once it says True, the turn is over.
@@ -101,127 +76,134 @@ def take_turn(
     Raises:
         LabError: git or the repository can't be used.
     """
-    begun, repository = time.monotonic(), session.repository
-    train = repository.path / TRAIN
+    begun = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
-    notes = recover(session)
-    if saved := put_back(session, log.with_suffix(".before.py")):
-        notes.append(f"found {TRAIN} edited when its turn began, by somebody else; that is in {saved}")
-    config = repository.path / repository.git("rev-parse", "--git-path", "config")
-    place = Place(
-        branch=repository.branch(),
-        commit=repository.git("rev-parse", "HEAD"),
-        begun=time.time(),
-        log=str(log),
-        link=os.readlink(train) if train.is_symlink() else None,
-        last=session.state.last.number,
-        config=str(config),
-        settings=config.read_bytes().decode("latin-1"),
-    )
-    _write(session, place)
-    before = _digests(session)
-    asked = log.with_suffix(".prompt")
-    asked.write_text(prompt, encoding="utf-8", errors="replace")
-    try:
-        status, problem, left = _run(command, repository.path, asked, log, _mark(session), seconds, most_bytes, stop)
-        settings = _restore_settings(place)
-        repository.unlock(session.branch)
-        older, told = _go_back(repository, place)
-        told += settings
-        after = _digests(session)
-        others = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        if left:
-            told.append(f"left {_processes(left)} running, which had to be ended")
-        how = _how(status, problem, seconds)
-        outcome, said, description = _judged(session, log, prompt, problem, how, older, bool(others))
-        if outcome != "edited" and (saved := put_back(session, log.with_suffix(".train.py"))):
-            told.append(f"had what it wrote put aside, in {saved}")
-        if others:
-            told.append(f"changed {listed(others, 3)}, which has no effect")
-        place.turn = TurnTaken(
-            by="agent",
-            outcome=outcome,
-            said=one_line("; it ".join([said, *told, *notes]), 500),
-            description=description,
-            log=str(log),
-            others=[one_line(name) for name in others[:MOST_NAMED]],
-            seconds=time.monotonic() - begun,
-            righted=bool(told),
-        )
-        _write(session, place)
-    except BaseException:
-        recover(session)
-        raise
-    return place.turn
+    discard(session)
+    _prepare(session)
+    log.with_suffix(".prompt").write_text(prompt, encoding="utf-8", errors="replace")
+    status, problem, left = _run(session, command, log, seconds, most_bytes, stop)
+    limits = {
+        "hung": f"reached its time limit of {seconds:g} s",
+        "flooded": f"printed more than {most_bytes / 2**20:g} MB",
+    }
+    how = limits.get(problem or "", "")
+    if status:
+        how = f"ended with exit status {status}" + " (the shell did not find the command)" * (status == 127)
+    others = _changed_files(session)
+    turn = _judged(session, log, prompt, problem, how, bool(others))
+    reproaches = [f"left {_processes(left)} running, which had to be ended"] * bool(left)
+    reproaches += [f"changed {listed(others, 3)}, which has no effect"] * bool(others)
+    saved = [] if turn.blob else _saved(session, log.with_suffix(".train.py"))
+    turn.said = one_line("; it ".join([turn.said, *saved, *reproaches]), 500)
+    turn.others = [one_line(name) for name in others[:MOST_NAMED]]
+    turn.reproached, turn.seconds = bool(reproaches), time.monotonic() - begun
+    return turn
 
 
-def finished(session: Session) -> TurnTaken | None:
-    """A turn that is over and was not settled: that of a night which was killed then."""
-    place = _read(session)
-    return place.turn if place else None
+def recover(session: Session, log: Path) -> str:
+    """Ends what is left of a turn whose night was killed, and saves what it had written. What was done, in words.
+
+    Args:
+        log: of the next turn to be journalled. If that had begun already, it was interrupted.
+    """
+    done = []
+    if left := _end(session):
+        done.append(f"left {_processes(left)} of an interrupted turn running, which had to be ended")
+    if session.turn.exists() and log.with_suffix(".prompt").exists():
+        done += ["was interrupted", *_saved(session, log.with_suffix(".interrupted.py"))]
+    return "; it ".join(done)
 
 
-def settle(session: Session) -> None:
-    """Forgets the last turn, once it is journalled."""
-    (session.folder / RECORD).unlink(missing_ok=True)
+def discard(session: Session) -> None:
+    """Ends what still runs of a turn and deletes its clone."""
+    _end(session)
+    runner.remove(session.turn)
 
 
-def recover(session: Session) -> list[str]:
-    """Puts right what a turn has left whose night was killed: its processes, HEAD and branch, train.py. Returns what
-    was done, in words."""
-    left, place, told = _end(_mark(session)), _read(session), []
-    if left:
-        told.append(f"left {_processes(left)} of an interrupted turn running, which had to be ended")
-    if place is None or place.turn is not None:
-        return told
-    if place.last == session.state.last.number:  # else it was long ago, and somebody has worked here since
-        told += _restore_settings(place)
-        session.repository.unlock(session.branch)
-        told += _go_back(session.repository, place)[1]
-        if saved := put_back(session, Path(place.log).with_suffix(".interrupted.py")):
-            told.append(f"was interrupted; what it had written is in {saved}")
-    settle(session)
-    return told
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
-def _write(session: Session, place: Place) -> None:
-    storage.write_json(session.folder / RECORD, msgspec.to_builtins(place))
+# --- The clone ---
 
 
-def _read(session: Session) -> Place | None:
-    """None if no turn was under way, or it had not yet begun."""
-    try:
-        return msgspec.json.decode((session.folder / RECORD).read_bytes(), type=Place)
-    except (OSError, msgspec.DecodeError):
-        return None
+def _prepare(session: Session) -> None:
+    """Makes the clone, with the best train.py and with what git does not have of the user's settings: what is not
+    committed at the top level of the checkout, or in a hidden folder there, if it is small."""
+    repository, clone = session.repository, session.turn
+    repository.clone(clone, session.branch)
+    for name in repository.changed(ignored=True):
+        path = repository.path / name
+        if ("/" in name.rstrip("/") and not name.startswith(".")) or path in session.folder.parents:
+            continue
+        with suppress(OSError):
+            if path.is_dir() and _is_small(path):
+                shutil.copytree(path, clone / name, symlinks=True, dirs_exist_ok=True)
+            elif path.is_file() and _is_small(path):
+                (clone / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, clone / name)
+    (clone / TRAIN).write_bytes(repository.content(best_of(session).blob))
+    shutil.copy(clone / ".git" / "index", _index(session))
+    _git(session, "add", "--all")
 
 
-def _mark(session: Session) -> str:
-    """The same for all turns of a session: what a killed night left is found by the next one."""
-    return uuid.uuid5(uuid.NAMESPACE_URL, session.folder.absolute().as_uri()).hex
+def _is_small(path: Path) -> bool:
+    size = 0
+    for file in path.rglob("*") if path.is_dir() else [path.resolve()]:
+        size += file.lstat().st_size
+        if size > MOST_COPIED:
+            return False
+    return True
+
+
+def _index(session: Session) -> Path:
+    """A second index of the clone, of the files as they were when the turn began."""
+    return session.turn / ".git" / "begun"
+
+
+def _git(session: Session, *arguments: str) -> str:
+    """What a git command says of the clone's files against how they were; nothing if that can't be told any more."""
+    inside = {"GIT_DIR": str(session.turn / ".git"), "GIT_WORK_TREE": str(session.turn)}
+    return session.repository.git(*arguments, index=_index(session), environment=inside, check=False)
+
+
+def _changed_files(session: Session) -> list[str]:
+    """Names of the files other than train.py that the agent changed, and that git does not ignore."""
+    names = _git(session, "ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")
+    return sorted(set(names) - {"", TRAIN, f"{TRAIN}/"})
+
+
+def _train(session: Session) -> bytes | None:
+    """What is in the clone's train.py; None if that is no file."""
+    path = session.turn / TRAIN
+    return path.read_bytes() if path.is_file() and not path.is_symlink() else None
+
+
+def _saved(session: Session, path: Path) -> list[str]:
+    """Keeps train.py in a file where it is not the best; says so."""
+    content = _train(session)
+    if content is None or session.repository.store(content) == best_of(session).blob:
+        return []
+    path.write_bytes(content)
+    return [f"had what it wrote put aside, in {path}"]
 
 
 # --- The agent's processes ---
 
 
 def _run(
-    command: str, folder: Path, asked: Path, log: Path, mark: str, seconds: float, most_bytes: int, stop
+    session: Session, command: str, log: Path, seconds: float, most_bytes: int, stop: Callable[[], bool]
 ) -> tuple[int | None, str | None, int]:
     """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
     reading, writing = os.pipe()
     output = logs.Log(reading, log, flood=most_bytes)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    environment |= {MARK: _mark(session), "PATH": path}  # `python` is the one that has what the lab needs
     try:
-        with open(asked, "rb") as prompt:  # a file: who never reads it blocks nobody
-            process = subprocess.Popen(
-                command,
-                shell=True,
-                cwd=folder,
-                stdin=prompt,
-                stdout=writing,
-                stderr=writing,
-                env={**os.environ, MARK: mark},
-                start_new_session=os.name == "posix",
-                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0,  # pyright: ignore
+        with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
+            process = processes.shell(
+                command, cwd=session.turn, stdin=prompt, stdout=writing, stderr=writing, env=environment
             )
     finally:
         os.close(writing)
@@ -234,7 +216,7 @@ def _run(
             problem = next((name for name, true in reached.items() if true), None)
         ended = process.poll() is not None
     finally:
-        left = _end(mark, process.pid, GRACE if process.poll() is None else GRACE_LEFT)
+        left = _end(session, process, GRACE if process.poll() is None else GRACE_LEFT)
         process.wait()
         output.close()
     if output.flooded:
@@ -244,185 +226,68 @@ def _run(
     return (process.returncode if ended else None), problem, left if ended else 0
 
 
-def _end(mark: str, top: int | None = None, patience: float = GRACE_LEFT) -> int:
-    """Ends every process of a turn: those with its mark, and those below `top` or of its group; how many."""
-    return processes.end(lambda: _alive(mark, top), patience, ask=True)
+def _mark(session: Session) -> str:
+    """The same for all turns of a session: what a killed night left is found by the next one."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, session.folder.absolute().as_uri()).hex
 
 
-def _alive(mark: str, top: int | None) -> list[psutil.Process]:
-    family = processes.marked(**{MARK: mark})
-    if top is not None:
-        family += [*processes.tree(top), *processes.in_group(top)]
-    return [process for process in set(family) if processes.runs(process)]
-
-
-# --- The repository ---
-
-
-def _digests(session: Session) -> dict[str, str]:
-    """Of the content of every file that git does not ignore, train.py and the session's own aside."""
-    repository, digests = session.repository, {}
-    names = repository.git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    for name in set(names) - {"", TRAIN}:
-        path = repository.path / name
-        with suppress(OSError):
-            if session.folder in path.parents:
-                continue
-            about = path.lstat()
-            if path.is_symlink():
-                digests[name] = f"-> {os.readlink(path)}"
-            elif path.is_file() and about.st_size > LARGE:
-                digests[name] = f"{about.st_size} {about.st_mtime_ns}"
-            elif path.is_file():
-                digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digests
-
-
-def _go_back(repository: Repository, place: Place) -> tuple[bool, list[str]]:
-    """Makes HEAD and its branch what they were; what was committed since stays in the files. train.py becomes a file,
-    or the link that it was.
-
-    Files that came with another commit go back with it; nobody's edits do, as with `git checkout`.
-
-    Returns:
-        (whether train.py is that of another commit and no edit, what was done in words).
-    """
-    path, branch, commit = repository.path / TRAIN, place.branch, place.commit
-    ours = not path.is_symlink() or os.readlink(path) == place.link
-    content = path.read_bytes() if path.is_file() and ours else None
-    if path.is_symlink():  # what git writes shall not be written to where it points
-        path.unlink()
-        if content is not None:
-            path.write_bytes(content)
-    if path.is_dir():
-        shutil.move(path, f"{place.log}.folder")
-    older, told, head = False, [], repository.commit_of("HEAD")
-    if repository.branch() != branch or head != commit:
-        base, new = _base(repository, head, commit, place.begun)
-        if head and new:
-            told.append(f"committed, which was taken back (the files stay; it was {head[:7]})")
-        if base != commit or repository.branch() != branch:
-            told.append(f"moved HEAD to {repository.branch() or (head or 'nowhere')[:7]}, which was undone")
-        if base:
-            repository.git("update-ref", "--no-deref", "HEAD", base)  # detached: the branch it is on is left alone
-        if branch:
-            repository.move(f"refs/heads/{branch}", commit)
-        if base and base != commit:
-            older = repository.edited_blob() in (None, repository.blob_of(base))
-            repository.put_back(base)
-            # It refuses to overwrite what was edited.
-            repository.git("checkout", "--quiet", branch or commit, "--", check=False)
-            if content is not None:
-                path.write_bytes(content)
-        if branch:
-            repository.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
-        else:
-            repository.git("update-ref", "--no-deref", "HEAD", commit)
-    if place.link is not None:  # what it points to has what was written since
-        if path.is_file():
-            with storage.atomic((path.parent / place.link).resolve()) as file:
-                file.write(path.read_bytes())
-            path.unlink()
-        path.symlink_to(place.link)
-    return older, told
-
-
-def _restore_settings(place: Place) -> list[str]:
-    """Makes git's settings for the repository what they were, before git is asked anything; what was done in words."""
-    before, path = place.settings.encode("latin-1"), Path(place.config)
-    now = path.read_bytes() if path.is_file() else b""
-    if now == before:
-        return []
-    Path(f"{place.log}.config").write_bytes(now)
-    with storage.atomic(path) as file:
-        file.write(before)
-    return [f"changed git's settings for the repository, which was undone (they are in {place.log}.config)"]
-
-
-def _base(repository: Repository, head: str | None, commit: str, begun: float) -> tuple[str | None, int]:
-    """(the commit that those made since grew on, how many these are)."""
-    if head is None:
-        return None, 0
-    lines = repository.git("rev-list", "--first-parent", "--max-count=1000", "--timestamp", head).split("\n")
-    for new, (made, ancestor) in enumerate(line.split(" ") for line in lines):
-        if int(made) < int(begun) or repository.git("merge-base", ancestor, commit, check=False) == ancestor:
-            return ancestor, new
-    return None, 0
-
-
-def write_train(session: Session, content: bytes) -> None:
-    """Replaces train.py; where it is a link, what that points to."""
-    with storage.atomic((session.repository.path / TRAIN).resolve()) as file:
-        file.write(content)
-
-
-def put_back(session: Session, saved: Path | None = None) -> Path | None:
-    """Makes train.py, and its index entry, the best again. What was there instead is kept in the file `saved`, which is
-    given back if so."""
-    repository, kept = session.repository, None
-    now = repository.edited_blob()
-    if now == best_of(session).blob:
-        return None
-    if saved and now:
-        kept = shutil.copyfile(repository.path / TRAIN, saved)
-    repository.put_back(session.branch)
-    return kept
+def _end(session: Session, process: subprocess.Popen | None = None, patience: float = GRACE_LEFT) -> int:
+    """Ends all that a turn has started; how many that were."""
+    return processes.end(lambda: processes.left_of(process, **{MARK: _mark(session)}), patience, ask=True)
 
 
 # --- What came of it ---
 
 
-def _how(status: int | None, problem: str | None, seconds: float) -> str:
-    """How the command ended, in words; "" if it did well."""
-    if problem:
-        limit = {"hung": f"reached its time limit of {seconds:g} s", "flooded": "printed more than it may"}
-        return limit.get(problem, "was stopped with the night")
-    not_found = " (the shell did not find the command)" if status == 127 else ""
-    return f"ended with exit status {status}{not_found}" if status else ""
-
-
-def _judged(
-    session: Session, log: Path, prompt: str, problem: str | None, how: str, older: bool, others: bool
-) -> tuple[str, str, str]:
-    """(outcome, what it did in words, description of the change).
+def _judged(session: Session, log: Path, prompt: str, problem: str | None, how: str, others: bool) -> TurnTaken:
+    """The turn, as far as train.py and the agent's last words tell.
 
     Args:
-        older: train.py is that of another commit. others: other files changed.
+        how: the command ended, in words; "" if it did well. others: it changed other files.
     """
+
+    def turn(outcome: str, said: str, **facts) -> TurnTaken:
+        return TurnTaken(by="agent", outcome=outcome, said=said, log=str(log), **facts)
+
+    if problem == "stopped":
+        return turn("stopped", "was stopped with the night")
     lines = [line.strip() for line in plain(logs.read(log)).split("\n") if line.strip()]
-    last = one_line(lines[-1], 120) if lines else ""
-    if problem in ("stopped", "flooded"):
-        return problem, f"{how}, and {TRAIN} was put back", ""
-    content, flaw, why = _edit(session)
-    if content is not None and older:
-        content, flaw, why = None, "older", f"brought back an older {TRAIN}, which is no edit"
-    if content is not None:
+    content = _train(session)
+    flaw = _flaw(session, content)
+    if content is not None and flaw is None:
         description = _described(session, lines, prompt, content)
-        return "edited", f"edited {TRAIN}: {description}" + (f"; it {how}" if how else ""), description
+        said = f"edited {TRAIN}: {description}" + (f"; it {how}" if how else "")
+        return turn("edited", said, description=description, blob=session.repository.store(content))
+    flaw, why = flaw or ("", "")
     said = " and ".join(filter(None, [how, why])) or f"did not edit {TRAIN}"
-    if problem or flaw == "no python":
-        return problem or flaw, said, ""
+    if outcome := problem or flaw:
+        return turn(outcome, said)
+    last = one_line(lines[-1], 120) if lines else ""
     if how:
-        return "failed", said + (f'; its last line: "{last}"' if last else ""), ""
+        return turn("failed", said + (f'; its last line: "{last}"' if last else ""))
     if re.search(r"[?？][\s*_`\"')\]]*$", last):
-        return "asked", f'{said} and asked, where nobody answers: "{last}"', ""
-    return "elsewhere" if others and not flaw else "nothing", said, ""
+        return turn("asked", f'{said} and asked, where nobody answers: "{last}"')
+    return turn("elsewhere" if others else "nothing", said)
 
 
-def _edit(session: Session) -> tuple[bytes | None, str, str]:
-    """(train.py if it is another program than the best; else None, what it is instead, and that in words)."""
-    repository, best = session.repository, best_of(session)
-    if not (repository.path / TRAIN).is_file():
-        return None, "none", f"deleted {TRAIN}, or made a folder or a link of it"
-    content = repository.train()
+def _flaw(session: Session, content: bytes | None) -> tuple[str, str] | None:
+    """(the outcome that this train.py is by itself, or "", what the agent did in words, or ""); None if it is to be
+    run."""
+    best = best_of(session)
+    if content is None:
+        return "", f"deleted {TRAIN}, or made a folder or a link of it"
     try:
-        if describe(content).digest != best.digest:
-            return content, "", ""
+        digest = describe(content).digest
     except LabError as error:
-        return None, "no python", f"wrote what is no Python: {one_line(str(error).partition(';')[0], 160)}"
-    if repository.edited_blob() == best.blob:
-        return None, "", ""
-    return None, "comments", f"changed only comments of {TRAIN}"
+        return "no python", f"wrote what is no Python: {one_line(str(error).partition(';')[0], 160)}"
+    if digest == best.digest:
+        if session.repository.store(content) == best.blob:
+            return "", ""
+        return "", f"changed only comments of {TRAIN}"
+    if equal := session.state.equal(digest):
+        what = f"experiment {equal.number}, {one_line(equal.description)}, which was a {equal.status}"
+        return "again", f"made what is equal to {what}"
+    return None
 
 
 def _described(session: Session, lines: list[str], prompt: str, content: bytes) -> str:
@@ -432,7 +297,3 @@ def _described(session: Session, lines: list[str], prompt: str, content: bytes) 
         if (said := CHANGE.fullmatch(line)) and said[1] and line not in echoed:
             return one_line(said[1])
     return kinds.summary(session.repository.content(best_of(session).blob), content) or "moved things around"
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' * (count > 1)}"

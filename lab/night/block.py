@@ -47,7 +47,7 @@ class Variable:
             2^value), "choice".
         value: as it is. low, high: bounds of value. scale: "log" or "linear"; a decay's is that of 1 - value.
         choices: of a choice, as source text. text: what "more" and "times" are relative to.
-        stated: the bounds are those of a comment. start, end: where in the source it stands.
+        stated: the bounds are those of a comment. start, end: where in the source it stands, in bytes.
     """
 
     name: str
@@ -141,7 +141,7 @@ def read(source: str) -> tuple[Variable, ...]:
         tree = ast.parse(head)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ()
-    lines = head.splitlines(keepends=True)
+    lines = head.encode().splitlines(keepends=True)  # ast counts in bytes, and knows fewer line ends than str
     starts = [0, *itertools.accumulate(map(len, lines))]
     first, last = _span(head)
     variables: dict[str, Variable] = {}
@@ -156,37 +156,35 @@ def read(source: str) -> tuple[Variable, ...]:
         if isinstance(node.value, ast.Tuple):
             parts = {f"{target.id}[{i}]": part for i, part in enumerate(node.value.elts)}
         for name, part in parts.items():
-            begin, end = (
-                starts[line - 1] + _column(lines[line - 1], column)
-                for line, column in ((part.lineno, part.col_offset), _end(part))
-            )
+            (first_line, column), (last_line, end) = (part.lineno, part.col_offset), _end(part)
             if variable := _variable(name, part, section, comment):
-                variables[name] = replace(variable, start=begin, end=end)
+                variables[name] = replace(
+                    variable, start=starts[first_line - 1] + column, end=starts[last_line - 1] + end
+                )
     return tuple(variables.values())
 
 
 @lru_cache(maxsize=4096)
 def structure(source: str) -> str:
     """A digest of all but the values: equal for files that `write` makes of one another."""
-    parts, done = [], 0
+    parts, done, content = [], 0, source.encode()
     for variable in read(source):
-        parts += [source[done : variable.start], variable.text]
+        parts += [content[done : variable.start], variable.text.encode()]
         done = variable.end
-    return hashlib.sha256(re.sub(" +", " ", "".join([*parts, source[done:]])).encode()).hexdigest()
+    return hashlib.sha256(re.sub(b" +", b" ", b"".join([*parts, content[done:]]))).hexdigest()
 
 
 def write(source: str, values: dict[str, object]) -> str:
     """The source with these values in the block, by variable's name; a comment behind one stays in its column if it
     can. KeyError for a name that is not there."""
-    variables = {variable.name: variable for variable in read(source)}
-    for variable in sorted((variables[name] for name in values), key=lambda one: -one.start):
-        text = variable.written(values[variable.name])
-        rest, longer = source[variable.end :], len(text) - (variable.end - variable.start)
-        if behind := re.match(r"([)\]]?)( +)#", rest):
-            gap = len(behind[2])
-            rest = behind[1] + " " * max(2, gap - longer) + rest[behind.end() - 1 :]
-        source = source[: variable.start] + text + rest
-    return source
+    variables, content = {variable.name: variable for variable in read(source)}, source.encode()
+    for variable in sorted((variables[name] for name in values), key=lambda variable: -variable.start):
+        text = variable.written(values[variable.name]).encode()
+        rest, longer = content[variable.end :], len(text) - (variable.end - variable.start)
+        if behind := re.match(rb"([)\]]?)( +)#", rest):
+            rest = behind[1] + b" " * max(2, len(behind[2]) - longer) + rest[behind.end() - 1 :]
+        content = content[: variable.start] + text + rest
+    return content.decode()
 
 
 def _head(source: str) -> str:
@@ -205,26 +203,21 @@ def _span(head: str) -> tuple[int, int]:
 
 
 def _end(node: ast.stmt | ast.expr) -> tuple[int, int]:
-    """Line and offset where it ends."""
+    """Line, and offset in bytes, where it ends."""
     return node.end_lineno or node.lineno, node.end_col_offset or 0
 
 
-def _column(line: str, offset: int) -> int:
-    """From an offset in UTF-8 bytes, which is what ast counts in."""
-    return len(line.encode()[:offset].decode())
-
-
-def _comment(lines: list[str], node: ast.stmt) -> str:
+def _comment(lines: list[bytes], node: ast.stmt) -> str:
     """Behind an assignment."""
     line, offset = _end(node)
-    return lines[line - 1][_column(lines[line - 1], offset) :].strip()
+    return lines[line - 1][offset:].decode().strip()
 
 
-def _section(lines: list[str], number: int) -> str:
+def _section(lines: list[bytes], number: int) -> str:
     """The comment that begins the paragraph this line is in."""
     while number > 1 and lines[number - 2].strip():
         number -= 1
-    return lines[number - 1].strip() if lines[number - 1].startswith("#") else ""
+    return lines[number - 1].decode().strip() if lines[number - 1].startswith(b"#") else ""
 
 
 def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable | None:

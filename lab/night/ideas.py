@@ -88,16 +88,10 @@ def _kept(state: State) -> list[Experiment]:
     return [e for e in changes(state) if e.status == "keep"]
 
 
-def _t(experiment: Experiment) -> float:
-    """Standard errors that it was better by."""
-    evidence = experiment.verdict.evidence
-    return evidence.gain / evidence.error if evidence and evidence.error else 0.0
-
-
 def _near(state: State) -> list[int]:
     together = {number for e in state.experiments.values() for number in e.members}
     missed = [e for e in changes(state) if e.near_miss and e.number not in together]
-    return [e.number for e in sorted(missed, key=_t, reverse=True)[:MOST_NAMED]]
+    return [e.number for e in sorted(missed, key=lambda e: -(e.t or 0.0))[:MOST_NAMED]]
 
 
 def _discarded(state: State) -> list[Experiment]:
@@ -106,8 +100,8 @@ def _discarded(state: State) -> list[Experiment]:
 
 def _promising(state: State) -> list[int]:
     """The best of the lately discarded, on what is the best now."""
-    lost = [e for e in _discarded(state) if _t(e) > 0 and state.best and e.onto == state.best.number]
-    return [e.number for e in sorted(lost, key=_t, reverse=True)[:MOST_NAMED]]
+    lost = [e for e in _discarded(state) if (e.t or 0.0) > 0 and state.best and e.onto == state.best.number]
+    return [e.number for e in sorted(lost, key=lambda e: -(e.t or 0.0))[:MOST_NAMED]]
 
 
 def _too_complex(state: State) -> list[int]:
@@ -116,7 +110,7 @@ def _too_complex(state: State) -> list[int]:
         return parent is not None and e.complexity > MORE_CODE * parent.complexity
 
     near = _near(state)
-    promising = [e for e in _discarded(state) if _t(e) >= PROMISING and e.number not in near]
+    promising = [e for e in _discarded(state) if (e.t or 0.0) >= PROMISING and e.number not in near]
     return [e.number for e in promising if added_code(e)][-MOST_NAMED:]
 
 

@@ -7,6 +7,7 @@ killed goes on from there: what was being proposed is proposed again, what was b
 
 from __future__ import annotations
 
+import shutil
 import signal
 import statistics
 import time
@@ -64,10 +65,14 @@ class Night:
         self.session, self.options, self.view = session, options, view
         self.journal = Journal(session.folder / "night.jsonl", NIGHT_EVENTS)
         self.turns = [event for event in self.journal.events if isinstance(event, TurnTaken)]
+        last = self.turns[-1] if self.turns else None
+        # The turn whose experiment is to be opened.
+        self._unopened = last if last and last.experiment == session.state.last.number + 1 else None
         self.stopping: str | None = None
         self._began_at: dict[str, float] = {}  # troubles by kind
         self._rested: set[int] = set()  # runs after which the device was waited for
         self._rests_until, self._looked, self._blind = 0.0, 0.0, False
+        self._failures = self._events = 0  # in a row, and how many events there were at the last
         began = limits.interrupted(self.journal.events, options, time.time()) or self._begin()
         self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
         if self.turns:
@@ -86,19 +91,14 @@ class Night:
 
     def run(self) -> str:
         """Goes on until it is over; why it is."""
-        for text in agent.recover(self.session):  # a night was killed during its turn
+        if text := agent.recover(self.session, self._turn_log()):  # a night was killed during its turn
             self.view.say(f"the agent {text}")
             self._journal(TurnTaken(by="agent", outcome="interrupted", said=text))
-        if turn := agent.finished(self.session):  # or just after it
-            self._settle(turn)
+        agent.discard(self.session)
         try:
             while True:
                 self._between()
-                if experiment := self.session.state.oldest_open:
-                    self._follow(experiment)
-                else:
-                    sound_baseline(self.session)
-                    self._propose_somehow()
+                self._go_on()
         except (Over, storage.Stop, Exception) as error:
             why = str(error) if isinstance(error, Over) else self.stopping or one_line(f"trouble: {error}")
             self._end_what_runs()
@@ -182,65 +182,86 @@ class Night:
 
     # --- An experiment, from the proposal to the verdict ---
 
-    def _propose_somehow(self) -> None:
-        """`_propose`, but what can't be done now is tried again a few times: git may be in use, say."""
-        for pause in (*AGAIN_AFTER, None):
-            try:
-                return self._propose()
-            except Over:
+    def _go_on(self) -> None:
+        """Brings what is open to its verdict, or opens something. What can't be done now is tried again a few times:
+        git may be in use, say."""
+        session, experiment = self.session, self.session.state.oldest_open
+        if experiment is None:
+            sound_baseline(session)
+        try:
+            return self._follow(experiment) if experiment else self._propose()
+        except Over:
+            raise
+        except (storage.Stop, Exception) as error:
+            events = len(session.journal.events)
+            self._failures, self._events = 0 if events > self._events else self._failures, events
+            if self.stopping or self._failures == len(AGAIN_AFTER):
                 raise
-            except (storage.Stop, Exception) as error:
-                if self.stopping or pause is None:
-                    raise
-                self._tell(f"no experiment could be begun: {one_line(str(error))}", "trouble")
-            until = time.monotonic() + pause
-            while time.monotonic() < until:
-                self._check()
-                self._show("trying again soon")
-                time.sleep(POLL)
+            what = f"experiment {experiment.number} was not carried out" if experiment else "no experiment was begun"
+            self._tell(f"{what}, and is tried again: {one_line(str(error))}", "trouble")
+        until = time.monotonic() + AGAIN_AFTER[self._failures]
+        self._failures += 1
+        while time.monotonic() < until:
+            self._check()
+            self._show("trying again soon")
+            time.sleep(POLL)
 
     def _propose(self) -> None:
-        """Has a change made and begins an experiment with it, if it is one."""
-        session = self.session
-        if (description := self._edit_that_is_there()) is not None:
-            return self._open(description or f"what was in {TRAIN} already")
-        if near_misses.ready(session):
-            return self._open(None, near_misses_together=True)
+        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or a
+        new proposal, if there is one."""
+        if self._unopened is None:
+            if (content := self._edit_of_a_person()) is not None:
+                return self._open(f"what was in {TRAIN} already", content)
+            if near_misses.ready(self.session):
+                return self._open(None)
+            self._take_turn()
+        if turn := self._unopened:
+            if content := self.session.repository.contents([turn.blob]).get(turn.blob):  # else git has let go of it
+                self._open(turn.description, content)
+            self._unopened = None
+
+    def _edit_of_a_person(self) -> bytes | None:
+        """What is in the user's train.py, if it is to be run."""
+        session, equal = self.session, None
+        try:
+            content = session.repository.train()
+            digest = describe(content).digest
+            if digest == best_of(session).digest:
+                return None
+            if (equal := session.state.equal(digest)) is None:
+                return content
+            why = f"{TRAIN} is equal to experiment {equal.number}, which was a {equal.status}"
+        except LabError as error:
+            why = str(error)
+        path = session.repository.path / TRAIN
+        saved = self._turn_log().with_suffix(".yours.py")
+        if path.is_file():
+            shutil.copyfile(path, saved)
+            why += f". It was put back; what was there is in {saved}"
+        session.repository.put_back(session.branch)
+        self._tell(why, "trouble")
+        return None
+
+    def _take_turn(self) -> None:
+        """Has the agent or the proposer make a change, and journals what came of it."""
         if self.options.agent and self._agent_is_due():
             return self._ask_agent()
         self.now.by = "proposer"
         self._show("looking for a change")
         try:
-            proposal = proposer.propose(session)
+            proposal = proposer.propose(self.session)
         except LabError:  # nothing is left
             if not self.options.agent:
                 raise
             return self._ask_agent()
-        if kept := agent.put_back(session, self._turns_folder() / f"before-{session.state.last.number + 1}.py"):
-            self.view.say(f"{TRAIN} had other remarks than the best; it is in {kept}")
-        turn = TurnTaken(by="proposer", outcome="edited", description=proposal.description)
-        self._journal(turn, proposal.content)
-        agent.write_train(session, proposal.content)
-        self._open(proposal.description)
+        blob = self.session.repository.store(proposal.content)
+        self._journal(TurnTaken(by="proposer", outcome="edited", description=proposal.description, blob=blob))
 
     def _agent_is_due(self) -> bool:
         return agent.due(self.turns, {e.number for e in self.session.state.decided if fruitless(e)})
 
-    def _edit_that_is_there(self) -> str | None:
-        """The description of an edit that a killed night, or a person, left in train.py; "" where nobody gave one."""
-        try:
-            digest = describe(self.session.repository.train()).digest
-        except LabError as error:
-            kept = agent.put_back(self.session, self._turns_folder() / f"broken-{int(time.time())}.py")
-            self._tell(f"{error}. It was put back" + (f"; what was there is in {kept}" if kept else ""), "trouble")
-            return None
-        if digest == best_of(self.session).digest:
-            return None
-        return self.turns[-1].description if self.turns and self.turns[-1].digest == digest else ""
-
     def _ask_agent(self) -> None:
-        session, seconds = self.session, self.options.turn_seconds
-        log, program = self._turns_folder() / f"{len(self.turns) + 1:04d}.log", ""
+        session, seconds, program = self.session, self.options.turn_seconds, ""
         with suppress(OSError):  # it is gone: the agent is told the rest
             program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
         text = prompt.write(session, program, self.turns, seconds)
@@ -254,50 +275,36 @@ class Night:
                 return session.ending() is not None
             return True
 
-        turn = self._settle(agent.take_turn(session, self.options.agent, text, log, seconds, stop=stop))
-        if turn.outcome != "edited" or turn.righted:
+        turn = agent.take_turn(session, self.options.agent, text, self._turn_log(), seconds, stop=stop)
+        self._journal(turn)
+        agent.discard(session)
+        if turn.outcome != "edited" or turn.reproached:
             self.view.say(f"the agent {turn.said}")
-        if turn.outcome == "edited":
-            return self._open(turn.description)
-        if not self._agent_is_due():
+        if turn.outcome != "edited" and not self._agent_is_due():
             self._tell("the agent fails again and again: the proposer steps in until it recovers", "trouble")
 
-    def _settle(self, turn: TurnTaken) -> TurnTaken:
-        """Journals a turn, once; what was tried before is no edit."""
-        session = self.session
-        if not any(known.log == turn.log for known in self.turns):
-            content = session.repository.train() if turn.outcome == "edited" else None
-            if content and (equal := session.state.equal(describe(content).digest)):
-                agent.put_back(session)
-                content, turn.outcome, turn.description = None, "again", ""
-                turn.said = f"made what is equal to experiment {equal.number}, {one_line(equal.description)}, which "
-                turn.said += f"was a {equal.status}"
-            self._journal(turn, content)
-        agent.settle(session)
-        return turn
-
-    def _turns_folder(self) -> Path:
+    def _turn_log(self) -> Path:
+        """Of the next turn."""
         folder = self.session.folder / "turns"
         folder.mkdir(exist_ok=True)
-        return folder
+        return folder / f"{len(self.turns) + 1:04d}.log"
 
-    def _journal(self, turn: TurnTaken, content: bytes | None = None) -> None:
-        """`content`: the train.py that it gave."""
-        if content is not None:
-            turn.digest, turn.experiment = describe(content).digest, self.session.state.last.number + 1
+    def _journal(self, turn: TurnTaken) -> None:
+        if turn.blob:
+            turn.experiment, self._unopened = self.session.state.last.number + 1, turn
         self.journal.append(turn)
         self.turns.append(turn)
 
-    def _open(self, description: str | None, near_misses_together: bool = False) -> None:
-        """Journals what is in train.py as an experiment; `_follow` runs it."""
+    def _open(self, description: str | None, content: bytes | None = None) -> None:
+        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it."""
         with exclusive(self.session, PATIENCE, self.view.say):
-            equal = open_change(self.session, description, near_misses_together)
+            equal = open_change(self.session, description, near_misses_together=content is None, content=content)
         if equal:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
 
     def _follow(self, experiment: Experiment) -> None:
-        """Sees to it that an open experiment comes to its verdict."""
-        session, failures, process, again_at, seen = self.session, 0, None, 0.0, 0
+        """Sees to it that an open experiment comes to its verdict. LabError if what runs it ends before."""
+        session, process = self.session, None
         while not experiment.applied:
             self._check()
             if self._should_rest(experiment):  # after the run under way
@@ -306,14 +313,8 @@ class Night:
                 self._between()
                 continue
             if process is not None and process.poll() not in (None, 0):
-                words, process, events = one_line(last_words(session)), None, len(session.journal.events)
-                failures, seen = 0 if events > seen else failures, events
-                if failures == len(AGAIN_AFTER):
-                    raise Over(f"experiment {experiment.number} can't be carried out: {words}")
-                again_at = time.monotonic() + AGAIN_AFTER[failures]
-                failures += 1
-                self._tell(f"what runs the experiments has ended ({words}); it is started again", "trouble")
-            if (process is None or process.poll() is not None) and time.monotonic() >= again_at:
+                raise LabError(f"what runs the experiments has ended: {last_words(session)}")
+            if process is None or process.poll() is not None:
                 session.refresh()
                 if not experiment.applied and not session.supervised:
                     process = executor.launch(session)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 import threading
 import time
-from contextlib import suppress
-
-import psutil
+import uuid
 
 from lab import untrusted
 from lab.run import processes
@@ -49,34 +46,16 @@ def _deliver(command: str, text: str, say) -> None:
 
 def run(command: str, text: str) -> str | None:
     """What went wrong, or None. What the command started and left behind has the rest of its time, too."""
+    mark = {"LAB_NOTIFICATION": uuid.uuid4().hex}
     with tempfile.TemporaryFile() as message, tempfile.TemporaryFile() as output:
         message.write(text.encode() + b"\n")
         message.seek(0)
-        process = subprocess.Popen(
-            command,
-            shell=True,
-            stdin=message,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "LAB_MESSAGE": text},
-            start_new_session=os.name == "posix",
-        )
-        started, deadline = {psutil.Process(process.pid)}, time.monotonic() + LIMIT
-
-        def alive() -> list[psutil.Process]:
-            """What is left of all that was seen, and what that has started since."""
-            started.update(processes.in_group(process.pid))
-            for known in list(started):
-                with suppress(psutil.Error):
-                    started.update(known.children(recursive=True))
-            return [known for known in started if processes.runs(known)]
-
-        while time.monotonic() < deadline:
-            ended = process.poll() is not None  # asked first: then all that it has left behind is there to be seen
-            if not alive() and ended:
-                break
+        environment = {**os.environ, "LAB_MESSAGE": text, **mark}
+        process = processes.shell(command, stdin=message, stdout=output, stderr=output, env=environment)
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline and (process.poll() is None or processes.left_of(process, **mark)):
             time.sleep(POLL)
-        late = processes.end(alive)
+        late = processes.end(lambda: processes.left_of(process, **mark))
         status = process.wait()
         if late:
             return f"it took longer than {LIMIT:g} s, and was ended"

@@ -12,8 +12,7 @@ from lab.session.events import TurnTaken
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
 from lab.untrusted import counted, fenced, one_line
-from lab.verdict.gate import smallest_detectable
-from lab.verdict.plan import account_of, noise_of
+from lab.verdict.plan import said_of_noise
 
 LATEST = 20  # experiments that are told of
 KEPT = 15  # of those that were kept, the last
@@ -47,14 +46,16 @@ def _this_turn(session: Session, seconds: float | None) -> str:
     return f"""# This turn
 
 The harness runs the loop tonight: where the text above says otherwise about starting, running or waiting, this holds.
-You are called once for each experiment, and this is one call. `train.py` is the best so far.
+You are called once for each experiment, and this is one call. You are in a clone of the repository that is made for
+this turn and deleted after it: what `train.py` holds at the end is taken, and nothing else. `train.py` is the best so
+far.
 
 - Make one edit of `train.py`: one change that you can explain. Then end your turn. The edit is run, judged, and kept or
   put back after that; your next turn tells what became of it.{limit}
 - Don't run the lab (`python -m lab run`, `wait`, `confirm`, ...), `train.py` or anything else that trains: the device
   is needed, and the lab refuses. To read is fine: `python -m lab log N`, `python -m backends.surface train.py`, and
   `git show refs/autoresearch/{session.name}/N`, the change of experiment N.
-- Don't commit, switch branches, reset or stash. Don't edit other files: that has no effect on how you are judged.
+- Don't commit, switch branches, reset or stash. Don't edit other files. None of that has any effect.
 - Don't ask: nobody is there. Decide, and say why.
 - End your answer with one line, which goes into the ledger, of the form `CHANGE: what was changed, and why`."""
 
@@ -69,12 +70,10 @@ def _standing(session: Session) -> str:
         f"{session.budget:g} s"
     ]
     if best:
-        noise = noise_of(state)
         lines += [
             f"best val_bpb {state.mean(best):.6f} (experiment {best.number}); baseline "
             f"{state.mean(state.baseline):.6f}",
-            f"noise {noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
-            f"{smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five",
+            f"noise {said_of_noise(state)}",
         ]
     if crashes > 1:
         lines.append(f"the last {crashes} experiments crashed: make the next one safe")
@@ -96,7 +95,7 @@ def _tried(state: State) -> str:
 
 def _row(experiment: Experiment, state: State) -> str:
     verdict, evidence = experiment.verdict, experiment.verdict.evidence
-    gain = f"{evidence.gain:+.6f} ({evidence.gain / evidence.error:+.1f})" if evidence and evidence.error else ""
+    gain = f"{evidence.gain:+.6f} ({experiment.t:+.1f})" if evidence and experiment.t is not None else ""
     what = "(on the baseline, to see if it helps here) " * (experiment.kind == "replay")
     parts = [what + one_line(experiment.description, WIDTH)]
     if evidence is None and experiment.kind != "baseline":
@@ -139,7 +138,7 @@ def _own_turns(turns: list[TurnTaken]) -> str:
     own = [turn for turn in turns if turn.by == "agent" and turn.outcome not in agent.NEUTRAL]
     after = next((i for i, turn in enumerate(reversed(own)) if turn.outcome == "edited"), len(own))
     told, said = own[len(own) - after :][-TURNS:], "They gave nothing to run; do otherwise this time."
-    if not told and own and own[-1].righted:
+    if not told and own and own[-1].reproached:
         told, said = own[-1:], "The last one gave an experiment; what it did besides had no effect."
     if not told:
         return ""

@@ -18,7 +18,7 @@ from lab.genome.syntax import describe
 from lab.night import block, edits
 from lab.night.sampler import Trial, ranked
 from lab.session.session import Session
-from lab.session.state import Experiment, State
+from lab.session.state import State
 from lab.verdict.opening import best_of
 from lab.verdict.plan import noise_of
 
@@ -78,16 +78,13 @@ def _structural(state: State, text: str) -> tuple[str, str] | None:
     for edit in edits.LIBRARY:
         if (edited := edit.apply(text)) and _new(state, edited):
             family = identify(text.encode(), edited.encode()).family
-            standing = max((_standing(e) for e in state.decided if e.family == family), default=np.inf)
+            tried = [
+                -np.inf if e.t is None else e.t for e in state.decided if e.family == family
+            ]  # a crash is hopeless
+            standing = max(tried, default=np.inf)
             if standing > HOPELESS:
                 possible.append((standing, edited, f"{edit.name}: {edit.why}"))
     return max(possible, key=lambda option: option[0])[1:] if possible else None
-
-
-def _standing(experiment: Experiment) -> float:
-    """Standard errors that it was better than its parent; a crash is hopeless."""
-    evidence = experiment.verdict.evidence
-    return evidence.gain / evidence.error if evidence and evidence.error else -np.inf
 
 
 def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:

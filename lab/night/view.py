@@ -149,7 +149,7 @@ class View:
     def update(self, now: Now) -> None:
         """Shows how things stand. May be called as often as one likes."""
         experiment = self.session.state.oldest_open
-        run = under_way(experiment)
+        run = experiment.run_under_way if experiment else None
         troubles = tuple(numberless(trouble.text) for trouble in now.troubles)
         key = (troubles, numberless(now.phase), run and run.number, experiment and experiment.number)
         if key == self._key and time.monotonic() < self._drawn + (DRAW_EVERY if self.live else TELL_EVERY):
@@ -201,7 +201,7 @@ class View:
             return [_rule(""), phase]
         by = f", proposed by the {now.by}" if experiment.kind == "change" else ""
         parts = [_rule(f"experiment {experiment.number}{by}"), _line(experiment.description, "bold")]
-        if (run := under_way(experiment)) is None:
+        if (run := experiment.run_under_way) is None:
             return [*parts, phase]
         progress = progress_of(self.session.run_folder(run.number) / "run.log")
         parts.append(Text(", ".join(self._of_run(experiment, run, progress))))
@@ -303,11 +303,6 @@ def _line(text: str, style: str = "") -> Text:
 
 def _rule(title: str) -> Rule:
     return Rule(Text(title), align="left", style="blue")
-
-
-def under_way(experiment: Experiment | None) -> Run | None:
-    """The run that is on now."""
-    return next((run for run in reversed(experiment.runs) if not run.ended), None) if experiment else None
 
 
 def sparkline(losses: Sequence[float], width: int, blocks: str = BLOCKS) -> Text:

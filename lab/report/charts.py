@@ -1,59 +1,56 @@
-"""The report's charts, drawn by matplotlib: the way of the best, several sessions' gains, scores against tokens and
-FLOPs, time. As SVG a chart takes its colours from the page's style sheet and can be pointed at; as PNG it is for
-sharing.
+"""The report's charts, drawn by matplotlib: scores by experiment, and several sessions' gains. As SVG a chart takes its
+colours from the page's style sheet and can be pointed at; as PNG it is for sharing.
 
-A pixel is a point of matplotlib's (72 to an inch). Marks of one kind are one path, however many: it is drawn at once.
+A pixel is a point of matplotlib's (72 to an inch).
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import warnings
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree.ElementTree import Element, fromstring
 
 import numpy as np
-from numpy.typing import ArrayLike
+from matplotlib import rc
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Affine2D
 from rich.cells import cell_len
 
-from lab import untrusted
 from lab.compare.analysis import Analysis
 from lab.report.html import cleaned, el
-from lab.session.state import Experiment
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 COLOURS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", STYLE[: STYLE.index("}")]))
 VARIABLES = {colour: f"var(--{name})" for name, colour in reversed(COLOURS.items())}
 HUES = "best replay near hue3 hue4 crash".split()  # of several sessions
-RING = Outline.unit_regular_polygon(16)
-FORMS = {  # of a mark of radius 1: its corners, and matplotlib's codes of them
-    "dot": ([(0, 0), (0.01, 0)], [1, 2]),  # of hardly any length, with round ends as wide as the dot
-    "ring": (RING.vertices, RING.codes),
-    "cross": ([(-1, -1), (1, 1), (-1, 1), (1, -1)], [1, 2, 1, 2]),
-    "up": ([(-1, -1), (0, 1), (1, -1), (-1, -1)], [1, 2, 2, 79]),
+LETTER = 12  # size of all letters, in pixels
+SIGNS = {  # by kind of experiment: colour, matplotlib's marker, its size in pixels, sign in a legend, meaning
+    "far": ("discard", "^", 7, "▲", "discarded, and further above than is drawn"),
+    "discard": ("discard", ".", 7, "●", "discarded"),
+    "near": ("near", "o", 7, "○", "near misses: better, but not told from chance"),
+    "replayed": ("replay", "o", 7, "○", "replayed, and better than the baseline"),
+    "crash": ("crash", "x", 7, "×", "crashed or invalid, at the foot"),
+    "kept": ("best", ".", 10, "●", "kept: the line is the best so far"),
 }
-SIGNS = {  # by kind of experiment: colour, form, radius, sign in a legend, meaning
-    "far": ("discard", "up", 3.4, "▲", "discarded, and further above than is drawn"),
-    "discard": ("discard", "dot", 3.4, "●", "discarded"),
-    "near": ("near", "ring", 3.4, "○", "near misses: better, but not told from chance"),
-    "replayed": ("replay", "ring", 3.4, "○", "replayed, and better than the baseline"),
-    "crash": ("crash", "cross", 3.4, "×", "crashed or invalid, at the foot"),
-    "kept": ("best", "dot", 5.1, "●", "kept: the line is the best so far"),
-}
-LABELS, ROWS = 40, 10  # kept steps that are tried to be named, and rows above and below a step that are tried for it
+LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above and below a step that are tried for it
 MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
 MOST_NAMED = 12  # sessions in the legend of a picture
+
+rc("figure", facecolor="none", dpi=72)
+rc("font", size=LETTER)
+rc("text", parse_math=False)  # nobody's words are mathematics
+rc("axes", facecolor="none", edgecolor=COLOURS["axis"], labelcolor=COLOURS["soft"], grid=True, axisbelow=True)
+rc("axes", titlecolor=COLOURS["soft"], titlelocation="left", titlesize="medium")
+rc("axes.spines", top=False, left=False, right=False)
+rc("axes.grid", axis="y")
+rc("grid", color=COLOURS["line"])
+rc("axes.formatter", useoffset=False)
+rc("path", simplify=False)
+rc("svg", fonttype="none", hashsalt="report")
 
 
 @dataclass
@@ -61,249 +58,160 @@ class Chart:
     """A figure, with what in it can be pointed at.
 
     Attributes:
+        key: that ids of the experiments' rows in the page begin with.
         spots: (x, y, number) of each experiment, in pixels from the left and from the top.
         legend: (colour, sign, meaning) of what is drawn.
     """
 
     figure: Figure
     axes: Axes
+    key: str = ""
     spots: list[tuple[float, float, int]] = field(default_factory=list)
     legend: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def pixels(self, points: ArrayLike) -> np.ndarray:
+    def pixels(self, points) -> np.ndarray:
         """Where values are drawn: (x, y) in pixels from the left and from the bottom."""
-        return self.axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
+        return self.axes.transData.transform(np.asarray(points, dtype=float))
 
-    def draw(self, corners: np.ndarray, codes: ArrayLike, name: str, **paint) -> None:
-        """Adds a path of corners in pixels, with matplotlib's codes of them."""
-        path = PathPatch(
-            Outline(corners / 72, codes), transform=self.figure.dpi_scale_trans, **({"facecolor": "none"} | paint)
-        )
-        path.set(gid=name, zorder=3, snap=False)
-        self.figure.add_artist(path)
+    def mark(self, kinds: dict[int, str], points: np.ndarray, scale: float = 1.0) -> None:
+        """Marks experiments, of these kinds of SIGNS, at values (x, y)."""
+        height = 72 * self.figure.get_figheight()
+        self.spots = [(x, height - y, number) for (x, y), number in zip(self.pixels(points).tolist(), kinds)]
+        for kind, (colour, marker, size, sign, meaning) in SIGNS.items():
+            places = {number: point for (number, of), point in zip(kinds.items(), points) if of == kind}
+            if not places:
+                continue
+            self.legend.append((colour, sign, meaning))
+            xs, ys = np.transpose(list(places.values()))
+            paint = {"color": COLOURS[colour], "gid": kind, "zorder": 3}
+            if kind == "kept" and len(places) <= MOST_LINKS:
+                self.link(xs, ys, list(places), scale * size, **paint)
+            elif marker in ".o":
+                self.dots(xs, ys, scale * size, **paint)
+                if marker == "o":  # a ring
+                    self.dots(xs, ys, scale * size - 3, color=COLOURS["paper"], zorder=3)
+            else:
+                self.axes.plot(xs, ys, marker, markersize=scale * size, **paint)
 
-    def mark(self, kinds: dict[int, str], places: np.ndarray, key: str, scale: float = 1.0) -> None:
-        """Marks experiments at pixels, those that lie above the chart at its upper edge.
+    def dots(self, xs: np.ndarray, ys: np.ndarray, size: float, **paint) -> None:
+        """Dots as one line, of lengths of nearly nothing with round ends: thousands of marks take longer."""
+        ends = np.repeat(xs, 3)
+        ends[1::3] += 1e-3
+        ends[2::3] = np.nan
+        line = {"linewidth": size, "solid_capstyle": "round", "snap": False}
+        self.axes.plot(ends, np.repeat(ys, 3), **line, **paint)
 
-        Args:
-            kinds: of SIGNS, by experiment. key: that ids of their rows in the page begin with.
-        """
-        (_, top), by_kind = self.axes.transAxes.transform((0, 1)), {}
-        for i, (number, kind) in enumerate(kinds.items()):
-            if places[i, 1] > top:
-                kind, places[i, 1] = "far", top - 5
-            by_kind.setdefault(kind, []).append(i)
-        self.spots = [(x, 72 * self.figure.get_figheight() - y, n) for (x, y), n in zip(places.tolist(), kinds)]
-        for kind, (colour, form, radius, sign, meaning) in SIGNS.items():
-            if there := by_kind.get(kind):
-                self.legend.append((colour, sign, meaning))
-                if kind == "kept" and len(there) <= MOST_LINKS:
-                    self.link(places[there], scale * radius, COLOURS[colour], key, [list(kinds)[i] for i in there])
-                    continue
-                corners, codes = FORMS[form]
-                corners = (places[there][:, None] + scale * radius * np.asarray(corners)).reshape(-1, 2)
-                paint = {"facecolor": COLOURS[colour] if form == "up" else "none", "edgecolor": COLOURS[colour]}
-                paint |= {"linewidth": 2 * scale * radius if form == "dot" else 1.6, "capstyle": "round"}
-                self.draw(corners, np.tile(codes, len(there)), kind, **paint)
-
-    def link(self, places: np.ndarray, radius: float, colour: str, key: str, numbers: list[int]) -> None:
-        """Dots at pixels that lead to the rows of experiments without a script."""
-        inches, outline = self.figure.dpi_scale_trans, [Outline.circle(radius=radius)]
-        dots = PathCollection(outline, offsets=places / 72, offset_transform=inches, facecolor=colour, linewidth=0)
-        dots.set(transform=Affine2D(), gid="kept", zorder=3, urls=[f"#{key}-e{number}" for number in numbers])
-        self.figure.add_artist(dots)
-
-    def text(self, x: float, y: float, text: str, size: float, colour: str = "soft", **how) -> None:
-        """Adds a text at pixels from the left and from the bottom; nothing in it is mathematics."""
-        width, height = 72 * self.figure.get_size_inches()
-        how = {"color": COLOURS[colour], "parse_math": False, "zorder": 4} | how
-        self.figure.text(x / width, y / height, text, size=size, **how)
+    def link(self, xs, ys, numbers: list[int], size: float, **paint) -> None:
+        """Dots that lead to the rows of experiments, also without a script."""
+        urls = [f"#{self.key}-e{number}" for number in numbers]
+        self.axes.scatter(xs, ys, size**2, linewidths=0, urls=urls, **paint)
 
 
-def _chart(size: Sequence[float], across: str, up: str, xs: tuple, ys: tuple, whole=False, head=0.0, left=5.2) -> Chart:
-    """Axes with a grid.
-
-    Args:
-        size: width, height, size of letters, in pixels. across, up: what the axes measure. whole: x is counted.
-        head: so much is left free above. left: room for ticks, in letters.
-    """
-    width, height, letter = size
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
-    foot, top, left = 3.6 * letter, head + 2.2 * letter, left * letter
-    box = left / width, foot / height, (width - 12 - left) / width, (height - foot - top) / height
-    axes = figure.add_axes(box, xlim=xs, ylim=ys, facecolor="none")
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(COLOURS["axis"])
-    axes.tick_params(length=0, pad=6, labelsize=letter, labelcolor=COLOURS["soft"])
-    axes.grid(axis="y", color=COLOURS["line"])
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=whole, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.ticklabel_format(useOffset=False, style="plain")
-    chart = Chart(figure, axes)
-    chart.text(width - 12, 0.5 * letter, across, letter, ha="right")
-    chart.text(left, height - top + 0.8 * letter, up, letter)
-    return chart
+def _chart(width: float, height: float, up: str, key: str = "", head: float = 0.0) -> Chart:
+    """Axes with a grid, in pixels, across which experiments are counted; `head` is left free above."""
+    figure = Figure((width / 72, height / 72))
+    left, foot, top = 5.2 * LETTER, 3.6 * LETTER, head + 2.2 * LETTER
+    axes = figure.add_axes((left / width, foot / height, 1 - (left + 12) / width, 1 - (foot + top) / height))
+    axes.set_xlabel("experiment", loc="right")
+    axes.set_title(up)
+    axes.tick_params(length=0, labelcolor=COLOURS["soft"])
+    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, integer=True, steps=[1, 2, 5, 10]))
+    return Chart(figure, axes, key)
 
 
 # --- The charts ---
 
 
-def sign_of(analysis: Analysis, experiment: Experiment) -> str:
-    """Which of SIGNS stands for an experiment."""
-    if experiment.number not in analysis.scores or experiment.status in ("crash", "invalid"):
-        return "crash"
-    if experiment.status == "keep":
-        return "replayed" if experiment.kind == "replay" else "kept"
-    return "near" if experiment.near_miss else "discard"
-
-
-def progress(analysis: Analysis, key: str, *size: float, head: float = 0.0) -> Chart | None:
-    """Scores by experiment, with the best so far and, around it, one standard deviation of one run. None without any.
-
-    Args:
-        key: of the session in the page. size: see _chart. head: room above.
-    """
+def progress(analysis: Analysis, key: str, width: float, height: float, head: float = 0.0) -> Chart | None:
+    """Scores by experiment, the best so far and, around it, one standard deviation of a run. None without any."""
     if not analysis.steps:
         return None
-    kinds = {number: sign_of(analysis, experiment) for number, experiment in analysis.experiments.items()}
-    steps, sd = [analysis.scores[e.number] for e in analysis.steps], analysis.noise.sd if analysis.noise else 0.0
-    shown = [analysis.scores[number] for number, kind in kinds.items() if kind != "crash"]
-    usual = sorted(shown)[int(0.8 * len(shown))]  # a few that failed badly would flatten the rest
+    scores, steps = analysis.scores, [analysis.scores[e.number] for e in analysis.steps]
+    sd = analysis.noise.sd if analysis.noise else 0.0
+    ordered = sorted(scores.values())
+    usual = ordered[int(0.8 * len(ordered))]  # a few that failed badly would flatten the rest
     span = max(steps[0] - min(steps), 4 * sd, usual - min(steps), 1e-4 * steps[0])
-    high, low = max(steps) + max(0.35 * span, 1.3 * sd), min(*shown, min(steps) - sd)
+    high, low = max(steps) + max(0.35 * span, 1.3 * sd), min(ordered[0], min(steps) - sd)
     low -= 0.2 * (high - low)  # room for labels and for what crashed
-    last = max(1, *kinds)
-    limits = (-0.01 * last, 1.01 * last), (low, high)
-    chart = _chart(size, "experiment", "val_bpb, lower is better", *limits, whole=True, head=head)
+    last, pad = max(1, *analysis.experiments), 0.02 * (high - low)
+    chart = _chart(width, height, "val_bpb, lower is better", key, head)
+    chart.axes.set(xlim=(-0.01 * last, 1.01 * last), ylim=(low, high))
     xs, ys = np.array([*(e.number for e in analysis.steps), last]), np.array([*steps, steps[-1]])
     if sd:
         band = {"step": "post", "alpha": 0.14, "linewidth": 0, "gid": "band"}
         chart.axes.fill_between(xs, ys - sd, ys + sd, color=COLOURS["best"], **band)
         chart.legend.append(("best soft", "■", f"one standard deviation of a single run (±{sd:.4f}) around the best"))
     chart.axes.step(xs, ys, where="post", color=COLOURS["best"], linewidth=2.2, gid="best")
-    places = chart.pixels([(number, analysis.scores.get(number, low)) for number in kinds])
-    failed = [kind == "crash" for kind in kinds.values()]
-    places[failed, 1] = chart.pixels([(0, low)])[0, 1] + 7
-    chart.mark(kinds, places, key, (1.0 if size[0] > 600 else 0.75) * (1.0 if last <= 400 else 0.6))
-    _label(chart, analysis, key, places[np.logical_not(failed)], size)
+    kinds = {number: _kind(analysis, number, high) for number in analysis.experiments}
+    points = np.array([(number, min(scores.get(number, low + pad), high - pad)) for number in kinds])
+    chart.mark(kinds, points, 1.0 if last <= 400 else 0.6)
+    _label(chart, analysis, chart.pixels(points))
     return chart
 
 
-class Taken:
-    """Room in a chart that is taken already, as boxes (left, bottom, right, top)."""
-
-    def __init__(self, boxes: Iterable[Sequence[float]] = ()):
-        self.boxes = np.array(list(boxes), dtype=float).reshape(-1, 4)
-
-    def free(self, box: Sequence[float]) -> bool:
-        left, bottom, right, top = box
-        a, b, c, d = self.boxes.T
-        return not ((a < right) & (c > left) & (b < top) & (d > bottom)).any()
-
-    def take(self, *boxes: Sequence[float]) -> None:
-        self.boxes = np.vstack([self.boxes, *boxes])
+def _kind(analysis: Analysis, number: int, high: float) -> str:
+    """Which of SIGNS stands for an experiment, in a chart that ends at a score."""
+    experiment, score = analysis.experiments[number], analysis.scores.get(number)
+    if score is None:
+        return "crash"
+    if experiment.status == "keep":
+        return "replayed" if experiment.kind == "replay" else "kept"
+    return "far" if score > high else "near" if experiment.near_miss else "discard"
 
 
-def _label(chart: Chart, analysis: Analysis, key: str, marks: np.ndarray, size: Sequence[float]) -> None:
+def _label(chart: Chart, analysis: Analysis, marks: np.ndarray) -> None:
     """Names the kept steps where there is room, those that gained most first: below the line or above it, and beside
     the marks. A name leads to the experiment's row."""
     steps = chart.pixels([(e.number, analysis.scores[e.number]) for e in analysis.steps])
-    (left, foot), (right, top) = chart.pixels(np.transpose([chart.axes.get_xlim(), chart.axes.get_ylim()]))
-    taken = Taken([(x - 3, y - 3, x + 3, y + 3) for x, y in marks.tolist()])
-    for (x, y), (end, below) in itertools.pairwise([*steps.tolist(), [right, steps[-1][1]]]):
-        taken.take((x, y - 3, end, y + 3), (end - 2, min(y, below), end + 2, max(y, below)))
-    letter, most = 0.9 * size[2], 48 if size[0] > 600 else 24
-    gains, stems = -np.diff([analysis.scores[e.number] for e in analysis.steps]), []
+    left, foot, right, top = chart.axes.bbox.extents
+    ends = np.vstack([steps[1:], (right, steps[-1, 1])])
+    taken = np.vstack(  # boxes (left, bottom, right, top): of the marks, and of the line across and down
+        [
+            np.hstack([marks - 3, marks + 3]),
+            np.column_stack([steps[:, 0], steps[:, 1] - 3, ends[:, 0], steps[:, 1] + 3]),
+            np.column_stack([ends[:, 0] - 2, ends[:, 1], ends[:, 0] + 2, steps[:, 1]]),
+        ]
+    )
+    gains = -np.diff([analysis.scores[e.number] for e in analysis.steps])
     for i in np.argsort(-gains)[:LABELS].tolist():
         experiment, (x, y) = analysis.steps[i + 1], steps[i + 1].tolist()
-        text = cleaned(experiment.description, most) or "(not described)"
-        wide = 0.56 * letter * cell_len(text)  # about, as fonts differ
-        rows = [8 + letter * (1 + 1.25 * row) for row in range(ROWS)]
-        tries = [(x - 3 - wide, y - rows[0]), *((x + 4, y + row - letter) for row in rows)]
-        tries += [(start, y - row) for start in (x - 3 - wide, x + 4) for row in rows]
-        for start, base in tries:
-            box = (start, base - 0.25 * letter, start + wide, base + letter)
-            stem = (x - 1, base, x + 1, y - 4) if base < y else (x - 1, y + 4, x + 1, base)
+        text = cleaned(experiment.description, 48 if right > 600 else 24) or "(not described)"
+        wide = 0.54 * LETTER * cell_len(text)  # about, as fonts differ
+        rows = [6 + LETTER * 1.25 * row for row in range(ROWS)]
+        tries = [(across, up) for row in rows for up in (-row - LETTER, row) for across in (-3 - wide, 4)]
+        for across, up in tries:
+            box = x + across, y + up - 0.25 * LETTER, x + across + wide, y + up + LETTER
             inside = left <= box[0] and box[2] <= right and foot + 14 <= box[1] and box[3] <= top
-            if inside and taken.free(box) and taken.free(stem):
-                taken.take(box, stem)
-                stems += [(x, stem[1]), (x, stem[3])]
-                chart.text(start, base, text, letter, "ink", gid="label", url=f"#{key}-e{experiment.number}")
+            if inside and not overlapping(box, taken):
+                taken = np.vstack([taken, box])
+                how = {"textcoords": "offset points", "color": COLOURS["ink"], "size": 0.9 * LETTER, "gid": "label"}
+                place = experiment.number, analysis.scores[experiment.number]
+                chart.axes.annotate(text, place, (across, up), url=f"#{chart.key}-e{experiment.number}", **how)
                 break
-    lines = np.array(stems).reshape(-1, 2)
-    chart.draw(lines, [1, 2] * (len(stems) // 2), "stem", edgecolor=COLOURS["axis"], linewidth=0.8)
 
 
-def gains(analyses: list[Analysis], *size: float, head: float = 0.0) -> Chart | None:
+def overlapping(box: tuple[float, float, float, float], boxes: np.ndarray) -> bool:
+    """Whether a box (left, bottom, right, top) overlaps any of several."""
+    left, bottom, right, top = boxes.T
+    return bool(((left < box[2]) & (right > box[0]) & (bottom < box[3]) & (top > box[1])).any())
+
+
+def gains(analyses: list[Analysis], width: float, height: float, head: float = 0.0) -> Chart | None:
     """How far each session's best was below its own baseline, in percent, by experiment. A replay of others' changes
     stays at its baseline, and is left out. None without any."""
-    searched = [(i, a) for i, a in enumerate(analyses) if a.baseline and not a.only_replays]
+    searched = {i: analysis for i, analysis in enumerate(analyses) if analysis.baseline and not analysis.only_replays}
     if not searched:
         return None
-    below = {i: [max(0.0, 100 * (1 - a.scores[e.number] / a.scores[0])) for e in a.steps] for i, a in searched}
-    last = max(1, *(max(analysis.experiments) for _, analysis in searched))
-    limits = (0, 1.01 * last), (0, max(0.1, 1.12 * max(map(max, below.values()))))
-    chart = _chart(size, "experiment", "below the session's own baseline, %", *limits, whole=True, head=head, left=4.2)
-    for i, analysis in searched:
-        hue, numbers = HUES[i % len(HUES)], [e.number for e in analysis.steps]
-        xs, ys = [*numbers, max(analysis.experiments)], [*below[i], below[i][-1]]
-        chart.axes.step(xs, ys, where="post", color=COLOURS[hue], linewidth=2.2, gid="best")
-        chart.link(chart.pixels(list(zip(numbers, below[i]))), 3.4, COLOURS[hue], f"s{i}", numbers)
-        chart.legend.append((hue, "━", cleaned(analysis.name)))
-    return chart
-
-
-def against(analysis: Analysis, what: str, key: str, *size: float) -> Chart | None:
-    """Scores against "tokens" or "flops" of a run; None where fewer than two differ."""
-    points = {
-        number: (amount, analysis.scores[number])
-        for number, experiment in analysis.experiments.items()
-        if number in analysis.scores and (amount := analysis.mean(experiment, what))
-    }
-    amounts, scores = (list(side) for side in zip(*points.values())) if points else ([], [])
-    if len(set(map(round, amounts))) < 2:
-        return None
-    kept = [score for number, (_, score) in points.items() if analysis.experiments[number].status == "keep"] or scores
-    sd = analysis.noise.sd if analysis.noise else 0.0
-    high, low = min(max(scores), max(kept) + 1.5 * max(max(kept) - min(kept), 4 * sd, 1e-3)), min(scores)
-    pad, pad_up = 0.04 * (max(amounts) - min(amounts)), 0.05 * (high - low) or 1e-3
-    power = min(18, max(0, (len(str(int(max(amounts)))) - 1) // 3 * 3))
-    prefix = ["", "thousand ", "million ", "billion ", "trillion ", "quadrillion ", "quintillion "][power // 3]
-    unit = f"{prefix}{'tokens' if what == 'tokens' else 'FLOPs of the model'} in a run"
-    xs = (min(amounts) - pad) / 10**power, (max(amounts) + pad) / 10**power
-    chart = _chart(size, unit, "val_bpb", xs, (low - pad_up, high + pad_up))
-    kinds = {n: "kept" if analysis.experiments[n].status == "keep" else "discard" for n in points}
-    chart.mark(kinds, chart.pixels([(amount / 10**power, score) for amount, score in points.values()]), key)
-    chart.legend = []
-    return chart
-
-
-def minutes(analysis: Analysis, *size: float) -> Chart | None:
-    """How long the runs of each experiment took. None where no record says it."""
-    if not analysis.spent:
-        return None
-    numbers, spent = list(analysis.spent), list(analysis.spent.values())
-    last, most = max(1, *numbers), max(part.total for part in spent) / 60
-    limits = (-0.6, last + 0.6), (0, 1.05 * most)
-    chart = _chart(size, "experiment", "minutes", *limits, whole=True, left=4.2)
-    feet = np.zeros(len(numbers))
-    for name, colour, meaning in (
-        ("own", "best", "training the change"),
-        ("beside", "beside", "training what it is measured against; confirmations"),
-        ("around", "around", "start, compilation, evaluation"),
-    ):
-        heads = feet + np.array([getattr(part, name) / 60 for part in spent])
-        sides = [
-            (x + dx, y) for x, a, b in zip(numbers, feet, heads) for dx, y in zip((-0.4, -0.4, 0.4, 0.4), (a, b, b, a))
-        ]
-        corners = np.insert(chart.pixels(sides).reshape(-1, 4, 2), 4, 0, axis=1).reshape(-1, 2)
-        bars = {"facecolor": COLOURS[colour], "linewidth": 0}
-        chart.draw(corners, np.tile([1, 2, 2, 2, 79], len(numbers)), name, **bars)
-        chart.legend.append((colour, "■", meaning))
-        feet = heads
-    spots = chart.pixels(list(zip(numbers, feet))).tolist()
-    chart.spots = [(x, size[1] - y, number) for (x, y), number in zip(spots, numbers)]
+    chart = _chart(width, height, "below the session's own baseline, %", head=head)
+    for i, analysis in searched.items():
+        hue, name, numbers = HUES[i % len(HUES)], cleaned(analysis.name), [e.number for e in analysis.steps]
+        below = [max(0.0, 100 * (1 - analysis.scores[number] / analysis.scores[0])) for number in numbers]
+        line = {"color": COLOURS[hue], "linewidth": 2.2, "gid": "best", "label": name}
+        chart.axes.step([*numbers, max(analysis.experiments)], [*below, below[-1]], where="post", **line)
+        chart.key = f"s{i}"
+        chart.link(numbers, below, numbers, 7, color=COLOURS[hue], gid="kept", zorder=3)
+        chart.legend.append((hue, "━", name))
+    chart.axes.set(xlim=(0, None), ylim=(0, max(0.1, chart.axes.get_ylim()[1])))
     return chart
 
 
@@ -316,57 +224,51 @@ def card(analyses: list[Analysis], said: str) -> bytes | None:
     Args:
         said: a line below the title.
     """
-    size, named = (1200.0, 630.0, 15.0), 0
+    width, height, head = 960, 504, 78
     if len(analyses) == 1:
         title = f"{analyses[0].started.tag} on {analyses[0].started.device}"
-        chart = progress(analyses[0], "", *size, head=96)
+        chart = progress(analyses[0], "", width, height, head=head)
     else:
-        title, named = f"{len(analyses)} sessions", min(MOST_NAMED, len(analyses))
-        chart = gains(analyses, *size, head=max(96, 78 + 20 * named))
+        title, chart = f"{len(analyses)} sessions", gains(analyses, width, height, head=head)
     if chart is None:
         return None
-    chart.text(24, 630 - 48, cleaned(title, 80), 28, "ink")
-    chart.text(24, 630 - 80, said, 18)
-    for place, (hue, _, name) in enumerate(chart.legend[:named]):
-        chart.text(24, 630 - 84 - 20 * place, "■", 15, hue)
-        chart.text(48, 630 - 84 - 20 * place, untrusted.cut(name, 90), 15)
-    return png(chart)
+    if len(analyses) > 1:
+        lines = chart.axes.get_legend_handles_labels()[0][:MOST_NAMED]
+        chart.axes.legend(handles=lines, labelcolor=COLOURS["soft"], frameon=False)
+    chart.figure.text(20 / width, 1 - 38 / height, cleaned(title, 80), size=22, color=COLOURS["ink"])
+    chart.figure.text(20 / width, 1 - 64 / height, said, size=14, color=COLOURS["soft"])
+    return png(chart, 1200 / width)
 
 
-def png(chart: Chart) -> bytes:
-    """The chart on the page's light paper."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+def png(chart: Chart, scale: float = 1.0) -> bytes:
+    """The chart on the page's light paper, enlarged."""
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font lacks
-        FigureCanvasAgg(chart.figure).print_figure(content, facecolor=COLOURS["paper"], dpi=72)
+        chart.figure.savefig(content, format="png", facecolor=COLOURS["paper"], dpi=72 * scale)
     return content.getvalue()
 
 
-def svg(chart: Chart, label: str, name: str, class_: str) -> Element:
+def svg(chart: Chart, label: str, name: str) -> Element:
     """The chart as an element of a page; `label` says it to those who don't see it, `name` begins its ids.
 
     The page forbids inline styles, so they become attributes; colours become variables of the style sheet.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     content = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font lacks
-        FigureCanvasSVG(chart.figure).print_svg(content, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        chart.figure.savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawn = fromstring(content.getvalue())
     ids = {element.get("id"): f"{name}-{i}" for i, element in enumerate(drawn.iter()) if element.tag.endswith(DEFINED)}
     width, height = 72 * chart.figure.get_size_inches()
-    attributes = {"role": "img", "aria_label": label, "id": name, "class_": f"chart {class_}"}
+    attributes = {"role": "img", "aria_label": label, "id": name, "class_": "chart"}
     root = el("svg", viewBox=f"0 0 {width:g} {height:g}", stroke_linejoin="round", **attributes)
     root.extend(_plain(element, ids) for element in drawn if element.tag.endswith("}g"))
     return root
 
 
 DEFINED = "}path", "}clipPath"
-NAMED = {*SIGNS, "band", "best", "label", "own", "beside", "around"}  # groups that stay told apart
+NAMED = {*SIGNS, "band", "best", "label"}  # groups that stay told apart
 LINK = "{http://www.w3.org/1999/xlink}href"
 LEFT_OUT = "style", "id", "target", "font-family", LINK
 

@@ -6,19 +6,23 @@ import base64
 import hashlib
 import html
 import time
-from collections.abc import Callable
+from typing import Any
 from pathlib import Path
 from string import Template
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element, SubElement, tostring
 
-from lab import untrusted
 from lab.compare import comparison, tables
 from lab.compare.analysis import Analysis, kind_of
 from lab.compare.tables import Table, Tag
 from lab.report import charts
-from lab.report.html import cleaned, el, embedded, table
-from lab.session.state import Experiment
+from lab.report.charts import Chart
+from lab.report.html import cleaned, el, embedded, table, tag
+from lab.session.state import Experiment, Run
+from lab.untrusted import counted, visible
 
+Data = dict[
+    str, Any
+]  # for the script: {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}
 HERE = Path(__file__).resolve().parent
 MARK = "<!doctype html>\n<!-- python -m lab report -->\n"  # what a file of ours begins with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
@@ -28,56 +32,25 @@ TOKENS_TOLD = (
 )
 
 
-class Page:
-    """A page being written.
-
-    Attributes:
-        data: for the script: {"sessions": {session: {number: details}}, "charts": {id: [session, x, y, number, ...]}}.
-    """
-
-    def __init__(self):
-        self.data = {"sessions": {}, "charts": {}}
-
-    def chart(self, key: str, name: str, label: str, draw: Callable, *subject, height: float = 0.0) -> Element | None:
-        """A chart with its legend; None without anything to draw. `key` begins the ids of the session's rows.
-
-        Args:
-            draw: called with what is to be drawn, the width, the height and the size of letters, in pixels.
-            height: of a wide chart on a desk, which gets another for a phone; else one of half the width is for both.
-        """
-        sizes = {"wide": (1120, height, 12.5), "narrow": (360, 290, 11)} if height else {"half": (440, 270, 12)}
-        parts, legend = [], []
-        for form, size in sizes.items():
-            if (chart := draw(*subject, *size)) is None:
-                return None
-            identity = f"{key}-{name}-{form}"
-            self.data["charts"][identity] = [key, *(round(part, 1) for spot in chart.spots for part in spot)]
-            parts.append(charts.svg(chart, label, identity, form))
-            legend = chart.legend
-        entries = [(el("span", sign, class_=f"sign {hue}", aria_hidden="true"), text) for hue, sign, text in legend]
-        return el(
-            "figure", *parts, el("ul", *(el("li", *entry) for entry in entries), class_="legend") if legend else None
-        )
-
-
 def written(analyses: list[Analysis]) -> bytes:
     """The page about one session, or about several and what they say together."""
-    page, started, names = Page(), [a.started for a in analyses], [cleaned(a.name) for a in analyses]
+    data = {"sessions": {}, "charts": {}}
+    started, names = [a.started for a in analyses], [cleaned(a.name) for a in analyses]
     if len(analyses) == 1:
         title, over = f"{started[0].tag} on {started[0].device}", "autoresearch session"
-        parts = _session(page, "s0", analyses[0], "h2")
+        parts = _session(data, "s0", analyses[0], "h2")
     else:
         title, over = f"{len(analyses)} sessions on {len({s.device for s in started})} devices", "autoresearch"
-        parts = _together(page, analyses, names)
+        parts = _together(data, analyses, names)
         for i, analysis in enumerate(analyses):
-            inner = _session(page, f"s{i}", analysis, "h3")
+            inner = _session(data, f"s{i}", analysis, "h3")
             parts.append(el("section", el("h2", names[i]), *inner, id=f"s{i}", class_="session"))
     script = (HERE / "page.js").read_text(encoding="utf-8")
     content = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(cleaned(title)),
         over=over,
         main="\n".join(tostring(part, encoding="unicode", method="html") for part in parts),
-        data=embedded(page.data),
+        data=embedded(data),
         now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         **{"style": charts.STYLE, "style_digest": _digest(charts.STYLE)},
         **{"script": script, "script_digest": _digest(script)},
@@ -99,14 +72,26 @@ def _section(name: str, title: str, head: str, *parts: Element | Table | str | N
     return el("section", el(head, title, id=f"{name}-head"), *shown, aria_labelledby=f"{name}-head") if shown else None
 
 
+def _figure(data: Data, chart: Chart | None, identity: str, label: str) -> Element | None:
+    """A chart with its legend; None without one. label: says it to those who don't see it."""
+    if chart is None:
+        return None
+    data["charts"][identity] = [chart.key, *(round(part, 1) for spot in chart.spots for part in spot)]
+    entries = [
+        el("li", el("span", sign, class_=f"sign {hue}", aria_hidden="true"), meaning)
+        for hue, sign, meaning in chart.legend
+    ]
+    return el("figure", charts.svg(chart, label, identity), el("ul", *entries, class_="legend") if entries else None)
+
+
 # --- Several sessions ---
 
 
-def _together(page: Page, analyses: list[Analysis], names: list[str]) -> list[Element]:
+def _together(data: Data, analyses: list[Analysis], names: list[str]) -> list[Element]:
     """What they say together."""
     links = [part for i, name in enumerate(names) for part in (" · " * bool(i), el("a", name, href=f"#s{i}"))]
-    told = "How far each session's best was below its own baseline, by experiment"
-    gains = page.chart("", "together", told, charts.gains, analyses, height=330)
+    label = "How far each session's best was below its own baseline, by experiment"
+    gains = _figure(data, charts.gains(analyses, 1120, 330), "together", label)
     sections = [
         _section(section.name, section.title, "h2", *section.parts, gains if section.name == "sessions" else None)
         for section in tables.sections(comparison.of_analyses(analyses))
@@ -118,22 +103,18 @@ def _together(page: Page, analyses: list[Analysis], names: list[str]) -> list[El
 # --- A session ---
 
 
-def _session(page: Page, key: str, analysis: Analysis, head: str) -> list[Element]:
+def _session(data: Data, key: str, analysis: Analysis, head: str) -> list[Element]:
     """The sections about a session; `head` is the tag of their headings, `key` begins their ids."""
-    progress = page.chart(key, "progress", _told(analysis), charts.progress, analysis, key, height=430)
-    minutes = page.chart(key, "minutes", "Minutes of runs by experiment", charts.minutes, analysis)
-    pair = [
-        page.chart(key, what, f"val_bpb against {what} of a run", charts.against, analysis, what, key)
-        for what in ("tokens", "flops")
-    ]
-    against = (TOKENS_TOLD, el("div", *pair, class_="pair")) if any(part is not None for part in pair) else ()
+    label = f"Scores by experiment, and the best so far. {': '.join(in_short(analysis))}"
+    progress = _figure(data, charts.progress(analysis, key, 1120, 430), f"{key}-progress", label)
+    steps = tables.steps_tables([analysis])
     sections = {
-        "Progress": (progress, _kept(analysis)),
-        "Experiments": (_experiments(page, key, analysis),),
+        "Progress": (progress,),
+        "Experiments": (_experiments(data, key, analysis),),
         "Crashed and invalid": (_failed(analysis),),
         "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
-        "Where the time went": (_shares(analysis), minutes),
-        "Score against tokens and FLOPs": against,
+        "Where the time went": (_shares(analysis),),
+        "Score against tokens and FLOPs": (TOKENS_TOLD, *steps) if steps else (),
         "What it was measured under": (_under(analysis),),
     }
     shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]
@@ -183,26 +164,13 @@ def _headline(analysis: Analysis) -> Element:
             f"degrees of freedom){times}."
         )
     counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
-    runs = str(sum(map(len, analysis.runs.values())))
-    tiles = [("experiments", str(len(analysis.tried)), counts), ("runs", runs, "that ended with a score")]
-    if analysis.hours:
-        tiles.append(("time", f"{analysis.hours:.1f} h", f"{analysis.per_hour:.1f} experiments an hour"))
-    if analysis.budget:
-        tiles.append(("training", f"{analysis.budget:g} s", "in each run"))
-    return el(
-        "section",
-        el("p", big, class_="big"),
-        el("p", said),
-        el("p", *_badge(analysis)) if analysis.gain else None,
-        el("p", chance),
-        el(
-            "dl",
-            *(el("div", el("dt", name), el("dd", text, el("small", more))) for name, text, more in tiles),
-            class_="tiles",
-        ),
-        *(el("p", cleaned(note, 400), class_="note") for note in analysis.notes),
-        aria_label="In short",
-    )
+    facts = [f"{len(analysis.tried)} experiments: {counts}" if counts else "no experiment yet"]
+    facts.append(counted(sum(map(len, analysis.runs.values())), "run") + " with a score")
+    facts += [f"{analysis.budget:g} s of training in each"] if analysis.budget else []
+    facts += [f"{analysis.hours:.1f} h, {analysis.per_hour:.1f} experiments an hour"] if analysis.hours else []
+    parts = [el("p", big, class_="big"), el("p", said), el("p", *_badge(analysis)) if analysis.gain else None]
+    notes = [el("p", cleaned(note, 400), class_="note") for note in analysis.notes]
+    return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
 
 
 def _badge(analysis: Analysis) -> list:
@@ -219,34 +187,6 @@ def _badge(analysis: Analysis) -> list:
     return [badge, f" {said[:1].upper()}{said[1:]}.{later}"]
 
 
-def _told(analysis: Analysis) -> str:
-    """The progress chart in words."""
-    if analysis.best is None:
-        return ""
-    first, best = (analysis.scores[experiment.number] for experiment in (analysis.steps[0], analysis.best))
-    return (
-        f"val_bpb of {len(analysis.tried)} experiments: from {first:.6f} down to {best:.6f} in "
-        f"{len(analysis.steps) - 1} kept steps"
-    )
-
-
-def _kept(analysis: Analysis) -> Table:
-    rows = []
-    for before, experiment in zip(analysis.steps, analysis.steps[1:]):
-        score = analysis.scores[experiment.number]
-        step, runs = score - analysis.scores[before.number], len(analysis.judged[experiment.number])
-        rows.append(
-            (
-                f"{experiment.number}",
-                experiment.description or "(not described)",
-                f"{score:.6f}",
-                f"{step:+.6f}",
-                f"{runs}",
-            )
-        )
-    return Table("What was kept, in order", ("experiment", "what", "val_bpb", "step", "runs"), rows)
-
-
 def _failed(analysis: Analysis) -> Table:
     rows = [
         (f"{e.number}", Tag(SAID[e.status]), e.description or "(not described)", e.verdict.said or "-")
@@ -257,12 +197,8 @@ def _failed(analysis: Analysis) -> Table:
 
 
 def _shares(analysis: Analysis) -> Table:
-    shares = analysis.shares
-    total = sum(hours for _, hours in shares)
-    rows = [
-        (what, f"{hours:.2f} h" if total >= 1 else f"{60 * hours:.1f} min", f"{100 * hours / total:.0f} %")
-        for what, hours in shares
-    ]
+    total = sum(analysis.shares.values())
+    rows = [(what, f"{hours:.2f} h", f"{100 * hours / total:.0f} %") for what, hours in analysis.shares.items()]
     return Table("Of the whole session", ("what", "time", "share"), rows)
 
 
@@ -278,38 +214,27 @@ def _under(analysis: Analysis) -> Element:
 # --- The experiments ---
 
 
-def _experiments(page: Page, key: str, analysis: Analysis) -> Element:
+def _experiments(data: Data, key: str, analysis: Analysis) -> Element:
     """All experiments as a table: rows are there without a script, which sorts, filters and opens them."""
     experiments = list(analysis.experiments.values())
-    page.data["sessions"][key] = {e.number: _details(analysis, e) for e in experiments}
+    data["sessions"][key] = {e.number: _details(analysis, e) for e in experiments}
     columns = [column for column in _columns(analysis, experiments) if any(text != "–" for text in column[2])]
     verdicts = [_verdict(experiment) for experiment in experiments]
     body = el("tbody", role="rowgroup")
-    for i, experiment in enumerate(experiments):
-        row = el(
-            "tr",
-            el("th", str(experiment.number), scope="row", role="rowheader"),
-            el("td", el("span", verdicts[i], class_=f"tag {verdicts[i].replace(' ', '-')}"), role="cell"),
-            id=f"{key}-e{experiment.number}",
-            role="row",
-        )
-        row.extend(el("td", texts[i], class_=name, role="cell") for _, name, texts in columns)
-        row.append(el("td", cleaned(experiment.description) or "(not described)", class_="what", role="cell"))
+    for i, (experiment, verdict) in enumerate(zip(experiments, verdicts)):
+        number = el("th", str(experiment.number), scope="row", role="rowheader")
+        row = el("tr", number, el("td", tag(verdict), role="cell"), id=f"{key}-e{experiment.number}", role="row")
+        for _, name, texts in columns:  # most of the page, and so without el
+            SubElement(row, "td", {"class": name, "role": "cell"}).text = texts[i]
         body.append(row)
-    heads = [("#", None), ("verdict", None), *((head, name) for head, name, _ in columns), ("what", "what")]
-    head = el(
-        "tr", *(el("th", text, scope="col", role="columnheader", class_=name) for text, name in heads), role="row"
-    )
-    form = el(
-        "form",
-        el("label", "Find ", el("input", type="search", autocomplete="off", spellcheck="false")),
-        el("label", "Verdict ", el("select", *(el("option", text) for text in ["all", *dict.fromkeys(verdicts)]))),
-        el("output", aria_live="polite"),
-        class_="tools",
-        hidden="",
-    )
+    heads = [("#", None), ("verdict", None), *((head, name) for head, name, _ in columns)]
+    head = [el("th", text, scope="col", role="columnheader", class_=name) for text, name in heads]
+    options = [el("option", text) for text in ["all", *dict.fromkeys(verdicts)]]
+    find = el("label", "Find ", el("input", type="search", autocomplete="off", spellcheck="false"))
+    choose = el("label", "Verdict ", el("select", *options))
+    form = el("form", find, choose, el("output", aria_live="polite"), class_="tools", hidden="")
     caption = el("caption", f"{len(experiments)} experiments, the baseline among them")
-    whole = el("table", caption, el("thead", head, role="rowgroup"), body, role="table")
+    whole = el("table", caption, el("thead", el("tr", *head, role="row"), role="rowgroup"), body, role="table")
     return el("div", form, whole, class_="experiments", data_session=key)
 
 
@@ -327,7 +252,6 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
         return ["–" if value is None else format(value, form).replace("-", "−") for value in values]
 
     tokens = [analysis.mean(e, "tokens") for e in experiments]
-    spent = [analysis.spent.get(e.number) for e in experiments]
     return [
         ("val_bpb", "n", shown([analysis.scores.get(e.number) for e in experiments], ".6f")),
         ("against parent", "n", shown(list(map(analysis.step, experiments)), "+.6f")),
@@ -335,7 +259,7 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
         ("kind", "more", [kind_of(e) or "–" for e in experiments]),
         ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),
         ("GB", "n few more", shown([analysis.mean(e, "memory") for e in experiments])),
-        ("minutes", "n more", shown([part.total / 60 if part else None for part in spent], ".1f")),
+        ("what", "what", [cleaned(e.description) or "(not described)" for e in experiments]),
     ]
 
 
@@ -353,19 +277,16 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
         ("repeats", experiment.origin),
     ]
     runs = [
-        [
-            run.number,
-            run.seed,
-            f"{run.bpb:.6f}",
-            "confirmation"
-            if analysis.confirms(run)
-            else f"beside experiment {run.experiment}" * (run.experiment != experiment.number),
-        ]
+        [run.number, run.seed, f"{run.bpb:.6f}", _why(analysis, experiment, run)]
         for run in analysis.runs[experiment.number]
     ]
     unknown = experiment.onto is not None and not experiment.diff
-    return {
-        "facts": [[name, cleaned(text, 400)] for name, text in facts if text],
-        "runs": runs,
-        "diff": None if unknown else untrusted.visible(experiment.diff),
-    }
+    shown = [[name, cleaned(text, 400)] for name, text in facts if text]
+    return {"facts": shown, "runs": runs, "diff": None if unknown else visible(experiment.diff)}
+
+
+def _why(analysis: Analysis, experiment: Experiment, run: Run) -> str:
+    """What a run of an experiment's train.py was made for, if not for that experiment."""
+    if analysis.confirms(run):
+        return "confirmation"
+    return "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"

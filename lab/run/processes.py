@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -35,6 +36,18 @@ def marked(**variables: str) -> list[psutil.Process]:
 def in_group(group: int) -> list[psutil.Process]:
     """The processes of a group, also those whose parents have ended, and all below them."""
     return _with_descendants(lambda process: os.name == "posix" and os.getpgid(process.pid) == group)
+
+
+def shell(command: str, **options) -> subprocess.Popen:
+    """Has the shell run a command, in a group of its own: Ctrl-C is for who called it. Options are those of Popen."""
+    group = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0  # pyright: ignore
+    return subprocess.Popen(command, shell=True, start_new_session=os.name == "posix", creationflags=group, **options)
+
+
+def left_of(process: subprocess.Popen | None, **variables: str) -> list[psutil.Process]:
+    """What runs of all that a command has started: below it, of its group, or with these environment variables."""
+    family = marked(**variables) + ([*tree(process.pid), *in_group(process.pid)] if process else [])
+    return [member for member in set(family) if runs(member)]
 
 
 def _with_descendants(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:

@@ -260,26 +260,26 @@ class TurnTaken(Event, tag="turn"):
 
     Attributes:
         by: who made it.
-        outcome: "edited" if it gave a train.py to run. Else train.py is the best again, and the agent "failed" (exit
+        outcome: "edited" if it gave a train.py to run. Else there is nothing to run, as the agent "failed" (exit
             status), "hung" (time limit), "flooded" (output limit), "asked" (a question, of nobody), wrote "no python",
             changed only files "elsewhere", did "nothing", or made what had been tried "again"; or it was "stopped" or
             "interrupted" with the night, which is no failure.
         said: what the agent did, on a clean line that goes on from "the agent ...".
-        description: of the change, what and why. digest: of the train.py. experiment: its number.
-        log: path of what was printed. others: files beside train.py that changed.
-        righted: something beside train.py had to be put right, or has no effect; `said` tells what.
+        description: of the change, what and why. blob: git's id of the train.py, which is stored.
+        experiment: its number. log: path of what was printed. others: files beside train.py that changed.
+        reproached: it did something that has no effect, or left processes; `said` tells what.
     """
 
     by: Literal["agent", "proposer"]
     outcome: Name
     said: Text = ""
     description: Text = ""
-    digest: Digest = ""
+    blob: Digest = ""
     experiment: Number | None = None
     log: str = ""
     others: list[str] = []
     seconds: float = 0.0
-    righted: bool = False
+    reproached: bool = False
 
 
 class NightEnded(Event, tag="ended"):

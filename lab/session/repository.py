@@ -76,7 +76,7 @@ class Repository:
         environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
         if arguments[0] == "commit-tree":
             environment = self._identity() | environment
-        environment |= more or {}
+        environment |= {"GIT_OPTIONAL_LOCKS": "0", **(more or {})}  # a look changes nothing, the index neither
         if index:
             environment["GIT_INDEX_FILE"] = str(index)
         try:
@@ -170,10 +170,25 @@ class Repository:
         blob = self.blob_of("HEAD")
         return bool(blob) and b"\r\n" in self.contents([blob]).get(blob, b"")
 
-    def changed(self) -> list[str]:
-        """Files other than train.py that differ from what is committed, or are new."""
-        entries = self.git("status", "--porcelain", "-z", "--no-renames").split("\0")
+    def changed(self, ignored: bool = False) -> list[str]:
+        """Files other than train.py that differ from what is committed, or are new, or are ignored; a folder without
+        any other file stands for what is in it, with a slash."""
+        more = ["--ignored"] * ignored
+        entries = self.git("status", "--porcelain", "-z", "--no-renames", *more).split("\0")
         return [entry[3:] for entry in entries if entry and entry[3:] != TRAIN]
+
+    def clone(self, folder: Path, branch: str) -> None:
+        """A repository of its own in a folder that is not there yet, with this branch checked out, all refs of this one
+        and its objects, which are shared. It has no remote: what git does in it moves nothing here."""
+        inside = {"GIT_DIR": str(folder / ".git"), "GIT_WORK_TREE": str(folder)}
+        self.git("clone", "--quiet", "--shared", "--mirror", "--template=", str(self.path), inside["GIT_DIR"])
+        for command in (
+            ("config", "--remove-section", "remote.origin"),
+            ("config", "core.bare", "false"),
+            ("symbolic-ref", "HEAD", f"refs/heads/{branch}"),
+            ("reset", "--quiet", "--hard"),
+        ):
+            self.git(*command, environment=inside)
 
     # --- Changing ---
 

@@ -101,6 +101,11 @@ class Session:
         return self.folder / "judge"
 
     @property
+    def turn(self) -> Path:
+        """The clone that an agent edits in, while its turn lasts."""
+        return self.folder / "turn"
+
+    @property
     def ledger(self) -> Path:
         return self.folder / "results.tsv"
 
@@ -296,7 +301,7 @@ def at(path: Path) -> Session:
         raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
                        f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>")  # fmt: skip
     session = Session(folder_of(branch[len(PREFIX) :]))
-    if Path(session.local.repository) != repository.path:
+    if repository.path not in (Path(session.local.repository), session.turn.resolve()):
         raise LabError(
             f"session {session.name} belongs to the repository {session.local.repository}, not to {repository.path}"
         )

@@ -110,7 +110,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         eval=data.eval_tag,
         data=data.data_tag,
         profile=profiles.tag(profile),
-        versions=hardware.versions,
+        versions={name: str(version) for name, version in hardware.versions.items()},
         sandbox=box,
         python=sys.version.split()[0],
         slowest=BAND * rates["low"] / rates["median"],

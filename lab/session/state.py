@@ -108,6 +108,16 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
         return bool(self.decided and self.decided.evidence and self.decided.evidence.near_miss)
 
     @property
+    def t(self) -> float | None:
+        """Standard errors that it was better than its parent by; None where nothing was compared."""
+        evidence = self.decided and self.decided.evidence
+        return evidence.gain / evidence.error if evidence and evidence.error else None
+
+    @property
+    def run_under_way(self) -> Run | None:
+        return next((run for run in reversed(self.runs) if run.ended is None), None)
+
+    @property
     def key(self) -> str:
         """Equal for the same change on every machine: what it repeats, or its own id; "" if only words are known."""
         return self.origin.rpartition("/")[2] or self.change

@@ -119,12 +119,17 @@ def facts_of_change(session: Session, parent: Experiment, content: bytes) -> dic
 
 
 def open_change(
-    session: Session, message: str | None, near_misses_together: bool = False, again: bool = False
+    session: Session,
+    message: str | None,
+    near_misses_together: bool = False,
+    again: bool = False,
+    content: bytes | None = None,
 ) -> Experiment | None:
     """Journals what is in train.py, or the near misses together, as an experiment.
 
     Args:
         message: what was changed, and why. again: also if an equal train.py was decided on before.
+        content: the train.py to take in place of the user's, which then stays as it is.
 
     Returns:
         An experiment that was decided on an equal train.py, in which case none is opened; else None.
@@ -135,7 +140,7 @@ def open_change(
     sound_baseline(session)
     repository, state = session.repository, session.state
     best, head = best_of(session), head_of_best(session)
-    content, members = repository.train(), []
+    content, members = repository.train() if content is None else content, []
     edited = describe(content).digest != best.digest
     if near_misses_together:
         if edited:

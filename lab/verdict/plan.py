@@ -77,6 +77,16 @@ def noise_of(state: State) -> gate.Noise:
     return gate.pooled(state.repeats(state.started.budget), prior)
 
 
+def said_of_noise(state: State) -> str:
+    """How far chance moves val_bpb, and what can be seen all the same."""
+    noise = noise_of(state)
+    smallest = gate.smallest_detectable(noise, account_of(state))
+    return (
+        f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
+        f"{smallest:.6f} to be kept four times in five"
+    )
+
+
 def account_of(state: State) -> gate.Account:
     """What the session has staked, on decided tests and on those that are open."""
     account = gate.Account()

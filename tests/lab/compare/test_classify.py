@@ -7,11 +7,11 @@ import pytest
 
 from lab.compare import classify
 from lab.compare.classify import FADES, HOLDS, OPEN, REVERSES
-from lab.compare.effects import Effect, interval
+from lab.compare.effects import Effect
 
 
 def effect(value, error=0.001, df=20, **facts):
-    return interval(Effect(value, value, error, df, noise=facts.pop("noise", error), **facts))
+    return Effect(value, value, error, df, noise=facts.pop("noise", error), **facts)
 
 
 SOURCE = effect(-0.010, known=True)

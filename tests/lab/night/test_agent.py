@@ -3,16 +3,21 @@
 import os
 import re
 import shlex
+import shutil
 import sys
+import time
 from pathlib import Path
 
+import exports
 import pytest
 import sessions
 import stub_agent
 
 from lab.errors import LabError
+from lab.genome.syntax import describe
 from lab.verdict.executor import supervise
 from lab.night import agent
+from lab.run import processes
 from lab.session.events import TurnTaken
 from lab.session.session import Session
 
@@ -42,7 +47,7 @@ def night(tmp_path, runner) -> Session:
 
 @pytest.fixture
 def take(night, tmp_path, monkeypatch):
-    """take(word or command, **limits) -> Turn. Afterwards nothing of it runs, and the repository is as it was."""
+    """take(word or command, **limits) -> Turn. Afterwards nothing of it runs, and the user's checkout is as it was."""
     monkeypatch.setattr(agent, "GRACE", 0.5)
     monkeypatch.setattr(agent, "GRACE_LEFT", 0.2)
     numbers = iter(range(100))
@@ -50,19 +55,14 @@ def take(night, tmp_path, monkeypatch):
     def one(command, seconds=30.0, most_bytes=1 << 22, **more):
         if command in stub_agent.DEEDS:
             command = shlex.join([sys.executable, str(STUB), "stub", command])
-        train = night.repository.path / "train.py"
-        link = os.readlink(train) if train.is_symlink() else None
-        place = night.repository.branch(), night.repository.commit_of("HEAD")
-        log = tmp_path / "turns" / f"{next(numbers)}.log"
+        log, before = tmp_path / "turns" / f"{next(numbers)}.log", everything(night)
         turn = agent.take_turn(night, command, PROMPT, log, seconds, most_bytes, **more)
-        assert (night.repository.branch(), night.repository.commit_of("HEAD")) == place
-        assert not agent._alive(agent._mark(night), None)
-        assert agent.finished(night) == turn and agent.recover(night) == []  # until it is journalled
-        agent.settle(night)
-        assert agent.finished(night) is None
-        assert (night.repository.train() == best(night)) == (turn.outcome != "edited")
-        assert (os.readlink(train) if train.is_symlink() else None) == link
-        assert bool(turn.description) == (turn.outcome == "edited")
+        agent.discard(night)
+        assert everything(night) == before and not night.turn.exists()
+        assert not processes.marked(**{agent.MARK: agent._mark(night)})
+        assert bool(turn.blob) == bool(turn.description) == (turn.outcome == "edited")
+        if turn.blob:
+            assert describe(night.repository.content(turn.blob)).digest != night.state.best.digest
         for line in (turn.said, turn.description):
             assert line == " ".join(line.split()) and len(line) <= 500
         return turn
@@ -72,6 +72,19 @@ def take(night, tmp_path, monkeypatch):
 
 def best(session: Session) -> bytes:
     return session.repository.content(session.state.best.blob)
+
+
+def everything(session: Session) -> dict:
+    """All files of the user's repository, with their times, git's own too: objects may be added, and nothing else."""
+    root, objects = session.repository.path, session.repository.path / ".git" / "objects"
+    files = (path for path in root.rglob("*") if objects not in (path, *path.parents))
+    return {
+        path: (
+            path.lstat().st_mtime_ns,
+            os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes(),
+        )
+        for path in files
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -90,7 +103,7 @@ def test_a_recipe_of_the_readme(take, tmp_path, monkeypatch, recipe):
         ("codex exec -", "asked", "May I?"),
         ("codex exec --ask-for-approval never -", "failed", "exit status 2"),
         ("gemini --yolo --approval-mode yolo", "failed", "exit status 2"),
-        ("aider --yes-always --message-file /dev/stdin train.py", "edited", "committed, which was taken back"),
+        ("aider --yes-always --message-file /dev/stdin train.py", "edited", "edited train.py"),
         ("opencode", "failed", "a terminal is needed"),
         ("no-such-agent --please", "failed", "did not find the command"),
     ],
@@ -133,12 +146,12 @@ def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
     assert (tmp_path / "turns" / "0.prompt").read_text() == PROMPT
 
 
-def test_other_files_are_named_and_left(take, night):
+def test_other_files_are_named_and_thrown_away(take, night):
     (night.repository.path / "old.txt").write_text("was there, and dirty")
     turn = take("edit-elsewhere")
-    assert turn.outcome == "edited" and turn.others == ["notes.txt", "prepare.py"]
-    assert (night.repository.path / "notes.txt").read_text() == "mine"
-    assert (night.repository.path / "prepare.py").read_text().endswith("BUDGET = 3000\n")
+    assert turn.outcome == "edited" and turn.others == ["notes.txt", "prepare.py"] and turn.reproached
+    turn = take("test ! -e notes.txt && echo more >> old.txt && rm program.md && echo new > .gitignore")
+    assert turn.outcome == "elsewhere" and turn.others == [".gitignore", "old.txt", "program.md"]
     assert take("edit").others == []  # what an earlier turn has changed is not blamed on this one
 
 
@@ -159,6 +172,8 @@ def test_a_turn_that_does_not_end(take, word, outcome, said):
 def test_a_flood(take, tmp_path):
     turn = take("flood", most_bytes=100_000)
     assert turn.outcome == "flooded" and (tmp_path / "turns" / "0.log").stat().st_size < 200_000
+    turn = take("sed -i.bak s/0.9/0.8/ train.py; rm train.py.bak; yes", most_bytes=1 << 20)
+    assert turn.outcome == "edited" and "printed more than 1 MB" in turn.said
 
 
 def test_stopped_from_outside(take):
@@ -182,71 +197,121 @@ def test_processes_that_it_leaves_are_ended(take, word):
         ("checkout-edit", "edited"),
         ("lock", "edited"),
         ("commit-elsewhere", "elsewhere"),
-        ("checkout", "nothing"),
+        ("checkout", "again"),  # which is the baseline's train.py
         ("detach", "nothing"),
         ("unborn", "nothing"),
         ("lose-branch", "nothing"),
-        ("reset", "nothing"),
+        ("reset", "again"),
         ("stash", "elsewhere"),
+        ("git push -q --all; git push -q origin HEAD:main; git fetch -q", "nothing"),
+        ("git for-each-ref --format='delete %(refname)' | git update-ref --stdin", "nothing"),
+        ("git config user.name me; git config core.bare true", "nothing"),
+        ("git reflog expire --all --expire=now; git repack -adq; git gc -q --prune=now", "nothing"),
+        ("git worktree add -q ../../elsewhere main; git worktree prune", "nothing"),
+        ("rm -rf .git", "nothing"),
+        ("rm -rf .git && git init -q && git add . && sed -i.bak s/0.9/0.8/ train.py", "edited"),
+        ("chmod -R a-w . && chmod a-w .", "nothing"),
     ],
 )
-def test_git_is_put_right(take, night, word, outcome):
-    program = night.repository.path / "program.md"
+def test_what_it_does_with_git_touches_its_clone_alone(take, night, word, outcome):
     turn = take(word)
     assert turn.outcome == outcome, turn.said
-    assert turn.others == {
-        "commit-elsewhere": ["notes.txt", "prepare.py"],
-        "stash": ["program.md"],
-        "reset": ["program.md"],
-    }.get(word, [])
-    # What the agent itself has put away or thrown away is not ours to bring back.
-    assert program.read_text() == ("be good\n" if word in ("stash", "reset") else "be better\n")
-    assert bool(night.repository.git("stash", "list")) == (word == "stash")
-    assert "BUDGET = 300" in (night.repository.path / "prepare.py").read_text()
+    if word in ("commit-elsewhere", "stash", "reset"):
+        files = {"commit-elsewhere": ["notes.txt", "prepare.py"], "stash": ["program.md"], "reset": ["program.md"]}
+        assert turn.others == files[word]
     assert take("edit").outcome == "edited"  # and so on
+    assert night.repository.git("fsck", "--connectivity-only", "--no-dangling") == ""
 
 
-@pytest.mark.parametrize(
-    "word, outcome",
-    [
-        ("edit", "edited"),
-        ("nothing", "nothing"),
-        ("nopython", "no python"),
-        ("delete", "nothing"),
-        ("folder", "nothing"),
-        ("link", "nothing"),
-        ("commit", "edited"),
-        ("checkout", "nothing"),
-        ("sed s/0.9/0.8/ train.py > new && mv new train.py", "edited"),
-    ],
-)
-def test_a_link_that_was_there_before_stays_one(take, night, tmp_path, word, outcome):
+def test_a_night_within_a_hook_of_git_touches_the_clone_alone_too(take, night, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(night.repository.path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(night.repository.path))
+    assert take("commit").outcome == "edited"
+
+
+@pytest.mark.parametrize("word, outcome", [("edit", "edited"), ("link", "nothing"), ("delete", "nothing")])
+def test_a_link_in_place_of_the_users_train_py_is_no_matter(take, night, tmp_path, word, outcome):
     train, elsewhere = night.repository.path / "train.py", tmp_path / "mine.py"
     train.rename(elsewhere)
     train.symlink_to(elsewhere)
-    turn = take(word)
-    assert turn.outcome == outcome, turn.said
-    assert os.readlink(train) == str(elsewhere) and not elsewhere.is_symlink()
-    agent.put_back(night)
-    assert elsewhere.read_bytes() == best(night) and train.is_symlink()
-    agent.write_train(night, b"LOSS = 0.7\n")
-    assert elsewhere.read_bytes() == b"LOSS = 0.7\n" and train.is_symlink()
+    assert take(word).outcome == outcome
+    assert elsewhere.read_bytes() == best(night) and os.readlink(train) == str(elsewhere)
 
 
 def test_an_older_train_py_is_no_edit(take, night):
     turn = take("git checkout -q main && echo CHANGE: went back")
-    assert turn.outcome == "nothing" and "brought back an older train.py" in turn.said
+    assert turn.outcome == "again" and "is equal to experiment 0, baseline, which was a keep" in turn.said
     turn = take("git checkout -q main && echo '# NOISE' >> train.py")
-    assert turn.outcome == "edited" and turn.description == "LOSS 0.9 -> 1.0"  # to be judged like any other
+    assert turn.outcome == "again"
+    turn = take("git checkout -q main && echo 'NOISE = 0.002' >> train.py")
+    assert turn.outcome == "edited" and turn.description.startswith("LOSS 0.9 -> 1.0")  # judged like any other
 
 
-def test_files_that_came_with_another_commit_go_back_with_it(take, night):
-    tree = night.repository
-    (tree.path / "prepare.py").write_text("BUDGET = 200\n")
-    sessions.git(tree.path, "commit", "-qm", "the human's", "prepare.py")
-    turn = take("git checkout -q main && test $(cat prepare.py | tr -dc 0-9) = 300 && echo new > new.txt")
-    assert turn.outcome == "nothing" and turn.others == ["new.txt"]
-    assert (tree.path / "prepare.py").read_text() == "BUDGET = 200\n"
+def test_the_clone_has_what_git_does_not_have_of_the_users_settings(take, night):
+    path = night.repository.path
+    (path / ".gitignore").write_text(".claude/settings.local.json\nGEMINI.md\n.venv/\n*.log\n")
+    (path / "AGENTS.md").write_text("be kind")
+    (path / "deep").mkdir()
+    (path / "deep" / "code.py").write_text("")
+    sessions.git(path, "add", "AGENTS.md", ".gitignore", "deep")
+    sessions.git(path, "commit", "-qm", "the human's")
+    files = "AGENTS.md GEMINI.md opencode.json .codex/config.toml .claude/settings.local.json .venv/big deep/a.log"
+    for name in files.split():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("x" * (2**21 if name == ".venv/big" else 10))
+    (path / ".codex" / "gone").symlink_to("/no/such/place")
+    copied = "AGENTS.md GEMINI.md opencode.json .codex/config.toml .claude/settings.local.json program.md"
+    same = " && ".join(f"cmp {name} {shlex.quote(str(path / name))}" for name in copied.split())
+    turn = take(
+        f"{same} && test ! -e .venv -a ! -e deep/a.log && echo mine > opencode.json && mkdir .venv && touch .venv/x"
+    )
+    assert (turn.outcome, turn.others) == ("elsewhere", ["opencode.json"]), turn.said
+
+
+def test_a_clone_takes_no_time(night):
+    for i in range(300):
+        (night.repository.path / f"file{i}.py").write_text(f"X = {i}\n" * 1000)
+    sessions.git(night.repository.path, "add", ".")
+    sessions.git(night.repository.path, "commit", "-qm", "many files")
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        agent.discard(night)
+        agent._prepare(night)
+        took.append(time.perf_counter() - began)
+    assert min(took) < 1
+
+
+def test_a_session_that_is_kept_in_the_repository_is_not_copied_into_itself(take, night, monkeypatch):
+    inside = night.repository.path / ".home" / "session"
+    shutil.copytree(night.folder, inside)
+    moved = Session(inside)
+    agent._prepare(moved)
+    assert not (moved.turn / ".home").exists() and (moved.turn / "train.py").read_bytes() == best(night)
+
+
+def test_the_lab_can_be_read_within_a_turn(tmp_path, runner):
+    session = exports.begun(tmp_path / "repo", sessions.TRAIN, project=True)
+    sessions.attempt(session, sessions.edited(LOSS=0.9), "less of it")
+    commands = [
+        "python -m lab status",
+        "python -m lab log",
+        "python -m lab log 1",
+        "python -m lab export out",
+        f"python -m lab compare {session.name}",
+        "python -m lab report --out report.html",
+        f"git show refs/autoresearch/{session.name}/1",
+    ]
+    log = tmp_path / "turn.log"
+    turn = agent.take_turn(session, " && echo NEXT && ".join(commands), PROMPT, log, 100.0)
+    said = log.read_text().split("NEXT")
+    assert turn.outcome == "elsewhere" and turn.others[0].startswith("out"), (turn, log.read_text())
+    assert len(said) == len(commands)
+    assert all(session.name in said[i] for i in (0, 4)) and "less of it" in said[2] and "+LOSS = 0.9" in said[6]
+    for refused in ("run -m x", "start other", "night", "resume"):
+        turn = agent.take_turn(session, f"python -m lab {refused}", PROMPT, log, 100.0)
+        assert turn.outcome == "failed" and "a night runs the experiments" in turn.said
+    agent.discard(session)
 
 
 def test_the_last_line_that_says_change_is_the_description(take):
@@ -256,46 +321,46 @@ def test_the_last_line_that_says_change_is_the_description(take):
     assert take(edit + "echo CHANGE:").description == "LOSS 0.9 -> 0.8"
 
 
-def test_an_edit_that_somebody_left_is_kept_in_a_file(take, night, tmp_path):
-    (night.repository.path / "train.py").write_text("LOSS = 3\n")
-    turn = take("nothing")
-    saved = tmp_path / "turns" / "0.before.py"
-    assert saved.read_text() == "LOSS = 3\n" and str(saved) in turn.said
+@pytest.fixture
+def killed(night, tmp_path, monkeypatch):
+    """The log of a turn whose night was killed, and which has left a half edit and a process."""
 
-
-def test_an_interrupted_turn_is_put_right_by_the_next(take, night, tmp_path, monkeypatch):
-    def killed(*arguments):
+    def run(*arguments):
         os.environ[agent.MARK] = agent._mark(night)
         stub_agent.child("import time; time.sleep(600)", start_new_session=True)
         del os.environ[agent.MARK]
-        sessions.git(night.repository.path, "checkout", "-qb", "elsewhere")
-        (night.repository.path / "train.py").write_text("def half(")
+        sessions.git(night.turn, "checkout", "-qb", "elsewhere")
+        (night.turn / "train.py").write_text("def half(")
         raise KeyboardInterrupt
 
-    branch = night.repository.branch()
+    monkeypatch.setattr(agent, "GRACE_LEFT", 0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(agent, "_run", killed)
-        patch.setattr(agent, "recover", lambda session: [])  # as a kill would have it
+        patch.setattr(agent, "_run", run)
         with pytest.raises(KeyboardInterrupt):
-            agent.take_turn(night, "true", PROMPT, tmp_path / "turns" / "killed.log", 9.0, 1000)
-    assert night.repository.branch() == "elsewhere"
-    told = agent.recover(night)
-    assert night.repository.branch() == branch and night.repository.train() == best(night)
-    assert (tmp_path / "turns" / "killed.interrupted.py").read_text() == "def half("
-    assert any("left 1 process" in text for text in told) and agent.recover(night) == []
+            agent.take_turn(night, "true", PROMPT, tmp_path / "turns" / "7.log", 9.0, 1000)
+    return tmp_path / "turns" / "7.log"
+
+
+def test_what_an_interrupted_turn_wrote_is_saved(take, night, killed):
+    before = everything(night)
+    said = agent.recover(night, killed)
+    assert killed.with_suffix(".interrupted.py").read_text() == "def half("
+    assert "left 1 process of" in said and "was interrupted" in said and "7.interrupted.py" in said
+    agent.discard(night)
+    assert agent.recover(night, killed) == "" and everything(night) == before
     assert take("edit").outcome == "edited"
 
 
-def test_what_was_kept_since_an_interrupted_turn_stays(night, tmp_path, monkeypatch):
-    monkeypatch.setattr(agent, "_run", lambda *arguments: os._exit(1))
-    if (pid := os.fork()) == 0:
-        agent.take_turn(night, "true", PROMPT, tmp_path / "killed.log", 9.0, 1000)
-    assert os.waitpid(pid, 0)[1]
-    head = night.repository.commit_of(night.branch)
+def test_a_turn_that_was_journalled_was_not_interrupted(night, killed):
+    assert "was interrupted" not in agent.recover(night, killed.with_name("8.log"))
+    assert not list(killed.parent.glob("*.interrupted.py"))
+
+
+def test_what_was_kept_since_an_interrupted_turn_stays(night, killed):
     sessions.attempt(night, sessions.edited(LOSS=0.5), "better")
-    now = night.repository.commit_of(night.branch)
-    assert night.state.best.number == 2 and now != head
-    assert agent.recover(night) == [] and night.repository.commit_of("HEAD") == now
+    now = everything(night)
+    assert night.state.best.number == 2
+    assert "was interrupted" in agent.recover(night, killed) and everything(night) == now
 
 
 def test_a_prompt_nobody_reads_blocks_nothing(night, tmp_path):
@@ -304,8 +369,9 @@ def test_a_prompt_nobody_reads_blocks_nothing(night, tmp_path):
 
 
 def test_no_git_no_turn(night, tmp_path):
+    (night.repository.path / ".git").rename(tmp_path / "gone")
     with pytest.raises(LabError):
-        agent.take_turn(night, "mv .git gone", PROMPT, tmp_path / "a.log", 20.0, 1000)
+        agent.take_turn(night, "true", PROMPT, tmp_path / "a.log", 20.0, 1000)
 
 
 def turns(text: str) -> list[TurnTaken]:
@@ -345,20 +411,3 @@ def turns(text: str) -> list[TurnTaken]:
 )
 def test_when_the_agent_is_asked(text, due):
     assert agent.due(turns(text)) is due
-
-
-@pytest.mark.parametrize(
-    "deed", ["git config user.name Agent; git config core.bare true", "echo '[broken' >> .git/config", "rm .git/config"]
-)
-def test_settings_of_git_are_put_back(night, take, deed):
-    config = night.repository.path / ".git" / "config"
-    before = config.read_bytes()
-    turn = take(f"{deed}; echo LOSS = 0.8 > train.py")
-    assert config.read_bytes() == before and turn.righted and "git's settings" in turn.said
-    assert turn.outcome == "edited"
-    kept = Path(f"{turn.log}.config").read_bytes()
-    assert kept != before
-
-
-def test_settings_that_stay_are_no_trouble(night, take):
-    assert "settings" not in take("echo LOSS = 0.8 > train.py").said

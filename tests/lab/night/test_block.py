@@ -44,7 +44,9 @@ def test_reads_ours():
     assert {name: found[name].kind for name in kinds} == kinds
     assert found["MUON_STEPS"].high == 5  # as its comment has it
     for one in found.values():
-        assert one.at(one.place(one.value)) == one.value and TRAIN[one.start : one.end] == one.written(one.value)
+        assert one.at(one.place(one.value)) == one.value and TRAIN.encode()[one.start : one.end].decode() == (
+            one.written(one.value)
+        )
 
 
 def test_a_zero_has_no_place_on_a_logarithmic_scale():
@@ -178,3 +180,8 @@ def test_wider_bounds():
     stated = only("LR = 0.1  # [0.05 .. 0.2]")
     assert stated.wider() == stated
     assert only("LR = 0.1").wider(3.0).high == 3.0
+
+
+def test_signs_that_only_pythons_strings_take_for_line_ends_shift_nothing():
+    source = "A_LR = 0.1  # a\u2028b\x0c\n# ü\x0b\nB_LR = 0.2  # é\n"
+    assert block.write(source, {"B_LR": 0.3}) == source.replace("0.2", "0.3")

@@ -289,7 +289,10 @@ def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, pro
         return SimpleNamespace(poll=lambda: 1)
 
     monkeypatch.setattr(executor, "launch", failing)
-    assert "the disk is full" in night(session).run() and len(starts) == 3
+    one = night(session)
+    with pytest.raises(LabError, match="the disk is full"):
+        one.run()
+    assert len(starts) == 3 and "tried again: what runs the experiments has ended: the disk" in one.view.lines[0]
 
 
 def test_a_baseline_that_fails_ends_the_night_with_what_to_do(tmp_path, session, proposals, monkeypatch):
@@ -333,7 +336,7 @@ def test_a_train_py_that_is_no_python_is_put_aside(session, proposals):
     one = night(session, max_experiments=1)
     one.run()
     assert statuses(session)[1][1] == "proposal 1" and any("put back" in line for line in one.view.lines)
-    assert [path.read_bytes() for path in (session.folder / "turns").glob("broken-*.py")] == [b"def broken(:"]
+    assert [path.read_bytes() for path in (session.folder / "turns").glob("*.yours.py")] == [b"def broken(:"]
 
 
 def test_while_another_branch_is_checked_out_the_night_waits(session, proposals):
@@ -384,7 +387,26 @@ def test_remarks_in_train_py_are_not_written_over_without_a_copy(session, propos
     train = session.repository.path / "train.py"
     train.write_bytes(train.read_bytes() + b"# a thought\n")
     night(session, max_experiments=1).run()
-    assert b"# a thought" in (session.folder / "turns" / "before-1.py").read_bytes()
+    assert train.read_bytes().endswith(b"# a thought\n")  # as what is not kept is never written there
+    proposals.append(edited(LOSS=0.9))
+    night(session, max_experiments=2).run()
+    assert train.read_bytes() == edited(LOSS=0.9)
+    assert [b"# a thought" in path.read_bytes() for path in (session.folder / "turns").glob("*.yours.py")] == [True]
+
+
+def test_what_a_person_writes_while_experiments_run_is_the_next_one(session, proposals, monkeypatch):
+    night(session, max_experiments=0).run()
+    train, edits = session.repository.path / "train.py", [edited(LOSS=0.8)]
+
+    def launch(session):
+        if edits:
+            train.write_bytes(edits.pop())
+        return Alive(session)
+
+    monkeypatch.setattr(executor, "launch", launch)
+    night(session, max_experiments=2).run()
+    assert statuses(session)[1:] == [("discard", "proposal 1"), ("keep", "what was in train.py already")]
+    assert train.read_bytes() == edited(LOSS=0.8)
 
 
 def test_a_view_that_fails_costs_the_picture_alone(session, proposals):
@@ -440,7 +462,7 @@ def test_near_misses_are_tried_together_before_anything_new(session, proposals, 
     night(session, max_experiments=0).run()
     asked = []
 
-    def open_change(session, message, near_misses_together=False):
+    def open_change(session, message, near_misses_together=False, content=None):
         asked.append(near_misses_together)
         raise loop.Over("seen")
 
@@ -463,10 +485,8 @@ def turns(monkeypatch):
         if isinstance(did, BaseException):
             raise did
         if isinstance(did, bytes):
-            (session.repository.path / "train.py").write_bytes(did)
-            return TurnTaken(
-                by="agent", outcome="edited", said="edited train.py", description="the agent's idea", log=str(log)
-            )
+            facts = {"description": "the agent's idea", "blob": session.repository.store(did)}
+            return TurnTaken(by="agent", outcome="edited", said="edited train.py", log=str(log), **facts)
         return TurnTaken(by="agent", outcome=did, said=did, log=str(log))
 
     monkeypatch.setattr(agent, "take_turn", take_turn)
@@ -488,19 +508,50 @@ def test_after_three_failures_the_proposer_steps_in_until_the_agent_recovers(ses
     assert any("steps in" in line for line in one.view.lines)
 
 
-def test_what_was_tried_before_is_not_run_again(session, proposals, turns):
-    turns += [edited(LOSS=1.2), edited(LOSS=1.2), edited(LOSS=1.3)]
-    one = night(session, agent="forgetful", max_experiments=2)
+def test_what_was_tried_before_is_not_run_again(session, proposals, tmp_path):
+    (tmp_path / "all").write_text("1.2 1.2 1.3")
+    forgetful = (
+        f'read a b < {tmp_path / "all"}; echo $b > {tmp_path / "all"}; sed -i.bak "s/LOSS = .*/LOSS = $a/" train.py'
+    )
+    one = night(session, agent=forgetful, max_experiments=2)
     one.run()
     assert [turn.outcome for turn in one.turns] == ["edited", "again", "edited"]
     assert len(statuses(session)) == 3
 
 
-def test_a_night_killed_during_a_turn_puts_train_py_back(session, proposals, turns, monkeypatch):
+def test_a_night_killed_during_a_turn_goes_on_with_another(session, proposals, turns, monkeypatch):
     night(session, max_experiments=0).run()
-    monkeypatch.setattr(agent, "recover", lambda session: ["was interrupted; what it had written is in x.py"])
+    monkeypatch.setattr(agent, "recover", lambda session, log: "was interrupted; it had what it wrote put aside")
     turns += [edited(LOSS=0.9)]
     one = night(Session(session.folder), agent="slow", max_experiments=1)
     one.run()
     assert [turn.outcome for turn in one.turns] == ["interrupted", "edited"]
     assert statuses(session)[1] == ("keep", "the agent's idea")
+
+
+def test_a_night_killed_after_a_turn_runs_what_it_gave(session, proposals, turns, monkeypatch):
+    night(session, max_experiments=0).run()
+    turns += [edited(LOSS=0.9)]
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_change", killed)
+        with pytest.raises(Killed):
+            night(Session(session.folder), agent="quick", max_experiments=1).run()
+    assert session.repository.train() == edited()  # nobody has written there
+    one = night(Session(session.folder), agent="quick", max_experiments=1)
+    one.run()
+    assert [turn.outcome for turn in one.turns] == ["edited"] and statuses(session)[1] == ("keep", "the agent's idea")
+
+
+def test_the_checkout_follows_what_is_kept_and_nothing_else_touches_it(session, proposals):
+    night(session, max_experiments=0).run()
+    train, seen = session.repository.path / "train.py", []
+    proposals.extend([edited(LOSS=1.5), edited(LOSS=0.9)])
+    one = night(session, max_experiments=2)
+    one.view.update = lambda now: seen.append(train.read_bytes())
+    one.run()
+    assert list(dict.fromkeys(seen)) == [edited(), edited(LOSS=0.9)]
+    assert sessions.git(session.repository.path, "status", "--porcelain") == ""

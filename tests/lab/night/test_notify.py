@@ -1,5 +1,6 @@
 """A line to the user's command: it arrives, and nothing that the command does reaches the night."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_what_cannot_be_started_is_a_failure_too(monkeypatch):
     def full(*_, **__):
         raise OSError("no more processes")
 
-    monkeypatch.setattr(notify.subprocess, "Popen", full)
+    monkeypatch.setattr(subprocess, "Popen", full)
     assert "no more processes" in sent("true")[0]
 
 

@@ -33,8 +33,8 @@ HARDWARE = Hardware(
 
 
 def options(**changes):
-    named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset", "baseline_runs"))
-    return Namespace(**named | {"unsandboxed": False} | changes)
+    named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset"))
+    return Namespace(**named | {"baseline_runs": 3, "unsandboxed": False} | changes)
 
 
 @pytest.fixture
@@ -98,7 +98,6 @@ def test_where_there_is_nothing_everything_is_missing_and_nothing_is_done(tree):
 def test_what_is_there_is_not_missing(tree, data, calibrated):
     made = planned(tree, dataset=None)
     assert made.missing == ["session", "baseline"] and made.dataset == "tiny" and made.download == 0
-    assert made.basis == "estimated from the calibration"
 
 
 def test_the_dataset_that_is_asked_for_counts(tree, data, calibrated, tiny_home, monkeypatch):
@@ -237,9 +236,8 @@ def test_too_little_room_is_said(tree, data, calibrated, monkeypatch):
 
 def test_power_and_sleep_are_told(tree, monkeypatch):
     monkeypatch.setattr(identity, "power_source", lambda: "battery")
-    made = planned(tree)
-    made.awake = "kept awake by systemd"
-    assert "BATTERY" in "\n".join(plans.tell(made)) and "kept awake by systemd" in plans.tell(made)
+    said = plans.tell(planned(tree), awake="kept awake by systemd")
+    assert "BATTERY" in "\n".join(said) and "kept awake by systemd" in said
 
 
 # --- Making it ---
@@ -255,7 +253,7 @@ def test_it_makes_what_is_missing_in_order_and_then_the_session(tree, data, comm
     monkeypatch.setattr(plans, "carry_out", make)
     monkeypatch.setenv("AUTORESEARCH_DATA", "")  # put back after the test
     asked = options(baseline_runs=2, dataset="stdlib")
-    monkeypatch.setattr(plans, "dataset", lambda name: ("tiny", {}, []))
+    monkeypatch.setattr(plans, "dataset", lambda name: ("tiny", []))
     plans.provide(made, asked, said.append)
     assert commands == [("prepare.py", "--dataset", "stdlib"), ("-m", "calibration")]
     session = plans.at(tree.path)

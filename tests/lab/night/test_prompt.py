@@ -44,10 +44,10 @@ def test_it_says_all_there_is_to_say(searched, tried):
 
 
 def test_what_an_edit_came_with_is_told(searched):
-    righted = turn("edited", "edited train.py; it committed, which was taken back")
-    righted.righted = True
-    assert "which was taken back" in prompt.write(searched, PROGRAM, [turn("hung"), righted])
-    assert "# Your last turns" not in prompt.write(searched, PROGRAM, [righted, turn("edited")])
+    reproached = turn("edited", "edited train.py; it changed prepare.py, which has no effect")
+    reproached.reproached = True
+    assert "changed prepare.py" in prompt.write(searched, PROGRAM, [turn("hung"), reproached])
+    assert "# Your last turns" not in prompt.write(searched, PROGRAM, [reproached, turn("edited")])
 
 
 def test_a_fresh_session(searched):

@@ -50,7 +50,7 @@ def test_nothing_hostile_runs_and_nothing_is_loaded(show, size):
     hostile = session(27, texts=HOSTILE, notes=HOSTILE, backend=HOSTILE[0])
     shown = show(page.written([hostile, session(9, tag="other", texts=HOSTILE)]), size)
     open_all(shown)
-    shown.hover(f".chart.{'wide' if size is DESK else 'narrow'} >> nth=1")
+    shown.hover(".chart")
     shown.wait_for_timeout(200)
     assert shown.evaluate("window.pwned") is None
     assert shown.asked == [shown.uri] and not shown.errors
@@ -128,7 +128,7 @@ def test_the_experiments_are_sorted_and_filtered(show):
 
 def test_a_chart_is_read_by_keyboard_and_leads_to_the_table(show):
     shown = show(page.written([session(10)]))
-    shown.focus("#s0-progress-wide")
+    shown.focus("#s0-progress")
     for _ in range(3):
         shown.keyboard.press("ArrowRight")
     tip = shown.inner_text("#tip")
@@ -142,14 +142,14 @@ def test_a_chart_is_read_by_keyboard_and_leads_to_the_table(show):
 
 def test_a_label_leads_to_its_row(show):
     shown = show(page.written([session(10)]))
-    shown.click("#s0-progress-wide .label a >> nth=0")
+    shown.click("#s0-progress .label a >> nth=0")
     assert "+DEPTH" in shown.inner_text("pre") and shown.uri == shown.url
 
 
 def test_a_tap_tells_what_it_hits(show):
     shown = show(page.written([session(10)]), PHONE, has_touch=True, is_mobile=True)
     x, y = shown.evaluate("""() => {
-        const svg = document.getElementById("s0-progress-narrow");
+        const svg = document.getElementById("s0-progress");
         const [, x, y] = JSON.parse(document.getElementById("data").textContent).charts[svg.id];
         svg.scrollIntoView({block: "center"});
         const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
@@ -172,5 +172,5 @@ def test_two_thousand_experiments(show):
 
 def test_without_scripts_everything_but_the_diffs_is_there(show):
     shown = show(page.written([session(10)]), java_script_enabled=False)
-    assert "better than the baseline" in shown.inner_text("main") and shown.locator("#s0-progress-wide").is_visible()
+    assert "better than the baseline" in shown.inner_text("main") and shown.locator("#s0-progress").is_visible()
     assert shown.locator(".experiments tbody tr").count() == 11 and shown.locator("form").is_hidden()

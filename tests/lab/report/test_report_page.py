@@ -15,10 +15,10 @@ from lab.report import charts, page
 
 FILES = Path(page.__file__).parent
 ATTRIBUTES = set(
-    """aria-expanded aria-hidden aria-label aria-labelledby aria-live autocomplete charset class clip-path content cx cy
-d data-label data-session fill fill-opacity font-size for height hidden href http-equiv id lang name opacity r rel role
-rowspan scope spellcheck stroke stroke-dasharray stroke-linecap stroke-linejoin stroke-opacity stroke-width tabindex
-text-anchor transform type viewBox viewbox width x y""".split()
+    """aria-expanded aria-hidden aria-label aria-labelledby aria-live autocomplete charset class clip-path colspan
+content cx cy d data-label data-session fill fill-opacity font-size for height hidden href http-equiv id lang
+name opacity r rel role scope spellcheck stroke stroke-dasharray stroke-linecap stroke-linejoin stroke-opacity
+stroke-width tabindex text-anchor transform type viewBox viewbox width x y""".split()
 )
 VOID = {"meta", "link", "input", "br"}
 

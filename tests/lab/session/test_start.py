@@ -23,13 +23,19 @@ from lab.session.session import Session, at
 from lab.session.start import start, which_gpu
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
+
+
+class Version(str):
+    """As PyTorch says its own: a text of a class of its own."""
+
+
 HARDWARE = Hardware(
     name="CPU",
     slug=PROFILE["device"],
     kind="cpu",
     backend=PROFILE["backend"],
     memory=24 * 2**30,
-    versions=PROFILE["versions"],
+    versions={name: Version(version) for name, version in PROFILE["versions"].items()},
 )
 
 

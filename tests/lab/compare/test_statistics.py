@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lab.compare.agreement import ranks, spearman, wilson
+from lab.compare.effects import ranks, spearman, wilson
 
 
 def test_wilson():
