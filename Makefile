@@ -5,12 +5,17 @@
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
 SHELL := /bin/sh
-CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3.10 python3 python
+# The environment that is active goes before the system's: with conda, its PyTorch may be the one that works here.
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+CANDIDATES := $(if $(ACTIVE),"$(ACTIVE)/bin/python") python3.14 python3.13 python3.12 python3.11 python3.10 python3 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
 	&& command -v "$$p" && break; done)
 RUN := .venv/bin/python
-DEMO := TORCH_COMPILE_DISABLE=1 AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 $(CURDIR)/$(RUN)
+DEMO := TORCH_COMPILE_DISABLE=1 AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 "$(CURDIR)/$(RUN)"
+# Settings that would have pip install elsewhere than in the environment made here, or Python not find this folder.
+export PIP_USER := 0
+unexport PIP_TARGET PIP_PREFIX PYTHONSAFEPATH
 # MLX runs on Linux too, where the tests cover it; on a Mac it is there anyway.
 comma := ,
 # PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
@@ -22,6 +27,8 @@ TEST_EXTRAS := test$(comma)check$(if $(filter Linux,$(shell uname -s)),$(comma)m
 # The session is begun in a clone, so that the branch that is checked out here stays. Runs of 40 s instead of 300, not
 # compiled because that takes longer, and one baseline instead of three: it shows how it goes, and decides nothing.
 demo: .venv/installed
+	@test -e .git || { echo "This folder is no git repository, as after a download as ZIP, and experiments are commits." \
+		"Make it one: git init && git add . && git commit -m start"; exit 1; }
 	$(RUN) prepare.py --dataset stdlib
 	$(RUN) -m calibration --quick
 	rm -rf .demo && git clone --quiet . .demo && git -C .demo checkout --quiet -B demo
@@ -56,7 +63,8 @@ clean:
 	touch $@ .venv/installed
 
 # A PyTorch that came with the system (a Jetson's, say) is used and never replaced: the environment sees it, and the
-# pins of it and of the numpy it was built for are left out of the constraints.
+# pins of it and of the numpy it was built for are left out of the constraints. uv does not look for packages outside of
+# the environment: it is told to leave both out.
 .venv/created: pyproject.toml constraints.txt
 ifeq ($(UV),1)
 	@command -v uv >/dev/null || { echo "UV=1 needs uv: https://docs.astral.sh/uv"; exit 1; }
@@ -64,15 +72,27 @@ else
 	@test -n "$(PYTHON)" || { echo "No Python from 3.10 up with venv and pip was found. Install one (Debian, Ubuntu:" \
 		"sudo apt install python3-venv python3-pip; Mac: brew install python), or use uv: make UV=1 $(MAKECMDGOALS)"; exit 1; }
 endif
-	if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; then \
-		$(create) --system-site-packages && grep -v -e '^torch' -e '^numpy' constraints.txt > .venv/constraints.txt; \
-	else $(create) && cp constraints.txt .venv/constraints.txt; fi
+	if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; \
+	then $(create) --system-site-packages; else $(create); fi
+	cp constraints.txt .venv && : > .venv/overrides.txt
+	if $(RUN) -c 'import torch' 2>/dev/null; then for package in torch numpy; do \
+		grep -v "^$$package" .venv/constraints.txt > .venv/others.txt && mv .venv/others.txt .venv/constraints.txt; \
+		if $(RUN) -c "import $$package"; then echo "$$package; python_version < '3'" >> .venv/overrides.txt; fi; done; fi
+	@if test -n "$$$(PINS)"; then echo "$(PINS) is set: versions are those of $$$(PINS), and not those of" \
+		"constraints.txt, which the tests were run with"; : > .venv/constraints.txt; fi
 	touch $@
 
+define failed
+{ echo "Installing failed. If it speaks of conflicts between versions: $(PINS) or the configuration of pip asks for" \
+	"others than this project can use. Without that variable: make $(PINS)= $(MAKECMDGOALS)"; exit 1; }
+endef
+
 ifeq ($(UV),1)
-create = uv venv --quiet --allow-existing .venv $(if $(PYTHON),--python $(PYTHON))
-install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt '$(1)'
+PINS = UV_CONSTRAINT
+create = uv venv --quiet --allow-existing .venv $(if $(PYTHON),--python "$(PYTHON)")
+install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt --overrides .venv/overrides.txt '$(1)' || $(failed)
 else
-create = $(PYTHON) -m venv .venv
-install = $(RUN) -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt '$(1)'
+PINS = PIP_CONSTRAINT
+create = "$(PYTHON)" -m venv .venv
+install = $(RUN) -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt '$(1)' || $(failed)
 endif

@@ -320,6 +320,10 @@ def on_hub(repository: str, name: str, span=all_rows, key: str = "all") -> Docum
     return Documents(f"{repository}/{name} {key}", read, (repository, name))
 
 
+class Refused(DataError):
+    """The hub knows who asks, and says no."""
+
+
 def retrying(action: Callable, what: str, attempts: int = 5):
     """Calls the hub, again after 1, 2, 4, 8 s when it is busy or the connection breaks; a full disk ends it at once."""
     for attempt in range(attempts):
@@ -331,6 +335,11 @@ def retrying(action: Callable, what: str, attempts: int = 5):
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             if disk_full(error) or disk_full(error.__cause__):
                 raise DataError(f"no room for {what} under {home()} ({reason}); make room on that disk") from error
+            if status in (401, 403):
+                raise Refused(
+                    f"the hub refuses {what} ({status}). Is the token of hf auth login or HF_TOKEN expired? Renew it "
+                    "with hf auth login, or remove it: the datasets known by name need none"
+                ) from error
             if status < 500 and status not in (408, 429):
                 raise DataError(f"the hub has no {what} for us: {reason}; check the name and HF_ENDPOINT") from error
         if attempt + 1 < attempts:
@@ -340,6 +349,19 @@ def retrying(action: Callable, what: str, attempts: int = 5):
         f"could not download {what}: {reason}. Run the same again later, set HF_ENDPOINT to a mirror, "
         "or work offline with: python prepare.py --dataset stdlib"
     )
+
+
+def with_or_without_token(action: Callable, what: str, attempts: int = 5):
+    """`retrying` with the user's token and, where the hub refuses that one, without."""
+    from huggingface_hub import get_token
+
+    try:
+        return retrying(partial(action, token=None), what, attempts)  # None: the one that is set or stored
+    except Refused as refusal:
+        if not get_token():
+            raise
+        print(f"{refusal}. Going on without it")
+        return retrying(partial(action, token=False), what, attempts)
 
 
 def fetch(repository: str, name: str) -> None:
@@ -353,7 +375,7 @@ def fetch(repository: str, name: str) -> None:
     url = hf_hub_url(repository, name, repo_type="dataset")
     there = path.is_file() and is_parquet(path)
     try:
-        etag = retrying(lambda: get_hf_file_metadata(url), what, attempts=1 if there else 5).etag or ""
+        etag = with_or_without_token(partial(get_hf_file_metadata, url), what, attempts=1 if there else 5).etag or ""
     except DataError as error:
         if not there:
             raise
@@ -364,7 +386,8 @@ def fetch(repository: str, name: str) -> None:
         print(f"{path} is not what the hub has; downloading it again")
         path.unlink()
     if not path.exists():
-        retrying(lambda: hf_hub_download(repository, name, repo_type="dataset", local_dir=path.parent), what)
+        download = partial(hf_hub_download, repository, name, repo_type="dataset", local_dir=path.parent)
+        with_or_without_token(download, what)
     if not is_parquet(path) or expected not in (None, sha256(path)):
         path.unlink()
         raise DataError(f"what came as {what} is not a whole parquet file of the hub's sha256; deleted: run it again")

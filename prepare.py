@@ -37,6 +37,7 @@ import numpy as np
 import psutil
 
 import dataset
+import terminal
 from dataset import FIRST_ROWS, MAX_SEQ_LEN, Data, inputs_and_targets
 from results import MEASURES, REFUSALS, fill
 from storage import DataError, Stop, home, temporary_of, write_json, writing
@@ -90,6 +91,7 @@ def open_data(name: str | None = None) -> Data:
 
     A run begins here, so an older result where `AUTORESEARCH_RESULT` points is removed: a run that crashes leaves none.
     """
+    terminal.spell_what_is_missing()
     if (result := result_path()) and result.is_file():
         result.unlink()
     return dataset.open_data(name)
@@ -659,4 +661,5 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
 if __name__ == "__main__":
     import corpus
 
+    terminal.spell_what_is_missing()
     sys.exit(corpus.main(sys.argv[1:]))

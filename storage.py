@@ -34,8 +34,20 @@ class DataError(Stop):
 
 
 def home() -> Path:
-    """The folder that everything is kept under: `AUTORESEARCH_HOME`, else ~/.cache/autoresearch."""
-    return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
+    """The folder that everything is kept under: `AUTORESEARCH_HOME`, else ~/.cache/autoresearch.
+
+    Raises:
+        DataError: that is no whole path, or this user has no home folder.
+    """
+    named = os.environ.get("AUTORESEARCH_HOME")
+    path = Path(os.path.expanduser(named or "~/.cache/autoresearch"))
+    if path.is_absolute():
+        return path
+    if named and not named.startswith("~"):  # commands are run from several folders: each would have a home of its own
+        raise DataError(f"AUTORESEARCH_HOME={named} is not a whole path; set it to {Path(named).absolute()}, say")
+    raise DataError(
+        f"there is no home folder to keep {path} in; set AUTORESEARCH_HOME to a folder that you can write in"
+    )
 
 
 def disk_full(error: BaseException) -> bool:
@@ -53,6 +65,8 @@ def writing(path: Path):
         if not (isinstance(error, OSError) or disk_full(error)):
             raise
         advice = "; make room on that disk and run the same again" if disk_full(error) else ""
+        if not advice and home() in path.parents:
+            advice = "; set AUTORESEARCH_HOME to a folder that you can write in"
         raise DataError(f"could not write {path} ({error}){advice}") from error
 
 

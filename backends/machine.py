@@ -5,27 +5,46 @@ Nothing here fails: where the system or a vendor's tool does not answer, less is
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
+import uuid
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 import psutil
 
 MEMORY_BLOCKS = Path("/sys/devices/system/memory")
 DEVICE_TREE = Path("/proc/device-tree/model")
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+CUDA_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
+# Limit, what is used of it, and in memory.stat the files among that: by the files' names in a cgroup of each version.
+LIMITS_V2 = ("memory.max", "memory.high"), "memory.current", "inactive_file"
+LIMITS_V1 = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+
+
+def told(path: Path) -> str | None:
+    """What a file of the system says, without the blanks around it; None if it can't be read. Bytes that are not UTF-8
+    stay what they are (as `os.fsdecode` has them): a mounted folder or a cgroup may have any name."""
+    try:
+        return os.fsdecode(path.read_bytes()).strip()
+    except OSError:
+        return None
 
 
 def asked(*command: str) -> str:
     """What a system's tool prints, or nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+        return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -34,55 +53,78 @@ def processor_name() -> str:
     """The CPU's marketing name; on a Mac, the chip's."""
     if platform.system() == "Darwin":
         return asked("sysctl", "-n", "machdep.cpu.brand_string") or "Apple"
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        named = None
+    named = re.search(r"^model name\s*:\s*(.+)$", told(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     return named.group(1).strip() if named else platform.processor() or platform.machine()
 
 
 def jetson() -> str | None:
     """The name of a Jetson board: "NVIDIA Jetson Orin Nano Developer Kit"."""
-    try:
-        model = DEVICE_TREE.read_text(errors="replace").strip("\0 \n")
-    except OSError:
-        return None
+    model = (told(DEVICE_TREE) or "").strip("\0")
     return model if "jetson" in model.lower() else None
+
+
+@cache
+def host() -> str:
+    """A name of this computer while it is up: the same in all its containers, another on each computer that shares a
+    home with it."""
+    return told(BOOT_ID) or asked("sysctl", "-n", "kern.bootsessionuuid") or platform.node()
 
 
 def installed_memory() -> int:
     """Bytes of memory in the machine: where Linux tells it, all of it, not what the kernel left, which varies."""
     try:
-        size = int((MEMORY_BLOCKS / "block_size_bytes").read_text(), 16)
-        online = [(block / "online").read_text().strip() == "1" for block in MEMORY_BLOCKS.glob("memory[0-9]*")]
-    except (OSError, ValueError):
+        size = int(told(MEMORY_BLOCKS / "block_size_bytes") or "", 16)
+        online = [told(block / "online") == "1" for block in MEMORY_BLOCKS.glob("memory[0-9]*")]
+    except ValueError:
         online = []
     total = psutil.virtual_memory().total
     return size * sum(online) if online and size * sum(online) >= total else total
 
 
 def available_memory() -> int:
-    """Bytes that a program can have now without swapping: what is free, within the limit of a container."""
-    available = psutil.virtual_memory().available
+    """Bytes that a program can have now without swapping: what is free, within the limits of containers and jobs."""
+    return max(min([psutil.virtual_memory().available, *_left_in_cgroups(), *_left_to_a_slurm_job()]), 0)
+
+
+def _left_in_cgroups() -> list[int]:
+    """Bytes left in each cgroup that has a limit and that this process is in: its own, those around it, and that at the
+    root, which is the container's own where the container has a namespace for them."""
+    left = []
+    for line in (told(OWN_CGROUPS) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, (limits, usage, files) = (CGROUPS / "memory", LIMITS_V1) if controllers else (CGROUPS, LIMITS_V2)
+        own = PurePosixPath(path).relative_to("/")
+        for folder in (root / own, *(root / parent for parent in own.parents)):
+            try:
+                used = int(told(folder / usage) or "")
+            except ValueError:  # the root of all has none; a path of the host's is not seen in a container
+                continue
+            # A cache of files counts as used, and is given up when asked for.
+            cached = re.search(rf"^{files} (\d+)", told(folder / "memory.stat") or "", re.MULTILINE)
+            used -= int(cached[1]) if cached else 0
+            left += [int(limit) - used for name in limits if (limit := told(folder / name) or "").isdigit()]
+    return left
+
+
+def _left_to_a_slurm_job() -> list[int]:
+    """Bytes left of what Slurm gave this job on this node: some clusters end it for more, without any cgroup."""
     try:
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # A cache of files counts as used, and is given up when asked for.
-        files = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
-        return min(available, limit - used + (int(files.group(1)) if files else 0))
-    except (OSError, ValueError):  # none, or "max"
-        return available
+        megabytes = int(os.environ.get("SLURM_MEM_PER_NODE") or 0)
+        megabytes = megabytes or int(os.environ["SLURM_MEM_PER_CPU"]) * int(os.environ["SLURM_CPUS_ON_NODE"])
+    except (KeyError, ValueError):
+        return []
+    return [megabytes * 2**20 - psutil.Process().memory_info().rss] if megabytes else []  # 0: all of the node's
 
 
 def peak_resident() -> int:
     """The most bytes of memory this process has had. On Linux not by getrusage, which begins with the parent's."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    try:
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found:
-        return int(found.group(1)) * 1024
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", told(Path("/proc/self/status")) or "", re.MULTILINE)
+    if peak:
+        return int(peak[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -112,32 +154,87 @@ def visible_gpus() -> list[str]:
     return [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
 
 
-def nvidia_handle(library, uuid: str | None = None, index: int = 0):
-    """NVML's handle of a GPU, by its UUID where that is known (NVML does not follow CUDA_VISIBLE_DEVICES); or None."""
+def gpu_name(index: int = 0) -> str:
+    """The one name of a GPU: its UUID, "GPU-..." or, of a slice, "MIG-...", where that can be found out; else the
+    index, or the entry of CUDA_VISIBLE_DEVICES.
+
+    Args:
+        index: CUDA's, in this process: within CUDA_VISIBLE_DEVICES, and by default the fastest GPU first. NVML numbers
+            GPUs by their place on the bus, so that none of its indices can be taken for CUDA's.
+    """
+    visible = visible_gpus()
+    entry = visible[index] if index < len(visible) else str(index)
+    own = _uuid_by_cuda(index)
+    with nvml() as library:
+        if library is None:
+            return f"GPU-{own}" if own else entry
+        with suppress(Exception):  # NVML raises by card, driver and permission
+            return text(library.nvmlDeviceGetUUID(_handle(library, own or entry)))
+    return f"GPU-{own}" if own else entry
+
+
+def _uuid_by_cuda(index: int) -> str | None:
+    """The UUID of a GPU, or of a slice of one, as CUDA's driver has it; None without the driver."""
+    for name in CUDA_DRIVERS:
+        with suppress(OSError, AttributeError):  # no such library, or one from before CUDA 11.4
+            driver = ctypes.CDLL(name)
+            device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+            answered = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index)
+            if not answered and not driver.cuDeviceGetUuid_v2(ctypes.byref(found), device):  # 0 is success
+                return str(uuid.UUID(bytes=bytes(found)))
+    return None
+
+
+def nvidia_handle(library, name: str | None = None, index: int = 0):
+    """NVML's handle of a GPU, or None.
+
+    Args:
+        name: its UUID, whole or shortened, with or without "GPU-". index: CUDA's, for want of a name.
+    """
     try:
-        if uuid:
-            return library.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        visible = visible_gpus()
-        return named_gpu(library, visible[index] if visible else str(index))
-    except Exception:  # an old driver, a slice of a GPU, a Jetson
+        return _handle(library, name or gpu_name(index))
+    except Exception:  # an old driver, a Jetson, an index of CUDA's where the cards differ
         return None
 
 
-def named_gpu(library, entry: str):
-    """NVML's handle of the GPU that an entry of CUDA_VISIBLE_DEVICES names. Raises what NVML raises."""
-    return (
-        library.nvmlDeviceGetHandleByIndex(int(entry)) if entry.isdigit() else library.nvmlDeviceGetHandleByUUID(entry)
-    )
+def _handle(library, name: str):
+    """NVML's handle of the GPU, or the slice of one, of this name. Raises what NVML raises, and LookupError."""
+    count = library.nvmlDeviceGetCount()
+    if name.isdigit():
+        # The same card in both orders: the only one, or by the bus.
+        if count > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            raise LookupError(f"CUDA's index {name} is not NVML's")
+        return library.nvmlDeviceGetHandleByIndex(int(name))
+    prefixed = [name] if name.startswith(("GPU-", "MIG-")) else [f"GPU-{name}", f"MIG-{name}"]
+    for whole in prefixed:
+        with suppress(Exception):
+            return library.nvmlDeviceGetHandleByUUID(whole)
+    handles = [library.nvmlDeviceGetHandleByIndex(place) for place in range(count)]
+    alike = [handle for handle in handles if text(library.nvmlDeviceGetUUID(handle)).startswith(prefixed[0])]
+    if len(alike) != 1:
+        raise LookupError(f"{len(alike)} GPUs are called {name}")
+    return alike[0]
 
 
-def nvidia_memory(uuid: str | None = None, index: int = 0) -> int | None:
-    """Bytes of an NVIDIA GPU's memory as its name has it; CUDA reports a per cent less."""
+def card_of(library, handle):
+    """The card's handle, of a slice's too (MIG): temperature, clocks and use are the card's."""
+    with suppress(Exception):  # a whole card, or an NVML that knows of no slices
+        return library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    return handle
+
+
+def nvidia_memory(name: str | None = None, index: int = 0) -> int | None:
+    """Bytes of an NVIDIA GPU's memory as its name has it; CUDA reports a per cent less. Of a slice (MIG), its own."""
     with nvml() as library:
-        handle = library and nvidia_handle(library, uuid, index)
+        handle = library and nvidia_handle(library, name, index)
         try:
             return int(library.nvmlDeviceGetMemoryInfo(handle).total) if handle else None
         except Exception:
             return None
+
+
+def text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def slug(name: str, memory: int, cpu: bool = False) -> str:

@@ -6,11 +6,9 @@ import json
 import os
 from pathlib import Path
 
+from storage import home
+
 owner = ""  # whose trials these are, where a machine has several devices; set by the backend
-
-
-def home() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
 
 
 def cache() -> Path:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import backends
+import terminal
 from backends.interface import BackendError
 from calibration import measure, profile as profiles, show
 
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown.add_argument("--json", action="store_true", help="as it is in the file")
     shown.add_argument("profile", nargs="?", type=Path, help="another profile, such as one of calibration/profiles")
     options = parser.parse_args(arguments)
+    terminal.spell_what_is_missing()
     try:
         return show_profile(options) if options.command else calibrate(options)
     except BackendError as error:

@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ THROTTLED_BY = {
     0x80: "power brake",
 }
 POWER_CAP = 0x4  # what any GPU meets at full load, and met when it was calibrated
+SUPPLIES = Path("/sys/class/power_supply")
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 AMDGPU = Path("/sys/module/amdgpu/version")
 
@@ -63,15 +65,66 @@ def in_wsl() -> bool:
     return platform.system() == "Linux" and "microsoft" in platform.release().lower()
 
 
+@dataclass(frozen=True)
+class Battery:
+    """The computer's own.
+
+    Attributes:
+        percent: of its charge; None where that is not told. plugged: whether it runs on mains; None likewise.
+    """
+
+    percent: float | None
+    plugged: bool | None
+
+
+def battery() -> Battery | None:
+    """The battery that this computer runs on when it is unplugged; None if it has none. That of a mouse or a headset
+    is none: Linux lists those beside it, and psutil takes whichever comes first."""
+    if platform.system() == "Linux":
+        return _battery_by_linux()
+    try:
+        sensed = psutil.sensors_battery()
+    except Exception:  # psutil passes on what the system makes it raise
+        return Battery(None, None)
+    return Battery(sensed.percent, sensed.power_plugged) if sensed else None
+
+
+def _battery_by_linux() -> Battery | None:
+    """From /sys/class/power_supply (the kernel's Documentation/ABI/testing/sysfs-class-power)."""
+    try:
+        supplies = [folder for folder in SUPPLIES.iterdir() if machine.told(folder / "scope") != "Device"]
+    except OSError:
+        return None
+    batteries = [folder for folder in supplies if machine.told(folder / "type") == "Battery"]
+    batteries = [folder for folder in batteries if machine.told(folder / "present") != "0"]
+    if not batteries:
+        return None
+    online = {machine.told(folder / "online") for folder in supplies if folder not in batteries}
+    states = {machine.told(folder / "status") for folder in batteries}
+    if "1" in online:
+        plugged = True
+    elif "Discharging" in states:
+        plugged = False
+    else:
+        plugged = True if states & {"Charging", "Full", "Not charging"} else False if "0" in online else None
+    charges = [charge for folder in batteries if (charge := _charge(folder)) is not None]
+    return Battery(sum(charges) / len(charges) if charges else None, plugged)
+
+
+def _charge(folder: Path) -> float | None:
+    """Percent of a battery's charge."""
+    names = [("capacity",), ("energy_now", "energy_full"), ("charge_now", "charge_full")]
+    for texts in ([machine.told(folder / name) for name in quantity] for quantity in names):
+        with suppress(TypeError, ValueError, ZeroDivisionError):
+            now, full = [float(text) for text in texts if text is not None] + [100.0] * (len(texts) == 1)
+            return 100 * now / full
+    return None
+
+
 def power_source() -> str | None:
     """ "mains" or "battery", or None where that can't be told; a machine without a battery runs on mains."""
-    try:
-        battery = psutil.sensors_battery()
-    except Exception:  # psutil passes on what the system's files make it raise
-        return None
-    if battery is None:
-        return "mains"
-    return {True: "mains", False: "battery"}.get(battery.power_plugged)
+    own = battery()
+    return "mains" if own is None else {True: "mains", False: "battery", None: None}[own.plugged]
 
 
 def of_device(hardware: Hardware) -> dict:
@@ -91,7 +144,7 @@ def now(kind: str, gpu: str = "") -> dict:
     slows down) and in_use (share of the last second or less in which it computed, for any program).
 
     Args:
-        kind: `Hardware.kind`. gpu: an entry of CUDA_VISIBLE_DEVICES.
+        kind: `Hardware.kind`. gpu: its name (`machine.gpu_name`).
     """
     if kind == "cuda":
         return _nvidia_now(gpu)
@@ -101,10 +154,11 @@ def now(kind: str, gpu: str = "") -> dict:
 
 def _nvidia_now(gpu: str) -> dict:
     facts = {}
-    with machine.nvml() as library, suppress(Exception):
-        if library is None:
+    with machine.nvml() as library:
+        handle = library and machine.nvidia_handle(library, gpu)
+        if library is None or not handle:
             return facts
-        handle = machine.named_gpu(library, gpu)
+        handle = machine.card_of(library, handle)
 
         def ask(name: str, question: Callable):
             with suppress(Exception):  # NVML raises by card, driver and permission
@@ -141,7 +195,8 @@ def _nvidia() -> dict:
         index = os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2]  # "cuda:1"
         handle = library and machine.nvidia_handle(library, index=int(index or 0))
         if library is None or not handle:
-            return {"unknown": ["driver, throttled: NVIDIA's management library (NVML) does not answer"]}
+            return {"unknown": ["driver, throttled: NVIDIA's management library (NVML) does not know this GPU"]}
+        handle = machine.card_of(library, handle)
         facts, unknown = {}, []
 
         def ask(name: str, question: Callable):
@@ -150,7 +205,7 @@ def _nvidia() -> dict:
             except Exception as error:  # each answer is optional: NVML raises by card, driver and permission
                 unknown.append(f"{name}: NVML says {error}")
 
-        ask("driver", lambda: _text(library.nvmlSystemGetDriverVersion()))
+        ask("driver", lambda: machine.text(library.nvmlSystemGetDriverVersion()))
         ask("throttled", lambda: _reasons(library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)))
         ask("power_limit_watts", lambda: library.nvmlDeviceGetPowerManagementLimit(handle) / 1000)
         ask("temperature", lambda: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))
@@ -162,19 +217,15 @@ def _nvidia() -> dict:
         return facts | {"unknown": unknown}
 
 
-def _text(value) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def _reasons(mask: int) -> str | bool:
     return ", ".join(text for bit, text in THROTTLED_BY.items() if mask & bit) or False
 
 
 def _amd() -> dict:
-    try:
-        return {"driver": f"amdgpu {AMDGPU.read_text().strip()}", "unknown": ["throttled: ROCm is not asked"]}
-    except OSError:
-        return {"unknown": ["driver: the kernel's own amdgpu has no version", "throttled: ROCm is not asked"]}
+    unknown = ["throttled: ROCm is not asked"]
+    if version := machine.told(AMDGPU):
+        return {"driver": f"amdgpu {version}", "unknown": unknown}
+    return {"unknown": ["driver: the kernel's own amdgpu has no version", *unknown]}
 
 
 def _apple() -> dict:
@@ -199,9 +250,9 @@ def _apple_speed() -> dict:
 def _processor() -> dict:
     """Whether a governor or limit keeps the CPU below its highest frequency."""
     try:
-        limit, highest = (int((CPUFREQ / name).read_text()) for name in ("scaling_max_freq", "cpuinfo_max_freq"))
-        governor = (CPUFREQ / "scaling_governor").read_text().strip()
-    except (OSError, ValueError):
+        limit, highest = (int(machine.told(CPUFREQ / name) or "") for name in ("scaling_max_freq", "cpuinfo_max_freq"))
+        governor = machine.told(CPUFREQ / "scaling_governor")
+    except ValueError:
         return {"unknown": ["throttled: this system does not tell its frequency (as in most virtual machines)"]}
     slow = [f"limited to {limit / highest:.0%} of its frequency"] if limit < highest else []
     hardware_decides = (CPUFREQ / "energy_performance_preference").exists()  # "powersave" is then its usual mode

@@ -17,8 +17,10 @@ READING = ("status", "log", "export", "compare", "report")  # what an agent may 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    import terminal
     from lab.cli.arguments import parsed
 
+    terminal.spell_what_is_missing()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parsed(arguments)
     if os.environ.get("LAB_TURN") and options.command not in READING:
@@ -60,7 +62,7 @@ def judges() -> Path | None:
     prefix, _, name = asked.stdout.strip().partition("/")
     if prefix != "autoresearch" or not name:
         return None
-    home = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
+    home = Path(os.path.expanduser(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch"))
     program = home / "sessions" / name / "judge" / "lab" / "__main__.py"
     return program if program.exists() and not program.samefile(__file__) else None
 

@@ -50,6 +50,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.failures, self.requests, self.hashes = dict(files), {}, [], {}
+        self.refuses = lambda authorization: False
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -72,6 +73,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, with_body):
         hub, name = self.server, self.path.split("/")[-1].split("?")[0]
         hub.requests.append((self.command, name, self.headers.get("Range")))
+        if hub.refuses(self.headers.get("Authorization")):
+            self.send_response(401)
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         todo = hub.failures.get(name, [])
         failure = todo[0] if todo and (todo[0] != "cut" or with_body) else None
         if failure and failure != "always 503":
@@ -249,3 +255,17 @@ def test_interrupted_preparing_goes_on(prepared, hub, isolated_home):
     assert prepare.open_data().name == "climbmix", "what was whole stays usable while more is fetched"
     manifest = isolated_home / "data" / "climbmix" / "manifest.json"
     assert len(json.loads(manifest.read_text())["parts"]) == 4
+
+
+def test_an_expired_token_is_said_and_not_used(prepared, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    hub.refuses = lambda authorization: authorization == "Bearer hf_expired"
+    status, text = prepared("--num-shards", "1")
+    assert status == 0 and "ready" in text, text
+    assert "hf auth login" in text and "Going on without it" in text and "has no" not in text
+
+
+def test_a_hub_that_wants_a_token_is_told_from_one_without_the_dataset(prepared, hub):
+    hub.refuses = lambda authorization: True
+    status, text = prepared("--num-shards", "1")
+    assert status == 1 and "the hub refuses karpathy/climbmix-400b-shuffle" in text and "hf auth login" in text

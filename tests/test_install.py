@@ -1,6 +1,8 @@
 """What gets installed where: a Mac needs MLX and no PyTorch, anything else PyTorch and, if asked for, MLX."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +59,51 @@ def test_mlx_runs_without_torch(isolated_home):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() in ("metal", "cuda", "cpu"), done.stderr
+
+
+# --- make, where other settings would have their way
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(target, **environment) -> what it says, in a folder with a name that needs care."""
+    folder = tmp_path / "ein Weg mit Lücken"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    if not shutil.which("make"):
+        pytest.skip("there is no make")
+
+    def made(target, status=0, **environment):
+        environment = os.environ | {"PYTHON": sys.executable} | environment
+        done = subprocess.run(
+            ["make", target], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    made.folder = folder
+    return made
+
+
+def test_pins_of_the_surroundings_go_first_and_are_named(make):
+    assert "PIP_CONSTRAINT is set: versions are those of" not in make(".venv/created", PIP_CONSTRAINT="")
+    ours = (make.folder / ".venv" / "constraints.txt").read_text()
+    assert "tiktoken==" in ours
+    (make.folder / ".venv" / "created").unlink()
+    said = make(".venv/created", PIP_CONSTRAINT="/etc/pip/constraint.txt")
+    assert "PIP_CONSTRAINT is set: versions are those of /etc/pip/constraint.txt" in said
+    assert (make.folder / ".venv" / "constraints.txt").read_text() == ""
+
+
+def test_an_install_that_fails_says_what_may_have_kept_it(make):
+    (make.folder / ".venv").mkdir()
+    (make.folder / ".venv" / "created").touch()  # with nothing in it
+    assert "Without that variable: make PIP_CONSTRAINT= .venv/installed" in make(".venv/installed", status=2)
+
+
+def test_a_folder_without_git_is_told_how_to_become_a_repository(make):
+    (make.folder / ".venv").mkdir()
+    for name in ("created", "installed"):
+        (make.folder / ".venv" / name).touch()
+    assert "git init && git add . && git commit" in make("demo", status=2)

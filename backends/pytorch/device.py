@@ -38,9 +38,9 @@ def pick() -> torch.device:
         return torch.device(wanted)
     if available == ["cpu"] and (gpu := nvidia_gpu()):
         raise BackendError(
-            f"{gpu} is here, but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install the CUDA build "
-            "for your driver (https://pytorch.org/get-started/locally) or update the driver; to run on the CPU all the "
-            "same, set AUTORESEARCH_DEVICE=cpu"
+            f"{gpu} is here, but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install the build for "
+            "your driver: pip install uv, then uv pip install --torch-backend=auto --reinstall-package torch torch; or "
+            "update the driver. To run on the CPU all the same, set AUTORESEARCH_DEVICE=cpu"
         )
     return torch.device(available[-1])
 
@@ -100,7 +100,7 @@ def keep_to_itself(device: torch.device) -> None:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    found = {"torch": str(torch.__version__), "python": sys.version.split()[0]}
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
     return found

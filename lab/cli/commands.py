@@ -12,8 +12,9 @@ from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
+from lab.session.locks import refuse_if_busy
 from lab.session.repository import here
-from lab.session.session import PREFIX, Session, refuse_if_busy
+from lab.session.session import PREFIX, Session
 from lab.session.state import Experiment
 from lab.untrusted import counted
 from lab.verdict.executor import launch

@@ -23,7 +23,8 @@ from lab import untrusted
 from lab.errors import LabError
 from lab.run.log import FLOOD
 from lab.session.events import NightBegan, NightEnded, NightEvent
-from lab.session.session import Session, is_held
+from lab.session.locks import is_held
+from lab.session.session import Session
 
 GB = 10**9
 LOWEST_CHARGE = 40  # percent of a battery that is being used up
@@ -129,11 +130,8 @@ def troubles(session: Session) -> list[Trouble]:
 
 
 def low_battery() -> str:
-    try:
-        battery = psutil.sensors_battery()
-    except Exception:  # psutil passes on what the system's files make it raise
-        return ""
-    if battery is None or battery.power_plugged is not False or battery.percent >= LOWEST_CHARGE:
+    battery = identity.battery()
+    if battery is None or battery.plugged is not False or battery.percent is None or battery.percent >= LOWEST_CHARGE:
         return ""
     return f"the computer runs on battery, of which {battery.percent:.0f} % are left: plug it in"
 

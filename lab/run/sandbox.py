@@ -19,11 +19,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from backends import machine
 from lab.errors import LabError
 
 Paths = Sequence[Path]
 NAMES = ("bwrap", "unshare", "sandbox-exec")
 SYSTEM_TEMPORARY = Path("/tmp")
+MOUNTS = Path("/proc/self/mounts")
+NAMESPACES = Path("/proc/sys")  # settings of the kernel
 KEPT = ("/proc", "/sys", "/dev")  # file systems that stay as they are
 LOCKED = {"nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime"}  # options that a remount has to repeat
 
@@ -74,15 +77,34 @@ def works(name: str) -> bool:
 def describe(name: str | None) -> str:
     """What is protected by this tool and what is not, in a sentence."""
     if name is None:
-        advice = " (installing bubblewrap may help)" if sys.platform.startswith("linux") else ""
         return (
-            f"This system offers no sandbox that works{advice}: train.py would run with your rights, could read "
-            "your files and use the network, and only what its own Python code does is looked after."
+            "This system offers no sandbox that works: train.py would run with your rights, could read your files and "
+            f"use the network, and only what its own Python code does is looked after.{advice()}"
         )
     return (
         f"Runs are sandboxed by {name}: no network, your home folder hidden, nothing to write to but a run's own "
         "folder and the compilers' caches; that holds off mistakes and carelessness, not a determined attacker."
     )
+
+
+def advice() -> str:
+    """What would bring a sandbox to this system, as a sentence with a blank before it; nothing where there is none."""
+    if not sys.platform.startswith("linux"):
+        return ""
+    if machine.told(NAMESPACES / "kernel/apparmor_restrict_unprivileged_userns") == "1":  # Ubuntu from 23.10 on
+        return (
+            " AppArmor keeps programs from making user namespaces here. Give bubblewrap the profile that Ubuntu has "
+            "for it: sudo apt install bubblewrap apparmor-profiles && sudo ln -s "
+            "/usr/share/apparmor/extra-profiles/bwrap-userns-restrict /etc/apparmor.d/ && "
+            "sudo systemctl reload apparmor."
+        )
+    for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):  # of Debian once; of any Linux
+        if machine.told(NAMESPACES / name) == "0":
+            setting = name.replace("/", ".")
+            return f" The setting {setting} is 0 here; with 1 (or more) bubblewrap works: see sysctl -w {setting}."
+    if not shutil.which("bwrap"):
+        return " Installing bubblewrap may help."
+    return " bubblewrap is here and fails, as in most containers: these need the right to make user namespaces."
 
 
 def refuse_without(name: str | None, unsandboxed: bool) -> None:
@@ -190,7 +212,7 @@ def _unshare(command, steps, temporary, cwd):
 
 def mounts() -> list[tuple[str, set[str]]]:
     """(target, options) of what is mounted here."""
-    rows = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
+    rows = [line.split(" ") for line in (machine.told(MOUNTS) or "").split("\n")]
     return [
         (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), row[1]), set(row[3].split(","))) for row in rows
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import filelock
 import msgspec
 
 from lab.errors import LabError
 from lab.session.events import EVENTS, Event
+from lab.session.locks import Lock
 from storage import sync, sync_folder
 
 PATIENCE = 60.0  # seconds that another writer may take
@@ -59,7 +59,7 @@ class Journal:
 
     def append(self, event: Event) -> list:
         """Returns once the event is on disk: the events since the last look, this one last."""
-        with filelock.FileLock(f"{self.path}.lock", timeout=PATIENCE, poll_interval=0.005):
+        with Lock(f"{self.path}.lock", timeout=PATIENCE, poll_interval=0.005):
             new = self.refresh()
             event.time = event.time or time.time()
             created = not self.path.exists()

@@ -37,7 +37,13 @@ class Repository:
 
     def __init__(self, path: Path):
         self.path = path
-        root = self.git("rev-parse", "--show-toplevel")
+        root = self.git("rev-parse", "--show-toplevel", check=False)
+        if not root and not any((folder / ".git").exists() for folder in (path, *path.absolute().parents)):
+            raise LabError(
+                f"{path} is in no git repository, as after a download as ZIP, and experiments are commits. Make it "
+                "one: git init && git add . && git commit -m start"
+            )
+        root = root or self.git("rev-parse", "--show-toplevel")  # which says why it can't be used
         self.path = Path(root)
         if not (self.path / TRAIN).is_file():
             known = self.git("ls-files", "--", TRAIN)

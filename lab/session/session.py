@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
 import msgspec
 import psutil
 
@@ -26,6 +25,7 @@ from lab.session.events import (
     SessionStarted,
 )
 from lab.session.journal import Journal
+from lab.session.locks import Lock, device_lock, is_held
 from lab.session.repository import Repository
 from lab.session.state import Experiment, Run, State
 
@@ -41,8 +41,8 @@ class Local(msgspec.Struct):
     """What is true of the session on this machine alone: session.json. It does not leave the machine.
 
     Attributes:
-        repository: the user's. commit: where the session began, and its judge is. gpu: which one, "" for the only one.
-        executable: the Python. settings: AUTORESEARCH_* variables of its runs. judge: sha256 of the judge's files.
+        repository: the user's. commit: where the session began, and its judge is. gpu: its name (`machine.gpu_name`),
+            or "". executable: the Python. settings: variables of its runs. judge: sha256 of the judge's files.
         memory_ceiling: bytes a run may use. unified: they are the machine's own.
     """
 
@@ -81,8 +81,8 @@ class Session:
             raise LabError(f"{folder / 'session.json'} can't be read ({error})") from error
         self.journal = Journal(folder / "journal.jsonl")
         self.state = State(self.journal.events)
-        self.lock = filelock.FileLock(folder / "lock")
-        self.night_lock = filelock.FileLock(folder / "night.lock")
+        self.lock = Lock(folder / "lock")
+        self.night_lock = Lock(folder / "night.lock")
 
     @property
     def started(self) -> SessionStarted:
@@ -127,7 +127,7 @@ class Session:
         return json.loads((self.folder / "profile.json").read_text(encoding="utf-8"))
 
     @property
-    def device_lock(self) -> filelock.BaseFileLock:
+    def device_lock(self) -> Lock:
         return device_lock(self.started.device, self.local.gpu)
 
     def log(self, event: Event) -> None:
@@ -185,7 +185,7 @@ class Session:
         Args:
             why: one of HELD. now: what is being trained or scored ends, too, and is done again later.
         """
-        with filelock.FileLock(self.folder / "hold.lock", timeout=10):
+        with Lock(self.folder / "hold.lock", timeout=10):
             held = self.held
             if held and held["why"] == "paused" and why != "paused":
                 why, now = "paused", now or held["now"]
@@ -193,7 +193,7 @@ class Session:
 
     def release(self, why: str | None = None) -> None:
         """Ends the hold; with `why`, only one for this reason."""
-        with filelock.FileLock(self.folder / "hold.lock", timeout=10):
+        with Lock(self.folder / "hold.lock", timeout=10):
             if why is None or (self.held or {}).get("why") == why:
                 (self.folder / HOLD).unlink(missing_ok=True)
                 storage.sync_folder(self.folder)
@@ -288,48 +288,6 @@ def fingerprints(judge: Path) -> dict[str, str]:
 def differing(judge: Path, pinned: dict[str, str]) -> list[str]:
     """Files of a judge that differ from what was pinned, are missing or new."""
     return sorted({name for name, _ in fingerprints(judge).items() ^ pinned.items()})
-
-
-# --- Locks ---
-
-
-def device_lock(device: str, gpu: str) -> filelock.BaseFileLock:
-    """Held while anything trains on this device, in whatever session."""
-    name = re.sub(r"[^0-9A-Za-z.-]", "", f"{device}-{gpu}".strip("-"))
-    path = storage.home() / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(path)
-
-
-def is_held(lock: filelock.BaseFileLock) -> bool:
-    """Whether a lock is held, by another process or another object of this one. Looking never takes it where the
-    system can tell: a look must not keep anybody from work."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there is no other way than to try
-        try:
-            with lock.acquire(blocking=False):
-                return False
-        except filelock.Timeout:
-            return True
-    try:
-        descriptor = os.open(lock.lock_file, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: pollers do not see one another
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def refuse_if_busy(lock: filelock.BaseFileLock) -> None:
-    """LabError if something else trains on the device."""
-    if is_held(lock):
-        raise LabError("another session is training on this device, and two at once would slow each other down: wait "
-                       "until it is done (python -m lab wait, in its repository), then run this again")  # fmt: skip
 
 
 # --- Finding one ---

@@ -22,8 +22,9 @@ from lab.run import sandbox
 from lab.session import session as sessions
 from lab.session.events import ExperimentOpened, SessionStarted, is_tag
 from lab.session.journal import Journal
+from lab.session.locks import device_lock, refuse_if_busy
 from lab.session.repository import Repository
-from lab.session.session import PREFIX, Session, device_lock
+from lab.session.session import PREFIX, Session
 from lab.session.state import BASELINE
 
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
@@ -68,16 +69,16 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         say(f"not part of the session, being no part of its commit: {untrusted.listed(others)}")
 
     gpu = which_gpu(hardware.kind)
-    sessions.refuse_if_busy(device_lock(hardware.slug, gpu))
+    refuse_if_busy(device_lock(hardware.slug, gpu))
     branch = f"{PREFIX}{hardware.slug}/{tag}"
     if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(
             f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
         )
     settings = {f"AUTORESEARCH_{name}": os.environ.get(f"AUTORESEARCH_{name}") for name in sessions.PASSED_ON}
-    settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     if library := settings["AUTORESEARCH_FA3_LIBRARY"]:  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
+    settings |= {name: os.environ.get(name) for name in machine.CHOOSING_GPUS}
     settings = {name: value for name, value in settings.items() if value} | {
         "AUTORESEARCH_HOME": str(storage.home().absolute()),
         "AUTORESEARCH_DATA": data.name,
@@ -133,12 +134,12 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
 
 
 def which_gpu(kind: str) -> str:
-    """The GPU that is used, as CUDA_VISIBLE_DEVICES names it: an index or a UUID; "" for what there is one of."""
-    if kind != "cuda":
-        return ""
-    index = int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0)
-    visible = machine.visible_gpus()
-    return visible[index] if index < len(visible) else str(index)
+    """The name of the GPU that is used (`machine.gpu_name`); "" for a device that there is one of."""
+    return (
+        machine.gpu_name(int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0))
+        if kind == "cuda"
+        else ""
+    )
 
 
 def checked_profile(hardware, train: Path, say) -> dict:

@@ -5,8 +5,10 @@ Of its five columns, with tabs between, nothing is escaped. Each row is the one 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from lab.share.archive import Wrong
 LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows: a night has some hundred rows
 MOST = 1e6  # of a score, and of gigabytes
 NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
+STATUSES = ("keep", "discard", "crash", "invalid")
 SHOWN = 5  # damaged lines
 TEXT, LONGEST_DESCRIPTION = 4000, 500  # characters
 FIVE = "a ledger of five columns: each change was run once, and how far chance moves scores is unknown: unconfirmed"
@@ -82,7 +85,9 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
     Args:
         name: what the notes call it.
     """
-    *lines, tail = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # of PowerShell's `>` and Excel's Unicode text
+        content = content.decode("utf-16", errors="replace").encode()
+    *lines, tail = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     rows, notes, aside = [], [], []
     columns = ()
     for number, line in enumerate(lines, 1):
@@ -108,9 +113,20 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
             f"it is no ledger, or holds no rows: those are {', '.join(ORIGINAL)} with tabs between; a session is a "
             "results.tsv, or a folder or .tar.gz from lab export"
         )
+    notes += _unknown(name, Counter(row["status"] for row in rows if row["status"] not in STATUSES))
     if len(aside) > SHOWN:
         aside[SHOWN:] = [f"so were {len(aside) - SHOWN} more lines of {name}"]
     return rows, notes + aside
+
+
+def _unknown(name: str, statuses: Counter[str]) -> list[str]:
+    if not statuses:
+        return []
+    which = untrusted.listed([untrusted.one_line(status, 40) or "an empty one" for status in statuses])
+    return [
+        f"the status of {untrusted.counted(statuses.total(), 'row')} of {name} is none of {', '.join(STATUSES)} "
+        f"({which}): their scores are left out. Write keep or discard there to have them counted"
+    ]
 
 
 def _row(columns: Sequence[str], fields: list[str]) -> dict:

@@ -21,7 +21,8 @@ from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
 from lab.genome.syntax import describe, normalised
 from lab.session.record import Record
-from lab.session.session import Session, refuse_if_busy
+from lab.session.locks import refuse_if_busy
+from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment
 from lab.share import sources
 from lab.untrusted import counted

@@ -197,3 +197,9 @@ def test_a_scalar_is_read_while_the_device_goes_on():
         x = x @ x / 100
     done.record()
     assert abs(float(scalar) - 1) < 0.01 and not done.query()
+
+
+def test_versions_are_plain_text():
+    """PyTorch's own is a class of its own, which journals can't hold."""
+    versions = device.versions(torch.device("cpu"))
+    assert versions["torch"] == torch.__version__ and {type(text) for text in versions.values()} == {str}

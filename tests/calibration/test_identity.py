@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,15 +80,103 @@ def test_where_linux_does_not_tell_the_total_counts(monkeypatch, tmp_path):
     assert machine.installed_memory() == psutil.virtual_memory().total
 
 
-def test_a_containers_limit_bounds_what_is_available(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    assert machine.available_memory() <= psutil.virtual_memory().total
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("600000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
+# --- memory
+
+
+def cgroup(folder: Path, version: int, limit, used: int = 600_000, files: int = 100_000) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 500000\n{names[2]} {files}\n")
+
+
+@pytest.fixture
+def cgroups(monkeypatch, tmp_path):
+    """(the tree, a function that says which lines /proc/self/cgroup has)"""
+    own = tmp_path / "self"
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "tree")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", own)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB, total=24 * GIB))
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "tree", lambda text: own.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def test_without_any_cgroup_what_is_free_counts(cgroups):
+    assert machine.available_memory() == 20 * GIB
+
+
+@pytest.mark.parametrize(
+    "version, lines, where",
+    [
+        (2, "0::/\n", "."),  # a container with a namespace of its own
+        (2, "0::/user.slice/user-1000.slice/run-7.scope\n", "user.slice/user-1000.slice/run-7.scope"),
+        (2, "0::/user.slice/user-1000.slice/run-7.scope\n", "user.slice"),  # systemd-run --slice, or one for all users
+        (2, "0::/../other/a b\n", "../other/a b"),
+        (1, "5:cpu:/x\n4:memory:/docker/cfe0\n0::/\n", "memory/docker/cfe0"),
+        (1, "5:cpu:/x\n4:memory,hugetlb:/docker/cfe0\n", "memory"),  # of the host's path nothing is seen
+        (1, "4:memory:/slurm/uid_1000/job_7/step_0\n", "memory/slurm/uid_1000/job_7"),
+    ],
+)
+def test_a_limit_bounds_what_is_available_wherever_it_is_set(cgroups, version, lines, where):
+    tree, own = cgroups
+    own(lines)
+    cgroup(tree / where, version, 1_000_000)
     assert machine.available_memory() == 500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.available_memory() > 1_000_000
+
+
+def test_the_tightest_of_several_limits_counts(cgroups):
+    tree, own = cgroups
+    own("0::/a/b\n")
+    cgroup(tree / "a", 2, 3_000_000)
+    cgroup(tree / "a" / "b", 2, "max")
+    assert machine.available_memory() == 2_500_000
+    (tree / "a" / "b" / "memory.high").write_text("1200000\n")
+    assert machine.available_memory() == 700_000
+    cgroup(tree / "a" / "b", 2, 500_000, files=0)
+    assert machine.available_memory() == 0  # never below
+
+
+@pytest.mark.parametrize("limit", ["max", 9223372036854771712])
+def test_no_limit_is_none(cgroups, limit):
+    tree, own = cgroups
+    own("4:memory:/a\n" if limit != "max" else "0::/a\n")
+    cgroup(tree / "memory/a" if limit != "max" else tree / "a", 1 if limit != "max" else 2, limit)
+    assert machine.available_memory() == 20 * GIB
+
+
+def test_a_cgroup_may_have_any_name(cgroups):
+    tree, own = cgroups
+    own(b"0::/caf\xe9\n")
+    cgroup(tree / os.fsdecode(b"caf\xe9"), 2, 1_000_000)
+    assert machine.available_memory() == 500_000
+
+
+@pytest.mark.parametrize(
+    "variables, megabytes",
+    [
+        ({"SLURM_MEM_PER_NODE": "4096"}, 4096),
+        ({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "3"}, 6144),
+        ({"SLURM_MEM_PER_NODE": "0"}, None),  # all of it
+        ({"SLURM_MEM_PER_CPU": "2048"}, None),
+        ({"SLURM_MEM_PER_NODE": "4G"}, None),
+    ],
+)
+def test_what_slurm_gave_a_job_bounds_what_is_available(cgroups, monkeypatch, variables, megabytes):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    available = machine.available_memory()
+    if megabytes is None:
+        assert available == 20 * GIB
+    else:
+        used = psutil.Process().memory_info().rss
+        assert megabytes * 2**20 - 1.5 * used < available < megabytes * 2**20 - 0.5 * used
+
+
+# --- names
 
 
 def test_a_jetson_names_its_board(monkeypatch, tmp_path):
@@ -136,6 +227,8 @@ class Nvml:
                 raise RuntimeError("Not Supported")
             return {
                 "nvmlSystemGetDriverVersion": b"580.159.04",
+                "nvmlDeviceGetCount": 1,
+                "nvmlDeviceGetUUID": "GPU-some-uuid",
                 "nvmlDeviceGetCurrentClocksThrottleReasons": self.reasons,
                 "nvmlDeviceGetPowerManagementLimit": 700_000,
                 "nvmlDeviceGetTemperature": 41,
@@ -194,15 +287,146 @@ def test_without_nvml_less_is_known(monkeypatch, library):
     assert machine.nvidia_memory() is None
 
 
-def test_nvml_is_asked_for_the_gpu_that_is_visible(nvml, monkeypatch):
-    asked = []
-    monkeypatch.setattr(Nvml, "nvmlDeviceGetHandleByIndex", lambda self, i: asked.append(i), raising=False)
-    monkeypatch.setattr(Nvml, "nvmlDeviceGetHandleByUUID", lambda self, u: asked.append(u), raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
-    machine.nvidia_handle(nvml)
-    machine.nvidia_handle(nvml, index=1)
-    machine.nvidia_handle(nvml, uuid="def")
-    assert asked == [3, "GPU-abc", "GPU-def"]
+DESKTOP, FAST = (str(uuid.UUID(int=number << 96)) for number in (0x8932F937, 0xDE41A5C0))
+SLICE = str(uuid.UUID(int=0x77 << 96))
+
+
+class TwoCards(Nvml):
+    """The desktop's card is first on the bus, and hot; the fast one, which CUDA numbers first, has a slice."""
+
+    by_bus = (DESKTOP, FAST)
+
+    def nvmlDeviceGetCount(self):
+        return len(self.by_bus)
+
+    def nvmlDeviceGetHandleByIndex(self, place):
+        return f"GPU-{self.by_bus[place]}"
+
+    def nvmlDeviceGetHandleByUUID(self, name):
+        if name in (*(f"GPU-{own}" for own in self.by_bus), f"MIG-{SLICE}"):
+            return name
+        raise RuntimeError("Not Found")
+
+    def nvmlDeviceGetUUID(self, handle):
+        return handle.encode()  # as old versions of pynvml give it
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle):
+        if handle != f"MIG-{SLICE}":
+            raise RuntimeError("Invalid Argument")
+        return f"GPU-{FAST}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return SimpleNamespace(total={f"GPU-{DESKTOP}": 8, f"GPU-{FAST}": 24, f"MIG-{SLICE}": 6}[handle] * GIB)
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return 0x40 if handle == f"GPU-{DESKTOP}" else 0
+
+    def nvmlDeviceGetUtilizationRates(self, handle):
+        if handle.startswith("MIG-"):
+            raise RuntimeError("Not Supported")
+        return SimpleNamespace(gpu=90 if handle == f"GPU-{DESKTOP}" else 10)
+
+
+class Driver:
+    """CUDA's, as it numbers the GPUs of this process."""
+
+    def __init__(self, *numbered):
+        self.numbered = numbered
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = index
+        return 0 if index < len(self.numbered) else 101
+
+    def cuDeviceGetUuid_v2(self, found, device):
+        found._obj[:] = uuid.UUID(self.numbered[device.value]).bytes
+        return 0
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """A function that says how CUDA numbers the GPUs; without arguments, that its driver is not found."""
+    monkeypatch.setitem(sys.modules, "pynvml", TwoCards())
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "AUTORESEARCH_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def numbered(*uuids):
+        def library(name):
+            if not uuids:
+                raise OSError(f"{name}: cannot open shared object file")
+            return Driver(*uuids)
+
+        monkeypatch.setattr(ctypes, "CDLL", library)
+
+    numbered()
+    return numbered
+
+
+def test_a_gpu_is_the_one_that_cuda_numbers_so(two_cards):
+    two_cards(FAST, DESKTOP)
+    assert [machine.gpu_name(index) for index in (0, 1)] == [f"GPU-{FAST}", f"GPU-{DESKTOP}"]
+    assert machine.nvidia_memory() == 24 * GIB and machine.nvidia_memory(index=1) == 8 * GIB
+    assert identity.describe(hardware("cuda", cuda="13.0"))["throttled"] is False
+    assert identity.now("cuda", machine.gpu_name())["in_use"] == 0.1
+
+
+@pytest.mark.parametrize("entry", [f"GPU-{FAST}", "GPU-de41a5c0", "GPU-de"])
+def test_a_shortened_uuid_is_its_gpu(two_cards, monkeypatch, entry):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", entry)
+    assert machine.gpu_name() == f"GPU-{FAST}"
+    assert identity.now("cuda", entry)["in_use"] == 0.1
+
+
+def test_without_cudas_driver_an_index_is_taken_only_where_it_is_nvmls_too(two_cards, monkeypatch):
+    assert machine.gpu_name(1) == "1" and machine.nvidia_memory(index=1) is None
+    assert identity.now("cuda", "1") == {}  # rather nothing than another card's heat
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert machine.gpu_name(1) == f"GPU-{FAST}"
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.setattr(TwoCards, "by_bus", (DESKTOP,))
+    assert machine.gpu_name() == f"GPU-{DESKTOP}"
+
+
+def test_a_slice_of_a_gpu_has_its_own_name_and_memory_and_its_cards_heat(two_cards, monkeypatch):
+    for given in (SLICE, ""):
+        two_cards(*filter(None, [given]))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{SLICE}")
+        assert machine.gpu_name() == f"MIG-{SLICE}" and machine.nvidia_memory() == 6 * GIB
+    assert identity.now("cuda", f"MIG-{SLICE}")["in_use"] == 0.1
+
+
+def test_what_names_no_gpu_or_several_finds_none(two_cards):
+    with machine.nvml() as library:
+        for name in ("GPU-", "GPU-beef", "MIG-77", "7", "x"):
+            assert machine.nvidia_handle(library, name) is None
+        assert machine.nvidia_handle(library, FAST) == f"GPU-{FAST}"  # as PyTorch has it
+
+
+def test_without_nvml_cudas_driver_still_names_a_gpu(two_cards, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    two_cards(FAST)
+    assert machine.gpu_name() == f"GPU-{FAST}" and machine.gpu_name(1) == "1"
+
+
+def test_the_driver_is_asked_as_a_library_is(monkeypatch, tmp_path):
+    """Through ctypes, against a library of our own."""
+    source, library = tmp_path / "cuda.c", tmp_path / "libcuda.so"
+    source.write_text(
+        "#include <string.h>\nint cuInit(unsigned f) { return f; }\n"
+        "int cuDeviceGet(int *d, int i) { *d = i; return i > 1 ? 101 : 0; }\n"
+        "int cuDeviceGetUuid_v2(unsigned char *u, int d) { memset(u, 0, 16); u[0] = 0xab; u[15] = d; return 0; }\n"
+    )
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("there is no C compiler")
+    monkeypatch.setattr(machine, "CUDA_DRIVERS", ("nothing.so", str(library)))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    names = [machine.gpu_name(index) for index in range(3)]
+    assert names == ["GPU-ab000000-0000-0000-0000-000000000000", "GPU-ab000000-0000-0000-0000-000000000001", "2"]
 
 
 def test_amd_has_its_drivers_version(monkeypatch, tmp_path):
@@ -245,16 +469,75 @@ def test_a_slowed_processor(monkeypatch, tmp_path, limit, governor, preference, 
     assert identity.of_device(hardware("cpu"))["throttled"] == throttled
 
 
+@pytest.fixture
+def supplies(monkeypatch, tmp_path):
+    """Makes an entry of /sys/class/power_supply."""
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(identity, "SUPPLIES", tmp_path / "power_supply")
+
+    def supply(name, **facts):
+        folder = tmp_path / "power_supply" / name
+        folder.mkdir(parents=True)
+        for fact, value in facts.items():
+            (folder / fact).write_text(f"{value}\n")
+
+    return supply
+
+
+MOUSE = {"type": "Battery", "scope": "Device", "status": "Discharging", "capacity": 35, "online": 1}
+
+
+def test_a_mouses_battery_is_not_the_computers(supplies):
+    assert identity.battery() is None and identity.power_source() == "mains"
+    supplies("hidpp_battery_0", **MOUSE)
+    assert identity.battery() is None and identity.power_source() == "mains"
+    supplies("BAT0", type="Battery", status="Discharging", capacity=80, present=1)
+    supplies("AC", type="Mains", online=0)
+    assert identity.battery() == identity.Battery(80, False) and identity.power_source() == "battery"
+
+
 @pytest.mark.parametrize(
-    "battery, source",
+    "online, status, plugged",
     [
-        (None, "mains"),
-        (SimpleNamespace(power_plugged=True), "mains"),
-        (SimpleNamespace(power_plugged=False), "battery"),
-        (SimpleNamespace(power_plugged=None), None),
+        (1, "Discharging", True),  # some drain a little on mains
+        (0, "Discharging", False),
+        (0, "Unknown", False),
+        (None, "Charging", True),
+        (None, "Full", True),
+        (None, "Discharging", False),
+        (None, "Unknown", None),
     ],
 )
-def test_power(monkeypatch, battery, source):
+def test_whether_a_laptop_is_plugged_in(supplies, online, status, plugged):
+    supplies("BATT", type="Battery", scope="System", status=status, energy_now=20, energy_full=50)
+    if online is not None:
+        supplies("ucsi-source-psy-USBC000:001", type="USB", online=online)
+    assert identity.battery() == identity.Battery(40, plugged)
+    assert identity.power_source() == {True: "mains", False: "battery", None: None}[plugged]
+
+
+def test_two_batteries_and_an_empty_bay(supplies):
+    supplies("BAT0", type="Battery", status="Not charging", capacity=90)
+    supplies("BAT1", type="Battery", status="Discharging", charge_now=10, charge_full=100)
+    supplies("BAT2", type="Battery", status="Unknown", present=0, capacity=0)
+    assert identity.battery() == identity.Battery(50, False)
+
+
+def test_a_battery_that_does_not_tell_its_charge(supplies):
+    supplies("BAT0", type="Battery", status="Discharging", energy_now="?", charge_full=0)
+    assert identity.battery() == identity.Battery(None, False)
+
+
+def sensed(percent=50.0, plugged=None):
+    return SimpleNamespace(percent=percent, power_plugged=plugged)
+
+
+@pytest.mark.parametrize(
+    "battery, source",
+    [(None, "mains"), (sensed(plugged=True), "mains"), (sensed(plugged=False), "battery"), (sensed(), None)],
+)
+def test_power_where_psutil_tells_it(monkeypatch, battery, source):
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
     monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
     assert identity.power_source() == source
 
@@ -263,8 +546,9 @@ def test_a_power_supply_that_cannot_be_read(monkeypatch):
     def broken():
         raise ValueError("could not convert string to float")
 
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(psutil, "sensors_battery", broken, raising=False)
-    assert identity.power_source() is None
+    assert identity.battery() == identity.Battery(None, None) and identity.power_source() is None
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("tool", 20), PermissionError()])

@@ -11,7 +11,7 @@ from lab.run import runner
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-JUDGED = ("prepare.py", "dataset.py", "storage.py", "results.py", "backends", "calibration", "lab")
+JUDGED = ("prepare.py", "dataset.py", "storage.py", "results.py", "terminal.py", "backends", "calibration", "lab")
 BUDGET = 0.1
 
 

@@ -56,7 +56,7 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repos
         for name in ("backends", "calibration", "lab"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
         for source in (
-            *(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py", "results.py")),
+            *(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py", "results.py", "terminal.py")),
             HERE / "fake_backend.py",
         ):
             shutil.copy(source, path)

@@ -4,13 +4,24 @@ import random
 import subprocess
 
 import pytest
-from exports import patch_of
 
 from lab.errors import LabError
 from lab.genome.change import lines_of, patched
 from lab.genome.merge import merged
 
 BASE = b"".join(b"line %d\n" % i for i in range(12))
+
+
+def patch_of(before, after, folder):
+    """As git makes it of the two files."""
+    (folder / "a").mkdir(exist_ok=True)
+    (folder / "b").mkdir(exist_ok=True)
+    for side, text in (("a", before), ("b", after)):
+        (folder / side / "train.py").write_bytes(text.encode())
+    command = ["git", "diff", "--no-index", "--no-prefix", "a/train.py", "b/train.py"]
+    text = subprocess.run(command, cwd=folder, capture_output=True, check=False).stdout.decode()
+    assert text.startswith("diff --git a/train.py b/train.py")
+    return text
 
 
 def edit(content, *changes):

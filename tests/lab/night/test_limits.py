@@ -75,11 +75,14 @@ def test_times_of_day_that_are_none(until):
 # --- Troubles ---
 
 
+OWN_BATTERY = identity.battery
+
+
 @pytest.fixture
 def sound(tmp_path, monkeypatch):
     """A session on a machine with which all is well."""
     disk = SimpleNamespace(free=50 * limits.GB)
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: None, raising=False)
+    monkeypatch.setattr(identity, "battery", lambda: None)
     monkeypatch.setattr(psutil, "sensors_temperatures", dict, raising=False)
     monkeypatch.setattr(limits.shutil, "disk_usage", lambda place: disk)
     monkeypatch.setattr(identity, "now", lambda kind, gpu: {})
@@ -113,18 +116,28 @@ def test_all_is_well(sound):
 
 @pytest.mark.parametrize(
     "plugged, percent, found",
-    [(False, 39.0, [("battery", "stop")]), (False, 40.0, []), (True, 5.0, []), (None, 5.0, [])],
+    [(False, 39.0, [("battery", "stop")]), (False, 40.0, []), (True, 5.0, []), (None, 5.0, []), (False, None, [])],
 )
 def test_battery(sound, monkeypatch, plugged, percent, found):
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=plugged, percent=percent))
+    monkeypatch.setattr(identity, "battery", lambda: identity.Battery(percent, plugged))
     assert told(sound) == found
+
+
+def test_a_mouse_that_runs_low_ends_no_night(sound, monkeypatch, tmp_path):
+    mouse = tmp_path / "power_supply" / "hidpp_battery_0"
+    mouse.mkdir(parents=True)
+    for name, text in (("type", "Battery"), ("scope", "Device"), ("status", "Discharging"), ("capacity", "5")):
+        (mouse / name).write_text(text + "\n")
+    monkeypatch.setattr(identity, "SUPPLIES", tmp_path / "power_supply")
+    monkeypatch.setattr(identity, "battery", OWN_BATTERY)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert told(sound) == []
 
 
 def test_what_cannot_be_read_is_no_trouble(sound, monkeypatch):
     def broken(*_):
         raise OSError("no such device")
 
-    monkeypatch.setattr(psutil, "sensors_battery", broken)
     monkeypatch.setattr(psutil, "sensors_temperatures", broken)
     monkeypatch.setattr(limits.shutil, "disk_usage", broken)
     assert told(sound) == []
@@ -182,7 +195,7 @@ class Nvml:
     NVML_TEMPERATURE_GPU, NVML_TEMPERATURE_THRESHOLD_SLOWDOWN = 0, 1
 
     def __init__(self, **answers):
-        self.answers, self.asked = answers, []
+        self.answers, self.asked = {"nvmlDeviceGetCount": 1} | answers, []
 
     def __getattr__(self, name):
         def answer(*arguments):
@@ -222,9 +235,7 @@ def test_the_sessions_own_gpu_is_asked_whatever_is_visible_now(monkeypatch):
     library = Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    identity.now("cuda", "1")
     identity.now("cuda", "GPU-abc")
-    assert ("nvmlDeviceGetHandleByIndex", 1) in library.asked
     assert ("nvmlDeviceGetHandleByUUID", "GPU-abc") in library.asked
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sessions import available
 
+from lab.errors import LabError
 from lab.run import sandbox
 
 ABSENT = [name for name in sandbox.NAMES if not shutil.which(name)]
@@ -143,9 +144,68 @@ def test_none_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*sandbox.NAMES, None])
-def test_described_in_a_sentence(name):
+def test_described_in_a_sentence(name, monkeypatch):
+    monkeypatch.setattr(sandbox, "advice", str)
     text = sandbox.describe(name)
     assert text.endswith(".") and text.count(". ") == 0 and (name or "no sandbox") in text
+
+
+@pytest.mark.parametrize(
+    "setting, value, told",
+    [
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "bwrap-userns-restrict /etc/apparmor.d/"),
+        ("kernel/unprivileged_userns_clone", "0", "sysctl -w kernel.unprivileged_userns_clone"),
+        ("user/max_user_namespaces", "0", "sysctl -w user.max_user_namespaces"),
+        ("user/max_user_namespaces", "95000", "bubblewrap"),
+    ],
+)
+def test_what_keeps_a_sandbox_away_is_told(monkeypatch, tmp_path, setting, value, told):
+    (tmp_path / setting).parent.mkdir(parents=True)
+    (tmp_path / setting).write_text(f"{value}\n")
+    monkeypatch.setattr(sandbox, "NAMESPACES", tmp_path)
+    monkeypatch.setattr(sandbox.sys, "platform", "linux")
+    text = sandbox.describe(None)
+    assert told in text and ("sysctl" in text) == told.startswith("sysctl")
+    with pytest.raises(LabError, match="Say --unsandboxed"):
+        sandbox.refuse_without(None, unsandboxed=False)
+
+
+def test_installing_bubblewrap_is_advised_only_where_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "NAMESPACES", tmp_path)
+    monkeypatch.setattr(sandbox.sys, "platform", "linux")
+    for path, told in ((None, "Installing bubblewrap may help"), ("/usr/bin/bwrap", "is here and fails")):
+        monkeypatch.setattr(sandbox.shutil, "which", lambda name, path=path: path)
+        assert told in sandbox.describe(None)
+
+
+@pytest.fixture
+def mounted(monkeypatch, tmp_path):
+    """Says what /proc/self/mounts holds beside the root."""
+
+    def has(line: bytes) -> None:
+        (tmp_path / "mounts").write_bytes(b"/dev/vda / ext4 rw,relatime 0 0\n" + line)
+        monkeypatch.setattr(sandbox, "MOUNTS", tmp_path / "mounts")
+
+    return has
+
+
+def test_a_mounted_folder_may_have_any_name(mounted, tmp_path):
+    mounted(b"/dev/sda1 /media/caf\xe9\\040\\134\xe2\x80\xa8 vfat rw,nosuid 0 0\n")
+    ((root, _), (target, options)) = sandbox.mounts()
+    assert (root, os.fsencode(target), options) == ("/", b"/media/caf\xe9 \\\xe2\x80\xa8", {"rw", "nosuid"})
+    assert sandbox.options_of(Path(target) / "x") == {"rw", "nosuid"}
+    command = sandbox.wrap("unshare", ["true"], readable=[], writable=[], hidden=[], temporary=tmp_path, cwd=tmp_path)
+    assert any(b"/media/caf\xe9" in os.fsencode(part) for part in command)  # as it goes to the system
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="where unshare is")
+def test_the_script_of_mounts_is_one_for_any_name(mounted, tmp_path):
+    """The shell takes it; that a remount of a folder that is not there fails does no harm."""
+    mounted(b"/dev/sda1 /media/caf\xe9'\"$(x) vfat rw 0 0\n")
+    command = sandbox.wrap("unshare", ["true"], readable=[], writable=[], hidden=[], temporary=tmp_path, cwd=tmp_path)
+    script = command[command.index("-c") + 1]
+    done = subprocess.run(["sh", "-n", "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_profile_for_macos():

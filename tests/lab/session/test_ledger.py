@@ -174,9 +174,9 @@ def test_no_cell_is_a_formula(path, text):
     path.write_bytes(ledger.dumps([row(description=text, reason=text)]))
     cells = path.read_text().splitlines()[1].split("\t")
     assert not any(c.startswith(tuple("=+@")) or c.startswith("-") and not c[1:2].isdigit() for c in cells), cells
-    assert ledger.read(path).rows[0]["description"] == text
+    assert rows_of(path)[0]["description"] == text
 
 
 def test_what_turns_text_around_or_is_not_seen_is_left_out(path):
     path.write_bytes(ledger.dumps([row(description="a\u202eb\u2066c\u200bd\x1b[31me\ufefff")]))
-    assert ledger.read(path).rows[0]["description"] == "abcd[31mef"
+    assert rows_of(path)[0]["description"] == "abcd[31mef"

@@ -1,17 +1,22 @@
 """Who works on a session: looking takes nothing from anybody, and a process that is starting counts."""
 
+import errno
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import sessions
 
 import storage
+from backends import machine
 from lab.errors import LabError
-from lab.session.session import SUPERVISOR, Session, device_lock, is_held
+from lab.session.locks import Lock, device_lock, is_held
+from lab.session.session import SUPERVISOR, Session
 from lab.verdict import executor, opening
 
 
@@ -53,6 +58,55 @@ def test_what_is_held_is_seen_by_others_and_by_another_object_here(session):
     with session.lock:
         assert is_held(Session(session.folder).lock) and Session(session.folder).supervised
     assert not is_held(session.lock) and not is_held(device_lock("nobody-1gb", ""))
+
+
+def test_a_gpu_has_one_lock_whatever_else_it_is_called():
+    assert device_lock("nvidia-x-8gb", "GPU-8932f937").lock_file == device_lock("other", "GPU-8932f937").lock_file
+    assert device_lock("nvidia-x-8gb", "MIG-1").lock_file != device_lock("nvidia-x-8gb", "MIG-2").lock_file
+
+
+def test_two_computers_that_share_a_home_have_a_lock_each(monkeypatch):
+    names = set()
+    for host in ("3f0c", "3f0c", "91aa"):
+        monkeypatch.setattr(machine, "host", lambda host=host: host)
+        names.add(device_lock("cpu-amd-epyc-2c-24gb", "").lock_file)
+    assert len(names) == 2
+
+
+def test_a_computers_name_is_there_without_a_boot_id(monkeypatch, tmp_path):
+    own = machine.host()
+    monkeypatch.setattr(machine, "BOOT_ID", tmp_path / "none")
+    monkeypatch.setattr(machine, "asked", lambda *_: "")
+    assert machine.host.__wrapped__() and machine.host() == own
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_told(monkeypatch, tmp_path, number):
+    """NFS without its lock daemon has ENOLCK, some shared folders of virtual machines ENOSYS."""
+
+    fcntl = pytest.importorskip("fcntl")
+
+    def fails(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    lock = Lock(tmp_path / "lock")
+    lock_file = Path(lock.lock_file)
+    lock_file.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", fails)
+        for use in (lock.acquire, lambda: lock.acquire(blocking=False), lambda: is_held(lock), lock.__enter__):
+            with pytest.raises(LabError, match="can't be locked .*set AUTORESEARCH_HOME to a folder on a disk of this"):
+                use()
+    with Lock(lock_file):
+        assert is_held(lock)
+
+
+def test_a_home_that_cannot_be_written_is_told(monkeypatch, isolated_home):
+    isolated_home.write_text("a file where the folder should be")
+    with pytest.raises(storage.DataError, match="set AUTORESEARCH_HOME to a folder that you can write in"):
+        device_lock("cpu", "")
+    with pytest.raises(LabError, match="can't be locked"):
+        Lock(isolated_home / "lock").acquire()
 
 
 def test_a_supervisor_that_has_no_lock_yet_counts(session):

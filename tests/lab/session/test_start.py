@@ -1,7 +1,9 @@
 """Beginning a session: what is checked, what is pinned, what is refused."""
 
+import ctypes
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from backends.interface import BackendError, Hardware
 from calibration import profile
 from lab.run import sandbox
 from lab.errors import LabError
-from lab.session.session import Session, at, device_lock
+from lab.session.locks import device_lock
+from lab.session.session import Session, at
 from lab.session.start import start, which_gpu
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
@@ -75,7 +78,9 @@ def test_settings_of_the_users_are_pinned(tree, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "7")
     monkeypatch.setenv("AUTORESEARCH_FA3_LIBRARY", "fa3.so")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     session = begin(tree)
+    assert session.local.settings["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert session.local.settings["AUTORESEARCH_DEVICE"] == "cpu" and session.budget == 7
     assert session.local.settings["AUTORESEARCH_FA3_LIBRARY"] == str(Path.cwd() / "fa3.so")
 
@@ -220,7 +225,12 @@ def test_a_busy_device_is_refused_before_anything_is_made(tree):
     "visible, device, gpu",
     [("", "", "0"), ("0", "", "0"), ("", "cuda", "0"), ("2,3", "", "2"), ("2,3", "cuda:1", "3"), ("", "cuda:1", "1")],
 )
-def test_one_gpu_has_one_name(monkeypatch, visible, device, gpu):
+def test_where_no_driver_tells_a_gpus_uuid_it_is_called_as_cuda_is_told(monkeypatch, visible, device, gpu):
+    def no_library(name):
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("AUTORESEARCH_DEVICE", device)
     assert which_gpu("cuda") == gpu and which_gpu("cpu") == ""

@@ -145,7 +145,7 @@ def test_odd_figures_and_words_break_nothing(tmp_path, odd, rows, which):
 def test_an_endless_file_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "x.tsv", "wb") as file:
         file.truncate(2**40)  # takes no room on the disk
-    with pytest.raises(Wrong, match="too many for a results.tsv"):
+    with pytest.raises(Wrong, match="more than 16 MiB"):
         list(events_of(tmp_path / "x.tsv", "a-1gb"))
 
 
@@ -245,3 +245,16 @@ def test_an_endless_ledger_is_not_read(tmp_path):
         file.truncate(2**30)
     with pytest.raises(Wrong, match="more than 16 MiB"):
         list(events_of(path, "nvidia-h100-80gb"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_ledgers_that_windows_wrote_are_read(encoding):
+    assert parse(FIVE.encode(encoding), "x.tsv") == parse(FIVE.encode(), "x.tsv")
+
+
+def test_a_status_that_is_not_known_is_named_and_its_score_left_out(tmp_path):
+    path = tmp_path / "mar8.tsv"
+    path.write_text(MORE.replace("12.6\tkeep", "12.6\tkept"))
+    record = sources.read(path, "nvidia-h100-80gb")
+    assert record.state.experiments[1].status == "invalid"
+    assert any("the status of 1 row of mar8.tsv is none of" in note and "kept" in note for note in record.started.notes)

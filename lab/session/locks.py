@@ -1,0 +1,88 @@
+"""Locks between processes: files that the system locks, so that a process that dies leaves none."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import filelock
+
+import storage
+from backends import machine
+from lab.errors import LabError
+
+HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # what flock says of a lock that another has
+
+
+class Lock(filelock.FileLock):
+    """A lock of `filelock`'s, which is taken by the system or not at all.
+
+    Raises:
+        LabError: the file system has no locks, or can't be written; it says what to do.
+    """
+
+    def __init__(self, path: Path | str, timeout: float = -1, poll_interval: float = 0.05):
+        super().__init__(path, timeout, poll_interval=poll_interval, fallback_to_soft=False)
+
+    def acquire(self, *arguments, **named):
+        try:
+            return super().acquire(*arguments, **named)
+        except filelock.Timeout:
+            raise
+        except OSError as error:
+            raise no_locks(self, error) from error
+
+
+def no_locks(lock: filelock.BaseFileLock, problem) -> LabError:
+    return LabError(
+        f"{lock.lock_file} can't be locked ({problem}): set AUTORESEARCH_HOME to a folder on a disk of this computer "
+        "that you can write in"
+    )
+
+
+def device_lock(device: str, gpu: str) -> Lock:
+    """Held while anything trains on this device, in whatever session. Computers that share a home have locks of their
+    own: a GPU's name is its alone, and others are called by their computer, too.
+
+    Args:
+        device: its tag. gpu: its name (`machine.gpu_name`), or "".
+    """
+    own = gpu if gpu.startswith(("GPU-", "MIG-")) else f"{device}-{gpu}-{machine.host()}"
+    path = storage.home() / "locks" / f"{re.sub(r'[^0-9A-Za-z.-]', '', own)}.lock"
+    with storage.writing(path):
+        return Lock(path)
+
+
+def is_held(lock: filelock.BaseFileLock) -> bool:
+    """Whether a lock is held, by another process or another object of this one. Looking never takes it where the
+    system can tell: a look must not keep anybody from work. LabError if the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there is no other way than to try
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except filelock.Timeout:
+            return True
+    try:
+        descriptor = os.open(lock.lock_file, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: pollers do not see one another
+        return False
+    except OSError as error:
+        if error.errno in HELD:
+            return True
+        raise no_locks(lock, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def refuse_if_busy(lock: filelock.BaseFileLock) -> None:
+    """LabError if something else trains on the device."""
+    if is_held(lock):
+        raise LabError("another session is training on this device, and two at once would slow each other down: wait "
+                       "until it is done (python -m lab wait, in its repository), then run this again")  # fmt: skip
