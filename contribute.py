@@ -61,7 +61,8 @@ def contribute(target: Path | None, quick: bool, budget: float) -> Path:
     with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as folder:
         clone = Path(folder).resolve() / "autoresearch"
         session = _session(clone, budget, quick)
-        files = {f"session/{name}": content for name, content in export.files_of(session).items()}
+        exported = archive.sealed(export.files_of(session))
+        files = {f"session/{name}": content for name, content in exported.items()}
         facts = tried(session.profile, session)
         shutil.rmtree(session.folder, ignore_errors=True)  # its repository goes, too
     files |= {"tried.json": json.dumps(facts, indent=1).encode() + b"\n", "README.md": contents(facts).encode()}

@@ -92,6 +92,12 @@ class Request:
     def cache(self) -> Path:
         return (self.home if self.keeps_caches else self.folder).absolute() / "cache"
 
+    @property
+    def cache_seen(self) -> Path:
+        """Where the run finds it. Triton and what PyTorch makes with it write paths of their cache into their files,
+        which serve only where they were made."""
+        return self.home.absolute() / "cache" if sandbox.mounts_folders(self.sandbox) else self.cache
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -182,8 +188,10 @@ def remove(folder: Path) -> None:
 def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | None = None, **settings: str) -> Ended:
     """Starts child.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
-    if not request.keeps_caches and (request.home / "cache").is_dir():
-        shutil.copytree(request.home / "cache", request.cache, symlinks=True, dirs_exist_ok=True)
+    kept = request.home.absolute() / "cache"
+    request.cache.mkdir(parents=True, exist_ok=True)
+    if request.cache != kept and kept.is_dir() and (request.cache_seen == kept or not any(kept.glob("triton*"))):
+        shutil.copytree(kept, request.cache, symlinks=True, dirs_exist_ok=True)
     facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
     facts |= {"protected": [str(path) for path in request.protected], "weights": str(weights)}
     command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
@@ -192,6 +200,7 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
         command,
         readable=[*readable(request), *([weights.absolute()] if weights else [])],
         writable=[folder, request.cache],
+        instead={request.cache_seen: request.cache},
         hidden=[Path.home(), request.home, Path("/run/user")],  # the user's files, other runs, the session's sockets
         temporary=temporary,
         cwd=folder / "work",
@@ -311,15 +320,15 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
-    cache, folder = request.cache, request.folder.absolute()
+    cache, folder = request.cache_seen, request.folder.absolute()
     gpu = "".join(f"-{request.settings.get(name, '')}" for name in ("CUDA_VISIBLE_DEVICES", "AUTORESEARCH_DEVICE"))
-    driver = cache / re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
-    driver.mkdir(parents=True, exist_ok=True)
+    driver = re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
+    (request.cache / driver).mkdir(parents=True, exist_ok=True)
     own = {
         "HOME": str(folder / "home"),
         "USERPROFILE": str(folder / "home"),
         **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
-        "CUDA_CACHE_PATH": str(driver),
+        "CUDA_CACHE_PATH": str(cache / driver),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(hub_cache()),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -16,7 +16,7 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from backends import machine
@@ -124,7 +124,15 @@ def interpreter() -> list[Path]:
 
 
 def wrap(
-    name: str | None, command: list[str], *, readable: Paths, writable: Paths, hidden: Paths, temporary: Path, cwd: Path
+    name: str | None,
+    command: list[str],
+    *,
+    readable: Paths,
+    writable: Paths,
+    hidden: Paths,
+    temporary: Path,
+    cwd: Path,
+    instead: Mapping[Path, Path] | None = None,
 ) -> list[str]:
     """The command that carries out `command` in `cwd` under a tool; None changes nothing.
 
@@ -132,6 +140,7 @@ def wrap(
         readable, writable: shown where they lie in a hidden folder; writable ones can be written.
         hidden: folders in place of which an empty one is seen.
         temporary: on Linux it is seen as /tmp; it can be written.
+        instead: on Linux, what is seen in place of a folder; it can be written.
     """
     if name is None:
         return list(command)
@@ -140,12 +149,19 @@ def wrap(
     if name == "sandbox-exec":
         return [name, "-p", macos_profile(readable, [*writable, temporary], hidden), *command]
     arrange = {"bwrap": _bwrap, "unshare": _unshare}[name]
-    return arrange(list(command), layers(readable, writable, hidden, temporary), temporary, cwd)
+    mounted = {place: what.resolve() for where, what in (instead or {}).items() for place in resolved([where])}
+    steps = layers(readable, writable, hidden, {**mounted, SYSTEM_TEMPORARY: temporary})
+    return arrange(list(command), steps, temporary, cwd)
+
+
+def mounts_folders(name: str | None) -> bool:
+    """Whether a tool can show one folder in place of another."""
+    return name in ("bwrap", "unshare")
 
 
 def seen(name: str | None, temporary: Path) -> Path:
     """Where a run sees its folder for temporary files."""
-    return SYSTEM_TEMPORARY if name in ("bwrap", "unshare") else temporary
+    return SYSTEM_TEMPORARY if mounts_folders(name) else temporary
 
 
 def resolved(paths: Paths) -> list[Path]:
@@ -153,7 +169,9 @@ def resolved(paths: Paths) -> list[Path]:
     return list(dict.fromkeys(form for path in paths for form in (Path(os.path.abspath(path)), Path(path).resolve())))
 
 
-def layers(readable: Paths, writable: Paths, hidden: Paths, temporary: Path) -> list[tuple[str, Path, Path]]:
+def layers(
+    readable: Paths, writable: Paths, hidden: Paths, instead: Mapping[Path, Path]
+) -> list[tuple[str, Path, Path]]:
     """What is to be mounted over a file tree that can't be written, outer folders first: ("hide", path, path), or
     ("show" or "write", what, where)."""
 
@@ -164,7 +182,8 @@ def layers(readable: Paths, writable: Paths, hidden: Paths, temporary: Path) -> 
     wanted |= {path: "write" for path in writable if covered(path) or path == path.resolve()}
     wanted |= dict.fromkeys(hidden, "hide")
     steps = [(what, path, path) for path, what in wanted.items() if os.path.exists(path)]
-    return sorted([*steps, ("write", temporary, SYSTEM_TEMPORARY)], key=lambda step: len(step[2].parts))
+    steps += [("write", what, where) for where, what in instead.items()]
+    return sorted(steps, key=lambda step: len(step[2].parts))
 
 
 def _bwrap(command, steps, temporary, cwd):

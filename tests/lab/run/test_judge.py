@@ -11,6 +11,7 @@ from sessions import available
 
 import prepare
 from lab.run import runner
+from lab.run.sandbox import mounts_folders
 
 LOOP = r"    while not clock\.finished:"
 BEFORE_CLOCK = r"    clock = prepare\.Clock\(backend, model, loader\)\n"
@@ -299,6 +300,29 @@ def test_nothing_is_left_in_the_caches(ran, place, sandbox, isolated_home):
     known = "    print((prepare.Path(os.environ['AUTORESEARCH_CACHE']) / 'by calibration').read_text())\n"
     assert "kept" in ran({EVALUATION: known + HONEST}, number=3, sandbox=sandbox)[1]
     assert [path.name for path in (isolated_home / "cache").iterdir() if path.is_file()] == ["by calibration"]
+
+
+@pytest.mark.parametrize("sandbox", [each for each in available() if mounts_folders(each.values[0])])
+def test_a_copy_of_the_caches_is_seen_where_they_are(ran, sandbox, isolated_home):
+    """What Triton and PyTorch keep holds paths of its own: elsewhere it would miss, or write what is not the run's."""
+    (isolated_home / "cache").mkdir()
+    (isolated_home / "cache" / "group.json").write_text(f"{isolated_home / 'cache' / 'kernel'}")
+    (isolated_home / "cache" / "kernel").write_text("machine code")
+    follow = (
+        "    place = prepare.Path((prepare.Path(os.environ['AUTORESEARCH_CACHE']) / 'group.json').read_text())\n"
+        "    print(place.read_text())\n    place.write_text('other code')\n"
+    )
+    outcome, log = ran({EVALUATION: follow + HONEST}, sandbox=sandbox)
+    assert outcome.status == "ok" and "machine code" in log, log
+    assert (isolated_home / "cache" / "kernel").read_text() == "machine code"
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_without_a_sandbox_no_cache_is_copied_that_serves_only_where_it_was_made(ran, triton, isolated_home):
+    (isolated_home / "cache" / ("triton" if triton else "inductor")).mkdir(parents=True)
+    listed = "    print('copied:', os.listdir(os.environ['AUTORESEARCH_CACHE']))\n"
+    outcome, log = ran({EVALUATION: listed + HONEST}, sandbox=None)
+    assert outcome.status == "ok" and ("copied: ['cuda']" if triton else "'inductor'") in log, log
 
 
 def test_what_the_baseline_compiles_is_kept(ran, isolated_home):
