@@ -215,6 +215,7 @@ def test_giant_documents_are_tokenized_whole(tiny_data, unit):
     assert tiny_data.tokenizer.decode(tokens[1 : lengths[0]].tolist()) == text
 
 
+@pytest.mark.slow
 def test_50_mb_document(tiny_data):
     text = "a" * 25_000_000 + " " * 25_000_000
     tokens, lengths = corpus.encode(tiny_data.tokenizer, [text])

@@ -183,6 +183,7 @@ def test_training_before_the_first_batch_or_after_the_evaluation(refused, code):
     refused(WITH_TRAINER | {EVALUATION: f"{HONEST}    {code}\n"}, "after its evaluation")
 
 
+@pytest.mark.slow
 def test_saving_that_takes_long(refused, monkeypatch):
     from lab.run import exam
 

@@ -144,6 +144,7 @@ def test_killed_at_fifty_random_moments(project, isolated_home, seed):
     assert {e.status for e in session.state.experiments.values()} >= {"keep", "discard", "crash"}
 
 
+@pytest.mark.slow
 def test_a_replay_killed_at_random_moments_goes_on_and_repeats_nothing(project, isolated_home, tmp_path):
     base = (sessions.HERE / "fake_train.py").read_bytes()
     first = base.replace(b"LEARNING = 0.9", b"LEARNING = 0.75")
