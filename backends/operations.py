@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -235,6 +236,19 @@ def _parsed(table: str) -> dict[str, Operation]:
 
 OPERATIONS = _parsed(TABLE)
 OPS = sorted(OPERATIONS)
+OPERATORS = {  # operations that each framework's arrays carry out by Python's operator
+    "add": operator.add,
+    "divide": operator.truediv,
+    "equal": operator.eq,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+    "less": operator.lt,
+    "less_equal": operator.le,
+    "matmul": operator.matmul,
+    "multiply": operator.mul,
+    "pow": operator.pow,
+    "subtract": operator.sub,
+}
 
 
 class Operations:

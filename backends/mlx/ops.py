@@ -4,7 +4,6 @@ where they don't."""
 from __future__ import annotations
 
 import math
-import operator
 from functools import lru_cache
 
 import mlx.core as mx
@@ -48,7 +47,7 @@ def namespace(precision: mx.Dtype, attention: dict[str, str], memory: int) -> op
         sum_scalar_gradients_exactly()
     native = {name: getattr(mx, name) for name in operations.OPS if hasattr(mx, name)}
     try:
-        found = operations.Operations(native | _operators | _own | chosen)
+        found = operations.Operations(native | operations.OPERATORS | _own | chosen)
     except LookupError as error:
         raise BackendError(f"this MLX is too old ({mx.__version__} lacks {error}): pip install -U mlx") from None
     return found
@@ -237,19 +236,6 @@ def attention_by(chosen: dict[str, str]):
     return attention
 
 
-_operators = dict(
-    add=operator.add,
-    divide=operator.truediv,
-    equal=operator.eq,
-    greater=operator.gt,
-    greater_equal=operator.ge,
-    less=operator.lt,
-    less_equal=operator.le,
-    matmul=operator.matmul,
-    multiply=operator.mul,
-    pow=operator.pow,
-    subtract=operator.sub,
-)
 _renamed = dict(
     cumulative_prod=vector(_cumulative_prod),
     cumulative_sum=vector(mx.cumsum),

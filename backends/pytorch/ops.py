@@ -3,7 +3,6 @@ here where they don't."""
 
 from __future__ import annotations
 
-import operator
 
 import numpy as np
 import torch
@@ -208,19 +207,6 @@ _torchs_own = """
 abs cos exp log negative rsqrt sigmoid sign sin sqrt square tan tanh relu clip where logical_and logical_not logical_or
 reshape einsum ones_like zeros_like
 """.split()
-_operators = dict(
-    add=operator.add,
-    divide=operator.truediv,
-    equal=operator.eq,
-    greater=operator.gt,
-    greater_equal=operator.ge,
-    less=operator.lt,
-    less_equal=operator.le,
-    matmul=operator.matmul,
-    multiply=operator.mul,
-    pow=operator.pow,
-    subtract=operator.sub,
-)
 _elsewhere = dict(
     attention=attention,
     dropout=dropout,
@@ -237,4 +223,6 @@ _elsewhere = dict(
     uniform=uniform,
 )
 _here = {name: function for name, function in globals().items() if name in operations.OPS and callable(function)}
-ops = operations.Operations({name: getattr(torch, name) for name in _torchs_own} | _operators | _elsewhere | _here)
+ops = operations.Operations(
+    {name: getattr(torch, name) for name in _torchs_own} | operations.OPERATORS | _elsewhere | _here
+)
