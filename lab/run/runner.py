@@ -89,14 +89,19 @@ class Request:
         return Path(self.settings.get("AUTORESEARCH_HOME") or storage.home())
 
     @property
+    def kept_cache(self) -> Path:
+        """What the baseline and calibration have left."""
+        return self.home.absolute() / "cache"
+
+    @property
     def cache(self) -> Path:
-        return (self.home if self.keeps_caches else self.folder).absolute() / "cache"
+        return self.kept_cache if self.keeps_caches else self.folder.absolute() / "cache"
 
     @property
     def cache_seen(self) -> Path:
         """Where the run finds it. Triton and what PyTorch makes with it write paths of their cache into their files,
         which serve only where they were made."""
-        return self.home.absolute() / "cache" if sandbox.mounts_folders(self.sandbox) else self.cache
+        return self.kept_cache if sandbox.mounts_folders(self.sandbox) else self.cache
 
 
 @dataclass(frozen=True)
@@ -188,10 +193,7 @@ def remove(folder: Path) -> None:
 def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | None = None, **settings: str) -> Ended:
     """Starts child.py, watches it, and sees to it that nothing of it is left."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
-    kept = request.home.absolute() / "cache"
-    request.cache.mkdir(parents=True, exist_ok=True)
-    if request.cache != kept and kept.is_dir() and (request.cache_seen == kept or not any(kept.glob("triton*"))):
-        shutil.copytree(kept, request.cache, symlinks=True, dirs_exist_ok=True)
+    fill_cache(request)
     facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
     facts |= {"protected": [str(path) for path in request.protected], "weights": str(weights)}
     command = [sys.executable, str(request.judge.absolute() / "lab" / "run" / "child.py"), json.dumps(facts)]
@@ -307,6 +309,16 @@ def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
 
 
 # --- What it gets ---
+
+
+def fill_cache(request: Request) -> None:
+    """Copies what compilers have kept to a run's own cache, unless it would serve only where it was made."""
+    kept = request.kept_cache
+    request.cache.mkdir(parents=True, exist_ok=True)
+    if request.keeps_caches or not kept.is_dir():
+        return
+    if request.cache_seen == kept or not any(kept.glob("triton*")):
+        shutil.copytree(kept, request.cache, symlinks=True, dirs_exist_ok=True)
 
 
 def environment(request: Request, temporary: Path) -> dict[str, str]:
