@@ -253,9 +253,8 @@ def gate_step(action):
     return gate.Step(action, because("worth_another_run"), seed=77)
 
 
-def test_confirm_runs_best_and_baseline_in_turn_on_new_seeds(session, runner):
-    attempt(session, edited(LOSS=0.9))
-    before, seeds = len(runner.runs), {seed for _, seed, _ in runner.runs}
+def confirm(session, pairs):
+    """The best against the baseline, at four times the budget."""
     state = session.state
     with session.lock:
         session.open_experiment(
@@ -263,12 +262,19 @@ def test_confirm_runs_best_and_baseline_in_turn_on_new_seeds(session, runner):
             blob=state.best.blob,
             parent=state.baseline.blob,
             onto=0,
-            pairs=3,
+            pairs=pairs,
             commit=state.best.here,
             budget=1200.0,
             description="why",
         )
     executor.supervise(session)
+
+
+def test_confirm_runs_best_and_baseline_in_turn_on_new_seeds(session, runner):
+    attempt(session, edited(LOSS=0.9))
+    before, seeds = len(runner.runs), {seed for _, seed, _ in runner.runs}
+    state = session.state
+    confirm(session, pairs=3)
     runs = runner.runs[before:]
     assert len(runs) == 6 and not seeds & {seed for _, seed, _ in runs} and {budget for *_, budget in runs} == {1200.0}
     assert [content == TRAIN for content, *_ in runs] == [False, True, True, False, False, True]
@@ -286,18 +292,7 @@ def test_confirmations_at_another_budget_are_no_results(session):
     attempt(session, edited(LOSS=0.9))
     state = session.state
     before = noise_of(session.state), state.results(state.best.blob)
-    with session.lock:
-        session.open_experiment(
-            kind="confirm",
-            blob=state.best.blob,
-            parent=state.baseline.blob,
-            onto=0,
-            pairs=2,
-            commit=state.best.here,
-            budget=1200.0,
-            description="why",
-        )
-    executor.supervise(session)
+    confirm(session, pairs=2)
     assert (noise_of(session.state), state.results(state.best.blob)) == before
 
 
