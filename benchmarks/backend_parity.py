@@ -93,9 +93,11 @@ class PyTorchSide(Side):
             for key, value in share.items():
                 value.copy_(torch.from_numpy(state[name][key]))
 
-    def put_gradients(self, gradients) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = torch.from_numpy(gradients[name])
+    def put_gradients(self, batch, gradients) -> None:
+        """Puts these in the place of what a pass over the batch accumulates."""
+        self.trainer.backward(*batch)
+        for name, accumulated in self.trainer.accumulated.items():
+            accumulated.copy_(torch.from_numpy(gradients[name]))
 
 
 class MlxSide(Side):
@@ -140,7 +142,7 @@ def at_one_state(ours: PyTorchSide, theirs: MlxSide, batch, progress: float, ste
     theirs.put(before, state)
     their_step, their_state = theirs.step(batch, progress, step), theirs.state()
 
-    ours.put_gradients(their_step.gradients)
+    ours.put_gradients(batch, their_step.gradients)
     ours.apply(progress, step)
     same_gradient, state_same = ours.weights(), ours.state()
     ours.put(before, state)

@@ -192,7 +192,7 @@ def reference(q, k, v, window):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-IMPLEMENTATIONS = {f.__name__: f for f in (varlen, flex, sdpa_causal, sdpa_blocks, sdpa_mask)}
+IMPLEMENTATIONS = {f.__name__: f for f in (sdpa_causal, varlen, flex, sdpa_blocks, sdpa_mask)}
 
 _block_masks = {}
 

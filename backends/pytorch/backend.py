@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from backends import bench as benches
-from backends import interface, machine, trials
+from backends import interface, trials
 from backends.pytorch import device as devices
 from backends.pytorch import nn, runtime
 from backends.pytorch.bench import Bench
@@ -60,11 +60,7 @@ class PyTorchBackend(interface.Backend):
         return devices.Copy(scalar) if runtime.device.type == "cuda" else scalar
 
     def peak_memory(self):
-        if runtime.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(runtime.device)
-        if runtime.device.type == "mps":
-            return torch.mps.driver_allocated_memory()  # Metal keeps no peak; the allocator gives little back
-        return machine.peak_resident()
+        return max(runtime.recorded_memory, devices.peak_memory(runtime.device))
 
     def free_memory(self):
         return devices.free_memory(runtime.device)
@@ -151,6 +147,7 @@ def _choose_compiler(key, compiled) -> str:
             f"{key}: compiler", lambda: devices.compiler_works(runtime.device), lambda result: result is True
         )
     runtime.compiled = compiled is True
+    runtime.captured = runtime.compiled and runtime.device.type == "cuda"
     if runtime.compiled:
         devices.configure_compiler()
         return "compiled"

@@ -55,7 +55,7 @@ class Bench(bench.Bench):
         self._known = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+            devices.forget_peak_memory(self.device)
         elif self.device.type == "mps":
             torch.mps.empty_cache()
 

@@ -115,6 +115,20 @@ def free_memory(device: torch.device) -> int:
     return machine.available_memory()
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use at once since `forget_peak_memory`, or the start where a peak can't be forgotten."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # Metal keeps no peak; the allocator gives little back
+    return machine.peak_resident()
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

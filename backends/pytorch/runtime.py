@@ -5,6 +5,8 @@ import torch
 device = torch.device("cpu")
 dtype = torch.float32  # the compute precision; master weights are always float32
 compiled = False  # whether torch.compile works here and pays
+captured = False  # whether what is compiled runs as CUDA graphs, whose kernels the host launches all at once
+recorded_memory = 0  # bytes at the peak of a step while its graphs were recorded
 compiler = None  # the thread that loads it
 attention = {"full": "sdpa_mask", "window": "sdpa_mask"}  # which implementation, by kind of window
 added_attention = {}  # further implementations by name, which a backend brings
@@ -18,11 +20,28 @@ def has_kernel(name: str, x: torch.Tensor) -> bool:
     return name in kernels and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def maybe_compile(function):
-    """`function` compiled for fixed shapes where that works here, else as it is."""
+def maybe_compile(function, step=False):
+    """`function` compiled for fixed shapes where that works here, else as it is.
+
+    Args:
+        step: it is part of a training step, which is repeated with arrays at the same places: see `stays`.
+    """
     if compiled and compiler:
         compiler.join()
-    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+    options = {"triton.cudagraphs": True} if step and captured else None
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options) if compiled else function
+
+
+def stays(tensor: torch.Tensor) -> None:
+    """Says that this array is never replaced by another: a captured step reads and writes it where it is."""
+    if captured:
+        torch._dynamo.mark_static_address(tensor)
+
+
+def not_captured() -> str:
+    """Why some of what was compiled so far runs without CUDA graphs; empty if all is captured."""
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    return f"PyTorch left {skipped} of their graphs uncaptured" if skipped else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

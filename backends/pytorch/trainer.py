@@ -9,64 +9,79 @@ from backends import bench, interface
 from backends.pytorch import device as devices
 from backends.pytorch import random, runtime
 
+RECORDED = 3  # a step is run, recorded, and then played back: that many until it runs as it will from then on
+
 
 class Trainer(interface.Trainer):
+    """
+    Attributes:
+        accumulated: by parameter, the gradient so far (of the scaled loss, in float16): zeros after a step.
+    """
+
     def __init__(self, model, loss, optimizer, transform=None):
         super().__init__(model, loss, optimizer, transform)
         self.model = model
         self._named = dict(model.named_parameters())
         interface.check_optimizer(optimizer, list(self._named))
-        self._eager_loss, self._loss = loss, runtime.maybe_compile(loss)
-        self._apply = runtime.maybe_compile(_apply)
-        self._transform, self._transformed = transform, runtime.maybe_compile(_transform)
-        self._optimizer = optimizer
+        self._eager_loss, self._transform, self._optimizer = loss, transform, optimizer
+        self._prepare()
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
         with torch.no_grad():
             self._buckets = [
-                _Bucket(i, group, [self._named[name] for name in names])
+                _Bucket(i, group, {name: self._named[name] for name in names})
                 for i, group in enumerate(optimizer)
                 for names in interface.updated_together(group, shapes)
             ]
+        self.accumulated = {name: grad for bucket in self._buckets for name, grad in bucket.gradients.items()}
+        self._hypers = _Hypers(optimizer)
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
-        self._passes = random.counter()
-        self._clear()  # gradients live in the parameters: an earlier trainer's are none of this one's
+        self._passes, self._has_gradients = random.counter(), False
+        for tensor in (*self._everything(), *(bucket.gradient for bucket in self._buckets)):
+            runtime.stays(tensor)
+
+    def _prepare(self):
+        self._loss = runtime.maybe_compile(self._eager_loss, step=True)
+        self._apply = runtime.maybe_compile(_apply, step=True)
+        self._transformed = runtime.maybe_compile(_transform, step=True)
 
     is_out_of_memory = staticmethod(runtime.is_out_of_memory)
 
     def accumulate(self, x, y, scale):
         with random.drawing(self._passes):
             loss = self._loss(self.model, to_device(x), to_device(y))
-            (loss * scale * self._scaler.scale if self._scaler else loss * scale).backward()
+            scaled = loss * scale * self._scaler.scale if self._scaler else loss * scale
+            fresh = torch.autograd.grad(scaled, list(self._named.values()), allow_unused=True)
+        used = [(self.accumulated[name], grad) for name, grad in zip(self._named, fresh) if grad is not None]
+        torch._foreach_add_(*map(list, zip(*used)))
         self._passes += 1
-        return loss.detach()
+        self._has_gradients = True
+        return loss.detach().clone()  # a captured pass writes the next loss to the same place
 
     @torch.no_grad()
     def step(self, schedule):
-        interface.check_step(self._optimizer, schedule, any(p.grad is not None for p in self._named.values()))
-        for parameter in self._named.values():
-            if parameter.grad is None:  # not used by this loss: a gradient of zero, as on every other backend
-                parameter.grad = torch.zeros_like(parameter)
-        # Scalars on the host are arguments of the compiled kernels, not constants: a new value compiles nothing.
-        scalars = [{name: torch.tensor(float(value)) for name, value in hyper.items()} for hyper in schedule]
-        unscale, finite = self._scaler.inspect(self._named.values()) if self._scaler else (None, None)
+        interface.check_step(self._optimizer, schedule, self._has_gradients)
+        hypers = self._hypers.set(schedule)
+        unscale, finite = None, None
+        if self._scaler:
+            unscale, finite = self._scaler.inspect([bucket.gradient for bucket in self._buckets])
         if self._transform:
-            self._transformed(self._transform, {name: p.grad for name, p in self._named.items()}, unscale)
+            gradients = [(tuple(b.gradients), b.stack, b.gradient) for b in self._buckets]
+            self._transformed(self._transform, gradients, unscale)
             unscale = None
         for bucket in self._buckets:
-            grads = [parameter.grad for parameter in bucket.parameters]
             self._apply(
                 bucket.update,
                 bucket.stack,
                 bucket.parameters,
-                grads,
+                bucket.gradient,
                 bucket.state,
-                scalars[bucket.group],
+                hypers[bucket.group],
                 unscale,
                 finite,
             )
         if self._scaler:
             self._scaler.adjust(finite)
-        self._clear()
+        self._has_gradients = False
 
     def rehearse(self, x, y):
         if runtime.device.type == "cuda":
@@ -75,49 +90,57 @@ class Trainer(interface.Trainer):
         with torch.no_grad(), random.drawing(self._passes):
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
+        devices.forget_peak_memory(runtime.device)
         try:
-            if not self._compiles(x, y):
+            while not self._works(x, y):  # each time by the next simpler way
                 self._clear()
-                self._once(x, y)
+            # What a graph's kernels use is not counted when they run, only while it is recorded.
+            copies = sum(value.nbytes for value in kept)
+            runtime.recorded_memory = devices.peak_memory(runtime.device) - copies if runtime.captured else 0
         finally:
             self._clear()
             with torch.no_grad():
                 for tensor, value in zip(self._everything(), kept):
                     tensor.copy_(value)
-            if runtime.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # what is reported is the training's
+            devices.forget_peak_memory(runtime.device)  # what is reported is the training's
 
     @property
     def compiled(self) -> bool:
         return runtime.compiled
 
-    def _compiles(self, x, y) -> bool:
-        """Tries a step; if it does not compile, turns to uncompiled ones."""
+    def _works(self, x, y) -> bool:
+        """Tries a step. If it can't be captured, or compiled, turns to steps that are not, and returns False.
+
+        train.py may use what can't be traced, or the compiler fail on this device: slow is better than not at all. What
+        is wrong with train.py itself will be raised again.
+        """
         try:
-            self._once(x, y)
+            for _ in range(RECORDED if runtime.captured else 1):
+                self._once(x, y)
+            if runtime.captured and (why := runtime.not_captured()):
+                print(f"parts of this step are launched one kernel at a time, slower on a busy machine: {why}")
             return True
         except Exception as error:
             if not runtime.compiled or runtime.is_out_of_memory(error):
                 raise
-            # train.py uses what can't be traced, or the compiler fails on this device: slow is better than not at all.
-            # What is wrong with train.py itself will be raised again.
-            print(f"this step does not compile and runs uncompiled, slower: {bench.first_line(error)}")
-            runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
-            self._loss, self._apply, self._transformed = self._eager_loss, _apply, _transform
+            if runtime.captured:
+                runtime.captured, without = False, "is launched one kernel at a time, slower on a busy machine"
+            else:
+                runtime.compiled, without = False, "does not compile and runs uncompiled, slower"
+                runtime.attention = runtime.uncompiled_attention
+            print(f"this step {without}: {bench.first_line(error)}")
+            self._prepare()
             return False
 
     def _once(self, x, y):
-        for _ in range(2):  # from the second on, gradients are held beside a pass
+        for _ in range(2):
             self.accumulate(x, y, 0.5)
         self.step([group["hyper"] for group in self._optimizer])
         devices.synchronize(runtime.device)  # an error of the device belongs here
 
     def gradients(self):
         unscale = 1 / self._scaler.scale if self._scaler else 1.0
-        return {
-            name: np.zeros(p.shape, np.float32) if p.grad is None else (p.grad * unscale).cpu().numpy()
-            for name, p in self._named.items()
-        }
+        return {name: (grad * unscale).cpu().numpy() for name, grad in self.accumulated.items()}
 
     @torch.no_grad()
     def adopt(self, key):
@@ -125,8 +148,7 @@ class Trainer(interface.Trainer):
         if not carrying:
             raise KeyError(f"no update rule carries {key!r} in its state")
         for bucket in carrying:
-            values = bucket.state[key].unbind() if bucket.stack else [bucket.state[key]]
-            for parameter, value in zip(bucket.parameters, values, strict=True):
+            for parameter, value in zip(bucket.parameters, _parts(bucket.state[key], bucket.stack), strict=True):
                 parameter.copy_(value)
 
     def _everything(self):
@@ -139,43 +161,79 @@ class Trainer(interface.Trainer):
             yield from (self._scaler.scale, self._scaler.good_steps)
 
     def _clear(self):
-        for parameter in self._named.values():
-            parameter.grad = None
+        for bucket in self._buckets:
+            bucket.gradient.zero_()
+        self._has_gradients = False
 
 
 class _Bucket:
-    """Parameters updated by one call of their group's rule: one alone, or several of a shape, stacked."""
+    """Parameters updated by one call of their group's rule: one alone, or several of a shape, stacked.
 
-    def __init__(self, group_index, group, parameters):
-        self.group, self.parameters = group_index, parameters
+    Attributes:
+        gradient: what is accumulated, as the rule gets it. gradients: of it each parameter's part, by name.
+    """
+
+    def __init__(self, group_index, group, named):
+        self.group, self.parameters = group_index, list(named.values())
         self.update, self.stack = group["update"], group["stack"]
-        state = group["init"](torch.stack(parameters) if self.stack else parameters[0])
+        parameter = torch.stack(self.parameters) if self.stack else self.parameters[0].detach()
+        self.gradient = torch.zeros_like(parameter)
+        self.gradients = dict(zip(named, _parts(self.gradient, self.stack)))
+        state = group["init"](parameter)
         self.state = {name: value.clone() for name, value in state.items()}  # it may be the parameter itself
 
 
-def _transform(transform, grads, unscale):
-    """Writes what `transform` makes of all gradients in their place."""
-    given = grads if unscale is None else {name: grad * unscale for name, grad in grads.items()}
+class _Hypers:
+    """The schedule's numbers where the kernels read them: a new value compiles and captures nothing anew."""
+
+    ALIGNED = 4  # float32 in 16 bytes, on which compiled kernels want arrays to begin
+
+    def __init__(self, optimizer):
+        keys = [(i, name) for i, group in enumerate(optimizer) for name in group["hyper"]]
+        self._values = torch.zeros((len(keys), self.ALIGNED), device=runtime.device)
+        self._numbers = [{} for _ in optimizer]
+        for (i, name), row in zip(keys, self._values):
+            self._numbers[i][name] = row[0]
+            runtime.stays(row[0])
+
+    def set(self, schedule) -> list[dict]:
+        """By group, a scalar on the device for each name."""
+        values = [float(schedule[i][name]) for i, numbers in enumerate(self._numbers) for name in numbers]
+        self._values[:, 0].copy_(to_device(np.array(values, np.float32)))
+        return self._numbers
+
+
+def _parts(whole, stack):
+    return whole.unbind() if stack else [whole]
+
+
+def _transform(transform, gradients, unscale):
+    """Writes what `transform` makes of all gradients in their place.
+
+    Args:
+        gradients: of each bucket its parameters' names, whether they are stacked, and their gradient.
+    """
+    parts = {n: part for names, stack, whole in gradients for n, part in zip(names, _parts(whole, stack))}
+    given = parts if unscale is None else {name: part * unscale for name, part in parts.items()}
     transformed = transform(dict(given))
     interface.check_transformed(given, transformed)
-    for name, grad in grads.items():
-        grad.copy_(transformed[name])
+    for name, part in parts.items():
+        part.copy_(transformed[name])
 
 
-def _apply(update, stack, parameters, grads, state, hyper, unscale, finite):
+def _apply(update, stack, parameters, gradient, state, hyper, unscale, finite):
     """Runs one update rule and writes its results in place, so that a compiled step needs no second copy."""
     parameter = torch.stack(parameters) if stack else parameters[0]
-    grad = torch.stack(grads) if stack else grads[0]
-    if unscale is not None:
-        grad = grad * unscale
+    grad = gradient if unscale is None else gradient * unscale
     new_parameter, new_state = update(parameter, grad, state, hyper)
     if finite is not None:  # an overflow in half precision: everything stays as it was
         new_parameter = torch.where(finite, new_parameter, parameter)
         new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}
-    for target, value in zip(parameters, new_parameter.unbind() if stack else [new_parameter]):
+    for target, value in zip(parameters, _parts(new_parameter, stack)):
         target.copy_(value)
     for name, target in state.items():
         target.copy_(new_state[name])
+    gradient.zero_()
 
 
 class _LossScaler:
@@ -187,9 +245,9 @@ class _LossScaler:
         self.scale = torch.tensor(self.FIRST, device=runtime.device)
         self.good_steps = torch.zeros((), device=runtime.device)
 
-    def inspect(self, parameters):
+    def inspect(self, gradients):
         """What to multiply gradients by, and whether all of them are finite (a boolean on the device)."""
-        finite = torch.stack([parameter.grad.isfinite().all() for parameter in parameters]).all()
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         return 1 / self.scale, finite
 
     def adjust(self, finite):
@@ -201,9 +259,9 @@ class _LossScaler:
         self.good_steps.copy_(torch.where(grow, 0, self.good_steps))
 
 
-def to_device(tokens: np.ndarray) -> torch.Tensor:
-    """Host tokens on the device; from pinned memory, so that the copy waits for nothing."""
-    tensor = torch.from_numpy(np.ascontiguousarray(tokens))
+def to_device(array: np.ndarray) -> torch.Tensor:
+    """An array of the host on the device; from pinned memory, so that the copy waits for nothing."""
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     if runtime.device.type == "cuda":
         return tensor.pin_memory().to(runtime.device, non_blocking=True)
     return tensor.to(runtime.device)

@@ -1,0 +1,146 @@
+"""Steps as CUDA graphs: the same training as without them, and what happens where they can't be had."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from backends.pytorch import runtime  # noqa: E402
+from tests.backends import tiny  # noqa: E402
+from tests.backends.support import opened  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA runs on")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Compiled and captured; what a test turns off is on again after it."""
+    found = opened("sdpa", "float32", compiled=True)
+    monkeypatch.setattr(runtime, "compiled", True)
+    monkeypatch.setattr(runtime, "captured", True)
+    monkeypatch.setattr(runtime, "attention", runtime.attention)
+    return found
+
+
+def warm(backend, loss=None, optimizer=None, batch=None):
+    model = tiny.build(backend)
+    names = list(backend.weights(model))
+    optimizer = optimizer or [
+        tiny.adam(backend, [n for n in names if n != "scale"], stack=True),
+        tiny.descent(["scale"]),
+    ]
+    trainer = backend.Trainer(model, loss or tiny.loss(backend), optimizer)
+    trainer.warm_up(*(batch or tiny.batch()))
+    return model, trainer, optimizer
+
+
+def trained(backend, steps=6, **how):
+    """(losses, weights) of some steps, of two passes each, with rates that change."""
+    model, trainer, optimizer = warm(backend, **how)
+    losses = []
+    for step in range(steps):
+        for seed in (2 * step, 2 * step + 1):
+            losses.append(trainer.backward(*tiny.batch(seed=seed), 0.5))
+        trainer.step(tiny.schedule(optimizer, 1 / (1 + step)))
+    return np.array([float(loss) for loss in losses]), backend.weights(model)
+
+
+def test_the_same_training_as_without_graphs(backend, monkeypatch, capsys):
+    losses, weights = trained(backend)
+    assert runtime.captured and "one kernel at a time" not in capsys.readouterr().out
+    monkeypatch.setattr(runtime, "captured", False)
+    wanted_losses, wanted = trained(backend)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)  # read at the end: none was overwritten
+    for name, weight in weights.items():
+        np.testing.assert_allclose(weight, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def test_kernels_are_launched_together(backend):
+    _, trainer, optimizer = warm(backend)
+    with torch.profiler.profile() as profile:
+        trainer.backward(*tiny.batch())
+        trainer.step(tiny.schedule(optimizer))
+        backend.synchronize()
+    launched = sum(event.count for event in profile.key_averages() if event.key == "cudaLaunchKernel")
+    graphs = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
+    assert graphs >= 3 and launched < 20, (graphs, launched)
+
+
+def test_what_the_loss_reads_of_the_file_may_change(backend):
+    weight = {"of": 1.0}
+    plain = tiny.loss(backend)
+    model, trainer, _ = warm(backend, loss=lambda model, x, y: weight["of"] * plain(model, x, y))
+    once = float(trainer.backward(*tiny.batch()))
+    weight["of"] = 3.0
+    assert float(trainer.backward(*tiny.batch())) == pytest.approx(3 * once, rel=1e-5)
+
+
+def test_dropout_draws_anew_in_each_pass(backend):
+    plain, ops = tiny.loss(backend), backend.ops
+
+    def loss(model, x, y):
+        return plain(model, x, y) + ops.sum(ops.uniform((1,), key=3)) * ops.sum(model.scale + 1)
+
+    _, trainer, _ = warm(backend, loss=loss)
+    drawn = {float(trainer.backward(*tiny.batch())) for _ in range(4)}
+    assert len(drawn) == 4
+
+
+def test_batches_of_other_shapes(backend):
+    model, trainer, optimizer = warm(backend)
+    for rows in (1, 2, 3, 4):
+        captured = float(trainer.backward(*tiny.batch(rows=rows)))
+        wanted = float(tiny.loss(backend)(model, *(torch.from_numpy(t).cuda() for t in tiny.batch(rows=rows))))
+        assert captured == pytest.approx(wanted, rel=1e-4)
+    trainer.step(tiny.schedule(optimizer))
+
+
+def test_a_value_read_in_the_middle_of_a_step(backend, capsys):
+    plain = tiny.loss(backend)
+
+    def loss(model, x, y):
+        value = plain(model, x, y)
+        return value * (2.0 if float(value) > 0 else 1.0)
+
+    _, trainer, _ = warm(backend, loss=loss)
+    assert "does not compile" in capsys.readouterr().out
+    assert np.isfinite(float(trainer.backward(*tiny.batch())))
+
+
+def test_a_driver_without_graphs(backend, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "__new__", refused)
+    losses, _ = trained(backend)
+    said = capsys.readouterr().out
+    assert "one kernel at a time" in said and "operation not supported" in said and "does not compile" not in said
+    assert np.isfinite(losses).all() and not runtime.captured and runtime.compiled
+
+
+def test_a_step_that_fails_while_it_is_recorded(backend, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", lambda self: calls.append(1) or 1 / 0)
+    losses, _ = trained(backend)
+    assert calls and "one kernel at a time" in capsys.readouterr().out
+    assert np.isfinite(losses).all() and not runtime.captured
+
+
+def test_memory_too_small_to_record(backend, capsys):
+    batch = tiny.batch(rows=1024, length=512)
+    _, trainer, _ = warm(backend, batch=tiny.batch(rows=64, length=512))
+    share = 4 * runtime.recorded_memory / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        trainer.warm_up(*batch)
+        assert "do not fit" in capsys.readouterr().out and trainer.rows_at_once[batch[0].shape] < 1024
+        assert np.isfinite(float(trainer.backward(*batch)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_of_a_step_is_told(backend):
+    small = warm(backend, batch=tiny.batch(rows=8, length=256)) and backend.peak_memory()
+    large = warm(backend, batch=tiny.batch(rows=64, length=256)) and backend.peak_memory()
+    assert large > 3 * small
