@@ -13,6 +13,10 @@ from pathlib import Path
 from backends import trials
 from backends.interface import Backend, BackendError, Calibrated, Hardware
 
+# A CPU's threads that wait for one another sleep; by default they spin, and a program beside them takes nine tenths of
+# the speed instead of its share. OpenMP looks at this once, when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # What may be asked for; `best` says what is taken unasked.
 NAMES = ("mlx", "cuda", "sdpa")
 
