@@ -312,7 +312,7 @@ class Measurement:
     def _chosen(self, precision: str) -> tuple[dict[str, str], str]:
         """Attention and window pattern of the trials: settled before them, so that they compare."""
         attention = self.results["round"]["attention"]
-        chosen = bench.choose_attention(rule.medians(attention), self.hardware.memory, self.results["compiled"])
+        chosen = bench.choose_attention(rule.bests(attention), self.hardware.memory, self.results["compiled"])
         return chosen, rule.window_pattern(attention, chosen)[0]
 
     def _try(self, trial: Trial, attention: dict[str, str]) -> tuple[Outcome, list[list[int]]]:

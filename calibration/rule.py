@@ -221,11 +221,11 @@ def nothing_fits(trials: Sequence[Outcome]) -> str:
     )
 
 
-def medians(tried: dict) -> dict:
-    """What `bench.choose_attention` reads, from times with their spread."""
+def bests(tried: dict) -> dict:
+    """What `bench.choose_attention` reads, from times with their spread: the best repeat of each."""
     return {
         kind: {
-            name: times if isinstance(times, str) else times | {"both": [times["both"]["median"]]}
+            name: times if isinstance(times, str) else times | {"both": [times["both"]["low"]]}
             for name, times in by_name.items()
         }
         for kind, by_name in tried.items()
@@ -237,9 +237,9 @@ def medians(tried: dict) -> dict:
 
 def start(product_rate: float, free: int) -> tuple[int, int, int]:
     """(depth, rows, total batch) of the first trial: small for what the device seems to be."""
-    sizes = (2, 2, 2**14) if product_rate < 2e12 else (4, 4, 2**15) if product_rate < 5e13 else (8, 16, 2**17)
-    depth, rows, total = sizes
-    affordable = max(1, int(4 * free / 2**30 / depth))  # four times what a row of depth 8 takes, for what is fixed
+    steps = ((2e12, (2, 2, 2**14)), (5e13, (4, 4, 2**15)), (3e14, (8, 16, 2**17)), (math.inf, (8, 64, 2**17)))
+    depth, rows, total = next(sizes for below, sizes in steps if product_rate < below)
+    affordable = max(1, int(12 * free / 2**30 / depth))  # rows of depth 8 take a third of a GiB uncompiled
     return depth, 2 ** int(math.log2(min(rows, affordable))), total
 
 

@@ -96,6 +96,14 @@ def test_attention_that_keeps_more_has_to_be_clearly_faster():
     assert bench.choose_attention({"full": tried}, 64 * GIB) == {"full": "recomputed"}
 
 
+def test_of_attention_that_is_equally_fast_the_first_is_chosen():
+    repeats = {"first": [4.1, 9.0, 8.0], "second": [4.0, 4.0, 4.0], "third": [3.0, 9.0, 9.0]}
+    tried = {name: {"both": seconds, "rows": 1, "bytes": None} for name, seconds in repeats.items()}
+    assert bench.choose_attention({"full": tried}, GIB) == {"full": "third"}
+    del tried["third"]
+    assert bench.choose_attention({"full": tried}, GIB) == {"full": "first"}
+
+
 def test_no_right_attention_is_an_error():
     with pytest.raises(BackendError, match="no attention"):
         bench.choose_attention({"full": {"fused": "wrong: relative error 1.0e+00"}}, 8 * GIB)

@@ -161,6 +161,10 @@ def test_kernels_that_are_faster_than_the_compiler_are_chosen():
     )
 
 
+def test_a_kernel_that_is_as_fast_as_the_compiler_is_chosen():
+    assert trial.choose({"mlp": {"kernel": 1.04, "variant": 1, "plain": 1.0}}) == {"mlp": 1}
+
+
 def test_a_kernel_with_wrong_numbers_is_refused(monkeypatch):
     variants = {0: "wrong: relative error 1.0e+00", 1: 2.0, 2: 1.0, 3: "OutOfResources: shared memory"}
     monkeypatch.setattr(trial, "_module", lambda _: mock.Mock(VARIANTS=variants))
