@@ -20,7 +20,6 @@ from lab.compare.effects import Effect
 from lab.errors import LabError
 from lab.genome.kinds import KINDS
 from lab.session.events import Interval
-from lab.session.record import Record
 from lab.session.state import Experiment
 from lab.untrusted import one_line
 
@@ -148,17 +147,12 @@ class Attempt(NamedTuple):
         return self.session.place
 
 
-def compare(records: list[Record]) -> Comparison:
+def compare(analyses: list[Analysis]) -> Comparison:
     """What the sessions say together.
 
     Raises:
         LabError: there is none, or the same one twice.
     """
-    return of_analyses([Analysis(record) for record in records])
-
-
-def of_analyses(analyses: list[Analysis]) -> Comparison:
-    """As `compare`."""
     if not analyses:
         raise LabError("name at least one session to compare")
     if twice := [name for name, n in Counter(analysis.name for analysis in analyses).items() if n > 1]:

@@ -24,13 +24,11 @@ import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from lab.session.state import Run
 from lab.verdict import gate
 
-quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times
 Z = 1.6449  # of a 90 % interval
 FEWEST_PAIRS = 4  # Fisher's interval needs n - 3 of them
 TAIL = 0.05  # on each side of an interval
@@ -108,7 +106,7 @@ class Effect:
 
     def __post_init__(self):
         if self.error is not None:
-            half = quantile(TAIL, self.df) * self.error
+            half = gate.t_quantile(TAIL, self.df) * self.error
             object.__setattr__(self, "low", self.value - half)
             object.__setattr__(self, "high", self.value + half)
 

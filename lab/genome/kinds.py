@@ -52,13 +52,12 @@ def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
     """Which of KINDS a change touches, the one most is changed of first; none if nothing is."""
     try:
         changes = changed(before, after)
-        kinds = {**definition_kinds(before), **definition_kinds(after)}
+        kinds: dict[str, Subject] = {**definition_kinds(before), **definition_kinds(after)}
     except SyntaxError:
         return ("other",)
     sizes: Counter[Subject] = Counter()
     for name, old, new in changes:
-        kind = "regularisation" if old and new and _regularises(old, new) else kinds[name]
-        sizes[kind] += _size(old, new)
+        sizes["regularisation" if old and new and _regularises(old, new) else kinds[name]] += _size(old, new)
     return tuple(sorted(sizes, key=lambda kind: (kind == "other", -sizes[kind], KINDS.index(kind))))
 
 
@@ -66,8 +65,8 @@ def of_words(text: str) -> tuple[Subject, ...]:
     """What a change is about, by its description alone: one of KINDS. Remarks in parentheses count for nothing, unless
     there is nothing else."""
     text = text.lower()
-    said = (_named(words, STRONG + WEAK) for words in (re.sub(r"\([^()]*\)", " ", text), text))
-    return (next(filter(None, said), "other"),)
+    said: list[Subject | None] = [_named(words, STRONG + WEAK) for words in (re.sub(r"\([^()]*\)", " ", text), text)]
+    return (said[0] or said[1] or "other",)
 
 
 def summary(before: bytes, after: bytes, width: int = 200) -> str:
@@ -100,6 +99,7 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
     for name, definition in definitions(content).items():
         node, owner = definition.nodes[-1], name.partition(".")[0]
         bases, arguments = [], set()
+        kind: Subject | None = None
         if isinstance(node, ast.ClassDef):
             bases = [ast.unparse(base).rpartition(".")[2] for base in node.bases]
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -110,15 +110,15 @@ def definition_kinds(content: bytes) -> dict[str, Subject]:
             kind = "architecture"
         elif any("Optimizer" in base for base in bases):
             kind = "optimizer"
-        elif name == MODULE:
-            kind = None
         elif "." in name:
             kind = kinds.get(owner)
         elif {"grad", "state"} <= arguments:  # an update rule
             kind = "optimizer"
-        elif not (kind := _named(name, STRONG)):
-            heading = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
-            kind = "schedule" if "progress" in arguments else heading or _named(name, WEAK)
+        elif name != MODULE and not (kind := _named(name, STRONG)):
+            heading: Subject | None = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
+            kind = heading or _named(name, WEAK)
+            if "progress" in arguments:
+                kind = "schedule"
         kinds[name] = kind or "other"
     return kinds
 

@@ -34,18 +34,13 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
             raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
         files[picture] = card, PNG
     for path, (_, begins) in files.items():
-        _refuse_other(path, begins)
+        if path.is_dir():
+            raise LabError(f"{path} is a folder; name a file in it")
+        if path.exists():
+            with open(path, "rb") as file:
+                if file.read(len(begins)) != begins:
+                    raise LabError(f"{path} exists, and is no earlier report: remove it, or name another file")
     for path, (content, _) in files.items():
         with storage.atomic(path) as file:
             file.write(content)
     return list(files)
-
-
-def _refuse_other(path: Path, begins: bytes) -> None:
-    """LabError if there is something that no earlier report can be."""
-    if path.is_dir():
-        raise LabError(f"{path} is a folder; name a file in it")
-    if path.exists():
-        with open(path, "rb") as file:
-            if file.read(len(begins)) != begins:
-                raise LabError(f"{path} exists, and is no earlier report: remove it, or name another file")

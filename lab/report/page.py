@@ -17,12 +17,12 @@ from lab.compare.tables import Table, Tag
 from lab.report import charts
 from lab.report.charts import Chart
 from lab.report.html import cleaned, el, embedded, table, tag
-from lab.session.state import Experiment, Run
+from lab.session.state import Experiment
 from lab.untrusted import counted, visible
 
 Data = dict[
     str, Any
-]  # for the script: {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}
+]  # {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}, for the script
 HERE = Path(__file__).resolve().parent
 MARK = "<!doctype html>\n<!-- python -m lab report -->\n"  # what a file of ours begins with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
@@ -64,11 +64,12 @@ def _digest(text: str) -> str:
 
 def _section(name: str, title: str, head: str, *parts: Element | Table | str | None) -> Element | None:
     """A section with a heading, of tables, paragraphs and what else is in it; None if it is empty."""
-    shown = [
-        table(part) if isinstance(part, Table) else el("p", cleaned(part, 500)) if isinstance(part, str) else part
-        for part in parts
-        if part is not None and not (isinstance(part, Table) and not part.rows)
-    ]
+    shown = []
+    for part in parts:
+        if isinstance(part, Table):
+            shown += [table(part)] if part.rows else []
+        elif part is not None:
+            shown.append(el("p", cleaned(part, 500)) if isinstance(part, str) else part)
     return el("section", el(head, title, id=f"{name}-head"), *shown, aria_labelledby=f"{name}-head") if shown else None
 
 
@@ -94,7 +95,7 @@ def _together(data: Data, analyses: list[Analysis], names: list[str]) -> list[El
     gains = _figure(data, charts.gains(analyses, 1120, 330), "together", label)
     sections = [
         _section(section.name, section.title, "h2", *section.parts, gains if section.name == "sessions" else None)
-        for section in tables.sections(comparison.of_analyses(analyses))
+        for section in tables.sections(comparison.compare(analyses))
     ]
     nav = el("nav", "Each by itself: ", *links, aria_label="Sessions")
     return [nav, *(section for section in sections if section is not None)]
@@ -276,17 +277,11 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
         ("family", experiment.family),
         ("repeats", experiment.origin),
     ]
-    runs = [
-        [run.number, run.seed, f"{run.bpb:.6f}", _why(analysis, experiment, run)]
-        for run in analysis.runs[experiment.number]
-    ]
+    runs = []
+    for run in analysis.runs[experiment.number]:  # some were made for another experiment
+        beside = "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"
+        said = "confirmation" if analysis.confirms(run) else beside
+        runs.append([run.number, run.seed, f"{run.bpb:.6f}", said])
     unknown = experiment.onto is not None and not experiment.diff
     shown = [[name, cleaned(text, 400)] for name, text in facts if text]
     return {"facts": shown, "runs": runs, "diff": None if unknown else visible(experiment.diff)}
-
-
-def _why(analysis: Analysis, experiment: Experiment, run: Run) -> str:
-    """What a run of an experiment's train.py was made for, if not for that experiment."""
-    if analysis.confirms(run):
-        return "confirmation"
-    return "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"

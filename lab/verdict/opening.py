@@ -17,6 +17,7 @@ from lab.genome.kinds import of_change
 from lab.genome.syntax import TRAIN, describe
 from lab.reasons import sentence
 from lab.run import runner
+from lab.session.locks import refuse_if_busy
 from lab.session.session import HELD, Session
 from lab.session.state import Experiment
 from lab.verdict import near_misses
@@ -31,8 +32,13 @@ SAID_OF_HELD: dict[str, str] = dict(
 
 
 @contextmanager
-def exclusive(session: Session, patience: float = PATIENCE, say=lambda line: print(line, file=sys.stderr)):
-    """The session to oneself, resumed. LabError while something runs."""
+def exclusive(
+    session: Session,
+    patience: float = PATIENCE,
+    say=lambda line: print(line, file=sys.stderr),
+    device: bool = False,
+):
+    """The session to oneself, resumed. LabError while something runs; `device`: also on its device, of another one."""
     try:
         lock = session.lock.acquire(timeout=patience, poll_interval=0.01)
     except filelock.Timeout:
@@ -42,6 +48,8 @@ def exclusive(session: Session, patience: float = PATIENCE, say=lambda line: pri
             raise LabError(RUNNING)
         for line in session.recover(runner.end):
             say(line)
+        if device:
+            refuse_if_busy(session.device_lock)
         yield
 
 
@@ -192,8 +200,6 @@ def await_verdict(
 
 def last_words(session: Session) -> str:
     """The last line that the process which carries out experiments has left."""
-    try:
-        lines = (session.folder / "supervisor.log").read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
+    log = session.folder / "supervisor.log"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "it was killed"
