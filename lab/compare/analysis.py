@@ -53,10 +53,9 @@ class Analysis:
         usual = {number: [run for run in runs if self._usual(run)] for number, runs in self.runs.items()}
         tags = Counter(_eval(run) for runs in usual.values() for run in runs)
         self.eval = tags.most_common(1)[0][0] if tags else self.started.eval
-        self.counted: dict[int, list[Run]] = {number: [] for number in self.experiments}
-        for number, runs in usual.items():
-            if self.experiments[number].status in ("keep", "discard"):
-                self.counted[number] = [run for run in runs if _eval(run) == self.eval]
+        judged = [number for number, e in self.experiments.items() if e.status in ("keep", "discard")]
+        self.counted: dict[int, list[Run]] = dict.fromkeys(self.experiments, [])
+        self.counted |= {number: [run for run in usual[number] if _eval(run) == self.eval] for number in judged}
         self.judged = {n: [run for run in runs if not self.confirms(run)] for n, runs in self.counted.items()}
         self.scores = {n: statistics.fmean(run.bpb for run in runs) for n, runs in self.judged.items() if runs}
         kept = [e for e in self.experiments.values() if e.status == "keep" and e.kind != "replay"]
@@ -218,11 +217,8 @@ class Analysis:
 
 def chosen(experiment: Experiment) -> bool:
     """Whether a session picked it for its scores."""
-    return (
-        experiment.number != BASELINE
-        and not experiment.origin
-        and (experiment.status == "keep" or experiment.near_miss)
-    )
+    own = experiment.number != BASELINE and not experiment.origin
+    return own and (experiment.status == "keep" or experiment.near_miss)
 
 
 def kind_of(experiment: Experiment) -> str:

@@ -23,32 +23,21 @@ Definitional = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 @dataclass(frozen=True)
 class Source:
-    """A train.py.
+    """A train.py."""
 
-    Attributes:
-        digest: equal for files with equal syntax trees, whatever their comments, layout and docstrings.
-        complexity: size of the syntax tree, docstrings aside. A number and an attribute of `defaults` count alike.
-        portable: it uses only what every backend offers, as far as can be told.
-    """
-
-    digest: str
-    complexity: int
-    portable: bool
+    digest: str  # equal for files with equal syntax trees, whatever their comments, layout and docstrings
+    complexity: int  # size of the tree, docstrings aside; a number and an attribute of `defaults` count alike
+    portable: bool  # it uses only what every backend offers, as far as can be told
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A named part of a train.py: a function, a method, the rest of a class, a top-level name, or MODULE.
+    """A named part of a train.py: a function, a method, the rest of a class, a top-level name, or MODULE."""
 
-    Attributes:
-        name: "MATRIX_LR", "Attention.forward", "GPT", MODULE.
-        nodes: its statements. lines: those that it covers, from 1. constant: it is one assignment at the top level.
-    """
-
-    name: str
+    name: str  # "MATRIX_LR", "Attention.forward", "GPT", MODULE
     nodes: tuple[ast.stmt, ...]
-    lines: frozenset[int]
-    constant: bool = False
+    lines: frozenset[int]  # that it covers, from 1
+    constant: bool = False  # it is one assignment at the top level
 
     @functools.cached_property
     def canonical(self) -> str:

@@ -55,19 +55,15 @@ rc("svg", fonttype="none", hashsalt="report")
 
 @dataclass
 class Chart:
-    """A figure, with what in it can be pointed at.
-
-    Attributes:
-        key: that ids of the experiments' rows in the page begin with.
-        spots: (x, y, number) of each experiment, in pixels from the left and from the top.
-        legend: (colour, sign, meaning) of what is drawn.
-    """
+    """A figure, with what in it can be pointed at."""
 
     figure: Figure
     axes: Axes
-    key: str = ""
-    spots: list[tuple[float, float, int]] = field(default_factory=list)
-    legend: list[tuple[str, str, str]] = field(default_factory=list)
+    key: str = ""  # that ids of the experiments' rows in the page begin with
+    spots: list[tuple[float, float, int]] = field(
+        default_factory=list
+    )  # (x, y, number), in pixels from the left and top
+    legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, sign, meaning) of what is drawn
 
     def pixels(self, points) -> np.ndarray:
         """Where values are drawn: (x, y) in pixels from the left and from the bottom."""

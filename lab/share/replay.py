@@ -35,27 +35,19 @@ EFFECT = "{value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6
 
 @dataclass
 class Candidate:
-    """A change from elsewhere, and what becomes of it here.
+    """A change from elsewhere, and what becomes of it here."""
 
-    Attributes:
-        change: the experiment there. description: of it, a clean line. origin: "DEVICE/TAG/ID" of who made it first.
-        before, after: train.py there. why: it can't be had, is not to be run, or was known before.
-        content: the train.py to run; None if nothing is. here: what it is made of.
-        again: the experiment that is to be run more often. done: the one that told, or tells now.
-        conflicts: the lines where it does not apply.
-    """
-
-    change: Experiment
-    description: str
-    origin: str
-    before: bytes = b""
+    change: Experiment  # there
+    description: str  # of it, a clean line
+    origin: str  # "DEVICE/TAG/ID" of who made it first
+    before: bytes = b""  # train.py there
     after: bytes = b""
-    why: str = ""
-    content: bytes | None = None
-    here: bytes = b""
-    again: Experiment | None = None
-    done: Experiment | None = None
-    conflicts: list[Conflict] = field(default_factory=list)
+    why: str = ""  # it can't be had, is not to be run, or was known before
+    content: bytes | None = None  # the train.py to run; None if nothing is
+    here: bytes = b""  # what that is made of
+    again: Experiment | None = None  # that is to be run more often
+    done: Experiment | None = None  # that told, or tells now
+    conflicts: list[Conflict] = field(default_factory=list)  # the lines where it does not apply
 
 
 def candidates(record: Record, more: bool = False) -> list[Candidate]:

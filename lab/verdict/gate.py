@@ -90,18 +90,12 @@ def pooled(groups: Iterable[Sequence[float]], prior_sd: float, prior_df: int = P
 
 @dataclass(frozen=True)
 class Account:
-    """What a session has staked and earned.
+    """What a session has staked and earned."""
 
-    Attributes:
-        staked: on all tests so far, in false keeps to be expected; what open tests have reserved is staked already.
-        keeps: because they were better. tests: since the last of these, open ones too.
-        loss: bits per byte that simplifications may have cost, in all.
-    """
-
-    staked: float = 0.0
-    keeps: int = 0
-    tests: int = 0
-    loss: float = 0.0
+    staked: float = 0.0  # on all tests so far, open ones too, in false keeps to be expected
+    keeps: int = 0  # because they were better
+    tests: int = 0  # since the last of these, open ones too
+    loss: float = 0.0  # bits per byte that simplifications may have cost, in all
 
     @property
     def stake(self) -> float:
@@ -127,14 +121,9 @@ class Account:
 
 @dataclass(frozen=True)
 class Step:
-    """What to do next, or the verdict.
+    """What to do next, or the verdict."""
 
-    Attributes:
-        action: "run candidate" or "run parent" (with `seed`), "keep" or "discard".
-        reason: why. evidence: the numbers that it rests on.
-    """
-
-    action: str
+    action: str  # "run candidate" or "run parent" (with `seed`), "keep" or "discard"
     reason: Reason
     seed: int | None = None
     evidence: Evidence = Evidence()
@@ -268,7 +257,7 @@ def t_tail(t: float, df: int) -> float:
     return max(0.0, (1 - within) / 2)
 
 
-@lru_cache(maxsize=None)  # of few levels and degrees of freedom, thousands of times
+@lru_cache(maxsize=4096)  # of few levels and degrees of freedom, thousands of times
 def t_quantile(tail: float, df: int) -> float:
     """The t that is exceeded with probability `tail`, by bisection; `tail` at most 0.5. Infinite below 1e-12, where
     rounding hides the tail: a test without a level keeps nothing."""

@@ -18,7 +18,7 @@ from lab.genome.syntax import TRAIN, describe
 from lab.reasons import sentence
 from lab.run import runner
 from lab.session.locks import refuse_if_busy
-from lab.session.session import HELD, Session
+from lab.session.session import Session
 from lab.session.state import Experiment
 from lab.verdict import near_misses
 
@@ -26,9 +26,7 @@ RUNNING = "an experiment is running; wait for it: python -m lab wait"
 POLL = 0.1  # seconds
 PATIENCE = 0.5  # seconds for somebody who only looks whether the lock is free, or is about to let go of it
 LONGEST_DESCRIPTION = 500  # characters
-SAID_OF_HELD: dict[str, str] = dict(
-    zip(HELD, ("this session is paused", "this session was stopped, at the end of a night"), strict=True)
-)
+SAID_OF_HELD = {"paused": "this session is paused", "stopped": "this session was stopped, at the end of a night"}
 
 
 @contextmanager

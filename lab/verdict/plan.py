@@ -13,6 +13,7 @@ from enum import IntEnum
 
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
+from lab.session.session import HELD
 from lab.session.state import Experiment, Run, State
 from lab.verdict import gate
 from results import apart
@@ -22,7 +23,6 @@ TRIES = 3  # of a run on a device that is not itself, of a parent that fails, of
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
-HELD = ("paused", "stopped")  # codes of reasons that a run was ended for, without a fault of its own
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
 
@@ -47,17 +47,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment wants.
-
-    Attributes:
-        jobs: runs. score: numbers of runs whose weights are to be scored again.
-        verdict: what is decided; nothing is wanted any more. stake: to be reserved before the jobs are begun.
-    """
+    """What an experiment wants."""
 
     jobs: tuple[Job, ...] = ()
-    score: tuple[int, ...] = ()
-    verdict: Verdict | None = None
-    stake: float | None = None
+    score: tuple[int, ...] = ()  # numbers of runs whose weights are to be scored again
+    verdict: Verdict | None = None  # what is decided: nothing is wanted any more
+    stake: float | None = None  # to be reserved before the jobs are begun
 
 
 def plan(experiment: Experiment, state: State) -> Plan:
