@@ -197,11 +197,11 @@ def do_compare(options) -> int:
 def do_report(options) -> int:
     gc.disable()  # this process is short, and makes many small objects: collecting takes a fifth of its time
     try:
-        from lab import report
+        from lab.report import page
         from lab.share import sources
 
         records = sources.read_all(options.sources or [_checked_out()], options.device)
-        print(*report.write(records, options.out, options.png), sep="\n")
+        print(*page.write(records, options.out, options.png), sep="\n")
     finally:
         gc.enable()
     return 0

@@ -11,12 +11,15 @@ from pathlib import Path
 from string import Template
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+import storage
 from lab.compare import comparison, tables
 from lab.compare.analysis import Analysis, kind_of
 from lab.compare.tables import Table, Tag
+from lab.errors import LabError
 from lab.report import charts
 from lab.report.charts import Chart
 from lab.report.html import cleaned, el, embedded, table, tag
+from lab.session.record import Record
 from lab.session.state import Experiment
 from lab.untrusted import counted, visible
 
@@ -24,12 +27,44 @@ Data = dict[
     str, Any
 ]  # {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}, for the script
 HERE = Path(__file__).resolve().parent
-MARK = "<!doctype html>\n<!-- python -m lab report -->\n"  # what a file of ours begins with
+MARK, PNG = "<!doctype html>\n<!-- python -m lab report -->\n", b"\x89PNG\r\n\x1a\n"  # what files of ours begin with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
 TOKENS_TOLD = (
     "A run ends by the clock. A change that only makes it faster moves along the others' slope; one that "
     "learns more from each token lies below it."
 )
+
+
+def write(records: list[Record], page: Path, picture: Path | None = None) -> list[Path]:
+    """Writes the page about these sessions, and their progress as a PNG if there is a path for it. A report that is
+    there already is replaced, whole or not at all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LabError: something else is there, or there is nothing to draw.
+        DataError: it can't be written; the reason says why.
+    """
+    if picture and picture.absolute() == page.absolute():
+        raise LabError(f"{page} can't be both the page and the picture: name two files")
+    analyses = [Analysis(record) for record in records]
+    files = {page: (written(analyses), MARK.encode())}
+    if picture:
+        if (card := charts.card(analyses, subtitle(analyses))) is None:
+            raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
+        files[picture] = card, PNG
+    for path, (_, begins) in files.items():
+        if path.is_dir():
+            raise LabError(f"{path} is a folder; name a file in it")
+        if path.exists():
+            with open(path, "rb") as file:
+                if file.read(len(begins)) != begins:
+                    raise LabError(f"{path} exists, and is no earlier report: remove it, or name another file")
+    for path, (content, _) in files.items():
+        with storage.atomic(path) as file:
+            file.write(content)
+    return list(files)
 
 
 def written(analyses: list[Analysis]) -> bytes:
