@@ -6,12 +6,24 @@ from lab.errors import LabError
 from lab.genome.merge import merged
 from lab.genome.syntax import describe
 from lab.session.session import Session
+from lab.session.state import State
 from lab.verdict import gate
 
 
+def remembered(state: State) -> list[int]:
+    """Numbers of the experiments to try together, the most convincing first: those not tried so before."""
+    used = {number for experiment in state.experiments.values() for number in experiment.members}
+    return gate.together(
+        [
+            (e.number, e.verdict.evidence.gain, e.verdict.evidence.error)
+            for e in state.decided
+            if e.number not in used and e.near_miss and e.verdict.evidence
+        ]
+    )
+
+
 def together(session: Session) -> tuple[bytes, list[int]]:
-    """(train.py with near misses merged into the best, their numbers): those not tried so before that go together
-    without conflict, the most convincing first.
+    """(train.py with near misses merged into the best, their numbers): those that go together without conflict.
 
     Raises:
         LabError: there are too few.
@@ -19,11 +31,8 @@ def together(session: Session) -> tuple[bytes, list[int]]:
     state, repository = session.state, session.repository
     if state.best is None:
         raise LabError("there is no best yet to try near misses on")
-    used = {number for experiment in state.experiments.values() for number in experiment.members}
-    near = [e for e in state.decided if e.near_miss and e.number not in used]
-    known = [(e.number, found.gain, found.error) for e in near if (found := e.verdict.evidence)]
     current, members = repository.content(state.best.blob), []
-    for number in gate.together(known):
+    for number in remembered(state):
         if len(members) == gate.MOST_TOGETHER:
             break
         miss = state.experiments[number]
@@ -45,6 +54,6 @@ def together(session: Session) -> tuple[bytes, list[int]]:
 def ready(session: Session) -> list[int]:
     """Those that would be tried together now; none while there are too few."""
     try:
-        return together(session)[1]
+        return together(session)[1] if remembered(session.state) else []
     except LabError:
         return []
