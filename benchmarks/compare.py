@@ -21,7 +21,6 @@ import math
 import random
 import sys
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +32,6 @@ from lab.session.record import Record
 from lab.session.state import Experiment, State
 from lab.verdict import gate
 
-gate.t_quantile = lru_cache(maxsize=100_000)(gate.t_quantile)
 NOISE = {"A": 0.0005, "B": 0.0005, "C": 0.001, "D": 0.002}  # standard deviation of a run
 BASE = 1.0  # val_bpb of the baseline
 
@@ -143,7 +141,7 @@ def outcomes(world: str, runs: int, quads: int, seed: int = 0) -> tuple[Counter,
     counts, wrong, changes = Counter(), 0, 0
     for quad in range(quads):
         sessions, true = quadruple(world, runs, random.Random(f"{seed} {world} {quad}"))
-        for change in comparison.of_analyses(sessions).shared:
+        for change in comparison.compare(sessions).shared:
             source, false = true["A"][change.key], False
             for name in "BCD":
                 right = truth(source, true[name][change.key]) if source else "nothing"

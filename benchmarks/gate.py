@@ -21,7 +21,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.verdict import gate
 
-gate.t_quantile = lru_cache(maxsize=100_000)(gate.t_quantile)
 BASELINE_RUNS = 3
 LOW, HIGH, HIGHER = 0.0005, 0.01, 0.03  # noise: an H100, and slower machines
 

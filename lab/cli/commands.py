@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -12,22 +13,12 @@ from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
-from lab.session.locks import refuse_if_busy
 from lab.session.repository import here
 from lab.session.session import PREFIX, Session
 from lab.session.state import Experiment
 from lab.untrusted import counted
 from lab.verdict.executor import launch
-from lab.verdict.opening import (
-    POLL,
-    await_verdict,
-    best_of,
-    exclusive,
-    open_change,
-    refuse_if_held,
-    refuse_if_not_ours,
-    sound_baseline,
-)
+from lab.verdict import opening
 
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
@@ -51,15 +42,14 @@ def do_start(options) -> int:
 
 
 def do_run(session: Session, options) -> int:
-    refuse_if_not_ours(session)
-    with exclusive(session):
-        refuse_if_busy(session.device_lock)
+    opening.refuse_if_not_ours(session)
+    with opening.exclusive(session, device=True):
         if interrupted := session.state.oldest_open:
             options.note = (
                 f"experiment {interrupted.number} had been interrupted, and came first: {TRAIN} was not taken. Run "
                 "again"
             )
-        elif answer := open_change(session, options.message, options.near_misses, options.again):
+        elif answer := opening.open_change(session, options.message, options.near_misses, options.again):
             options.note = "answered from the ledger, not run again (--again runs it)"
             return tell(session, options, answer)
         elif others := session.repository.changed():
@@ -71,13 +61,12 @@ def do_run(session: Session, options) -> int:
 def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
         raise LabError("at least 2 pairs, and a positive multiple of the budget, please")
-    refuse_if_not_ours(session)
-    with exclusive(session):
-        refuse_if_busy(session.device_lock)
+    opening.refuse_if_not_ours(session)
+    with opening.exclusive(session, device=True):
         state = session.state
         if not state.open:
-            sound_baseline(session)
-            best = best_of(session)
+            opening.sound_baseline(session)
+            best = opening.best_of(session)
             if best is state.baseline:
                 raise LabError("the baseline is still the best: there is nothing to confirm yet")
             session.open_experiment(
@@ -99,8 +88,8 @@ def do_wait(session: Session, options) -> int:
     session.refresh()
     if session.supervised:
         return follow(session, options)
-    refuse_if_held(session)
-    with exclusive(session):
+    opening.refuse_if_held(session)
+    with opening.exclusive(session):
         process = launch(session) if session.state.open else None
     if process:
         return follow(session, options, process)
@@ -113,7 +102,7 @@ def do_pause(session: Session, options) -> int:
     session.hold("paused", now=not options.after_run)
     deadline = time.monotonic() + TO_END
     while not options.after_run and session.supervised and time.monotonic() < deadline:
-        time.sleep(POLL)
+        time.sleep(opening.POLL)
     session.refresh()
     print(render.paused(session))
     return 0
@@ -173,10 +162,10 @@ def do_log(session: Session, options) -> int:
 
 
 def do_export(session: Session, options) -> int:
-    from lab.share import export, publish
+    from lab.share import export
 
     if options.publish:
-        branch, commit = publish.publish(session, options.replace)
+        branch, commit = export.publish(session, options.replace)
         print(
             f"{branch} at {commit[:7]}: train.py is the best, session/ the export; nothing was sent. To share it: "
             f"git push REMOTE {branch}"
@@ -197,20 +186,24 @@ def do_import(options) -> int:
 
 def do_compare(options) -> int:
     from lab.compare import comparison, tables
+    from lab.compare.analysis import Analysis
     from lab.share import sources
 
-    compared = comparison.compare(sources.read_all(options.sources, options.device))
+    compared = comparison.compare([Analysis(record) for record in sources.read_all(options.sources, options.device)])
     print(json.dumps(compared.facts(), indent=1) if options.json else tables.text(compared))
     return 0
 
 
 def do_report(options) -> int:
-    from lab import report
-    from lab.share import sources
+    gc.disable()  # this process is short, and makes many small objects: collecting takes a fifth of its time
+    try:
+        from lab.report import page
+        from lab.share import sources
 
-    records = sources.read_all(options.sources or [_checked_out()], options.device)
-    for path in report.write(records, options.out, options.png):
-        print(path)
+        records = sources.read_all(options.sources or [_checked_out()], options.device)
+        print(*page.write(records, options.out, options.png), sep="\n")
+    finally:
+        gc.enable()
     return 0
 
 
@@ -248,7 +241,7 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
     experiment = session.state.oldest_open
     if experiment is None:  # it was as good as done
         return tell(session, options, session.state.last)
-    if not await_verdict(session, experiment, process, options.wait):
+    if not opening.await_verdict(session, experiment, process, options.wait):
         known = render.progress_facts(session, experiment)
         print(json.dumps(known) if options.json else render.progress(session, experiment))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import msgspec
@@ -16,14 +17,9 @@ from lab.verdict.plan import account_of, noise_of, said_of_noise
 from results import MEASURES
 
 RECENT = 10  # experiments that status shows
-# What is shown of a run: the measures that have a column of numbers, the score and what is the same in every run aside.
-SHOWN = [
-    measure
-    for measure in MEASURES
-    if measure.column
-    and measure.type in (int, float, bool)
-    and measure.name not in ("val_bpb", "val_rows", "budget_seconds", "depth")
-]
+SAME = ("val_bpb", "val_rows", "budget_seconds", "depth")  # the score, and what is the same in every run
+# Of a run, beside them: what has a column of numbers.
+SHOWN = [m for m in MEASURES if m.column and m.type in (int, float, bool) and m.name not in SAME]
 
 
 # --- An experiment ---
@@ -54,10 +50,8 @@ def facts(session: Session, experiment: Experiment) -> dict:
         known["left_alone"] = str(experiment.applied.left_alone)
     if verdict and verdict.gains:
         known |= {"confirmed": verdict.confirmed, "gains": verdict.gains}
-    if trace := next(
-        (run.ended.traceback for run in reversed(experiment.runs) if run.ended and run.ended.traceback), ""
-    ):
-        known["traceback"] = untrusted.fenced(untrusted.clean(trace))
+    if traces := [run.ended.traceback for run in experiment.runs if run.ended and run.ended.traceback]:
+        known["traceback"] = untrusted.fenced(untrusted.clean(traces[-1]))
     return known
 
 
@@ -82,10 +76,10 @@ def run_facts(run: Run, experiment: Experiment) -> dict:
 def block(session: Session, experiment: Experiment) -> str:
     """An experiment as numbers, verdict, and, after a crash, the end of its traceback."""
     known, best = facts(session, experiment), session.state.best
-    said = known["status"].upper()
+    said = experiment.status.upper()
     if "confirmed" in known:
         said = "CONFIRMED" if known["confirmed"] else "NOT CONFIRMED"
-    lines = [f"experiment {known['experiment']}: {said}", f"  what              {known['description']}"]
+    lines = [f"experiment {experiment.number}: {said}", f"  what              {known['description']}"]
     if experiment.kind in ("replay", "repeat"):
         lines.append(f"  origin            {experiment.origin}, on the baseline: the branch stays where it is")
     if known["reason"]:
@@ -118,31 +112,27 @@ def block(session: Session, experiment: Experiment) -> str:
 
 def paused(session: Session) -> str:
     """What a pause did, once it took effect."""
-    experiment, then = session.state.oldest_open, "Go on with: python -m lab resume"
+    experiment = session.state.oldest_open
     run = experiment.runs[-1] if experiment and experiment.runs else None
     if session.supervised:
-        doing = "a command"
-        if experiment:
-            doing = f"run {run.number}" if run and run.ended is None else f"experiment {experiment.number}"
-        return f"paused: {doing} is coming to its end, and nothing is begun after it. {then}"
-    if experiment and run and run.status == "lost" and run.reason and run.reason.code == "paused":
-        return (
-            f"paused: run {run.number} of experiment {experiment.number} was ended, and is done again later. "
-            f"The device is free. {then}"
-        )
-    if experiment:
-        return f"paused: nothing runs; experiment {experiment.number} is left as it is. The device is free. {then}"
-    return f"paused: nothing was running, and nothing will be begun. {then}"
+        doing = f"experiment {experiment.number}" if experiment else "a command"
+        doing = f"run {run.number}" if run and run.ended is None else doing
+        said = f"{doing} is coming to its end, and nothing is begun after it"
+    elif experiment is None:
+        said = "nothing was running, and nothing will be begun"
+    elif run and run.reason and run.reason.code == "paused":
+        said = f"run {run.number} of experiment {experiment.number} was ended, and is done again later. "
+        said += "The device is free"
+    else:
+        said = f"nothing runs; experiment {experiment.number} is left as it is. The device is free"
+    return f"paused: {said}. Go on with: python -m lab resume"
 
 
 def progress_facts(session: Session, experiment: Experiment) -> dict:
     """How an experiment under way stands; seconds_left is of the run that is on now."""
     now = experiment.run_under_way
-    known = {
-        "experiment": experiment.number,
-        "status": "running",
-        "runs_done": sum(run.status not in (None, "lost") for run in experiment.runs),
-    }
+    done = sum(run.status not in (None, "lost") for run in experiment.runs)
+    known = {"experiment": experiment.number, "status": "running", "runs_done": done}
     if now:
         expected = (now.budget or session.budget) + (session.state.overhead() or 30)
         known |= {
@@ -158,10 +148,8 @@ def progress(session: Session, experiment: Experiment) -> str:
     known = progress_facts(session, experiment)
     doing = "weighing the results"
     if "run" in known:
-        doing = (
-            f"run {known['runs_done'] + 1} (of the {known['of']}, seed {known['seed']}) ends in about "
-            f"{known['seconds_left']} s"
-        )
+        run = f"run {known['runs_done'] + 1} (of the {known['of']}, seed {known['seed']})"
+        doing = f"{run} ends in about {known['seconds_left']} s"
     return (
         f"experiment {experiment.number} is running: {doing}; it may need several runs. Go on waiting with: "
         "python -m lab wait"
@@ -187,11 +175,10 @@ def status_facts(session: Session) -> dict:
         "held": session.held,
         "night": session.owned_by_night,
     }
-    for status in ("keep", "discard", "crash", "invalid"):
-        known[status] = sum(e.status == status and e.kind in ("change", "near misses") for e in state.decided)
-    known["crashes_in_a_row"] = next(
-        (i for i, e in enumerate(reversed(state.decided)) if e.status != "crash"), len(state.decided)
-    )
+    tried = [e.status for e in state.decided if e.kind in ("change", "near misses")]
+    known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid")}
+    crashed = itertools.takewhile(lambda e: e.status == "crash", reversed(state.decided))
+    known["crashes_in_a_row"] = sum(1 for _ in crashed)
     if experiment := state.oldest_open:
         known["running"] = progress_facts(session, experiment) | {"supervised": session.supervised}
         known["open"] = [e.number for e in state.open]

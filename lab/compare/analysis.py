@@ -21,29 +21,18 @@ DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, G
 
 
 class Analysis:
-    """A session in numbers.
-
-    Attributes:
-        place: where it was measured, as in Comparison; the device, unless a comparison says more.
-        budget: seconds of training of its usual runs; None if unknown.
-        experiments: those that are decided, by number, the baseline first; confirmations and further runs are not.
-        runs: by experiment, all runs of its train.py that have a score, for whatever experiment they were made.
-        eval: the tag of what most of its usual runs were measured by; "" if that is unknown.
-        counted: of `runs` those under the session's conditions; none of what failed.
-        judged: of `counted` those that the score is the mean of: confirmations are left out.
-        scores: mean val_bpb by experiment, of those that have one.
-        steps: the baseline, and what was kept on top of it, in order. A replay that helped is not among them: it was
-            judged against the baseline, and the best stays where it is.
-        baseline, best: the ends of `steps`; None without a score. gain: bits per byte that the best, which flatters
-            itself, is below the baseline; relative: to the baseline's.
-        tried: all experiments but the baseline. counts: of them by status.
-    """
+    """A session in numbers. `place` is where it was measured, as in Comparison: the device, unless a comparison says
+    more; `budget` the seconds of training of its usual runs, None if unknown."""
 
     def __init__(self, record: Record):
         self.record, self.state, self.started = record, record.state, record.started
         self.budget, self.name, self.place = self.started.budget, record.name, self.started.device
+        # What is decided, by number, the baseline first; confirmations and further runs are left out.
         decided = sorted(self.state.decided, key=lambda experiment: experiment.number)
         self.experiments = {e.number: e for e in decided if e.kind not in MEASURING}
+        self.tried = [experiment for experiment in self.experiments.values() if experiment.number != BASELINE]
+        self.counts = Counter(experiment.status for experiment in self.tried)
+        # By experiment, all runs of its train.py that have a score, for whatever experiment they were made.
         self.runs: dict[int, list[Run]] = {number: [] for number in self.experiments}
         for run in self.state.runs.values():
             if run.ok and quantity(run, "val_bpb") is not None:
@@ -51,21 +40,22 @@ class Analysis:
                 if owner in self.runs:
                     self.runs[owner].append(run)
         usual = {number: [run for run in runs if self._usual(run)] for number, runs in self.runs.items()}
+        # The tag of what most of these were measured by; "" if that is unknown.
         tags = Counter(_eval(run) for runs in usual.values() for run in runs)
         self.eval = tags.most_common(1)[0][0] if tags else self.started.eval
-        self.counted: dict[int, list[Run]] = {number: [] for number in self.experiments}
-        for number, runs in usual.items():
-            if self.experiments[number].status in ("keep", "discard"):
-                self.counted[number] = [run for run in runs if _eval(run) == self.eval]
+        # Of the runs those under the session's conditions, none of what failed; and without confirmations, which the
+        # score is not the mean of.
+        sound = [number for number, e in self.experiments.items() if e.status in ("keep", "discard")]
+        self.counted: dict[int, list[Run]] = dict.fromkeys(self.experiments, [])
+        self.counted |= {number: [run for run in usual[number] if _eval(run) == self.eval] for number in sound}
         self.judged = {n: [run for run in runs if not self.confirms(run)] for n, runs in self.counted.items()}
         self.scores = {n: statistics.fmean(run.bpb for run in runs) for n, runs in self.judged.items() if runs}
+        # The baseline, and what was kept on top of it. Not a replay that helped: it was judged against the baseline.
         kept = [e for e in self.experiments.values() if e.status == "keep" and e.kind != "replay"]
         self.steps = [experiment for experiment in kept if experiment.number in self.scores]
-        self.tried = [experiment for experiment in self.experiments.values() if experiment.number != BASELINE]
-        self.counts = Counter(experiment.status for experiment in self.tried)
         self.best = self.steps[-1] if self.steps else None
         self.baseline = self.steps[0] if self.steps and self.steps[0].number == BASELINE else None
-        self.gain = self.relative = None
+        self.gain = self.relative = None  # of the best, which flatters itself: bits per byte, and of the baseline's
         if self.best and self.baseline:
             self.gain = self.scores[BASELINE] - self.scores[self.best.number]
             self.relative = self.gain / self.scores[BASELINE]
@@ -218,11 +208,8 @@ class Analysis:
 
 def chosen(experiment: Experiment) -> bool:
     """Whether a session picked it for its scores."""
-    return (
-        experiment.number != BASELINE
-        and not experiment.origin
-        and (experiment.status == "keep" or experiment.near_miss)
-    )
+    own = experiment.number != BASELINE and not experiment.origin
+    return own and (experiment.status == "keep" or experiment.near_miss)
 
 
 def kind_of(experiment: Experiment) -> str:

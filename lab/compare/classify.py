@@ -35,8 +35,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lab.compare.effects import Effect, quantile, satterthwaite
-from lab.verdict.gate import t_tail
+from lab.compare.effects import Effect, satterthwaite
+from lab.verdict.gate import t_quantile, t_tail
 
 CLASSES = HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
 NO_RUNS = "unconfirmed", "its parent there flatters itself"  # reasons that further runs of a replay don't mend
@@ -112,7 +112,7 @@ def _fewest(told: Callable[[int], bool], least: int = 1) -> int | None:
 def _shows(size: float, parts: list[tuple[float, int]], level: float) -> bool:
     """Whether an effect of a size probably stands out of chance: of (variance, degrees of freedom), which add up."""
     error = math.sqrt(math.fsum(variance for variance, _ in parts))
-    return size / error >= quantile(level, satterthwaite(parts)) + POWER_Z
+    return size / error >= t_quantile(level, satterthwaite(parts)) + POWER_Z
 
 
 def _to_be_real(source: Effect) -> int | None:

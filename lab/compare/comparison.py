@@ -20,107 +20,78 @@ from lab.compare.effects import Effect
 from lab.errors import LabError
 from lab.genome.kinds import KINDS
 from lab.session.events import Interval
-from lab.session.record import Record
 from lab.session.state import Experiment
 from lab.untrusted import one_line
 
 SOURCE = "source"
-CHANGE, FAMILY, WORDS = JOINED = "change", "family", "words"  # by what changes are taken for one, the surest first
+# By what changes are taken for one, the surest first: by id or by what it repeats; probably the same, its lines in the
+# same definition beside other neighbours; or only its description says so.
+CHANGE, FAMILY, WORDS = JOINED = "change", "family", "words"
 
 
 @dataclass
 class Cell:
-    """A change in one place.
+    """A change in one place."""
 
-    Attributes:
-        tried: "DEVICE/TAG #NUMBER STATUS" of each experiment with it there. session: the first one's.
-        description: the first one's.
-        verdict: "source" where it comes from; elsewhere one of classify.CLASSES; "" if nothing is known of its source,
-            or it has no score here.
-        why: a sentence.
-        more: further runs, of the change and of its parent each, that would probably tell: {"here": 3, "source": 0};
-            None if nothing is missing, or nothing that can be run would tell.
-        due: see effects.due.
-    """
-
-    effect: Effect | None
-    tried: list[str]
-    session: str
+    effect: Effect | None  # None if it has no score here
+    tried: list[str]  # "DEVICE/TAG #NUMBER STATUS" of each experiment with it there
+    session: str  # of the first one, as is the description
     description: str
-    verdict: str = ""
-    why: str = ""
-    more: dict[str, int] | None = None
-    due: str = ""
+    verdict: str = ""  # "source" where it comes from; else one of classify.CLASSES, "" if its source is not known
+    why: str = ""  # a sentence
+    more: dict[str, int] | None = None  # further runs that would probably tell: {"here": 3, "source": 0}; see classify
+    due: str = ""  # see effects.due
 
 
 @dataclass
 class Shared:
-    """A change, and what it did in each place.
+    """A change, and what it did in each place."""
 
-    Attributes:
-        key: its id, or the first one's where less joined them; "" if none is known.
-        joined: "change" by its id or by what it repeats; "family" if it is probably the same, its lines in the same
-            definition beside other neighbours; "words" if only its description says so.
-        source: the place that it comes from; "" if that is not among the sessions, or not sure.
-        cells: by place.
-    """
-
-    key: str
+    key: str  # its id, or the first one's where less joined them; "" if none is known
     description: str
     kind: str
-    joined: str
-    source: str
-    cells: dict[str, Cell]
+    joined: str  # one of JOINED
+    source: str  # the place that it comes from; "" if that is not among the sessions, or not sure
+    cells: dict[str, Cell]  # by place
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How far two places agree on the changes that both measured. Noise lowers both figures: between two identical
     devices with one run each, a quarter of what is kept seems to reverse (benchmarks/compare.py). The intervals say how
-    few changes there are, not how noisy each one is.
-
-    Attributes:
-        same: of `n` changes have effects of the same sign; share, with its 90 % interval.
-        rho: Spearman's, with its 90 % interval; None with too few changes.
-        flattered: how many of the effects rest on runs that the change was chosen for.
-        joined: as of the changes.
-    """
+    few changes there are, not how noisy each one is."""
 
     one: str
     other: str
-    n: int
-    same: int
-    share: Interval
-    rho: Interval | None
-    flattered: int
-    joined: str
+    n: int  # changes
+    same: int  # of them have effects of the same sign
+    share: Interval  # they are, with its 90 % interval
+    rho: Interval | None  # Spearman's, with its 90 % interval; None with too few changes
+    flattered: int  # of the effects rest on runs that the change was chosen for
+    joined: str  # as of the changes
 
 
 @dataclass(frozen=True)
 class Paid:
-    """What changes of a kind came to on a sort of device. What touches several kinds counts for that which it is most.
-
-    Attributes:
-        tried: with a verdict, those that crashed too; kept, crashed: of them.
-        median: of the steps from the parent as the session saw them (what was kept flatters itself), in per cent of its
-            val_bpb; None without scores.
-    """
+    """What changes of a kind came to on a sort of device. What touches several kinds counts for the most of it."""
 
     kind: str
     sort: str
-    tried: int
+    tried: int  # with a verdict, those that crashed too
     kept: int
     crashed: int
-    median: float | None
+    median: (
+        float | None
+    )  # step from the parent as its session saw it, in % of its val_bpb: what was kept flatters itself
 
 
 @dataclass
 class Comparison:
-    """All of it. `places`: label by label what tells them apart; `changes`: those of several places first."""
+    """All of it."""
 
-    places: list[str]
+    places: list[str]  # label by label what tells them apart
     sessions: list[Analysis]
-    changes: list[Shared]
+    changes: list[Shared]  # those of several places first
     agreements: list[Agreement]
     kinds: list[Paid]
     notes: list[str]
@@ -148,17 +119,12 @@ class Attempt(NamedTuple):
         return self.session.place
 
 
-def compare(records: list[Record]) -> Comparison:
+def compare(analyses: list[Analysis]) -> Comparison:
     """What the sessions say together.
 
     Raises:
         LabError: there is none, or the same one twice.
     """
-    return of_analyses([Analysis(record) for record in records])
-
-
-def of_analyses(analyses: list[Analysis]) -> Comparison:
-    """As `compare`."""
     if not analyses:
         raise LabError("name at least one session to compare")
     if twice := [name for name, n in Counter(analysis.name for analysis in analyses).items() if n > 1]:

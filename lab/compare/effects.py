@@ -24,13 +24,11 @@ import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from lab.session.state import Run
 from lab.verdict import gate
 
-quantile = lru_cache(maxsize=None)(gate.t_quantile)  # of few levels and degrees of freedom, thousands of times
 Z = 1.6449  # of a 90 % interval
 FEWEST_PAIRS = 4  # Fisher's interval needs n - 3 of them
 TAIL = 0.05  # on each side of an interval
@@ -77,38 +75,26 @@ def mean(runs: Sequence[Run], name: str = "val_bpb") -> float | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """How much a change moved val_bpb in one place.
+    """How much a change moved val_bpb in one place."""
 
-    Attributes:
-        value: bits per byte; below 0 is better. relative: to its parent's val_bpb.
-        error, df: its standard error, and the degrees of freedom of that; None and 0 in a ledger without repeats.
-        low, high: Student's 90 % interval, made of these; None likewise.
-        noise: standard deviation of a run; 0 likewise.
-        runs, parent_runs: how many it rests on.
-        flattered: it rests on runs that the change, or its parent, was chosen for; nothing was measured since.
-        known: which way it goes was known before these runs, better that is, so that one side is enough to test.
-        picked: the change itself was chosen for its scores here; else, if flattered, only its parent was.
-        tokens, flops: of the change relative to its parent's; None if unknown.
-    """
-
-    value: float
-    relative: float
-    error: float | None = None
-    df: int = 0
-    low: float | None = field(init=False, default=None)
+    value: float  # bits per byte; below 0 is better
+    relative: float  # to its parent's val_bpb
+    error: float | None = None  # standard error; None in a ledger without repeats
+    df: int = 0  # degrees of freedom of that
+    low: float | None = field(init=False, default=None)  # Student's 90 % interval, made of these
     high: float | None = field(init=False, default=None)
-    noise: float = 0.0
-    runs: int = 1
+    noise: float = 0.0  # standard deviation of a run
+    runs: int = 1  # that it rests on
     parent_runs: int = 1
-    flattered: bool = False
-    known: bool = False
-    picked: bool = False
-    tokens: float | None = None
+    flattered: bool = False  # it rests on runs that it, or its parent, was chosen for: nothing was measured since
+    known: bool = False  # which way it goes was known before these runs, better that is: one side is enough to test
+    picked: bool = False  # the change itself was chosen for its scores here; else, if flattered, only its parent was
+    tokens: float | None = None  # of the change relative to its parent's; None if unknown
     flops: float | None = None
 
     def __post_init__(self):
         if self.error is not None:
-            half = quantile(TAIL, self.df) * self.error
+            half = gate.t_quantile(TAIL, self.df) * self.error
             object.__setattr__(self, "low", self.value - half)
             object.__setattr__(self, "high", self.value + half)
 

@@ -205,7 +205,7 @@ def steps_tables(sessions: list[Analysis]) -> list[Table | str]:
         for step in [*steps[:1], *steps[1:][1 - MOST_STEPS :]]:
             score, means = session.scores[step.number], [session.mean(step, name) for name in ("tokens", "flops")]
             figures = [number(mean and mean / unit, ".4g") for mean, unit in zip(means, (1e6, 1e15))]
-            row = Place(session.place), str(step.number), f"{score:.6f}", *figures, one_line(step.description, 50)
+            row = Place(session.place), str(step.number), f"{score:.6f}", *figures, one_line(step.description[:500], 50)
             measured = f"evaluator {session.eval}" + (f", {session.budget:g} s" if session.budget else "")
             groups.setdefault(measured, []).append(row)
     heads, caption = ("place", "#", "val_bpb", "M tokens", "PFLOP", "what"), "val_bpb against tokens and FLOPs"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from typing import NamedTuple
 
 from lab.errors import LabError
-from lab.genome.syntax import MODULE, TRAIN, Definition, definitions, normalised
+from lab.genome.syntax import MODULE, TRAIN, changed, definitions, normalised
 
 ID = 16  # hexadecimal digits of an id
 HUNK = re.compile(r"@@ -([0-9]{1,7})(?:,([0-9]{1,7}))? \+([0-9]{1,7})(?:,([0-9]{1,7}))? @@.*")
@@ -27,9 +28,8 @@ CONTEXT = 3  # lines of context in a diff
 NO_NEWLINE = "\\ No newline at end of file\n"
 
 
-@dataclass(frozen=True)
-class Change:
-    """The ids of a change: `exact` and `family`, both "" where nothing but comments or layout differs."""
+class Change(NamedTuple):
+    """The ids of a change, both "" where nothing but comments or layout differs."""
 
     exact: str
     family: str
@@ -38,32 +38,27 @@ class Change:
 def identify(before: bytes, after: bytes) -> Change:
     """The ids of the change from one train.py to another. SyntaxError if one of them is no Python."""
     before, after = normalised(before), normalised(after)
-    old, new = definitions(before), definitions(after)
     touched = sorted(
-        (name, *(_digest(side[name].canonical) if name in side else "" for side in (old, new)))
-        for name in {*old, *new}
-        if name not in old or name not in new or old[name].canonical != new[name].canonical
+        (name, *(_digest(side.canonical) if side else "" for side in (old, new)))
+        for name, old, new in changed(before, after)
     )
     if not touched:
         return Change("", "")
-    return Change(_digest(repr(touched)), _digest(repr(_lines_by_definition(before, after, old, new))))
+    return Change(_digest(repr(touched)), _digest(repr(_lines_by_definition(before, after))))
 
 
-def _lines_by_definition(before: bytes, after: bytes, old: dict, new: dict) -> list[tuple]:
-    """(definition, lines removed, lines added) of each run of changed lines, comments and blank lines left out."""
-    here, there = lines_of(before), lines_of(after)
-    places = {}
-    for first, end, start, stop in changed_lines(here, there):
-        for mark, lines, at, known in (("-", here, range(first, end), old), ("+", there, range(start, stop), new)):
-            for number in at:
+def _lines_by_definition(before: bytes, after: bytes) -> list[tuple[str, list[str]]]:
+    """(definition, lines removed and added) of each that has some, comments and blank lines left out."""
+    old, new = lines_of(before), lines_of(after)
+    places: dict[str, list[str]] = {}
+    for tag, first, end, start, stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for mark, content, lines, at in (("-", before, old, range(first, end)), ("+", after, new, range(start, stop))):
+            for number in at if tag != "equal" else ():
                 text = lines[number].decode(errors="replace").rstrip()
                 if text and not text.lstrip().startswith("#"):
-                    places.setdefault(_enclosing(number + 1, known), []).append(f"{mark}{text}")
+                    owners = (name for name, known in definitions(content).items() if number + 1 in known.lines)
+                    places.setdefault(next(owners, MODULE), []).append(f"{mark}{text}")
     return sorted((name, sorted(lines)) for name, lines in places.items())
-
-
-def _enclosing(line: int, known: dict[str, Definition]) -> str:
-    return next((name for name, definition in known.items() if line in definition.lines), MODULE)
 
 
 def _digest(text: str) -> str:
@@ -75,13 +70,7 @@ def _digest(text: str) -> str:
 
 def lines_of(content: bytes) -> list[bytes]:
     """The lines of a text with their ends."""
-    return content.splitlines(keepends=True) if b"\r" not in content else re.findall(rb"[^\n]*\n|[^\n]+", content)
-
-
-def changed_lines(before: Sequence[bytes], after: Sequence[bytes]) -> list[tuple[int, int, int, int]]:
-    """(first and end of the lines before, first and end of those after) of each place that differs."""
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    return [(first, end, start, stop) for tag, first, end, start, stop in matcher.get_opcodes() if tag != "equal"]
+    return io.BytesIO(content).readlines()
 
 
 def diff(before: bytes, after: bytes) -> str:
@@ -99,30 +88,30 @@ def patched(content: bytes, patch: str) -> bytes:
     """
     if not (head := HEAD.match(patch)):
         raise LabError(f"its patch does not begin as one of {TRAIN}, and of nothing else")
-    lines, rows = lines_of(content), [row + "\n" for row in patch[head.end() :].split("\n")[:-1]]
+    lines, rows = lines_of(content), deque(f"{row}\n" for row in patch[head.end() :].split("\n")[:-1])
     result: list[bytes] = []
-    at = row = 0
-    while row < len(rows):
-        if not (hunk := HUNK.match(rows[row])):
-            raise LabError(f"its patch has more than hunks of {TRAIN}: {rows[row][:80]!r}")
+    at = 0
+    while rows:
+        if not (hunk := HUNK.match(rows[0])):
+            raise LabError(f"its patch has more than hunks of {TRAIN}: {rows[0][:80]!r}")
+        rows.popleft()
         start, length, new_length = int(hunk[1]), int(hunk[2] or 1), int(hunk[4] or 1)
         start -= length > 0  # a hunk without old lines names the line before it
         old: list[bytes] = []
         new: list[bytes] = []
-        last: list[list[bytes]] = []
-        row += 1
-        while row < len(rows) and (len(old) < length or len(new) < new_length or rows[row].startswith("\\")):
-            mark, text = rows[row][:1], rows[row][1:].encode(errors="surrogateescape")
-            if mark not in (" ", "-", "+", "\\"):
-                raise LabError("its patch is cut short: a hunk lacks lines")
-            if mark == "\\":
+        sides = {" ": (old, new), "-": (old,), "+": (new,)}
+        last: tuple[list[bytes], ...] = ()
+        while rows and (len(old) < length or len(new) < new_length or rows[0].startswith("\\")):
+            row = rows.popleft()
+            if row.startswith("\\"):  # the line before has no end
                 for side in last:
                     side[-1] = side[-1].removesuffix(b"\n")
-            else:
-                last = [side for side, marks in ((old, " -"), (new, " +")) if mark in marks]
-                for side in last:
-                    side.append(text)
-            row += 1
+                continue
+            last = sides.get(row[0], ())
+            for side in last:
+                side.append(row[1:].encode(errors="surrogateescape"))
+            if not last:
+                break
         if (len(old), len(new)) != (length, new_length):
             raise LabError("its patch is cut short: a hunk lacks lines")
         if start < at or lines[start : start + length] != old:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
 from lab import untrusted
-from lab.genome.syntax import MODULE, Definition, canonical, definitions
+from lab.genome.syntax import MODULE, Definition, canonical, changed, definitions
 
 Subject = Literal["architecture", "optimizer", "schedule", "batch", "regularisation", "other"]
 KINDS: tuple[Subject, ...] = get_args(Subject)
@@ -56,8 +56,8 @@ def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
     except SyntaxError:
         return ("other",)
     sizes: Counter[Subject] = Counter()
-    for old, new in changes:
-        sizes[_kind_of(old, new, kinds)] += _size(old, new)
+    for name, old, new in changes:
+        sizes["regularisation" if old and new and _regularises(old, new) else kinds[name]] += _size(old, new)
     return tuple(sorted(sizes, key=lambda kind: (kind == "other", -sizes[kind], KINDS.index(kind))))
 
 
@@ -65,10 +65,8 @@ def of_words(text: str) -> tuple[Subject, ...]:
     """What a change is about, by its description alone: one of KINDS. Remarks in parentheses count for nothing, unless
     there is nothing else."""
     text = text.lower()
-    for said in (re.sub(r"\([^()]*\)", " ", text), text):
-        if kind := _named(said, STRONG + WEAK):
-            return (kind,)
-    return ("other",)
+    said: list[Subject | None] = [_named(words, STRONG + WEAK) for words in (re.sub(r"\([^()]*\)", " ", text), text)]
+    return (said[0] or said[1] or "other",)
 
 
 def summary(before: bytes, after: bytes, width: int = 200) -> str:
@@ -78,12 +76,9 @@ def summary(before: bytes, after: bytes, width: int = 200) -> str:
         SyntaxError: one of them is no Python.
     """
     said, groups = [], {"edited": [], "new": [], "removed": []}
-    for old, new in changed(before, after):
-        name = new.name if new else old.name if old else ""
-        if old and new and old.constant and new.constant:
-            said.append(f"{name} {_value(old)} -> {_value(new)}")
-        elif new and not old and new.constant:
-            said.append(f"{name} = {_value(new)}")
+    for name, old, new in changed(before, after):
+        if new and new.constant and (old is None or old.constant):
+            said.append(f"{name} {_value(old)} -> {_value(new)}" if old else f"{name} = {_value(new)}")
         else:
             groups["edited" if old and new else "new" if new else "removed"].append(name)
     said += [f"{what} {', '.join(names)}" for what, names in groups.items() if names]
@@ -95,98 +90,64 @@ def _value(definition: Definition) -> str:
     return untrusted.cut(ast.unparse(definition.nodes[0].value), LONGEST)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def changed(before: bytes, after: bytes) -> list[tuple[Definition | None, Definition | None]]:
-    """(before, after) of each definition that differs, in the order of the file; None where it is not there.
-
-    Raises:
-        SyntaxError: one of them is no Python.
-    """
-    old, new = definitions(before), definitions(after)
-    return [
-        (old.get(name), new.get(name))
-        for name in dict.fromkeys([*new, *old])
-        if name not in old or name not in new or old[name].canonical != new[name].canonical
-    ]
-
-
 @functools.lru_cache(maxsize=64)  # a best is compared with many
 def definition_kinds(content: bytes) -> dict[str, Subject]:
     """The kind of each definition of a train.py, by its name. SyntaxError if it is no Python."""
-    text = content.decode("utf-8-sig")
-    headings, models = _headings(text), _models(content)
+    headings = _headings(content.decode("utf-8-sig"))
+    models: set[str] = set()  # classes that are a Module, or inherit from one here
     kinds: dict[str, Subject] = {}
     for name, definition in definitions(content).items():
         node, owner = definition.nodes[-1], name.partition(".")[0]
-        heading: Subject | None = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
+        bases, arguments = [], set()
         kind: Subject | None = None
+        if isinstance(node, ast.ClassDef):
+            bases = [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        if any(base == "Module" or base in models for base in bases):
+            models.add(name)
         if owner in models:
             kind = "architecture"
-        elif isinstance(node, ast.ClassDef) and any("Optimizer" in base for base in _bases(node)):
+        elif any("Optimizer" in base for base in bases):
             kind = "optimizer"
         elif "." in name:
             kind = kinds.get(owner)
-        elif name != MODULE:
-            given = _arguments(node)
-            if {"grad", "state"} <= given:
-                kind = "optimizer"
-            elif not (kind := _named(name, STRONG)):
-                kind = heading or _named(name, WEAK)
-                if "progress" in given:
-                    kind = "schedule"
+        elif {"grad", "state"} <= arguments:  # an update rule
+            kind = "optimizer"
+        elif name != MODULE and not (kind := _named(name, STRONG)):
+            heading: Subject | None = next((kind for line, kind in reversed(headings) if line < node.lineno), None)
+            kind = heading or _named(name, WEAK)
+            if "progress" in arguments:
+                kind = "schedule"
         kinds[name] = kind or "other"
     return kinds
 
 
-def _kind_of(old: Definition | None, new: Definition | None, kinds: dict[str, Subject]) -> Subject:
-    """The kind of a changed definition. A model's class that dropout came into is regularised: what it reads now
-    says so."""
-    if old and new:
-        names = Counter(map(_identifier, _nodes(new)))
-        names.subtract(map(_identifier, _nodes(old)))
-        if any(name and n and _named(name, STRONG) == "regularisation" for name, n in names.items()):
-            return "regularisation"
-    return kinds[new.name if new else old.name if old else MODULE]
+def _regularises(old: Definition, new: Definition) -> bool:
+    """Whether what a definition reads now says so: a model's class that dropout came into is regularised."""
+    names = Counter(map(_identifier, _nodes(new)))
+    names.subtract(map(_identifier, _nodes(old)))
+    return any(name and n and _named(name, STRONG) == "regularisation" for name, n in names.items())
+
+
+def _size(old: Definition | None, new: Definition | None) -> int:
+    """How many nodes of its syntax tree were changed, about; a moved one is none."""
+    before, after = (Counter(map(canonical, _nodes(side))) if side else Counter() for side in (old, new))
+    return max(1, ((before - after) + (after - before)).total())
 
 
 def _nodes(definition: Definition) -> Iterator[ast.AST]:
     return (node for statement in definition.nodes for node in ast.walk(statement))
 
 
-def _size(old: Definition | None, new: Definition | None) -> int:
-    """How many nodes of its syntax tree were changed, about; a moved one is none."""
-    counts = [Counter(map(canonical, _nodes(side))) if side else Counter() for side in (old, new)]
-    return max(1, ((counts[0] - counts[1]) + (counts[1] - counts[0])).total())
-
-
 def _identifier(node: ast.AST) -> str | None:
     return getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
-
-
-def _arguments(node: ast.stmt) -> set[str]:
-    """Names of what a function is given: they say whether it is an update rule or a schedule."""
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return set()
-    return {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
 
 
 def _named(name: str, rules: Rules) -> Subject | None:
     """The kind that a word of a name says: of WEIGHT_DECAY, weightDecay and "weight decay" the same."""
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
     return next((kind for kind, known in rules if re.search(rf"(?:^|_)(?:{known})\d*(?:_|$)", words)), None)
-
-
-def _bases(node: ast.ClassDef) -> list[str]:
-    return [ast.unparse(base).rpartition(".")[2] for base in node.bases]
-
-
-def _models(content: bytes) -> set[str]:
-    """Names of the classes that are a Module, or inherit from one here."""
-    models = set()
-    for name, definition in definitions(content).items():
-        node = definition.nodes[-1]
-        if isinstance(node, ast.ClassDef) and any(base == "Module" or base in models for base in _bases(node)):
-            models.add(name)
-    return models
 
 
 def _headings(text: str) -> list[tuple[int, Subject | None]]:

@@ -21,16 +21,12 @@ Lines = tuple[int, int]  # first and end
 
 @dataclass(frozen=True)
 class Conflict:
-    """Lines that are not here what they were where the change was made.
+    """Lines that are not here what they were where the change was made."""
 
-    Attributes:
-        line: where it is here, from 1. here, before, after: the lines; `after` is what the change makes of `before`.
-    """
-
-    line: int
+    line: int  # where they are here, from 1
     here: list[bytes]
     before: list[bytes]
-    after: list[bytes]
+    after: list[bytes]  # what the change makes of `before`
 
 
 def merged(here: bytes, before: bytes, after: bytes) -> tuple[bytes, list[Conflict]]:

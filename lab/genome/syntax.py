@@ -23,32 +23,21 @@ Definitional = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 @dataclass(frozen=True)
 class Source:
-    """A train.py.
+    """A train.py."""
 
-    Attributes:
-        digest: equal for files with equal syntax trees, whatever their comments, layout and docstrings.
-        complexity: size of the syntax tree, docstrings aside. A number and an attribute of `defaults` count alike.
-        portable: it uses only what every backend offers, as far as can be told.
-    """
-
-    digest: str
-    complexity: int
-    portable: bool
+    digest: str  # equal for files with equal syntax trees, whatever their comments, layout and docstrings
+    complexity: int  # size of the tree, docstrings aside; a number and an attribute of `defaults` count alike
+    portable: bool  # it uses only what every backend offers, as far as can be told
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A named part of a train.py: a function, a method, the rest of a class, a top-level name, or MODULE.
+    """A named part of a train.py: a function, a method, the rest of a class, a top-level name, or MODULE."""
 
-    Attributes:
-        name: "MATRIX_LR", "Attention.forward", "GPT", MODULE.
-        nodes: its statements. lines: those that it covers, from 1. constant: it is one assignment at the top level.
-    """
-
-    name: str
+    name: str  # "MATRIX_LR", "Attention.forward", "GPT", MODULE
     nodes: tuple[ast.stmt, ...]
-    lines: frozenset[int]
-    constant: bool = False
+    lines: frozenset[int]  # that it covers, from 1
+    constant: bool = False  # it is one assignment at the top level
 
     @functools.cached_property
     def canonical(self) -> str:
@@ -93,13 +82,9 @@ def parsed(text: str) -> ast.Module:
 
 def canonical(node: ast.AST) -> str:
     """A syntax tree as text: names of nodes, and of their fields what is neither empty nor ignored."""
-    parts = []
-    for name in node._fields:
-        value = getattr(node, name, None)
-        if name in IGNORED or value is None or value == []:
-            continue
-        parts.append(f"{name}={_written(value)}")
-    return f"{type(node).__name__}({','.join(parts)})"
+    fields = [(name, getattr(node, name, None)) for name in node._fields if name not in IGNORED]
+    known = (f"{name}={_written(value)}" for name, value in fields if value is not None and value != [])
+    return f"{type(node).__name__}({','.join(known)})"
 
 
 def _written(value: object) -> str:
@@ -153,10 +138,8 @@ def assigned_name(node: ast.stmt) -> str | None:
     """The name that a statement gives a value, if it is a single one."""
     if isinstance(node, ast.Assign) and len(node.targets) == 1:
         target = node.targets[0]
-    elif isinstance(node, ast.AnnAssign) and node.value:
-        target = node.target
     else:
-        return None
+        target = node.target if isinstance(node, ast.AnnAssign) and node.value else None
     return target.id if isinstance(target, ast.Name) else None
 
 
@@ -164,12 +147,23 @@ def _lines(nodes: list[ast.stmt]) -> frozenset[int]:
     """The lines of statements; of a class only those of what is left of it, so that methods keep theirs."""
     lines: set[int] = set()
     for node in nodes:
-        decorators = getattr(node, "decorator_list", [])
-        first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-        if isinstance(node, ast.ClassDef):
-            lines.update(range(first, node.body[0].lineno if hasattr(node.body[0], "lineno") else node.lineno + 1))
-            lines.update(*(range(part.lineno, (part.end_lineno or part.lineno) + 1) for part in node.body
-                           if hasattr(part, "lineno")))  # fmt: skip
-        else:
-            lines.update(range(first, (node.end_lineno or node.lineno) + 1))
+        parts = [part for part in node.body if hasattr(part, "lineno")] if isinstance(node, ast.ClassDef) else [node]
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        lines.update(range(first, parts[0].lineno if parts else node.lineno + 1))
+        for part in parts:
+            lines.update(range(part.lineno, (part.end_lineno or part.lineno) + 1))
     return frozenset(lines)
+
+
+def changed(before: bytes, after: bytes) -> list[tuple[str, Definition | None, Definition | None]]:
+    """(name, before, after) of each definition that differs, in the order of the file; None where it is not there.
+
+    Raises:
+        SyntaxError: one of them is no Python.
+    """
+    old, new = definitions(before), definitions(after)
+    return [
+        (name, old.get(name), new.get(name))
+        for name in dict.fromkeys([*new, *old])
+        if name not in old or name not in new or old[name].canonical != new[name].canonical
+    ]

@@ -55,19 +55,15 @@ rc("svg", fonttype="none", hashsalt="report")
 
 @dataclass
 class Chart:
-    """A figure, with what in it can be pointed at.
-
-    Attributes:
-        key: that ids of the experiments' rows in the page begin with.
-        spots: (x, y, number) of each experiment, in pixels from the left and from the top.
-        legend: (colour, sign, meaning) of what is drawn.
-    """
+    """A figure, with what in it can be pointed at."""
 
     figure: Figure
     axes: Axes
-    key: str = ""
-    spots: list[tuple[float, float, int]] = field(default_factory=list)
-    legend: list[tuple[str, str, str]] = field(default_factory=list)
+    key: str = ""  # that ids of the experiments' rows in the page begin with
+    spots: list[tuple[float, float, int]] = field(
+        default_factory=list
+    )  # (x, y, number), in pixels from the left and top
+    legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, sign, meaning) of what is drawn
 
     def pixels(self, points) -> np.ndarray:
         """Where values are drawn: (x, y) in pixels from the left and from the bottom."""
@@ -165,28 +161,24 @@ def _label(chart: Chart, analysis: Analysis, marks: np.ndarray) -> None:
     steps = chart.pixels([(e.number, analysis.scores[e.number]) for e in analysis.steps])
     left, foot, right, top = chart.axes.bbox.extents
     ends = np.vstack([steps[1:], (right, steps[-1, 1])])
-    taken = np.vstack(  # boxes (left, bottom, right, top): of the marks, and of the line across and down
-        [
-            np.hstack([marks - 3, marks + 3]),
-            np.column_stack([steps[:, 0], steps[:, 1] - 3, ends[:, 0], steps[:, 1] + 3]),
-            np.column_stack([ends[:, 0] - 2, ends[:, 1], ends[:, 0] + 2, steps[:, 1]]),
-        ]
-    )
+    across = np.column_stack([steps[:, 0], steps[:, 1] - 3, ends[:, 0], steps[:, 1] + 3])
+    down = np.column_stack([ends[:, 0] - 2, ends[:, 1], ends[:, 0] + 2, steps[:, 1]])
+    taken = np.vstack([np.hstack([marks - 3, marks + 3]), across, down])  # boxes (left, bottom, right, top)
     gains = -np.diff([analysis.scores[e.number] for e in analysis.steps])
     for i in np.argsort(-gains)[:LABELS].tolist():
         experiment, (x, y) = analysis.steps[i + 1], steps[i + 1].tolist()
         text = cleaned(experiment.description, 48 if right > 600 else 24) or "(not described)"
         wide = 0.54 * LETTER * cell_len(text)  # about, as fonts differ
         rows = [6 + LETTER * 1.25 * row for row in range(ROWS)]
-        tries = [(across, up) for row in rows for up in (-row - LETTER, row) for across in (-3 - wide, 4)]
-        for across, up in tries:
-            box = x + across, y + up - 0.25 * LETTER, x + across + wide, y + up + LETTER
+        tries = [(aside, up) for row in rows for up in (-row - LETTER, row) for aside in (-3 - wide, 4)]
+        for aside, up in tries:
+            box = x + aside, y + up - 0.25 * LETTER, x + aside + wide, y + up + LETTER
             inside = left <= box[0] and box[2] <= right and foot + 14 <= box[1] and box[3] <= top
             if inside and not overlapping(box, taken):
                 taken = np.vstack([taken, box])
                 how = {"textcoords": "offset points", "color": COLOURS["ink"], "size": 0.9 * LETTER, "gid": "label"}
                 place = experiment.number, analysis.scores[experiment.number]
-                chart.axes.annotate(text, place, (across, up), url=f"#{chart.key}-e{experiment.number}", **how)
+                chart.axes.annotate(text, place, (aside, up), url=f"#{chart.key}-e{experiment.number}", **how)
                 break
 
 
@@ -242,10 +234,14 @@ def card(analyses: list[Analysis], said: str) -> bytes | None:
 
 def png(chart: Chart, scale: float = 1.0) -> bytes:
     """The chart on the page's light paper, enlarged."""
+    return _saved(chart, "png", facecolor=COLOURS["paper"], dpi=72 * scale)
+
+
+def _saved(chart: Chart, form: str, **options) -> bytes:
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font lacks
-        chart.figure.savefig(content, format="png", facecolor=COLOURS["paper"], dpi=72 * scale)
+        chart.figure.savefig(content, format=form, **options)
     return content.getvalue()
 
 
@@ -254,11 +250,7 @@ def svg(chart: Chart, label: str, name: str) -> Element:
 
     The page forbids inline styles, so they become attributes; colours become variables of the style sheet.
     """
-    content = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the font lacks
-        chart.figure.savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawn = fromstring(content.getvalue())
+    drawn = fromstring(_saved(chart, "svg"))
     ids = {element.get("id"): f"{name}-{i}" for i, element in enumerate(drawn.iter()) if element.tag.endswith(DEFINED)}
     width, height = 72 * chart.figure.get_size_inches()
     attributes = {"role": "img", "aria_label": label, "id": name, "class_": "chart"}

@@ -11,25 +11,60 @@ from pathlib import Path
 from string import Template
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+import storage
 from lab.compare import comparison, tables
 from lab.compare.analysis import Analysis, kind_of
 from lab.compare.tables import Table, Tag
+from lab.errors import LabError
 from lab.report import charts
 from lab.report.charts import Chart
 from lab.report.html import cleaned, el, embedded, table, tag
-from lab.session.state import Experiment, Run
+from lab.session.record import Record
+from lab.session.state import Experiment
 from lab.untrusted import counted, visible
 
 Data = dict[
     str, Any
-]  # for the script: {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}
+]  # {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}, for the script
 HERE = Path(__file__).resolve().parent
-MARK = "<!doctype html>\n<!-- python -m lab report -->\n"  # what a file of ours begins with
+MARK, PNG = "<!doctype html>\n<!-- python -m lab report -->\n", b"\x89PNG\r\n\x1a\n"  # what files of ours begin with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
 TOKENS_TOLD = (
     "A run ends by the clock. A change that only makes it faster moves along the others' slope; one that "
     "learns more from each token lies below it."
 )
+
+
+def write(records: list[Record], page: Path, picture: Path | None = None) -> list[Path]:
+    """Writes the page about these sessions, and their progress as a PNG if there is a path for it. A report that is
+    there already is replaced, whole or not at all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LabError: something else is there, or there is nothing to draw.
+        DataError: it can't be written; the reason says why.
+    """
+    if picture and picture.absolute() == page.absolute():
+        raise LabError(f"{page} can't be both the page and the picture: name two files")
+    analyses = [Analysis(record) for record in records]
+    files = {page: (written(analyses), MARK.encode())}
+    if picture:
+        if (card := charts.card(analyses, subtitle(analyses))) is None:
+            raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
+        files[picture] = card, PNG
+    for path, (_, begins) in files.items():
+        if path.is_dir():
+            raise LabError(f"{path} is a folder; name a file in it")
+        if path.exists():
+            with open(path, "rb") as file:
+                if file.read(len(begins)) != begins:
+                    raise LabError(f"{path} exists, and is no earlier report: remove it, or name another file")
+    for path, (content, _) in files.items():
+        with storage.atomic(path) as file:
+            file.write(content)
+    return list(files)
 
 
 def written(analyses: list[Analysis]) -> bytes:
@@ -64,11 +99,12 @@ def _digest(text: str) -> str:
 
 def _section(name: str, title: str, head: str, *parts: Element | Table | str | None) -> Element | None:
     """A section with a heading, of tables, paragraphs and what else is in it; None if it is empty."""
-    shown = [
-        table(part) if isinstance(part, Table) else el("p", cleaned(part, 500)) if isinstance(part, str) else part
-        for part in parts
-        if part is not None and not (isinstance(part, Table) and not part.rows)
-    ]
+    shown = []
+    for part in parts:
+        if isinstance(part, Table):
+            shown += [table(part)] if part.rows else []
+        elif part is not None:
+            shown.append(el("p", cleaned(part, 500)) if isinstance(part, str) else part)
     return el("section", el(head, title, id=f"{name}-head"), *shown, aria_labelledby=f"{name}-head") if shown else None
 
 
@@ -94,7 +130,7 @@ def _together(data: Data, analyses: list[Analysis], names: list[str]) -> list[El
     gains = _figure(data, charts.gains(analyses, 1120, 330), "together", label)
     sections = [
         _section(section.name, section.title, "h2", *section.parts, gains if section.name == "sessions" else None)
-        for section in tables.sections(comparison.of_analyses(analyses))
+        for section in tables.sections(comparison.compare(analyses))
     ]
     nav = el("nav", "Each by itself: ", *links, aria_label="Sessions")
     return [nav, *(section for section in sections if section is not None)]
@@ -276,17 +312,11 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
         ("family", experiment.family),
         ("repeats", experiment.origin),
     ]
-    runs = [
-        [run.number, run.seed, f"{run.bpb:.6f}", _why(analysis, experiment, run)]
-        for run in analysis.runs[experiment.number]
-    ]
+    runs = []
+    for run in analysis.runs[experiment.number]:  # some were made for another experiment
+        beside = "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"
+        said = "confirmation" if analysis.confirms(run) else beside
+        runs.append([run.number, run.seed, f"{run.bpb:.6f}", said])
     unknown = experiment.onto is not None and not experiment.diff
     shown = [[name, cleaned(text, 400)] for name, text in facts if text]
     return {"facts": shown, "runs": runs, "diff": None if unknown else visible(experiment.diff)}
-
-
-def _why(analysis: Analysis, experiment: Experiment, run: Run) -> str:
-    """What a run of an experiment's train.py was made for, if not for that experiment."""
-    if analysis.confirms(run):
-        return "confirmation"
-    return "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"

@@ -41,14 +41,13 @@ class Wrong(ValueError):
 # --- The manifest ---
 
 
-def _facts(data: bytes) -> dict:
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _manifest(files: Files) -> dict:
+    return {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
 
 
 def sealed(files: Files) -> Files:
     """Files with their manifest."""
-    manifest = {name: _facts(data) for name, data in files.items()}
-    return files | {MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n"}
+    return files | {MANIFEST: json.dumps(_manifest(files), indent=1, sort_keys=True).encode() + b"\n"}
 
 
 def unsealed(files: Files) -> Files:
@@ -59,12 +58,13 @@ def unsealed(files: Files) -> Files:
         raise Wrong(f"{MANIFEST} is missing")
     manifest = read_json(MANIFEST, files[MANIFEST])
     files = {name: data for name, data in files.items() if name not in (MANIFEST, ATTRIBUTES)}
-    for name in sorted(files.keys() | manifest.keys()):
+    facts = _manifest(files)
+    for name in sorted(facts.keys() | manifest.keys()):
         if name not in manifest:
             raise Wrong(f"{name} is not in {MANIFEST}")
-        if name not in files:
+        if name not in facts:
             raise Wrong(f"{name[:200]!r}, which {MANIFEST} lists, is missing")
-        if manifest[name] != _facts(files[name]):
+        if manifest[name] != facts[name]:
             raise Wrong(f"{name} is damaged: it is not what {MANIFEST} says")
     return files
 
@@ -85,10 +85,7 @@ def read_json(name: str, data: bytes) -> dict:
 
 def write(files: Files, target: Path, name: str) -> Path:
     """Writes files and their manifest to a new folder, or an archive if `target` ends in .tar.gz: durably, whole or not
-    at all. What an archive holds depends on names and contents alone.
-
-    Args:
-        name: of the folder that an archive holds.
+    at all. What an archive holds, a folder of this name, depends on names and contents alone.
 
     Raises:
         DataError: it can't be written; the reason says why.
@@ -190,15 +187,11 @@ def _in_archive(source: Path) -> Files:
 
 
 def read_branch(repository: Repository, name: str) -> Files | None:
-    """The files of the session that a branch holds (see publish.py), read from git's objects; None if there is no such
-    branch.
-
-    Args:
-        name: a local branch's, or a remote one's with or without the remote.
-    """
+    """The files of the session that a branch holds (see export.py), read from git's objects; None if there is no such
+    branch: a local one, or a remote one with or without the remote."""
     refs = repository.git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes").split("\n")
     remotes = [ref for ref in refs if ref.startswith("refs/remotes/") and name in (ref[13:], ref.split("/", 3)[-1])]
-    ref = next(iter([ref for ref in refs if ref == f"refs/heads/{name}"] + remotes), None)
+    ref = f"refs/heads/{name}" if f"refs/heads/{name}" in refs else next(iter(remotes), None)
     if ref is None:
         return None
     sizes, blobs = {}, {}

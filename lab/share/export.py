@@ -1,4 +1,9 @@
-"""An export: the journal of a session, what can't be derived of it, and views of it for people (see verify.py)."""
+"""An export: the journal of a session, what can't be derived of it, and views of it for people (see verify.py).
+
+Published it is a branch that others can build on, exp/DEVICE/TAG: it begins at the session's first commit, has a commit
+for each kept change of train.py, so that what it changes of train.py is the best configuration, and ends with one that
+adds the export as the folder session/.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +39,38 @@ def export_session(session: Session, target: Path) -> Path:
     if os.path.lexists(target):
         raise LabError(f"{target} exists; remove it, or export under another name")
     return archive.write(files_of(session), Path(target), session.name.replace("/", "-"))
+
+
+def publish(session: Session, replace: bool = False) -> tuple[str, str]:
+    """Makes the branch of a session; nothing that is checked out is touched, nothing is sent.
+
+    Args:
+        replace: an older one of that name.
+
+    Returns:
+        (the branch, its last commit).
+
+    Raises:
+        LabError: there is another branch of that name, or the session is damaged; nothing was changed.
+    """
+    repository, branch, files = session.repository, f"exp/{session.name}", files_of(session)
+    commit = session.started.commit
+    for experiment in verified(files).state.kept:  # as it may leave this machine
+        if experiment.number and experiment.applied:
+            commit = repository.commit(commit, experiment.blob, experiment.description, like=experiment.here)
+    files = archive.sealed(files) | {archive.ATTRIBUTES: archive.UNCHANGED}
+    files = {archive.PUBLISHED + name: data for name, data in files.items()}
+    commit = repository.commit_files(commit, archive.PUBLISHED, files, f"session {session.name}: its export")
+    there = repository.commit_of(f"refs/heads/{branch}")
+    if there and repository.git("diff", "--name-only", there, commit) == "":
+        return branch, there
+    if there and not replace:
+        raise LabError(
+            f"the branch {branch} exists, at {there[:7]}, and holds something else than this session now: "
+            "--replace replaces it"
+        )
+    repository.git("branch", "--no-track", *["--force"] * bool(there), branch, commit)
+    return branch, commit
 
 
 def files_of(session: Session) -> Files:

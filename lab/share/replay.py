@@ -8,7 +8,6 @@ far, and what is kept moves the branch.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import statistics
@@ -21,7 +20,6 @@ from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
 from lab.genome.syntax import describe, normalised
 from lab.session.record import Record
-from lab.session.locks import refuse_if_busy
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment
 from lab.share import sources
@@ -37,27 +35,19 @@ EFFECT = "{value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6
 
 @dataclass
 class Candidate:
-    """A change from elsewhere, and what becomes of it here.
+    """A change from elsewhere, and what becomes of it here."""
 
-    Attributes:
-        change: the experiment there. description: of it, a clean line. origin: "DEVICE/TAG/ID" of who made it first.
-        before, after: train.py there. why: it can't be had, is not to be run, or was known before.
-        content: the train.py to run; None if nothing is. here: what it is made of.
-        again: the experiment that is to be run more often. done: the one that told, or tells now.
-        conflicts: the lines where it does not apply.
-    """
-
-    change: Experiment
-    description: str
-    origin: str
-    before: bytes = b""
+    change: Experiment  # there
+    description: str  # of it, a clean line
+    origin: str  # "DEVICE/TAG/ID" of who made it first
+    before: bytes = b""  # train.py there
     after: bytes = b""
-    why: str = ""
-    content: bytes | None = None
-    here: bytes = b""
-    again: Experiment | None = None
-    done: Experiment | None = None
-    conflicts: list[Conflict] = field(default_factory=list)
+    why: str = ""  # it can't be had, is not to be run, or was known before
+    content: bytes | None = None  # the train.py to run; None if nothing is
+    here: bytes = b""  # what that is made of
+    again: Experiment | None = None  # that is to be run more often
+    done: Experiment | None = None  # that told, or tells now
+    conflicts: list[Conflict] = field(default_factory=list)  # the lines where it does not apply
 
 
 def candidates(record: Record, more: bool = False) -> list[Candidate]:
@@ -77,26 +67,25 @@ def candidates(record: Record, more: bool = False) -> list[Candidate]:
     state = record.state
     near = [e for e in state.decided if e.near_miss and e.status == "discard" and e.kind not in MEASURING]
     beside = [e for e in state.decided if e.kind == "replay" and e.status == "keep"]
-    kept = [e for e in state.kept if e.number]
-    if not kept + (near + beside) * more:
-        hint = "; --all takes its near misses" * bool(near and not more)
+    changes = [e for e in state.kept if e.number] + (near + beside) * more
+    if not changes:
+        hint = "; --all takes its near misses" * bool(near)
         raise LabError(f"{record.name} kept no change: there is nothing to replay{hint}")
-    return [_candidate(record, e) for e in sorted(kept + (near + beside) * more, key=lambda e: e.number)]
+    found = []
+    for change in sorted(changes, key=lambda change: change.number):
+        description = untrusted.one_line(change.description, WIDTH) or f"change {change.number} of {record.name}"
+        candidate = Candidate(change, description, change.origin or f"{record.name}/{change.change}")
+        if not change.key:
+            candidate.why = "it changes comments or layout alone"
+        try:
+            candidate.before, candidate.after = record.train(change.onto or 0), record.train(change.number)
+        except LabError as error:
+            candidate.why = str(error)
+        found.append(candidate)
+    return found
 
 
-def _candidate(record: Record, change: Experiment) -> Candidate:
-    description = untrusted.one_line(change.description, WIDTH) or f"change {change.number} of {record.name}"
-    candidate = Candidate(change, description, change.origin or f"{record.name}/{change.change}")
-    try:
-        candidate.before, candidate.after = record.train(change.onto or 0), record.train(change.number)
-    except LabError as error:
-        candidate.why = str(error)
-    if not change.key:
-        candidate.why = candidate.why or "it changes comments or layout alone"
-    return candidate
-
-
-def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, stack: bool, runs: int = 1) -> None:
+def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, stack: bool, runs: int) -> None:
     """Says what is to be done with a candidate.
 
     Args:
@@ -123,9 +112,9 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
             return
         same = (e for e in decided if e.digest == digest and e.onto == onto.number)
         known = state.equal(digest) if stack else next(same, None)
-        if known is None:
-            candidate.content, candidate.here = content, here
-            return
+    if known is None:
+        candidate.content, candidate.here = content, here
+        return
     seeds = set(map(gate.seed, range(runs)))
     missing = any(seeds - state.results(blob or "").keys() for blob in (known.blob, known.parent))
     if not stack and known.status in ("keep", "discard") and runs > 1 and missing:
@@ -140,7 +129,7 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
 
 
 def go(session: Session, options) -> int:
-    """Replays a session's changes; see __main__.py for the options."""
+    """Replays a session's changes; see cli/arguments.py for the options."""
     if not 1 <= options.runs <= MOST_RUNS:
         raise LabError(f"--runs is at least 1 and at most {MOST_RUNS}")
     record = sources.read(options.source)
@@ -148,7 +137,10 @@ def go(session: Session, options) -> int:
         raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
     changes = candidates(record, options.all)
 
-    say = (lambda text: None) if options.json else functools.partial(print, flush=True)
+    def say(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)
+
     onto = "best so far" if options.stack else "baseline"
     runs = f"at least {counted(options.runs, 'run')} of {session.budget:g} s"
     say(f"{counted(len(changes), 'change')} of {record.name}, each on the {onto}, {runs}")
@@ -158,7 +150,6 @@ def go(session: Session, options) -> int:
             say(f"its {name} is {there}, here it is {here}: only effects compare")
     if not options.dry_run:
         say("they are somebody's code, which --dry-run shows: read it first")
-        opening.refuse_if_not_ours(session)
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
         for line in _conflicts(candidate) + _edited(candidate) * options.dry_run:
@@ -167,8 +158,9 @@ def go(session: Session, options) -> int:
         print(json.dumps([_facts(session, candidate) for candidate in changes], indent=1))
     elif not options.dry_run:
         from lab.compare import comparison, tables  # here, because what only replays shall start fast
+        from lab.compare.analysis import Analysis
 
-        compared = comparison.compare([record, sources.of_session(session)])
+        compared = comparison.compare([Analysis(record), Analysis(sources.of_session(session))])
         say(f"\n{tables.transfer(compared)}\n\nall of it: python -m lab compare {options.source} {session.name}")
     return 0
 
@@ -177,6 +169,7 @@ def _carried_out(session: Session, changes: list[Candidate], options, say: Calla
     """Each candidate, once it is done; or, in a dry run, as if all were kept."""
     stacked = None
     if not options.dry_run:
+        opening.refuse_if_not_ours(session)
         _finish(session, say)
         opening.sound_baseline(session)
     for candidate in changes:
@@ -197,8 +190,7 @@ def _finish(session: Session, say: Callable) -> None:
     if (experiment := session.state.oldest_open) and session.supervised:
         say(f"experiment {experiment.number} is running, and comes first")
         opening.await_verdict(session, experiment)
-    with opening.exclusive(session):
-        refuse_if_busy(session.device_lock)
+    with opening.exclusive(session, device=True):
         experiment = session.state.oldest_open
         process = executor.launch(session) if experiment else None
     if experiment:
@@ -209,35 +201,35 @@ def _finish(session: Session, say: Callable) -> None:
 def _run(session: Session, candidate: Candidate, onto: Experiment, options) -> Experiment:
     """Has a candidate's experiment run; the experiment, with its verdict."""
     opening.refuse_if_not_ours(session)
-    with opening.exclusive(session):
-        refuse_if_busy(session.device_lock)
+    with opening.exclusive(session, device=True):
         if session.state.open or options.stack and session.state.best is not onto:
             raise LabError("another command has begun an experiment meanwhile: python -m lab wait, then replay again")
-        experiment = _open(session, candidate, onto, options.stack, options.runs)
+        facts = _further_runs(candidate.again) if candidate.again else _made(session, candidate, onto, options.stack)
+        experiment = session.open_experiment(**{"origin": candidate.origin} | facts, min_runs=options.runs)
         process = executor.launch(session)
     opening.await_verdict(session, experiment, process)
     return experiment
 
 
-def _open(session: Session, candidate: Candidate, onto: Experiment, stack: bool, runs: int) -> Experiment:
+def _further_runs(known: Experiment) -> dict:
+    """What opens further runs of what was decided before, and of its parent."""
+    names = "blob parent onto description digest complexity portable change family kinds diff".split()
+    facts = {name: getattr(known, name) for name in names} | ({"origin": known.origin} if known.origin else {})
+    return facts | {"kind": "repeat", "commit": known.here, "members": [known.number]}
+
+
+def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool) -> dict:
+    """What opens an experiment with a candidate's train.py, which is committed with the line ends that are here."""
     repository = session.repository
-    if known := candidate.again:  # further runs of what was decided before, and of its parent
-        names = "blob parent onto description digest complexity portable change family kinds diff".split()
-        facts = {name: getattr(known, name) for name in names}
-        facts |= {"kind": "repeat", "commit": known.here, "members": [known.number]}
-        return session.open_experiment(**facts, origin=known.origin or candidate.origin, min_runs=runs)
     head = opening.head_of_best(session) if stack else onto.commit
     if stack and describe(repository.train()).digest != onto.digest:
         raise LabError("train.py has an edit of yours; run that first, or put it back: git checkout -- train.py")
     content = candidate.content or b""
     if b"\r\n" in repository.content(onto.blob):
         content = content.replace(b"\n", b"\r\n")
-    facts = opening.facts_of_change(session, onto, content)
-    facts |= {
-        "kind": "change" if stack else "replay",
-        "commit": repository.commit(head, facts["blob"], candidate.description),
-    }
-    return session.open_experiment(**facts, description=candidate.description, origin=candidate.origin, min_runs=runs)
+    facts = opening.facts_of_change(session, onto, content) | {"description": candidate.description}
+    commit = repository.commit(head, facts["blob"], candidate.description)
+    return facts | {"kind": "change" if stack else "replay", "commit": commit}
 
 
 # --- Telling ---

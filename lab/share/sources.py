@@ -114,9 +114,11 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     )
 
 
-def import_session(
-    source: str, device: str | None = None, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
-) -> Path:
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def import_session(source: str, device: str | None = None, say: Callable[[str], None] = _on_stderr) -> Path:
     """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG.
 
     Args:

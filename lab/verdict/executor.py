@@ -7,7 +7,6 @@ jobs over several devices.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import subprocess
@@ -26,15 +25,7 @@ from lab.reasons import Reason, because
 from lab.run import runner
 from lab.run.guard import OWN
 from lab.run.outcome import Outcome
-from lab.session.events import (
-    ExperimentApplied,
-    ExperimentDecided,
-    ExperimentJudged,
-    HarnessFailed,
-    RunEnded,
-    RunScored,
-    StakeReserved,
-)
+from lab.session import events
 from lab.session.journal import sync_files
 from lab.session.repository import TRAIN
 from lab.session.session import SUPERVISOR, Session
@@ -91,7 +82,7 @@ def supervise(session: Session) -> None:
                     if not advance(session, experiment):
                         return
                 except Exception:  # not a Stop, which says what to do: a mistake of the lab's own, which must end, too
-                    session.log(HarnessFailed(experiment=experiment.number))
+                    session.log(events.HarnessFailed(experiment=experiment.number))
                     traceback.print_exc()
                     if experiment.failures < TRIES:
                         raise
@@ -104,7 +95,7 @@ def advance(session: Session, experiment: Experiment) -> bool:
     if wanted.verdict is None and session.held:
         return False
     if wanted.stake is not None and experiment.stake is None:
-        session.log(StakeReserved(experiment=experiment.number, stake=wanted.stake))
+        session.log(events.StakeReserved(experiment=experiment.number, stake=wanted.stake))
     if wanted.score:
         score_again(session, experiment, session.state.runs[wanted.score[0]])
     elif wanted.jobs:
@@ -120,9 +111,9 @@ def decide(session: Session, experiment: Experiment, wanted: Plan) -> None:
     if verdict is None:
         raise LabError(f"experiment {experiment.number} wants nothing and has no verdict; please report it")
     if experiment.min_runs > 1 and experiment.judged is None and verdict.status in ("keep", "discard"):
-        session.log(ExperimentJudged(experiment=experiment.number, verdict=verdict))
+        session.log(events.ExperimentJudged(experiment=experiment.number, verdict=verdict))
     else:
-        session.log(ExperimentDecided(experiment=experiment.number, verdict=verdict))
+        session.log(events.ExperimentDecided(experiment=experiment.number, verdict=verdict))
 
 
 # --- Runs ---
@@ -149,20 +140,13 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
         print(session.write_ledger())
         if session.started.sandbox is None:  # in a sandbox a run can't have done it
             status, reason = "invalid", because("changed_ledger")
-    elsewhere = other_conditions(session, outcome.result) if status == "ok" else None
-    if status == "ok" and (why := elsewhere or disturbance(session, job.blob, outcome.result or {})):
+    result = outcome.result or {}
+    elsewhere = other_conditions(session, result) if status == "ok" else None
+    if status == "ok" and (why := elsewhere or disturbance(session, job.blob, result)):
         status, reason = "disturbed", why
     sync_files(folder)
-    session.log(
-        RunEnded(
-            run=run.number,
-            status=status,  # pyright: ignore[reportArgumentType]
-            reason=reason,
-            result=outcome.result,
-            seconds=outcome.seconds,
-            traceback=outcome.traceback,
-        )
-    )
+    facts = {"result": outcome.result, "seconds": outcome.seconds, "traceback": outcome.traceback}
+    session.log(events.RunEnded(run=run.number, status=status, reason=reason, **facts))  # pyright: ignore
     if elsewhere:
         raise LabError(
             f"{elsewhere}. Rows that can't be compared are not compared: put back what was there when the "
@@ -195,13 +179,10 @@ def _ledger(session: Session) -> bytes:
     return session.ledger.read_bytes() if session.ledger.exists() else b""
 
 
-def other_conditions(session: Session, result: dict | None) -> Reason | None:
+def other_conditions(session: Session, result: dict) -> Reason | None:
     """What a run was made under that is not what the session began with."""
-    wrong = [
-        f"{name} {(result or {}).get(name)} instead of {pinned}"
-        for name in CONDITIONS
-        if (pinned := getattr(session.started, name)) != (result or {}).get(name)
-    ]
+    pinned = {name: getattr(session.started, name) for name in CONDITIONS}
+    wrong = [f"{name} {result.get(name)} instead of {at}" for name, at in pinned.items() if result.get(name) != at]
     return because("other_conditions", what=", ".join(wrong)) if wrong else None
 
 
@@ -241,20 +222,16 @@ def score_again(session: Session, experiment: Experiment, run: Run) -> None:
         return
     sync_files(asked.folder)
     if isinstance(scores, Reason):
-        session.log(RunScored(run=run.number, problem=scores))
+        session.log(events.RunScored(run=run.number, problem=scores))
         return
+    scored = events.RunScored(run=run.number, val_bpb=scores.val_bpb, held_out_bpb=scores.held_out_bpb)
     rows = asked.folder / "rows.npz"
-    parent = scored_parent(experiment, session.state) if experiment.kind != "confirm" else None
-    session.log(
-        RunScored(
-            run=run.number,
-            val_bpb=scores.val_bpb,
-            held_out_bpb=scores.held_out_bpb,
-            rows=hashlib.sha256(rows.read_bytes()).hexdigest() if rows.exists() else "",
-            against=parent.number if parent else None,
-            error=sampling_error(rows, session.run_folder(parent.number) / "rows.npz") if parent else None,
-        )
-    )
+    if rows.exists():
+        scored.rows = storage.sha256(rows)
+    if experiment.kind != "confirm" and (parent := scored_parent(experiment, session.state)):
+        scored.against = parent.number
+        scored.error = sampling_error(rows, session.run_folder(parent.number) / "rows.npz")
+    session.log(scored)
 
 
 def sampling_error(rows: Path, others: Path) -> float | None:
@@ -286,17 +263,16 @@ def apply(session: Session, experiment: Experiment) -> None:
             f"the session's branch is gone; get it back with: git branch {session.branch} "
             f"{(done[-1] if done else experiment).here}; then: python -m lab wait"
         )
-    if kept:
-        if repository.blob_of(head) != experiment.blob:
-            if repository.commit_of(f"{commit}^") != head:  # somebody has committed to the branch meanwhile
-                commit = repository.commit(head, experiment.blob, experiment.description)
-            repository.move(f"refs/heads/{session.branch}", commit, head)
-        else:
-            commit = head
+    if kept and repository.blob_of(head) == experiment.blob:
+        commit = head
+    elif kept:
+        if repository.commit_of(f"{commit}^") != head:  # somebody has committed to the branch meanwhile
+            commit = repository.commit(head, experiment.blob, experiment.description)
+        repository.move(f"refs/heads/{session.branch}", commit, head)
     if experiment.kind not in BESIDE:
         left_alone = repository.settle(session.branch, experiment.blob, experiment.parent or experiment.blob)
     tidy(session, experiment, keep=kept or experiment.kind == "baseline")
-    session.log(ExperimentApplied(experiment=experiment.number, commit=commit, left_alone=left_alone))
+    session.log(events.ExperimentApplied(experiment=experiment.number, commit=commit, left_alone=left_alone))
     if said := session.write_ledger():
         print(said, file=sys.stderr)
 

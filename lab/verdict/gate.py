@@ -35,8 +35,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-import msgspec
+from msgspec.structs import replace as replace_evidence
 
 from lab.reasons import Reason, because
 from lab.session.events import Evidence
@@ -89,18 +90,12 @@ def pooled(groups: Iterable[Sequence[float]], prior_sd: float, prior_df: int = P
 
 @dataclass(frozen=True)
 class Account:
-    """What a session has staked and earned.
+    """What a session has staked and earned."""
 
-    Attributes:
-        staked: on all tests so far, in false keeps to be expected; what open tests have reserved is staked already.
-        keeps: because they were better. tests: since the last of these, open ones too.
-        loss: bits per byte that simplifications may have cost, in all.
-    """
-
-    staked: float = 0.0
-    keeps: int = 0
-    tests: int = 0
-    loss: float = 0.0
+    staked: float = 0.0  # on all tests so far, open ones too, in false keeps to be expected
+    keeps: int = 0  # because they were better
+    tests: int = 0  # since the last of these, open ones too
+    loss: float = 0.0  # bits per byte that simplifications may have cost, in all
 
     @property
     def stake(self) -> float:
@@ -114,14 +109,10 @@ class Account:
 
     def after(self, evidence: Evidence) -> Account:
         """The account after a verdict."""
+        staked = self.staked + evidence.stake
         if evidence.better:
-            return replace(self, staked=self.staked + evidence.stake, keeps=self.keeps + 1, tests=0)
-        return replace(
-            self,
-            staked=self.staked + evidence.stake,
-            tests=self.tests + (evidence.stake > 0),
-            loss=self.loss + evidence.loss,
-        )
+            return replace(self, staked=staked, keeps=self.keeps + 1, tests=0)
+        return replace(self, staked=staked, tests=self.tests + (evidence.stake > 0), loss=self.loss + evidence.loss)
 
     def reserving(self, stake: float) -> Account:
         """The account while a test is open that has this stake: as if it were lost."""
@@ -130,14 +121,9 @@ class Account:
 
 @dataclass(frozen=True)
 class Step:
-    """What to do next, or the verdict.
+    """What to do next, or the verdict."""
 
-    Attributes:
-        action: "run candidate" or "run parent" (with `seed`), "keep" or "discard".
-        reason: why. evidence: the numbers that it rests on.
-    """
-
-    action: str
+    action: str  # "run candidate" or "run parent" (with `seed`), "keep" or "discard"
     reason: Reason
     seed: int | None = None
     evidence: Evidence = Evidence()
@@ -182,14 +168,8 @@ def next_step(
         parent_runs=parents,
         stake=stake if runs > 1 else 0.0,
     )
-    facts = {
-        "amount": abs(gain),
-        "direction": "better" if gain > 0 else "worse",
-        "t": abs(t),
-        "runs": runs,
-        "parent_runs": parents,
-    }
-
+    direction = "better" if gain > 0 else "worse"
+    facts = {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": parents}
     common = candidate.keys() & parent.keys()
     if simpler and common and all(candidate[one] == parent[one] for one in common):
         equal = replace_evidence(evidence, simpler=True, stake=0.0)
@@ -225,17 +205,10 @@ def next_step(
         hope = max(hope, chance(1 - CONFIDENCE, less=allowed))
     if not hope >= WORTH:
         return Step("discard", reason, evidence=evidence)
-    action, which = (
-        ("run parent", missing[0])
-        if missing
-        else ("run candidate", next(one for one in map(seed, range(runs + 1)) if one not in candidate))
-    )
-    evidence = replace_evidence(evidence, near_miss=False, stake=0.0)
-    return Step(action, because("worth_another_run", **facts), seed=which, evidence=evidence)
-
-
-def replace_evidence(evidence: Evidence, **changes) -> Evidence:
-    return msgspec.structs.replace(evidence, **changes)
+    reason, evidence = because("worth_another_run", **facts), replace_evidence(evidence, near_miss=False, stake=0.0)
+    if missing:
+        return Step("run parent", reason, missing[0], evidence)
+    return Step("run candidate", reason, next(s for s in map(seed, range(runs + 1)) if s not in candidate), evidence)
 
 
 def smallest_detectable(noise: Noise, account: Account, power: float = 0.8) -> float:
@@ -284,6 +257,7 @@ def t_tail(t: float, df: int) -> float:
     return max(0.0, (1 - within) / 2)
 
 
+@lru_cache(maxsize=4096)  # of few levels and degrees of freedom, thousands of times
 def t_quantile(tail: float, df: int) -> float:
     """The t that is exceeded with probability `tail`, by bisection; `tail` at most 0.5. Infinite below 1e-12, where
     rounding hides the tail: a test without a level keeps nothing."""

@@ -17,7 +17,8 @@ from lab.genome.kinds import of_change
 from lab.genome.syntax import TRAIN, describe
 from lab.reasons import sentence
 from lab.run import runner
-from lab.session.session import HELD, Session
+from lab.session.locks import refuse_if_busy
+from lab.session.session import Session
 from lab.session.state import Experiment
 from lab.verdict import near_misses
 
@@ -25,14 +26,17 @@ RUNNING = "an experiment is running; wait for it: python -m lab wait"
 POLL = 0.1  # seconds
 PATIENCE = 0.5  # seconds for somebody who only looks whether the lock is free, or is about to let go of it
 LONGEST_DESCRIPTION = 500  # characters
-SAID_OF_HELD: dict[str, str] = dict(
-    zip(HELD, ("this session is paused", "this session was stopped, at the end of a night"), strict=True)
-)
+SAID_OF_HELD = {"paused": "this session is paused", "stopped": "this session was stopped, at the end of a night"}
 
 
 @contextmanager
-def exclusive(session: Session, patience: float = PATIENCE, say=lambda line: print(line, file=sys.stderr)):
-    """The session to oneself, resumed. LabError while something runs."""
+def exclusive(
+    session: Session,
+    patience: float = PATIENCE,
+    say=lambda line: print(line, file=sys.stderr),
+    device: bool = False,
+):
+    """The session to oneself, resumed. LabError while something runs; `device`: also on its device, of another one."""
     try:
         lock = session.lock.acquire(timeout=patience, poll_interval=0.01)
     except filelock.Timeout:
@@ -42,6 +46,8 @@ def exclusive(session: Session, patience: float = PATIENCE, say=lambda line: pri
             raise LabError(RUNNING)
         for line in session.recover(runner.end):
             say(line)
+        if device:
+            refuse_if_busy(session.device_lock)
         yield
 
 
@@ -192,8 +198,6 @@ def await_verdict(
 
 def last_words(session: Session) -> str:
     """The last line that the process which carries out experiments has left."""
-    try:
-        lines = (session.folder / "supervisor.log").read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
+    log = session.folder / "supervisor.log"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "it was killed"

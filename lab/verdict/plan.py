@@ -13,6 +13,7 @@ from enum import IntEnum
 
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
+from lab.session.session import HELD
 from lab.session.state import Experiment, Run, State
 from lab.verdict import gate
 from results import apart
@@ -22,7 +23,6 @@ TRIES = 3  # of a run on a device that is not itself, of a parent that fails, of
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
-HELD = ("paused", "stopped")  # codes of reasons that a run was ended for, without a fault of its own
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
 
@@ -47,25 +47,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment wants.
-
-    Attributes:
-        jobs: runs, the most urgent first. score: numbers of runs whose weights are to be scored again.
-        verdict: what is decided; nothing is wanted any more. stake: to be reserved before the jobs are begun.
-    """
+    """What an experiment wants."""
 
     jobs: tuple[Job, ...] = ()
-    score: tuple[int, ...] = ()
-    verdict: Verdict | None = None
-    stake: float | None = None
+    score: tuple[int, ...] = ()  # numbers of runs whose weights are to be scored again
+    verdict: Verdict | None = None  # what is decided: nothing is wanted any more
+    stake: float | None = None  # to be reserved before the jobs are begun
 
 
 def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
     if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
-    planned = {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
-    return planned
+    return {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
 
 
 # --- What every session's verdicts rest on ---
@@ -83,10 +77,9 @@ def noise_of(state: State) -> gate.Noise:
 def said_of_noise(state: State) -> str:
     """How far chance moves val_bpb, and what can be seen all the same."""
     noise = noise_of(state)
-    smallest = gate.smallest_detectable(noise, account_of(state))
     return (
         f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
-        f"{smallest:.6f} to be kept four times in five"
+        f"{gate.smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five"
     )
 
 
@@ -95,9 +88,8 @@ def account_of(state: State) -> gate.Account:
     account = gate.Account()
     for experiment in state.decided:
         if evidence := experiment.verdict.evidence:
-            account = account.after(
-                gate.replace_evidence(evidence, loss=0.0) if experiment.kind == "replay" else evidence
-            )
+            beside = experiment.kind == "replay"  # it costs the branch nothing
+            account = account.after(gate.replace_evidence(evidence, loss=0.0) if beside else evidence)
     for experiment in state.open:
         if experiment.stake is not None and experiment.decided is None:
             account = account.reserving(experiment.stake)
@@ -144,28 +136,23 @@ def _change(change: Experiment, state: State) -> Plan:
         stake=change.stake,
     )
     if step.seed is not None:
-        candidate = step.action == "run candidate"
-        blob = change.blob if candidate else parent.blob
+        blob, urgency = parent.blob, Urgency.PARENT
+        if step.action == "run candidate":
+            blob, urgency = change.blob, Urgency.REPEAT if sound else Urgency.FIRST
         if step.seed in _begun(state, blob):
             return Plan()
-        urgency = Urgency.PARENT if not candidate else Urgency.REPEAT if sound else Urgency.FIRST
         reserve = account_of(state).stake if sound and change.stake is None else None
         return Plan((Job(blob, step.seed, state.started.budget or 0.0, urgency),), stake=reserve)
-    verdict = Verdict(
-        "keep" if step.action == "keep" else "discard",
-        step.reason,
-        statistics.fmean(run.bpb for run in sound),
-        statistics.fmean(state.results(parent.blob).values()),
-        step.evidence,
-    )
-    if verdict.status == "keep":
-        best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
-        if best.scored is None:
-            return Plan(score=(best.number,))
-        if problem := disagreement(best) or _not_held_out(best, state):
-            evidence = gate.replace_evidence(step.evidence, better=False, simpler=False, loss=0.0)
-            verdict = Verdict("invalid", problem, verdict.mean, verdict.parent_mean, evidence)
-    return Plan(verdict=verdict)
+    means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
+    if step.action == "discard":
+        return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
+    best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
+    if best.scored is None:
+        return Plan(score=(best.number,))
+    if problem := disagreement(best) or _not_held_out(best, state):
+        evidence = gate.replace_evidence(step.evidence, better=False, simpler=False, loss=0.0)
+        return Plan(verdict=Verdict("invalid", problem, *means, evidence))
+    return Plan(verdict=Verdict("keep", step.reason, *means, step.evidence))
 
 
 def _further(change: Experiment, state: State) -> Plan:
@@ -195,29 +182,24 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
         return Plan(score=unscored)
     if problem := next(filter(None, map(disagreement, sound)), None):
         return Plan(verdict=Verdict("invalid", problem))
-    budget, parent = confirmation.budget or state.started.budget or 0.0, confirmation.parent or ""
-    jobs = []
-    for pair in range(confirmation.pairs):
-        seed = CONFIRM_SEEDS + 100 * confirmation.number + pair
-        order = (confirmation.blob, parent) if pair % 2 == 0 else (parent, confirmation.blob)
-        asked = {(run.blob, run.seed) for run in confirmation.runs if run.ok or run.ended is None}
-        jobs += [Job(blob, seed, budget, Urgency.REPEAT) for blob in order if (blob, seed) not in asked]
+    budget, best, parent = confirmation.budget or state.started.budget or 0.0, confirmation.blob, state.baseline.blob
+    seeds = [CONFIRM_SEEDS + 100 * confirmation.number + pair for pair in range(confirmation.pairs)]
+    order = [
+        (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
+    ]
+    asked = {(run.blob, run.seed) for run in confirmation.runs if run.ok or run.ended is None}
+    jobs = [Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in order if (blob, seed) not in asked]
     if jobs or _under_way(confirmation):
         return Plan(tuple(jobs))
+    runs = {(run.blob, run.seed): run.scored for run in sound}
 
     def interval(rows: str) -> Interval:
-        scores = {
-            blob: {run.seed: getattr(run.scored, rows) for run in sound if run.blob == blob}
-            for blob in (confirmation.blob, parent)
-        }
-        return gate.interval(
-            [scores[parent][seed] - score for seed, score in sorted(scores[confirmation.blob].items())]
-        )
+        return gate.interval([getattr(runs[parent, s], rows) - getattr(runs[best, s], rows) for s in seeds])
 
     gains = Gains(val_bpb=interval("val_bpb"), held_out_bpb=interval("held_out_bpb"))
     gain, low, high = gains["held_out_bpb"]
     reason = because("confirmed", pairs=confirmation.pairs, gain=gain, low=low, high=high)
-    mean = statistics.fmean(run.bpb for run in sound if run.blob == confirmation.blob)
+    mean = statistics.fmean(run.bpb for run in sound if run.blob == best)
     return Plan(verdict=Verdict("keep", reason, mean, gains=gains))
 
 
@@ -246,7 +228,7 @@ def _failure(experiment: Experiment, runs: list[Run], state: State) -> Verdict |
             return _unjudged("invalid", run.reason)
     for run in runs:
         if run.status in ("crash", "invalid") and run.reason:
-            return Verdict("crash" if run.status == "crash" else "invalid", run.reason)
+            return Verdict(run.status, run.reason)  # pyright: ignore[reportArgumentType]
         again = [one for one in runs if (one.status, one.blob, one.seed) == ("disturbed", run.blob, run.seed)]
         if len(again) >= TRIES:
             return _unjudged("invalid", because("disturbed", why=again[-1].reason, times=len(again)))
@@ -274,7 +256,7 @@ def disagreement(run: Run) -> Reason | None:
     """Why a run's own score is not believed, after its weights were scored again."""
     scored = run.scored
     if scored is None or scored.val_bpb is None:
-        return because("not_scored_again", problem=scored.problem if scored else None)
+        return because("not_scored_again", problem=scored and scored.problem)
     if not abs(scored.val_bpb - run.bpb) <= AGREES:
         return because("other_score", reported=run.bpb, again=scored.val_bpb)
     return None
@@ -298,11 +280,5 @@ def _not_held_out(run: Run, state: State) -> Reason | None:
 def scored_parent(experiment: Experiment, state: State) -> Run | None:
     """The run of an experiment's parent that its weights' scores are compared with."""
     parent = state.parent_of(experiment)
-    return (
-        next(
-            (run for run in parent.runs if run.blob == parent.blob and run.scored and run.scored.val_bpb is not None),
-            None,
-        )
-        if parent
-        else None
-    )
+    runs = [run for run in parent.own_runs if run.scored and run.scored.val_bpb is not None] if parent else []
+    return next(iter(runs), None)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def worked(path) -> Session:
     sessions.attempt(session, with_(BASE, A=0.1, FAILS="crash"), message="fails")
     sessions.attempt(session, with_(BASE, A=0.1, C=0.05), message="C <b>more</b>")
     return session
+
+
+def moved(template: Path, target: Path) -> None:
+    """Copies a home and the repositories of its sessions, with the paths of each other that they hold."""
+    shutil.copytree(template, target, dirs_exist_ok=True)
+    for path in target.rglob("*"):
+        if path.is_file() and "objects" not in path.parts and str(template).encode() in (data := path.read_bytes()):
+            path.write_bytes(data.replace(str(template).encode(), str(target).encode()))
 
 
 def confirm(session, pairs=2, **facts):

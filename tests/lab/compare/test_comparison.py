@@ -8,7 +8,7 @@ from records import EVAL, Builder, analysed, session
 
 from lab.compare import tables
 from lab.compare.analysis import Analysis, sort_of
-from lab.compare.comparison import compare, of_analyses
+from lab.compare.comparison import compare
 from lab.errors import LabError
 
 H100, CPU, M4 = "nvidia-h100-80gb", "cpu-amd-epyc-2c-24gb", "apple-m4-16gb"
@@ -45,7 +45,7 @@ def ledger(device, rows):
 
 @pytest.fixture
 def ledgers():
-    return [ledger(H100, BIG).record(), ledger(M4, SMALL).record()]
+    return [analysed(ledger(H100, BIG), None), analysed(ledger(M4, SMALL), None)]
 
 
 def shown_and_replayed(there, source=(-0.010,) * 3, known=True, **facts):
@@ -94,7 +94,7 @@ def test_words_join_where_there_is_nothing_else_and_are_said_to(ledgers):
     [((-0.011, -0.009, -0.010), "holds"), ((0.0, 0.001, -0.001), "fades"), ((0.010, 0.009, 0.010), "reverses")],
 )
 def test_a_replay_is_joined_by_its_origin_and_classed(there, said):
-    compared = of_analyses(shown_and_replayed(there))
+    compared = compare(shown_and_replayed(there))
     (change,) = compared.shared
     assert (change.key, change.source, change.joined, change.kind) == (A, H100, "change", "schedule")
     assert change.cells[H100].verdict == "source" and change.cells[H100].effect.value == pytest.approx(-0.010)
@@ -103,7 +103,7 @@ def test_a_replay_is_joined_by_its_origin_and_classed(there, said):
 
 
 def test_what_was_not_measured_since_is_shown_and_not_believed():
-    compared = of_analyses(shown_and_replayed((-0.010,) * 3, known=False))
+    compared = compare(shown_and_replayed((-0.010,) * 3, known=False))
     assert cell(compared, H100).effect.flattered and cell(compared, H100).effect.value == pytest.approx(-0.02)
     assert cell(compared).verdict == "can't be told" and cell(compared).more["source"] > 0
     text = " ".join(tables.text(compared).split())
@@ -113,7 +113,7 @@ def test_what_was_not_measured_since_is_shown_and_not_believed():
 def test_what_was_discarded_looks_worse_beside_a_parent_that_flatters_itself():
     """And no replay takes it: none is asked for."""
     first = session(H100, "night").change(1, [0.98], "keep", change=A).change(2, [0.985], onto=1, change=B)
-    compared = of_analyses([analysed(first), analysed(session(CPU, "own").change(1, [1.01], change=B))])
+    compared = compare([analysed(first), analysed(session(CPU, "own").change(1, [1.01], change=B))])
     (change,) = compared.shared
     assert change.source == H100 and change.cells[CPU].why == "its parent there flatters itself"
     text = tables.text(compared)
@@ -123,19 +123,19 @@ def test_what_was_discarded_looks_worse_beside_a_parent_that_flatters_itself():
 def test_a_replay_on_its_own_device_measures_the_source():
     first, copy = shown_and_replayed((-0.010,) * 3, known=False)
     again = analysed(session(H100, "again").replay(1, [0.990, 0.991, 0.989], f"{H100}/night/{A}"))
-    compared = of_analyses([first, again, copy])
+    compared = compare([first, again, copy])
     effect = cell(compared, H100).effect
     assert effect.value == pytest.approx(-0.010) and not effect.flattered
     assert len(cell(compared, H100).tried) == 2 and cell(compared).verdict == "holds"
-    alone = of_analyses([again, copy])  # the session itself is not at hand
+    alone = compare([again, copy])  # the session itself is not at hand
     assert cell(alone).verdict == "holds" and alone.shared[0].source == H100
-    assert tables.transfer(of_analyses([first, again])).startswith(f"Both are of {H100}: ")
-    assert f"  A: {H100}\n  B: {CPU}\n\nThe same change" in tables.transfer(of_analyses([first, copy]))
+    assert tables.transfer(compare([first, again])).startswith(f"Both are of {H100}: ")
+    assert f"  A: {H100}\n  B: {CPU}\n\nThe same change" in tables.transfer(compare([first, copy]))
 
 
 def test_without_its_source_nothing_is_claimed():
     copies = [analysed(session(d, "copy").replay(1, [0.99] * 3, f"{H100}/night/{A}")) for d in (CPU, M4)]
-    compared = of_analyses(copies)
+    compared = compare(copies)
     assert compared.shared[0].source == "" and {c.verdict for c in compared.shared[0].cells.values()} == {""}
     assert compared.agreements[0].same == 1
 
@@ -143,7 +143,7 @@ def test_without_its_source_nothing_is_claimed():
 def test_two_that_made_the_same_change_are_joined_by_its_id():
     one = session(H100, "a").change(1, [0.99] * 3, change=A).change(2, [1.01] * 3, change=B)
     other = session(CPU, "b").change(7, [0.98] * 3, change=A)
-    compared = of_analyses([analysed(one), analysed(other)])
+    compared = compare([analysed(one), analysed(other)])
     assert [change.key for change in compared.shared] == [A] and len(compared.changes) == 2
     assert compared.shared[0].source == H100
 
@@ -152,16 +152,16 @@ def test_a_family_is_shown_as_probably_the_same_and_nothing_is_claimed_of_it():
     def of(device, tag, change, family="a" * 16):
         return analysed(session(device, tag).change(1, [0.99] * 3, change=change, family=family))
 
-    compared = of_analyses([of(H100, "a", A), of(CPU, "b", B)])
+    compared = compare([of(H100, "a", A), of(CPU, "b", B)])
     (change,) = compared.shared
     assert (change.joined, change.source, list(change.cells)) == ("family", "", [H100, CPU])
     assert {c.verdict for c in change.cells.values()} == {""}
     assert [pair.joined for pair in compared.agreements] == ["family"]
     assert "Probably the same change" in tables.text(compared)
-    assert [c.joined for c in of_analyses([of(H100, "a", A), of(CPU, "b", A)]).shared] == ["change"]
-    assert of_analyses([of(H100, "a", A), of(CPU, "b", B, "b" * 16)]).shared == []
+    assert [c.joined for c in compare([of(H100, "a", A), of(CPU, "b", A)]).shared] == ["change"]
+    assert compare([of(H100, "a", A), of(CPU, "b", B, "b" * 16)]).shared == []
     # Where one of three has another id, the family is shown beside what the id joins.
-    three = of_analyses([of(H100, "a", A), of(CPU, "b", A), of(M4, "c", B)])
+    three = compare([of(H100, "a", A), of(CPU, "b", A), of(M4, "c", B)])
     assert [(c.joined, len(c.cells)) for c in three.shared] == [("change", 2), ("family", 3)]
 
 
@@ -169,14 +169,14 @@ def test_another_backend_or_evaluator_or_budget_on_one_device_is_another_place()
     def of(tag, facts=None, **started):
         return analysed(session(CPU, tag, facts=facts, **started).change(1, [0.99] * 3, change=A))
 
-    compared = of_analyses([of("a"), of("b", backend="mlx"), of("c")])
+    compared = compare([of("a"), of("b", backend="mlx"), of("c")])
     assert compared.places == [f"{CPU} (sdpa)", f"{CPU} (mlx)"] and len(compared.shared[0].cells) == 2
-    compared = of_analyses([of("a"), of("d", {"eval": "f" * 12})])
+    compared = compare([of("a"), of("d", {"eval": "f" * 12})])
     assert compared.places == [f"{CPU} (eval eeeeee)", f"{CPU} (eval ffffff)"]
     assert any("same evaluator" in note for note in compared.notes)
     assert tables.text(compared).count("Measured by evaluator") == 2  # no scores beside each other
     short = analysed(Builder(CPU, "e", budget=60.0).baseline(budget=60.0))
-    assert of_analyses([of("a"), short]).places[1] == f"{CPU} (60 s)"
+    assert compare([of("a"), short]).places[1] == f"{CPU} (60 s)"
 
 
 def test_facts_of_a_session():
@@ -185,7 +185,7 @@ def test_facts_of_a_session():
     builder.change(1, [0.98, 0.98], "keep", runs={"total_tokens_M": 2.0}).change(2, [], "crash", onto=1)
     builder.confirm(3, 1, [0.985, 0.987], [1.0, 1.002], (0.015, 0.01, 0.02))
     analysis = analysed(builder)
-    (facts,) = of_analyses([analysis]).facts()["sessions"]
+    (facts,) = compare([analysis]).facts()["sessions"]
     baseline, best = facts["baseline"], facts["best"]
     assert (baseline["val_bpb"], best["val_bpb"], best["number"]) == (1.0, 0.98, 1)
     assert facts["relative"] == pytest.approx(0.02)
@@ -221,7 +221,7 @@ def test_the_noise_is_what_the_session_estimates():
 
 
 def test_a_session_without_a_score():
-    compared = of_analyses([analysed(session(CPU, "a", base=()).change(1, [], "crash"), noise=None)])
+    compared = compare([analysed(session(CPU, "a", base=()).change(1, [], "crash"), noise=None)])
     (facts,) = compared.facts()["sessions"]
     assert facts["gain"] is facts["baseline"] is facts["confirmed"] is None
     assert "crashed" in tables.text(compared)
@@ -230,7 +230,7 @@ def test_a_session_without_a_score():
 def test_kinds_by_sort_of_device():
     one = session(H100, "a").change(1, [0.98] * 3, "keep", kinds=["batch", "schedule"])
     one.change(2, [1.02] * 3, kinds=["batch"]).change(3, [], "crash", kinds=["architecture"])
-    compared = of_analyses([analysed(one), analysed(session(CPU, "b"))])
+    compared = compare([analysed(one), analysed(session(CPU, "b"))])
     paid = {(paid.kind, paid.sort): paid for paid in compared.kinds}
     assert paid.keys() == {("batch", "nvidia datacentre"), ("architecture", "nvidia datacentre")}
     batch, failed = paid["batch", "nvidia datacentre"], paid["architecture", "nvidia datacentre"]
@@ -268,14 +268,14 @@ def test_agreement_over_what_both_measured():
         one.change(number, [1 + effect] * 3)
         other.change(number, [1 + 2 * effect] * 3)
     other.change(9, [], "crash", change="9" * 16)
-    (pair,) = of_analyses([analysed(one), analysed(other)]).agreements
+    (pair,) = compare([analysed(one), analysed(other)]).agreements
     assert (pair.n, pair.same, pair.share[0], pair.flattered) == (5, 5, 1.0, 0)
     assert pair.share[1] < 1 == pair.share[2] and pair.rho[0] == pytest.approx(1.0) and pair.rho[1] < 1
 
 
 def test_scores_against_tokens_and_flops():
     builder = session(CPU, "a", facts={"total_tokens_M": 2.0, "flops_per_token": 1e6})
-    compared = of_analyses([analysed(builder.change(1, [0.9], "keep", runs={"total_tokens_M": 3.0}))])
+    compared = compare([analysed(builder.change(1, [0.9], "keep", runs={"total_tokens_M": 3.0}))])
     (section,) = (section for section in tables.sections(compared) if section.name == "steps")
     rows = [row[1:5] for row in section.parts[0].rows]
     assert rows == [("0", "1.000000", "2", "0.002"), ("1", "0.900000", "3", "0.003")]
@@ -286,7 +286,7 @@ def test_nothing_and_the_same_twice_are_refused():
     with pytest.raises(LabError, match="at least one"):
         compare([])
     with pytest.raises(LabError, match="twice"):
-        compare([session(CPU, "a").record(), session(CPU, "a").record()])
+        compare([analysed(session(CPU, "a")), analysed(session(CPU, "a"))])
 
 
 def test_text_is_narrow_and_hides_no_codes():
@@ -294,7 +294,7 @@ def test_text_is_narrow_and_hides_no_codes():
     first = session(H100, "night").change(1, [0.98], "keep", change=A, description=hostile, kinds=[hostile[:200]])
     copy = session(CPU, "copy", backend="\x1b[2J").replay(1, [0.999, 1.001, 1.0], f"{H100}/night/{A}")
     for noise in (0.001, None):
-        text = tables.text(of_analyses([analysed(first, noise), analysed(copy, noise)]))
+        text = tables.text(compare([analysed(first, noise), analysed(copy, noise)]))
         assert "\x1b" not in text and "\u202e" not in text and "red evil" in text
         assert max(map(len, text.splitlines())) <= 120
 
@@ -302,21 +302,19 @@ def test_text_is_narrow_and_hides_no_codes():
 def test_odd_figures_break_nothing():
     for odd in ({"val_bpb": -1.0}, {"val_bpb": "1"}, {"total_tokens_M": 1e308}, {"mfu_percent": 1e308}, {"eval": 7}):
         builder = session(CPU, "a").change(1, [0.9] * 2, "keep", runs=odd)
-        compared = compare([builder.record()])
+        compared = compare([Analysis(builder.record())])
         json.dumps(compared.facts(), allow_nan=False)
         assert tables.text(compared).replace("\n", "").isprintable()
 
 
 def test_facts_are_json():
-    facts = of_analyses(shown_and_replayed((-0.010,) * 3)).facts()
+    facts = compare(shown_and_replayed((-0.010,) * 3)).facts()
     assert json.loads(json.dumps(facts, allow_nan=False)) == json.loads(json.dumps(facts))
     assert facts["changes"][0]["cells"][CPU]["verdict"] == "holds"
     assert facts["sessions"][0]["eval"] == EVAL
 
 
-def test_one_ledger_under_two_devices_is_said():
-    twice = compare([ledger(H100, BIG).record(), ledger(M4, BIG).record()])
+def test_one_ledger_under_two_devices_is_said(ledgers):
+    twice = compare([analysed(ledger(device, BIG), None) for device in (H100, M4)])
     assert any("hold the same scores: one may be a copy" in note for note in twice.notes)
-    assert not any(
-        "same scores" in note for note in compare([ledger(H100, BIG).record(), ledger(M4, SMALL).record()]).notes
-    )
+    assert not any("same scores" in note for note in compare(ledgers).notes)

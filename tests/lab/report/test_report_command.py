@@ -11,7 +11,7 @@ from report_records import session as made_up
 from sessions import attempt, edited
 
 from lab import __main__ as main
-from lab import report
+from lab.report import page as report
 from lab.errors import LabError
 from lab.session.session import Session
 from lab.verdict.executor import supervise

@@ -5,7 +5,7 @@ from exports import BASE, begun, contents, replayed, with_
 from sessions import DEVICE, TAG, attempt, git
 
 from lab.errors import LabError
-from lab.share import archive, publish, sources
+from lab.share import archive, export, sources
 from lab.share.export import files_of
 
 BRANCH = f"exp/{DEVICE}/{TAG}"
@@ -28,7 +28,7 @@ def everything(session):
 
 def test_the_branch_is_the_kept_steps_and_the_export(session):
     before = everything(session)
-    branch, commit = publish.publish(session)
+    branch, commit = export.publish(session)
     assert (branch, commit) == (BRANCH, session.repository.commit_of(BRANCH)) and everything(session) == before
     path, first = session.repository.path, session.started.commit
     assert git(path, "log", "--format=%s", "--reverse", f"{first}..{BRANCH}").split("\n") == [
@@ -45,20 +45,20 @@ def test_the_branch_is_the_kept_steps_and_the_export(session):
 
 
 def test_nothing_of_the_machine_is_published(session, tmp_path, isolated_home):
-    publish.publish(session)
+    export.publish(session)
     text = git(session.repository.path, "log", "-p", "--format=%B", f"{session.started.commit}..{BRANCH}")
     for private in (str(tmp_path), str(isolated_home), "my project"):
         assert private not in text, private
 
 
 def test_publishing_again_is_the_same_or_asks(session):
-    branch, commit = publish.publish(session)
-    assert publish.publish(session) == (branch, commit)
+    branch, commit = export.publish(session)
+    assert export.publish(session) == (branch, commit)
     attempt(session, with_(BASE, A=0.1, B=0.2, C=0.05), message="B more")
     with pytest.raises(LabError, match=f"exists, at {commit[:7]}.*--replace"):
-        publish.publish(session)
+        export.publish(session)
     assert session.repository.commit_of(BRANCH) == commit
-    _, later = publish.publish(session, replace=True)
+    _, later = export.publish(session, replace=True)
     assert session.repository.commit_of(BRANCH) == later != commit
     assert session.repository.commit_of(f"{later}~2") == session.repository.commit_of(
         f"{commit}^"
@@ -68,12 +68,12 @@ def test_publishing_again_is_the_same_or_asks(session):
 def test_a_branch_of_somebody_else_is_not_replaced_unasked(session):
     git(session.repository.path, "branch", BRANCH, session.started.commit)
     with pytest.raises(LabError, match="holds something else"):
-        publish.publish(session)
+        export.publish(session)
     assert session.repository.commit_of(BRANCH) == session.started.commit
 
 
 def test_what_was_built_on_a_published_branch_holds_its_own_session_alone(session, tmp_path):
-    publish.publish(session)
+    export.publish(session)
     first = session.repository.commit_of(BRANCH)
     session.started.commit = first  # a session that began there
     commit = session.repository.commit_files(first, "session/", {"session/SUMMARY.md": b"new\n"}, "again")
@@ -86,7 +86,7 @@ def test_what_was_built_on_a_published_branch_holds_its_own_session_alone(sessio
 
 @pytest.mark.parametrize("name", [BRANCH, f"origin/{BRANCH}"])
 def test_a_published_branch_is_imported(session, isolated_home, name):
-    publish.publish(session)
+    export.publish(session)
     if name.startswith("origin/"):
         session.repository.git("update-ref", f"refs/remotes/{name}", BRANCH)
         git(session.repository.path, "branch", "-D", BRANCH)
@@ -97,14 +97,14 @@ def test_a_published_branch_is_imported(session, isolated_home, name):
 
 
 def test_a_published_branch_is_read_without_being_checked_out(session):
-    publish.publish(session)
+    export.publish(session)
     before = everything(session)
     assert vars(sources.read(BRANCH).state).keys() == vars(session.state).keys()
     assert sources.read(BRANCH).train(4) == with_(BASE, A=0.1, C=0.05) and everything(session) == before
 
 
 def test_a_published_branch_is_replayed(session, tmp_path, capsys, monkeypatch):
-    publish.publish(session)
+    export.publish(session)
     other = begun(tmp_path / "other", tag="other")
     git(other.repository.path, "fetch", "-q", str(session.repository.path), f"{BRANCH}:{BRANCH}")
     monkeypatch.chdir(other.repository.path)
@@ -128,7 +128,7 @@ def test_a_published_branch_is_replayed(session, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_a_hostile_branch_is_refused(session, tmp_path, isolated_home, entries, match):
-    publish.publish(session)
+    export.publish(session)
     repository = session.repository
     index = tmp_path / "index"
     repository.git("read-tree", BRANCH, GIT_INDEX_FILE=index)
@@ -153,7 +153,7 @@ def test_a_branch_without_a_session_is_refused(session):
 
 
 def test_a_branch_too_large_is_refused_before_it_is_read(session, monkeypatch):
-    publish.publish(session)
+    export.publish(session)
     monkeypatch.setattr(archive, "MOST_BYTES", 1000)
     with pytest.raises(LabError, match="more than 1,000 bytes"):
         sources.read(BRANCH)

@@ -46,12 +46,9 @@ def changed(source, path, change):
 
 
 @pytest.fixture
-def session(tmp_path, runner, monkeypatch):
+def session(copied):
     """One with its baseline run, whose supervisors work at once."""
-    session = begun(tmp_path / "project")
-    monkeypatch.setattr(executor, "launch", exports.AtOnce)
-    monkeypatch.chdir(session.repository.path)
-    return session
+    return copied(begun)
 
 
 def of(session, kind="replay"):

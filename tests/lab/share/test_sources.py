@@ -11,7 +11,7 @@ from test_ledgers import ORIGINAL
 from lab.errors import LabError
 from lab.session import events
 from lab.session.repository import Repository
-from lab.share import publish, sources
+from lab.share import export, sources
 from lab.share.export import export_session
 
 
@@ -38,7 +38,7 @@ def test_an_export_an_import_and_a_branch_tell_the_same(session, tmp_path, isola
         experiment.description = experiment.description.replace(str(tmp_path), "...")
     own = sources.of_session(session)
     target = export_session(session, tmp_path / f"out{ending}")
-    branch, _ = publish.publish(session)
+    branch, _ = export.publish(session)
     assert told(sources.read(target)) == told(sources.read(branch)) == told(own)
     imported(target, isolated_home)
     shutil.rmtree(session.folder)  # where the session itself is not known
