@@ -353,7 +353,7 @@ def test_a_hard_link_to_the_ledger(refused, ran, session):
 # ---- honest edits ----
 
 
-@pytest.mark.parametrize("code", [
+HONEST_CODE = [
     "fake_backend.interface.swish = lambda x: x * 0.5",
     "backend.ops.swish = lambda x: x * 0.5",
     "np.random.seed(SEED)",
@@ -366,7 +366,10 @@ def test_a_hard_link_to_the_ledger(refused, ran, session):
     "import warnings; warnings.simplefilter('ignore')",
     "assert data.tokenizer.decode([1, 2]) and data.train_tokens > 0 and data.token_bytes.sum() > 0",
     "best = {name: weight.copy() for name, weight in backend.weights(model).items()}; backend.set_weights(model, best)",
-])  # fmt: skip
-def test_honest_code_is_not_refused(ran, code):
-    outcome, log = ran(edits(code))
-    assert outcome.status == "ok", (outcome, log)
+]
+
+
+def test_honest_code_is_not_refused(ran):
+    """All of it in one run, which names the first that is."""
+    outcome, log = ran(edits("\n    ".join(f"print({i}); {code}" for i, code in enumerate(HONEST_CODE))))
+    assert outcome.status == "ok" and f"{len(HONEST_CODE) - 1}\n" in log, (outcome, log)
