@@ -1,6 +1,7 @@
 """Fixtures: a judge, and requests of runs of the fake train.py, edited."""
 
 import compileall
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,11 +10,20 @@ import pytest
 import sessions
 
 from lab.run import runner
+from lab.session import repository
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 JUDGED = ("prepare.py", "dataset.py", "storage.py", "results.py", "terminal.py", "backends", "calibration", "lab")
 BUDGET = 0.1
+
+
+@pytest.fixture(autouse=True)
+def disk_is_not_waited_for(monkeypatch) -> None:
+    """No power fails while tests run; those of what a failure would take (test_power_loss, test_journal) see each flush
+    by what they put in place of fsync."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(repository, "durable", lambda: "core.fsync=none")
 
 
 @pytest.fixture(scope="session")

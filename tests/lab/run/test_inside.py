@@ -423,7 +423,8 @@ def test_the_saved_weights_score_the_same(honest):
 ])  # fmt: skip
 def test_scoring_that_is_refused(request_for, honest, edits, reason, monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.3)
-    problem = runner.score(request_for(edits, timeout=3.0), honest[0].folder / "result.safetensors")
+    request = request_for(edits, timeout=3.0 if reason == "timeout" else 30.0)
+    problem = runner.score(request, honest[0].folder / "result.safetensors")
     assert re.search(reason, str(problem)), problem
 
 
