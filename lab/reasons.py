@@ -26,8 +26,9 @@ def because(code: str, **facts: bool | int | float | str | Reason | None) -> Rea
     return Reason(code, facts)
 
 
-# What a run ended with, as seen from outside of it.
-OF_A_RUN = {
+TEXTS: dict[str, str] = {
+    **REFUSALS,
+    # What a run ended with, as seen from outside of it
     "not_believed": "it was refused; the reason that it gives is not the judge's",
     "timeout": "timeout: not done after {seconds:.0f} s, with {budget:g} s for training",
     "flooded": "it printed more than {most} MB",
@@ -53,11 +54,6 @@ OF_A_RUN = {
     "no_clock": "train.py made no Clock",
     "scoring_raised": "{error}: score.log in the run's folder says more",
     "no_scores": "its scores are no positive numbers",
-}
-
-TEXTS: dict[str, str] = {
-    **REFUSALS,
-    **OF_A_RUN,
     # The verdict (verdict/gate.py, verdict/plan.py)
     "baseline": "the baseline",
     "not_run": "not run yet",

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 from lab.errors import LabError
@@ -28,6 +29,7 @@ from lab.untrusted import listed, one_line, plain
 from lab.verdict.opening import best_of
 
 MARK = "LAB_TURN"  # in the environment of everything that a turn starts
+BEGUN = ".git/begun"  # a second index of the clone, of the files as they were when the turn began
 GRACE, GRACE_LEFT = 5.0, 1.0  # seconds between being asked to end and being ended; of what an agent left running
 POLL = 0.1  # seconds
 TIRES = 3  # failures in a row, after which the proposer steps in
@@ -82,14 +84,15 @@ def take_turn(
     _prepare(session)
     log.with_suffix(".prompt").write_text(prompt, encoding="utf-8", errors="replace")
     status, problem, left = _run(session, command, log, seconds, most_bytes, stop)
-    limits = {
+    how = {
         "hung": f"reached its time limit of {seconds:g} s",
         "flooded": f"printed more than {most_bytes / 2**20:g} MB",
-    }
-    how = limits.get(problem or "", "")
+    }.get(problem, "")
     if status:
         how = f"ended with exit status {status}" + " (the shell did not find the command)" * (status == 127)
-    others = _changed_files(session)
+    # Other files than train.py that the agent changed, and that git does not ignore.
+    names = _git(session, "ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")
+    others = sorted(set(names) - {"", TRAIN, f"{TRAIN}/"})
     turn = _judged(session, log, prompt, problem, how, bool(others))
     reproaches = [f"left {_processes(left)} running, which had to be ended"] * bool(left)
     reproaches += [f"changed {listed(others, 3)}, which has no effect"] * bool(others)
@@ -143,36 +146,19 @@ def _prepare(session: Session) -> None:
                 (clone / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, clone / name)
     (clone / TRAIN).write_bytes(repository.content(best_of(session).blob))
-    shutil.copy(clone / ".git" / "index", _index(session))
+    shutil.copy(clone / ".git" / "index", clone / BEGUN)
     _git(session, "add", "--all")
 
 
 def _is_small(path: Path) -> bool:
-    size = 0
-    for file in path.rglob("*") if path.is_dir() else [path.resolve()]:
-        size += file.lstat().st_size
-        if size > MOST_COPIED:
-            return False
-    return True
-
-
-def _index(session: Session) -> Path:
-    """A second index of the clone, of the files as they were when the turn began."""
-    return session.turn / ".git" / "begun"
+    files = path.rglob("*") if path.is_dir() else [path.resolve()]
+    return all(size <= MOST_COPIED for size in accumulate(file.lstat().st_size for file in files))
 
 
 def _git(session: Session, *arguments: str) -> str:
     """What a git command says of the clone's files against how they were; nothing if that can't be told any more."""
-    clone = session.turn
-    return session.repository.git(
-        *arguments, check=False, GIT_DIR=clone / ".git", GIT_WORK_TREE=clone, GIT_INDEX_FILE=_index(session)
-    )
-
-
-def _changed_files(session: Session) -> list[str]:
-    """Names of the files other than train.py that the agent changed, and that git does not ignore."""
-    names = _git(session, "ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")
-    return sorted(set(names) - {"", TRAIN, f"{TRAIN}/"})
+    git, clone = session.repository.git, session.turn
+    return git(*arguments, check=False, GIT_DIR=clone / ".git", GIT_WORK_TREE=clone, GIT_INDEX_FILE=clone / BEGUN)
 
 
 def _train(session: Session) -> bytes | None:
@@ -195,7 +181,7 @@ def _saved(session: Session, path: Path) -> list[str]:
 
 def _run(
     session: Session, command: str, log: Path, seconds: float, most_bytes: int, stop: Callable[[], bool]
-) -> tuple[int | None, str | None, int]:
+) -> tuple[int | None, str, int]:
     """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
     reading, writing = os.pipe()
     output = logs.Log(reading, log, flood=most_bytes)
@@ -204,28 +190,29 @@ def _run(
     environment |= {MARK: _mark(session), "PATH": path}  # `python` is the one that has what the lab needs
     try:
         with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
-            process = processes.shell(
-                command, cwd=session.turn, stdin=prompt, stdout=writing, stderr=writing, env=environment
-            )
+            pipes = {"stdin": prompt, "stdout": writing, "stderr": writing}
+            process = processes.shell(command, cwd=session.turn, env=environment, **pipes)
     finally:
         os.close(writing)
-    deadline, problem = time.monotonic() + seconds, None
+    deadline, problem = time.monotonic() + seconds, ""
     try:
         while process.poll() is None and not problem:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-            reached = {"flooded": output.flooded, "stopped": stop(), "hung": time.monotonic() > deadline}
-            problem = next((name for name, true in reached.items() if true), None)
-        ended = process.poll() is not None
+            if output.flooded or stop():
+                problem = "flooded" if output.flooded else "stopped"
+            elif time.monotonic() > deadline:
+                problem = "hung"
     finally:
-        left = _end(session, process, GRACE if process.poll() is None else GRACE_LEFT)
+        status = process.poll()
+        left = _end(session, process, GRACE if status is None else GRACE_LEFT)
         process.wait()
         output.close()
     if output.flooded:
         problem = "flooded"
-    elif ended and problem == "hung":  # it was done at the last moment
-        problem = None
-    return (process.returncode if ended else None), problem, left if ended else 0
+    elif status is not None and problem == "hung":  # it was done at the last moment
+        problem = ""
+    return status, problem, 0 if status is None else left
 
 
 def _mark(session: Session) -> str:
@@ -241,40 +228,37 @@ def _end(session: Session, process: subprocess.Popen | None = None, patience: fl
 # --- What came of it ---
 
 
-def _judged(session: Session, log: Path, prompt: str, problem: str | None, how: str, others: bool) -> TurnTaken:
+def _judged(session: Session, log: Path, prompt: str, problem: str, how: str, others: bool) -> TurnTaken:
     """The turn, as far as train.py and the agent's last words tell.
 
     Args:
         how: the command ended, in words; "" if it did well. others: it changed other files.
     """
-
-    def turn(outcome: str, said: str, **facts) -> TurnTaken:
-        return TurnTaken(by="agent", outcome=outcome, said=said, log=str(log), **facts)
-
+    turn = TurnTaken(by="agent", outcome="stopped", said="was stopped with the night", log=str(log))
     if problem == "stopped":
-        return turn("stopped", "was stopped with the night")
+        return turn
     lines = [line.strip() for line in plain(logs.read(log)).split("\n") if line.strip()]
     content = _train(session)
-    flaw = _flaw(session, content)
-    if content is not None and flaw is None:
-        description = _described(session, lines, prompt, content)
-        said = f"edited {TRAIN}: {description}" + (f"; it {how}" if how else "")
-        return turn("edited", said, description=description, blob=session.repository.store(content))
-    flaw, why = flaw or ("", "")
-    said = " and ".join(filter(None, [how, why])) or f"did not edit {TRAIN}"
-    if outcome := problem or flaw:
-        return turn(outcome, said)
+    flaw, why = _flaw(session, content)
+    if content is not None and flaw == "edited":
+        turn.description, turn.blob = _described(session, lines, prompt, content), session.repository.store(content)
+        turn.outcome, turn.said = flaw, f"edited {TRAIN}: {turn.description}" + (f"; it {how}" if how else "")
+        return turn
+    turn.said = " and ".join(filter(None, [how, why])) or f"did not edit {TRAIN}"
     last = one_line(lines[-1], 120) if lines else ""
-    if how:
-        return turn("failed", said + (f'; its last line: "{last}"' if last else ""))
-    if re.search(r"[?？][\s*_`\"')\]]*$", last):
-        return turn("asked", f'{said} and asked, where nobody answers: "{last}"')
-    return turn("elsewhere" if others else "nothing", said)
+    if outcome := problem or flaw:
+        turn.outcome = outcome
+    elif how:
+        turn.outcome, turn.said = "failed", turn.said + (f'; its last line: "{last}"' if last else "")
+    elif re.search(r"[?？][\s*_`\"')\]]*$", last):
+        turn.outcome, turn.said = "asked", f'{turn.said} and asked, where nobody answers: "{last}"'
+    else:
+        turn.outcome = "elsewhere" if others else "nothing"
+    return turn
 
 
-def _flaw(session: Session, content: bytes | None) -> tuple[str, str] | None:
-    """(the outcome that this train.py is by itself, or "", what the agent did in words, or ""); None if it is to be
-    run."""
+def _flaw(session: Session, content: bytes | None) -> tuple[str, str]:
+    """(the outcome that this train.py is by itself, "edited" if it is to be run, or ""; what the agent did, or "")."""
     best = best_of(session)
     if content is None:
         return "", f"deleted {TRAIN}, or made a folder or a link of it"
@@ -283,13 +267,11 @@ def _flaw(session: Session, content: bytes | None) -> tuple[str, str] | None:
     except LabError as error:
         return "no python", f"wrote what is no Python: {one_line(str(error).partition(';')[0], 160)}"
     if digest == best.digest:
-        if session.repository.store(content) == best.blob:
-            return "", ""
-        return "", f"changed only comments of {TRAIN}"
+        return "", "" if session.repository.store(content) == best.blob else f"changed only comments of {TRAIN}"
     if equal := session.state.equal(digest):
         what = f"experiment {equal.number}, {one_line(equal.description)}, which was a {equal.status}"
         return "again", f"made what is equal to {what}"
-    return None
+    return "edited", ""
 
 
 def _described(session: Session, lines: list[str], prompt: str, content: bytes) -> str:

@@ -91,20 +91,19 @@ class Variable:
             return replace(self, low=min(self.low, *values), high=max(self.high, *values))
         if self.stated or self.kind == "choice":
             return self
+        low, high, span = self.low, self.high, self.high - self.low
         if self.kind == "part":
-            return replace(self, high=1.0)
-        if self.kind == "decay":
-            return replace(self, low=max(0.0, 2 * self.low - 1), high=1 - (1 - self.high) / 2)
-        if self.kind == "more" or self.kind == "times" and self.high > 0:
-            return replace(self, low=self.low - 1, high=self.high + 1)
-        if self.kind == "times":
-            return replace(self, low=self.low - 1)
-        if self.scale == "log":
-            low = max(1, self.low // 2) if self.whole else self.low / 2
-            return replace(self, low=low, high=self.high * 2)
-        span = self.high - self.low
-        low = min(self.low, max(self.low - span, 1)) if self.whole else self.low - span if self.low else 0.0
-        return replace(self, low=low, high=self.high + span if self.high else 0.0)
+            high = 1.0
+        elif self.kind in ("more", "times"):
+            low, high = low - 1, high + 1 if self.kind == "more" or high > 0 else high
+        elif self.kind == "decay":
+            low, high = max(0.0, 2 * low - 1), 1 - (1 - high) / 2
+        elif self.scale == "log":
+            low, high = max(1, low // 2) if self.whole else low / 2, high * 2
+        else:
+            low = min(low, max(low - span, 1)) if self.whole else low - span if low else 0.0
+            high = high + span if high else 0.0
+        return replace(self, low=low, high=high)
 
     def fits(self, other: Variable | None) -> bool:
         """Whether the other's value has a place here."""
@@ -136,7 +135,8 @@ class Variable:
 @lru_cache(maxsize=4096)
 def read(source: str) -> tuple[Variable, ...]:
     """The variables of a train.py, in order; none where that part is no Python."""
-    head = _head(source)
+    definition = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
+    head = source[: definition.start()] if definition else source
     try:
         tree = ast.parse(head)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -151,16 +151,14 @@ def read(source: str) -> tuple[Variable, ...]:
         target = node.targets[0]
         if not isinstance(target, ast.Name) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", target.id) or target.id in NEVER:
             continue
-        comment, section = _comment(lines, node), _section(lines, node.lineno)
+        comment = lines[_end(node)[0] - 1][_end(node)[1] :].decode().strip()
         parts = {target.id: node.value}
         if isinstance(node.value, ast.Tuple):
             parts = {f"{target.id}[{i}]": part for i, part in enumerate(node.value.elts)}
         for name, part in parts.items():
-            (first_line, column), (last_line, end) = (part.lineno, part.col_offset), _end(part)
-            if variable := _variable(name, part, section, comment):
-                variables[name] = replace(
-                    variable, start=starts[first_line - 1] + column, end=starts[last_line - 1] + end
-                )
+            if variable := _variable(name, part, _section(lines, node.lineno), comment):
+                start, (line, end) = starts[part.lineno - 1] + part.col_offset, _end(part)
+                variables[name] = replace(variable, start=start, end=starts[line - 1] + end)
     return tuple(variables.values())
 
 
@@ -187,12 +185,6 @@ def write(source: str, values: dict[str, object]) -> str:
     return content.decode()
 
 
-def _head(source: str) -> str:
-    """Up to the first function or class."""
-    first = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
-    return source[: first.start()] if first else source
-
-
 def _span(head: str) -> tuple[int, int]:
     """First and last line of the block."""
     headings = [(head.count("\n", 0, match.start()) + 1, match["title"].lower()) for match in HEADING.finditer(head)]
@@ -205,12 +197,6 @@ def _span(head: str) -> tuple[int, int]:
 def _end(node: ast.stmt | ast.expr) -> tuple[int, int]:
     """Line, and offset in bytes, where it ends."""
     return node.end_lineno or node.lineno, node.end_col_offset or 0
-
-
-def _comment(lines: list[bytes], node: ast.stmt) -> str:
-    """Behind an assignment."""
-    line, offset = _end(node)
-    return lines[line - 1][offset:].decode().strip()
 
 
 def _section(lines: list[bytes], number: int) -> str:

@@ -13,7 +13,7 @@ from lab.session.state import Experiment, State
 LOOKED_BACK = 40  # experiments, whose kinds are counted
 PATIENCE = 10  # experiments without a keep, at least, before it is called a plateau
 MORE_CODE = 1.02  # times the complexity of its parent: what adds so much is rather complex
-PROMISING = 0.5  # standard errors that it was better all the same
+PROMISING = 0.5  # standard errors by more than which it was better all the same
 MOST_NAMED = 5
 
 
@@ -24,7 +24,7 @@ def requests(state: State) -> list[str]:
 
 def named(state: State) -> list[int]:
     """Numbers of the experiments that requests may speak of."""
-    return sorted({*_near(state), *_too_complex(state), *_promising(state), *(e.number for e in _kept(state))})
+    return sorted({e.number for of in (_near, _too_complex, _promising, _kept) for e in of(state)})
 
 
 def changes(state: State) -> list[Experiment]:
@@ -53,13 +53,13 @@ def untried(state: State) -> str | None:
     tried = changes(state)
     if not tried:
         return None
-    known = [kind for kind in kinds.KINDS if kind != "other"]
-    times = Counter(kind for e in tried[-LOOKED_BACK:] for kind in e.kinds[:1])
-    counted = ", ".join(f"{kind} {times[kind]}" for kind in sorted(known, key=lambda kind: -times[kind]) if times[kind])
-    if missing := [kind for kind in known if not times[kind]]:
+    times = dict.fromkeys((kind for kind in kinds.KINDS if kind != "other"), 0)
+    times |= Counter(kind for e in tried[-LOOKED_BACK:] for kind in e.kinds[:1] if kind in times)
+    counted = ", ".join(f"{kind} {times[kind]}" for kind in sorted(times, key=lambda kind: -times[kind]) if times[kind])
+    if missing := [kind for kind in times if not times[kind]]:
         when = "lately" if len(tried) > LOOKED_BACK else "yet"
         return f"Not tried {when}: {', '.join(missing)}" + (f" (tried: {counted})." if counted else ".")
-    return f"Tried least lately: {min(known, key=lambda kind: times[kind])} ({counted})."
+    return f"Tried least lately: {min(times, key=lambda kind: times[kind])} ({counted})."
 
 
 def plateau(state: State) -> str | None:
@@ -68,7 +68,7 @@ def plateau(state: State) -> str | None:
     since = next((i for i, e in enumerate(reversed(tried)) if e.status == "keep"), len(tried))
     if since < max(PATIENCE, 2 * (len(tried) - since) // max(1, len(kept))):  # twice what a keep took before
         return None
-    promising, best = _promising(state), [e.number for e in kept[-MOST_NAMED:]]
+    promising, best = _promising(state), kept[-MOST_NAMED:]
     combine = "two changes of which each helps the other."
     if len(promising) > 1:
         combine = f"{_these(promising)} came closest; put two or more of them together."
@@ -88,33 +88,32 @@ def _kept(state: State) -> list[Experiment]:
     return [e for e in changes(state) if e.status == "keep"]
 
 
-def _near(state: State) -> list[int]:
+def _closest(experiments: list[Experiment]) -> list[Experiment]:
+    return sorted(experiments, key=lambda e: -(e.t or 0.0))[:MOST_NAMED]
+
+
+def _near(state: State) -> list[Experiment]:
     together = {number for e in state.experiments.values() for number in e.members}
-    missed = [e for e in changes(state) if e.near_miss and e.number not in together]
-    return [e.number for e in sorted(missed, key=lambda e: -(e.t or 0.0))[:MOST_NAMED]]
+    return _closest([e for e in changes(state) if e.near_miss and e.number not in together])
 
 
-def _discarded(state: State) -> list[Experiment]:
-    return [e for e in changes(state)[-LOOKED_BACK:] if e.status == "discard"]
+def _better(state: State, least: float) -> list[Experiment]:
+    """The lately discarded that were better than their parents by more than so many standard errors."""
+    return [e for e in changes(state)[-LOOKED_BACK:] if e.status == "discard" and (e.t or 0.0) > least]
 
 
-def _promising(state: State) -> list[int]:
+def _promising(state: State) -> list[Experiment]:
     """The best of the lately discarded, on what is the best now."""
-    lost = [e for e in _discarded(state) if (e.t or 0.0) > 0 and state.best and e.onto == state.best.number]
-    return [e.number for e in sorted(lost, key=lambda e: -(e.t or 0.0))[:MOST_NAMED]]
+    return _closest([e for e in _better(state, 0.0) if state.best and e.onto == state.best.number])
 
 
-def _too_complex(state: State) -> list[int]:
-    def added_code(e: Experiment) -> bool:
-        parent = state.parent_of(e)
-        return parent is not None and e.complexity > MORE_CODE * parent.complexity
-
+def _too_complex(state: State) -> list[Experiment]:
     near = _near(state)
-    promising = [e for e in _discarded(state) if (e.t or 0.0) >= PROMISING and e.number not in near]
-    return [e.number for e in promising if added_code(e)][-MOST_NAMED:]
+    pairs = [(e, state.parent_of(e)) for e in _better(state, PROMISING) if e not in near]
+    return [e for e, parent in pairs if parent and e.complexity > MORE_CODE * parent.complexity][-MOST_NAMED:]
 
 
-def _these(numbers: list[int]) -> str:
-    """ "Experiment 4", "Experiments 4, 7 and 9"; the most that are named are the first."""
-    *rest, last = map(str, numbers[:MOST_NAMED])
+def _these(experiments: list[Experiment]) -> str:
+    """ "Experiment 4", "Experiments 4, 7 and 9"."""
+    *rest, last = (str(e.number) for e in experiments)
     return f"Experiments {', '.join(rest)} and {last}" if rest else f"Experiment {last}"

@@ -21,6 +21,7 @@ import storage
 from calibration import identity
 from lab import untrusted
 from lab.errors import LabError
+from lab.run import processes
 from lab.run.log import FLOOD
 from lab.session.events import NightBegan, NightEnded, NightEvent
 from lab.session.locks import is_held
@@ -159,35 +160,23 @@ class Others:
     def look(self, training: bool) -> str:
         """Who keeps the CPU busy since the last look. Processes that have ended are not counted, so that a run of ours
         which ended in between is not; while one goes on (`training`) its processes can't be told from others."""
-        before, last, now = self._seconds, self._at, time.monotonic()
-        alive = {
-            (process.pid, process.info["create_time"]): process.info
-            for process in psutil.process_iter(["ppid", "name", "cpu_times", "create_time"])
-            if process.info["cpu_times"]
-        }
-        self._seconds = {key: info["cpu_times"].user + info["cpu_times"].system for key, info in alive.items()}
-        self._at = now
-        if training or not 0 < now - last < STALE:
+        before, last, self._seconds, self._at = self._seconds, self._at, {}, time.monotonic()
+        names, ours = {}, {os.getpid(), *(process.pid for process in processes.below())}
+        for process in psutil.process_iter(["name", "cpu_times", "create_time"]):
+            if times := process.info["cpu_times"]:
+                key = process.pid, process.info["create_time"]
+                self._seconds[key], names[key] = times.user + times.system, process.info["name"]
+        if training or not 0 < self._at - last < STALE:
             return ""
-        ours = below(os.getpid(), {pid: info["ppid"] for (pid, _), info in alive.items()})
-        took = {key: self._seconds[key] - before.get(key, 0.0) for key in alive if key[0] not in ours}
-        share = sum(took.values()) / (now - last) / (os.cpu_count() or 1)
+        took = {key: now - before.get(key, 0.0) for key, now in self._seconds.items() if key[0] not in ours}
+        share = sum(took.values()) / (self._at - last) / (os.cpu_count() or 1)
         if not took or share < BUSY_CPU:
             return ""
-        busiest = max(took, key=lambda key: took[key])
-        name = untrusted.one_line(alive[busiest]["name"] or "one without a name", 40)
+        name = untrusted.one_line(names[max(took, key=lambda key: took[key])] or "one without a name", 40)
         return f"other programs, {name} above all, take {min(share, 1):.0%} of the CPU"
 
 
 others = Others()
-
-
-def below(pid: int, parents: dict[int, int]) -> set[int]:
-    """A process and all below it."""
-    family = {pid}
-    while more := {child for child, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family
 
 
 # --- Sleep ---
@@ -197,47 +186,43 @@ def below(pid: int, parents: dict[int, int]) -> set[int]:
 def awake():
     """Keeps the computer awake meanwhile, where that can be done; yields a line that says whether, and how."""
     with ExitStack() as stack:
-        how = [stack.enter_context(_kept_by_the_system())]
-        if identity.in_wsl():
-            how.append(stack.enter_context(_kept_by_windows()))
-        if names := " and ".join(filter(None, how)):
-            yield f"the computer is kept awake ({names})"
+        how = []
+        with suppress(Exception):  # not installed, or a bus that answers nonsense: no reason for not having a night
+            from wakepy import keep
+
+            mode = keep.running(on_fail="pass")
+            stack.callback(_leave, mode)
+            mode.__enter__()
+            if mode.active and mode.method:
+                how.append(mode.method.name)
+        if identity.in_wsl() and stack.enter_context(_kept_by_windows()):
+            how.append("Windows, by powershell.exe")
+        if how:
+            yield f"the computer is kept awake ({' and '.join(how)})"
         else:
             yield "nothing here can keep the computer awake: if it sleeps by itself, switch that off for the night"
 
 
-@contextmanager
-def _kept_by_the_system():
-    """What keeps the computer awake, in a word or two, or None."""
-    mode = None
-    with suppress(Exception):  # not installed, or a bus that answers nonsense: no reason for not having a night
-        from wakepy import keep
-
-        mode = keep.running(on_fail="pass")
-        mode.__enter__()
-    try:
-        yield mode.method.name if mode and mode.active and mode.method else None
-    finally:
-        if mode:
-            with suppress(Exception):
-                mode.__exit__(None, None, None)
+def _leave(mode) -> None:
+    with suppress(Exception):
+        mode.__exit__(None, None, None)
 
 
 @contextmanager
 def _kept_by_windows():
-    """What keeps Windows awake, around this Linux, or None. Its child ends with us, however we end: by its input."""
+    """Keeps Windows awake, around this Linux; whether it does. Its child ends with us, however we end: by its input."""
     lines = STAY_AWAKE.strip().replace("\n", "; ")
     command = ["powershell.exe", "-NoProfile", "-NonInteractive", "-Command", lines]
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     try:
         child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, start_new_session=True)
     except OSError:  # Windows' programs are not to be had here
-        yield None
+        yield False
         return
     assert child.stdin and child.stdout
     try:
         ready, _, _ = select.select([child.stdout], [], [], WINDOWS_STARTS)
-        yield "Windows, by powershell.exe" if ready and child.stdout.readline().strip() == b"True" else None
+        yield bool(ready) and child.stdout.readline().strip() == b"True"
     finally:
         with suppress(OSError):
             child.stdin.close()

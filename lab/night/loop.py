@@ -21,7 +21,6 @@ import storage
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
 from lab.night import agent, limits, notify, prompt, proposer
-from lab.night.limits import Trouble
 from lab.night.view import Now, View
 from lab.reasons import sentence
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
@@ -73,19 +72,16 @@ class Night:
         self._rested: set[int] = set()  # runs after which the device was waited for
         self._rests_until, self._looked, self._blind = 0.0, 0.0, False
         self._failures = self._events = 0  # in a row, and how many events there were at the last
-        began = limits.interrupted(self.journal.events, options, time.time()) or self._begin()
+        began = limits.interrupted(self.journal.events, options, time.time())
+        if began is None:
+            first, deadline = session.state.last.number + 1, options.planned or None
+            if options.planned is None:
+                deadline = limits.deadline(options.hours, options.until, datetime.now())
+            began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
+            self.journal.append(began)
         self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
-        if self.turns:
-            self.now.by = self.turns[-1].by
-
-    def _begin(self) -> NightBegan:
-        """A new night. One that was killed goes on as it was instead."""
-        first, deadline = self.session.state.last.number + 1, self.options.planned or None
-        if self.options.planned is None:
-            deadline = limits.deadline(self.options.hours, self.options.until, datetime.now())
-        began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(self.options))
-        self.journal.append(began)
-        return began
+        if last:
+            self.now.by = last.by
 
     # --- The loop ---
 
@@ -116,7 +112,7 @@ class Night:
             self._check(LOOK_AGAIN)
             if (obstacle := self._in_the_way()) is None:
                 return
-            kind, text = obstacle.kind, obstacle.text
+            kind, text = obstacle
             if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
                 raise Over(f"the device stays too hot: {text}")
             if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
@@ -126,24 +122,23 @@ class Night:
                 self._show(text)
             time.sleep(POLL)
 
-    def _in_the_way(self) -> Trouble | None:
-        """What nothing can be begun for now."""
+    def _in_the_way(self) -> tuple[str, str] | None:
+        """(kind, text) of what nothing can be begun for now."""
         session = self.session
         if held := session.held:
             if held["why"] == "paused":
-                return Trouble("paused", "paused; python -m lab resume goes on", "wait")
+                return "paused", "paused; python -m lab resume goes on"
             if session.supervised:
-                return Trouble("ending", "waiting for the run under way", "wait")
+                return "ending", "waiting for the run under way"
             if time.time() < self._rests_until:
-                return Trouble("resting", "waiting: the device was not itself in the last run", "wait")
+                return "resting", "waiting: the device was not itself in the last run"
             session.release("stopped")
         if session.repository.branch() != session.branch:  # its train.py is no edit
-            text = f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
-            return Trouble("elsewhere", text, "wait")
+            return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
         for trouble in self.now.troubles:
             patient = trouble.kind in ("taken", "hot") or self._waited(trouble.kind) <= LONGEST_WAIT
             if trouble.action == "wait" and patient:
-                return Trouble(trouble.kind, f"waiting: {trouble.text}", "wait")
+                return trouble.kind, f"waiting: {trouble.text}"
         return None
 
     def _waited(self, kind: str) -> float:
@@ -207,14 +202,15 @@ class Night:
             time.sleep(POLL)
 
     def _propose(self) -> None:
-        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or a
-        new proposal, if there is one."""
+        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
+        the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
             if (content := self._edit_of_a_person()) is not None:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
-            self._take_turn()
+            if self.options.agent and self._agent_is_due() or not self._ask_proposer():
+                self._ask_agent()
         if turn := self._unopened:
             if content := self.session.repository.contents([turn.blob]).get(turn.blob):  # else git has let go of it
                 self._open(turn.description, content)
@@ -242,20 +238,19 @@ class Night:
         self._tell(why, "trouble")
         return None
 
-    def _take_turn(self) -> None:
-        """Has the agent or the proposer make a change, and journals what came of it."""
-        if self.options.agent and self._agent_is_due():
-            return self._ask_agent()
+    def _ask_proposer(self) -> bool:
+        """False where it has nothing left, and the agent is to be asked instead."""
         self.now.by = "proposer"
         self._show("looking for a change")
         try:
             proposal = proposer.propose(self.session)
-        except LabError:  # nothing is left
+        except LabError:
             if not self.options.agent:
                 raise
-            return self._ask_agent()
+            return False
         blob = self.session.repository.store(proposal.content)
         self._journal(TurnTaken(by="proposer", outcome="edited", description=proposal.description, blob=blob))
+        return True
 
     def _agent_is_due(self) -> bool:
         return agent.due(self.turns, {e.number for e in self.session.state.decided if fruitless(e)})

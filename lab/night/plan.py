@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ import dataset as datasets
 import prepare
 import storage
 from calibration import identity
+from calibration.profile import ProfileError
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.night import limits
@@ -27,6 +27,7 @@ from lab.session.events import NIGHT_EVENTS
 from lab.session.journal import Journal
 from lab.session.repository import Repository
 from lab.session.session import PREFIX, Session, at, folder_of
+from lab.session.start import checked_profile, identified, start
 from lab.session.state import BESIDE
 from lab.untrusted import counted
 
@@ -59,7 +60,9 @@ class Plan:
     repository: Repository
     tag: str
     by: str
-    session: Session | None = None
+    session: Session | None
+    deadline: float | None
+    most: int | None
     missing: list[str] = field(default_factory=list)
     dataset: str = ""
     prepares: list[str] = field(default_factory=list)
@@ -69,8 +72,6 @@ class Plan:
     each: float = 0.0
     basis: str = ""
     first: float = 0.0
-    deadline: float | None = None
-    most: int | None = None
     box: str | None = None
 
     @property
@@ -93,21 +94,25 @@ def plan(path: Path, options) -> Plan:
     """
     repository = Repository(path)
     session, tag = checked_out(repository, options.tag)
-    made = Plan(repository, tag, "agent" if options.agent else "proposer", session)
-    made.most, made.deadline = options.max_experiments, limits.deadline(options.hours, options.until, datetime.now())
+    deadline = limits.deadline(options.hours, options.until, datetime.now())
+    by, most, runs = "agent" if options.agent else "proposer", options.max_experiments, options.baseline_runs
+    made = Plan(repository, tag, by, session, deadline, most)
     if session:
         night = Journal(session.folder / "night.jsonl", NIGHT_EVENTS)
         if began := limits.interrupted(night.events, options, time.time()):
             made.deadline = began.deadline
-            if made.most is not None:
-                made.most = max(0, made.most - (session.state.last.number - began.first + 1))
-        made.dataset, made.box = session.started.dataset, session.started.sandbox
+            if most is not None:
+                made.most = max(0, most - (session.state.last.number - began.first + 1))
+        made.dataset, made.box, runs = session.started.dataset, session.started.sandbox, session.started.baseline_runs
         made.missing = [] if session.state.baseline.applied else ["baseline"]
-        runs = session.started.baseline_runs
     else:
-        plan_session(made, options)
-        runs = options.baseline_runs
-    run, made.each, made.basis = duration(session, made.by)
+        hardware = identified()
+        refuse_if_taken(repository, f"{hardware.slug}/{tag}")
+        made.box = sandbox.probe()
+        made.dataset, made.prepares = dataset(options.dataset or os.environ.get("AUTORESEARCH_DATA"))
+        calibrated = has_profile(hardware, repository)
+        made.missing = [*["data"] * bool(made.prepares), *["calibration"] * (not calibrated), "session", "baseline"]
+    run, made.each, made.basis = duration(session, by)
     made.first = CALIBRATION * ("calibration" in made.missing) + runs * run * ("baseline" in made.missing)
     if "data" in made.missing:
         made.download, made.disk = SIZES.get(made.dataset, (0.0, 0.0))
@@ -115,19 +120,6 @@ def plan(path: Path, options) -> Plan:
     home = storage.home().absolute()
     made.free = shutil.disk_usage(next(path for path in (home, *home.parents) if path.exists())).free / 1e9
     return made
-
-
-def plan_session(made: Plan, options) -> None:
-    """Fills in what the session is to rest on that is begun."""
-    import backends
-
-    with backend_errors():
-        hardware = backends.identify()
-    refuse_if_taken(made.repository, f"{hardware.slug}/{made.tag}")
-    made.box = sandbox.probe()
-    made.dataset, made.prepares = dataset(options.dataset or os.environ.get("AUTORESEARCH_DATA"))
-    calibrated = has_profile(hardware, made.repository)
-    made.missing = [*["data"] * bool(made.prepares), *["calibration"] * (not calibrated), "session", "baseline"]
 
 
 # --- What is there ---
@@ -160,17 +152,6 @@ def refuse_if_taken(repository: Repository, name: str) -> None:
         raise LabError(f"there is a session {session.started.tag} already: {there}; or --tag NAME begins another")
 
 
-@contextmanager
-def backend_errors():
-    """Why a backend can't run, as a LabError."""
-    from backends.interface import BackendError
-
-    try:
-        yield
-    except BackendError as error:
-        raise LabError(str(error)) from error
-
-
 def dataset(asked: str | None) -> tuple[str, list[str]]:
     """(name, []) of the dataset that a session would take; or, where that or a file of it is missing, (its name or
     path, arguments of Python that prepare it). That files are whole is checked when they are read.
@@ -200,9 +181,6 @@ def dataset(asked: str | None) -> tuple[str, list[str]]:
 
 def has_profile(hardware, repository: Repository) -> bool:
     """Whether this device is calibrated; else it has to be measured first."""
-    from calibration.profile import ProfileError
-    from lab.session.start import checked_profile
-
     try:
         checked_profile(hardware, repository.path / TRAIN, say=lambda text: None)
     except ProfileError:
@@ -275,8 +253,6 @@ def provide(plan: Plan, options, say) -> None:
     what `start` raises."""
     if plan.session:
         return
-    from lab.session.start import start
-
     sandbox.refuse_without(plan.box, options.unsandboxed)
     if plan.disk >= plan.free:
         raise LabError(
@@ -292,8 +268,7 @@ def provide(plan: Plan, options, say) -> None:
     if "calibration" in plan.missing:
         say("measuring this device")
         carry_out(path, "-m", "calibration")
-    with backend_errors():
-        session = start(path, plan.tag, options.unsandboxed, options.baseline_runs, say)
+    session = start(path, plan.tag, options.unsandboxed, options.baseline_runs, say)
     say(f"session {session.name} in {session.folder}, on branch {session.branch}")
 
 

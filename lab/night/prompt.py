@@ -29,15 +29,10 @@ def write(session: Session, program: str, turns: list[TurnTaken], seconds: float
         turns: of the night, in order. seconds: the time limit of the turn.
     """
     state = session.state
-    parts = [
-        program.rstrip(),
-        _this_turn(session, seconds),
-        _standing(session),
-        _tried(state),
-        _last(state),
-        _own_turns(turns),
-        _requests(state),
-    ]
+    parts = [program.rstrip(), _this_turn(session, seconds), _standing(session), _tried(state), _last(state)]
+    parts.append(_own_turns(turns))
+    if lines := ideas.requests(state):
+        parts.append("# What to try\n\n" + "\n".join(f"- {line}" for line in lines))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -107,9 +102,8 @@ def _row(experiment: Experiment, state: State) -> str:
 def slowed(experiment: Experiment, state: State) -> list[str]:
     """What made the last run of an experiment slow, where that was not so in the baseline's."""
     result = next((run.result for run in reversed(experiment.own_runs) if run.result), {})
-    usual = next((run.result for run in state.baseline.runs if run.result), {})
-    if experiment is state.baseline:
-        usual = {}
+    first = [] if experiment is state.baseline else state.baseline.runs
+    usual = next((run.result for run in first if run.result), {})
     reasons = []
     if result.get("compiled") is False and usual.get("compiled") is not False:
         reasons.append("the step was not compiled")
@@ -122,14 +116,12 @@ def slowed(experiment: Experiment, state: State) -> list[str]:
 
 def _last(state: State) -> str:
     """Why the last experiment crashed, or was slow."""
-    if not state.decided:
-        return ""
-    last = state.decided[-1]
-    trace = next((run.ended.traceback for run in reversed(last.runs) if run.ended and run.ended.traceback), "")
-    if trace and last.status == "crash":
-        return f"Experiment {last.number} crashed:\n\n" + fenced(untrusted.clean(trace, TRACEBACK, WIDTH))
-    if reasons := slowed(last, state) if last is not state.baseline else []:
-        return f"Experiment {last.number} trained slower than it could: {', and '.join(reasons)}."
+    for last in state.decided[-1:]:
+        trace = next((run.ended.traceback for run in reversed(last.runs) if run.ended and run.ended.traceback), "")
+        if trace and last.status == "crash":
+            return f"Experiment {last.number} crashed:\n\n" + fenced(untrusted.clean(trace, TRACEBACK, WIDTH))
+        if last is not state.baseline and (reasons := slowed(last, state)):
+            return f"Experiment {last.number} trained slower than it could: {', and '.join(reasons)}."
     return ""
 
 
@@ -144,8 +136,3 @@ def _own_turns(turns: list[TurnTaken]) -> str:
         return ""
     rows = "\n".join(f"{turn.outcome}: {one_line(turn.said, 3 * WIDTH)}" for turn in told)
     return f"# Your last turns\n\n{said} What the harness saw you do:\n\n" + fenced(rows, "Partly said by the agent")
-
-
-def _requests(state: State) -> str:
-    lines = ideas.requests(state)
-    return "# What to try\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""

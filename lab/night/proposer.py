@@ -74,17 +74,15 @@ def _new(state: State, text: str) -> bool:
 def _structural(state: State, text: str) -> tuple[str, str] | None:
     """(train.py with an edit of the library, what that is): first those that were never tried, then those that did best
     elsewhere."""
-    possible = []
+    found, best = None, HOPELESS
     for edit in edits.LIBRARY:
         if (edited := edit.apply(text)) and _new(state, edited):
             family = identify(text.encode(), edited.encode()).family
-            tried = [
-                -np.inf if e.t is None else e.t for e in state.decided if e.family == family
-            ]  # a crash is hopeless
-            standing = max(tried, default=np.inf)
-            if standing > HOPELESS:
-                possible.append((standing, edited, f"{edit.name}: {edit.why}"))
-    return max(possible, key=lambda option: option[0])[1:] if possible else None
+            tried = [e.t for e in state.decided if e.family == family]
+            standing = max((-np.inf if t is None else t for t in tried), default=np.inf)  # a crash is hopeless
+            if standing > best:
+                found, best = (edited, f"{edit.name}: {edit.why}"), standing
+    return found
 
 
 def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -110,15 +108,13 @@ def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str
 
 def read(session: Session, text: str) -> list[block.Variable]:
     """The variables of a train.py, without choices that only spell out what was calibrated."""
-    settings = session.profile["settings"]
-
-    def without_calibrated(variable: block.Variable) -> block.Variable:
+    variables = []
+    for variable in block.read(text):
         name = variable.name.lower()
-        same = f'"{settings.get(name)}"' if f"defaults.{name}" in variable.choices else None
+        same = f'"{session.profile["settings"].get(name)}"' if f"defaults.{name}" in variable.choices else None
         kept = tuple(choice for choice in variable.choices if choice == variable.value or choice != same)
-        return replace(variable, choices=kept)
-
-    return [without_calibrated(variable) for variable in block.read(text)]
+        variables.append(replace(variable, choices=kept))
+    return variables
 
 
 def remembered(session: Session, text: str) -> list[Trial]:

@@ -87,12 +87,11 @@ def _key(point: Point) -> tuple:
 
 def coordinates(choices: dict[str, int], points: list[Point]) -> np.ndarray:
     """Points as an array (points, n): a column for each number, and one for each choice of the others."""
-    columns = [
-        [0.5 * (point[name] == choice) for choice in range(count)] if count else [point[name]]
-        for point in points
-        for name, count in choices.items()
-    ]
-    return np.array([x for column in columns for x in column], float).reshape(len(points), -1)
+    columns = []
+    for name, count in choices.items():
+        places = np.array([point[name] for point in points], float)[:, None]
+        columns.append(0.5 * (places == np.arange(count)) if count else places)
+    return np.hstack(columns)
 
 
 def expected_improvement(gain: np.ndarray, error: np.ndarray) -> np.ndarray:

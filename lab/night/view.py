@@ -91,24 +91,19 @@ def progress_of(log: Path) -> dict:
 
     A run may have printed anything: only lines that look like progress count, and of them only numbers.
     """
-    last, losses = {}, []
-    for line in tail(log).split("\n"):
+    text, last, losses = "", {}, []
+    with suppress(OSError):
+        if log.is_file():  # a pipe would be waited for
+            with open(log, "rb") as file:
+                file.seek(max(0, log.stat().st_size - TAIL))
+                text = file.read(TAIL).decode("utf-8", errors="replace")
+    for line in text.split("\n"):
         matches = {name: pattern.search(line[:LONGEST]) for name, pattern in PROGRESS.items()}
         values = {name: float(match[1].replace(",", "")) for name, match in matches.items() if match}
         if "step" in values and "loss" in values and values.get("percent", 0) <= 100:
             last = values
             losses.append(values["loss"])
     return last | {"losses": losses} if last else {}
-
-
-def tail(path: Path) -> str:
-    """The end of a file; nothing of what is no file: a pipe would be waited for."""
-    with suppress(OSError):
-        if path.is_file():
-            with open(path, "rb") as file:
-                file.seek(max(0, path.stat().st_size - TAIL))
-                return file.read(TAIL).decode("utf-8", errors="replace")
-    return ""
 
 
 class View:
@@ -234,17 +229,14 @@ class View:
         ends = run.time + budget + (self.session.state.overhead() or 30.0)
         whose = "" if experiment.kind == "baseline" else "of its parent, "
         whose = "of the change, " if whose and run in experiment.own_runs else whose
-        stands = "starts"
-        if progress:
-            stands = (
-                "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else f"step {progress['step']:.0f}"
-            )
+        stands = "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else "starts"
+        if progress and not percent:
+            stands = f"step {progress['step']:.0f}"
         left = max(budget * (1 - percent / 100), ends - time.time())  # the start may take as long as it likes
         parts = [f"run {run.number} ({whose}seed {run.seed})", stands, f"{lasting(left)} left"]
         parts += [f"loss {progress['loss']:.4g}"] if progress else []
         parts += [f"{progress['tok_per_s']:,.0f} tokens/s"] if progress.get("tok_per_s") else []
-        ended = [other for other in self.session.state.runs.values() if other.result.get("peak_vram_mb")]
-        if ended:
+        if ended := [other for other in self.session.state.runs.values() if other.result.get("peak_vram_mb")]:
             known = next((other for other in reversed(ended) if other.blob == run.blob), ended[-1])
             source = "" if known.blob == run.blob else f" (run {known.number})"
             parts.append(f"{known.result['peak_vram_mb'] / 1024:.1f} GB{source}")
@@ -273,22 +265,18 @@ class View:
     def _tell(self, now: Now, experiment: Experiment | None, run: Run | None, before: tuple | None) -> None:
         """What is new, in a line each, or how the run is getting on."""
         known, phase, number, _ = before or ((), "", None, None)
+        news = [trouble.text for trouble in now.troubles if numberless(trouble.text) not in known]
         if experiment and run and run.number != number:
             what = one_line(experiment.description, 100)
             self.say(f"experiment {experiment.number}: {what}: {', '.join(self._of_run(experiment, run, {}))}")
         elif numberless(now.phase) != phase:
-            self._mention(now.phase)
+            news.insert(0, now.phase)
         elif experiment and run and self._key == before:
             progress = progress_of(self.session.run_folder(run.number) / "run.log")
             self.say(f"experiment {experiment.number}: {', '.join(self._of_run(experiment, run, progress))}")
-        for trouble in now.troubles:
-            if numberless(trouble.text) not in known:
-                self._mention(trouble.text)
-
-    def _mention(self, text: str) -> None:
-        """Says it, unless the loop has just said so itself."""
-        if not any(text in line.plain for line in list(self._said)[-3:]):
-            self.say(text)
+        for text in news:
+            if not any(text in line.plain for line in list(self._said)[-3:]):  # unless the loop has just said so
+                self.say(text)
 
     def _encodable(self, text: str) -> str:
         """As the output's encoding can show it."""

@@ -43,39 +43,36 @@ def main(facts: dict) -> None:
     if LINUX:
         stay_behind()
     else:
-        threading.Thread(target=follow, daemon=True, args=(os.dup(0), end_group)).start()
+        threading.Thread(target=follow, daemon=True, args=(os.dup(0), lambda: os.killpg(0, signal.SIGKILL))).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = [str(folder / "train.py")]
     {"train": train, "score": rescore}[facts["mode"]](folder, Path(__file__).parents[2], facts)
 
 
+def guarded(folder: Path, judge: Path, facts: dict):
+    """A guard, installed."""
+    from lab.run.guard import Guard
+
+    protected = [Path(path) for path in facts["protected"]]
+    guard = Guard(folder, judge, Path(facts["home"]), protected, facts["budget"], __file__)
+    guard.install()
+    return guard
+
+
 def train(folder: Path, judge: Path, facts: dict) -> None:
     """Runs train.py under the guard, which has the last word."""
-    guard = make_guard(folder, judge, facts)
-    guard.install()
+    guard = guarded(folder, judge, facts)
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except Exception as error:
-        show(error)
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename != sys.argv[0]:
+            frames = frames.tb_next  # what is printed begins where train.py does
+        traceback.print_exception(type(error), error, frames)
         raise SystemExit(1) from None
     finally:
         if reason := guard.problem(guard.backend):
             guard.refuse(reason)
-
-
-def show(error: Exception) -> None:
-    """Prints a traceback that begins where train.py does."""
-    frames = error.__traceback__
-    while frames and frames.tb_frame.f_code.co_filename != sys.argv[0]:
-        frames = frames.tb_next
-    traceback.print_exception(type(error), error, frames)
-
-
-def make_guard(folder, judge, facts):
-    from lab.run.guard import Guard
-
-    protected = [Path(path) for path in facts["protected"]]
-    return Guard(folder, judge, Path(facts["home"]), protected, facts["budget"], __file__)
 
 
 # --- Scoring again ---
@@ -87,7 +84,8 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
     import prepare
     from backends import interface
 
-    fixed = private_copy(prepare.__file__)
+    fixed = ModuleType("prepare_of_the_judge")
+    SourceFileLoader(fixed.__name__, prepare.__file__).exec_module(fixed)
 
     def built(backend, model, *_, **__):
         status = 1
@@ -117,16 +115,8 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
 
     prepare.Clock = built
     interface.Trainer.warm_up = lambda self, x, y: None  # nothing will be trained, so nothing is to be compiled
-    guard = make_guard(folder, judge, facts)
-    guard.install()
+    guard = guarded(folder, judge, facts)
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def private_copy(path: str):
-    """Another copy of a module, which no name leads to."""
-    module = ModuleType("prepare_of_the_judge")
-    SourceFileLoader(module.__name__, path).exec_module(module)
-    return module
 
 
 # --- Processes ---
@@ -134,10 +124,8 @@ def private_copy(path: str):
 
 def limit_files(folder: Path) -> None:
     """No file grows beyond half of what the disk has left; none is written of a crash."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
+    import resource
+
     for which, wanted in ((resource.RLIMIT_FSIZE, shutil.disk_usage(folder).free // 2), (resource.RLIMIT_CORE, 0)):
         most = resource.getrlimit(which)[1]
         limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
@@ -160,33 +148,20 @@ def stay_behind() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # meant for the run, which is sent it too
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=follow, daemon=True, args=(lifeline, end_all)).start()
-    status = reap(child)
-    deadline = time.monotonic() + LINGER
-    while children := not nothing_left():
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    if children and (left := end_all()):
+    status, deadline, left = 0, None, 0
+    try:
+        while deadline is None or time.monotonic() < deadline:
+            pid, how = os.waitpid(-1, os.WNOHANG if deadline else 0)  # orphans, too
+            if pid == child:
+                status, deadline = os.waitstatus_to_exitcode(how), time.monotonic() + LINGER
+            elif pid == 0:
+                time.sleep(0.02)
+        left = end_all()
+    except ChildProcessError:  # all have ended
+        pass
+    if left:
         os._exit(LEFT_RUNNING + min(left, 15))
     os._exit(status if status >= 0 else 128 - status)
-
-
-def reap(child: int) -> int:
-    """The exit status of a child, negative for a signal. Orphans that end meanwhile are buried."""
-    while True:
-        pid, status = os.wait()
-        if pid == child:
-            return os.waitstatus_to_exitcode(status)
-
-
-def nothing_left() -> bool:
-    """Whether all children have ended."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-        return False
-    except ChildProcessError:
-        return True
 
 
 def follow(lifeline: int, end) -> None:
@@ -195,11 +170,6 @@ def follow(lifeline: int, end) -> None:
         pass
     end()
     os._exit(1)
-
-
-def end_group() -> None:
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
 
 
 def end_all() -> int:

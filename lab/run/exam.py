@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -54,8 +55,7 @@ class Exam:
     """Of one run. To be used as a context, in which the run is started with `settings` and `descriptors`.
 
     Args:
-        judge, home, name: the code; AUTORESEARCH_HOME; the dataset's name, or None for the current one.
-        weights: where the run saves them, or has done so.
+        request: as of runner.py. weights: where the run saves them, or has done so.
         parts: of the dataset, that are scored: "validation" and "held_out". share: see `prepare.examine`.
         trains: it gets training rows.
 
@@ -66,9 +66,11 @@ class Exam:
         begun, stopped, saved: times by time.monotonic, when it took its first batch, stopped training, had saved.
     """
 
-    def __init__(self, judge: Path, home: Path, name: str | None, weights: Path, parts, share: float, trains: bool):
+    def __init__(self, request, weights: Path, parts: dict[str, str], share: float, trains: bool):
+        if os.name != "posix":
+            raise LabError("runs are guarded on Linux and macOS; on Windows: use WSL 2, or python train.py by itself")
         try:
-            self.data = dataset.opened(dataset.folder_of(home, name))
+            self.data = dataset.opened(dataset.folder_of(request.home, request.settings.get("AUTORESEARCH_DATA")))
         except storage.DataError as error:
             raise LabError(f"{error}") from error
         self.weights, self.parts, self.share = weights, parts, share
@@ -79,7 +81,7 @@ class Exam:
         self._theirs, self._run = (run, batches), Connection(ours.detach())
         self._packer = None
         if trains:
-            command = [sys.executable, "-B", str(judge / "dataset.py"), str(self.data.folder), "note"]
+            command = [sys.executable, "-B", str(request.judge / "dataset.py"), str(self.data.folder), "note"]
             self._packer = subprocess.Popen(
                 command, stdin=packer.fileno(), stdout=packer.fileno(), stderr=subprocess.PIPE, text=True
             )
@@ -120,19 +122,16 @@ class Exam:
             size = min(max(int(told["batch_size"]), 1), LARGEST_BATCH)
             try:
                 for part, key in self.parts.items():
-                    self._score(part, key, size)
+                    rows = getattr(self.data, f"{part}_rows")[: self.data.eval_rows]
+                    asked = Asked(self._run, self.data.vocab_size)
+                    nats, sizes = prepare.examine(asked, rows, self.data.token_bytes, size, self.share)
+                    self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
+                    self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
             except prepare.Invalid as error:
                 self.reason = error.reason
             bpb = next(iter(self.scores.values()), None)
             done = {"ask": "done", "refused": self.reason, "bpb": bpb, "rows": self.data.eval_rows}
             self._run.send_bytes(json.dumps(done).encode())
-
-    def _score(self, part: str, key: str, batch_size: int) -> None:
-        data, rows = self.data, getattr(self.data, f"{part}_rows")[: self.data.eval_rows]
-        asked = Asked(self._run, data.vocab_size)
-        nats, sizes = prepare.examine(asked, rows, data.token_bytes, batch_size, self.share)
-        self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-        self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
 
     def problem(self, facts: dict) -> Reason | None:
         """Why a run's result is not believed."""
@@ -151,8 +150,3 @@ class Exam:
         if self.saved - stopped > PATIENCE + self.weights.stat().st_size / SAVING:
             return because("slow_saving", seconds=self.saved - stopped)
         return None
-
-
-def save_rows(path: Path, exam: Exam) -> None:
-    with storage.atomic(path) as file:
-        np.savez(file, **exam.rows)

@@ -20,6 +20,7 @@ from results import BY_NAME, MEASURES, REFUSALS
 
 LARGEST = 2**20  # bytes of a result
 LARGEST_NUMBER = 1e40
+NUMBERS = {int: (int,), float: (int, float)}  # types that a measure of a type may have
 MOST_EXTRA = 32  # facts that train.py added of its own
 NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
 WORD = re.compile(r"[\w.,+-]{1,64}|\([0-9, ]*\)", re.ASCII)  # a name, a number, an array's shape
@@ -63,12 +64,10 @@ def of_run(request, ended: Ended, exam: Exam) -> Outcome:
     printed, told = log.read(request.folder / "run.log"), read(request.folder / "result.json")
     facts = None if told is None else sound(told)
     status, reason = _judged(request, ended, told, facts, printed, exam)
-    if facts and status == "ok":
-        facts["val_bpb"] = exam.scores["val_bpb"]
-    if facts and abs(ended.set_by) > CLOCKS_APART:
-        facts["total_seconds"] = ended.seconds
     if facts and status != "ok":
         facts.pop("val_bpb", None)
+    if facts and abs(ended.set_by) > CLOCKS_APART:
+        facts["total_seconds"] = ended.seconds
     return Outcome(status, reason, facts, ended.seconds, untrusted.clean(printed) if status == "crash" else "")
 
 
@@ -156,20 +155,18 @@ def plain(fact) -> bool:
 def sound(told: dict) -> dict:
     """The facts of a result that are of their type: numbers finite, text cleaned; and those that it adds, if they are
     plain."""
-    facts = {measure.name: told[measure.name] for measure in MEASURES if _is_of_type(measure, told)}
-    for name, value in facts.items():
-        kind = BY_NAME[name].type
-        if value is not None:
-            facts[name] = untrusted.one_line(value, 100) if kind is str else kind(value)
-    added = {name: value for name, value in told.items() if name not in {"status", "reason", *BY_NAME} and plain(value)}
-    return facts | dict([fact for fact in added.items() if NAME.fullmatch(fact[0])][:MOST_EXTRA])
-
-
-def _is_of_type(measure, told: dict) -> bool:
-    value = told.get(measure.name)
-    if value is None or measure.type is str or measure.type is bool:
-        return isinstance(value, measure.type) or value is None and measure.nullable and measure.name in told
-    return isinstance(value, (int, measure.type)) and not isinstance(value, bool) and plain(value)
+    facts, added = {}, {}
+    for name, value in told.items():
+        if measure := BY_NAME.get(name):
+            if value is None and measure.nullable or measure.type is bool and isinstance(value, bool):
+                facts[name] = value
+            elif measure.type is str and isinstance(value, str):
+                facts[name] = untrusted.one_line(value, 100)
+            elif type(value) in NUMBERS.get(measure.type, ()) and plain(value):
+                facts[name] = measure.type(value)
+        elif name not in ("status", "reason") and NAME.fullmatch(name) and plain(value):
+            added[name] = value
+    return facts | dict(list(added.items())[:MOST_EXTRA])
 
 
 def problem(

@@ -35,13 +35,12 @@ def marked(**variables: str) -> list[psutil.Process]:
 
 def in_group(group: int) -> list[psutil.Process]:
     """The processes of a group, also those whose parents have ended, and all below them."""
-    return _with_descendants(lambda process: os.name == "posix" and os.getpgid(process.pid) == group)
+    return _with_descendants(lambda process: os.getpgid(process.pid) == group)
 
 
 def shell(command: str, **options) -> subprocess.Popen:
-    """Has the shell run a command, in a group of its own: Ctrl-C is for who called it. Options are those of Popen."""
-    group = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0  # pyright: ignore
-    return subprocess.Popen(command, shell=True, start_new_session=os.name == "posix", creationflags=group, **options)
+    """Has the shell run a command, in a session of its own: Ctrl-C is for who called it. Options are those of Popen."""
+    return subprocess.Popen(command, shell=True, start_new_session=True, **options)
 
 
 def left_of(process: subprocess.Popen | None, **variables: str) -> list[psutil.Process]:

@@ -21,17 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
+import numpy as np
 import psutil
+from huggingface_hub.constants import HF_HUB_CACHE
 
 import prepare
 import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
 from lab.run import child, guard, outcome, processes, sandbox
-from lab.run.exam import Exam, save_rows
+from lab.run.exam import Exam
 from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
-from lab.run.processes import tree
 
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
@@ -42,8 +43,7 @@ RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
 
 # Settings that a run inherits, by name or by how it begins.
-SAFE = """PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX
-SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE""".split()
+SAFE = "PATH LANG LANGUAGE TZ LD_LIBRARY_PATH USER LOGNAME VIRTUAL_ENV CONDA_PREFIX CC CXX".split()
 SAFE_PREFIXES = tuple(
     """LC_ CUDA_ CUBLAS_ CUDNN_ NVIDIA_ NCCL_ HIP_ HSA_ ROCR_ ROCM_ OMP_ KMP_ MKL_ OPENBLAS_ BLIS_
 VECLIB_ NUMEXPR_ PYTORCH_ TORCH_ TORCHINDUCTOR_ TORCHDYNAMO_ TRITON_ MLX_ METAL_ MTL_ KERNELS_ XLA_""".split()
@@ -127,7 +127,7 @@ def run(request: Request) -> Outcome:
     clear(request.folder, RECORDS)
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
-    with examining(request, weights, {"validation": "val"}, prepare.PROBED, trains=True) as exam:
+    with Exam(request, weights, {"validation": "val"}, prepare.PROBED, trains=True) as exam:
         ended = execute(request, "train", request.folder / "run.log", exam, AUTORESEARCH_RESULT=str(result))
     return outcome.of_run(request, ended, exam)
 
@@ -146,19 +146,13 @@ def score(request: Request, weights: Path) -> Scores | Reason:
     if not weights.is_file():
         return because("no_weights")
     parts = {"validation": "val", "held_out": "held"}
-    with examining(request, weights, parts, PROBED_AGAIN, trains=False) as exam:
+    with Exam(request, weights, parts, PROBED_AGAIN, trains=False) as exam:
         ended = execute(request, "score", request.folder / "score.log", exam, weights)
     if problem := outcome.unscored(request, ended, exam):
         return problem
-    save_rows(request.folder / "rows.npz", exam)
+    with storage.atomic(request.folder / "rows.npz") as file:
+        np.savez(file, **exam.rows)
     return Scores(exam.scores["val_bpb"], exam.scores["held_bpb"])
-
-
-def examining(request: Request, weights: Path, parts: dict[str, str], share: float, trains: bool) -> Exam:
-    if os.name != "posix":
-        raise LabError("runs are guarded on Linux and macOS; on Windows: use WSL 2, or python train.py by itself")
-    name = request.settings.get("AUTORESEARCH_DATA")
-    return Exam(request.judge, request.home, name, weights, parts, share, trains)
 
 
 # --- A process, from its start to its end ---
@@ -182,8 +176,8 @@ def remove(folder: Path) -> None:
         return
     with suppress(OSError):
         folder.chmod(0o700)
-    for place, folders, files in os.walk(folder):  # which lists a folder after it was allowed to
-        for path in (Path(place, name) for name in [*folders, *(files if os.name == "nt" else [])]):
+    for place, folders, _ in os.walk(folder):  # which lists a folder after it was allowed to
+        for path in (Path(place, name) for name in folders):
             with suppress(OSError):
                 if not path.is_symlink():
                     path.chmod(0o700)
@@ -210,15 +204,9 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
     settings |= environment(request, temporary) | exam.settings
     begun, wall = time.monotonic(), time.time()
     process = Popen(
-        command,
-        cwd=folder / "work",
-        env=settings,
-        stdin=PIPE,
-        stdout=PIPE,
-        stderr=STDOUT,
-        start_new_session=True,
-        pass_fds=exam.descriptors,
-    )
+        command, cwd=folder / "work", env=settings, stdin=PIPE, stdout=PIPE, stderr=STDOUT,
+        start_new_session=True, pass_fds=exam.descriptors,
+    )  # fmt: skip
     exam.start()
     assert process.stdin and process.stdout
     output = Log(os.dup(process.stdout.fileno()), log)
@@ -272,7 +260,7 @@ def watch(process: Popen, request: Request, output: Log, deadline: float) -> Rea
 
 def memory(pid: int) -> int:
     """Bytes that a process and those below it hold; what they share counts once where that can be told."""
-    family, resident = tree(pid), 0
+    family, resident = processes.tree(pid), 0
     if len(family) > 1 and child.LINUX:  # it takes longer to tell, and matters only to processes that share much
         with suppress(psutil.Error, OSError):
             return sum(process.memory_full_info().pss for process in family)
@@ -284,17 +272,16 @@ def memory(pid: int) -> int:
 
 def ask_to_end(process: Popen) -> None:
     """SIGTERM to everything below a process that still runs; a little later, SIGKILL."""
-    if process.poll() is None:
-        processes.end(lambda: [each for each in tree(process.pid) if not is_wrapper(each)], GRACE, ask=True)
-        processes.end(lambda: tree(process.pid))
-        process.wait()
 
-
-def is_wrapper(process: psutil.Process) -> bool:
-    try:
-        return process.name() in WRAPPERS
-    except psutil.Error:
+    def wraps(each: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return each.name() in WRAPPERS
         return False
+
+    if process.poll() is None:
+        processes.end(lambda: [each for each in processes.tree(process.pid) if not wraps(each)], GRACE, ask=True)
+        processes.end(lambda: processes.tree(process.pid))
+        process.wait()
 
 
 def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
@@ -324,11 +311,11 @@ def fill_cache(request: Request) -> None:
 def environment(request: Request, temporary: Path) -> dict[str, str]:
     """All that a run is told."""
 
-    def safe(name):
-        named = name.upper() in SAFE or name.startswith(SAFE_PREFIXES)
-        return named and not any(secret in name.upper() for secret in NOT_SAFE)
-
-    inherited = {name: value for name, value in os.environ.items() if safe(name)}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if (name in SAFE or name.startswith(SAFE_PREFIXES)) and not any(part in name.upper() for part in NOT_SAFE)
+    }
     protected = {str(path) for path in request.protected}
     if path := [part for part in listed("PYTHONPATH") if not guard.within(os.path.abspath(part), protected)]:
         inherited["PYTHONPATH"] = os.pathsep.join(path)
@@ -336,13 +323,12 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
     gpu = "".join(f"-{request.settings.get(name, '')}" for name in ("CUDA_VISIBLE_DEVICES", "AUTORESEARCH_DEVICE"))
     driver = re.sub("[^A-Za-z0-9]+", "-", f"cuda{gpu}").strip("-")  # of its compiler, for each GPU apart
     (request.cache / driver).mkdir(parents=True, exist_ok=True)
-    own = {
+    told = {
         "HOME": str(folder / "home"),
-        "USERPROFILE": str(folder / "home"),
         **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(sandbox.seen(request.sandbox, temporary))),
         "CUDA_CACHE_PATH": str(cache / driver),
         "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(hub_cache()),
+        "HF_HUB_CACHE": HF_HUB_CACHE,
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUSERBASE": site.getuserbase(),
         **request.settings,
@@ -352,15 +338,8 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
         "AUTORESEARCH_SEED": str(request.seed),
     }
     if request.budget != prepare.TIME_BUDGET:
-        own["AUTORESEARCH_BUDGET"] = f"{request.budget!r}"
-    return inherited | own
-
-
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps what was fetched, by its own rules."""
-    asked = os.environ.get
-    root = asked("HF_HOME") or Path(asked("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(asked("HF_HUB_CACHE") or asked("HUGGINGFACE_HUB_CACHE") or Path(root) / "hub").expanduser()
+        told["AUTORESEARCH_BUDGET"] = f"{request.budget!r}"
+    return inherited | told
 
 
 def short_temporary(request: Request) -> Path:
@@ -380,18 +359,16 @@ def short_temporary(request: Request) -> Path:
 
 def readable(request: Request) -> list[Path]:
     """What a run needs of folders that are hidden from it."""
-    search = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
-    named: list[str | Path | None] = [
-        os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")
-    ]
-    named += [request.settings.get(f"AUTORESEARCH_{name}") for name in ("PROFILE", "FA3_LIBRARY")]
+    named: list[str | Path] = [part for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") for part in listed(name)]
+    named += [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "KERNELS_CACHE")]
+    named += [request.settings.get(f"AUTORESEARCH_{name}", "") for name in ("PROFILE", "FA3_LIBRARY")]
     if library := request.settings.get("AUTORESEARCH_FA3_LIBRARY"):
         named += Path(library).parent.glob("libcudart.so*")  # which is loaded from beside it
     # Of the data only what tells about them: documents and rows come from the harness.
-    named += [request.home / "data" / "current"]
-    named += [path for name in ("manifest", "tokenizer") for path in request.home.glob(f"data/*/{name}.json")]
-    named += [*request.home.glob("trials*.json"), request.judge, hub_cache()]
-    return [*sandbox.interpreter(), *(Path(path) for path in [*search, *named] if path and os.path.isabs(path))]
+    for pattern in ("data/current", "data/*/manifest.json", "data/*/tokenizer.json", "trials*.json"):
+        named += request.home.glob(pattern)
+    named += [request.judge, HF_HUB_CACHE]
+    return [*sandbox.interpreter(), *(Path(path) for path in named if os.path.isabs(path))]
 
 
 def listed(name: str) -> list[str]:

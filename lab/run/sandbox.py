@@ -247,19 +247,12 @@ def macos_profile(readable: list[Path], writable: list[Path], hidden: list[Path]
     """In the language of sandbox-exec (SBPL), in which the last rule that fits decides. What a path leads through can
     still be looked up; Metal's compiler keeps its cache in the user's part of /var/folders."""
 
-    def paths(kind, folders):
+    def subpaths(folders):
         names = (str(path).replace("\\", "\\\\").replace('"', '\\"') for path in folders)
-        return "".join(f'\n  ({kind} "{name}")' for name in names)
+        return "".join(f'\n  (subpath "{name}")' for name in names)
 
     rules = ["(version 1)", "(allow default)", "(deny network*)"]
-    if hidden:
-        rules.append(f"(deny file-read-data{paths('subpath', hidden)})")
-    return "\n".join(
-        [
-            *rules,
-            f"(allow file-read-data{paths('subpath', [*readable, *writable])})",
-            '(deny file-write* (subpath "/"))',
-            '(allow file-write*\n  (subpath "/dev")\n  (regex #"^/private/var/folders/[^/]+/[^/]+/C/")'
-            f"{paths('subpath', writable)})",
-        ]
-    )
+    rules += [f"(deny file-read-data{subpaths(hidden)})"] if hidden else []
+    rules += [f"(allow file-read-data{subpaths([*readable, *writable])})", '(deny file-write* (subpath "/"))']
+    places = '\n  (subpath "/dev")\n  (regex #"^/private/var/folders/[^/]+/[^/]+/C/")' + subpaths(writable)
+    return "\n".join([*rules, f"(allow file-write*{places})"])

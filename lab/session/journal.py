@@ -49,7 +49,7 @@ class Journal:
             try:
                 events.append(self.decoder.decode(line))
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                if not any(map(self._sound, lines[place + 1 :])) and not kind_of(line):
+                if not any(map(kind_of, lines[place:])):  # cut short
                     break
                 number = len(self.events) + place + 1
                 raise LabError(f"{self.path}, line {number}{_damage(line, error)}") from error
@@ -73,13 +73,6 @@ class Journal:
             self._read = self.path.stat().st_size
         self.events.append(event)
         return [*new, event]
-
-    def _sound(self, line: bytes) -> bool:
-        try:
-            self.decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return False
-        return True
 
 
 def kind_of(line: bytes) -> str | None:

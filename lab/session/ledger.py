@@ -78,10 +78,10 @@ def measured(result: dict) -> dict:
     """The columns that a run's measures fill; what is unknown is left out."""
     row = {}
     for name, measure in MEASURED.items():
-        value = result.get(measure.name)
-        if value is not None:
-            known = ("yes" if value else "no") if measure.type is bool else value
-            row[name] = value * measure.scale if measure.type is float else known
+        if (value := result.get(measure.name)) is not None:
+            row[name] = value * measure.scale if measure.type is float else value
+            if measure.type is bool:
+                row[name] = "yes" if value else "no"
     return row
 
 
@@ -97,18 +97,16 @@ def write(path: Path, state: State) -> str | None:
         there = path.read_bytes() if path.exists() else b""
         if there == content:
             return None
-        edited = None
+        said, edited = None, path.with_name(f"{path.stem}.edited{path.suffix}")
         if not content.startswith(there):  # an older one is a beginning of this
-            edited = path.with_name(f"{path.stem}.edited{path.suffix}")
             with atomic(edited) as file:
                 file.write(there)
+            said = f"{path} was edited, and is put back as the journal has it; what was there is in {edited}"
         with atomic(path) as file:
             file.write(content)
+        return said
     except (DataError, OSError) as error:
         return f"{path} could not be written ({error}); close what has it open: it is written again with the next event"
-    return (
-        f"{path} was edited, and is put back as the journal has it; what was there is in {edited}" if edited else None
-    )
 
 
 def dumps(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> bytes:

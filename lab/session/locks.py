@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import filelock
 import storage
 from backends import machine
 from lab.errors import LabError
-
-HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)  # what flock says of a lock that another has
 
 
 class Lock(filelock.FileLock):
@@ -43,11 +39,8 @@ def no_locks(lock: filelock.BaseFileLock, problem) -> LabError:
 
 
 def device_lock(device: str, gpu: str) -> Lock:
-    """Held while anything trains on this device, in whatever session. Computers that share a home have locks of their
-    own: a GPU's name is its alone, and others are called by their computer, too.
-
-    Args:
-        device: its tag. gpu: its name (`machine.gpu_name`), or "".
+    """Held while anything trains on the device of this tag, in whatever session. Computers that share a home have locks
+    of their own: a GPU's name (`machine.gpu_name`, or "") is its alone, others are called by their computer, too.
     """
     own = gpu if gpu.startswith(("GPU-", "MIG-")) else f"{device}-{gpu}-{machine.host()}"
     path = storage.home() / "locks" / f"{re.sub(r'[^0-9A-Za-z.-]', '', own)}.lock"
@@ -67,22 +60,23 @@ def is_held(lock: filelock.BaseFileLock) -> bool:
         except filelock.Timeout:
             return True
     try:
-        descriptor = os.open(lock.lock_file, os.O_RDONLY)
+        file = open(lock.lock_file, "rb")
     except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: pollers do not see one another
-        return False
-    except OSError as error:
-        if error.errno in HELD:
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: pollers do not see one another
+        except (BlockingIOError, PermissionError):  # EACCES is what some systems say of a lock that another has
             return True
-        raise no_locks(lock, error) from error
-    finally:
-        os.close(descriptor)
+        except OSError as error:
+            raise no_locks(lock, error) from error
+    return False
 
 
 def refuse_if_busy(lock: filelock.BaseFileLock) -> None:
     """LabError if something else trains on the device."""
     if is_held(lock):
-        raise LabError("another session is training on this device, and two at once would slow each other down: wait "
-                       "until it is done (python -m lab wait, in its repository), then run this again")  # fmt: skip
+        raise LabError(
+            "another session is training on this device, and two at once would slow each other down: wait until it is "
+            "done (python -m lab wait, in its repository), then run this again"
+        )

@@ -48,13 +48,13 @@ class Record:
             experiment = self.state.experiments.get(number)
             if experiment is None or self.base is None:
                 raise LabError(f"the train.py of experiment {number} of {self.name} is not known")
+            first = next(e.number for e in self.state.experiments.values() if e.blob == experiment.blob)
             if number == BASELINE or experiment.onto is None:
                 self._trains[number] = normalised(self.base)
             elif experiment.diff:
                 self._trains[number] = patched(self.train(experiment.onto), experiment.diff)
+            elif first == number:
+                raise LabError(f"the diff of experiment {number} of {self.name} is not known")
             else:  # further runs of one, such as a confirmation's
-                first = next(e.number for e in self.state.experiments.values() if e.blob == experiment.blob)
-                if first == number:
-                    raise LabError(f"the diff of experiment {number} of {self.name} is not known")
                 self._trains[number] = self.train(first)
         return self._trains[number]

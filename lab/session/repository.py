@@ -56,10 +56,10 @@ class Repository:
     def git(self, *arguments: str, content: bytes | None = None, check: bool = True, **environment: str | Path) -> str:
         """What a git command prints. LabError with its message if it fails; with check=False then nothing."""
         deadline = time.monotonic() + LOCK_PATIENCE
-        done = self._run(arguments, content, environment)
-        while done.returncode and check and b".lock'" in done.stderr and time.monotonic() < deadline:
+        while (done := self._run(arguments, content, environment)).returncode and check:
+            if b".lock'" not in done.stderr or time.monotonic() > deadline:
+                break
             time.sleep(0.1)  # an editor looks at the repository, say
-            done = self._run(arguments, content, environment)
         if done.returncode and check:
             message = "; ".join(done.stderr.decode(errors="replace").split("\n")).strip("; ")
             raise LabError(f"git {arguments[0]} failed in {self.path}: {message}")
@@ -69,18 +69,11 @@ class Repository:
         environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
         if arguments[0] == "commit-tree":
             environment = self._identity() | environment
-        environment["GIT_OPTIONAL_LOCKS"] = "0"  # a look changes nothing, the index neither
+        environment |= {"GIT_OPTIONAL_LOCKS": "0", **(more or {})}  # a look changes nothing, the index neither
         settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
         command = ["git", "-C", str(self.path), *settings, *arguments]
         try:  # In a session of its own: Ctrl-C is for who called it.
-            return subprocess.run(
-                command,
-                input=content,
-                env=environment | (more or {}),
-                capture_output=True,
-                check=False,
-                start_new_session=True,
-            )
+            return subprocess.run(command, input=content, env=environment, capture_output=True, start_new_session=True)
         except FileNotFoundError as error:
             raise LabError("git was not found; install it") from error
 
@@ -246,11 +239,9 @@ class Repository:
 
     def put_back(self, commit: str) -> None:
         """Makes train.py and its index entry those of a commit. A link stays one, and a mode stays what it is."""
-        blob, mode = self.blob_of(commit), self._mode(commit)
-        if blob is None:
+        if (blob := self.blob_of(commit)) is None:
             return
-        path = (self.path / TRAIN).resolve()
-        content = self.content(blob)
+        path, mode, content = (self.path / TRAIN).resolve(), self._mode(commit), self.content(blob)
         if not path.is_file() or path.read_bytes() != content:
             there = path.stat().st_mode if path.exists() else None
             with storage.atomic(path) as file:
@@ -260,36 +251,27 @@ class Repository:
         self.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{TRAIN}")
 
     def unlock(self, branch: str) -> list[str]:
-        """Removes locks that a killed git left on what the lab changes, and names them."""
+        """Removes locks that a killed git left on what the lab changes, and names them; and what a killed `settle` has
+        left of train.py."""
         names = ("index", "HEAD", f"refs/heads/{branch}", "packed-refs")
         locks = [self.path / self.git("rev-parse", "--git-path", f"{name}.lock") for name in names]
         refs = self.path / self.git("rev-parse", "--git-path", "refs/autoresearch")
         locks += refs.rglob("*.lock") if refs.is_dir() else ()
         deadline = time.monotonic() + LOCK_PATIENCE
-        while (held := [lock for lock in locks if lock.exists()]) and time.monotonic() < deadline:
+        while (held := [lock for lock in locks if lock.exists()]) and self._git_runs():
+            if time.monotonic() > deadline:
+                raise LabError(f"another git holds {held[0]}; let it end, then run this again")
             time.sleep(0.1)
-            if not self._git_runs():
-                break
-        if held and self._git_runs():
-            raise LabError(f"another git holds {held[0]}; let it end, then run this again")
-        for lock in held:
-            lock.unlink(missing_ok=True)
-        return [str(lock) for lock in held]
-
-    def sweep(self) -> None:
-        """Removes what a killed `settle` has left."""
-        for path in self.path.glob(f"{TRAIN}.[0-9]*.tmp"):
+        for path in (*held, *self.path.glob(f"{TRAIN}.[0-9]*.tmp")):
             path.unlink(missing_ok=True)
+        return [str(lock) for lock in held]
 
     def _git_runs(self) -> bool:
         """Whether a git works on this repository."""
-        for process in psutil.process_iter(["name", "cmdline"]):
-            if (process.info["name"] or "").startswith("git"):
-                try:
-                    inside = self.path in (cwd := Path(process.cwd())).parents or cwd == self.path
-                except (psutil.Error, OSError):
-                    continue
-                if inside or str(self.path) in (process.info["cmdline"] or ()):
+        for process in psutil.process_iter(["name", "cmdline", "cwd"]):
+            about = process.info
+            if (about["name"] or "").startswith("git") and about["cwd"] is not None:
+                if Path(about["cwd"]).is_relative_to(self.path) or str(self.path) in (about["cmdline"] or ()):
                     return True
         return False
 

@@ -17,13 +17,7 @@ import storage
 from lab.errors import LabError
 from lab.reasons import because
 from lab.session import ledger
-from lab.session.events import (
-    Event,
-    ExperimentOpened,
-    RunEnded,
-    RunStarted,
-    SessionStarted,
-)
+from lab.session.events import Event, ExperimentOpened, RunEnded, RunStarted, SessionStarted
 from lab.session.journal import Journal
 from lab.session.locks import Lock, device_lock, is_held
 from lab.session.repository import Repository
@@ -61,7 +55,8 @@ class Session:
     """An open session.
 
     Attributes:
-        folder: where everything is kept. local: session.json. journal, state: what happened so far.
+        folder: where everything is kept; judge, ledger: in it. turn: the clone that an agent edits in, while its turn
+            lasts. local: session.json. journal, state: what happened so far.
         lock: held by whoever writes the journal. night_lock: by the night that owns the session.
 
     Raises:
@@ -69,7 +64,8 @@ class Session:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.judge, self.turn = folder, folder / "judge", folder / "turn"
+        self.ledger = folder / "results.tsv"
         try:
             content = (folder / "session.json").read_bytes()
             if json.loads(content).get("format") != FORMAT:
@@ -95,19 +91,6 @@ class Session:
     @property
     def branch(self) -> str:
         return PREFIX + self.name
-
-    @property
-    def judge(self) -> Path:
-        return self.folder / "judge"
-
-    @property
-    def turn(self) -> Path:
-        """The clone that an agent edits in, while its turn lasts."""
-        return self.folder / "turn"
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "results.tsv"
 
     @property
     def budget(self) -> float:
@@ -172,12 +155,11 @@ class Session:
         holds, as somebody wanted the device left alone; but no run is ended on the strength of it."""
         try:
             content = json.loads((self.folder / HOLD).read_bytes())
+            return {"why": HELD[HELD.index(content["why"])], "now": content["now"] is True}
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
-            content = None
-        content = content if isinstance(content, dict) else {}
-        return {"why": content["why"] if content.get("why") in HELD else HELD[0], "now": content.get("now") is True}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"why": HELD[0], "now": False}
 
     def hold(self, why: str, now: bool) -> None:
         """From here on nothing is trained or scored, until `release`. A pause that somebody asked for stays one.
@@ -251,7 +233,6 @@ class Session:
         self.refresh()
         state, repository = self.state, self.repository
         done = [f"removed a lock that a killed git had left: {path}" for path in repository.unlock(self.branch)]
-        repository.sweep()
         for experiment in state.open:
             if experiment.runs:
                 end_run(self.run_id(experiment.runs[-1].number))  # training, or being scored
@@ -273,16 +254,14 @@ class Session:
 
 def fingerprints(judge: Path) -> dict[str, str]:
     """sha256 of each of a judge's files, without those that systems put anywhere by themselves."""
-    known = {}
+    paths = []
     for folder, folders, files in os.walk(judge):
         folders[:] = [name for name in folders if name not in ("__pycache__", ".git")]
-        for name in files:
-            path = Path(folder, name)
-            if name != ".git" and not BY_ITSELF.fullmatch(name):
-                known[path.relative_to(judge).as_posix()] = (
-                    storage.sha256(path) if path.is_file() else "a link to nothing"
-                )
-    return known
+        paths += [Path(folder, name) for name in files if name != ".git" and not BY_ITSELF.fullmatch(name)]
+    return {
+        path.relative_to(judge).as_posix(): storage.sha256(path) if path.is_file() else "a link to nothing"
+        for path in paths
+    }
 
 
 def differing(judge: Path, pinned: dict[str, str]) -> list[str]:

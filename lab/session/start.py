@@ -14,6 +14,7 @@ import backends
 import prepare
 import storage
 from backends import machine
+from backends.interface import BackendError, Hardware
 from calibration import profile as profiles, rule
 from lab import untrusted
 from lab.errors import LabError
@@ -39,7 +40,7 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         runs: of the baseline, each with another seed.
 
     Raises:
-        LabError, DataError, ProfileError, BackendError: something it would rest on is missing; nothing was changed.
+        LabError, DataError, ProfileError: something it would rest on is missing; nothing was changed.
     """
     if runs < 1:
         raise LabError("the baseline needs at least one run")
@@ -53,13 +54,10 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     repository.refuse_uncommitted()
     describe(repository.train())
 
-    hardware = backends.identify()
-    folder = sessions.folder_of(f"{hardware.slug}/{tag}")
+    hardware = identified()
+    folder, branch = sessions.folder_of(f"{hardware.slug}/{tag}"), f"{PREFIX}{hardware.slug}/{tag}"
     if (folder / "session.json").exists():
-        raise LabError(
-            f"there is a session {tag} already: git switch {PREFIX}{hardware.slug}/{tag} goes on with it; "
-            "or take another tag"
-        )
+        raise LabError(f"there is a session {tag} already: git switch {branch} goes on with it; or take another tag")
     profile = checked_profile(hardware, repository.path / TRAIN, say)
     data = prepare.open_data()
     box = sandbox.probe()
@@ -70,16 +68,15 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
 
     gpu = which_gpu(hardware.kind)
     refuse_if_busy(device_lock(hardware.slug, gpu))
-    branch = f"{PREFIX}{hardware.slug}/{tag}"
     if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(
             f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
         )
-    settings = {f"AUTORESEARCH_{name}": os.environ.get(f"AUTORESEARCH_{name}") for name in sessions.PASSED_ON}
-    if library := settings["AUTORESEARCH_FA3_LIBRARY"]:  # runs have a home and a working folder of their own
+    passed_on = [*(f"AUTORESEARCH_{name}" for name in sessions.PASSED_ON), *machine.CHOOSING_GPUS]
+    settings = {name: os.environ[name] for name in passed_on if os.environ.get(name)}
+    if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
-    settings |= {name: os.environ.get(name) for name in machine.CHOOSING_GPUS}
-    settings = {name: value for name, value in settings.items() if value} | {
+    settings |= {
         "AUTORESEARCH_HOME": str(storage.home().absolute()),
         "AUTORESEARCH_DATA": data.name,
         "AUTORESEARCH_PROFILE": str(folder / "profile.json"),
@@ -104,10 +101,8 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         slowest=BAND * rates["low"] / rates["median"],
         attention_provider=profile.get("attention_provider"),
     )
-    blob, facts = repository.blob_of(commit) or "", vars(describe(repository.train()))
-    baseline = ExperimentOpened(
-        number=BASELINE, kind="baseline", blob=blob, commit=commit, description="baseline", **facts
-    )
+    facts = {"blob": repository.blob_of(commit) or "", "commit": commit, **vars(describe(repository.train()))}
+    baseline = ExperimentOpened(number=BASELINE, kind="baseline", description="baseline", **facts)
     with device_lock(hardware.slug, f"start-{tag}"):  # two commands with one tag
         if (folder / "session.json").exists():
             raise LabError(f"session {tag} was started by another command just now")
@@ -133,13 +128,19 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     return Session(folder)
 
 
+def identified() -> Hardware:
+    """What runs would execute on. LabError if no backend can run here."""
+    try:
+        return backends.identify()
+    except BackendError as error:
+        raise LabError(str(error)) from error
+
+
 def which_gpu(kind: str) -> str:
     """The name of the GPU that is used (`machine.gpu_name`); "" for a device that there is one of."""
-    return (
-        machine.gpu_name(int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0))
-        if kind == "cuda"
-        else ""
-    )
+    if kind != "cuda":
+        return ""
+    return machine.gpu_name(int(os.environ.get("AUTORESEARCH_DEVICE", "").partition(":")[2] or 0))
 
 
 def checked_profile(hardware, train: Path, say) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from msgspec.structs import replace
+from msgspec.structs import asdict
 
 from lab.errors import LabError
 from lab.reasons import Reason
@@ -160,74 +160,50 @@ class State:
 
     def take(self, event: Event) -> None:
         """Adds an event. One that says again what is known changes nothing; LabError for one that contradicts it."""
-        if isinstance(event, SessionStarted):
-            self._started = self._once(self._started, event)
-        elif isinstance(event, ExperimentOpened):
-            self._open(event)
-        elif isinstance(event, RunStarted):
-            self._start(event)
-        elif isinstance(event, RunEnded):
-            run = self._run(event.run)
-            run.ended = self._once(run.ended, event)
-        elif isinstance(event, RunScored):
-            self._run(event.run).scored = event
-        elif isinstance(event, ExperimentDecided):
-            self._decide(event)
-        elif isinstance(event, ExperimentApplied):
-            self._apply(event)
-        elif isinstance(event, ExperimentJudged):
-            self._experiment(event.experiment).judged = event.verdict
-        elif isinstance(event, StakeReserved):
-            self._experiment(event.experiment).stake = event.stake
-        elif isinstance(event, HarnessFailed):
-            self._experiment(event.experiment).failures += 1
-        else:
-            raise LabError(f"an event of the kind {type(event).__name__} is none of a session's")
-
-    @staticmethod
-    def _once(known, event):
-        if known is not None and replace(known, time=0) != replace(event, time=0):
-            raise LabError(f"the journal contradicts itself: {event} comes after {known}; import the session's export")
-        return event
-
-    def _open(self, event: ExperimentOpened) -> None:
-        facts = {name: getattr(event, name) for name in event.__struct_fields__}
-        if known := self.experiments.get(event.number):
-            if any(getattr(known, name) != value for name, value in facts.items()):
-                raise LabError(f"the journal opens experiment {event.number} twice; import the session's export")
-            return
-        for number in event.members if event.onto is None else (event.onto, *event.members):
-            self._experiment(number)
-        self.experiments[event.number] = Experiment(**facts)
-
-    def _start(self, event: RunStarted) -> None:
-        if known := self.runs.get(event.number):
-            if any(getattr(known, name) != getattr(event, name) for name in event.__struct_fields__):
-                raise LabError(f"the journal starts run {event.number} twice; import the session's export")
-            return
-        run = Run(**{name: getattr(event, name) for name in event.__struct_fields__})
-        self._experiment(event.experiment).runs.append(run)
-        self.runs[run.number] = run
-        self._by_blob.setdefault(run.blob, []).append(run)
-
-    def _decide(self, event: ExperimentDecided) -> None:
-        experiment = self._experiment(event.experiment)
-        if experiment.decided is not None:
-            if experiment.decided != event.verdict:
-                raise LabError(f"the journal decides experiment {event.experiment} twice; import the session's export")
-            return
-        experiment.decided = event.verdict
-        self.decided.append(experiment)
-        if event.verdict.status == "keep" and (experiment.kind not in BESIDE or experiment.kind == "baseline"):
-            self.kept.append(experiment)
-
-    def _apply(self, event: ExperimentApplied) -> None:
-        experiment = self._experiment(event.experiment)
-        if experiment.decided is None:
-            raise LabError(f"the journal applies experiment {event.experiment}, which it never decided")
-        if experiment.applied is None:
-            self.done.append(experiment)
-        experiment.applied = self._once(experiment.applied, event)
+        match event:
+            case SessionStarted():
+                self._started = _once(self._started, event)
+            case ExperimentOpened(number=number):
+                if number in self.experiments:
+                    _once(self.experiments[number], event)
+                    return
+                for earlier in event.members if event.onto is None else (event.onto, *event.members):
+                    self._experiment(earlier)
+                self.experiments[number] = Experiment(**asdict(event))
+            case RunStarted(number=number):
+                if number in self.runs:
+                    _once(self.runs[number], event)
+                    return
+                self.runs[number] = run = Run(**asdict(event))
+                self._experiment(event.experiment).runs.append(run)
+                self._by_blob.setdefault(run.blob, []).append(run)
+            case RunEnded():
+                run = self._run(event.run)
+                run.ended = _once(run.ended, event)
+            case RunScored():
+                self._run(event.run).scored = event
+            case ExperimentDecided(verdict=verdict):
+                experiment = self._experiment(event.experiment)
+                if experiment.decided is None:
+                    self.decided.append(experiment)
+                    if verdict.status == "keep" and (experiment.kind not in BESIDE or experiment.kind == "baseline"):
+                        self.kept.append(experiment)
+                experiment.decided = _once(experiment.decided, verdict)
+            case ExperimentApplied():
+                experiment = self._experiment(event.experiment)
+                if experiment.decided is None:
+                    raise LabError(f"the journal applies experiment {event.experiment}, which it never decided")
+                if experiment.applied is None:
+                    self.done.append(experiment)
+                experiment.applied = _once(experiment.applied, event)
+            case ExperimentJudged():
+                self._experiment(event.experiment).judged = event.verdict
+            case StakeReserved():
+                self._experiment(event.experiment).stake = event.stake
+            case HarnessFailed():
+                self._experiment(event.experiment).failures += 1
+            case _:
+                raise LabError(f"an event of the kind {type(event).__name__} is none of a session's")
 
     def _experiment(self, number: int) -> Experiment:
         if number not in self.experiments:
@@ -275,11 +251,7 @@ class State:
     def results(self, blob: str) -> dict[int, float]:
         """val_bpb by seed, of undisturbed runs that ended well, confirmations left out. Where no seed is known, each
         run counts by itself."""
-        return {
-            -run.number if run.seed is None else run.seed: run.bpb
-            for run in self.runs_of(blob)
-            if run.ok and self.experiments[run.experiment].kind != "confirm"
-        }
+        return _by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind != "confirm")
 
     def mean(self, experiment: Experiment) -> float | None:
         """val_bpb over the runs of its train.py; None without any."""
@@ -289,35 +261,22 @@ class State:
     def repeats(self, budget: float | None) -> list[list[float]]:
         """The results of each train.py, one for a seed, at one budget: what the noise is estimated from. What was found
         invalid tells nothing of it."""
-        groups = [
-            {
-                -run.number if run.seed is None else run.seed: run.bpb
-                for run in runs
-                if run.ok
-                and run.budget == budget
-                and not (
-                    self.experiments[run.experiment].status == "invalid"
-                    and self.experiments[run.experiment].blob == run.blob
-                )
-            }
-            for runs in self._by_blob.values()
-        ]
-        return [list(group.values()) for group in groups if len(group) > 1]
+
+        def counts(run: Run) -> bool:
+            experiment = self.experiments[run.experiment]
+            return run.budget == budget and (experiment.status != "invalid" or experiment.blob != run.blob)
+
+        groups = (list(_by_seed(filter(counts, runs)).values()) for runs in self._by_blob.values())
+        return [group for group in groups if len(group) > 1]
 
     def equal(self, digest: str) -> Experiment | None:
         """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
         of the best."""
-        return next(
-            (
-                e
-                for e in reversed(self.decided)
-                if e.digest == digest
-                and e.kind not in MEASURING
-                and e.verdict.judged
-                and not (e.kind == "replay" and e.status == "keep")
-            ),
-            None,
-        )
+        for e in reversed(self.decided):
+            if e.digest == digest and e.kind not in MEASURING and e.verdict.judged:
+                if e.kind != "replay" or e.status != "keep":
+                    return e
+        return None
 
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1
@@ -326,3 +285,18 @@ class State:
         """The most seconds that a run took beside its training."""
         took = [run.seconds - run.result["training_seconds"] for run in self.runs.values() if run.ok]
         return max(took, default=None)
+
+
+def _by_seed(runs: Iterable[Run]) -> dict[int, float]:
+    return {-run.number if run.seed is None else run.seed: run.bpb for run in runs if run.ok}
+
+
+def _once(known, event):
+    """The event, or the verdict, that is known then. LabError if another one was known before, their times aside."""
+    fields = [name for name in event.__struct_fields__ if name != "time"]
+    if known is not None and any(getattr(known, name) != getattr(event, name) for name in fields):
+        what = "contradicts itself"
+        if isinstance(event, ExperimentOpened):
+            what = f"opens experiment {event.number} twice"
+        raise LabError(f"the journal {what}: {event} comes after {known}; import the session's export")
+    return event

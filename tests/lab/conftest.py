@@ -1,5 +1,7 @@
 """Fixtures: a judge, and requests of runs of the fake train.py, edited."""
 
+import compileall
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import sessions
 
 from lab.run import runner
+from lab.session import repository
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -15,19 +18,33 @@ JUDGED = ("prepare.py", "dataset.py", "storage.py", "results.py", "terminal.py",
 BUDGET = 0.1
 
 
+@pytest.fixture(autouse=True)
+def disk_is_not_waited_for(monkeypatch) -> None:
+    """No power fails while tests run; those of what a failure would take (test_power_loss, test_journal) see each flush
+    by what they put in place of fsync."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(repository, "durable", lambda: "core.fsync=none")
+
+
+@pytest.fixture(scope="session")
+def pinned(tmp_path_factory) -> Path:
+    """What a judge consists of, with the bytecode that the lab's first command leaves there: each test has a copy."""
+    folder = tmp_path_factory.mktemp("judge")
+    for source in (*(ROOT / name for name in JUDGED), HERE / "fake_backend.py"):
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder)
+    compileall.compile_dir(folder, quiet=1)
+    return folder
+
+
 @pytest.fixture
-def session(tiny_home, isolated_home) -> Path:
+def session(pinned, tiny_home, isolated_home) -> Path:
     """The folder of a session: a judge, and a ledger."""
     shutil.copytree(tiny_home, isolated_home)
     folder = isolated_home / "sessions" / "fake-1gb" / "night"
-    for name in JUDGED:
-        source, target = ROOT / name, folder / "judge" / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    shutil.copy(HERE / "fake_backend.py", folder / "judge")
+    shutil.copytree(pinned, folder / "judge")
     (folder / "results.tsv").write_text("commit\tval_bpb\n")
     return folder
 
@@ -63,6 +80,24 @@ def request_for(session, tmp_path, isolated_home):
         return runner.Request(**facts | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sound_run(tmp_path_factory) -> tuple[Path, list]:
+    """A folder for the weights of the first sound run, and a list for its outcome: what needs no more shares it."""
+    return tmp_path_factory.mktemp("sound"), []
+
+
+@pytest.fixture
+def honest(request_for, sound_run):
+    """(request, outcome) of a sound run of the fake train.py; its folder holds the weights that the run has left."""
+    (kept, outcomes), request = sound_run, request_for()
+    if not outcomes:
+        outcomes.append(runner.run(request))
+        assert outcomes[0].status == "ok", outcomes
+        shutil.copy(request.folder / "result.safetensors", kept)
+    shutil.copy(kept / "result.safetensors", request.folder)
+    return request, outcomes[0]
 
 
 @pytest.fixture(name="runner")

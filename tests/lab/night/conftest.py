@@ -44,7 +44,9 @@ def tried(searched):
         content = repository.content(best.blob)
         assert content.count(old.encode()) == 1, old
         facts = facts_of_change(session, best, content.replace(old.encode(), new.encode()))
-        commit = repository.commit(repository.commit_of(session.branch), facts["blob"], new)
+        commit = repository.commit_of(session.branch)
+        if status == "keep":  # nobody looks at the other commits
+            commit = repository.commit(commit, facts["blob"], new)
         change = session.open_experiment(kind="change", commit=commit, description=new, **facts)
         if status == "keep" or result:
             run = session.start_run(change, change.blob, 42, session.budget)

@@ -308,9 +308,11 @@ def test_the_lab_can_be_read_within_a_turn(tmp_path, runner):
     assert turn.outcome == "elsewhere" and turn.others[0].startswith("out"), (turn, log.read_text())
     assert len(said) == len(commands)
     assert all(session.name in said[i] for i in (0, 4)) and "less of it" in said[2] and "+LOSS = 0.9" in said[6]
-    for refused in ("run -m x", "start other", "night", "resume"):
-        turn = agent.take_turn(session, f"python -m lab {refused}", PROMPT, log, 100.0)
-        assert turn.outcome == "failed" and "a night runs the experiments" in turn.said
+    commands = ("run -m x", "start other", "night", "resume")
+    asked = "; ".join(f"python -m lab {command} && echo done" for command in commands)
+    turn = agent.take_turn(session, f"{asked}; exit 1", PROMPT, log, 100.0)
+    assert turn.outcome == "failed" and "a night runs the experiments" in turn.said
+    assert log.read_text().count("a night runs the experiments") == len(commands) and "done" not in log.read_text()
     agent.discard(session)
 
 

@@ -254,6 +254,14 @@ def test_other_devices_tell_whether_they_are_throttled(monkeypatch, tmp_path):
 def processes(sound, monkeypatch):
     """Sets which processes there are, at which time: pid -> (parent, seconds of the CPU so far)."""
     clock = SimpleNamespace(now=1000.0, found={})
+
+    def below():
+        children = [pid for pid, (parent, _) in clock.found.items() if parent == os.getpid()]
+        return [SimpleNamespace(pid=pid) for pid, (parent, _) in clock.found.items() if parent in children] + [
+            SimpleNamespace(pid=pid) for pid in children
+        ]
+
+    monkeypatch.setattr(limits.processes, "below", below)
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(limits.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(
@@ -263,13 +271,12 @@ def processes(sound, monkeypatch):
             SimpleNamespace(
                 pid=pid,
                 info={
-                    "ppid": parent,
                     "name": f"game\x1b[2J{pid}",
                     "cpu_times": None if seconds is None else Times(seconds, 0.5),
                     "create_time": 1.0,
                 },
             )
-            for pid, (parent, seconds) in clock.found.items()
+            for pid, (_, seconds) in clock.found.items()
         ],
     )
     sound.profile["machine"]["kind"] = "cpu"
@@ -309,7 +316,7 @@ def test_a_look_long_ago_says_nothing(processes):
 def test_a_program_that_computes_is_found_among_the_real_ones(sound, monkeypatch):
     sound.profile["machine"]["kind"] = "cpu"
     monkeypatch.setattr(limits.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(limits, "below", lambda pid, parents: set())  # it is no other's here
+    monkeypatch.setattr(limits.processes, "below", list)  # it is no other's here
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         limits.troubles(sound)
@@ -320,10 +327,6 @@ def test_a_program_that_computes_is_found_among_the_real_ones(sound, monkeypatch
         other.kill()
         other.wait()
     assert [one.kind for one in found] == ["busy"]
-
-
-def test_below():
-    assert limits.below(1, {2: 1, 3: 2, 4: 9, 9: 4, 1: 1}) == {1, 2, 3}
 
 
 # --- Sleep ---

@@ -197,7 +197,7 @@ def test_a_pause_that_comes_while_the_night_checks_stays(session, monkeypatch):
 
     monkeypatch.setattr(Session, "supervised", property(supervised))
     one._in_the_way()  # it has seen the night's own hold, and meanwhile comes the pause
-    assert session.held["why"] == "paused" and one._in_the_way().kind == "paused" and branch
+    assert session.held["why"] == "paused" and one._in_the_way()[0] == "paused" and branch
 
 
 def test_a_night_that_was_killed_as_it_ended_begins_nothing_more(session, proposals):
@@ -453,7 +453,7 @@ def test_a_device_that_was_not_itself_gets_a_rest_a_longer_one_each_time(session
         rests.append((one._rests_until - time.time()) / session.budget)
     assert rests == pytest.approx([0.2, 1, 1], abs=0.1) and "speed 0.60" in one.view.lines[-1]
     session.hold("stopped", now=False)
-    assert one._in_the_way().kind == "resting" and session.held
+    assert one._in_the_way()[0] == "resting" and session.held
     one._rests_until = 0.0
     assert one._in_the_way() is None and not session.held
 

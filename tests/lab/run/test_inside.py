@@ -155,10 +155,8 @@ def test_reads_the_rows(refused, code):
     "__import__('safetensors.numpy').numpy.load_file(EARLIER)", "open(prepare.home() / 'last' / 'weights.safetensors')",
     "open(prepare.home() / 'sessions' / 'other' / 'day' / 'best.safetensors')",
 ])  # fmt: skip
-def test_resumes_from_an_earlier_run(refused, request_for, code):
-    earlier = request_for()
-    assert runner.run(earlier).status == "ok"
-    code = code.replace("EARLIER", repr(str(earlier.folder / "result.safetensors")))
+def test_resumes_from_an_earlier_run(refused, honest, code):
+    code = code.replace("EARLIER", repr(str(honest[0].folder / "result.safetensors")))
     refused({EVALUATION: hushed(code) + HONEST}, "starts from nothing", number=2)
 
 
@@ -279,9 +277,8 @@ def test_a_reason_gives_no_orders(request_for, code, reason):
     ("raise type('ORDER', (Exception,), {})", "^an error: score.log"),
     ("raise type('E', (Exception,), {'__str__': lambda _: os._exit(3)})", "^E: score.log|^exit status 3"),
 ])  # fmt: skip
-def test_a_reason_of_scoring_gives_no_orders(request_for, code, reason):
-    request = request_for()
-    assert runner.run(request).status == "ok"
+def test_a_reason_of_scoring_gives_no_orders(request_for, honest, code, reason):
+    request, _ = honest
     fails = (
         f"class Failing(fake_backend.Table):\n    def __call__(self, tokens):\n        {code}\n\n\ndef main():\n"
     ).replace("ORDER", ORDER)
@@ -310,7 +307,9 @@ SLEEP = {
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, one that hides its mark is not found")
 @pytest.mark.parametrize("sandbox", [None, *available()[:1]])
 @pytest.mark.parametrize("how", SLEEP)
-def test_a_child_that_outlives_it(refused, how, sandbox, monkeypatch):
+def test_a_child_that_outlives_it(refused, how, sandbox, session):
+    child = session / "judge" / "lab" / "run" / "child.py"
+    child.write_text(child.read_text().replace("LINGER = 3.0", "LINGER = 0.5"))  # nobody has to be waited for so long
     mark = f"{os.getpid()}{abs(hash((how, str(sandbox)))) % 1000}"
     begun = time.monotonic()
     refused(
@@ -401,9 +400,8 @@ def test_an_earlier_result_is_not_taken_for_this_ones(request_for):
 # ---- scoring again ----
 
 
-def test_the_saved_weights_score_the_same(request_for):
-    request = request_for()
-    outcome = runner.run(request)
+def test_the_saved_weights_score_the_same(honest):
+    request, outcome = honest
     scores = runner.score(request, request.folder / "result.safetensors")
     assert scores.val_bpb == pytest.approx(outcome.result["val_bpb"], abs=1e-9)
     with runner.prepare.np.load(request.folder / "rows.npz") as rows:
@@ -423,29 +421,26 @@ def test_the_saved_weights_score_the_same(request_for):
     ({BEFORE_CLOCK: "    return\n"}, "made no Clock"),
     ({BEFORE_CLOCK: "    time.sleep(60)\n" + CLOCK}, "timeout"),
 ])  # fmt: skip
-def test_scoring_that_is_refused(request_for, edits, reason, monkeypatch):
+def test_scoring_that_is_refused(request_for, honest, edits, reason, monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.3)
-    request = request_for()
-    assert runner.run(request).status == "ok"
-    problem = runner.score(request_for(edits, timeout=3.0), request.folder / "result.safetensors")
+    request = request_for(edits, timeout=3.0 if reason == "timeout" else 30.0)
+    problem = runner.score(request, honest[0].folder / "result.safetensors")
     assert re.search(reason, str(problem)), problem
 
 
-def test_replacing_functions_of_the_module_does_not_change_a_score(request_for):
+def test_replacing_functions_of_the_module_does_not_change_a_score(request_for, honest):
     """train.py knows one prepare, the judge scores by another; what it does after the clock is not reached."""
-    request = request_for()
-    honest = runner.run(request).result["val_bpb"]
-    late = CLOCK + "    raise KeyError\n"
-    assert runner.score(request_for({BEFORE_CLOCK: late}), request.folder / "result.safetensors").val_bpb == honest
+    (request, outcome), late = honest, CLOCK + "    raise KeyError\n"
+    again = runner.score(request_for({BEFORE_CLOCK: late}), request.folder / "result.safetensors")
+    assert again.val_bpb == outcome.result["val_bpb"]
 
 
-def test_a_helper_that_takes_long_to_end_does_not_spoil_a_score(request_for):
+def test_a_helper_that_takes_long_to_end_does_not_spoil_a_score(request_for, honest):
     """As a compiler's does, which is still starting when so short a process ends."""
-    request, mark = request_for(), f"60.{os.getpid()}7"
-    honest = runner.run(request).result["val_bpb"]
+    (request, outcome), mark = honest, f"60.{os.getpid()}7"
     helper = f"    __import__('subprocess').Popen(['sleep', '{mark}'])\n" + CLOCK
-    assert runner.score(request_for({BEFORE_CLOCK: helper}), request.folder / "result.safetensors").val_bpb == honest
-    assert not running(mark)
+    again = runner.score(request_for({BEFORE_CLOCK: helper}), request.folder / "result.safetensors")
+    assert again.val_bpb == outcome.result["val_bpb"] and not running(mark)
 
 
 def test_weights_that_are_not_there(request_for, tmp_path):

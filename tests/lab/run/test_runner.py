@@ -55,12 +55,13 @@ def test_a_run_from_end_to_end(request_for, sandbox):
     assert abs(again.val_bpb - found.result["val_bpb"]) < 1e-9
 
 
-def test_score_depends_on_the_seed_and_the_constants_only(request_for):
+def test_score_depends_on_the_seed_and_the_constants_only(request_for, honest):
     def bpb(edits=None, **changes):
         return runner.run(request_for(edits, **changes)).result["val_bpb"]
 
-    assert bpb() == bpb(budget=0.3) and bpb(seed=2) != bpb()
-    assert bpb({"LEARNING = .*": "LEARNING = 0.7"}) < bpb() < bpb({"LEARNING = .*": "LEARNING = 1.1"})
+    score = honest[1].result["val_bpb"]
+    assert bpb(seed=2) != score == bpb(budget=0.3)
+    assert bpb({"LEARNING = .*": "LEARNING = 0.7"}) < score < bpb({"LEARNING = .*": "LEARNING = 1.1"})
 
 
 def test_a_library_is_seen_with_what_lies_beside_it_for_it(request_for, tmp_path):
@@ -275,9 +276,8 @@ def test_reasons_of_somebody_else(reason):
 
 
 def test_no_code_means_two_things():
-    for code, text in {**REFUSALS, **reasons.OF_A_RUN}.items():
+    for code, text in REFUSALS.items():  # no text of the lab's is in the place of one of the judge's
         assert reasons.TEXTS[code] == text
-    assert not REFUSALS.keys() & reasons.OF_A_RUN.keys()
 
 
 # ---- memory ----
@@ -325,8 +325,8 @@ def test_a_long_log_keeps_its_beginning_and_end(request_for):
 
 def test_progress_is_kept_once_a_second(request_for):
     request = request_for({r"time\.sleep\(0\.005\)": "print(end=chr(13) + 'step' * 20)"})
-    assert runner.run(request).status == "ok"
-    assert log_of(request).count("stepstep\n") < 5 < runner.run(request).result["num_steps"]
+    found = runner.run(request)
+    assert found.status == "ok" and log_of(request).count("stepstep\n") < 5 < found.result["num_steps"]
 
 
 def test_no_escape_codes_in_the_log(request_for):

@@ -156,7 +156,7 @@ def test_a_backend_that_is_not_there_is_its_error(tree, monkeypatch):
         raise BackendError("install it")
 
     monkeypatch.setattr(backends, "identify", fails)
-    with pytest.raises(BackendError):
+    with pytest.raises(LabError, match="install it"):
         begin(tree)
 
 
