@@ -435,7 +435,7 @@ def examine(
     - In a quarter of those rows random tokens are asked for instead: at the cut, where that token follows, and before.
       They have to be improbable. That finds a model that knows its targets, or gives again what it has said before.
     - One batch is asked again as it is, one with its rows moved and half of them replaced, and of some rows whole
-      distributions are asked for.
+      distributions are asked for, which have to fit the losses of their targets and of other tokens.
 
     Args:
         asked: has the methods of `Answers`. rows: (N, 2049). token_bytes: (V,), bytes of text in each token.
@@ -481,6 +481,9 @@ def examine(
             neighbour_values = ask(neighbours, np.roll(targets, 1, axis=0))
         elif what == "whole":
             tokens, targets = tokens[:MASS_ROWS], targets[:MASS_ROWS]
+            # Half of what is asked for is text from elsewhere, whose loss a model that sees its targets can't know.
+            elsewhere = rows[rng.integers(0, len(rows), targets.shape), rng.integers(0, T + 1, targets.shape)]
+            targets = np.where(rng.random(targets.shape) < 0.5, elsewhere, targets).astype(np.int32)
             places = np.sort(rng.choice(T, min(T, MASS_TOKENS), replace=False))
             logits, told = asked.logits(tokens, places), ask(tokens, targets)
             if logits.shape[2] != vocab_size:

@@ -323,6 +323,23 @@ def test_sees_its_targets():
         examine(Sees(lambda *_: False))
 
 
+class Peeks(Covers):
+    """It finds its targets, say in a frame of who calls it, and takes those that look like text; asked for whole
+    distributions, it looks ahead. What it says at a cut stays, and random tokens stay improbable."""
+
+    def ahead(self, tokens):
+        following = np.roll(tokens, -1, axis=1)
+        return np.where(following < 25, following, -1)
+
+    def losses(self, tokens, targets):
+        return super().losses(np.roll(targets, 1, axis=1), targets)
+
+
+def test_sees_targets_that_look_like_text():
+    with pytest.raises(prepare.Invalid, match="not normalised"):
+        prepare.examine(Peeks(), ROWS % 25, np.ones(500, np.int32), 8)
+
+
 def test_honest_models_pass():
     for _ in range(20):
         nats, sizes = examine(Asked(lambda *_: False))
