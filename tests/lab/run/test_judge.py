@@ -4,6 +4,7 @@ honest ones beside them, which are not refused."""
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -402,6 +403,18 @@ def test_what_the_baseline_compiles_is_kept(ran, isolated_home):
 ])  # fmt: skip
 def test_replaces_what_the_judge_uses(refused, code, name):
     refused(edits(code), f"replaces {re.escape(name)}")
+
+
+@pytest.mark.parametrize("code", [
+    "open('ELSEWHERE/kept', 'w')", "np.save('ELSEWHERE/kept', model.table)", "os.mkdir('ELSEWHERE/kept')",
+    "open('kept', 'w'); os.rename('kept', 'ELSEWHERE/kept')", "open('/dev/shm/' + os.path.basename('ELSEWHERE'), 'w')",
+])  # fmt: skip
+def test_nothing_is_left_elsewhere_for_another_run(ran, tmp_path, code):
+    elsewhere = tmp_path / "elsewhere" / f"autoresearch-{os.getpid()}"
+    elsewhere.mkdir(parents=True)
+    outcome, log = ran(edits(code.replace("ELSEWHERE", str(elsewhere))))
+    assert outcome.status == "crash" and "PermissionError" in str(outcome.reason), (outcome, log)
+    assert not list(elsewhere.iterdir()) and not Path("/dev/shm", elsewhere.name).exists()
 
 
 def test_a_hard_link_to_the_ledger(refused, ran, session):
