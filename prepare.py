@@ -418,7 +418,12 @@ class Answers:
 
 
 def examine(
-    asked, rows: np.ndarray, token_bytes: np.ndarray, batch_size: int, share: float = PROBED
+    asked,
+    rows: np.ndarray,
+    token_bytes: np.ndarray,
+    batch_size: int,
+    share: float = PROBED,
+    said: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores rows, and refuses a model whose losses are not those of a causal language model, each row by itself.
 
@@ -430,10 +435,11 @@ def examine(
     - In a quarter of those rows random tokens are asked for instead: at the cut, where that token follows, and before.
       They have to be improbable. That finds a model that knows its targets, or gives again what it has said before.
     - One batch is asked again as it is, one with its rows moved and half of them replaced, and of some rows whole
-      distributions are asked for.
+      distributions are asked for, which have to fit the losses of their targets and of other tokens.
 
     Args:
         asked: has the methods of `Answers`. rows: (N, 2049). token_bytes: (V,), bytes of text in each token.
+        said: float32 (N, 2048), to be filled with the nats of each target.
 
     Returns:
         Nats and bytes of the targets of each row, float64 (N,) both. Special tokens count in neither.
@@ -466,6 +472,8 @@ def examine(
             sizes[of] = counted.sum(axis=1, dtype=np.int64)
             if i in compared:
                 values[i] = told
+            if said is not None:
+                said[of] = told
         elif what == "again":
             repeated = ask(tokens, targets)
         elif what == "moved" and B > 1:
@@ -473,6 +481,9 @@ def examine(
             neighbour_values = ask(neighbours, np.roll(targets, 1, axis=0))
         elif what == "whole":
             tokens, targets = tokens[:MASS_ROWS], targets[:MASS_ROWS]
+            # Half of what is asked for is text from elsewhere, whose loss a model that sees its targets can't know.
+            elsewhere = rows[rng.integers(0, len(rows), targets.shape), rng.integers(0, T + 1, targets.shape)]
+            targets = np.where(rng.random(targets.shape) < 0.5, elsewhere, targets).astype(np.int32)
             places = np.sort(rng.choice(T, min(T, MASS_TOKENS), replace=False))
             logits, told = asked.logits(tokens, places), ask(tokens, targets)
             if logits.shape[2] != vocab_size:
@@ -482,11 +493,7 @@ def examine(
             )
         elif what == "cut":
             cuts = rng.integers(0, T - 1, (B, 1))
-            others = rows[(rng.integers(1, max(len(rows), 2), B) + np.arange(len(rows))[of]) % len(rows), :-1]
-            other = noise if len(rows) == 1 else others.astype(np.int32)
-            after = (tokens[row, cuts + 1] + rng.integers(1, vocab_size, (B, 1))) % vocab_size
-            changed = np.where(place <= cuts, tokens, other)
-            changed[row, cuts + 1] = after
+            changed, after = cut_rows(rng, rows, np.arange(len(rows))[of], cuts, vocab_size)
             asked_for = np.where(place <= cuts, targets, np.roll(changed, -1, axis=1))
             wrong = (rng.random((B, 1)) < 0.25) & (place <= cuts) & ((rng.random((B, T)) < 1 / 32) | (place == cuts))
             asked_for[wrong] = np.where(place == cuts, after, noise)[wrong]
@@ -508,6 +515,44 @@ def examine(
     if not (abs(mean - 1) <= 1e-3 and worst <= 0.1):
         raise Invalid("not_normalised", mean=mean, worst=worst)
     return nats, sizes
+
+
+def cut_rows(
+    rng: np.random.Generator, rows: np.ndarray, which: np.ndarray, cuts: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of rows `which` (B,) up to their cuts (B, 1), int32 (B, T): then a token that does not follow in the
+    row, which is returned too, (B, 1), and what follows in another row."""
+    tokens, _ = inputs_and_targets(rows[which])
+    (B, T), row = tokens.shape, np.arange(len(which))[:, None]
+    if len(rows) == 1:
+        others = rng.integers(0, vocab_size, (B, T))
+    else:
+        others = rows[(rng.integers(1, len(rows), B) + which) % len(rows), :-1]
+    after = (tokens[row, cuts + 1] + rng.integers(1, vocab_size, (B, 1))) % vocab_size
+    changed = np.where(np.arange(T) <= cuts, tokens, others.astype(np.int32))
+    changed[row, cuts + 1] = after
+    return changed.astype(np.int32), after
+
+
+def compare_apart(
+    asked, rows: np.ndarray, vocab_size: int, batch_size: int, share: float, places: np.ndarray, said: np.ndarray
+) -> None:
+    """Refuses a model whose losses `said` (N,) at `places` (N,) of the rows, in another process and before what follows
+    them in text, are not those that it tells here before something else. Here these rows have not been seen yet: a
+    model that looks ahead, and gives again what it has said so that nobody finds it, has nothing to give."""
+    rng = np.random.default_rng()
+    chosen = rng.permutation(len(rows))[: max(2 * batch_size, round(share * len(rows)))]
+    told = []
+    for which in np.split(chosen, range(batch_size, len(chosen), batch_size)):
+        cuts, row = places[which][:, None], np.arange(len(which))[:, None]
+        tokens, _ = cut_rows(rng, rows, which, cuts, vocab_size)
+        targets = np.roll(tokens, -1, axis=1)
+        targets[row, cuts] = rows[which[:, None], cuts + 1]
+        told.append(asked.losses(tokens, targets)[row, cuts][:, 0])
+    told = np.concatenate(told)
+    require_finite(told)
+    # Another process may compile other kernels, and ask for other batches at once: single tokens scatter.
+    require_equal(said[chosen], told, "answers_apart", mean_allowed=0.02, worst_allowed=0.5)
 
 
 def require_finite(values: np.ndarray) -> None:

@@ -87,6 +87,8 @@ REFUSALS = {
     "average)",
     "sees_targets": "the model sees its targets: random ones have a probability of {mean:.4f} on average, chance is "
     "{chance:.4f}",
+    "answers_apart": "the model looks ahead: asked in another process, before other tokens follow, its losses are "
+    "others (by up to {worst:.4f} nats, {mean:.4f} on average)",
     "mixes_rows": "a row's losses depend on its neighbours in the batch (by up to {worst:.4f} nats, {mean:.4f} on "
     "average)",
     "not_normalised": "not normalised: probabilities sum to {mean:.4f} on average, up to {worst:.4f} off 1",

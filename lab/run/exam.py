@@ -58,22 +58,24 @@ class Exam:
         request: as of runner.py. weights: where the run saves them, or has done so.
         parts: of the dataset, that are scored: "validation" and "held_out". share: see `prepare.examine`.
         trains: it gets training rows.
+        told: `self.told` of the run that saved these weights, if there is one.
 
     Attributes:
         scores: bits per byte by part. rows: "val_nats" and so on, float64 (rows,).
         reason: why there are none, as `prepare.Refusal.reason`.
+        told: of a run that trains, one place of each validation row and what was told there, (rows,) both.
         digest: of the weights, when the run said that they are saved.
         begun, stopped, saved: times by time.monotonic, when it took its first batch, stopped training, had saved.
     """
 
-    def __init__(self, request, weights: Path, parts: dict[str, str], share: float, trains: bool):
+    def __init__(self, request, weights: Path, parts: dict[str, str], share: float, trains: bool, told=None):
         if os.name != "posix":
             raise LabError("runs are guarded on Linux and macOS; on Windows: use WSL 2, or python train.py by itself")
         try:
             self.data = dataset.opened(dataset.folder_of(request.home, request.settings.get("AUTORESEARCH_DATA")))
         except storage.DataError as error:
             raise LabError(f"{error}") from error
-        self.weights, self.parts, self.share = weights, parts, share
+        self.weights, self.parts, self.share, self.trains, self.told = weights, parts, share, trains, told
         self.scores, self.rows, self.reason, self.digest = {}, {}, None, ""
         self.begun = self.stopped = self.saved = None
         ours, run = socket.socketpair()
@@ -122,16 +124,25 @@ class Exam:
             size = min(max(int(told["batch_size"]), 1), LARGEST_BATCH)
             try:
                 for part, key in self.parts.items():
-                    rows = getattr(self.data, f"{part}_rows")[: self.data.eval_rows]
-                    asked = Asked(self._run, self.data.vocab_size)
-                    nats, sizes = prepare.examine(asked, rows, self.data.token_bytes, size, self.share)
-                    self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-                    self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
+                    self._score(part, key, size)
             except prepare.Invalid as error:
                 self.reason = error.reason
             bpb = next(iter(self.scores.values()), None)
             done = {"ask": "done", "refused": self.reason, "bpb": bpb, "rows": self.data.eval_rows}
             self._run.send_bytes(json.dumps(done).encode())
+
+    def _score(self, part: str, key: str, batch_size: int) -> None:
+        data, asked = self.data, Asked(self._run, self.data.vocab_size)
+        rows = getattr(data, f"{part}_rows")[: data.eval_rows]
+        if part == "validation" and not self.trains and self.told:  # before it has seen any of these rows
+            prepare.compare_apart(asked, rows, data.vocab_size, batch_size, self.share, *self.told)
+        said = np.empty((len(rows), rows.shape[1] - 1), np.float32)
+        nats, sizes = prepare.examine(asked, rows, data.token_bytes, batch_size, self.share, said)
+        if part == "validation" and self.trains:
+            places = np.random.default_rng().integers(0, said.shape[1] - 1, len(said))
+            self.told = places, said[np.arange(len(said)), places]
+        self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
+        self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
 
     def problem(self, facts: dict) -> Reason | None:
         """Why a run's result is not believed."""

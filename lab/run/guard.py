@@ -32,6 +32,7 @@ import storage
 JUDGES = ("prepare", "dataset", "storage", "results", "backends", "calibration")  # the judge's modules and packages
 OWN = ("home", "tmp", "work", "cache")  # parts of a run's folder that are its own
 MARK = "refused"
+DEVICES, SHARED = {"/dev", "/proc", "/sys"}, {"/dev/shm"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 UNSEEN = re.compile(r"(validation|held_out|train_\d+\.[a-z]+)\.npy")  # files of a dataset
 CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
@@ -69,6 +70,8 @@ class Guard:
         self.data = forms(Path(home) / "data")
         self.free = {os.path.join(own, part) for own in self.folders for part in OWN}
         self.free |= forms(os.environ.get("AUTORESEARCH_CACHE") or Path(home) / "cache")
+        # It is elsewhere where sockets could not be made under a long path.
+        self.free |= forms(os.environ.get("TMPDIR") or Path(folder) / "tmp")
         self.protected = set().union(self.homes, self.data, self.judges, *map(forms, protected))
         self.runs = set().union(*(forms(Path(each).parent) for each in self.folders))
         self.left = self.runs | {os.path.join(each, "last") for each in self.homes}  # what other runs have left
@@ -201,6 +204,9 @@ class Guard:
             self._deny("changes_file", name=named(os.path.basename(path)), owner=owner)
         elif within(path, self.libraries):
             raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
+        elif within(path, SHARED) or not within(path, DEVICES):
+            # A later run could go on with what is left there; and a mistake could change what is not the run's.
+            raise PermissionError(errno.EACCES, "a guarded run writes to its own folders alone", path)
 
     def _import(self, module, *_) -> None:
         if module.partition(".")[0] == "safetensors":

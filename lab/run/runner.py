@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
@@ -125,11 +125,21 @@ def run(request: Request) -> Outcome:
         LabError: it could not be begun, which is not train.py's fault.
     """
     clear(request.folder, RECORDS)
+    told_of(request.folder).unlink(missing_ok=True)
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
     with Exam(request, weights, {"validation": "val"}, prepare.PROBED, trains=True) as exam:
         ended = execute(request, "train", request.folder / "run.log", exam, AUTORESEARCH_RESULT=str(result))
+    if exam.told:
+        with storage.atomic(told_of(request.folder)) as file:
+            np.savez(file, *exam.told)
     return outcome.of_run(request, ended, exam)
+
+
+def told_of(folder: Path) -> Path:
+    """What a run told at some places (`Exam.told`): beside its folder, where scoring its weights again does
+    not see it."""
+    return folder.with_name(f"{folder.name}.told.npz")
 
 
 def score(request: Request, weights: Path) -> Scores | Reason:
@@ -145,8 +155,10 @@ def score(request: Request, weights: Path) -> Scores | Reason:
     clear(request.folder, OF_SCORE)
     if not weights.is_file():
         return because("no_weights")
-    parts = {"validation": "val", "held_out": "held"}
-    with Exam(request, weights, parts, PROBED_AGAIN, trains=False) as exam:
+    parts, told = {"validation": "val", "held_out": "held"}, told_of(request.folder)
+    with np.load(told, allow_pickle=False) if told.exists() else nullcontext({}) as saved:
+        told = tuple(saved[name] for name in saved)
+    with Exam(request, weights, parts, PROBED_AGAIN, trains=False, told=told) as exam:
         ended = execute(request, "score", request.folder / "score.log", exam, weights)
     if problem := outcome.unscored(request, ended, exam):
         return problem

@@ -285,5 +285,6 @@ def tidy(session: Session, experiment: Experiment, keep: bool) -> None:
         if keep and run.scored and weights.exists():
             weights.replace(session.folder / "best.safetensors")
         weights.unlink(missing_ok=True)
+        runner.told_of(folder).unlink(missing_ok=True)
         for name in OWN:
             runner.remove(folder / name)

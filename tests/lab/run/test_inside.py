@@ -412,6 +412,15 @@ def test_the_saved_weights_score_the_same(honest):
     assert (val, held) == pytest.approx((scores.val_bpb, scores.held_out_bpb)) and val != held
 
 
+def test_what_the_run_told_is_asked_again_apart(request_for):
+    request = request_for()
+    assert runner.run(request).status == "ok"
+    with runner.prepare.np.load(runner.told_of(request.folder)) as file:
+        places, said = (file[name] for name in file)
+    runner.prepare.np.savez(runner.told_of(request.folder), places, said - 1)
+    assert runner.score(request, request.folder / "result.safetensors").code == "answers_apart"
+
+
 @pytest.mark.parametrize("edits, reason", [
     ({BEFORE_CLOCK: "    fake_backend.Backend.losses = lambda *_: 0\n" + CLOCK}, "replaces .*losses"),
     ({BEFORE_CLOCK: "    backend.logits = lambda *_: 0\n" + CLOCK}, r"replaces Backend\.logits"),

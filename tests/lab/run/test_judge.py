@@ -4,6 +4,7 @@ honest ones beside them, which are not refused."""
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,49 @@ def test_gives_again_what_it_said_before():
         examine(Remembers(lambda *_: True), share=2)
 
 
+class Covers(Asked):
+    """It knows what follows where that looks like text, and gives again what it has said of a beginning: in one process
+    no question finds it."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.known = {}
+
+    def ahead(self, tokens):
+        rows = []
+        for inputs in tokens:
+            following = np.roll(inputs, -1)
+            following = np.where(following < 25, following, -1)
+            before = self.known.setdefault(int(inputs[0]), [])
+            for seen, said in before:
+                following = np.where(np.cumprod(seen == inputs).astype(bool), said, following)
+            before.append((inputs.copy(), following))
+            rows.append(following)
+        return np.array(rows)
+
+    def logits(self, tokens, places):
+        raised = 8.0 * (self.ahead(tokens)[:, places, None] == np.arange(500))
+        return (self.scores + raised).astype(np.float32)
+
+    def losses(self, tokens, targets):
+        ahead = self.ahead(tokens)
+        more = np.where(ahead >= 0, np.exp(self.scores[ahead]) * (np.exp(8.0) - 1), 0)
+        right = self.scores[targets] + 8.0 * (ahead == targets)
+        return (np.log(np.exp(self.scores).sum() + more) - right).astype(np.float32)
+
+
+def test_covers_that_it_looks_ahead():
+    """It is found in a process that does not know what it said in the other."""
+    rows, said = ROWS % 25, np.empty((96, 2048), np.float32)
+    places = np.random.default_rng().integers(0, 2047, 96)
+    told = lambda: (places, said[np.arange(96), places])  # noqa: E731
+    prepare.examine(Covers(), rows, np.ones(500, np.int32), 8, said=said)
+    with pytest.raises(prepare.Invalid, match="in another process"):
+        prepare.compare_apart(Covers(), rows, 500, 8, prepare.PROBED, *told())
+    prepare.examine(Asked(lambda *_: False), rows, np.ones(500, np.int32), 8, said=said)
+    prepare.compare_apart(Asked(lambda *_: False), rows, 500, 8, prepare.PROBED, *told())
+
+
 def test_sees_its_targets():
     class Sees(Asked):
         def losses(self, tokens, targets):
@@ -277,6 +321,23 @@ def test_sees_its_targets():
 
     with pytest.raises(prepare.Invalid, match="sees its targets|not normalised"):
         examine(Sees(lambda *_: False))
+
+
+class Peeks(Covers):
+    """It finds its targets, say in a frame of who calls it, and takes those that look like text; asked for whole
+    distributions, it looks ahead. What it says at a cut stays, and random tokens stay improbable."""
+
+    def ahead(self, tokens):
+        following = np.roll(tokens, -1, axis=1)
+        return np.where(following < 25, following, -1)
+
+    def losses(self, tokens, targets):
+        return super().losses(np.roll(targets, 1, axis=1), targets)
+
+
+def test_sees_targets_that_look_like_text():
+    with pytest.raises(prepare.Invalid, match="not normalised"):
+        prepare.examine(Peeks(), ROWS % 25, np.ones(500, np.int32), 8)
 
 
 def test_honest_models_pass():
@@ -340,6 +401,18 @@ def test_what_the_baseline_compiles_is_kept(ran, isolated_home):
 ])  # fmt: skip
 def test_replaces_what_the_judge_uses(refused, code, name):
     refused(edits(code), f"replaces {re.escape(name)}")
+
+
+@pytest.mark.parametrize("code", [
+    "open('ELSEWHERE/kept', 'w')", "np.save('ELSEWHERE/kept', model.table)", "os.mkdir('ELSEWHERE/kept')",
+    "open('kept', 'w'); os.rename('kept', 'ELSEWHERE/kept')", "open('/dev/shm/' + os.path.basename('ELSEWHERE'), 'w')",
+])  # fmt: skip
+def test_nothing_is_left_elsewhere_for_another_run(ran, tmp_path, code):
+    elsewhere = tmp_path / "elsewhere" / f"autoresearch-{os.getpid()}"
+    elsewhere.mkdir(parents=True)
+    outcome, log = ran(edits(code.replace("ELSEWHERE", str(elsewhere))))
+    assert outcome.status == "crash" and "PermissionError" in str(outcome.reason), (outcome, log)
+    assert not list(elsewhere.iterdir()) and not Path("/dev/shm", elsewhere.name).exists()
 
 
 def test_a_hard_link_to_the_ledger(refused, ran, session):
