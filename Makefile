@@ -36,7 +36,8 @@ demo: .venv/installed
 	sed 's/^WARMDOWN_RATIO = 0.5/WARMDOWN_RATIO = 0.7/' train.py > .demo/train.py
 	cd .demo && $(DEMO) -m lab run -m "a longer cooldown" --wait 1200
 	cd .demo && $(DEMO) -m lab status
-	@echo && tail -n 1 "$$(cd .demo && $(DEMO) -m lab status --json | sed -n 's/^ "ledger": "\(.*\)",$$/\1/p')"
+	@echo && cd .demo && $(DEMO) -m lab status --json | "$(CURDIR)/$(RUN)" -c 'import json, pathlib, sys; \
+		print(pathlib.Path(json.load(sys.stdin)["ledger"]).read_text(encoding="utf-8").splitlines()[-1])'
 
 test: .venv/installed-test
 	$(RUN) -m pytest -m "not slow"

@@ -2,11 +2,12 @@
 
     python benchmarks/idle.py --depth 8 --rows 16                        (on a CUDA device)
     python benchmarks/idle.py --depth 8 --rows 16 --singly --loops 16
+    python benchmarks/idle.py --depth 2 --rows 1 --total-batch 4096 --steps 20 --loops 1         (on a CPU)
 
 --singly launches one kernel at a time, without CUDA graphs. --loops is of processes that keep so many cores busy. Steps
 are timed as in a run, where the host prepares one while the device does the one before; then some more in the profiler.
 "Busy" is the part of these in which a kernel ran or memory was copied; what stands between others for more than 5
-microseconds is listed.
+microseconds is listed. On a CPU nothing is profiled: what loops beside it cost is seen in the tokens per second.
 """
 
 import argparse
@@ -122,6 +123,8 @@ def main():
             f"{options.total_batch / took.mean():,.0f} tokens/s; a step {median:.1f} ms, from {tenth:.1f} (tenth "
             f"percentile) to {ninetieth:.1f} (ninetieth), launched in {launch:.1f}"
         )
+        if train.backend.device.kind != "cuda":
+            return
         busy, kernels, longest = profiled(steps)
     print(f"busy {100 * busy:.1f} % of the time, {kernels:.0f} kernels and copies per step")
     for microseconds, times, before, after in longest[:10]:
