@@ -122,6 +122,9 @@ def test_other_errors_are_not_taken_for_memory(tiny_data):
         def losses(self, tokens, targets):
             raise KeyError("bug")
 
+        def __call__(self, tokens):  # its logits, which may be asked for first
+            raise KeyError("bug")
+
     with pytest.raises(KeyError, match="bug"):
         evaluate_bpb(Backend(), Broken(), tiny_data)
 

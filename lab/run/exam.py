@@ -56,7 +56,7 @@ class Exam:
 
     Args:
         request: as of runner.py. weights: where the run saves them, or has done so.
-        parts: of the dataset, that are scored: "validation" and "held_out". share: see `prepare.examine`.
+        parts: of the dataset, that are scored: "validation" and then "held_out", with the keys of their scores.
         trains: it gets training rows.
         told: `self.told` of the run that saved these weights, if there is one.
 
@@ -68,14 +68,14 @@ class Exam:
         begun, stopped, saved: times by time.monotonic, when it took its first batch, stopped training, had saved.
     """
 
-    def __init__(self, request, weights: Path, parts: dict[str, str], share: float, trains: bool, told=None):
+    def __init__(self, request, weights: Path, parts: dict[str, str], trains: bool, told=None):
         if os.name != "posix":
             raise LabError("runs are guarded on Linux and macOS; on Windows: use WSL 2, or python train.py by itself")
         try:
             self.data = dataset.opened(dataset.folder_of(request.home, request.settings.get("AUTORESEARCH_DATA")))
         except storage.DataError as error:
             raise LabError(f"{error}") from error
-        self.weights, self.parts, self.share, self.trains, self.told = weights, parts, share, trains, told
+        self.weights, self.parts, self.trains, self.told = weights, parts, trains, told
         self.scores, self.rows, self.reason, self.digest = {}, {}, None, ""
         self.begun = self.stopped = self.saved = None
         ours, run = socket.socketpair()
@@ -123,26 +123,28 @@ class Exam:
             self.saved, self.digest = time.monotonic(), storage.sha256(self.weights)
             size = min(max(int(told["batch_size"]), 1), LARGEST_BATCH)
             try:
-                for part, key in self.parts.items():
-                    self._score(part, key, size)
+                self._score(size)
             except prepare.Invalid as error:
                 self.reason = error.reason
             bpb = next(iter(self.scores.values()), None)
             done = {"ask": "done", "refused": self.reason, "bpb": bpb, "rows": self.data.eval_rows}
             self._run.send_bytes(json.dumps(done).encode())
 
-    def _score(self, part: str, key: str, batch_size: int) -> None:
+    def _score(self, batch_size: int) -> None:
+        """All parts in one examination: what is asked again is chosen from all rows."""
         data, asked = self.data, Asked(self._run, self.data.vocab_size)
-        rows = getattr(data, f"{part}_rows")[: data.eval_rows]
-        if part == "validation" and not self.trains and self.told:  # before it has seen any of these rows
-            prepare.compare_apart(asked, rows, data.vocab_size, batch_size, self.share, *self.told)
-        said = np.empty((len(rows), rows.shape[1] - 1), np.float32)
-        nats, sizes = prepare.examine(asked, rows, data.token_bytes, batch_size, self.share, said)
-        if part == "validation" and self.trains:
+        parts = [getattr(data, f"{part}_rows")[: data.eval_rows] for part in self.parts]
+        if self.told:  # before it has seen any of these rows
+            prepare.compare_apart(asked, parts[0], data.vocab_size, batch_size, *self.told)
+        rows = np.concatenate(parts)
+        said = np.empty((len(rows), rows.shape[1] - 1), np.float32) if self.trains else None
+        of_rows = prepare.examine(asked, rows, data.token_bytes, batch_size, said=said)
+        if said is not None:
             places = np.random.default_rng().integers(0, said.shape[1] - 1, len(said))
             self.told = places, said[np.arange(len(said)), places]
-        self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-        self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
+        for key, nats, sizes in zip(self.parts.values(), *(np.split(each, [len(parts[0])]) for each in of_rows)):
+            self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
+            self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
 
     def problem(self, facts: dict) -> Reason | None:
         """Why a run's result is not believed."""

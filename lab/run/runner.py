@@ -37,7 +37,6 @@ from lab.run.outcome import Ended, Outcome
 GRACE = 5.0  # seconds between being asked to end and being ended
 MEMORY_EVERY = 1.0  # seconds
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
-PROBED_AGAIN = 0.08  # of the batches, before a change is kept: see prepare.examine
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
@@ -128,7 +127,7 @@ def run(request: Request) -> Outcome:
     told_of(request.folder).unlink(missing_ok=True)
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
-    with Exam(request, weights, {"validation": "val"}, prepare.PROBED, trains=True) as exam:
+    with Exam(request, weights, {"validation": "val"}, trains=True) as exam:
         ended = execute(request, "train", request.folder / "run.log", exam, AUTORESEARCH_RESULT=str(result))
     if exam.told:
         with storage.atomic(told_of(request.folder)) as file:
@@ -158,7 +157,7 @@ def score(request: Request, weights: Path) -> Scores | Reason:
     parts, told = {"validation": "val", "held_out": "held"}, told_of(request.folder)
     with np.load(told, allow_pickle=False) if told.exists() else nullcontext({}) as saved:
         told = tuple(saved[name] for name in saved)
-    with Exam(request, weights, parts, PROBED_AGAIN, trains=False, told=told) as exam:
+    with Exam(request, weights, parts, trains=False, told=told) as exam:
         ended = execute(request, "score", request.folder / "score.log", exam, weights)
     if problem := outcome.unscored(request, ended, exam):
         return problem

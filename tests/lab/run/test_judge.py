@@ -306,9 +306,9 @@ def test_covers_that_it_looks_ahead():
     told = lambda: (places, said[np.arange(96), places])  # noqa: E731
     prepare.examine(Covers(), rows, np.ones(500, np.int32), 8, said=said)
     with pytest.raises(prepare.Invalid, match="in another process"):
-        prepare.compare_apart(Covers(), rows, 500, 8, prepare.PROBED, *told())
+        prepare.compare_apart(Covers(), rows, 500, 8, *told())
     prepare.examine(Asked(lambda *_: False), rows, np.ones(500, np.int32), 8, said=said)
-    prepare.compare_apart(Asked(lambda *_: False), rows, 500, 8, prepare.PROBED, *told())
+    prepare.compare_apart(Asked(lambda *_: False), rows, 500, 8, *told())
 
 
 def test_sees_its_targets():
