@@ -62,6 +62,7 @@ MEASURES = (
     Measure("initial_weights", str, "", "sketch of the initial weights"),
     Measure("attention_provider", str, "", "where the attention comes from, if not from the framework", nullable=True),
     Measure("compiled", bool, "", "whether the whole step ran compiled", "", "compiled", nullable=True),
+    Measure("captured", bool, "", "whether the whole step ran as CUDA graphs", nullable=True),
     Measure("rows_at_once", int, "rows", "that fit, if fewer than a batch", "", "rows_at_once", "d", nullable=True),
 )  # fmt: skip
 BY_NAME = {measure.name: measure for measure in MEASURES}

@@ -139,6 +139,7 @@ class Trainer(abc.ABC):
     """
 
     compiled = False  # whether the whole step runs compiled
+    captured: bool | None = None  # whether as CUDA graphs; None where there are none
 
     @abc.abstractmethod
     def __init__(self, model, loss, optimizer: list[dict], transform=None):
@@ -194,7 +195,8 @@ class Trainer(abc.ABC):
             print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
             rows = fewer
         self.rows_at_once[x.shape] = rows
-        WARMED_UP.update(compiled=self.compiled, rows_at_once=rows if rows < len(x) else None)
+        fewer = rows if rows < len(x) else None
+        WARMED_UP.update(compiled=self.compiled, captured=self.captured, rows_at_once=fewer)
 
     @abc.abstractmethod
     def accumulate(self, x: np.ndarray, y: np.ndarray, scale: float):
@@ -253,9 +255,10 @@ class Backend(abc.ABC):
 
     @property
     def warmed_up(self) -> dict:
-        """What makes a run slow, for its result: `compiled`, whether the whole step is, and `rows_at_once`, how many
-        fit into the memory if those are fewer than a batch. Both are None before `Trainer.warm_up`."""
-        return {"compiled": None, "rows_at_once": None} | WARMED_UP
+        """What makes a run slow, for its result: `compiled`, whether the whole step is, `captured`, whether it runs as
+        CUDA graphs (None where there are none), and `rows_at_once`, how many fit into the memory if those are fewer
+        than a batch. All are None before `Trainer.warm_up`."""
+        return {"compiled": None, "captured": None, "rows_at_once": None} | WARMED_UP
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ class Backend:
     """Losses are log-softmax and gather of the model's logits, unless the model has its own `losses`."""
 
     name = "fake"
-    warmed_up = {"compiled": True, "rows_at_once": None}
+    warmed_up = {"compiled": True, "captured": None, "rows_at_once": None}
 
     def __init__(self, fits=10**9, peak_flops=1e9):
         self.device = SimpleNamespace(

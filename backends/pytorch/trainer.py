@@ -108,6 +108,10 @@ class Trainer(interface.Trainer):
     def compiled(self) -> bool:
         return runtime.compiled
 
+    @property
+    def captured(self) -> bool | None:
+        return None if runtime.device.type != "cuda" else runtime.captured and not runtime.not_captured()
+
     def _works(self, x, y) -> bool:
         """Tries a step. If it can't be captured, or compiled, turns to steps that are not, and returns False.
 

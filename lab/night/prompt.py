@@ -107,6 +107,8 @@ def slowed(experiment: Experiment, state: State) -> list[str]:
     reasons = []
     if result.get("compiled") is False and usual.get("compiled") is not False:
         reasons.append("the step was not compiled")
+    elif result.get("captured") is False and usual.get("captured") is not False:
+        reasons.append("its kernels were launched one at a time, not as CUDA graphs")
     if (rows := result.get("rows_at_once")) and rows != usual.get("rows_at_once"):
         reasons.append(
             f"its batches went through in parts, {counted(rows, 'row')} at a time: no more fitted into memory"

@@ -185,7 +185,7 @@ def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, c
     x, y = tiny.batch()
     trained.warm_up(x, y)
     assert "does not compile" in capsys.readouterr().out and not runtime.compiled
-    assert backend.warmed_up == {"compiled": False, "rows_at_once": None}
+    assert backend.warmed_up == {"compiled": False, "captured": None, "rows_at_once": None}
     assert float(trained.backward(x, y)) > 0
 
 

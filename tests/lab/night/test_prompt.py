@@ -121,6 +121,11 @@ def test_why_a_change_was_slow_is_told(searched, tried):
     assert re.search(r"2  discard .*DEPTH = 6 \| the step was not compiled \| its batches .* 8 rows at a time", table)
 
 
+def test_a_step_that_the_host_launches_is_told(searched, tried):
+    tried("DEPTH = 4", "DEPTH = 5", compiled=True, captured=False)
+    assert "its kernels were launched one at a time" in fences(prompt.write(searched, "", []))[0]
+
+
 def test_what_was_slow_before_any_change_is_told_of_the_baseline_alone(searched, tried):
     for run in searched.state.baseline.runs:
         run.result["compiled"] = False
