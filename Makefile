@@ -39,8 +39,9 @@ demo: .venv/installed
 	@echo && cd .demo && $(DEMO) -m lab status --json | "$(CURDIR)/$(RUN)" -c 'import json, pathlib, sys; \
 		print(pathlib.Path(json.load(sys.stdin)["ledger"]).read_text(encoding="utf-8").splitlines()[-1])'
 
+# Two files of tests at a time.
 test: .venv/installed-test
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 # Form and types.
 check: .venv/installed-test
