@@ -198,7 +198,6 @@ class _Hypers:
         self._numbers = [{} for _ in optimizer]
         for (i, name), row in zip(keys, self._values):
             self._numbers[i][name] = row[0]
-            runtime.stays(row[0])
 
     def set(self, schedule) -> list[dict]:
         """By group, a scalar on the device for each name."""
