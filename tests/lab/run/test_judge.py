@@ -336,7 +336,7 @@ class Peeks(Covers):
 
 
 def test_sees_targets_that_look_like_text():
-    with pytest.raises(prepare.Invalid, match="not normalised"):
+    with pytest.raises(prepare.Invalid, match="not normalised|sees its targets"):
         prepare.examine(Peeks(), ROWS % 25, np.ones(500, np.int32), 8)
 
 
