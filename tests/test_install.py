@@ -75,7 +75,8 @@ def make(tmp_path):
         pytest.skip("there is no make")
 
     def made(target, status=0, **environment):
-        environment = os.environ | {"PYTHON": sys.executable} | environment
+        outer = {name: value for name, value in os.environ.items() if name not in ("UV", "MAKEFLAGS", "MFLAGS")}
+        environment = outer | {"PYTHON": sys.executable} | environment  # whatever make these tests are run by
         done = subprocess.run(
             ["make", target], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
