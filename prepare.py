@@ -497,7 +497,7 @@ def examine(
             asked_for = np.where(place <= cuts, targets, np.roll(changed, -1, axis=1))
             wrong = (rng.random((B, 1)) < 0.25) & (place <= cuts) & ((rng.random((B, T)) < 1 / 32) | (place == cuts))
             asked_for[wrong] = np.where(place == cuts, after, noise)[wrong]
-            told = ask(changed.astype(np.int32), asked_for.astype(np.int32))
+            told = ask(changed, asked_for)
             ends.append((i, told, (place <= cuts) & ~wrong, wrong & (asked_for != targets)))
 
     first, mixed = values[moved][:-1:2] if len(values[moved]) > 1 else values[moved], None
@@ -537,7 +537,7 @@ def cut_rows(
     after = (tokens[row, cuts + 1] + rng.integers(1, vocab_size, (B, 1))) % vocab_size
     changed = np.where(np.arange(T) <= cuts, tokens, others.astype(np.int32))
     changed[row, cuts + 1] = after
-    return changed.astype(np.int32), after
+    return changed, after
 
 
 def compare_apart(

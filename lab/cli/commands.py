@@ -24,16 +24,12 @@ TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 
 def do_start(options) -> int:
-    from backends.interface import BackendError
     from lab.session.start import start
 
     def say(text):
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    try:
-        session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say)
-    except BackendError as error:
-        raise LabError(str(error)) from error
+    session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say)
     say(
         f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
         f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"

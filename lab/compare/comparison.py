@@ -80,9 +80,8 @@ class Paid:
     tried: int  # with a verdict, those that crashed too
     kept: int
     crashed: int
-    median: (
-        float | None
-    )  # step from the parent as its session saw it, in % of its val_bpb: what was kept flatters itself
+    # Of steps from the parent as its session saw them (what was kept flatters itself), in per cent of its val_bpb.
+    median: float | None
 
 
 @dataclass

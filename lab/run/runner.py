@@ -130,8 +130,7 @@ def run(request: Request) -> Outcome:
     with Exam(request, weights, {"validation": "val"}, trains=True) as exam:
         ended = execute(request, "train", request.folder / "run.log", exam, AUTORESEARCH_RESULT=str(result))
     if exam.told:
-        with storage.atomic(told_of(request.folder)) as file:
-            np.savez(file, *exam.told)
+        save_arrays(told_of(request.folder), *exam.told)
     return outcome.of_run(request, ended, exam)
 
 
@@ -139,6 +138,11 @@ def told_of(folder: Path) -> Path:
     """What a run told at some places (`Exam.told`): beside its folder, where scoring its weights again does
     not see it."""
     return folder.with_name(f"{folder.name}.told.npz")
+
+
+def save_arrays(path: Path, *arrays: np.ndarray, **named: np.ndarray) -> None:
+    with storage.atomic(path) as file:
+        np.savez(file, *arrays, **named)  # pyright: ignore
 
 
 def score(request: Request, weights: Path) -> Scores | Reason:
@@ -161,8 +165,7 @@ def score(request: Request, weights: Path) -> Scores | Reason:
         ended = execute(request, "score", request.folder / "score.log", exam, weights)
     if problem := outcome.unscored(request, ended, exam):
         return problem
-    with storage.atomic(request.folder / "rows.npz") as file:
-        np.savez(file, **exam.rows)
+    save_arrays(request.folder / "rows.npz", **exam.rows)
     return Scores(exam.scores["val_bpb"], exam.scores["held_bpb"])
 
 
