@@ -46,6 +46,7 @@ TIME_BUDGET = 300  # seconds of training
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
 LATE = 2.0  # seconds that a training may end late, beside its last step: the host may be busy
 PROBED = 0.05  # part of the scored batches that is asked again with another ending
+PROBED_ROWS = 16  # are asked so at least: of one or two, chance could ask all for random tokens
 MASS_ROWS, MASS_TOKENS = 4, 256  # whose whole distributions are looked at
 EXAM = "AUTORESEARCH_EXAM"  # descriptor of the harness's end, which scores a guarded run
 
@@ -429,10 +430,10 @@ def examine(
 
     All batches, and some of them again, are asked in random order: so no question tells what it is for.
 
-    - Rows of `share` of the batches (at least 2) are cut at random and go on differently. Losses up to the cut have to
-      stay: the place at the cut must not see its own target. A look-ahead at a part f of all places is missed with a
-      probability of (1 - f)^n, where n is the number of rows that are asked so.
-    - In a quarter of those rows random tokens are asked for instead: at the cut, where that token follows, and before.
+    - Rows of `share` of the batches (at least 16 rows) are cut at random and go on differently. Losses up to the cut
+      have to stay: the place at the cut must not see its own target. Of n such rows three quarters ask for that target,
+      so a look-ahead at a part f of all places is missed with a probability of (1 - 3f/4)^n.
+    - In the other rows random tokens are asked for instead: at the cut, where that token follows, and before.
       They have to be improbable. That finds a model that knows its targets, or gives again what it has said before.
     - One batch is asked again with its rows moved and half of them replaced, and of some rows whole distributions are
       asked for, which have to fit the losses of their targets and of other tokens.
@@ -446,7 +447,7 @@ def examine(
     """
     rng, vocab_size, batches = np.random.default_rng(), len(token_bytes), -(-len(rows) // batch_size)
     moved, whole, *cut = rng.permutation(
-        np.resize(rng.permutation(batches), 2 + max(2, round(share * batches)))
+        np.resize(rng.permutation(batches), 2 + max(-(-PROBED_ROWS // batch_size), round(share * batches)))
     ).tolist()
     questions = [("score", i) for i in range(batches)] + [("moved", moved), ("whole", whole)]
     questions += [("cut", i) for i in cut]
