@@ -37,6 +37,7 @@ import numpy as np
 import psutil
 
 import dataset
+import disturbance
 import terminal
 from dataset import FIRST_ROWS, MAX_SEQ_LEN, Data, inputs_and_targets
 from results import MEASURES, REFUSALS, fill
@@ -164,7 +165,8 @@ class Loader(Iterator, AbstractContextManager):
 
 
 class Clock:
-    """Training time: from the first batch that the loader hands out to `stop`, which `evaluate_bpb` calls.
+    """Training time: from the first batch that the loader hands out to `stop`, which `evaluate_bpb` calls, in seconds
+    of the undisturbed device (disturbance.py).
 
     Making it scores the untrained model, which must know nothing yet: Invalid if it does (a warm start).
 
@@ -172,7 +174,8 @@ class Clock:
         seconds: of training allowed, `budget()` by default.
         steps, longest: number of `tick` calls; seconds the longest took. in_step: has had a batch since the last tick.
         loss: of the last step that is known to be done, a float.
-        ticks: at each tick, seconds since the start and tokens handed out so far.
+        took: seconds that each step took, by the wall.
+        meter, witness: what tells the time, and what it rests on.
         val_bpb, val_rows: the score and how many rows it is of, once there is one.
         initial_weights: their sketch: with another seed, it is another.
     """
@@ -182,11 +185,13 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()
         self.stopped: float | None = None
-        self.ticked = self._took = 0.0
-        self.steps, self.longest, self.in_step, self.ticks = 0, 0.0, False, []
+        self.ticked = self._last = self._window = 0.0
+        self.steps, self.longest, self.in_step, self.took = 0, 0.0, False, []
         self.loss: float | None = None
         self._unread: tuple[int, Any] | None = None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
+        self.meter = disturbance.Meter(disturbance.REFERENCE.get("steps"))
+        self.witness = disturbance.Witness(backend, disturbance.REFERENCE.get("probe"))
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
             self.initial_weights = sketch(backend.weights(model))
@@ -204,7 +209,10 @@ class Clock:
         with recorded(self):
             sys.audit("autoresearch.batch", self)
         if self.started is None:
-            self.started = self.ticked = time.perf_counter()
+            self.backend.step_kind()  # of the warm-up
+            self.witness.start()
+            self.started = self.ticked = self._window = time.perf_counter()
+            self._paused = self.witness.paused
         self.in_step = True
 
     def tick(self, loss) -> float:
@@ -229,17 +237,26 @@ class Clock:
         else:
             loss = self.backend.read_later(loss)
         self._read()  # of the step before
-        sys.audit("autoresearch.tick", self)
-        now = time.perf_counter()
-        seconds, self.ticked = now - self.ticked, now
+        seconds, now = self._since_tick(), time.perf_counter()
+        witnessed = None
+        if now - self._window >= disturbance.WINDOW:
+            witnessed, self._window = self.witness.read(), time.perf_counter()
+        kind = self.backend.step_kind()
+        sys.audit("autoresearch.tick", self, kind, seconds, witnessed)
+        self.meter.add(kind, seconds, witnessed)
+        self.ticked, self._paused = time.perf_counter(), self.witness.paused
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
-        self.ticks.append((now - self.started, self.loader.tokens))
+        self.took.append(seconds)
         self._unread = self.steps, loss
         if at_once:
             self._read()
-        self._took = seconds if waits else self._took  # a tick that waited for nothing tells nothing
-        return self._took
+        self._last = seconds if waits else self._last  # a tick that waited for nothing tells nothing
+        return self._last
+
+    def _since_tick(self) -> float:
+        """Seconds since the last tick, without pauses."""
+        return time.perf_counter() - self.ticked - (self.witness.paused - self._paused)
 
     def _read(self) -> None:
         """Waits for the loss that has not been read yet, if there is one, and checks it."""
@@ -255,9 +272,9 @@ class Clock:
     @property
     def elapsed(self) -> float:
         """Seconds of training so far: 0 before the first batch, fixed after `stop`."""
-        if self.started is None:
-            return 0.0
-        return (time.perf_counter() if self.stopped is None else self.stopped) - self.started
+        if self.started is None or self.stopped is not None:
+            return self.meter.elapsed
+        return self.meter.elapsed + self._since_tick() / self.meter.slowdown
 
     @property
     def progress(self) -> float:
@@ -274,7 +291,10 @@ class Clock:
             self.backend.synchronize()
             self._read()
             admit(self)
+            if self.started is not None:
+                self.meter.add("", self._since_tick())
             self.stopped = time.perf_counter()  # from here on nothing of train.py's runs that could train
+            self.witness.stop()
 
 
 def sketch(weights: dict[str, np.ndarray]) -> str:
@@ -299,23 +319,21 @@ def admit(clock: Clock | None) -> Clock:
             raise Invalid("batch_before_clock")
         if clock.stopped is not None:
             raise Invalid("batch_after_evaluation")
-        begun = clock.ticked - clock.started if clock.in_step and clock.started is not None else None
-        require_time(clock.seconds, clock.elapsed, [0.0, *(seconds for seconds, _ in clock.ticks)], begun)
+        require_time(clock.seconds, clock.elapsed, clock.took, clock.meter.elapsed if clock.in_step else None)
         return clock
 
 
-def require_time(seconds: float, elapsed: float, ends: list[float], begun: float | None) -> None:
+def require_time(seconds: float, elapsed: float, steps: list[float], begun: float | None) -> None:
     """Refuses more training than a budget of `seconds` allows. Times are seconds since the first batch.
 
     Args:
-        elapsed: until now. ends: 0, and when each step was done. begun: the step under way; None between steps.
+        elapsed: until now. steps: how long each took. begun: the step under way; None between steps.
     """
     # A step that begins in time may end late, but not outlast its like; to begin another after that is to ignore the
     # clock. Of a first step nothing is known: it may take the budget (in short trials, the standard one).
-    steps = np.diff(ends)
-    usual = max(3 * float(np.median(steps)), 2 * float(steps[-1])) if len(steps) else max(seconds, TIME_BUDGET)
+    usual = max(3 * float(np.median(steps)), 2 * steps[-1]) if steps else max(seconds, TIME_BUDGET)
     limit = seconds + usual + LATE if begun is None else max(min(begun, seconds + usual), seconds) + usual + LATE
-    if not len(steps):
+    if not steps:
         limit = usual + LATE
     if elapsed > limit:
         raise Invalid("overtime", seconds=elapsed, budget=seconds, limit=limit)
@@ -657,27 +675,20 @@ def recorded(clock: Clock | None):
 def measured(clock: Clock) -> dict:
     """What the clock and its loader know about a run, finished or not."""
     loader, data, backend, seconds = clock.loader, clock.loader.data, clock.backend, clock.elapsed
+    meter, witness = clock.meter, clock.witness
     return {
         "training_seconds": seconds, "total_seconds": time.time() - psutil.Process().create_time(),
+        "disturbance": max(0.0, meter.seconds / seconds - 1) if clock.stopped and seconds else 0.0,
+        "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe, "step_seconds": meter.costs(),
         "budget_seconds": clock.seconds, "peak_vram_mb": backend.peak_memory() / 2**20,
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,
         "tokens_per_second": loader.tokens / seconds if seconds else 0.0,
-        "tokens_per_second_last_quarter": last_quarter(clock),
         "device": backend.device.slug, "backend": backend.name,
         "profile": backend.device.profile or "none", "speed": backend.device.speed,
         "attention_provider": backend.device.attention_provider,
         "dataset": data.name, "eval": data.eval_tag, "data": data.data_tag,
         "initial_weights": clock.initial_weights, **backend.warmed_up,
     }  # fmt: skip
-
-
-def last_quarter(clock: Clock) -> float:
-    """Tokens per second from the last tick within the first three quarters of the training time to the last tick: a
-    device that throttles, or that something else uses too, falls behind there."""
-    ticks = [(0.0, 0), *clock.ticks]
-    end, tokens = ticks[-1]
-    begin, before = next(tick for tick in reversed(ticks) if tick[0] <= 0.75 * end)
-    return (tokens - before) / (end - begin) if end > begin else 0.0
 
 
 def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int, **extra) -> dict:

@@ -40,6 +40,7 @@ from __future__ import annotations
 import abc
 import gc
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,7 @@ class Device(Hardware):
 
 
 WARMED_UP: dict[str, int | None] = {}  # what the last `Trainer.warm_up` found
+CALLS: Counter[str] = Counter()  # of trainers, by what was called with which shape, since somebody asked
 
 
 class Trainer(abc.ABC):
@@ -156,6 +158,7 @@ class Trainer(abc.ABC):
             The loss before scaling: a scalar on the device; `float(loss)` waits for it.
         """
         sys.audit("autoresearch.backward")
+        CALLS["x".join(map(str, x.shape))] += 1
         rows, loss = self.rows_at_once.get(x.shape, len(x)), 0.0
         if len(x) <= rows:
             return self.accumulate(x, y, scale)
@@ -259,6 +262,14 @@ class Backend(abc.ABC):
         CUDA graphs (None where there are none), and `rows_at_once`, how many fit into the memory if those are fewer
         than a batch. All are None before `Trainer.warm_up`."""
         return {"compiled": None, "captured": None, "rows_at_once": None} | WARMED_UP
+
+    @staticmethod
+    def step_kind() -> str:
+        """What trainers were asked for since the last time this was: steps of one kind cost the same. For example
+        "4.16x2048+1.step" for four batches and an update."""
+        kind = "+".join(f"{count}.{call}" for call, count in sorted(CALLS.items()))
+        CALLS.clear()
+        return kind
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
@@ -412,6 +423,7 @@ def check_transformed(given: dict, transformed: dict) -> None:
 def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:
     """Raises what `Trainer.step` says it raises. A step is announced here: a guarded run counts them."""
     sys.audit("autoresearch.step")
+    CALLS["step"] += 1
     wanted, given = [sorted(group["hyper"]) for group in optimizer], [sorted(hyper) for hyper in schedule]
     if given != wanted:
         raise ValueError(f"the schedule gives {given}; the optimizer's groups have {wanted}")

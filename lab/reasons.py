@@ -84,9 +84,6 @@ TEXTS: dict[str, str] = {
     "other_conditions": "the run was made under other conditions: {what}",
     "other_attention": "it ran with attention from {now}, its parent with that from {before}. Bring that back, and run "
     "this again; or start another session",
-    "slower": "the device was slower than calibrated: speed {speed:.2f}, below {least:.2f}",
-    "slowed_down": "its last quarter ran at {share:.2f} of its tokens/s, below {least:.2f}",
-    "disturbed": "{why}, in {times} runs. Free the device, or calibrate it again, and run this again",
     "parent_fails": "its parent does not run any more: {why}",
     "interrupted": "it was interrupted {times} times: does it bring the machine down?",
     "harness_failed": "the lab failed at it {times} times; see supervisor.log in the session's folder, and "

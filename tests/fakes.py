@@ -18,6 +18,7 @@ class Backend:
     def __init__(self, fits=10**9, peak_flops=1e9):
         self.device = SimpleNamespace(
             slug="fake-1gb",
+            kind="cpu",
             name="Fake",
             peak_flops=peak_flops,
             profile="abc",
@@ -31,6 +32,9 @@ class Backend:
 
     def read_later(self, scalar):
         return scalar
+
+    def step_kind(self):
+        return "step"
 
     def peak_memory(self):
         return 3 * 2**20

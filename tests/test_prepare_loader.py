@@ -18,7 +18,7 @@ class FakeClock:
     """Admits everything."""
 
     started = stopped = None
-    elapsed, seconds, longest, steps, ticks = 0.0, 1e9, 0.0, 0, []
+    elapsed, seconds, longest, steps, took = 0.0, 1e9, 0.0, 0, []
     in_step = False
 
     def start(self):

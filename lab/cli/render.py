@@ -88,7 +88,7 @@ def block(session: Session, experiment: Experiment) -> str:
         beside = f", its parent {known['parent_val_bpb']:.6f}" if known["parent_val_bpb"] is not None else ""
         runs = sum(run["of"] == "change" and run["status"] == "ok" for run in known["runs"])
         lines.append(f"  val_bpb           {known['val_bpb']:.6f} (mean of {runs}){beside}")
-    own = [run for run in known["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid", "disturbed")]
+    own = [run for run in known["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid")]
     for measure in SHOWN if own else ():
         value = own[-1].get(measure.column)
         if isinstance(value, bool):

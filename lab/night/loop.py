@@ -22,7 +22,6 @@ from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
 from lab.night import agent, limits, notify, prompt, proposer
 from lab.night.view import Now, View
-from lab.reasons import sentence
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
 from lab.session.session import Session
@@ -36,7 +35,6 @@ LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
 LOOK_AGAIN = 2.0  # ... while they are waited for; what is gone by then was the last run's own
 LONGEST_WAIT = 1200.0  # seconds for a device that is hot, throttled or busy: `speed` marks what runs on it then
 AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried again: a supervisor, a proposal
-REST = (0.2, 1.0)  # of a run's time, after the first run of an experiment on a device that was not itself, after more
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
@@ -69,8 +67,7 @@ class Night:
         self._unopened = last if last and last.experiment == session.state.last.number + 1 else None
         self.stopping: str | None = None
         self._began_at: dict[str, float] = {}  # troubles by kind
-        self._rested: set[int] = set()  # runs after which the device was waited for
-        self._rests_until, self._looked, self._blind = 0.0, 0.0, False
+        self._looked, self._blind = 0.0, False
         self._failures = self._events = 0  # in a row, and how many events there were at the last
         began = limits.interrupted(self.journal.events, options, time.time())
         if began is None:
@@ -116,7 +113,7 @@ class Night:
             if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
                 raise Over(f"the device stays too hot: {text}")
             if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
-                if kind not in told and kind not in ("ending", "resting"):
+                if kind not in told and kind != "ending":
                     told.add(kind)
                     self._tell(text, "trouble")
                 self._show(text)
@@ -130,8 +127,6 @@ class Night:
                 return "paused", "paused; python -m lab resume goes on"
             if session.supervised:
                 return "ending", "waiting for the run under way"
-            if time.time() < self._rests_until:
-                return "resting", "waiting: the device was not itself in the last run"
             session.release("stopped")
         if session.repository.branch() != session.branch:  # its train.py is no edit
             return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
@@ -302,7 +297,8 @@ class Night:
         session, process = self.session, None
         while not experiment.applied:
             self._check()
-            if self._should_rest(experiment):  # after the run under way
+            hot = any(trouble.kind == "hot" for trouble in self.now.troubles)
+            if hot and not experiment.decided and not session.held:  # to be waited for, after the run under way
                 session.hold("stopped", now=False)
             if session.held:
                 self._between()
@@ -317,19 +313,6 @@ class Night:
             time.sleep(POLL)
             session.refresh()
         self._tell_verdict(experiment)
-
-    def _should_rest(self, experiment: Experiment) -> bool:
-        """Whether the device is to be waited for before the next run: it is hot, or was not itself in the last one."""
-        done = [run for run in experiment.runs if run.ended]
-        disturbed = bool(done) and done[-1].status == "disturbed" and done[-1].number not in self._rested
-        if disturbed:
-            self._rested.add(done[-1].number)
-            times = sum(run.status == "disturbed" for run in done)
-            self._rests_until = time.time() + REST[min(times, len(REST)) - 1] * self.session.budget
-            why = sentence(done[-1].reason)
-            self.view.say(f"run {done[-1].number} is made again, once the device had a rest: {why}")
-        hot = any(trouble.kind == "hot" for trouble in self.now.troubles)
-        return not experiment.decided and not self.session.held and (disturbed or hot)
 
     # --- Telling ---
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import dataset
+import disturbance
 import prepare
 import storage
 from lab.errors import LabError
@@ -29,6 +30,7 @@ from lab.reasons import Reason, because
 PATIENCE = 10.0  # seconds
 SAVING = 2e7  # bytes/s, at least, when weights are saved
 LATE = 2.0, 0.02  # seconds, and part of the time, by which the harness's watch may differ from the run's
+PAUSES_APART = 3.0, 0.1  # the same of its pauses: a run may stand still where nobody was told to stop it
 LARGEST_BATCH = 64
 
 
@@ -146,9 +148,10 @@ class Exam:
             self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
             self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
 
-    def problem(self, facts: dict) -> Reason | None:
-        """Why a run's result is not believed."""
-        training_seconds = facts["training_seconds"]
+    def problem(self, facts: dict, paused: float = 0.0) -> Reason | None:
+        """Why a run's result is not believed. It stood still for `paused` seconds, as the harness saw it."""
+        training_seconds, pauses = facts["training_seconds"], facts["paused_seconds"]
+        disturbed = min(facts["disturbance"], disturbance.MOST - 1)
         if facts["eval"] != self.data.eval_tag:
             return because("other_data", name=self.data.name)
         if not self.scores or self.saved is None:
@@ -158,8 +161,11 @@ class Exam:
         stopped = self.stopped or self.saved
         if self.begun is not None:
             seconds = stopped - self.begun
-            if seconds > training_seconds + LATE[0] + LATE[1] * seconds:
-                return because("other_watch", told=training_seconds, seconds=seconds)
+            told = training_seconds * (1 + disturbed) + pauses
+            if seconds > told + LATE[0] + LATE[1] * seconds or (
+                pauses > paused + PAUSES_APART[0] + PAUSES_APART[1] * seconds
+            ):
+                return because("other_watch", told=told, seconds=seconds)
         if self.saved - stopped > PATIENCE + self.weights.stat().st_size / SAVING:
             return because("slow_saving", seconds=self.saved - stopped)
         return None

@@ -26,10 +26,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dataset
+import disturbance
 import prepare
 import storage
 
-JUDGES = ("prepare", "dataset", "storage", "results", "backends", "calibration")  # the judge's modules and packages
+JUDGES = (
+    "prepare",
+    "dataset",
+    "disturbance",
+    "storage",
+    "results",
+    "backends",
+    "calibration",
+)  # the judge's modules and packages
 OWN = ("home", "tmp", "work", "cache")  # parts of a run's folder that are its own
 MARK = "refused"
 DEVICES, SHARED = {"/dev", "/proc", "/sys"}, {"/dev/shm"}
@@ -84,7 +93,10 @@ class Guard:
         self.now, self.require_time = time.perf_counter, prepare.require_time
         self.started: float | None = None  # times by `now`
         self.stopped: float | None = None
-        self.ends, self.begun = [0.0], None  # when steps were done, seconds since `started`; when one was begun
+        self.meter, self.ticked, self.paused = disturbance.Meter(disturbance.REFERENCE.get("steps")), 0.0, 0.0
+        self.took, self.done = [], 0.0  # seconds of each step by the wall; when the last was done
+        self.begun = None  # when the step under way was, in seconds of training
+        self.unmetered = 0.0  # seconds by the wall that the clock's meter was not told of
         self.rehearses = False
         self.judged = dict(self._judged())  # none of it is given up, so that no other has its id
         self.known = {place: insides(value) for place, value in self.judged.items()}
@@ -243,7 +255,9 @@ class Guard:
     def _batch(self, clock) -> None:
         if clock is not self.clock:
             self._deny("batch_by_other_clock")
-        self.started = self.started or self.now()
+        if self.started is None:
+            self.started = self.ticked = self.done = self.now()
+            self.paused = clock.witness.paused
         self._under_way()
 
     def _backward(self) -> None:
@@ -265,8 +279,17 @@ class Guard:
         if self._announced("rehearsing"):
             self.rehearses = begins
 
-    def _tick(self, clock) -> None:
-        if clock is self.clock and self.begun is not None:
+    def _tick(self, clock, kind, seconds, witnessed) -> None:
+        if clock is not self.clock or not self._announced("tick"):
+            return
+        now = self.now()
+        if self.started is not None:
+            self.unmetered += now - self.ticked - (clock.witness.paused - self.paused) - seconds
+            if self.unmetered > TOLERANCE[0] + TOLERANCE[1] * (now - self.started):
+                self._deny("clock_behind", told=number(seconds), elapsed=now - self.ticked)
+            self.meter.add(kind, seconds, witnessed)
+        self.ticked, self.paused = now, clock.witness.paused
+        if self.begun is not None:
             self._done()
 
     def _under_way(self) -> None:
@@ -275,17 +298,22 @@ class Guard:
             self.begun = self._elapsed()
 
     def _done(self) -> None:
-        self.ends.append(self._elapsed())
-        self.begun = None
+        now = self.now()
+        self.took.append(now - self.done)
+        self.done, self.begun = now, None
 
     def _elapsed(self) -> float:
-        return (self.stopped or self.now()) - self.started if self.started else 0.0
+        """Seconds of training, as the clock tells them, by the guard's own watch."""
+        if self.started is None:
+            return 0.0
+        paused = self.clock.witness.paused - self.paused if self.clock else 0.0
+        return self.meter.elapsed + ((self.stopped or self.now()) - self.ticked - paused) / self.meter.slowdown
 
     def _in_time(self) -> None:
         """By the guard's own watch, whatever became of the clock's."""
         if self.started is not None:
             try:
-                self.require_time(self.budget, self._elapsed(), self.ends, self.begun)
+                self.require_time(self.budget, self._elapsed(), self.took, self.begun)
             except prepare.Invalid as error:
                 self.refuse(error.reason)
                 raise
@@ -358,7 +386,7 @@ class Guard:
             if told != self.budget:
                 yield "other_budget", {"told": number(told), "budget": self.budget}
             if self.stopped is not None and self.clock.stopped is not None:
-                elapsed, told = self.stopped - self.started if self.started else 0.0, self.clock.elapsed
+                elapsed, told = self._elapsed(), self.clock.elapsed
                 if not told >= elapsed - TOLERANCE[0] - TOLERANCE[1] * elapsed:
                     yield "clock_behind", {"told": number(told), "elapsed": elapsed}
 
@@ -376,7 +404,7 @@ class Guard:
 
     def _judged(self) -> Iterator[tuple[tuple[str, str], object]]:
         """What is compared, and where it is found."""
-        for judge in (prepare, dataset, storage):
+        for judge in (prepare, dataset, disturbance, storage):
             for name, value in list(vars(judge).items()):
                 if not name.startswith("__"):
                     yield (judge.__name__, name), value

@@ -51,12 +51,13 @@ class Outcome:
 @dataclass
 class Ended:
     """How a process ended: exit status, negative for a signal; seconds; how many more of them the system's time went
-    on by; why it was ended, if it was."""
+    on by; why it was ended, if it was; seconds in which the run, or the whole machine, stood still."""
 
     code: int
     seconds: float
     set_by: float
     problem: Reason | None
+    paused: float = 0.0
 
 
 def of_run(request, ended: Ended, exam: Exam) -> Outcome:
@@ -85,7 +86,7 @@ def _judged(request, ended: Ended, told: dict | None, facts, printed: str, exam:
         return ("crash" if told.get("status") == "crash" else "invalid"), believed(told.get("reason"))
     weights = request.folder / "result.safetensors"
     wrong = problem(facts, request.budget, ended.seconds, request.memory_ceiling, weights, ended.set_by)
-    wrong = wrong or exam.problem(facts)
+    wrong = wrong or exam.problem(facts, ended.paused)
     if not wrong and facts["val_bpb"] != exam.scores["val_bpb"]:
         wrong = because("reports_other_score")
     return "invalid" if wrong else "ok", wrong
@@ -152,6 +153,11 @@ def plain(fact) -> bool:
     return isinstance(fact, (int, float)) and abs(fact) <= LARGEST_NUMBER
 
 
+def positive(name: str, value) -> bool:
+    """Whether this is a word with a number above 0."""
+    return plain(name) and type(value) in NUMBERS[float] and plain(value) and value > 0
+
+
 def sound(told: dict) -> dict:
     """The facts of a result that are of their type: numbers finite, text cleaned; and those that it adds, if they are
     plain."""
@@ -164,6 +170,8 @@ def sound(told: dict) -> dict:
                 facts[name] = untrusted.one_line(value, 100)
             elif type(value) in NUMBERS.get(measure.type, ()) and plain(value):
                 facts[name] = measure.type(value)
+            elif measure.type is dict and isinstance(value, dict) and all(map(positive, value, value.values())):
+                facts[name] = dict(list(value.items())[:MOST_EXTRA])
         elif name not in ("status", "reason") and NAME.fullmatch(name) and plain(value):
             added[name] = value
     return facts | dict(list(added.items())[:MOST_EXTRA])

@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 from huggingface_hub.constants import HF_HUB_CACHE
 
+import disturbance
 import prepare
 import storage
 from lab.errors import LabError
@@ -35,6 +36,7 @@ from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
 
 GRACE = 5.0  # seconds between being asked to end and being ended
+POLL = 0.25  # seconds
 MEMORY_EVERY = 1.0  # seconds
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
@@ -61,6 +63,7 @@ class Request:
         seed: of the initial weights. budget: seconds of training. timeout: seconds for everything.
         run_id: marks every process of the run.
         settings: AUTORESEARCH_* variables by their full names; AUTORESEARCH_HOME has to be among them.
+        reference: what an earlier run told of the undisturbed device; see disturbance.py.
         memory_ceiling: bytes of device memory; more is invalid.
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
@@ -76,6 +79,7 @@ class Request:
     timeout: float
     run_id: str
     settings: dict[str, str] = field(default_factory=dict)
+    reference: dict = field(default_factory=dict)
     memory_ceiling: int | None = None
     unified: bool = False
     sandbox: str | None = None
@@ -225,8 +229,9 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
     assert process.stdin and process.stdout
     output = Log(os.dup(process.stdout.fileno()), log)
     process.stdout.close()
+    watched = Watched()
     try:
-        problem = watch(process, request, output, begun + request.timeout)
+        problem = watch(process, request, output, begun + request.timeout, watched)
     finally:
         try:
             ask_to_end(process)
@@ -248,28 +253,50 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
         left, code = left + code - child.LEFT_RUNNING, 0
     if left and not problem:
         problem = because("left_processes", count=left)
-    return Ended(128 - code if code > 128 else code, seconds, set_by, problem)
+    return Ended(128 - code if code > 128 else code, seconds, set_by, problem, watched.paused)
 
 
-def watch(process: Popen, request: Request, output: Log, deadline: float) -> Reason | None:
-    """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now."""
+@dataclass
+class Watched:
+    """What was seen of a run: seconds in which it, or the whole machine, stood still."""
+
+    paused: float = 0.0
+
+
+def watch(process: Popen, request: Request, output: Log, deadline: float, watched: Watched) -> Reason | None:
+    """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now. What the run
+    stands still for is not counted."""
     ceiling = request.memory_ceiling if request.unified else None
-    look = time.monotonic()
+    look = before = time.monotonic()
     while True:
         with suppress(TimeoutExpired):
-            process.wait(0.25)
+            process.wait(POLL)
             return None
         if why := request.ending():
             raise Halted(why)
         if output.flooded:
             return because("flooded", most=FLOOD // 2**20)
         now = time.monotonic()
-        if now > deadline:
+        gap, before = now - before, now
+        if gap > POLL + disturbance.PAUSE:
+            watched.paused += gap
+        if now > deadline + watched.paused:
             return because("timeout", seconds=request.timeout, budget=request.budget)
-        if ceiling is not None and now >= look:
+        if now >= look:
+            if stands_still(process.pid):
+                watched.paused += MEMORY_EVERY
             look = now + MEMORY_EVERY
-            if (used := memory(process.pid)) > ceiling:
+            if ceiling is not None and (used := memory(process.pid)) > ceiling:
                 return because("memory", used_mb=used / 2**20, most_mb=ceiling / 2**20)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether somebody has stopped a process of the run."""
+    for process in processes.tree(pid):
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_STOPPED:
+                return True
+    return False
 
 
 def memory(pid: int) -> int:
@@ -351,6 +378,8 @@ def environment(request: Request, temporary: Path) -> dict[str, str]:
         "AUTORESEARCH_RUN": request.run_id,
         "AUTORESEARCH_SEED": str(request.seed),
     }
+    if request.reference:
+        told["AUTORESEARCH_REFERENCE"] = json.dumps(request.reference)
     if request.budget != prepare.TIME_BUDGET:
         told["AUTORESEARCH_BUDGET"] = f"{request.budget!r}"
     return inherited | told

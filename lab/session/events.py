@@ -16,7 +16,7 @@ from lab.reasons import Reason, sentence
 
 Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm"]
 Status = Literal["keep", "discard", "crash", "invalid"]
-RunStatus = Literal["ok", "crash", "invalid", "disturbed", "lost"]
+RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
 Number = Annotated[int, Meta(ge=0, lt=10**9)]
 Text = Annotated[str, Meta(max_length=4000)]
@@ -106,7 +106,6 @@ class SessionStarted(Event, tag="session"):
 
     Attributes:
         commit: of the train.py that it began with. budget: seconds of training. eval, data, profile: tags.
-        slowest: share of the calibrated speed below which the device is not itself.
         attention_provider: where the profile's attention comes from, None for the framework.
         source: "session", or "ledger" where only a results.tsv of somebody is known.
     """
@@ -124,7 +123,6 @@ class SessionStarted(Event, tag="session"):
     versions: dict[Name, Name] = {}
     sandbox: Name | None = None
     python: Name = ""
-    slowest: float = 0.0
     attention_provider: Name | None = None
     source: Literal["session", "ledger"] = "session"
     notes: list[Text] = []
@@ -178,15 +176,14 @@ class RunEnded(Event, tag="ran"):
     """How a run ended.
 
     Attributes:
-        status: "disturbed" if the device was not itself, which is never judged; "lost" if the harness was killed, or
-            ended it because the session was held.
+        status: "lost" if the harness was killed, or ended it because the session was held.
         result: measures by name, see results.py. seconds: from start to end, as seen from outside.
     """
 
     run: Number
     status: RunStatus
     reason: Reason | None = None
-    result: dict[Name, bool | int | float | Text | None] | None = None
+    result: dict[Name, bool | int | float | Text | dict[Name, float] | None] | None = None
     seconds: float = 0.0
     traceback: Annotated[str, Meta(max_length=20_000)] = ""
 

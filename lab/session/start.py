@@ -82,7 +82,6 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         "AUTORESEARCH_PROFILE": str(folder / "profile.json"),
         "AUTORESEARCH_BACKEND": hardware.backend,
     }
-    rates = profile["products"]["rates"][profile["settings"]["precision"]]
     started = SessionStarted(
         time=time.time(),
         tag=tag,
@@ -98,7 +97,6 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
         versions={name: str(version) for name, version in hardware.versions.items()},
         sandbox=box,
         python=sys.version.split()[0],
-        slowest=BAND * rates["low"] / rates["median"],
         attention_provider=profile.get("attention_provider"),
     )
     facts = {"blob": repository.blob_of(commit) or "", "commit": commit, **vars(describe(repository.train()))}

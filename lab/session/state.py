@@ -249,7 +249,7 @@ class State:
         return self._by_blob.get(blob, [])
 
     def results(self, blob: str) -> dict[int, float]:
-        """val_bpb by seed, of undisturbed runs that ended well, confirmations left out. Where no seed is known, each
+        """val_bpb by seed, of runs that ended well, confirmations left out. Where no seed is known, each
         run counts by itself."""
         return _by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind != "confirm")
 

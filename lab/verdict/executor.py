@@ -19,6 +19,7 @@ import filelock
 import numpy as np
 import psutil
 
+import disturbance
 import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
@@ -33,9 +34,8 @@ from lab.session.state import BESIDE, Experiment, Run
 from lab.verdict.plan import Job, Plan, TRIES, plan, scored_parent
 
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
-ALIKE = 0.05  # of tokens/s: last quarters of one train.py that slows down by itself
-FIRST_TIMEOUT = 1200  # seconds beyond the budget, before anything was measured
-SLACK = 120  # seconds beyond the budget and twice what start and evaluation took: another shape has to be compiled
+FIRST_TIMEOUT = 1200  # seconds beyond the longest training, before anything was measured
+SLACK = 120  # seconds beyond that and twice what start and evaluation took: another shape has to be compiled
 
 
 def launch(session: Session) -> subprocess.Popen:
@@ -142,8 +142,8 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
             status, reason = "invalid", because("changed_ledger")
     result = outcome.result or {}
     elsewhere = other_conditions(session, result) if status == "ok" else None
-    if status == "ok" and (why := elsewhere or disturbance(session, job.blob, result)):
-        status, reason = "disturbed", why
+    if status == "ok" and (why := elsewhere or other_attention(session, result)):
+        status, reason = "invalid", why
     sync_files(folder)
     facts = {"result": outcome.result, "seconds": outcome.seconds, "traceback": outcome.traceback}
     session.log(events.RunEnded(run=run.number, status=status, reason=reason, **facts))  # pyright: ignore
@@ -163,9 +163,10 @@ def request(session: Session, run: Run) -> runner.Request:
         folder=session.run_folder(run.number),
         seed=run.seed or 0,
         budget=budget,
-        timeout=budget + (FIRST_TIMEOUT if overhead is None else 2 * overhead + SLACK),
+        timeout=disturbance.MOST * budget + (FIRST_TIMEOUT if overhead is None else 2 * overhead + SLACK),
         run_id=session.run_id(run.number),
         settings=local.settings,
+        reference=reference(session, run.blob),
         memory_ceiling=local.memory_ceiling,
         unified=local.unified,
         keeps_caches=run.blob == session.state.baseline.blob,
@@ -186,28 +187,24 @@ def other_conditions(session: Session, result: dict) -> Reason | None:
     return because("other_conditions", what=", ".join(wrong)) if wrong else None
 
 
-def disturbance(session: Session, blob: str, result: dict) -> Reason | None:
-    """How the device fell short of what it was when it was calibrated; or that attention came from somewhere else than
-    the session's profile says, which has other numbers and another speed."""
+def other_attention(session: Session, result: dict) -> Reason | None:
+    """That attention came from somewhere else than the session's profile says, which has other numbers and another
+    speed."""
     before, now = session.started.attention_provider, result.get("attention_provider")
     if now != before:
         return because("other_attention", now=now or "the framework", before=before or "the framework")
-    speed, least = result.get("speed"), session.started.slowest
-    if speed is not None and speed < least:
-        return because("slower", speed=speed, least=least)
-    share = last_quarter(result)
-    if share >= least:
-        return None
-    others = [last_quarter(run.result) for run in session.state.runs_of(blob) if run.result]
-    if others and all(abs(other - share) <= ALIKE for other in others):  # that is how this train.py works
-        return None
-    return because("slowed_down", share=share, least=least)
+    return None
 
 
-def last_quarter(result: dict) -> float:
-    """Tokens/s of the last quarter of the training time, relative to all of it."""
-    rate = result.get("tokens_per_second_last_quarter")
-    return rate / result["tokens_per_second"] if rate and result.get("tokens_per_second") else 1.0
+def reference(session: Session, blob: str) -> dict:
+    """What the clock of a run compares with: the session's first sound run for the device, and for the steps of this
+    train.py its own least disturbed run so far."""
+    baseline = [run.result for run in session.state.runs_of(session.state.baseline.blob) if run.ok]
+    own = [run.result for run in session.state.runs_of(blob) if run.ok and run.result.get("step_seconds")]
+    found = {"probe": baseline[0].get("probe_seconds")} if baseline else {}
+    if own:
+        found["steps"] = min(own, key=lambda result: result["disturbance"])["step_seconds"]
+    return found
 
 
 # --- Scoring again ---

@@ -18,8 +18,8 @@ from lab.session.state import Experiment, Run, State
 from lab.verdict import gate
 from results import apart
 
-FAILED = ("crash", "invalid", "disturbed")
-TRIES = 3  # of a run on a device that is not itself, of a parent that fails, of a harness that does
+FAILED = ("crash", "invalid")
+TRIES = 3  # of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
@@ -222,16 +222,13 @@ def _under_way(experiment: Experiment) -> bool:
 
 
 def _failure(experiment: Experiment, runs: list[Run], state: State) -> Verdict | None:
-    """The verdict on runs that failed, were disturbed or interrupted too often, or on a lab that fails at it."""
+    """The verdict on runs that failed or were interrupted too often, or on a lab that fails at it."""
     for run in experiment.runs:
-        if run.status == "disturbed" and run.reason and run.reason.code == "other_attention":
+        if run.reason and run.reason.code in ("other_attention", "other_conditions"):
             return _unjudged("invalid", run.reason)
     for run in runs:
         if run.status in ("crash", "invalid") and run.reason:
             return Verdict(run.status, run.reason)  # pyright: ignore[reportArgumentType]
-        again = [one for one in runs if (one.status, one.blob, one.seed) == ("disturbed", run.blob, run.seed)]
-        if len(again) >= TRIES:
-            return _unjudged("invalid", because("disturbed", why=again[-1].reason, times=len(again)))
     lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in HELD) for run in experiment.runs)
     if lost >= MOST_LOST:
         return _unjudged("crash", because("interrupted", times=lost))

@@ -14,7 +14,17 @@ from lab.session import repository
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-JUDGED = ("prepare.py", "dataset.py", "storage.py", "results.py", "terminal.py", "backends", "calibration", "lab")
+JUDGED = (
+    "prepare.py",
+    "dataset.py",
+    "disturbance.py",
+    "storage.py",
+    "results.py",
+    "terminal.py",
+    "backends",
+    "calibration",
+    "lab",
+)
 BUDGET = 0.1
 
 

@@ -56,7 +56,10 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repos
         for name in ("backends", "calibration", "lab"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
         for source in (
-            *(ROOT / name for name in ("prepare.py", "dataset.py", "storage.py", "results.py", "terminal.py")),
+            *(
+                ROOT / name
+                for name in ("prepare.py", "dataset.py", "disturbance.py", "storage.py", "results.py", "terminal.py")
+            ),
             HERE / "fake_backend.py",
         ):
             shutil.copy(source, path)
@@ -93,7 +96,6 @@ def make(
         "eval": "e" * 12,
         "data": "d" * 12,
         "profile": "p" * 12,
-        "slowest": 0.9 * 95 / 100,
     }
     journal.append(SessionStarted(**known | facts))
     source = describe(train)
@@ -177,8 +179,8 @@ class Runner:
     """In place of lab.runner: a run "trains" by reading constants of its train.py. Counts what it did.
 
     A train.py sets LOSS and NOISE (standard deviation), FAILS ("crash", "invalid" or None), LEAK (how much better it is
-    on validation rows than on others), SPEED, ENDS (its last quarter's), FIXED (weights it always starts with),
-    EVAL (tag), ATTENTION (provider), LIES (how much better it says it is), DAMAGES (the judge).
+    on validation rows than on others), FIXED (weights it always starts with), EVAL (tag),
+    ATTENTION (provider), DISTURBED, STEP (seconds), LIES (how much better it says it is), DAMAGES (the judge).
     """
 
     def __init__(self):
@@ -209,8 +211,11 @@ class Runner:
             "training_seconds": request.budget,
             "total_tokens_M": 280.0,
             "tokens_per_second": 1000.0,
-            "tokens_per_second_last_quarter": 1000.0 * facts.get("ENDS", 1),
-            "speed": facts.get("SPEED", 1.0),
+            "disturbance": facts.get("DISTURBED", 0.0),
+            "paused_seconds": 0.0,
+            "probe_seconds": 1e-4,
+            "step_seconds": {"1.1x2048+1.step": facts.get("STEP", 0.1)},
+            "speed": 1.0,
             "peak_vram_mb": 1024.0,
             "num_steps": 10,
             "num_params_M": 1.0,

@@ -9,7 +9,6 @@ import sessions
 from sessions import edited
 
 from lab.errors import LabError
-from lab.reasons import because
 from lab.night import agent, limits, loop, notify, proposer
 from lab.session.session import Session
 from lab.session.events import NIGHT_EVENTS, NightEnded, TurnTaken
@@ -438,24 +437,6 @@ def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals
     monkeypatch.setattr(one, "_between", wait)
     one._follow(session.state.oldest_open)
     assert waited == [{"why": "stopped", "now": False}]
-
-
-def test_a_device_that_was_not_itself_gets_a_rest_a_longer_one_each_time(session):
-    one, runs, rests = night(session), [], []
-    for number in (1, 2, 3):
-        runs.append(
-            SimpleNamespace(
-                number=number, status="disturbed", ended=True, reason=because("slower", speed=0.6, least=0.9)
-            )
-        )
-        pending = SimpleNamespace(runs=runs, decided=None)
-        assert one._should_rest(pending) and not one._should_rest(pending)  # once for each run
-        rests.append((one._rests_until - time.time()) / session.budget)
-    assert rests == pytest.approx([0.2, 1, 1], abs=0.1) and "speed 0.60" in one.view.lines[-1]
-    session.hold("stopped", now=False)
-    assert one._in_the_way()[0] == "resting" and session.held
-    one._rests_until = 0.0
-    assert one._in_the_way() is None and not session.held
 
 
 def test_near_misses_are_tried_together_before_anything_new(session, proposals, monkeypatch):

@@ -75,7 +75,7 @@ def test_turns_that_gave_nothing_are_told_until_one_gives_something(searched):
 
 
 def test_nothing_gets_out_of_its_fence_and_it_stays_short(searched, tried, runner):
-    reason = because("disturbed", why=NASTY, times=2)
+    reason = because("parent_fails", why=NASTY)
     for i in range(45):
         number = tried("MATRIX_LR = 0.04", f"MATRIX_LR = 0.{i + 5:03d}  #{NASTY.splitlines()[0]}", t=2, near_miss=True)
         searched.state.experiments[number].description = NASTY

@@ -83,11 +83,11 @@ def test_every_view_is_made_of_the_journal_alone(session, sent, tmp_path, monkey
         other.log(events.HarnessFailed(experiment=odd.number))
         other.log(events.RunEnded(run=run.number, status="lost", reason=because("killed")))
     executor.supervise(other)
-    sessions.attempt(other, with_(BASE, C=0.2) + b"SPEED = 0.1\n", message="slow")
+    sessions.attempt(other, with_(BASE, C=0.2) + b"ATTENTION = 'elsewhere'\n", message="slow")
     kinds = {type(event) for event in other.journal.events}
     assert kinds == set(events.AnyEvent.__args__)
     assert {e.kind for e in other.state.experiments.values()} >= {"baseline", "change", "replay", "repeat", "confirm"}
-    assert {run.status for run in other.state.runs.values()} >= {"ok", "crash", "lost", "disturbed"}
+    assert {run.status for run in other.state.runs.values()} >= {"ok", "crash", "lost", "invalid"}
 
     there = export_session(other, tmp_path / "all")
     record = sources.read(there)

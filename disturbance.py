@@ -1,0 +1,246 @@
+"""Training time in seconds of the undisturbed device: what else a machine does makes a run longer, not worse.
+
+A `Witness` watches the device beside the run, and a `Meter` charges each window of training less than it took by the
+wall where two witnesses agree that something else slowed it:
+
+1. **The device.** On a CPU the system tells how much processor time the run got, and how long its threads were ready to
+   run and did not; on a GPU a small product of fixed size is timed between steps. Work that a file does for its own
+   reasons leaves both as they are.
+2. **The steps.** Steps with the same calls and shapes cost what they cost in the quietest quarter of this run, or what
+   they cost in an earlier run of the same file.
+
+A window is charged its time over the smaller of the two slowdowns. A slowdown that only one of them sees is charged in
+full; so are steps of which nothing is known yet. At most half of the time is taken off. A second or more in which
+nothing of the run ran at all (a closed lid, a paused virtual machine) is a pause, and no training time.
+
+What this can't tell: a file that keeps the device busy from outside its steps, all the time and at its own cost, looks
+like another program on a GPU. On Linux processor time of the run's own threads never counts as somebody else's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+WINDOW = 0.5  # seconds of training, at least, that are charged together
+KNOWN = 3  # windows with steps of a kind, after which their cost is known
+SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
+MOST = 2.0  # times as long as undisturbed
+BAND = 0.05  # of the probe, that is chance
+PROBES = 20  # whose mean is compared
+PULSE, PAUSE = 0.2, 1.0  # seconds between the pulse's beats; without one, it is a pause
+REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
+TASKS = Path("/proc/self/task")
+
+
+class Meter:
+    """Adds up training time.
+
+    Args:
+        steps: seconds that a step of each kind takes undisturbed, as an earlier run of the same file told.
+
+    Attributes:
+        seconds: by the wall, without pauses. slowdown: of the last window.
+    """
+
+    def __init__(self, steps: Mapping[str, float] | None = None):
+        self.given = dict(steps or {})
+        self.seconds, self.slowdown, self._charged, self._elapsed = 0.0, 1.0, 0.0, 0.0
+        self._open: dict[str, tuple[int, float]] = {}  # steps and seconds by kind
+        self._closed: list[tuple[float, dict[str, tuple[int, float]]]] = []  # with what the device was slowed by
+
+    def add(self, kind: str, seconds: float, witnessed: float | None = None) -> None:
+        """A step. Where it ends a window: how many times as long as undisturbed the device takes for it."""
+        self.seconds += seconds
+        number, before = self._open.get(kind, (0, 0.0))
+        self._open[kind] = number + 1, before + seconds
+        if witnessed is not None:
+            self._closed.append((witnessed, self._open))
+            self._open = {}
+            costs = self.costs()
+            charges = [self._charge(*window, costs) for window in self._closed]
+            self._charged = sum(charges)
+            self.slowdown = sum(took for _, took in self._closed[-1][1].values()) / max(charges[-1], 1e-9)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the undisturbed device. It never goes back, when more is known of the steps before."""
+        is_open = sum(seconds for _, seconds in self._open.values())
+        self._elapsed = max(self._elapsed, self._charged + is_open / self.slowdown, self.seconds / MOST)
+        return self._elapsed
+
+    def costs(self) -> dict[str, float]:
+        """Seconds that a step takes undisturbed, by kind, of those that are known."""
+        found: dict[str, list[tuple[float, int, float]]] = {}
+        for slowdown, steps in self._closed:
+            for kind, (number, seconds) in steps.items():
+                found.setdefault(kind, []).append((slowdown, number, seconds))
+        costs = {}
+        for kind, windows in found.items():
+            if len(windows) >= KNOWN:
+                quietest = sorted(windows, key=lambda window: window[0])[: max(KNOWN, len(windows) // 4)]
+                total = sum(seconds / slowdown for slowdown, _, seconds in quietest)
+                costs[kind] = total / sum(number for _, number, _ in quietest)
+        return costs | self.given
+
+    @staticmethod
+    def _charge(witnessed: float, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
+        seconds = sum(took for _, took in steps.values())
+        if not steps.keys() <= costs.keys():
+            return seconds
+        slower = seconds / sum(number * costs[kind] for kind, (number, _) in steps.items())
+        limits = sorted((1.0, 1 + SLACK * (witnessed - 1)))  # a device may be faster than it was, too
+        return seconds / min(max(slower, limits[0]), limits[1])
+
+
+class Witness:
+    """Watches what else the device does, from `start` to `stop`.
+
+    Args:
+        backend: whose device it is. probe: seconds that a probe takes undisturbed, as an earlier run told.
+
+    Attributes:
+        probes: seconds of each probe. paused: seconds in which nothing of this process ran.
+    """
+
+    def __init__(self, backend, probe: float | None = None):
+        self.is_cpu = backend.device.kind == "cpu"
+        self.given, self.probes, self.paused = probe, [], 0.0
+        self._synchronize, self._work = backend.synchronize, None if self.is_cpu else _device_work(backend)
+        self._recent, self._before = deque(maxlen=PROBES), np.full(4, np.nan)
+        self._cores = _cores()
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """From here on."""
+        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+        self.read()
+
+    def read(self) -> float:
+        """How many times as long as undisturbed the device takes, since the last time this was asked. Takes a probe;
+        what that takes is no training time."""
+        counters = self._counters()
+        scheduled = self._scheduled(counters - self._before) if self.is_cpu else 1.0
+        with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
+            self.probes.append(self._cpu_probe() if self.is_cpu else self._device_probe())
+            self._recent.append(self.probes[-1])
+        usual = self.usual_probe
+        slower = np.mean(self._recent) / usual if self._recent and usual else 1.0
+        self._before = self._counters()
+        return scheduled * (1.0 if abs(slower - 1) < BAND else float(slower))
+
+    @property
+    def usual_probe(self) -> float | None:
+        """Seconds of a probe, undisturbed: as given, else in the quietest quarter of this run."""
+        if self.given or not self.probes:
+            return self.given
+        return float(np.mean(sorted(self.probes)[: max(1, len(self.probes) // 4)]))
+
+    def stop(self) -> None:
+        """Ends the pulse."""
+        self._ended.set()
+
+    def _beat(self) -> None:
+        """Finds pauses: gaps between its beats without processor time. Work that holds Python's lock leaves some."""
+        last, used = time.perf_counter(), time.process_time()
+        while not self._ended.wait(PULSE):
+            now, uses = time.perf_counter(), time.process_time()
+            gap = now - last - PULSE
+            if gap > PAUSE and uses - used < 0.1 * gap:
+                self.paused += gap
+            last, used = now, uses
+
+    # --- A CPU: processor time that the run's threads did not get ---
+
+    def _scheduled(self, since: np.ndarray) -> float:
+        """Slowdown by other programs on the same processors.
+
+        A step whose threads wait for one another is slower by more than their queues (mean wait over run), and by less
+        than as often as there are threads; within these bounds it is by what the cores would do and did. Without the
+        queues (only Linux tells them), other programs' processor time is the bound.
+        """
+        wall, own, queued, others = since
+        if not (wall > 0 and own > 0):
+            return 1.0
+        by_cores = self._cores * wall / own
+        if not math.isnan(queued):
+            waits = max(0.0, queued) / own
+            return min(max(by_cores, 1 + waits), 1 + self._cores * waits)
+        return max(1.0, min(by_cores, 1 / max(1 - others / (self._cores * wall), 0.05)))
+
+    def _counters(self) -> np.ndarray:
+        """Seconds: of the wall; of processors in this process; that its threads were queued, nan where the system does
+        not tell; of processors in all others."""
+        own, queued, others = time.process_time(), _queued() if self.is_cpu else 0.0, 0.0
+        if math.isnan(queued):
+            times = psutil.cpu_times()
+            others = sum(times) - times.idle - getattr(times, "iowait", 0.0) - own
+        return np.array([time.perf_counter(), own, queued, others])
+
+    @staticmethod
+    def _cpu_probe() -> float:
+        """Processor seconds of fixed work: more where heat or a neighbour on the same core slows the clock. Waiting for
+        a processor is no part of it."""
+        begun = time.thread_time()
+        for _ in range(8):
+            np.tanh(FIXED)
+        return time.thread_time() - begun
+
+    # --- A GPU ---
+
+    def _device_probe(self) -> float:
+        self._synchronize()
+        begun = time.perf_counter()
+        assert self._work
+        self._work(1)
+        return time.perf_counter() - begun
+
+
+FIXED = np.linspace(-1, 1, 2**14, dtype=np.float32)  # stays in a core's own cache
+
+
+def _device_work(backend):
+    """A product that takes some tenths of a millisecond."""
+    size, work = 512, None
+    while size <= 8192:
+        work = backend.bench.product(backend.device.precision, size, size, size)
+        work(2)
+        begun = time.perf_counter()
+        work(1)
+        if time.perf_counter() - begun > 4e-4:
+            break
+        size *= 2
+    return work
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    with suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _queued() -> float:
+    """Seconds that threads of this process, those that still are, were ready to run and did not; nan where the system
+    does not tell."""
+    try:
+        return sum(_waited(task) for task in os.listdir(TASKS))
+    except OSError:
+        return math.nan
+
+
+def _waited(task: str) -> float:
+    try:
+        return int((TASKS / task / "schedstat").read_text().split()[1]) / 1e9
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0.0

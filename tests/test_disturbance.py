@@ -1,0 +1,219 @@
+"""Training time in seconds of the undisturbed device: what is charged, and what two witnesses have to agree on."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import disturbance
+from disturbance import KNOWN, MOST, SLACK, Meter, Witness
+
+
+def metered(windows, steps=None) -> Meter:
+    """After windows of one step each: (seconds, slowdown of the device, kind)."""
+    meter = Meter(steps)
+    for seconds, slowdown, *kind in windows:
+        meter.add(kind[0] if kind else "a", seconds, slowdown)
+    return meter
+
+
+QUIET = [(1.0, 1.0)] * 5
+
+
+# --- The meter ---
+
+
+def test_quiet_time_is_the_walls():
+    meter = metered([(1.0, 1.0), (1.3, 1.0), (0.8, 1.0)] * 3)
+    assert meter.elapsed == meter.seconds == pytest.approx(9.3) and meter.slowdown == 1
+
+
+def test_what_both_witnesses_see_is_taken_off():
+    assert metered([*QUIET, (1.5, 1.5), (1.8, 1.8)]).elapsed == pytest.approx(7)
+
+
+def test_disturbed_all_the_time_the_devices_word_alone_counts():
+    assert metered([(1.5, 1.5)] * 10).elapsed == pytest.approx(10)
+
+
+@pytest.mark.parametrize("seconds, slowdown, charged", [
+    (1.5, 1.0, 1.5),  # its own doing: the device is as it was
+    (1.0, 1.9, 1.0),  # its probe was loaded, its steps were not slower
+    (3.0, 1.2, 3.0 / (1 + SLACK * 0.2)), (0.5, 1.0, 0.5), (1.2, 1.5, 1.0),
+], ids=["slow steps", "slow device", "very slow steps", "faster steps", "rough word"])  # fmt: skip
+def test_the_smaller_slowdown_is_taken_off(seconds, slowdown, charged):
+    assert metered([*QUIET * 4, (seconds, slowdown)]).elapsed == pytest.approx(20 + charged)
+
+
+def test_an_earlier_run_of_the_same_file_tells_what_steps_cost():
+    assert metered([(1.9, 1.6)] * 10, {"a": 1.0}).elapsed == pytest.approx(10)
+    assert metered([(1.9, 1.0)] * 10, {"a": 1.0}).elapsed == pytest.approx(19)
+
+
+def test_a_device_that_is_faster_than_it_was_is_charged_more():
+    assert metered([(0.5, 0.5)] * 10, {"a": 1.0}).elapsed == pytest.approx(10)
+    assert metered([(0.5, 1.0)] * 10, {"a": 1.0}).elapsed == pytest.approx(5)
+
+
+def test_new_kinds_are_charged_in_full_until_they_are_known():
+    meter = metered([*QUIET * 2, (3.0, 1.5, "b"), (3.0, 1.5, "b")])
+    assert meter.elapsed == pytest.approx(16) and meter.costs() == {"a": 1.0}
+    meter.add("b", 3.0, 1.5)
+    assert KNOWN == 3 and meter.costs() == {"a": 1.0, "b": pytest.approx(2)}
+    assert meter.elapsed == pytest.approx(16)  # never back
+    for _ in range(2):
+        meter.add("b", 3.0, 1.5)
+    assert meter.elapsed == pytest.approx(20)
+
+
+def test_a_new_kind_in_a_known_window_is_charged_in_full():
+    meter = metered(QUIET)
+    meter.add("a", 1.5)
+    meter.add("b", 1.5, 1.5)
+    assert meter.elapsed == pytest.approx(8)
+
+
+def test_steps_that_skip_the_update_have_a_price_of_their_own():
+    meter = metered([(1.0, 1.0, "a"), (0.6, 1.0, "b")] * 5)
+    assert meter.costs() == {"a": 1.0, "b": pytest.approx(0.6)} and meter.elapsed == pytest.approx(8)
+    meter.add("b", 1.2, 2.0)
+    assert meter.elapsed == pytest.approx(8.6)
+
+
+def test_at_most_half_of_the_time_is_taken_off():
+    meter = metered([(10.0, 10.0)] * 10, {"a": 1.0})
+    assert meter.elapsed == pytest.approx(100 / MOST)
+
+
+def test_within_a_window_time_goes_on_as_in_the_last():
+    meter = metered([*QUIET, (2.0, 2.0)])
+    meter.add("a", 1.0)
+    assert meter.slowdown == 2 and meter.elapsed == pytest.approx(6.5)
+
+
+@pytest.mark.parametrize("steps", [{}, {"a": 1.0}], ids=["by itself", "with an earlier run"])
+def test_simulated_disturbance_changes_the_training_by_little(steps):
+    """Steps that scatter by 5 %, a witness that is wrong by 15 %, half of the time disturbed."""
+    rng, done = np.random.default_rng(0), []
+    for disturbed in (False, True):
+        meter, count = Meter(steps), 0
+        while meter.elapsed < 100:
+            slowdown = 1.6 if disturbed and count % 20 >= 10 else 1.0
+            word = 1 + (slowdown - 1) * rng.uniform(0.85, 1.15)
+            meter.add("a", slowdown * rng.normal(1, 0.05), word)
+            count += 1
+        done.append(count)
+    assert done[1] == pytest.approx(done[0], rel=0.02)
+
+
+# --- The witness ---
+
+
+def backend(kind="cpu", seconds=()):
+    """A device whose probes take these seconds, one after the other."""
+    seconds = iter([0.0, 0.001, *seconds])  # two calls choose its size
+    bench = SimpleNamespace(product=lambda *_: lambda calls: time.sleep(next(seconds)))
+    device = SimpleNamespace(kind=kind, precision="float32")
+    return SimpleNamespace(device=device, bench=bench, synchronize=lambda: None)
+
+
+@pytest.fixture
+def witness():
+    made = []
+
+    def make(*arguments, **facts):
+        made.append(Witness(*arguments, **facts))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+def told(monkeypatch, *counters):
+    values = iter(counters)
+    monkeypatch.setattr(Witness, "_counters", lambda self: next(values))
+    monkeypatch.setattr(Witness, "_cpu_probe", lambda self: 1e-4)
+    monkeypatch.setattr(disturbance, "_cores", lambda: 2)
+
+
+# Wall, own processor time, queued, processor time of all others: since the last reading.
+@pytest.mark.parametrize("wall, own, queued, others, slowdown", [
+    (10, 19.6, 0.1, 0, 1 + 0.1 / 19.6 * 2),  # alone
+    (10, 13.3, 6.6, 0, 2 / 1.33),  # a program beside it: each has a fair share
+    (10, 8, 12, 0, 2.5),  # three
+    (10, 10, 0, 0, 1),  # one of its threads works, beside another program or not: it is not held up
+    (10, 5, 0, 0, 1),  # it sleeps
+    (10, 13.3, math.nan, 6.7, 2 / 1.33), (10, 10, math.nan, 0, 1), (10, 0, math.nan, 20, 1),
+], ids=["alone", "one", "three", "one thread", "sleeping", "others told", "nobody else", "no time"])  # fmt: skip
+def test_a_cpu_is_shared(witness, monkeypatch, wall, own, queued, others, slowdown):
+    told(monkeypatch, *[np.zeros(4)] * 2, np.array([wall, own, queued, others]), np.zeros(4))
+    one = witness(backend())
+    one.start()
+    assert one.read() == pytest.approx(slowdown, rel=0.01)
+
+
+@pytest.mark.parametrize("before, now, slowdown", [(1e-4, 1.5e-4, 1.5), (1e-4, 1.03e-4, 1.0), (2e-4, 1e-4, 0.5)])
+def test_a_cpu_that_clocks_lower_is_slower(witness, monkeypatch, before, now, slowdown):
+    told(monkeypatch, *[np.array([i, 2.0 * i, 0.0, 0.0]) for i in range(9)])
+    monkeypatch.setattr(Witness, "_cpu_probe", lambda self: now)
+    one = witness(backend(), before)
+    one.read()
+    assert one.read() == pytest.approx(slowdown, rel=0.01) and one.usual_probe == before
+
+
+def test_a_gpu_is_probed(witness):
+    one = witness(backend("cuda", [0.002] * 8 + [0.01] * 60))
+    assert [one.read() for _ in range(8)] == [pytest.approx(1, abs=0.3)] * 8
+    for _ in range(20):
+        last = one.read()
+    assert 3 < last < 6 and 0.001 < one.usual_probe < 0.008
+
+
+def test_a_probe_that_fails_tells_nothing(witness):
+    one = witness(backend("cuda"))  # its work is used up: StopIteration
+    assert one.read() == 1.0 and one.usual_probe is None and one.probes == []
+
+
+def test_this_system_tells_what_it_can(witness):
+    one = witness(backend())
+    end = time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        pass
+    assert 1 <= one.read() < 50 and 0 < one.usual_probe < 1
+
+
+PAUSED = """
+import sys, time
+from types import SimpleNamespace
+import disturbance
+one = disturbance.Witness(SimpleNamespace(device=SimpleNamespace(kind="cpu"), synchronize=None))
+one.start()
+print("begun", flush=True)
+end = time.perf_counter() + {seconds}
+while time.perf_counter() < end:
+    {work}
+print(one.paused, flush=True)
+"""
+
+
+def test_standing_still_is_a_pause(tmp_path):
+    code = PAUSED.format(seconds=3, work="sum(range(1000))")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "begun\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        os.kill(process.pid, signal.SIGCONT)
+        assert float(process.stdout.readline()) == pytest.approx(2.5, abs=0.7)
+
+
+def test_work_that_holds_pythons_lock_is_no_pause():
+    code = PAUSED.format(seconds=2, work="sorted(range(20_000_000))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[1]) == 0
