@@ -267,9 +267,8 @@ def next_step(
         odds = _equal(gain, error, noise.df, allowed)
         if odds >= math.log(1 / WORSE):
             loss = max(0.0, t_quantile(WORSE, noise.df) * error - gain)
-            found = because("simpler", **facts, loss=loss, allowed=allowed)
-            found_evidence = replace_evidence(evidence, simpler=True, loss=loss)
-            return Step("keep", found, evidence=found_evidence)
+            reason = because("simpler", **facts, loss=loss, allowed=allowed)
+            return Step("keep", reason, evidence=replace_evidence(evidence, simpler=True, loss=loss))
         if odds > math.log(EQUAL) and _cheap(noise, outlook, allowed):
             going_on = going_on or runs < CHEAP
     if not going_on:
@@ -373,13 +372,14 @@ def _cheap(noise: Noise, outlook: Outlook, margin: float) -> bool:
 
 def smallest_detectable(noise: Noise, account: Account, power: float = 0.8) -> float:
     """About the gain, in bits per byte, that a change must have to be kept with this chance, as the session stands: so
-    much that with this chance it is not given up before some look, and with this chance kept at it."""
-    missed, level = t_quantile(1 - power, noise.df), account.level
+    much that it is not given up before some look, and kept at it, each with half of what may be missed. A parent that
+    was kept a moment ago has few runs, and lucky ones: that costs up to a tenth of the chance more."""
+    missed, level = t_quantile((1 - power) / 2, noise.df), account.level
     if not level > 0:
         return math.inf
     smallest, needed = math.inf, 0.0
     for runs in LOOKS:
-        parents = max(runs, min(MOST_PARENT, account.tests), 3)
+        parents = max(runs, min(MOST_PARENT, account.tests), 2)
         error = noise.sd * math.sqrt(_variance(runs, parents, noise.shared))
         kept = (t_quantile(level / len(LOOKS), noise.df + 2 * runs - 2) + missed) * error
         smallest = min(smallest, max(needed, kept))
