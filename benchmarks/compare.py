@@ -31,6 +31,7 @@ from lab.session.events import ExperimentDecided, ExperimentOpened, RunEnded, Ru
 from lab.session.record import Record
 from lab.session.state import Experiment, State
 from lab.verdict import gate
+from lab.verdict.plan import pooled
 
 NOISE = {"A": 0.0005, "B": 0.0005, "C": 0.001, "D": 0.002}  # standard deviation of a run
 BASE = 1.0  # val_bpb of the baseline
@@ -70,7 +71,7 @@ class Device:
 
     @property
     def noise(self) -> gate.Noise:
-        return gate.pooled(self.state.repeats(300.0), self.prior)
+        return pooled(self.state, self.prior)
 
     def judge(self, number: int, parent: int, fewest: int = 1) -> Experiment:
         """As the lab does: runs until the gate has decided, and then until there are as many as were asked for."""

@@ -16,11 +16,10 @@ val_bpb of the first parent minus the last one's; every figure is a ratio of sum
 import argparse
 import csv
 import math
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.verdict import gate
 
 BASELINE_RUNS = 3
-LOW, HIGH, HIGHER = 0.0005, 0.01, 0.03  # noise: an H100, and slower machines
+LOW, HIGH = 0.0005, 0.01  # noise: an H100, and a slower machine
+# Neighbours on one host: 13 runs of 15 s lay 0.24 bits per byte apart for a factor e in tokens, which were 20 to 25 M.
+CURVE, MOST_DISTURBED, SEEDS_ALONE = 0.24, 0.25, 0.0026
+CHANGES = 0.3  # chance that the disturbance is another one in the next run
 
 
 # --- Effects ---
@@ -82,6 +84,8 @@ class Setting:
         prior_df: what that counts for. shared: part of the variance that equal seeds share between configurations.
         pool: try near misses together. plant: the experiment that is as good as the smallest detectable one.
         simple: share of changes that are simplifications. simple_effect: theirs, if not drawn like the others'.
+        disturbed: whether other programs slow the device. corrected: share of that which the clock corrects.
+        measured: whether it is known how much there is.
     """
 
     runs: int = 125
@@ -93,47 +97,69 @@ class Setting:
     plant: int | None = None
     simple: float = 0.0
     simple_effect: float | None = None
+    disturbed: bool = False
+    corrected: float = 1.0
+    measured: bool = True
 
 
 @dataclass
 class Configuration:
-    """A train.py: its true val_bpb, and what its runs gave, by seed."""
+    """A train.py: its true val_bpb, and what its runs gave and were disturbed by, by seed."""
 
     true: float
+    parent: "Configuration | None" = None
     results: dict = field(default_factory=dict)
+    disturbance: dict = field(default_factory=dict)
+
+    def repeats(self) -> dict[int, float]:
+        """As State.repeats has them: without the first run of a change."""
+        return dict(list(self.results.items())[self.parent is not None :])
+
+
+COUNTED = "keeps false experiments runs pooled pooled_keeps simple_keeps simple_loss planted planted_kept".split()
 
 
 def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
     """One night of the gate."""
     rng = np.random.default_rng([seed, 1])
     draws = iter(drawn(effects, seed, setting.runs + 60))
-    by_seed = [math.sqrt(setting.shared) * setting.noise * z for z in rng.standard_normal(gate.ROUNDS)]
+    by_seed = (math.sqrt(setting.shared) * setting.noise * rng.standard_normal(setting.runs + 60)).tolist()
     own = math.sqrt(1 - setting.shared) * setting.noise
     parent = Configuration(0.0)
     configurations, account, misses = [parent], gate.Account(), {}
-    found = dict.fromkeys(
-        (
-            "keeps",
-            "false",
-            "experiments",
-            "runs",
-            "pooled",
-            "pooled_keeps",
-            "simple_keeps",
-            "simple_loss",
-            "planted",
-            "planted_kept",
-        ),
-        0,
-    )
+    found = dict.fromkeys(COUNTED, 0)
+    slowness, known = 0.0, None
 
     def run(one: Configuration, with_seed: int) -> None:
-        noise = by_seed[with_seed - gate.seed(0)] + own * rng.standard_normal()
-        one.results[with_seed] = one.true + noise
+        nonlocal slowness, known
+        if setting.disturbed and rng.random() < CHANGES:
+            slowness = MOST_DISTURBED * rng.random()
+        left = (1 - setting.corrected) * CURVE * slowness
+        one.results[with_seed] = one.true + left + by_seed[with_seed - gate.seed(0)] + own * rng.standard_normal()
+        one.disturbance[with_seed] = slowness if setting.measured else 0.0
         found["runs"] += 1
+        if one.parent is None or len(one.results) > 2:
+            known = None
 
     def noise() -> gate.Noise:
-        return gate.pooled(groups(configurations), setting.prior * setting.noise, setting.prior_df)
+        nonlocal known
+        if known is None:
+            repeated = [one for one in configurations if len(one.repeats()) > 1]
+            scores = [list(one.repeats().values()) for one in repeated]
+            disturbed = [[one.disturbance[s] for s in one.repeats()] for one in repeated]
+            slope = gate.WRONG * gate.CURVE if setting.disturbed else 0.0
+            known = gate.pooled(scores, setting.prior * setting.noise, setting.prior_df, disturbed, slope)
+            left = {
+                id(one): {s: score - known.slope * one.disturbance[s] for s, score in one.repeats().items()}
+                for one in repeated
+            }
+            families: dict = {}
+            for one in repeated:
+                if id(one.parent) in left:
+                    families.setdefault(id(one.parent), []).append(left[id(one)])
+            pairs = ((left[parent], changes) for parent, changes in families.items())
+            known = replace(known, shared=gate.shared(pairs))
+        return known
 
     for round in range(BASELINE_RUNS):
         run(parent, gate.seed(round))
@@ -151,10 +177,11 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
             if setting.plant and not found["planted"] and number >= setting.plant:
                 planted, effect = True, -gate.smallest_detectable(noise(), account)
                 found["planted"] = 1
-        change = Configuration(parent.true + effect)
+        change = Configuration(parent.true + effect, parent)
         configurations.append(change)
         while True:
-            step = gate.next_step(change.results, parent.results, noise(), account, simpler)
+            disturbance = (change.disturbance, parent.disturbance)
+            step = gate.next_step(change.results, parent.results, noise(), account, simpler, disturbance=disturbance)
             if step.action == "run candidate":
                 run(change, step.seed)
             elif step.action == "run parent":
@@ -182,12 +209,8 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         "gain": -parent.true * setting.runs / found["runs"],
         "sd": estimate.sd / setting.noise,
         "df": estimate.df,
-        "told": gate.smallest_detectable(estimate, account),
+        "shared": estimate.shared,
     }
-
-
-def groups(configurations: list[Configuration]) -> list[list[float]]:
-    return [list(one.results.values()) for one in configurations if len(one.results) > 1]
 
 
 def one_run_each(effects: np.ndarray, seed: int, setting: Setting) -> dict:
@@ -207,14 +230,14 @@ def drawn(effects: np.ndarray, seed: int, count: int) -> list[float]:
 
 
 class Nights:
-    """Many nights on all cores, and what they add up to."""
+    """Many nights, and what they add up to."""
 
-    def __init__(self, pool: ProcessPoolExecutor, count: int):
-        self.pool, self.count = pool, count
+    def __init__(self, map, count: int):
+        self.map, self.count = map, count
 
     def __call__(self, effects, setting, rule=night, count=None) -> dict[str, np.ndarray]:
         work = partial(rule, effects, setting=setting)
-        nights = list(self.pool.map(work, range(count or self.count), chunksize=25))
+        nights = list(self.map(work, range(count or self.count)))
         return {name: np.array([one[name] for one in nights], float) for name in nights[0]}
 
 
@@ -242,6 +265,52 @@ def table(title: str, header: str, lines: list[str]) -> None:
 
 
 # --- Tables ---
+
+
+def noisy(nights: Nights, effects: np.ndarray) -> None:
+    yardstick, lines = nights(effects, Setting(runs=300), one_run_each)["gain"], []
+    for noise in (LOW, 0.003, 0.005, HIGH):
+        found = nights(effects, Setting(runs=300, noise=noise))
+        gained, error = ratio(found["gain"], yardstick)
+        lines.append(
+            f"{noise} | {100 * gained:.1f} ± {100 * error:.1f} | {share(found['false'] > 0)} | "
+            f"{found['keeps'].mean():.2f} | {found['experiments'].mean():.0f} | {each(found)} | "
+            f"{found['sd'].mean():.2f}"
+        )
+    table(
+        f"300 runs; true gain as a share of what the other rule gains at noise {LOW}:",
+        "noise | true gain, % | nights with a false keep, % | keeps | experiments | runs each | "
+        "noise, estimated / true",
+        lines,
+    )
+
+
+def disturbed(nights: Nights, effects: np.ndarray) -> None:
+    lines = []
+    kinds = {
+        "none": dict(disturbed=False),
+        "known and corrected": dict(corrected=1.0),
+        "known, half of it corrected": dict(corrected=0.5),
+        "known, none of it corrected": dict(corrected=0.0),
+        "half of it corrected, not known": dict(corrected=0.5, measured=False),
+        "not known": dict(corrected=0.0, measured=False),
+    }
+    yardstick = nights(effects, Setting(runs=300), one_run_each)["gain"]
+    for name, facts in kinds.items():
+        setting = Setting(**{"runs": 300, "noise": SEEDS_ALONE, "disturbed": True, **facts})
+        found, zero = nights(effects, setting), nights(np.zeros(1), setting)
+        gained, error = ratio(found["gain"], yardstick)
+        lines.append(
+            f"{name} | {100 * gained:.1f} ± {100 * error:.1f} | {share(found['false'] > 0)} | "
+            f"{share(zero['false'] > 0)} | {found['keeps'].mean():.2f} | {found['experiments'].mean():.0f} | "
+            f"{found['sd'].mean():.2f}"
+        )
+    table(
+        f"Disturbed devices: noise {SEEDS_ALONE} between seeds, steps up to {MOST_DISTURBED:.0%} slower, 300 runs:",
+        "disturbance | true gain, % | nights with a false keep, % | all effects zero | keeps | experiments | "
+        "noise, estimated / between seeds",
+        lines,
+    )
 
 
 def gains(nights: Nights, effects: np.ndarray) -> None:
@@ -284,27 +353,24 @@ def gains(nights: Nights, effects: np.ndarray) -> None:
 
 def false_nights(nights: Nights, effects: np.ndarray) -> None:
     lines = []
-    nothing = np.zeros(1)
-    for name, those, noise in (("as above", effects, HIGH), ("as above", effects, HIGHER), ("all zero", nothing, HIGH)):
-        for runs in (60, 125, 300):
-            cells = [f"{name} | {noise} | {runs}"]
-            for prior, df in ((1, 4), (1 / 3, 4), (3, 4), (1, 200)):
-                found = nights(those, Setting(runs=runs, noise=noise, prior=prior, prior_df=df))
-                cells.append(share(found["false"] > 0))
-                if (prior, df) == (1, 4):
-                    shown = f"{found['experiments'].mean():.0f} | {statistics.median(found['told']):.3f}"
-            lines.append(" | ".join((*cells, shown)))
+    for name, those in (("as above", effects), ("all zero", np.zeros(1))):
+        cells = [name]
+        for prior, df in ((1, gate.PRIOR_DF), (1 / 3, gate.PRIOR_DF), (1, 200)):
+            found = nights(those, Setting(runs=300, noise=HIGH, prior=prior, prior_df=df))
+            cells.append(share(found["false"] > 0))
+            if (prior, df) == (1, gate.PRIOR_DF):
+                shown = f"{found['experiments'].mean():.0f}"
+        lines.append(" | ".join((*cells, shown)))
     table(
-        "Nights with a false keep, %:",
-        "effects | noise | runs | prior right | a third of the noise | three times | "
-        "noise known | experiments | smallest detectable at the end",
+        f"Nights of 300 runs with a false keep, %, at noise {HIGH}:",
+        "effects | prior right | a third of the noise | noise known | experiments",
         lines,
     )
 
 
 def detectable(nights: Nights, effects: np.ndarray) -> None:
     lines = []
-    for noise in (LOW, HIGH, HIGHER):
+    for noise in (LOW, HIGH):
         for at in (10, 60):
             found = nights(effects, Setting(noise=noise, plant=at))
             lines.append(f"{noise} | {at} | {share(found['planted_kept'])}")
@@ -317,20 +383,21 @@ def detectable(nights: Nights, effects: np.ndarray) -> None:
 
 def simplifications(nights: Nights, effects: np.ndarray) -> None:
     lines = []
-    for often in (0.1, 0.3):
-        for loss in (0.0, 0.25, 0.5, 0.75, 1.0, None):
-            name = "as above" if loss is None else f"{loss} sd"
-            setting = Setting(simple=often, simple_effect=None if loss is None else loss * LOW)
+    for noise, common in ((LOW / 2, 0.0), (LOW, 0.0), (LOW, 0.6)):
+        for loss in (0.0, 0.5, 1.0, 2.0, None):
+            name = "as above" if loss is None else f"{loss} of the margin"
+            effect = None if loss is None else loss * gate.MARGIN
+            setting = Setting(noise=noise, shared=common, simple=0.1, simple_effect=effect)
             found = nights(effects, setting)
-            lost = found["simple_loss"] / LOW
+            lost = found["simple_loss"] / gate.MARGIN
             lines.append(
-                f"{often:.0%} | {name} | {found['simple_keeps'].mean():.2f} | {lost.mean():.2f} | "
-                f"{share(lost > 1 + 1e-9)} | {each(found)}"
+                f"{noise} | {common} | {name} | {found['simple_keeps'].mean():.2f} | {lost.mean():.2f} | "
+                f"{share(lost > 2 + 1e-9)} | {each(found)}"
             )
     table(
-        f"Simplifications (125 runs, noise {LOW}):",
-        "of changes | true loss of each | kept per night for it | true "
-        "losses together, sd | nights in which they exceed one sd, % | runs each",
+        f"Simplifications, a tenth of the changes (125 runs, margin {gate.MARGIN}):",
+        "noise | variance shared by equal seeds | true loss of each | kept per night for it | true losses together, "
+        "margins | nights in which they exceed two margins, % | runs each",
         lines,
     )
 
@@ -339,19 +406,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, help="a session's results.tsv, with the original's columns")
     parser.add_argument("--nights", type=int, default=1000)
-    parser.add_argument("--only", choices=("gains", "false", "detectable", "simple"))
+    tables = {
+        "noisy": noisy,
+        "gains": gains,
+        "false": false_nights,
+        "disturbed": disturbed,
+        "detectable": detectable,
+        "simple": simplifications,
+    }
+    parser.add_argument("--only", choices=tables)
+    parser.add_argument("--processes", type=int, help="all cores by default")
     options = parser.parse_args()
     effects = published(options.results) if options.results else fitted()
     began = time.monotonic()
     print(f"{len(effects)} effects, {np.mean(effects < 0):.1%} of them gains; {options.nights} nights each")
-    with ProcessPoolExecutor() as pool:
-        nights = Nights(pool, options.nights)
-        for name, show in (
-            ("gains", gains),
-            ("false", false_nights),
-            ("detectable", detectable),
-            ("simple", simplifications),
-        ):
+    with ProcessPoolExecutor(options.processes) as pool:
+        nights = Nights(map if options.processes == 1 else partial(pool.map, chunksize=25), options.nights)
+        for name, show in tables.items():
             if options.only in (None, name):
                 show(nights, effects)
     print(f"\n{time.monotonic() - began:.0f} s")

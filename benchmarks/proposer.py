@@ -51,6 +51,7 @@ from lab.session.events import (
 )
 from lab.session.state import State
 from lab.verdict import gate
+from lab.verdict.plan import pooled
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("recorded_trials.tsv")
@@ -286,7 +287,7 @@ class Night:
         self.state.take(ExperimentApplied(experiment=number, commit=f"{number}"))
 
     def noise(self) -> gate.Noise:
-        return gate.pooled(self.state.repeats(1.0), self.surrogate.noise)
+        return pooled(self.state, self.surrogate.noise)
 
     def judge(self, text: str, description: str) -> None:
         """One experiment, as the executor carries it out."""

@@ -64,11 +64,8 @@ TEXTS: dict[str, str] = {
     "simpler": "simpler, and {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} "
     "against {parent_runs} runs): a loss above {loss:.6f} is excluded, {allowed:.6f} was allowed",
     "simpler_and_equal": "simpler, and its score is its parent's to the last bit, on {seeds} of the same seeds",
-    "screened": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
-    "{parent_runs} runs): at least {wanted:g} better was asked for",
-    "hopeless": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
-    "{parent_runs} runs): its chance of being kept after {rounds} runs is {hope:.0%}, at least {wanted:.0%} was asked "
-    "for",
+    "not_worth_it": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
+    "{parent_runs} runs): further runs would earn {pays:.2g} bits per byte each, at least {asked:.2g} was asked for",
     "worth_another_run": "worth another run: {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard "
     "errors, {runs} against {parent_runs} runs)",
     "parent": "the parent again, beside experiment {of}",

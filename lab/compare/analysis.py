@@ -87,13 +87,21 @@ class Analysis:
         """Of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
         from calibration.noise import expected  # here, as the rest of calibration is large
 
-        believed = [runs for number, runs in self.runs.items() if self.experiments[number].status != "invalid"]
-        groups = [[run.bpb for run in runs if run.budget == self.budget] for runs in believed]
+        groups = [
+            [run for run in runs if run.budget == self.budget][number != BASELINE :]  # see State.repeats
+            for number, runs in self.runs.items()
+            if self.experiments[number].status != "invalid"
+        ]
         first = next(iter(self.runs.get(BASELINE, ())), None)
         tokens = first and quantity(first, "tokens")
         if first is None or not tokens or not any(len(group) > 1 for group in groups):
             return None
-        return gate.pooled(groups, first.bpb * expected(tokens))
+        return gate.pooled(
+            [[run.bpb for run in group] for group in groups],
+            first.bpb * expected(tokens),
+            disturbances=[[run.disturbance for run in group] for group in groups],
+            prior_slope=gate.WRONG * gate.CURVE * first.bpb,
+        )
 
     def mean(self, experiment: Experiment | None, name: str) -> float | None:
         """Of a figure of its runs, see effects.quantity."""

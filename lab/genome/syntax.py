@@ -26,7 +26,7 @@ class Source:
     """A train.py."""
 
     digest: str  # equal for files with equal syntax trees, whatever their comments, layout and docstrings
-    complexity: int  # size of the tree, docstrings aside; a number and an attribute of `defaults` count alike
+    complexity: int  # size of the tree, docstrings aside; a number counts as what `defaults` gives
     portable: bool  # it uses only what every backend offers, as far as can be told
 
 
@@ -96,13 +96,23 @@ def _written(value: object) -> str:
 
 
 def counted(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that make a program complex: contexts of names and the inside of `defaults.depth` are none."""
+    """The nodes that make a program complex: contexts of names are none, and a value that is assigned and names
+    `defaults` is one, as a number in its place would be."""
     yield tree
-    if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == CALIBRATED:
+    if _calibrated(tree):
         return
     for child in ast.iter_child_nodes(tree):
+        if isinstance(tree, (ast.Assign, ast.AnnAssign)) and child is tree.value:
+            if any(map(_calibrated, ast.walk(child))):
+                yield child
+                continue
         if not isinstance(child, ast.expr_context):
             yield from counted(child)
+
+
+def _calibrated(node: ast.AST) -> bool:
+    """Whether it is an attribute of `defaults`."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == CALIBRATED
 
 
 @functools.lru_cache(maxsize=256)

@@ -47,8 +47,9 @@ class Evidence(Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         gain: the parent's mean minus the candidate's; above 0 is better. error: its standard error.
-        low, high: its 90 % interval. p: of a worthless change doing as well. level: for p, split over the rounds.
-        runs, parent_runs: how many this rests on. better, simpler: why it is kept, if it is.
+        low, high: its 90 % interval. p: of a worthless change doing as well. level: for p, split over the looks.
+        runs, parent_runs: how many this rests on. corrected: what the runs' disturbance explains, left out of the gain.
+        better, simpler: why it is kept, if it is.
         near_miss: worth trying together with others. stake, loss: what it costs the session's account.
     """
 
@@ -60,6 +61,7 @@ class Evidence(Struct, frozen=True, omit_defaults=True):
     level: float = 0.0
     runs: int = 0
     parent_runs: int = 0
+    corrected: float = 0.0
     better: bool = False
     simpler: bool = False
     near_miss: bool = False

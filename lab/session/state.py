@@ -62,6 +62,11 @@ class Run(RunStarted, tag="run", kw_only=True):
         return self.result["val_bpb"]
 
     @property
+    def disturbance(self) -> float:
+        """How much slower its steps were than undisturbed ones, on average; 0 is quiet. The clock corrects it."""
+        return self.result.get("disturbance") or 0.0
+
+    @property
     def seconds(self) -> float:
         return self.ended.seconds if self.ended else 0.0
 
@@ -251,6 +256,10 @@ class State:
     def results(self, blob: str) -> dict[int, float]:
         """val_bpb by seed, of runs that ended well, confirmations left out. Where no seed is known, each
         run counts by itself."""
+        return {seed: run.bpb for seed, run in self.believed(blob).items()}
+
+    def believed(self, blob: str) -> dict[int, Run]:
+        """The runs that `results` is of."""
         return _by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind != "confirm")
 
     def mean(self, experiment: Experiment) -> float | None:
@@ -258,16 +267,20 @@ class State:
         scores = self.results(experiment.blob)
         return statistics.fmean(scores.values()) if scores else None
 
-    def repeats(self, budget: float | None) -> list[list[float]]:
-        """The results of each train.py, one for a seed, at one budget: what the noise is estimated from. What was found
-        invalid tells nothing of it."""
+    def repeats(self, budget: float | None) -> dict[str, dict[int, Run]]:
+        """The runs of each train.py by seed, at one budget: what the noise is estimated from. What was found invalid
+        tells nothing of it. The first run of a change is left out: the change was run again because it was lucky, and
+        that would pass for noise."""
 
         def counts(run: Run) -> bool:
             experiment = self.experiments[run.experiment]
             return run.budget == budget and (experiment.status != "invalid" or experiment.blob != run.blob)
 
-        groups = (list(_by_seed(filter(counts, runs)).values()) for runs in self._by_blob.values())
-        return [group for group in groups if len(group) > 1]
+        found = {}
+        for blob, runs in self._by_blob.items():
+            known = list(_by_seed(filter(counts, runs)).items())
+            found[blob] = dict(known if blob == self.baseline.blob else known[1:])
+        return {blob: runs for blob, runs in found.items() if len(runs) > 1}
 
     def equal(self, digest: str) -> Experiment | None:
         """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
@@ -287,8 +300,8 @@ class State:
         return max(took, default=None)
 
 
-def _by_seed(runs: Iterable[Run]) -> dict[int, float]:
-    return {-run.number if run.seed is None else run.seed: run.bpb for run in runs if run.ok}
+def _by_seed(runs: Iterable[Run]) -> dict[int, Run]:
+    return {-run.number if run.seed is None else run.seed: run for run in runs if run.ok}
 
 
 def _once(known, event):

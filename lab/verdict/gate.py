@@ -1,32 +1,35 @@
-"""The statistics of the verdict: is a change better than its parent, or only luckier?
+"""The statistics of the verdict: is a change better than its parent, or only luckier? docs/verdict.md says it in words.
 
 Runs of one train.py with different seeds don't score the same. Where that noise is as large as most gains, a quarter
-of what scores lower is no better; and to run everything three times costs two thirds of the night. So:
+of what scores lower is no better; and to run everything many times leaves no time to try much. So:
 
-1. **One run decides a loss.** A change goes on only if it is SCREEN standard errors better than its parent, and if the
-   rest of its ROUNDS runs would give it a chance of WORTH of being kept (predictive power under a flat prior:
-   Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 1986). Giving up early can't add false keeps.
-2. **The rest is run beside the parent on the same seeds**, which come from here. After each round the change is kept if
-   the p-value of Student's t is below that round's share (SPLIT) of its level: three looks, so the level is split
-   (Bonferroni). Means are compared, not pairs: nothing rests on equal seeds sharing noise. The parent's mean holds the
-   runs that it was kept for, and flatters it: that costs power, not validity.
-3. **The noise** is one standard deviation for the session, pooled over all that was repeated, with a prior that counts
-   like a few repeats and fades as real ones come. Few degrees of freedom ask for a larger t.
-4. **The level of a test comes from an account** of the false keeps to be expected: ALPHA in all, and ALPHA more for
+1. **A change is run again only while that pays.** The gain to be expected of more runs, for each of them, has to be
+   above what a run of the session has earned so far (`_worth`). Where gains are found often one run decides nearly
+   everything; where they are not, patience grows. Giving up early can't add false keeps.
+2. **It is kept if Student's t says so at one of LOOKS**, by numbers of runs. Each look has the same share of the test's
+   level (Bonferroni), so the test is valid whenever it stops and however its looks depend on each other. Those at few
+   and at many runs lie as far apart as matters: more of them ask for more at each.
+3. **The parent is run beside it**, on the same seeds, at least as often, and more often the more tests share its mean.
+   Equal seeds are compared in pairs as far as the session shows that they share noise (`shared`). The parent's mean
+   holds the runs that it was kept for, and flatters it: that costs power, not validity.
+4. **The noise** is one standard deviation for the session, pooled over all that was repeated, with a prior that counts
+   like a few repeats and fades as real ones come. What the measured disturbance of the device explains is taken out,
+   and how well that is known widens the error (`pooled`).
+5. **The level of a test comes from an account** of the false keeps to be expected: ALPHA in all, and ALPHA more for
    each keep after the first (alpha-investing: Foster & Stine, JRSS B 2008; in the form of LORD++: Ramdas et al.,
    NeurIPS 2017). Where nothing can be told from noise at most ALPHA of nights then hold a false keep; where much is
    found the levels grow, but at most ALPHA of keeps are false. A test stakes a part of what is left, so it never runs
-   out. Only changes that are run again, or kept, stake anything, and the level is that stake times the chance that a
-   worthless change gets past the screen; so the hopeless ones, which are most, cost nothing (after ADDIS: Tian &
-   Ramdas, NeurIPS 2019).
-5. **Near misses**, better by NEAR standard errors and not kept, are tried together: gains add up, noise doesn't.
-6. **Simpler and no worse** is kept too: with bit for bit the same score on a seed that the parent has, after one run;
-   else if a loss of MARGIN of the noise is excluded (non-inferiority) at CONFIDENCE. Losses that could not be excluded
-   are added up, and stay below one standard deviation per session.
+   out. Only changes that are run again, or kept, stake anything; so the hopeless ones, which are most, cost nothing
+   (after ADDIS: Tian & Ramdas, NeurIPS 2019).
+6. **Near misses**, better by NEAR standard errors and not kept, are tried together: gains add up, noise doesn't.
+7. **Simpler and no worse** is kept too: with bit for bit the same score on a seed that the parent has, after one run;
+   else by a sequential test of "equal" against "worse by MARGIN", where that takes few runs (Wald, Sequential Analysis
+   1947, with Student's t in place of the normal). Losses that could not be excluded are added up, to LOSSES at most.
 
-The theorems behind 4 ask for independent tests, exact p-values and a charge for every change. Here tests share parents
-and an estimated noise, and a change that ends after one run is not charged. That the bounds hold all the same, wrong
-priors and nights of nothing but worthless changes included, is simulated in benchmarks/gate.py.
+The theorems behind 5 ask for independent tests, exact p-values and a charge for every change. Here tests share parents
+and an estimated noise, a look is repeated when the parent gets another run, and a change that ends after one run is not
+charged. That the bounds hold all the same, wrong priors and nights of nothing but worthless changes included, is
+simulated in benchmarks/gate.py.
 """
 
 from __future__ import annotations
@@ -42,18 +45,24 @@ from msgspec.structs import replace as replace_evidence
 from lab.reasons import Reason, because
 from lab.session.events import Evidence
 
-ROUNDS = 3  # runs of a change at most
-SCREEN = 0.7  # standard errors that the first run has to be better
-WORTH = 0.2  # chance of being kept that makes further runs worth their time
+LOOKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # runs of a change at which it may be kept; the last one ends its test
+MOST_PARENT = 12  # runs of a parent because many tests share them
 ALPHA = 0.05  # share of nights with a false keep, or of keeps that are false
-SPLIT = (0.1, 0.2, 0.7)  # of the level, over the rounds: an early keep is for what is overwhelming
-STAKE = 4  # the first test stakes 1/4 of the account, the next without a keep 1/5 of the rest, and so on
-PASSES = 0.25  # chance that a change worth nothing is SCREEN standard errors better
+STAKE = 12  # the first test stakes 1/12 of the account, the next without a keep 1/13 of the rest, and so on
+LEVEL = 0.7  # of its stake: the level of a test
 NEAR = 1.0  # standard errors
 FEWEST_TOGETHER, MOST_TOGETHER = 3, 5
-MARGIN = 0.5  # of the noise: a loss that a simplification must not have
-CONFIDENCE = 0.95  # that it doesn't; one-sided
+MARGIN, LOSSES = 0.0005, 0.001  # bits per byte: losses that a simplification must not have, and all of a session's
+WORSE, EQUAL = 0.05, 0.2  # chances that a simplification is kept that loses MARGIN, and that an equal one is not
+CHEAP = 8  # runs of a simplification that may be needed
 PRIOR_DF = 4  # repeats that the prior counts for at first
+CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
+WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
+# What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
+REAL, SPREAD = 0.2, 2.0  # share of changes that do anything, and the standard deviation of their effects, in noise's
+LONG = 0.2  # what a further run costs before it is made, as most changes are given up on the way
+ASKED = 0.75  # of what a run of the session has gained so far, that a further run of a change has to earn
+EARNS, START = 10.0, 10  # and EARNS / (runs + START)^2 of the noise, which is for a session that has kept nothing yet
 
 
 def seed(round: int) -> int:
@@ -63,29 +72,85 @@ def seed(round: int) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of val_bpb between seeds (bits per byte), and the degrees of freedom it is known with."""
+    """How val_bpb moves without a change.
+
+    Attributes:
+        sd: its standard deviation between seeds, in bits per byte. df: degrees of freedom it is known with.
+        slope: bits per byte for a disturbance of 1. slope_variance: how well it is known, in units of sd squared.
+        shared: correlation between two train.py on one seed, at least.
+    """
 
     sd: float
     df: int
+    slope: float = 0.0
+    slope_variance: float = 0.0
+    shared: float = 0.0
 
 
-def pooled(groups: Iterable[Sequence[float]], prior_sd: float, prior_df: int = PRIOR_DF) -> Noise:
+def pooled(
+    groups: Iterable[Sequence[float]],
+    prior_sd: float,
+    prior_df: int = PRIOR_DF,
+    disturbances: Iterable[Sequence[float]] | None = None,
+    prior_slope: float = 0.0,
+) -> Noise:
     """The noise: within-configuration variance over all repeats, and a prior worth `prior_df` degrees of freedom.
 
     The prior loses one of them for every two that are measured: it comes from other machines, may be wrong by a factor,
-    and is to be outvoted. One is left, so that the noise is never 0. Changes are repeated after a lucky first run, so
-    the estimate is rather too large (by 2 to 10 % in simulated nights).
+    and is to be outvoted. One is left, so that the noise is never 0.
+
+    Scores are regressed on disturbances within configurations, with a prior of mean 0 for the slope (the conjugate
+    normal-inverse-gamma model: Gelman et al., Bayesian Data Analysis, 3rd ed., 14.2). What that explains is no noise.
+    Where nothing was disturbed all is as without it.
 
     Args:
         groups: val_bpb over seeds, for each train.py. prior_sd: above 0.
+        disturbances: of the same runs; none by default. prior_slope: the prior standard deviation of the slope.
     """
     if not prior_sd > 0:
         raise ValueError(f"the prior standard deviation of val_bpb has to be above 0, not {prior_sd}")
-    groups = [group for group in groups if len(group) > 1]
-    df = sum(len(group) - 1 for group in groups)
-    squares = sum((value - statistics.fmean(group)) ** 2 for group in groups for value in group)
+    groups = [list(group) for group in groups]
+    disturbed = [[0.0] * len(group) for group in groups] if disturbances is None else disturbances
+    df, squares, products, spread = 0, 0.0, 0.0, 0.0
+    for scores, covariates in zip(groups, disturbed, strict=True):
+        if len(scores) < 2:
+            continue
+        mean, centre = statistics.fmean(scores), statistics.fmean(covariates)
+        df += len(scores) - 1
+        squares += sum((score - mean) ** 2 for score in scores)
+        products += sum((score - mean) * (d - centre) for score, d in zip(scores, covariates, strict=True))
+        spread += sum((d - centre) ** 2 for d in covariates)
     prior_df = max(min(1, prior_df), prior_df - df // 2)
-    return Noise(math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df)), prior_df + df)
+    slope = slope_variance = 0.0
+    if prior_slope > 0:
+        slope_variance = 1 / (spread + (prior_sd / prior_slope) ** 2)
+        slope = products * slope_variance
+        squares -= products * slope
+    return Noise(math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df)), prior_df + df, slope, slope_variance)
+
+
+def shared(families: Iterable[tuple[Mapping[int, float], Sequence[Mapping[int, float]]]]) -> float:
+    """The correlation of two train.py's scores on one seed: what it is at least, about one-sided at 95 %; 0 where few
+    seeds tell, or none. It is the slope of changes over their parent, of scores centred within each pair; a seed counts
+    once however many changes were run on it, as they may share what the parent doesn't.
+
+    Args:
+        families: val_bpb by seed of a parent, and of each of its changes; disturbance taken out.
+    """
+    products, squares, df = 0.0, 0.0, 0
+    for parent, changes in families:
+        seeds: set[int] = set()
+        for change in changes:
+            common = change.keys() & parent.keys()
+            if len(common) > 1:
+                mean, others = (statistics.fmean(scores[one] for one in common) for scores in (change, parent))
+                products += sum((change[one] - mean) * (parent[one] - others) for one in common)
+                squares += sum((parent[one] - others) ** 2 for one in common)
+                seeds |= common
+        df += max(0, len(seeds) - 1)
+    if df < 5 or not squares > 0:
+        return 0.0
+    return min(0.95, max(0.0, products / squares - 1.65 / math.sqrt(df)))
 
 
 @dataclass(frozen=True)
@@ -96,6 +161,8 @@ class Account:
     keeps: int = 0  # because they were better
     tests: int = 0  # since the last of these, open ones too
     loss: float = 0.0  # bits per byte that simplifications may have cost, in all
+    gained: float = 0.0  # bits per byte of the keeps, as they were estimated
+    runs: int = 0  # of changes that are decided
 
     @property
     def stake(self) -> float:
@@ -105,18 +172,23 @@ class Account:
     @property
     def level(self) -> float:
         """The chance of a false keep that the next test may have."""
-        return PASSES * self.stake
+        return LEVEL * self.stake
 
     def after(self, evidence: Evidence) -> Account:
         """The account after a verdict."""
-        staked = self.staked + evidence.stake
+        account = replace(self, staked=self.staked + evidence.stake, runs=self.runs + evidence.runs)
         if evidence.better:
-            return replace(self, staked=staked, keeps=self.keeps + 1, tests=0)
-        return replace(self, staked=staked, tests=self.tests + (evidence.stake > 0), loss=self.loss + evidence.loss)
+            return replace(account, keeps=self.keeps + 1, tests=0, gained=self.gained + evidence.gain)
+        return replace(account, tests=self.tests + (evidence.stake > 0), loss=self.loss + evidence.loss)
 
     def reserving(self, stake: float) -> Account:
         """The account while a test is open that has this stake: as if it were lost."""
         return replace(self, staked=self.staked + stake, tests=self.tests + 1)
+
+    def asks(self, noise: Noise, runs: int) -> float:
+        """Bits per byte that a further run has to be expected to earn, after `runs` of a test."""
+        runs += self.runs + START
+        return (ASKED * self.gained + EARNS * noise.sd / runs) / runs
 
 
 @dataclass(frozen=True)
@@ -136,6 +208,7 @@ def next_step(
     account: Account,
     simpler: bool = False,
     stake: float | None = None,
+    disturbance: tuple[Mapping[int, float], Mapping[int, float]] = ({}, {}),
 ) -> Step:
     """What the runs so far ask for. Bits per byte everywhere.
 
@@ -144,6 +217,7 @@ def next_step(
         noise, account: of the session so far.
         simpler: the candidate's syntax tree is smaller than its parent's.
         stake: what this test has reserved, once it has; the account's next one by default.
+        disturbance: of the candidate's runs and of the parent's, by seed; 0 where there is none.
     """
     if not candidate:
         return Step("run candidate", because("not_run"), seed=seed(0))
@@ -152,10 +226,13 @@ def next_step(
     if not all(map(math.isfinite, [*candidate.values(), *parent.values()])):
         return Step("discard", because("not_a_number"), evidence=Evidence(runs=len(candidate)))
     stake = account.stake if stake is None else stake
-    runs, parents, level = len(candidate), len(parent), PASSES * stake
-    gain = statistics.fmean(parent.values()) - statistics.fmean(candidate.values())
-    variance = 1 / runs + 1 / parents
-    error = noise.sd * math.sqrt(variance)
+    runs, parents, level = len(candidate), len(parent), LEVEL * stake
+    correlation = noise.shared if candidate.keys() <= parent.keys() else 0.0
+    disturbed = _difference(*disturbance, candidate, parent, correlation)
+    corrected = noise.slope * disturbed
+    gain = _difference(candidate, parent, candidate, parent, correlation) - corrected
+    extra = disturbed**2 * noise.slope_variance
+    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra)
     t, half = gain / error, t_quantile(0.05, noise.df) * error
     evidence = Evidence(
         gain=gain,
@@ -166,6 +243,7 @@ def next_step(
         level=level,
         runs=runs,
         parent_runs=parents,
+        corrected=corrected,
         stake=stake if runs > 1 else 0.0,
     )
     direction = "better" if gain > 0 else "worse"
@@ -174,49 +252,145 @@ def next_step(
     if simpler and common and all(candidate[one] == parent[one] for one in common):
         equal = replace_evidence(evidence, simpler=True, stake=0.0)
         return Step("keep", because("simpler_and_equal", seeds=len(common)), evidence=equal)
-    missing = [one for one in candidate if one not in parent]
-    share = level * SPLIT[min(runs, ROUNDS) - 1]
+    share = level / len(LOOKS) if runs in LOOKS and common == candidate.keys() else 0.0
     tested = because("tested", **facts, p=evidence.p, share=share)
-    if not missing and share > 0 and evidence.p <= share:
+    if share > 0 and evidence.p <= share:
         return Step("keep", tested, evidence=replace_evidence(evidence, better=True, stake=stake))
-    evidence = replace_evidence(evidence, near_miss=t >= NEAR)
-    allowed = max(0.0, min(MARGIN * noise.sd, noise.sd - account.loss))  # that a simplification may lose
-    if runs >= ROUNDS and not missing:
-        loss = max(0.0, t_quantile(1 - CONFIDENCE, noise.df) * error - gain)
-        if simpler and loss <= allowed:
+
+    outlook = Outlook(runs, parents, max(runs + 1, min(MOST_PARENT, account.tests)), correlation, extra)
+    reason, going_on = tested, False
+    if runs < LOOKS[-1]:
+        pays, asked = _worth(gain, error, noise, level, outlook), account.asks(noise, runs)
+        going_on, reason = pays >= asked, because("not_worth_it", **facts, pays=max(pays, 0.0), asked=asked)
+    if simpler:
+        allowed = min(MARGIN, LOSSES - account.loss)
+        odds = _equal(gain, error, noise.df, allowed)
+        if odds >= math.log(1 / WORSE):
+            loss = max(0.0, t_quantile(WORSE, noise.df) * error - gain)
             reason = because("simpler", **facts, loss=loss, allowed=allowed)
-            return Step("keep", reason, evidence=replace_evidence(evidence, simpler=True, near_miss=False, loss=loss))
-        return Step("discard", tested, evidence=evidence)
+            return Step("keep", reason, evidence=replace_evidence(evidence, simpler=True, loss=loss))
+        if odds > math.log(EQUAL) and _cheap(noise, outlook, allowed):
+            going_on = going_on or runs < CHEAP
+    if not going_on:
+        return Step("discard", reason, evidence=replace_evidence(evidence, near_miss=t >= NEAR))
+    reason, evidence = because("worth_another_run", **facts), replace_evidence(evidence, stake=0.0)
+    missing = [one for one in candidate if one not in parent]
+    if missing or parents < outlook.wanted:
+        return Step("run parent", reason, missing[0] if missing else _next(parent), evidence)
+    return Step("run candidate", reason, _next(candidate), evidence)
 
-    # Is it worth going on? `gain` will move by `spread` until the last look, which asks for so much of it:
-    final = 1 / ROUNDS + 1 / max(ROUNDS, parents)
-    df = noise.df + ROUNDS - runs + max(0, ROUNDS - parents)  # more runs tell more about the noise, too
-    spread = noise.sd * math.sqrt(max(variance - final, 1e-12))
 
-    def chance(tail: float, less: float = 0.0) -> float:
-        return normal_tail((t_quantile(tail, df) * noise.sd * math.sqrt(final) - less - gain) / spread)
+def _next(scores: Mapping[int, float]) -> int:
+    """The first seed that a train.py was not run on."""
+    return next(one for one in map(seed, range(len(scores) + 1)) if one not in scores)
 
-    if not t >= SCREEN:
-        hope, reason = 0.0, because("screened", **facts, wanted=SCREEN)
-    else:
-        hope = chance(level * SPLIT[-1])
-        reason = because("hopeless", **facts, hope=hope, rounds=ROUNDS, wanted=WORTH)
-    if simpler and allowed > 0:
-        hope = max(hope, chance(1 - CONFIDENCE, less=allowed))
-    if not hope >= WORTH:
-        return Step("discard", reason, evidence=evidence)
-    reason, evidence = because("worth_another_run", **facts), replace_evidence(evidence, near_miss=False, stake=0.0)
-    if missing:
-        return Step("run parent", reason, missing[0], evidence)
-    return Step("run candidate", reason, next(s for s in map(seed, range(runs + 1)) if s not in candidate), evidence)
+
+def _difference(
+    own: Mapping[int, float],
+    others: Mapping[int, float],
+    candidate: Mapping[int, float],
+    parent: Mapping[int, float],
+    correlation: float,
+) -> float:
+    """The parent's mean minus the candidate's, of a figure by seed that is 0 where it is missing. With correlated seeds
+    the candidate's mean is corrected by how the parent did on the same seeds (a control variate)."""
+    theirs = statistics.fmean(others.get(one, 0.0) for one in parent)
+    ours = statistics.fmean(own.get(one, 0.0) for one in candidate)
+    if correlation:
+        ours -= correlation * (statistics.fmean(others.get(one, 0.0) for one in candidate) - theirs)
+    return theirs - ours
+
+
+def _variance(runs: int, parents: int, correlation: float) -> float:
+    """Of that difference, in units of the noise's variance."""
+    return (1 - correlation**2) / runs + (1 - correlation) ** 2 / parents
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a test has, and what more runs would bring.
+
+    Attributes:
+        runs, parents: made so far. wanted: of the parent, before the candidate's next run.
+        correlation: of equal seeds. extra: variance that more runs don't take away.
+    """
+
+    runs: int
+    parents: int
+    wanted: int
+    correlation: float = 0.0
+    extra: float = 0.0
+
+    def further(self) -> Iterable[tuple[int, int, float]]:
+        """(runs, runs of the parent, variance of the gain then) for each look that is still to come."""
+        for runs in LOOKS:
+            if runs > self.runs:
+                parents = max(self.parents, self.wanted, runs)
+                yield runs, parents, _variance(runs, parents, self.correlation) + self.extra
+
+
+def _worth(gain: float, error: float, noise: Noise, level: float, outlook: Outlook) -> float:
+    """Bits per byte that more runs of a change are expected to earn, for each of them, up to the best of its looks.
+
+    A change does something with probability REAL, by a normal distribution around 0 with SPREAD times the noise: that
+    gives the chance that it is kept at a look, and the effect to be expected. Its quantiles of t are an approximation
+    (Wallace, Annals of Mathematical Statistics 1959, turned round).
+    """
+    if not level / len(LOOKS) > 1e-12 or gain <= 0:
+        return 0.0
+    now, prior = (error / noise.sd) ** 2, SPREAD**2  # everything in units of the noise
+    t, total = gain / error, now + prior
+    odds = REAL / (1 - REAL) * math.sqrt(now / total) * math.exp(min(500.0, t * t / 2 * prior / total))
+    z, g = -statistics.NormalDist().inv_cdf(level / len(LOOKS)), gain / noise.sd
+    mean, variance = g * prior / total, now * prior / total  # of its effect, if it has one
+    best = 0.0
+    for runs, parents, then in outlook.further():
+        old = then / now  # weight that today's gain has then
+        df = noise.df + runs - outlook.runs + parents - outlook.parents
+        needed = math.sqrt(then * df * math.expm1((z * (8 * df + 3) / (8 * df + 1)) ** 2 / df))
+        expected, spread = old * g + (1 - old) * mean, math.sqrt((1 - old) ** 2 * variance + old * (now - then))
+        chance = normal_tail((needed - expected) / max(spread, 1e-9))
+        cost = 1 + LONG * (runs - outlook.runs + parents - outlook.parents - 1)
+        best = max(best, chance * mean / cost)
+    return odds / (1 + odds) * best * noise.sd
+
+
+def _equal(gain: float, error: float, df: int, margin: float) -> float:
+    """Logarithm of how much likelier the gain is if a change is equal than if it is worse by the margin."""
+    if not margin > 0:
+        return -math.inf
+    t, shift = gain / error, margin / error
+    return (df + 1) / 2 * (math.log1p((t + shift) ** 2 / df) - math.log1p(t * t / df))
+
+
+def _cheap(noise: Noise, outlook: Outlook, margin: float) -> bool:
+    """Whether CHEAP runs would show that a change is equal, if it had just its parent's mean."""
+    parents = max(outlook.parents, outlook.wanted, CHEAP)
+    error = noise.sd * math.sqrt(_variance(CHEAP, parents, outlook.correlation) + outlook.extra)
+    return _equal(0.0, error, noise.df, margin) >= math.log(1 / WORSE)
 
 
 def smallest_detectable(noise: Noise, account: Account, power: float = 0.8) -> float:
-    """The gain, in bits per byte, that a change must have to be kept with this chance, as the session stands. Half of
-    those that are missed are allowed for the early looks and for what is not known about the noise."""
-    df = noise.df + ROUNDS - 1
-    missed = t_quantile((1 - power) / 2, df)
-    return (t_quantile(account.level * SPLIT[-1], df) + missed) * noise.sd * math.sqrt(2 / ROUNDS)
+    """About the gain, in bits per byte, that a change must have to be kept with this chance, as the session stands: so
+    much that it is not given up before some look, and kept at it, each with half of what may be missed. A parent that
+    was kept a moment ago has few runs, and lucky ones: that costs up to a tenth of the chance more."""
+    missed, level = t_quantile((1 - power) / 2, noise.df), account.level
+    if not level > 0:
+        return math.inf
+    smallest, needed = math.inf, 0.0
+    for runs in LOOKS:
+        parents = max(runs, min(MOST_PARENT, account.tests), 2)
+        error = noise.sd * math.sqrt(_variance(runs, parents, noise.shared))
+        kept = (t_quantile(level / len(LOOKS), noise.df + 2 * runs - 2) + missed) * error
+        smallest = min(smallest, max(needed, kept))
+        outlook, asked = Outlook(runs, parents, runs + 1, noise.shared), account.asks(noise, runs)
+        low, high = 0.0, 20 * error
+        for _ in range(20):
+            middle = (low + high) / 2
+            pays = _worth(middle, error, noise, level, outlook) >= asked
+            low, high = (low, middle) if pays else (middle, high)
+        needed = max(needed, high + missed * error)
+    return smallest
 
 
 def together(misses: Sequence[tuple[int, float, float]]) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from lab.reasons import Reason, because
@@ -71,7 +71,28 @@ def noise_of(state: State) -> gate.Noise:
 
     first = next(run for run in state.baseline.runs if run.ok)
     prior = first.bpb * expected(first.result.get("total_tokens_M", 0.0) * 1e6)
-    return gate.pooled(state.repeats(state.started.budget), prior)
+    return pooled(state, prior, gate.WRONG * gate.CURVE * first.bpb)
+
+
+def pooled(state: State, prior_sd: float, prior_slope: float = 0.0) -> gate.Noise:
+    """The noise by the session's repeats, with a prior: its standard deviation, and that of the slope of val_bpb over
+    disturbance."""
+    repeats = state.repeats(state.started.budget)
+    groups = [[run.bpb for run in runs.values()] for runs in repeats.values()]
+    disturbances = [[run.disturbance for run in runs.values()] for runs in repeats.values()]
+    noise = gate.pooled(groups, prior_sd, disturbances=disturbances, prior_slope=prior_slope)
+    scores = {
+        blob: {seed: run.bpb - noise.slope * run.disturbance for seed, run in runs.items()}
+        for blob, runs in repeats.items()
+    }
+    families: dict[str, list[dict[int, float]]] = {}
+    for experiment in state.experiments.values():
+        if (
+            experiment.kind in ("change", "near misses", "replay")
+            and {experiment.blob, experiment.parent} <= scores.keys()
+        ):
+            families.setdefault(experiment.parent or "", []).append(scores[experiment.blob])
+    return replace(noise, shared=gate.shared((scores[parent], changes) for parent, changes in families.items()))
 
 
 def said_of_noise(state: State) -> str:
@@ -127,13 +148,15 @@ def _change(change: Experiment, state: State) -> Plan:
     sound = [run for run in change.own_runs if run.ok]
     if problem := _same_start(sound):
         return Plan(verdict=Verdict("invalid", problem))
+    own, others = {run.seed: run for run in sound if run.seed is not None}, state.believed(parent.blob)
     step = gate.next_step(
-        {run.seed: run.bpb for run in sound if run.seed is not None},
-        state.results(parent.blob),
+        {seed: run.bpb for seed, run in own.items()},
+        {seed: run.bpb for seed, run in others.items()},
         noise_of(state),
         account_of(state),
         simpler=change.complexity < parent.complexity,
         stake=change.stake,
+        disturbance=tuple({seed: run.disturbance for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
     )
     if step.seed is not None:
         blob, urgency = parent.blob, Urgency.PARENT

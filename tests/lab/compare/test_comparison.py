@@ -194,7 +194,8 @@ def test_facts_of_a_session():
     assert (baseline["tokens"], best["tokens"]) == (1e6, 1.5e6)  # of all runs, confirmations too
     assert (baseline["flops"], best["flops"]) == (1e12, 1.5e12)
     assert facts["confirmed"]["value"] == pytest.approx(0.986 - 1.001)
-    assert facts["confirmed"]["error"] == pytest.approx(0.001) and facts["noise"] == {"sd": 0.001, "df": 10}
+    assert facts["confirmed"]["error"] == pytest.approx(0.001)
+    assert (facts["noise"]["sd"], facts["noise"]["df"]) == (0.001, 10)
     assert facts["confirmation"].startswith("on held-out rows and 2 new seeds")
     assert analysis.confirmation.verdict.confirmed and not analysis.kept_since
 

@@ -124,6 +124,8 @@ def test_a_diff_of_another_file_is_refused():
 
 
 def test_a_number_in_place_of_a_default_is_not_simpler():
-    plain = BASE.replace(b"DEPTH = 8", b"DEPTH = defaults.depth")
-    assert describe(plain).complexity == describe(BASE).complexity
+    for value in (b"defaults.depth", b"defaults.depth + 1", b"min(defaults.depth, 2 * WIDTH // 64)"):
+        plain = BASE.replace(b"DEPTH = 8", b"DEPTH = " + value)
+        assert plain != BASE and describe(plain).complexity == describe(BASE).complexity
+    assert describe(BASE.replace(b"DEPTH = 8", b"DEPTH = 4 + 4")).complexity > describe(BASE).complexity
     assert change.CONTEXT == 3

@@ -30,7 +30,7 @@ def foreign(tmp_path, *steps, base=BASE, device="far-1gb", name="far"):
             commit = far.repository.commit(best.here, facts["blob"], f"step {number}")
             far.open_experiment(kind="change", commit=commit, description=f"step {number}", **facts)
             evidence = events.Evidence(0.1, 0.01, 0.05, 0.15, runs=1, parent_runs=1, near_miss=near_miss)
-            verdict = events.Verdict(status, because("screened", amount=0.1), 0.9, 1.0, evidence)
+            verdict = events.Verdict(status, because("not_worth_it", amount=0.1), 0.9, 1.0, evidence)
             far.log(events.ExperimentDecided(experiment=number, verdict=verdict))
             far.log(events.ExperimentApplied(experiment=number, commit=commit))
         return str(export_session(far, tmp_path / f"{name}.tar.gz"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import msgspec
 import pytest
@@ -23,6 +24,13 @@ def runs(*gains: float) -> dict[int, float]:
 
 def step(*gains: float, parent=PARENT, noise=SURE, account=Account(), simpler=False) -> gate.Step:
     return next_step(runs(*gains), parent, noise, account, simpler)
+
+
+PATIENT = Account(runs=1000)  # of a session that has kept nothing for long
+
+
+def parents(count: int) -> dict[int, float]:
+    return {gate.seed(i): 1.0 for i in range(count)}
 
 
 # --- Student's t ---
@@ -137,17 +145,24 @@ def test_one_run_decides_a_loss():
     assert "0.001000 bits per byte worse" in str(found.reason) and "0.9 standard errors" in str(found.reason)
 
 
-def test_better_by_less_than_the_screen_is_discarded_even_if_the_level_is_generous():
-    rich = Account(keeps=100)
-    assert rich.level > 0.3
-    assert step(0.6 * math.sqrt(4 / 3), account=rich).action == "discard"
-    assert step(0.8 * math.sqrt(4 / 3), account=rich).action == "run candidate"
+def test_what_is_not_better_is_never_run_again_however_patient_the_session():
+    assert step(-0.01, account=PATIENT).action == "discard"
+    assert step(0.3, account=PATIENT).action == "run candidate"
 
 
-def test_a_first_run_without_a_chance_at_the_level_is_discarded_as_a_near_miss():
+def test_patience_grows_while_nothing_is_kept_and_ends_with_what_runs_earn():
+    def least(account):
+        return next(gain for gain in range(100) if step(gain / 10, account=account).action != "discard") / 10
+
+    new, later, late = (least(Account(runs=runs)) for runs in (0, 30, 300))
+    assert new > 1.5 * later > 3 * late > 0
+    assert least(Account(runs=300, gained=30 * SD)) > 2 * late
+
+
+def test_a_first_run_that_promises_too_little_is_discarded_as_a_near_miss():
     found = step(1.3)  # 1.1 standard errors
     assert (found.action, found.evidence.near_miss, found.evidence.stake) == ("discard", True, 0.0)
-    assert "chance" in str(found.reason) and "20%" in str(found.reason)
+    assert "further runs would earn" in str(found.reason) and "was asked for" in str(found.reason)
 
 
 def test_a_near_miss_is_at_least_one_standard_error_better():
@@ -178,16 +193,17 @@ def test_nothing_is_kept_before_the_parent_has_run_on_the_same_seeds():
 def test_the_overwhelming_is_kept_after_one_run():
     found = step(10.0)
     assert (found.action, found.evidence.better, found.evidence.near_miss) == ("keep", True, False)
-    assert found.evidence.stake == Account().stake and found.evidence.p < found.evidence.level * gate.SPLIT[0]
+    assert found.evidence.stake == Account().stake and found.evidence.p < found.evidence.level / len(gate.LOOKS)
 
 
-def test_early_looks_ask_for_more_than_the_last():
-    """The same p-value, between the shares of the rounds."""
-    p = Account().level * 0.5
-    t = gate.t_quantile(p, SURE.df)
-    for rounds, action in ((1, "run candidate"), (2, "run candidate"), (3, "keep")):
-        gain = t * math.sqrt(1 / rounds + 1 / 3)
-        assert step(*[gain] * rounds).action == action, rounds
+def test_each_look_asks_for_the_same_and_between_them_nothing_is_kept():
+    """A p-value just below a look's share, and one just above."""
+    share = Account().level / len(gate.LOOKS)
+    for count in range(1, gate.LOOKS[-1] + 1):
+        for p, kept in ((0.9 * share, count in gate.LOOKS), (1.1 * share, False)):
+            beside = max(3, count)
+            gain = gate.t_quantile(p, SURE.df) * math.sqrt(1 / count + 1 / beside)
+            assert (step(*[gain] * count, parent=parents(beside)).action == "keep") == kept, count
 
 
 def test_what_fades_is_discarded_before_the_third_run():
@@ -195,16 +211,18 @@ def test_what_fades_is_discarded_before_the_third_run():
     assert (found.action, found.evidence.runs, found.evidence.stake) == ("discard", 2, Account().stake)
 
 
-def test_three_runs_are_the_last():
-    found = step(2.9, 2.2, 2.2)
-    assert (found.action, found.evidence.near_miss, found.evidence.runs) == ("discard", True, 3)
-    assert found.evidence.p > found.evidence.level * gate.SPLIT[2]
+def test_the_last_look_ends_a_test():
+    most = gate.LOOKS[-1]
+    assert step(*[0.8] * (most - 1), parent=parents(most), account=PATIENT).action.startswith("run")
+    found = step(*[0.8] * most, parent=parents(most), account=PATIENT)
+    assert (found.action, found.evidence.near_miss, found.evidence.runs) == ("discard", True, most)
+    assert found.evidence.p > found.evidence.level / len(gate.LOOKS) and found.reason.code == "tested"
 
 
 def test_few_degrees_of_freedom_ask_for_more():
     gains = (3.2, 3.2, 3.2)
     assert step(*gains).action == "keep"
-    assert step(*gains, noise=Noise(SD, 5)).action == "discard"
+    assert step(*gains, noise=Noise(SD, 5)).action != "keep"
 
 
 def test_the_reported_interval_and_p():
@@ -219,15 +237,23 @@ def test_a_score_that_is_no_number_is_never_kept():
     for score in (math.nan, math.inf, -math.inf):
         found = step(3.0, score)
         assert (found.action, found.evidence.near_miss) == ("discard", False)
-        assert Account().after(found.evidence) == Account()
+        assert Account().after(found.evidence) == Account(runs=2)
 
 
-def test_more_baseline_runs_than_rounds_count():
-    parent = {gate.seed(i): 1.0 for i in range(8)}
-    found = step(2.5, 2.5, parent=parent)
-    assert found.action == "run candidate" and found.evidence.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 8))
-    assert step(2.5, 2.5, 2.5, parent=parent).action == "keep"
-    assert step(1.9, 1.9, parent=parent | {gate.seed(i): 1.0 for i in (8, 9)}).action == "run candidate"
+def test_all_runs_of_a_parent_count():
+    found = step(2.5, 2.5, parent=parents(8))
+    assert found.evidence.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 8))
+    assert step(3.4, 3.4).action == "run candidate" and step(3.4, 3.4, parent=parents(8)).action == "keep"
+
+
+def test_a_parent_is_run_before_its_child_and_more_often_where_many_tests_share_it():
+    found = step(3.0, parent=parents(1))
+    assert (found.action, found.seed) == ("run parent", gate.seed(1))
+    assert step(3.0, parent=parents(2)).action == "run candidate"
+    many = Account(tests=5, runs=40)
+    assert step(3.0, parent=parents(4), account=many).action == "run parent"
+    assert step(3.0, parent=parents(5), account=many).action == "run candidate"
+    assert step(3.0, parent=parents(gate.MOST_PARENT), account=Account(tests=99, runs=40)).action == "run candidate"
 
 
 def test_a_round_that_is_missing_is_made_up():
@@ -237,24 +263,47 @@ def test_a_round_that_is_missing_is_made_up():
 
 # --- Simplifications ---
 
+QUIET = Noise(0.4 * gate.MARGIN, 40)
+
+
+def simplified(*losses: float, noise=QUIET, account=Account()) -> gate.Step:
+    """Of runs that lose so many margins against a parent with as many runs."""
+    scores = {gate.seed(i): 1.0 + loss * gate.MARGIN for i, loss in enumerate(losses)}
+    return next_step(scores, parents(max(3, len(losses) + 1)), noise, account, simpler=True)
+
 
 def test_simpler_and_no_worse_is_kept():
-    gains = (1.0, 1.0, 1.0)
-    assert step(*gains).action == "discard"
-    found = step(*gains, simpler=True)
+    found = simplified(0.001, -0.001, 0.001)
     assert (found.action, found.evidence.simpler, found.evidence.better) == ("keep", True, False)
-    assert 0 < found.evidence.loss <= gate.MARGIN * SD
+    assert 0 < found.evidence.loss < gate.MARGIN
+    assert step(0.001, -0.001, 0.001, noise=QUIET).action == "discard"  # not simpler
 
 
-def test_simpler_with_a_loss_that_is_not_excluded_is_discarded():
-    """It takes more than 'no worse in the mean': the interval has to end above half the noise."""
-    assert step(0.8, 0.8, 0.8, simpler=True).action == "discard"
-    assert step(-3.0, simpler=True).action == "discard"
+def test_simpler_and_worse_by_the_margin_is_discarded():
+    assert simplified(0.5).action == "run candidate"
+    assert simplified(1.0, 1.0).action == "discard"
+    assert simplified(2.0).action == "discard"
 
 
-def test_simpler_is_run_again_where_a_mere_gain_would_not():
-    assert step(0.5).action == "discard"
-    assert step(0.5, simpler=True).action == "run candidate"
+def test_simpler_is_run_again_only_where_that_is_cheap():
+    assert simplified(0.01).action == "run candidate"
+    noisy = Noise(2 * gate.MARGIN, 40)
+    assert simplified(0.01, noise=noisy).action == "discard"
+    assert simplified(*[0.5] * gate.CHEAP, noise=Noise(0.6 * gate.MARGIN, 40)).action == "discard"
+
+
+def test_equal_and_worse_simplifications_are_told_apart_as_often_as_said():
+    """Over 600 of each: at most WORSE of those that lose the margin are kept, and most of the equal ones."""
+    rng, kept = random.Random(4), {}
+    for loss in (0.0, 1.0):
+        kept[loss] = 0
+        for _ in range(600):
+            parent, candidate = {s: rng.gauss(1, QUIET.sd) for s in PARENT}, {}
+            while (found := next_step(candidate, parent, QUIET, Account(), simpler=True)).action.startswith("run"):
+                own = found.action == "run candidate"
+                (candidate if own else parent)[found.seed] = rng.gauss(1 + loss * gate.MARGIN * own, QUIET.sd)
+            kept[loss] += found.action == "keep"
+    assert kept[1.0] / 600 <= gate.WORSE + 0.02 and kept[0.0] / 600 > 0.7
 
 
 def test_simpler_and_clearly_better_is_a_gain():
@@ -262,15 +311,13 @@ def test_simpler_and_clearly_better_is_a_gain():
     assert found.evidence.better and not found.evidence.simpler and found.evidence.loss == 0.0
 
 
-def test_losses_of_simplifications_are_added_up_to_one_noise():
+def test_losses_of_simplifications_are_added_up():
     account = Account()
     for _ in range(10):
-        found = step(1.0, 1.0, 1.0, simpler=True, account=account)
+        found = simplified(0.1, 0.1, 0.1, 0.1, account=account)
         account = account.after(found.evidence)
-    assert 0 < account.loss <= SD
-    assert found.action == "discard"
-    assert step(0.5, simpler=True, account=Account(loss=SD)).action == "discard"  # no room: not even run again
-    assert step(2.0, 2.0, 2.0, simpler=True, account=Account(loss=2 * SD)).evidence.simpler  # no loss left: kept
+    assert 0 < account.loss <= gate.LOSSES and found.action == "discard"
+    assert simplified(0.0001, account=Account(loss=gate.LOSSES)).action == "discard"  # no room: not even run again
 
 
 def test_simpler_and_equal_to_the_last_bit_is_kept_after_one_run():
@@ -292,11 +339,11 @@ def test_simpler_and_equal_to_the_last_bit_is_kept_after_one_run():
 def test_evidence_survives_json_and_makes_the_account():
     evidence = step(3.0, 0.0).evidence
     assert msgspec.json.decode(msgspec.json.encode(evidence), type=type(evidence)) == evidence
-    assert Account().after(evidence) == Account(staked=Account().stake, tests=1)
+    assert Account().after(evidence) == Account(staked=Account().stake, tests=1, runs=2)
 
 
 def test_what_ends_after_one_run_costs_nothing():
-    assert Account().after(step(-1.0).evidence) == Account()
+    assert Account().after(step(-1.0).evidence) == Account(runs=1)
 
 
 def test_stakes_never_exceed_what_there_is():
@@ -338,8 +385,8 @@ def test_the_first_keep_earns_nothing():
 
 
 def test_simplifications_earn_nothing():
-    kept = step(1.0, 1.0, 1.0, simpler=True)
-    assert Account().after(kept.evidence).keeps == 0
+    kept = simplified(0.001, -0.001, 0.001)
+    assert kept.evidence.simpler and Account().after(kept.evidence).keeps == 0
 
 
 # --- Near misses, and what can be seen ---
@@ -358,11 +405,98 @@ def test_near_misses_are_ranked_by_evidence_not_by_size():
 
 def test_smallest_detectable_grows_with_noise_ignorance_and_poverty():
     least = gate.smallest_detectable(SURE, Account())
-    assert 3 * SD < least < 4 * SD
+    assert 2.5 * SD < least < 5 * SD
     assert gate.smallest_detectable(Noise(2 * SD, 40), Account()) == pytest.approx(2 * least)
-    assert gate.smallest_detectable(Noise(SD, 5), Account()) > 1.2 * least
-    assert gate.smallest_detectable(SURE, Account(staked=0.04, tests=20)) > least
+    assert gate.smallest_detectable(Noise(SD, 5), Account()) > 1.05 * least
+    assert gate.smallest_detectable(SURE, Account(staked=0.0499)) > least
     assert gate.smallest_detectable(SURE, Account(), power=0.5) < least
+
+
+# --- Disturbance, and noise that equal seeds share ---
+
+
+def test_quiet_runs_come_out_exactly_as_without_a_covariate():
+    groups = [[1.0, 1.002, 0.999], [0.98, 0.985]]
+    without = gate.pooled(groups, SD)
+    quiet = gate.pooled(groups, SD, disturbances=[[0.0] * 3, [0.0] * 2], prior_slope=0.15)
+    assert (quiet.sd, quiet.df, quiet.slope) == (without.sd, without.df, 0.0)
+    for gains in ((1.0,), (3.0,), (3.0, 3.0), (9.0,)):
+        zeros = ({s: 0.0 for s in runs(*gains)}, {s: 0.0 for s in PARENT})
+        assert next_step(runs(*gains), PARENT, quiet, Account(), disturbance=zeros) == next_step(
+            runs(*gains), PARENT, without, Account()
+        )
+
+
+def test_the_slope_over_disturbance_comes_from_repeats_and_is_no_noise():
+    rng = random.Random(2)
+    disturbances = [[rng.random() for _ in range(6)] for _ in range(5)]
+    groups = [[i + 0.1 * d + rng.gauss(0, SD) for d in group] for i, group in enumerate(disturbances)]
+    noise = gate.pooled(groups, SD, disturbances=disturbances, prior_slope=0.15)
+    assert noise.slope == pytest.approx(0.1, abs=0.003) and noise.sd < 1.4 * SD
+    assert gate.pooled(groups, SD).sd > 10 * SD
+    assert noise.slope_variance == pytest.approx(
+        1 / (sum(5 * statistics.pvariance(g) * 6 / 5 for g in disturbances)), rel=0.01
+    )
+
+
+def test_the_posterior_is_that_of_the_conjugate_model():
+    """Against sums over a grid of slopes: y = slope * d + noise, with both centred, and a normal prior of the slope."""
+    d, y, tau = [-0.3, 0.1, 0.2], [-0.02, 0.015, 0.005], 0.1
+    noise = gate.pooled([y], SD, prior_df=1, disturbances=[d], prior_slope=tau)
+    slopes = [i * 1e-4 for i in range(-3000, 3001)]
+    weights = [
+        math.exp(-sum((b - slope * a) ** 2 for a, b in zip(d, y)) / (2 * SD**2) - (slope / tau) ** 2 / 2)
+        for slope in slopes
+    ]
+    mean = sum(w * slope for w, slope in zip(weights, slopes)) / sum(weights)
+    variance = sum(w * (slope - mean) ** 2 for w, slope in zip(weights, slopes)) / sum(weights)
+    assert noise.slope == pytest.approx(mean, rel=1e-4)
+    assert noise.slope_variance * SD**2 == pytest.approx(variance, rel=1e-4)
+
+
+def test_what_disturbance_explains_is_no_gain_and_what_is_not_known_of_it_widens_the_interval():
+    noise = Noise(SD, 40, slope=0.1, slope_variance=4.0)
+    quiet = step(5.0, noise=noise)
+    disturbed = next_step(runs(5.0), PARENT, noise, Account(), disturbance=({}, {s: 0.05 for s in PARENT}))
+    assert quiet.action == "keep" and disturbed.action == "discard"
+    assert disturbed.evidence.corrected == pytest.approx(5 * SD) and disturbed.evidence.gain == pytest.approx(
+        0, abs=1e-9
+    )
+    assert disturbed.evidence.error == pytest.approx(SD * math.sqrt(4 / 3 + 0.05**2 * 4))
+    both = next_step(runs(5.0), PARENT, noise, Account(), disturbance=({gate.seed(0): 0.05}, {s: 0.05 for s in PARENT}))
+    assert both.evidence.gain == pytest.approx(quiet.evidence.gain) and both.evidence.error == quiet.evidence.error
+
+
+def seeded(rng: random.Random, part: float, count: int) -> list[dict[int, float]]:
+    """Scores of several train.py on the same seeds, which share a part of the variance."""
+    common = [rng.gauss(0, math.sqrt(part) * SD) for _ in range(count)]
+    return [{s: c + rng.gauss(0, math.sqrt(1 - part) * SD) for s, c in enumerate(common)} for _ in range(9)]
+
+
+def test_shared_noise_is_found_where_it_is_and_not_where_it_is_not():
+    rng = random.Random(6)
+    for part, low, high in ((0.0, 0.0, 0.1), (0.7, 0.2, 0.6)):
+        found = []
+        for _ in range(100):
+            parent, *children = seeded(rng, part, 16)
+            found.append(gate.shared([(parent, children)]))
+        assert low <= statistics.fmean(found) <= high, part
+        assert sum(value > part for value in found) <= 12
+    assert gate.shared([({1: 1.0, 2: 2.0}, [{1: 1.0, 2: 2.0}])]) == 0.0  # too few
+
+
+def test_pairs_are_compared_as_far_as_they_share_noise():
+    """The control variate's variance is what simulated differences have, and none where nothing is shared."""
+    rng, part, gains = random.Random(7), 0.6, []
+    noise = Noise(SD, 40, shared=part)
+    for _ in range(3000):
+        parent, candidate, *_ = seeded(rng, part, 6)
+        found = next_step({s: candidate[s] for s in range(3)}, parent, noise, Account())
+        gains.append(found.evidence.gain)
+    assert statistics.stdev(gains) == pytest.approx(found.evidence.error, rel=0.05)
+    assert found.evidence.error < 0.8 * SD * math.sqrt(1 / 3 + 1 / 6)
+    alone = next_step({99: 1.0}, PARENT, noise, Account())  # a seed that the parent has not
+    assert alone.evidence.error == pytest.approx(SD * math.sqrt(1 + 1 / 3))
 
 
 # --- Calibration, by simulation ---
@@ -392,10 +526,11 @@ def test_the_smallest_detectable_gain_is_kept_about_as_often_as_told():
             return gate.pooled([list(group.values()) for group in groups], SD)
 
         least = gate.smallest_detectable(noise(), Account())
-        while (found := next_step(candidate, parent, noise(), Account())).action == "run candidate":
-            candidate[found.seed] = rng.gauss(1 - least, SD)
+        while (found := next_step(candidate, parent, noise(), Account())).action.startswith("run"):
+            own = found.action == "run candidate"
+            (candidate if own else parent)[found.seed] = rng.gauss(1 - least * own, SD)
         kept += found.action == "keep"
-    assert kept / count == pytest.approx(0.8, abs=0.05)
+    assert 0.8 < kept / count < 0.97  # the parent has three runs, one more than is allowed for
 
 
 def night(rng: random.Random, effects, experiments: int, noise_df: int = 40) -> tuple[int, int]:
@@ -425,4 +560,4 @@ def test_nights_with_gains_find_them_and_few_keeps_are_false():
     nights = [night(rng, lambda rng: -4 * SD if rng.random() < 0.15 else 0.0, 60) for _ in range(60)]
     keeps, false = (sum(column) for column in zip(*nights))
     assert false / keeps <= gate.ALPHA
-    assert (keeps - false) / (60 * 60 * 0.15) > 0.7
+    assert (keeps - false) / (60 * 60 * 0.15) > 0.55

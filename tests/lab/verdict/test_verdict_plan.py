@@ -1,6 +1,7 @@
 """What experiments want is a function of the journal, whoever carries it out, one at a time or many at once."""
 
 import random
+import statistics
 
 import pytest
 import sessions
@@ -11,7 +12,7 @@ from lab.session.events import ExperimentOpened, RunEnded, RunStarted, StakeRese
 from lab.session.journal import Journal
 from lab.session.state import State
 from lab.verdict import executor, gate
-from lab.verdict.plan import Urgency, account_of, plan
+from lab.verdict.plan import Job, Urgency, account_of, noise_of, plan
 
 
 @pytest.fixture
@@ -26,9 +27,10 @@ def opened(state: State, number: int, blob: str) -> None:
     state.take(ExperimentOpened(number=number, kind="change", blob=blob, parent=best.blob, onto=best.number))
 
 
-def ran(state: State, number: int, experiment: int, job, bpb: float) -> None:
+def ran(state: State, number: int, experiment: int, job, bpb: float, **facts) -> None:
     state.take(RunStarted(number=number, experiment=experiment, blob=job.blob, seed=job.seed, budget=job.budget))
     result = {"val_bpb": bpb, "training_seconds": 300.0, "initial_weights": sessions.drawn(job.seed)}
+    result |= facts
     state.take(RunEnded(run=number, status="ok", result=result))
 
 
@@ -99,3 +101,37 @@ def test_the_same_jobs_whoever_carries_them_out(session, runner):
             checked += 1
         state.take(event)
     assert checked == len(session.state.runs) > 6
+
+
+def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(session):
+    state, noise = session.state, noise_of(session.state)
+    assert noise.slope == 0 and noise.slope_variance > 0
+    opened(state, 1, "ab")
+    opened(state, 2, "cd")
+    score = state.mean(state.best) + 0.02
+    for number, disturbance in ((1, 0.0), (2, 0.5)):
+        (job,) = plan(state.experiments[number], state).jobs
+        ran(state, 100 + number, number, job, score, disturbance=disturbance)
+    quiet, disturbed = (plan(state.experiments[number], state).verdict.evidence for number in (1, 2))
+    assert quiet.error == pytest.approx(noise.sd * (4 / 3) ** 0.5)
+    assert disturbed.error > quiet.error and disturbed.corrected == 0
+    for i in range(1, 8):  # further runs of the baseline's file, slower by up to a half
+        job = Job(state.baseline.blob, gate.seed(9 + i), 300.0, Urgency.FURTHER)
+        ran(state, 200 + i, 1, job, state.results(job.blob)[gate.seed(0)] + 0.1 * i / 14, disturbance=i / 14)
+    assert noise_of(state).slope == pytest.approx(0.1, rel=0.1)
+    opened(state, 3, "ef")
+    (job,) = plan(state.experiments[3], state).jobs
+    ran(state, 300, 3, job, score + 0.5, disturbance=0.5)
+    corrected = plan(state.experiments[3], state).verdict.evidence.corrected
+    mean = statistics.fmean(run.disturbance for run in state.believed(state.baseline.blob).values())
+    assert corrected == pytest.approx(noise_of(state).slope * (mean - 0.5))
+
+
+def test_the_run_that_made_a_change_look_promising_is_no_repeat(session):
+    state = session.state
+    opened(state, 1, "ab")
+    for i, score in enumerate((0.5, 0.99, 0.98)):
+        ran(state, 100 + i, 1, Job("ab", gate.seed(i), 300.0, Urgency.REPEAT), score)
+    repeats = state.repeats(300.0)
+    assert [run.bpb for run in repeats["ab"].values()] == [0.99, 0.98]
+    assert len(repeats[state.baseline.blob]) == 3
