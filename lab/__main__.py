@@ -13,7 +13,7 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
 ELSEWHERE = ("start", "import", "compare", "report")  # what no session's judge is asked for
-READING = ("status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
+READING = ("check", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             if program := judges():  # of the session that was begun just now
                 return hand_over(program, [*arguments, f"--planned={options.planned}"])
+        if options.command == "check":  # needs no session
+            return commands.do_check(options)
         session = Session(options.session) if options.session else at(Path.cwd())
         return getattr(commands, f"do_{options.command}")(session, options)
     except (Stop, OSError) as error:  # a full disk is one

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     run("--near-misses", "not train.py, but the promising near misses together", action="store_true")
     run("--again", "also if an equal train.py was decided on before", action="store_true")
 
+    command("check", "try train.py: what it uses and a few tiny steps, within seconds and without a score")
     command("wait", "go on waiting for what runs, or resume what was interrupted", wait=True)
     pause = command("pause", "end what runs, to be done again later, and run nothing until resume", json=False)
     pause("--after-run", "let the run under way come to its end first", action="store_true")

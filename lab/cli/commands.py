@@ -7,14 +7,16 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError
-from lab.genome.syntax import TRAIN
+from lab.genome.syntax import TRAIN, beyond_the_surface, describe
+from lab.session.locks import refuse_if_busy
 from lab.session.repository import here
-from lab.session.session import PREFIX, Session
+from lab.session.session import PREFIX, Session, at
 from lab.session.state import Experiment
 from lab.untrusted import counted
 from lab.verdict.executor import launch
@@ -78,6 +80,35 @@ def do_confirm(session: Session, options) -> int:
             )
         process = launch(session)
     return follow(session, options, process)
+
+
+def do_check(options) -> int:
+    """Tries the train.py that is here, as the session that is here would run it; exit status 1 if it would fail."""
+    from lab.run import check  # here, as it imports much
+
+    repository = here()
+    train = (repository.path if repository else Path.cwd()) / TRAIN
+    try:
+        content = train.read_bytes()
+    except OSError as error:
+        raise LabError(f"{TRAIN} can't be read: {error}") from error
+    digest, session = describe(content).digest, _session_here()
+    remarks = [f"line {p.line}: {p.found}: use {p.use}" for p in beyond_the_surface(content)]
+    if session:
+        refuse_if_busy(session.device_lock)
+        if equal := session.state.equal(digest):
+            remarks.append(f"it is equal to experiment {equal.number}, which was a {equal.status}")
+    tried = check.tried(train, session.local.settings if session else {})
+    facts = {**asdict(tried), "remarks": remarks}
+    print(json.dumps(facts, indent=1) if options.json else render.tried(tried, remarks))
+    return 1 if tried.problem else 0
+
+
+def _session_here() -> Session | None:
+    try:
+        return at(Path.cwd())
+    except LabError:
+        return None
 
 
 def do_wait(session: Session, options) -> int:
