@@ -158,7 +158,7 @@ def before_night(options) -> bool:
         return True
     planned = plan.plan(Path.cwd(), options)
     with limits.awake() as awake:
-        print(*plan.tell(planned, awake), sep="\n", flush=True)
+        print(*plan.tell(planned, awake), *plan.advice(options.agent), sep="\n", flush=True)
         if not options.plan:
             plan.provide(planned, options, lambda text: print(text, flush=True))
     options.planned = planned.deadline or 0.0

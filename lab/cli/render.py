@@ -39,8 +39,8 @@ def tried(tried: Tried, remarks: list[str]) -> str:
             lines.append(untrusted.fenced(untrusted.clean(tried.printed)))
     else:
         lines.append(
-            f"nothing wrong was found in {tried.seconds:.0f} s{where}: {(tried.num_params or 0) / 1e6:.1f} M parameters, "
-            "a few steps on random tokens, the evaluator's questions. There is no score: only a run gives one"
+            f"nothing wrong was found in {tried.seconds:.0f} s{where}: {(tried.num_params or 0) / 1e6:.1f} M "
+            "parameters, a few steps on random tokens, the evaluator's questions. Only a run gives a score"
         )
     return "\n".join(lines)
 

@@ -101,8 +101,8 @@ def test_a_recipe_of_the_readme(take, tmp_path, monkeypatch, recipe):
     [
         ("claude -p", "asked", "May I?"),
         ("codex exec -", "asked", "May I?"),
-        ("codex exec --ask-for-approval never -", "failed", "exit status 2"),
-        ("gemini --yolo --approval-mode yolo", "failed", "exit status 2"),
+        ("codex exec --ask-for-approval never -", "unserved", "exit status 2"),
+        ("gemini --yolo --approval-mode yolo", "unserved", "exit status 2"),
         ("aider --yes-always --message-file /dev/stdin train.py", "edited", "edited train.py"),
         ("opencode", "failed", "a terminal is needed"),
         ("no-such-agent --please", "failed", "did not find the command"),
@@ -128,7 +128,7 @@ def test_an_agent_called_otherwise(take, tmp_path, monkeypatch, command, outcome
         ("folder", "nothing", "deleted train.py"),
         ("link", "nothing", "or made a folder or a link of it"),
         ("ask", "asked", 'nobody answers: "Shall I **go on?**"'),
-        ("fail", "failed", 'exit status 1; its last line: "Error: no credit left"'),
+        ("fail", "unserved", "exit status 1); its last lines say: Error: no credit left"),
         ("elsewhere", "elsewhere", "changed notes.txt, prepare.py, which has no effect"),
         ("nopython", "no python", "wrote what is no Python: train.py line 1"),
     ],
@@ -142,7 +142,7 @@ def test_an_outcome(take, night, word, outcome, said):
 def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
     turn = take("nopython")
     saved = tmp_path / "turns" / "0.train.py"
-    assert saved.read_text() == "def broken(:\n" and str(saved) in turn.said
+    assert saved.read_text() == "def broken(:\n" and str(saved) in agent.told(turn) and str(saved) not in turn.said
     assert (tmp_path / "turns" / "0.prompt").read_text() == PROMPT
 
 
@@ -185,7 +185,8 @@ def test_stopped_from_outside(take):
 @pytest.mark.parametrize("word", ["child", "orphan"])
 def test_processes_that_it_leaves_are_ended(take, word):
     turn = take(word)
-    assert turn.outcome == "edited" and "left 1 process running" in turn.said
+    assert turn.outcome == "edited" and turn.left == 1 and not turn.reproached
+    assert "left 1 process running" in agent.told(turn) and "running" not in turn.said  # the model is not blamed
 
 
 @pytest.mark.parametrize(
