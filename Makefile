@@ -20,7 +20,7 @@ unexport PIP_TARGET PIP_PREFIX PYTHONSAFEPATH
 comma := ,
 # PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
 TRITON := triton==3.8.0
-TEST_EXTRAS := test$(comma)check$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
+TEST_EXTRAS := test$(comma)check$(comma)mcp$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
 
 .PHONY: demo test test-slow check clean
 

@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
-ELSEWHERE = ("start", "import", "compare", "report")  # what no session's judge is asked for
-READING = ("check", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
+ELSEWHERE = ("start", "import", "compare", "report", "mcp")  # what no session's judge is asked for
+READING = ("check", "mcp", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
 
 
 def main(arguments: list[str] | None = None) -> int:

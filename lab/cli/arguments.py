@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     confirm("--pairs", "of runs, best and baseline (default 3)", default=3, **seeds)
     confirm("--times", "the session's budget (4: does it last?)", "X", type=float, default=1)
 
+    command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
     export("target", None, type=Path, nargs="?")
     export("--publish", "a branch exp/<device>/<tag>: the kept steps, and the export in session/", action="store_true")

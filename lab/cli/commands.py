@@ -115,11 +115,12 @@ def do_wait(session: Session, options) -> int:
     session.refresh()
     if session.supervised:
         return follow(session, options)
-    opening.refuse_if_held(session)
-    with opening.exclusive(session):
-        process = launch(session) if session.state.open else None
-    if process:
-        return follow(session, options, process)
+    if session.state.open:  # else there is nothing that would need the lock
+        opening.refuse_if_held(session)
+        with opening.exclusive(session):
+            process = launch(session) if session.state.open else None
+        if process:
+            return follow(session, options, process)
     print("nothing is running; the last experiment:", file=sys.stderr)
     return tell(session, options, session.state.last)
 
@@ -186,6 +187,13 @@ def do_log(session: Session, options) -> int:
     if options.number not in experiments:
         raise LabError(f"there is no experiment {options.number}; the last is {max(experiments)}")
     return tell(session, options, experiments[options.number])
+
+
+def do_mcp(options) -> int:
+    from lab.cli import server
+
+    server.serve()
+    return 0
 
 
 def do_export(session: Session, options) -> int:
