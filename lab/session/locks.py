@@ -36,7 +36,7 @@ def no_locks(lock: filelock.BaseFileLock, problem: OSError) -> LabError:
     if problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return LabError(
             f"this shell may not write {Path(lock.lock_file).parent} ({problem.strerror}), as in an agent's sandbox: "
-            "give this command to a shell outside of it, let the sandbox write to that folder, or have the agent use the "
+            "give this command to a shell outside of it, let the sandbox write there, or have the agent use the "
             "lab's MCP server, which runs outside (docs/agents.md). What only reads works here: status, log"
         )
     return LabError(

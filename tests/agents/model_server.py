@@ -41,7 +41,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 MODEL = "scripted"
-HANG = 3600.0  # seconds
+HANG, LATER = 3600.0, 8.0  # seconds
 
 # --- Scenarios ---
 
@@ -145,7 +145,8 @@ def steps_of(line: str) -> list[Step]:
     """Of a line of the queue: a word of SCENARIOS, "shell: COMMAND" or "tool: NAME JSON"."""
     if line.startswith("tool:"):
         name, _, given = line.removeprefix("tool:").strip().partition(" ")
-        return [read(), edit(), Step("call", name, {"arguments": json.loads(given or "{}")}), DONE]
+        call = Step("call", name, {"arguments": json.loads(given or "{}")})
+        return [read(), edit(), Step("later", "train.py"), call, DONE]
     if line.startswith("shell:"):
         return [read(), edit(), shell(line.removeprefix("shell:").strip()), DONE]
     return SCENARIOS[line.strip()]
@@ -318,6 +319,9 @@ class Script:
                 return Answer(step.value.replace("{value}", value))
             case "loud":
                 return Answer("\n".join(["x" * 119] * 420_000) + "\nCHANGE: matrix rate, after many words")
+            case "later":  # MCP servers may still be starting
+                time.sleep(LATER)
+                return called(tools.read(step.value))
             case "read":
                 return called(tools.read(step.value))
             case "shell":

@@ -127,6 +127,32 @@ RECIPES = {
         {".qwen/settings.json": '{"security": {"auth": {"selectedType": "openai"}}}'},
     ),
 }
+# Beside a sandbox of their own: with the lab as an MCP server, which {python} runs in {repository}.
+MCP = {
+    "claude": Recipe(
+        "claude -p --permission-mode acceptEdits --tools Edit,Read --allowedTools mcp__lab "
+        "--mcp-config {home}/mcp.json",
+        RECIPES["claude"].variables,
+        {"mcp.json": '{"mcpServers": {"lab": {"command": "{python}", "args": ["-m", "lab", "mcp"]}}}'},
+    ),
+    "codex": Recipe(
+        "codex exec --sandbox workspace-write -",
+        RECIPES["codex"].variables,
+        {
+            ".codex/config.toml": CODEX
+            + """
+[mcp_servers.lab]
+command = "{python}"
+args = ["-m", "lab", "mcp"]
+cwd = "{repository}"
+env = {AUTORESEARCH_HOME = "{sessions}"}
+default_tools_approval_mode = "approve"
+"""
+        },
+    ),
+}
+PROPOSE = 'tool: {} {{"message": "matrix rate, over MCP", "edits": []}}'
+CALLED = {"claude": "mcp__lab__propose", "codex": "propose"}  # what they name it for their models
 PROGRAMS = {"codex-oss": "codex"}  # names of commands that are not those of their recipes
 
 
@@ -137,6 +163,7 @@ def main() -> int:
     asked.add_argument("--scenarios", default="edit", help="words of model_server.SCENARIOS")
     asked.add_argument("--turn-seconds", type=float, default=TURN_SECONDS)
     asked.add_argument("--experiments", type=int, default=EXPERIMENTS, help="of a night")
+    asked.add_argument("--mcp", action="store_true", help="no nights: sessions of three experiments over MCP")
     given = asked.parse_args()
     folder = given.folder.absolute()
     path = [folder / "npm" / "node_modules" / ".bin", folder / "pip" / "bin", Path(os.environ["PATH"])]
@@ -144,6 +171,8 @@ def main() -> int:
     data = prepared(folder / "data")
     rows, bad = [], 0
     print(f"{'agent':<10} {'scenario':<16} {'turns':<34} {'s/turn':>6} {'MB':>5}  what is wrong", flush=True)
+    if given.mcp:
+        return max(over_mcp(name, recipe, folder, data) for name, recipe in MCP.items())
     for name in given.agents.split(","):
         if not shutil.which(PROGRAMS.get(name, name)):
             print(f"{name:<10} is not here", flush=True)
@@ -195,6 +224,66 @@ def begun(place: Path, data: Path) -> Session:
     return session
 
 
+def served(name: str, recipe: Recipe, session: Session, place: Path, queue: Path) -> tuple[subprocess.Popen, dict]:
+    """(a model that follows the queue, the environment of an agent that asks it)."""
+    port = 11434 if name == "codex-oss" else free_port()  # Ollama's own, where no other can be told
+    serving = [sys.executable, str(Path(__file__).with_name("model_server.py")), "--port", str(port)]
+    serving += ["--queue", str(queue), "--log", str(place / "requests.jsonl"), "--bodies", str(place / "bodies")]
+    server = subprocess.Popen(serving, stdout=subprocess.PIPE, text=True)
+    assert server.stdout and server.stdout.readline()
+    home = place / "home"
+    home.mkdir()
+    facts = {"url": f"http://127.0.0.1:{port}", "home": str(home), "python": sys.executable}
+    facts |= {"repository": str(session.repository.path), "sessions": str(place / "sessions-home")}
+
+    def filled(text: str) -> str:
+        for key, value in facts.items():
+            text = text.replace(f"{{{key}}}", value)
+        return text
+
+    for file, text in recipe.files.items():
+        inside = file.startswith("repository/")
+        target = session.repository.path / file.removeprefix("repository/") if inside else home / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(filled(text))
+    kept = {key: os.environ[key] for key in ("PATH", "LANG", "TERM", "TMPDIR") if key in os.environ}
+    variables = {key: filled(value) for key, value in recipe.variables.items()}
+    own = {"HOME": str(home), "AUTORESEARCH_HOME": facts["sessions"], "COMMAND": filled(recipe.command)}
+    return server, kept | variables | own
+
+
+def over_mcp(name: str, recipe: Recipe, folder: Path, data: Path) -> int:
+    """A session of three experiments, each proposed by an agent over MCP; 1 if it is not as it should be."""
+    place = folder / "nights" / f"{name}-mcp"
+    shutil.rmtree(place, ignore_errors=True)
+    session, queue = begun(place, data), place / "queue"
+    queue.write_text(f"{PROPOSE.format(CALLED[name])}\n" * EXPERIMENTS)
+    server, environment = served(name, recipe, session, place, queue)
+    where = {"cwd": session.repository.path, "env": environment}
+    try:
+        subprocess.run([sys.executable, "-m", "lab", "wait"], check=True, stdout=subprocess.DEVNULL, **where)
+        for number in range(1, EXPERIMENTS + 1):
+            with open(place / f"{number}.log", "w") as log:
+                told = f"Improve train.py, and propose it over MCP. This is experiment {number}."
+                subprocess.run(
+                    environment["COMMAND"],
+                    shell=True,
+                    input=told,
+                    text=True,
+                    stdout=log,
+                    stderr=log,
+                    timeout=300,
+                    **where,
+                )
+    finally:
+        server.kill()
+        server.wait()
+    state = Session(session.folder).state
+    done = [(e.number, e.status, e.description) for e in state.decided if e.number]
+    print(f"{name:<10} over MCP: {done}", flush=True)
+    return int(len(done) != EXPERIMENTS)
+
+
 def night(name: str, recipe: Recipe, scenario: str, folder: Path, data: Path, given) -> dict:
     """A night; what came of it."""
     place = folder / "nights" / f"{name}-{scenario.replace('+', '-').replace(' ', '_').replace('/', '_')[:60]}"
@@ -202,31 +291,18 @@ def night(name: str, recipe: Recipe, scenario: str, folder: Path, data: Path, gi
     session, queue = begun(place, data), place / "queue"
     scenarios = scenario.split("+")
     queue.write_text("\n".join(scenarios if len(scenarios) > 1 else scenarios * 9) + "\n")
-    # Ollama's own port for what has no other way to be told; else a free one.
-    port = 11434 if name == "codex-oss" else free_port()
-    serving = [sys.executable, str(Path(__file__).with_name("model_server.py")), "--port", str(port)]
-    serving += ["--queue", str(queue), "--log", str(place / "requests.jsonl"), "--bodies", str(place / "bodies")]
-    server = subprocess.Popen(serving, stdout=subprocess.PIPE, text=True)
-    assert server.stdout and server.stdout.readline()
-    home, url = place / "home", f"http://127.0.0.1:{port}"
-    for file, text in recipe.files.items():
-        target = session.repository.path / file.removeprefix("repository/")
-        if not file.startswith("repository/"):
-            target = home / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text.replace("{url}", url))
-    home.mkdir(exist_ok=True)
-    keep = ("PATH", "LANG", "TERM", "TMPDIR")
-    environment = {key: os.environ[key] for key in keep if key in os.environ}
-    environment |= {key: value.replace("{url}", url) for key, value in recipe.variables.items()}
-    environment |= {"HOME": str(home), "AUTORESEARCH_HOME": str(data.parent / "nights" / place.name / "sessions-home")}
+    server, environment = served(name, recipe, session, place, queue)
     command = [sys.executable, "-c", NIGHT, str(session.judge), "--session", str(session.folder), "night"]
     command += ["--planned=0", "--max-experiments", str(given.experiments), "--turn-seconds", str(given.turn_seconds)]
     before = sessions.git(session.repository.path, "status", "--porcelain", "--ignored")
     memory = Memory(session)
     with open(place / "night.log", "w") as log:
         process = subprocess.Popen(
-            [*command, "--agent", recipe.command], cwd=session.repository.path, env=environment, stdout=log, stderr=log
+            [*command, "--agent", environment.pop("COMMAND")],
+            cwd=session.repository.path,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
         memory.start()
         try:
