@@ -46,7 +46,7 @@ SERVICE_FAILED = re.compile(
     r"\b(?:error|status|code|http)\b\W{0,14}(?:40[1-9]|42\d|5\d\d)\b|\b(?:40[1-9]|42\d|5\d\d)\b\W{0,3}(?:\w+ ){0,3}"
     r"(?:error|unauthori[sz]ed|forbidden|too many|internal|bad gateway|service|<html|\{)|rate.?limit|too many requests|"
     r"\bquota\b|usage limit|authentication.?error|invalid.{0,4}api.?key|unauthori[sz]ed|api.?(?:connection.?)?error|"
-    r"internal ?server ?error|service unavailable|bad gateway|overloaded|max(?:imum)? retries|stream closed|"
+    r"internal ?server ?error|service unavailable|bad gateway|overloaded|empty response|stream closed|"
     r"stream disconnected|connection (?:refused|reset|error)|ECONN|ENOTFOUND|fetch failed|"
     r"credit (?:balance|limit)|no credit",
     re.IGNORECASE,
