@@ -57,8 +57,8 @@ CHANGE = re.compile(r"[\s>*_#`-]*change[\s*_`]*:[\s*_`]*(.*?)[\s*_`]*", re.IGNOR
 
 def due(turns: list[TurnTaken], fruitless: Collection[int] = ()) -> bool:
     """Whether the agent is asked next, and not the proposer: it is left alone for 1, 2, 4, and then always 8
-    experiments once it has failed 3 times in a row, until it edits something that can be run. A service that failed is
-    left alone so from the first time on.
+    experiments once it has failed 3 times in a row, until it edits something that can be run. A service that failed,
+    or may have, as the turn came to its time limit without an edit, is left alone so from the first time on.
 
     Args:
         fruitless: numbers of experiments that crashed or could not be judged: an agent whose are all so fails, too.
@@ -67,7 +67,7 @@ def due(turns: list[TurnTaken], fruitless: Collection[int] = ()) -> bool:
     for turn in turns:
         if turn.by != "agent":
             rest.add(turn.experiment)
-        elif turn.outcome == UNSERVED:
+        elif turn.outcome in (UNSERVED, "hung"):
             unserved, rest = unserved + 1, set()
         elif turn.outcome not in NEUTRAL:
             done = turn.outcome == "edited" and turn.experiment is not None and turn.experiment not in fruitless

@@ -76,7 +76,8 @@ OPENCODE = """{
     "options": {"baseURL": "{url}/v1"}, "models": {"qwen3-coder": {}}}},
   "permission": {
     "external_directory": "deny",
-    "bash": {"*": "deny", "python -m lab*": "allow", "git show*": "allow", "git log*": "allow"}
+    "bash": {"*": "deny", "python -m lab*": "allow", "python -m backends.surface*": "allow",
+      "git show*": "allow", "git log*": "allow"}
   }
 }
 """
@@ -343,6 +344,7 @@ def wrong(
         assert not state.open, "an experiment is open"
         runs = sorted(row["run"] for row in sessions.rows_of(session.ledger))
         assert runs == sorted(n for n, run in state.runs.items() if run.status != "lost"), "the ledger lacks runs"
+        assert state.best, "there is no baseline"
         assert session.repository.blob_of(session.branch) == state.best.blob, "the branch is not at the best"
         after = sessions.git(session.repository.path, "status", "--porcelain", "--ignored")
         assert after == before, f"left in the repository: {after}"
