@@ -100,9 +100,10 @@ def _rules(program: str) -> str:
     text = (found[1] if found else program).strip()
     if _size(text) > MOST_RULES:
         text = "\n".join([*_fitting(text.split("\n"), MOST_RULES - 50), "(the rest is in program.md)"])
-    return "You improve a small language model: lower val_bpb (validation bits per byte) is better.\n\n" + _section(
-        "Rules", text
+    task = (
+        "You improve a small language model: val_bpb (validation bits per byte) after a fixed time of training, lower "
     )
+    return f"{task}is better.\n\n{_section('Rules', text)}".rstrip()
 
 
 def _this_turn(session: Session, seconds: float | None) -> str:
@@ -193,7 +194,7 @@ def _device(session: Session, best: Experiment) -> list[str]:
         "depth": "depth {:.0f}",
         "num_params_M": "{:.1f} M parameters",
         "num_steps": "{:,.0f} steps",
-        "total_tokens_M": "{:,.1f} M tokens",
+        "total_tokens_M": "{:.3g} M tokens",
         "tokens_per_second": "{:,.0f} tokens/s",
         "mfu_percent": "{:.0f} % of the measured matmul peak",
     }
@@ -361,6 +362,8 @@ def _surface() -> str:
     modules = " ".join(row.split("  ")[0] for row in MODULES.strip().split("\n"))
     return _section(
         "What it may compute with",
-        f"nn: {modules}\n\nops, of one array x unless it says otherwise:\n" + "\n".join(lines) + f"\n\n{KEYS}\n"
+        f"nn: {modules}\n\nops, of one array x unless it says otherwise; axis, key and what has a default go by name:\n"
+        + "\n".join(lines)
+        + f"\n\n{KEYS}\n"
         "`python -m backends.surface` says more.",
     )

@@ -111,7 +111,8 @@ def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | 
 class Batches:
     """In place of prepare.Loader: a few rows at a time, of random tokens."""
 
-    epoch, waited, clock = 1, 0.0, None
+    epoch, waited = 1, 0.0
+    clock: Steps | None = None
 
     def __init__(self, data, batch_size: int):
         if batch_size < 1:
@@ -160,7 +161,9 @@ class Steps:
     def __init__(self, backend, model, loader: Batches, seconds: float | None = None):
         self.backend, self.model, self.loader, self.data = backend, model, loader, loader.data
         self.seconds = prepare.budget() if seconds is None else seconds
-        self.steps, self.loss, self.started, self.stopped, self.evaluated, self.reported = 0, None, None, None, 0, None
+        self.steps, self.loss, self.started, self.stopped = 0, None, None, None
+        self.evaluated = False
+        self.reported: dict | None = None
         tokens, targets = dataset.inputs_and_targets(loader.first_rows())
         loss = float(self._answers().losses(tokens, targets).mean(dtype=np.float64))
         if not math.isfinite(loss):
@@ -225,7 +228,7 @@ def stand_in() -> list[Steps]:
             raise prepare.Invalid("other_rows")
         if not clock.steps:
             raise RuntimeError("nothing was trained: evaluate_bpb before the first step")
-        clock.evaluated = 1
+        clock.evaluated = True
         clock.examine()
         return math.nan
 
@@ -267,7 +270,8 @@ def inside(train: str, result: Path) -> int:
         if not isinstance(error, prepare.Refusal):
             traceback.print_exception(type(error), error, frames)
         problem = f"{type(error).__name__}: {error}"
-    num_params = clocks[-1].reported["num_params"] if not problem else None
+    reported = clocks[-1].reported if clocks else None
+    num_params = reported["num_params"] if reported and not problem else None
     storage.write_json(result, {"problem": problem, "num_params": num_params})
     return 1 if problem else 0
 
