@@ -275,16 +275,18 @@ def _values(state: State, most: int) -> str:
 
 
 def _diffs(state: State, most: int) -> str:
-    """The lines of what was kept, and of near misses, the last first."""
-    wanted = [e for e in reversed(ideas.changes(state)) if (e.status == "keep" or e.near_miss) and e.diff]
+    """The lines of what was kept, of near misses, and of the last if it crashed; the last first."""
+    tried = ideas.changes(state)
+    crashed = [e for e in tried[-1:] if e.status == "crash"]
+    wanted = [e for e in reversed(tried) if (e.status == "keep" or e.near_miss or e in crashed) and e.diff]
     told = _fitting((_lines_of(e) for e in wanted[:DIFFS]), most - 250)
     if not told:
         return ""
-    return _section("The lines of what was kept, and of near misses", fenced("\n".join(told), "Written by agents"))
+    return _section("Lines that were kept, or nearly", fenced("\n".join(told), "Written by agents"))
 
 
 def _lines_of(experiment: Experiment) -> str:
-    what = "kept" if experiment.status == "keep" else "near miss"
+    what = {"keep": "kept", "crash": "crashed"}.get(experiment.status, "near miss")
     return f"experiment {experiment.number}, {what}\n" + _changed_lines(experiment.diff, DIFF_LINES)
 
 
