@@ -33,7 +33,7 @@ TURNS = 3  # of the agent's own that gave nothing, since the last that did
 WIDTH = 120  # characters of a description
 TRACEBACK = 12  # lines
 DIFFS, DIFF_LINES = 6, 14  # changes whose lines are told, and how many of each
-VALUES = 8  # of a variable, the last
+VALUES = 8  # of a variable, the best
 RULES = re.compile(r"^#+ *rules\b.*?$\n(.*?)(?=^#+ |\Z)", re.I | re.M | re.S)
 ASSIGNED = re.compile(r"^([+-])([A-Z][A-Z0-9_]*) = (.*?)(?:  #.*)?$", re.M)
 HEADINGS = re.compile(r"(# .*)|(\w+)\(")
@@ -256,18 +256,20 @@ def slowed(experiment: Experiment, state: State) -> list[str]:
 
 
 def _values(state: State, most: int) -> str:
-    """The values that were tried of each variable of the block, and what each gained, the most tried first."""
+    """The values that were tried of each variable of the block, and what each gained: the most tried variable first,
+    and of each the values that came closest, the best first."""
     tried: dict[str, dict[str, str]] = {}
-    for e in ideas.changes(state):
+    for e in sorted(ideas.changes(state), key=lambda e: e.verdict.evidence.gain if e.verdict.evidence else -math.inf):
         new = {name: value for mark, name, value in ASSIGNED.findall(e.diff) if mark == "+"}
         gain = f"{e.verdict.evidence.gain:+.4f}" if e.verdict.evidence else e.status
         for name, value in new.items():
             known = tried.setdefault(name, {})
+            value = one_line(value, 60)
             known.pop(value, None)
-            known[one_line(value, 60)] = gain + " kept" * (e.status == "keep") + " with others" * (len(new) > 1)
+            known[value] = gain + " kept" * (e.status == "keep") + " with others" * (len(new) > 1)
     lines = []
     for name, values in sorted(tried.items(), key=lambda item: -len(item[1])):
-        told = list(values.items())[-VALUES:]
+        told = list(values.items())[: -VALUES - 1 : -1]
         lines.append(f"{name}: " + ", ".join(f"{value} ({gain})" for value, gain in told))
     if not (lines := _fitting(lines, most - 250)):
         return ""
