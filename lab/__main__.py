@@ -14,6 +14,8 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
 
 ELSEWHERE = ("start", "import", "compare", "report", "mcp")  # what no session's judge is asked for
 READING = ("check", "mcp", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
+IN_TURN = """a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an
+edit, within seconds and without a score"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parsed(arguments)
     if os.environ.get("LAB_TURN") and options.command not in READING:
-        print("a night runs the experiments: edit train.py and end your turn, and it is run then", file=sys.stderr)
+        print(IN_TURN, file=sys.stderr)
         return 1
     if options.command not in ELSEWHERE and not options.session and (program := judges()):
         return hand_over(program, arguments)
