@@ -14,8 +14,10 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
 
 ELSEWHERE = ("start", "import", "compare", "report", "mcp")  # what no session's judge is asked for
 READING = ("check", "mcp", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
-IN_TURN = """a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an
-edit, within seconds and without a score"""
+IN_TURN = (
+    "a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an "
+    "edit, within seconds and without a score"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,7 +37,6 @@ ROWS, EXAMINED = 2, 2  # of a batch that is trained on; that the evaluator asks 
 PROBED_ROWS = 4  # that it asks about with another ending
 PROGRESS = (0.0, 0.5, 0.999)  # through the budget, at each step
 SECONDS = 120.0  # in which all has to be done: a busy machine takes several times as long
-SHOWN = 2**16  # bytes of what train.py prints last
 INSIDE = ("AUTORESEARCH_RESULT", "AUTORESEARCH_EXAM", "AUTORESEARCH_BATCHES")  # are for guarded runs
 NOT_HERE = 3  # exit status: the device can't be used from here
 TRAINED_ALREADY = 0.95  # of chance: an untrained model whose loss is below has learnt something before
@@ -79,30 +78,34 @@ def tried(train: Path, settings: dict[str, str]) -> Tried:
     if status is None:
         return Tried(f"it was not done after {SECONDS:g} s", printed, None, seconds, elsewhere)
     if status or not facts:
-        return Tried(facts.get("problem") or f"it ended with exit status {status}", printed, None, seconds, elsewhere)
+        last = next((line for line in reversed(printed.split("\n")) if line.strip()), "")
+        problem = facts.get("problem") or f"it ended with exit status {status}: {last}"
+        return Tried(problem, printed, None, seconds, elsewhere)
     return Tried("", "", facts["num_params"], seconds, elsewhere)
 
 
 def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | None, str]:
     """(exit status, None if it took too long; the last that it printed)."""
-    from lab.run import processes
+    from lab.run import log, processes
 
     command = [sys.executable, __file__, str(train), str(result)]
     environment = {**environment, "TORCH_COMPILE_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, cwd=result.parent, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-        try:
-            status = process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            processes.end(lambda: processes.tree(process.pid))
-            process.wait()
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - SHOWN))
-        return status, output.read().decode(errors="replace")
+    reading, writing = os.pipe()
+    output = log.Log(reading, result.with_suffix(".log"))
+    try:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": writing, "stderr": writing}
+        process = subprocess.Popen(command, cwd=result.parent, env=environment, start_new_session=True, **pipes)
+    finally:
+        os.close(writing)
+    try:
+        status = process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        processes.end(lambda: [*processes.tree(process.pid), *processes.in_group(process.pid)])
+        process.wait()
+        output.close()
+    return status, log.read(result.with_suffix(".log"))
 
 
 # --- Inside ---

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.run import check
+from lab.run import check, processes
 
 ROOT = Path(check.__file__).resolve().parents[2]
 SMALL = {"ASPECT_RATIO = 64": "ASPECT_RATIO = 32", "HEAD_DIM = 128": "HEAD_DIM = 32"}
@@ -79,3 +79,25 @@ def test_a_sound_edit_passes_without_a_score(tmp_path, settings, monkeypatch):
     tried = check.tried(train(tmp_path, {"MATRIX_LR = 0.04": "MATRIX_LR = 0.05"}), settings)
     assert (tried.problem, tried.elsewhere) == ("", False) and tried.num_params
     assert "bpb" not in tried.printed
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("while True: print('x' * 100)", "not done after 2 s"),
+        ("print('bye')", "train.py made no Clock"),
+        ("raise SystemExit(7)", "SystemExit: 7"),
+        ("import os; os._exit(9)", "exit status 9: "),
+        ("import subprocess; subprocess.Popen(['sleep', '600'])", "train.py made no Clock"),
+        ("import backends.interface as i; raise i.BackendError('no device')", "no device"),
+    ],
+    ids=["endless", "nothing", "exit", "at once", "child", "no device"],
+)
+def test_what_is_no_training(tmp_path, settings, monkeypatch, source, said):
+    monkeypatch.setattr(check, "SECONDS", 2.0 if "while" in source else 60.0)
+    (tmp_path / "train.py").write_text(source + "\n")
+    mark = f"{tmp_path}"
+    tried = check.tried(tmp_path / "train.py", {**settings, "AUTORESEARCH_RUN": mark})
+    assert said in tried.problem and len(tried.printed) < 2**21
+    assert tried.elsewhere == ("no device" in said)
+    assert processes.marked(AUTORESEARCH_RUN=mark) == []
