@@ -214,7 +214,14 @@ def begun(place: Path, data: Path) -> Session:
     train = (ROOT / "tests" / "lab" / "fake_train.py").read_text().replace("LEARNING", "MATRIX_LR")
     settings = {"AUTORESEARCH_HOME": str(home), "AUTORESEARCH_DATA": "tiny"}
     session = sessions.make(
-        place / "repository", train.encode(), project=True, budget=0.1, settings=settings, baseline_runs=2, **tags
+        place / "repository",
+        train.encode(),
+        project=True,
+        budget=0.1,
+        settings=settings,
+        baseline_runs=2,
+        slowest=0.01,  # however busy the machine is
+        **tags,
     )
     for name in ("program.md", "AGENTS.md", "CLAUDE.md", "GEMINI.md"):
         if (ROOT / name).exists():
