@@ -44,7 +44,8 @@ LAST_LINES, MOST_QUOTED = 40, 3  # of what it printed: where the failure of a se
 # What agents print when the service of their model fails: surely; and what says so only of a command that failed.
 SERVICE_FAILED = re.compile(
     r"\b(?:error|status|code|http)\b\W{0,14}(?:40[1-9]|42\d|5\d\d)\b|\b(?:40[1-9]|42\d|5\d\d)\b\W{0,3}(?:\w+ ){0,3}"
-    r"(?:error|unauthori[sz]ed|forbidden|too many|internal|bad gateway|service|<html|\{)|rate.?limit|too many requests|"
+    r"(?:error|unauthori[sz]ed|forbidden|too many|internal|bad gateway|service|<html|\{)|"
+    r"(?<!learning )rate.?limit|too many requests|"
     r"\bquota\b|usage limit|authentication.?error|invalid.{0,4}api.?key|unauthori[sz]ed|api.?(?:connection.?)?error|"
     r"internal ?server ?error|service unavailable|bad gateway|overloaded|empty response|stream closed|"
     r"stream disconnected|connection (?:refused|reset|error)|ECONN|ENOTFOUND|fetch failed|"
@@ -114,9 +115,8 @@ def take_turn(
     turn = _judged(session, log, prompt, problem, how, bool(others))
     turn.left = left  # compilers' and language servers, too: no fault of the model's
     turn.saved = "" if turn.blob else _saved(session, log.with_suffix(".train.py"))
-    turn.said = one_line(
-        "; it ".join([turn.said, *[f"changed {listed(others, 3)}, which has no effect"] * bool(others)]), 500
-    )
+    elsewhere = f"; it changed {listed(others, 3)}, which has no effect" if others else ""
+    turn.said = one_line(turn.said + elsewhere, 500)
     turn.others = [one_line(name) for name in others[:MOST_NAMED]]
     turn.reproached, turn.seconds = bool(others), time.monotonic() - begun
     return turn

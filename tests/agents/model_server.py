@@ -97,8 +97,8 @@ SCENARIOS = {
     # Things an agent shouldn't do, and does.
     "nothing": [read(), say("The code looks fine.")],
     "ask": [read(), say("I could raise the matrix rate. Shall I go on?")],
-    "elsewhere": [read(), edit(), read("prepare.py"), edit("MAX_SEQ_LEN", "prepare.py"), DONE],
-    "elsewhere-only": [read("prepare.py"), edit("MAX_SEQ_LEN", "prepare.py"), say("CHANGE: a longer context")],
+    "elsewhere": [read(), edit(), read("dataset.py"), edit("MAX_SEQ_LEN", "dataset.py"), DONE],
+    "elsewhere-only": [read("dataset.py"), edit("MAX_SEQ_LEN", "dataset.py"), say("CHANGE: a longer context")],
     "commit": [
         read(),
         edit(),

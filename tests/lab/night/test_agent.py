@@ -191,6 +191,19 @@ def test_what_it_does_with_git_touches_its_clone_alone(take, night, word, outcom
     assert night.repository.git("fsck", "--connectivity-only", "--no-dangling") == ""
 
 
+def test_the_users_settings_of_git_are_seen_and_stay(take, tmp_path, monkeypatch):
+    monkeypatch.delenv("GIT_CONFIG_GLOBAL", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".gitconfig").write_text("[user]\n\tnick = human\n")
+    turn = take(
+        "sed -i.bak s/0.9/0.8/ train.py; rm train.py.bak; git config --global user.rank agent; "
+        'echo "CHANGE: by $(git config user.nick), $(git config user.rank)"'
+    )
+    assert turn.description == "by human, agent"
+    assert (tmp_path / ".gitconfig").read_text() == "[user]\n\tnick = human\n"
+
+
 def test_a_night_within_a_hook_of_git_touches_the_clone_alone_too(take, night, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(night.repository.path / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(night.repository.path))
