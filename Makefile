@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with Python, git and make:
 #   make demo   environment, offline data, a quick calibration, a session with one experiment, and its row of the ledger
 #   make test   environment and the whole test suite
-# make check looks at form and types.
+# make check looks at form and types; make test-agents tries real coding agents.
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
 SHELL := /bin/sh
@@ -20,9 +20,14 @@ unexport PIP_TARGET PIP_PREFIX PYTHONSAFEPATH
 comma := ,
 # PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
 TRITON := triton==3.8.0
-TEST_EXTRAS := test$(comma)check$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
+TEST_EXTRAS := test$(comma)check$(comma)mcp$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
 
-.PHONY: demo test test-slow check clean
+# Where test-agents keeps agents and what their nights leave: outside /tmp, which Codex treats specially.
+AGENTS := $(or $(AGENTS),$(HOME)/.cache/autoresearch-agents)
+NPM_AGENTS := @anthropic-ai/claude-code @openai/codex @google/gemini-cli opencode-ai @mariozechner/pi-coding-agent \
+	@qwen-code/qwen-code @github/copilot
+
+.PHONY: demo test test-slow test-agents check clean
 
 # The session is begun in a clone, so that the branch that is checked out here stays. Runs of 40 s instead of 300, not
 # compiled because that takes longer, and one baseline instead of three: it shows how it goes, and decides nothing.
@@ -51,6 +56,21 @@ check: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(RUN) -m pytest
+
+# Real agents, from npm and PyPI, in nights with a scripted model (docs/agents.md). Needs npm; takes about ten minutes
+# beside the downloads. What a failing service makes of them takes longer: FAULTS=1.
+TRIAL := $(RUN) tests/agents/trial.py --folder "$(AGENTS)"
+test-agents: .venv/installed-test
+	mkdir -p "$(AGENTS)/npm"
+	cd "$(AGENTS)/npm" && npm install --no-audit --no-fund --prefix . $(NPM_AGENTS)
+	test -e "$(AGENTS)/pip" || { "$(CURDIR)/$(RUN)" -m venv "$(AGENTS)/pip" && "$(AGENTS)/pip/bin/pip" install --quiet aider-chat; }
+	$(TRIAL) --scenarios edit
+	$(TRIAL) --mcp
+	$(TRIAL) --agents claude,codex,opencode --experiments 1 \
+		--scenarios look,elsewhere,commit,train,lab-run,background,daemon,ask,broken,flood,loud
+ifeq ($(FAULTS),1)
+	$(TRIAL) --experiments 1 --turn-seconds 240 --scenarios 401,429,500,garbage,cut,hang,no-such-tool
+endif
 
 clean:
 	rm -rf .venv .demo build *.egg-info

@@ -50,6 +50,7 @@ PROBED = 0.05  # part of the scored batches that is asked again with another end
 PROBED_ROWS = 16  # are asked so at least: of one or two, chance could ask all for random tokens
 MASS_ROWS, MASS_TOKENS = 4, 256  # whose whole distributions are looked at
 EXAM = "AUTORESEARCH_EXAM"  # descriptor of the harness's end, which scores a guarded run
+TURN = "LAB_TURN"  # set while a night's agent has its turn
 
 
 class Refusal(Stop):
@@ -88,6 +89,15 @@ def budget() -> float:
 # ---- Training ----
 
 
+def refuse_in_turn() -> None:
+    """Nobody trains, nor measures the device, within a turn: an agent would choose by scores that nobody counts."""
+    if os.environ.get(TURN):
+        raise Stop(
+            "an agent's turn trains nothing and measures nothing: edit train.py and end the turn, and it is run then. "
+            "python -m lab check tries an edit, within seconds and without a score"
+        )
+
+
 def open_data(name: str | None = None) -> Data:
     """The dataset that a run trains on and is scored by; see `dataset.open_data`.
 
@@ -111,6 +121,7 @@ class Loader(Iterator, AbstractContextManager):
     """
 
     def __init__(self, data: Data, batch_size: int):
+        refuse_in_turn()  # here, before anything is compiled
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.data, self.batch_size = data, batch_size
@@ -181,6 +192,7 @@ class Clock:
     """
 
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
+        refuse_in_turn()
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()

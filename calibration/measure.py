@@ -100,6 +100,7 @@ class Measurement:
     """
 
     def __init__(self, effort: Effort, progress: Callable[[str, float], None] = lambda *_: None, fresh: bool = False):
+        prepare.refuse_in_turn()
         self.effort, self.progress = effort, progress
         self.hardware = backends.identify()
         self.path = profiles.path_of(self.hardware)

@@ -12,8 +12,12 @@ HERE = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
-ELSEWHERE = ("start", "import", "compare", "report")  # what no session's judge is asked for
-READING = ("status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
+ELSEWHERE = ("start", "import", "compare", "report", "mcp")  # what no session's judge is asked for
+READING = ("check", "mcp", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
+IN_TURN = (
+    "a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an "
+    "edit, within seconds and without a score"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parsed(arguments)
     if os.environ.get("LAB_TURN") and options.command not in READING:
-        print("a night runs the experiments: edit train.py and end your turn, and it is run then", file=sys.stderr)
+        print(IN_TURN, file=sys.stderr)
         return 1
     if options.command not in ELSEWHERE and not options.session and (program := judges()):
         return hand_over(program, arguments)
@@ -40,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             if program := judges():  # of the session that was begun just now
                 return hand_over(program, [*arguments, f"--planned={options.planned}"])
+        if options.command == "check":  # needs no session
+            return commands.do_check(options)
         session = Session(options.session) if options.session else at(Path.cwd())
         return getattr(commands, f"do_{options.command}")(session, options)
     except (Stop, OSError) as error:  # a full disk is one

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import dataset
+import prepare
+import storage
+from calibration.measure import QUICK, Measurement
 from prepare import Clock, Invalid, Loader
 
 BOS = 9
@@ -267,3 +270,14 @@ def test_clock_refuses_a_step_without_end(tiny_data):
         clock.started = clock.ticked = clock.started - 12
         with pytest.raises(Invalid, match="training went on for 1002"):
             next(loader)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [lambda: Loader(FakeData([]), 4), lambda: Clock(None, None, None), lambda: Measurement(QUICK)],
+    ids=["loader", "clock", "calibration"],
+)
+def test_nobody_trains_or_measures_in_an_agents_turn(monkeypatch, begin):
+    monkeypatch.setenv(prepare.TURN, "a turn")
+    with pytest.raises(storage.Stop, match="python -m lab check"):
+        begin()

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     run("--near-misses", "not train.py, but the promising near misses together", action="store_true")
     run("--again", "also if an equal train.py was decided on before", action="store_true")
 
+    command("check", "try train.py: what it uses and a few tiny steps, within seconds and without a score")
     command("wait", "go on waiting for what runs, or resume what was interrupted", wait=True)
     pause = command("pause", "end what runs, to be done again later, and run nothing until resume", json=False)
     pause("--after-run", "let the run under way come to its end first", action="store_true")
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     confirm("--pairs", "of runs, best and baseline (default 3)", default=3, **seeds)
     confirm("--times", "the session's budget (4: does it last?)", "X", type=float, default=1)
 
+    command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
     export("target", None, type=Path, nargs="?")
     export("--publish", "a branch exp/<device>/<tag>: the kept steps, and the export in session/", action="store_true")

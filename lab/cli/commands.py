@@ -7,14 +7,16 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from lab import untrusted
 from lab.cli import render
 from lab.errors import LabError
-from lab.genome.syntax import TRAIN
+from lab.genome.syntax import TRAIN, beyond_the_surface, describe
+from lab.session.locks import refuse_if_busy
 from lab.session.repository import here
-from lab.session.session import PREFIX, Session
+from lab.session.session import PREFIX, Session, at
 from lab.session.state import Experiment
 from lab.untrusted import counted
 from lab.verdict.executor import launch
@@ -80,15 +82,45 @@ def do_confirm(session: Session, options) -> int:
     return follow(session, options, process)
 
 
+def do_check(options) -> int:
+    """Tries the train.py that is here, as the session that is here would run it; exit status 1 if it would fail."""
+    from lab.run import check  # here, as it imports much
+
+    repository = here()
+    train = (repository.path if repository else Path.cwd()) / TRAIN
+    try:
+        content = train.read_bytes()
+    except OSError as error:
+        raise LabError(f"{TRAIN} can't be read: {error}") from error
+    digest, session = describe(content).digest, _session_here()
+    remarks = [f"line {p.line}: {p.found}: use {p.use}" for p in beyond_the_surface(content)]
+    if session:
+        refuse_if_busy(session.device_lock)
+        if equal := session.state.equal(digest):
+            remarks.append(f"it is equal to experiment {equal.number}, which was a {equal.status}")
+    tried = check.tried(train, session.local.settings if session else {})
+    facts = {**asdict(tried), "remarks": remarks}
+    print(json.dumps(facts, indent=1) if options.json else render.tried(tried, remarks))
+    return 1 if tried.problem else 0
+
+
+def _session_here() -> Session | None:
+    try:
+        return at(Path.cwd())
+    except LabError:
+        return None
+
+
 def do_wait(session: Session, options) -> int:
     session.refresh()
     if session.supervised:
         return follow(session, options)
-    opening.refuse_if_held(session)
-    with opening.exclusive(session):
-        process = launch(session) if session.state.open else None
-    if process:
-        return follow(session, options, process)
+    if session.state.open:  # else there is nothing that would need the lock
+        opening.refuse_if_held(session)
+        with opening.exclusive(session):
+            process = launch(session) if session.state.open else None
+        if process:
+            return follow(session, options, process)
     print("nothing is running; the last experiment:", file=sys.stderr)
     return tell(session, options, session.state.last)
 
@@ -127,7 +159,7 @@ def before_night(options) -> bool:
         return True
     planned = plan.plan(Path.cwd(), options)
     with limits.awake() as awake:
-        print(*plan.tell(planned, awake), sep="\n", flush=True)
+        print(*plan.tell(planned, awake), *plan.advice(options.agent), sep="\n", flush=True)
         if not options.plan:
             plan.provide(planned, options, lambda text: print(text, flush=True))
     options.planned = planned.deadline or 0.0
@@ -155,6 +187,13 @@ def do_log(session: Session, options) -> int:
     if options.number not in experiments:
         raise LabError(f"there is no experiment {options.number}; the last is {max(experiments)}")
     return tell(session, options, experiments[options.number])
+
+
+def do_mcp(options) -> int:
+    from lab.cli import server
+
+    server.serve()
+    return 0
 
 
 def do_export(session: Session, options) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,10 +17,32 @@ from lab.verdict.opening import said_of_held
 from lab.verdict.plan import account_of, noise_of, said_of_noise
 from results import MEASURES
 
+if TYPE_CHECKING:
+    from lab.run.check import Tried
+
 RECENT = 10  # experiments that status shows
 SAME = ("val_bpb", "val_rows", "budget_seconds", "depth")  # the score, and what is the same in every run
 # Of a run, beside them: what has a column of numbers.
 SHOWN = [m for m in MEASURES if m.column and m.type in (int, float, bool) and m.name not in SAME]
+
+
+# --- A train.py that was tried ---
+
+
+def tried(tried: Tried, remarks: list[str]) -> str:
+    """What `check` found."""
+    where = " (on the CPU, as the device can't be used from this shell)" if tried.elsewhere else ""
+    lines = [f"remark: {untrusted.one_line(remark)}" for remark in remarks]
+    if tried.problem:
+        lines.append(f"a run of this train.py would fail{where}: {untrusted.one_line(tried.problem)}")
+        if "Traceback" in tried.printed:
+            lines.append(untrusted.fenced(untrusted.clean(tried.printed)))
+    else:
+        lines.append(
+            f"nothing wrong was found in {tried.seconds:.0f} s{where}: {(tried.num_params or 0) / 1e6:.1f} M "
+            "parameters, a few steps on random tokens, the evaluator's questions. Only a run gives a score"
+        )
+    return "\n".join(lines)
 
 
 # --- An experiment ---

@@ -53,12 +53,9 @@ def normalised(content: bytes) -> bytes:
 @functools.lru_cache(maxsize=256)
 def describe(content: bytes) -> Source:
     """What a train.py is. LabError, with the line, if it is no Python."""
-    from backends import surface  # here, because all the rest needs nothing but Python
-
     try:
-        text = content.decode("utf-8-sig")
-        tree = parsed(text)
-        portable = not surface.check(text)
+        tree = parsed(content.decode("utf-8-sig"))
+        portable = not beyond_the_surface(content)
     except UnicodeDecodeError as error:
         raise LabError(f"{TRAIN} is not UTF-8 text ({error}); save it as UTF-8 and run again") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -67,6 +64,16 @@ def describe(content: bytes) -> Source:
         raise LabError(f"{TRAIN}{where} {problem}; nothing was run: fix it and run again") from error
     digest = hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
     return Source(digest, sum(1 for _ in counted(tree)), portable)
+
+
+def beyond_the_surface(content: bytes) -> list:
+    """What other machines may not run of it: a list of `surface.Problem`. [] for what is no Python."""
+    from backends import surface  # here, because all the rest needs nothing but Python
+
+    try:
+        return surface.check(content.decode("utf-8-sig"))
+    except (ValueError, SyntaxError):
+        return []
 
 
 def parsed(text: str) -> ast.Module:

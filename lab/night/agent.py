@@ -18,6 +18,7 @@ from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
+import prepare
 from lab.errors import LabError
 from lab.genome import kinds
 from lab.genome.syntax import TRAIN, describe
@@ -28,34 +29,52 @@ from lab.session.session import Session
 from lab.untrusted import listed, one_line, plain
 from lab.verdict.opening import best_of
 
-MARK = "LAB_TURN"  # in the environment of everything that a turn starts
+MARK = prepare.TURN  # in the environment of everything that a turn starts
 BEGUN = ".git/begun"  # a second index of the clone, of the files as they were when the turn began
 GRACE, GRACE_LEFT = 5.0, 1.0  # seconds between being asked to end and being ended; of what an agent left running
 POLL = 0.1  # seconds
 TIRES = 3  # failures in a row, after which the proposer steps in
 LONGEST_REST = 8  # experiments until the agent is tried again
-NEUTRAL = ("stopped", "interrupted")  # outcomes that are the night's doing
+UNSERVED = "unserved"  # the outcome of a turn whose service failed
+NEUTRAL = ("stopped", "interrupted", UNSERVED)  # outcomes that are no fault of the agent's
 PRINTED = 32 * 2**20  # bytes, at most, in a turn
 MOST_NAMED = 100  # files that it changed elsewhere
 MOST_COPIED = 2**20  # bytes of a file or folder that git does not have and the clone gets
+LAST_LINES, MOST_QUOTED = 40, 3  # of what it printed: where the failure of a service is looked for; that are told
+# What agents print when the service of their model fails: surely; and what says so only of a command that failed.
+SERVICE_FAILED = re.compile(
+    r"\b(?:error|status|code|http)\b\W{0,14}(?:40[1-9]|42\d|5\d\d)\b|\b(?:40[1-9]|42\d|5\d\d)\b\W{0,3}(?:\w+ ){0,3}"
+    r"(?:error|unauthori[sz]ed|forbidden|too many|internal|bad gateway|service|<html|\{)|"
+    r"(?<!learning )rate.?limit|too many requests|"
+    r"\bquota\b|usage limit|authentication.?error|invalid.{0,4}api.?key|unauthori[sz]ed|api.?(?:connection.?)?error|"
+    r"internal ?server ?error|service unavailable|bad gateway|overloaded|empty response|stream closed|"
+    r"stream disconnected|connection (?:refused|reset|error)|ECONN|ENOTFOUND|fetch failed|"
+    r"credit (?:balance|limit)|no credit",
+    re.IGNORECASE,
+)
+PERHAPS_FAILED = re.compile(r"error|limit|quota|\b[45]\d\d\b|timed? ?out|retry", re.IGNORECASE)
 CHANGE = re.compile(r"[\s>*_#`-]*change[\s*_`]*:[\s*_`]*(.*?)[\s*_`]*", re.IGNORECASE)
 
 
 def due(turns: list[TurnTaken], fruitless: Collection[int] = ()) -> bool:
     """Whether the agent is asked next, and not the proposer: it is left alone for 1, 2, 4, and then always 8
-    experiments once it has failed 3 times in a row, until it edits something that can be run.
+    experiments once it has failed 3 times in a row, until it edits something that can be run. A service that failed,
+    or may have, as the turn came to its time limit without an edit, is left alone so from the first time on.
 
     Args:
         fruitless: numbers of experiments that crashed or could not be judged: an agent whose are all so fails, too.
     """
-    failures, rest = 0, set()
+    failures, unserved, rest = 0, 0, set()
     for turn in turns:
         if turn.by != "agent":
             rest.add(turn.experiment)
+        elif turn.outcome in (UNSERVED, "hung"):
+            unserved, rest = unserved + 1, set()
         elif turn.outcome not in NEUTRAL:
             done = turn.outcome == "edited" and turn.experiment is not None and turn.experiment not in fruitless
-            failures, rest = 0 if done else failures + 1, set()
-    return failures < TIRES or len(rest) >= min(2 ** (failures - TIRES), LONGEST_REST)
+            failures, unserved, rest = 0 if done else failures + 1, 0, set()
+    after = [unserved - 1] * (unserved > 0) + [failures - TIRES] * (failures >= TIRES)
+    return len(rest) >= max((min(2**many, LONGEST_REST) for many in after), default=0)
 
 
 def take_turn(
@@ -94,13 +113,21 @@ def take_turn(
     names = _git(session, "ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")
     others = sorted(set(names) - {"", TRAIN, f"{TRAIN}/"})
     turn = _judged(session, log, prompt, problem, how, bool(others))
-    reproaches = [f"left {_processes(left)} running, which had to be ended"] * bool(left)
-    reproaches += [f"changed {listed(others, 3)}, which has no effect"] * bool(others)
-    saved = [] if turn.blob else _saved(session, log.with_suffix(".train.py"))
-    turn.said = one_line("; it ".join([turn.said, *saved, *reproaches]), 500)
+    turn.left = left  # compilers' and language servers, too: no fault of the model's
+    turn.saved = "" if turn.blob else _saved(session, log.with_suffix(".train.py"))
+    elsewhere = f"; it changed {listed(others, 3)}, which has no effect" if others else ""
+    turn.said = one_line(turn.said + elsewhere, 500)
     turn.others = [one_line(name) for name in others[:MOST_NAMED]]
-    turn.reproached, turn.seconds = bool(reproaches), time.monotonic() - begun
+    turn.reproached, turn.seconds = bool(others), time.monotonic() - begun
     return turn
+
+
+def told(turn: TurnTaken) -> str:
+    """What came of a turn, for the person: with what the agent left, and where what it wrote is."""
+    parts = [turn.said]
+    parts += [f"left {_processes(turn.left)} running, which had to be ended"] * bool(turn.left)
+    parts += [f"had what it wrote put aside, in {turn.saved}"] * bool(turn.saved)
+    return "; it ".join(parts)
 
 
 def recover(session: Session, log: Path) -> str:
@@ -113,7 +140,9 @@ def recover(session: Session, log: Path) -> str:
     if left := _end(session):
         done.append(f"left {_processes(left)} of an interrupted turn running, which had to be ended")
     if session.turn.exists() and log.with_suffix(".prompt").exists():
-        done += ["was interrupted", *_saved(session, log.with_suffix(".interrupted.py"))]
+        done.append("was interrupted")
+        if saved := _saved(session, log.with_suffix(".interrupted.py")):
+            done.append(f"had what it wrote put aside, in {saved}")
     return "; it ".join(done)
 
 
@@ -167,13 +196,13 @@ def _train(session: Session) -> bytes | None:
     return path.read_bytes() if path.is_file() and not path.is_symlink() else None
 
 
-def _saved(session: Session, path: Path) -> list[str]:
-    """Keeps train.py in a file where it is not the best; says so."""
+def _saved(session: Session, path: Path) -> str:
+    """Keeps train.py in a file where it is not the best; which one, "" if it is."""
     content = _train(session)
     if content is None or session.repository.store(content) == best_of(session).blob:
-        return []
+        return ""
     path.write_bytes(content)
-    return [f"had what it wrote put aside, in {path}"]
+    return str(path)
 
 
 # --- The agent's processes ---
@@ -188,6 +217,7 @@ def _run(
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     environment |= {MARK: _mark(session), "PATH": path}  # `python` is the one that has what the lab needs
+    environment["GIT_CONFIG_GLOBAL"] = str(_settings_of_git(session))
     try:
         with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
             pipes = {"stdin": prompt, "stdout": writing, "stderr": writing}
@@ -213,6 +243,17 @@ def _run(
     elif status is not None and problem == "hung":  # it was done at the last moment
         problem = ""
     return status, problem, 0 if status is None else left
+
+
+def _settings_of_git(session: Session) -> Path:
+    """The user's settings of git, included from a file of the clone's: there `git config --global` writes."""
+    places = [os.environ.get("XDG_CONFIG_HOME", "~/.config") + "/git/config", "~/.gitconfig"]
+    if own := os.environ.get("GIT_CONFIG_GLOBAL"):
+        places = [own]
+    names = (os.path.abspath(os.path.expanduser(place)).replace("\\", "/") for place in places)
+    path = session.turn / ".git" / "config-global"
+    path.write_text("".join(f'[include]\n\tpath = "{name}"\n' for name in names), encoding="utf-8")
+    return path
 
 
 def _mark(session: Session) -> str:
@@ -246,7 +287,10 @@ def _judged(session: Session, log: Path, prompt: str, problem: str, how: str, ot
         return turn
     turn.said = " and ".join(filter(None, [how, why])) or f"did not edit {TRAIN}"
     last = one_line(lines[-1], 120) if lines else ""
-    if outcome := problem or flaw:
+    if not flaw and not others and problem != "flooded" and (failures := _of_service(lines, prompt, bool(how))):
+        turn.outcome = UNSERVED
+        turn.said = f"was not served{f' ({how})' if how else ''}; its last lines say: " + " | ".join(failures)
+    elif outcome := problem or flaw:
         turn.outcome = outcome
     elif how:
         turn.outcome, turn.said = "failed", turn.said + (f'; its last line: "{last}"' if last else "")
@@ -255,6 +299,20 @@ def _judged(session: Session, log: Path, prompt: str, problem: str, how: str, ot
     else:
         turn.outcome = "elsewhere" if others else "nothing"
     return turn
+
+
+def _of_service(lines: list[str], prompt: str, failed: bool) -> list[str]:
+    """The last lines that say that the service of the agent's model failed; none if nothing says so.
+
+    Args:
+        failed: the command did not end well: then less is taken for it.
+    """
+    echoed = {line.strip() for line in prompt.split("\n")}
+    last = [line for line in lines[-LAST_LINES:] if line not in echoed]
+    sure = [line for line in last if SERVICE_FAILED.search(line)]
+    if not sure and failed:
+        sure = [line for line in last if PERHAPS_FAILED.search(line)]
+    return [one_line(line, 150) for line in dict.fromkeys(sure)][-MOST_QUOTED:]
 
 
 def _flaw(session: Session, content: bytes | None) -> tuple[str, str]:

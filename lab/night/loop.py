@@ -268,10 +268,11 @@ class Night:
         turn = agent.take_turn(session, self.options.agent, text, self._turn_log(), seconds, stop=stop)
         self._journal(turn)
         agent.discard(session)
-        if turn.outcome != "edited" or turn.reproached:
-            self.view.say(f"the agent {turn.said}")
+        if turn.outcome != "edited" or turn.reproached or turn.left:
+            self.view.say(f"the agent {agent.told(turn)}")
         if turn.outcome != "edited" and not self._agent_is_due():
-            self._tell("the agent fails again and again: the proposer steps in until it recovers", "trouble")
+            what = f"the agent {turn.said}" if turn.outcome == agent.UNSERVED else "the agent fails again and again"
+            self._tell(f"{what}: the proposer steps in until it recovers", "trouble")
 
     def _turn_log(self) -> Path:
         """Of the next turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -242,6 +243,16 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
         f"sandbox: {plan.box}" if plan.box else sandbox.describe(None),
         *([awake] if awake else []),
         f"power: {power.get(identity.power_source() or '', 'the system does not tell')}",
+    ]
+
+
+def advice(agent: str | None) -> list[str]:
+    """What to know of an agent whose model runs here, if it does."""
+    if not agent or not re.search(r"ollama|--oss", agent) or os.environ.get("OLLAMA_KEEP_ALIVE") == "0":
+        return []
+    return [
+        "a local model that stays loaded takes memory of the device from the experiments: start its server with "
+        "OLLAMA_KEEP_ALIVE=0, so that it is unloaded after each answer"
     ]
 
 

@@ -279,11 +279,12 @@ class TurnTaken(Event, tag="turn"):
         outcome: "edited" if it gave a train.py to run. Else there is nothing to run, as the agent "failed" (exit
             status), "hung" (time limit), "flooded" (output limit), "asked" (a question, of nobody), wrote "no python",
             changed only files "elsewhere", did "nothing", or made what had been tried "again"; or it was "stopped" or
-            "interrupted" with the night, which is no failure.
+            "interrupted" with the night, or "unserved" by the service of its model, which is no failure of its own.
         said: what the agent did, on a clean line that goes on from "the agent ...".
         description: of the change, what and why. blob: git's id of the train.py, which is stored.
         experiment: its number. log: path of what was printed. others: files beside train.py that changed.
-        reproached: it did something that has no effect, or left processes; `said` tells what.
+        reproached: it did something that has no effect; `said` tells what.
+        left: processes that it left running. saved: path of what it wrote, where that is not run.
     """
 
     by: Literal["agent", "proposer"]
@@ -296,6 +297,8 @@ class TurnTaken(Event, tag="turn"):
     others: list[str] = []
     seconds: float = 0.0
     reproached: bool = False
+    left: int = 0
+    saved: str = ""
 
 
 class NightEnded(Event, tag="ended"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -31,7 +32,13 @@ class Lock(filelock.FileLock):
             raise no_locks(self, error) from error
 
 
-def no_locks(lock: filelock.BaseFileLock, problem) -> LabError:
+def no_locks(lock: filelock.BaseFileLock, problem: OSError) -> LabError:
+    if problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return LabError(
+            f"this shell may not write {Path(lock.lock_file).parent} ({problem.strerror}), as in an agent's sandbox: "
+            "give this command to a shell outside of it, let the sandbox write there, or have the agent use the "
+            "lab's MCP server, which runs outside (docs/agents.md). What only reads works here: status, log"
+        )
     return LabError(
         f"{lock.lock_file} can't be locked ({problem}): set AUTORESEARCH_HOME to a folder on a disk of this computer "
         "that you can write in"

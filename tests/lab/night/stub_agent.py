@@ -1,18 +1,15 @@
-"""An agent for tests: takes the arguments that a real one documents, reads its prompt, edits train.py, or misbehaves.
+"""An agent for tests: reads its prompt, edits train.py, or misbehaves. Real ones are tried by tests/agents/trial.py.
 
-    stub_agent.py stub [WORD]              as an agent without arguments of its own
-    stub_agent.py claude -p ...            as Claude Code would be called; so codex, gemini, aider, opencode
+    stub_agent.py [WORD]
 
 What it does is a WORD of DEEDS. Without one it is the first line of the file that STUB_AGENT names, which is taken
-away; and once there is none, it edits. `install` puts it on a PATH under the names of the real ones.
+away; and once there is none, it edits.
 """
 
-import argparse
 import hashlib
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,120 +17,6 @@ import time
 from pathlib import Path
 
 TRAIN = Path("train.py")
-NAMES = ("claude", "codex", "gemini", "aider", "opencode")
-
-
-def install(folder: Path) -> Path:
-    """Makes each of NAMES a program in this folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in NAMES:
-        program = folder / name
-        program.write_text(
-            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(os.path.abspath(__file__))} {name} "$@"\n'
-        )
-        program.chmod(0o755)
-    return folder
-
-
-# --- How the real ones are called: (prompt, may it edit, does it commit); unknown arguments exit with 2 ---
-
-
-def claude(arguments):
-    one = argparse.ArgumentParser("claude", allow_abbrev=False)
-    one.add_argument("-p", "--print", action="store_true")
-    one.add_argument(
-        "--permission-mode",
-        default="default",
-        choices=["default", "acceptEdits", "plan", "auto", "dontAsk", "bypassPermissions"],
-    )
-    one.add_argument("--dangerously-skip-permissions", action="store_true")
-    one.add_argument("--output-format", default="text", choices=["text", "json", "stream-json"])
-    one.add_argument("--allowedTools", "--allowed-tools", nargs="+", default=[])
-    for name in ("--model", "--max-turns", "--max-budget-usd", "--append-system-prompt"):
-        one.add_argument(name)
-    one.add_argument("prompt", nargs="?", default="")
-    asked = one.parse_args(arguments)
-    if not asked.print:
-        sys.exit("an interactive session needs a terminal")
-    may = asked.dangerously_skip_permissions or asked.permission_mode in ("acceptEdits", "bypassPermissions")
-    return f"{asked.prompt}\n{sys.stdin.read()}", may or bool({"Edit", "Write"} & set(asked.allowedTools)), False
-
-
-def codex(arguments):
-    one = argparse.ArgumentParser("codex exec", allow_abbrev=False)
-    one.add_argument(
-        "-s", "--sandbox", default="read-only", choices=["read-only", "workspace-write", "danger-full-access"]
-    )
-    one.add_argument("-c", "--config", action="append")
-    for name in ("--oss", "--skip-git-repo-check", "--ephemeral", "--json"):
-        one.add_argument(name, action="store_true")
-    for name in (("-m", "--model"), ("--local-provider",), ("-C", "--cd"), ("-o", "--output-last-message")):
-        one.add_argument(*name)
-    one.add_argument("prompt", nargs="?", default="-")
-    if arguments[:1] not in (["exec"], ["e"]):
-        sys.exit("stdin is not a terminal")
-    asked = one.parse_args(arguments[1:])
-    prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
-    print(f"user\n{prompt}", file=sys.stderr)  # it echoes
-    return prompt, asked.sandbox != "read-only", False
-
-
-def gemini(arguments):
-    one = argparse.ArgumentParser("gemini", allow_abbrev=False)
-    one.add_argument("--approval-mode", choices=["default", "auto_edit", "yolo", "plan"])
-    for name in (("-y", "--yolo"), ("-d", "--debug"), ("-s", "--sandbox"), ("--skip-trust",)):
-        one.add_argument(*name, action="store_true")
-    for name in (("-m", "--model"), ("-p", "--prompt"), ("-o", "--output-format"), ("-e", "--extensions")):
-        one.add_argument(*name)
-    one.add_argument("query", nargs="*")
-    asked = one.parse_args(arguments)
-    if asked.yolo and asked.approval_mode:
-        one.error("cannot use both --yolo and --approval-mode")
-    return sys.stdin.read() + (asked.prompt or ""), asked.yolo or asked.approval_mode in ("auto_edit", "yolo"), False
-
-
-def aider(arguments):
-    one = argparse.ArgumentParser("aider", allow_abbrev=False)
-    for name in (
-        "auto-commits",
-        "dirty-commits",
-        "gitignore",
-        "pretty",
-        "stream",
-        "check-update",
-        "analytics",
-        "show-model-warnings",
-        "detect-urls",
-        "suggest-shell-commands",
-        "git",
-    ):
-        one.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True)
-    one.add_argument("--yes-always", action="store_true")
-    one.add_argument("--message-file", "-f")
-    for name in ("--message", "--model", "--edit-format", "--openai-api-base", "--map-tokens", "--read", "--timeout"):
-        one.add_argument(name)
-    one.add_argument("files", nargs="*")
-    asked = one.parse_args(arguments)
-    if not (asked.message or asked.message_file):
-        sys.exit("Input is not a terminal")
-    return asked.message or Path(asked.message_file).read_text(), "train.py" in asked.files, asked.auto_commits
-
-
-def opencode(arguments):
-    one = argparse.ArgumentParser("opencode run", allow_abbrev=False)
-    for name in (("-m", "--model"), ("--agent",), ("--format",), ("-f", "--file"), ("-s", "--session")):
-        one.add_argument(*name)
-    one.add_argument("--standalone", action="store_true")
-    one.add_argument("message", nargs="+")
-    if arguments[:1] != ["run"]:
-        sys.exit("a terminal is needed")
-    asked = one.parse_args(arguments[1:])
-    return " ".join(asked.message), True, False
-
-
-def stub(arguments):
-    word = arguments[0] if arguments else ""
-    return "" if word.startswith("deaf") else sys.stdin.read(), True, False
 
 
 # --- What it does ---
@@ -232,6 +115,12 @@ DEEDS = {
     "bold": bold,
     "silent": lambda prompt: edit(prompt, say=False),
     "nothing": lambda prompt: print("I read the code, and all is well."),
+    "unknown": steps(lambda prompt: print("error: unknown option --yolo", file=sys.stderr), leave(2)),
+    "late": steps(edit, lambda prompt: print("API Error: 429 rate limited"), leave(1)),
+    "binary": steps(
+        edit, lambda prompt: sys.stdout.buffer.write(bytes(range(256)) * 2000 + b"\nCHANGE: among bytes\n")
+    ),
+    "idle-limit": lambda prompt: print("You've hit your usage limit. Try again at 3 am."),
     "ask": lambda prompt: print("I could change the rate.\nShall I **go on?**"),
     "comments": lambda prompt: TRAIN.write_text(TRAIN.read_text() + "# a remark\n"),
     "fail": steps(lambda prompt: print("Error: no credit left"), leave(1)),
@@ -274,17 +163,11 @@ def next_word() -> str:
     return words[0] if words else "edit"
 
 
-def main(name, *arguments):
-    prompt, may_edit, commits = globals()[name](list(arguments))
-    word = arguments[0] if name == "stub" and arguments else next_word()
+def main(word=""):
+    prompt = "" if word.startswith("deaf") else sys.stdin.read()
     if not prompt.strip() and word != "deaf":
         sys.exit("an empty prompt")
-    if not may_edit:
-        print("I need your permission to edit train.py. May I?")
-        return
-    DEEDS[word](prompt)
-    if commits:
-        commit(prompt)
+    DEEDS[word or next_word()](prompt)
 
 
 if __name__ == "__main__":

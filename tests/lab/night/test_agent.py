@@ -1,7 +1,6 @@
 """A turn of an agent that behaves, and of one that misbehaves in every way."""
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -22,15 +21,6 @@ from lab.session.events import TurnTaken
 from lab.session.session import Session
 
 STUB = Path(stub_agent.__file__)
-RECIPES = {  # as in the README
-    "claude": "claude -p --permission-mode acceptEdits",
-    "codex": "codex exec --sandbox workspace-write -",
-    "gemini": "gemini --skip-trust --approval-mode auto_edit",
-    "codex, local": "codex exec --oss --local-provider ollama --sandbox workspace-write -",
-    "aider, local": "aider --model ollama_chat/qwen3-coder --yes-always --no-auto-commits --no-show-model-warnings "
-    "--no-detect-urls --no-pretty --message-file /dev/stdin train.py",
-    "opencode, local": 'opencode run -m ollama/qwen3-coder "$(cat)"',
-}
 PROMPT = "Improve it.\n- End with the line `CHANGE: what, and why`\nCHANGE: what, and why\n"
 
 
@@ -54,7 +44,7 @@ def take(night, tmp_path, monkeypatch):
 
     def one(command, seconds=30.0, most_bytes=1 << 22, **more):
         if command in stub_agent.DEEDS:
-            command = shlex.join([sys.executable, str(STUB), "stub", command])
+            command = shlex.join([sys.executable, str(STUB), command])
         log, before = tmp_path / "turns" / f"{next(numbers)}.log", everything(night)
         turn = agent.take_turn(night, command, PROMPT, log, seconds, most_bytes, **more)
         agent.discard(night)
@@ -87,34 +77,6 @@ def everything(session: Session) -> dict:
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_of_the_readme(take, tmp_path, monkeypatch, recipe):
-    path = stub_agent.install(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-    turn = take(RECIPES[recipe])
-    assert turn.outcome == "edited" and turn.others == []
-    assert re.fullmatch(r"LOSS from 0.9 to \S+, a guess", turn.description)
-
-
-@pytest.mark.parametrize(
-    "command, outcome, said",
-    [
-        ("claude -p", "asked", "May I?"),
-        ("codex exec -", "asked", "May I?"),
-        ("codex exec --ask-for-approval never -", "failed", "exit status 2"),
-        ("gemini --yolo --approval-mode yolo", "failed", "exit status 2"),
-        ("aider --yes-always --message-file /dev/stdin train.py", "edited", "edited train.py"),
-        ("opencode", "failed", "a terminal is needed"),
-        ("no-such-agent --please", "failed", "did not find the command"),
-    ],
-)
-def test_an_agent_called_otherwise(take, tmp_path, monkeypatch, command, outcome, said):
-    path = stub_agent.install(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-    turn = take(command)
-    assert turn.outcome == outcome and said in turn.said
-
-
 @pytest.mark.parametrize(
     "word, outcome, said",
     [
@@ -128,8 +90,13 @@ def test_an_agent_called_otherwise(take, tmp_path, monkeypatch, command, outcome
         ("folder", "nothing", "deleted train.py"),
         ("link", "nothing", "or made a folder or a link of it"),
         ("ask", "asked", 'nobody answers: "Shall I **go on?**"'),
-        ("fail", "failed", 'exit status 1; its last line: "Error: no credit left"'),
+        ("fail", "unserved", "exit status 1); its last lines say: Error: no credit left"),
         ("elsewhere", "elsewhere", "changed notes.txt, prepare.py, which has no effect"),
+        ("unknown", "unserved", "exit status 2); its last lines say: error: unknown option"),
+        ("late", "edited", "edited train.py: LOSS from 0.9"),
+        ("idle-limit", "unserved", "was not served; its last lines say: You've hit your usage limit"),
+        ("binary", "edited", "edited train.py: among bytes"),
+        ("no-such-agent --please", "failed", "did not find the command"),
         ("nopython", "no python", "wrote what is no Python: train.py line 1"),
     ],
 )
@@ -142,7 +109,7 @@ def test_an_outcome(take, night, word, outcome, said):
 def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
     turn = take("nopython")
     saved = tmp_path / "turns" / "0.train.py"
-    assert saved.read_text() == "def broken(:\n" and str(saved) in turn.said
+    assert saved.read_text() == "def broken(:\n" and str(saved) in agent.told(turn) and str(saved) not in turn.said
     assert (tmp_path / "turns" / "0.prompt").read_text() == PROMPT
 
 
@@ -185,7 +152,8 @@ def test_stopped_from_outside(take):
 @pytest.mark.parametrize("word", ["child", "orphan"])
 def test_processes_that_it_leaves_are_ended(take, word):
     turn = take(word)
-    assert turn.outcome == "edited" and "left 1 process running" in turn.said
+    assert turn.outcome == "edited" and turn.left == 1 and not turn.reproached
+    assert "left 1 process running" in agent.told(turn) and "running" not in turn.said  # the model is not blamed
 
 
 @pytest.mark.parametrize(
@@ -221,6 +189,19 @@ def test_what_it_does_with_git_touches_its_clone_alone(take, night, word, outcom
         assert turn.others == files[word]
     assert take("edit").outcome == "edited"  # and so on
     assert night.repository.git("fsck", "--connectivity-only", "--no-dangling") == ""
+
+
+def test_the_users_settings_of_git_are_seen_and_stay(take, tmp_path, monkeypatch):
+    monkeypatch.delenv("GIT_CONFIG_GLOBAL", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".gitconfig").write_text("[user]\n\tnick = human\n")
+    turn = take(
+        "sed -i.bak s/0.9/0.8/ train.py; rm train.py.bak; git config --global user.rank agent; "
+        'echo "CHANGE: by $(git config user.nick), $(git config user.rank)"'
+    )
+    assert turn.description == "by human, agent"
+    assert (tmp_path / ".gitconfig").read_text() == "[user]\n\tnick = human\n"
 
 
 def test_a_night_within_a_hook_of_git_touches_the_clone_alone_too(take, night, monkeypatch):
@@ -377,8 +358,8 @@ def test_no_git_no_turn(night, tmp_path):
 
 
 def turns(text: str) -> list[TurnTaken]:
-    """ "F": the agent failed; "E": it edited; "S": stopped; "p": the proposer."""
-    outcomes = {"F": "failed", "E": "edited", "S": "stopped", "I": "interrupted", "p": "edited"}
+    """ "F": the agent failed; "E": it edited; "S": stopped; "U": unserved; "p": the proposer."""
+    outcomes = {"F": "failed", "E": "edited", "S": "stopped", "I": "interrupted", "U": "unserved", "p": "edited"}
     return [
         TurnTaken(
             by="proposer" if letter == "p" else "agent",
@@ -408,6 +389,15 @@ def turns(text: str) -> list[TurnTaken]:
         ("FFFpEFFF", False),
         ("FFEF", True),
         ("FFSSIS", True),
+        ("U", False),
+        ("Up", True),
+        ("UpU", False),
+        ("UpUp", False),
+        ("UpUpp", True),
+        ("UpUppEU", False),
+        ("UpUppEUp", True),
+        ("FUpF", True),
+        ("FUpFpF", False),
         ("ppp", True),
     ],
 )

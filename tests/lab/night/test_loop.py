@@ -481,12 +481,21 @@ def test_an_agent_is_asked_once_for_each_experiment(session, proposals, turns):
 
 
 def test_after_three_failures_the_proposer_steps_in_until_the_agent_recovers(session, proposals, turns):
-    turns += ["hung", "failed", "asked", "nothing", edited(LOSS=0.9), edited(LOSS=0.8)]
+    turns += ["failed", "failed", "asked", "nothing", edited(LOSS=0.9), edited(LOSS=0.8)]
     one = night(session, agent="moody", max_experiments=5)
     one.run()
     assert [turn.by for turn in one.turns[:4]] == ["agent", "agent", "agent", "proposer"]
     assert [what for _, what in statuses(session)].count("the agent's idea") == 2
     assert any("steps in" in line for line in one.view.lines)
+
+
+@pytest.mark.parametrize("outcome", ["unserved", "hung"])
+def test_where_a_service_fails_the_proposer_runs_more_and_more_in_between(session, proposals, turns, outcome):
+    turns += [outcome, outcome, edited(LOSS=0.9)]
+    one = night(session, agent="unlucky", max_experiments=4)
+    one.run()
+    assert [turn.by[0] for turn in one.turns] == list("apappa")
+    assert any("steps in" in line and ("fails again" in line) is (outcome == "hung") for line in one.view.lines)
 
 
 def test_what_was_tried_before_is_not_run_again(session, proposals, tmp_path):

@@ -28,7 +28,7 @@ limits.troubles = lambda session: []
 from lab.__main__ import main
 sys.exit(main())
 """
-STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))} stub"
+STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))}"
 
 
 def start(session, home, experiments: int, agent: bool) -> subprocess.Popen:

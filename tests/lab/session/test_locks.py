@@ -139,3 +139,12 @@ def test_a_pause_that_somebody_asks_for_while_a_night_checks_stays(session):
     assert session.held["why"] == "paused"
     session.release()
     assert session.held is None
+
+
+def test_a_folder_that_a_sandbox_keeps_from_being_written_is_told(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(LabError, match="this shell may not write .*sandbox.*MCP server"):
+        Lock(tmp_path / "lock").acquire()
