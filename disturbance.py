@@ -169,23 +169,20 @@ class Witness:
         than as often as there are threads; within these bounds it is by what the cores would do and did. Without the
         queues (only Linux tells them), other programs' processor time is the bound.
         """
-        wall, own, queued, others = since
+        wall, own, queued, other = since
         if not (wall > 0 and own > 0):
             return 1.0
         by_cores = self._cores * wall / own
         if not math.isnan(queued):
             waits = max(0.0, queued) / own
             return min(max(by_cores, 1 + waits), 1 + self._cores * waits)
-        return max(1.0, min(by_cores, 1 / max(1 - others / (self._cores * wall), 0.05)))
+        return max(1.0, min(by_cores, 1 / max(1 - other / (self._cores * wall), 0.05)))
 
     def _counters(self) -> np.ndarray:
         """Seconds: of the wall; of processors in this process; that its threads were queued, nan where the system does
         not tell; of processors in all others."""
-        own, queued, others = time.process_time(), _queued() if self.is_cpu else 0.0, 0.0
-        if math.isnan(queued):
-            times = psutil.cpu_times()
-            others = sum(times) - times.idle - getattr(times, "iowait", 0.0) - own
-        return np.array([time.perf_counter(), own, queued, others])
+        queued = _queued() if self.is_cpu else 0.0
+        return np.array([time.perf_counter(), time.process_time(), queued, others() if math.isnan(queued) else 0.0])
 
     @staticmethod
     def _cpu_probe() -> float:
@@ -228,6 +225,15 @@ def _cores() -> int:
     with suppress(AttributeError):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def others() -> float:
+    """Seconds of processors in other programs than this one and those it waited for, since the machine was started."""
+    times = psutil.cpu_times()
+    busy = sum(times) - times.idle - getattr(times, "iowait", 0.0)
+    for inside in ("guest", "guest_nice"):  # are parts of the user's
+        busy -= getattr(times, inside, 0.0)
+    return busy - sum(os.times()[:4])
 
 
 def _queued() -> float:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import backends
+import disturbance
 import prepare
 import storage
 from backends import bench
@@ -27,6 +28,7 @@ from calibration.rule import Completed, Failed, Outcome, Settings, Spread, Trial
 LARGEST_SQUARE, SQUARE_SECONDS = 8192, 0.05  # of the products that set the peak: doubled until one takes so long
 COPIED = 2**28  # bytes, or a 32nd of the memory
 SMALLEST_MATRIX = 2**12  # elements of the smallest weight whose matrix products are measured
+BUSY = 0.1  # share of the processors' time, beyond which what others do is told
 SCATTER = 0.15  # half the range of repeats over their median, beyond which something else was using the device
 TRIAL_TIMEOUT = 300  # seconds, of which compiling may take a hundred
 
@@ -105,7 +107,7 @@ class Measurement:
         self.hardware = backends.identify()
         self.path = profiles.path_of(self.hardware)
         self.partial = self.path.with_suffix(".json.partial")
-        self.begun = time.monotonic()
+        self.begun, self.others = time.monotonic(), disturbance.others()
         self.header = {
             "format": profiles.FORMAT,
             "device": self.hardware.slug,
@@ -382,7 +384,7 @@ class Measurement:
             "attention_provider": self._provider(settings.attention),
             "reasons": reasons,
         }
-        profile["warnings"] = identity.warnings(profile["machine"]) + unsteady(profile)
+        profile["warnings"] = identity.warnings(profile["machine"]) + unsteady(profile) + self._busy()
         profile["trials"] = drifting(profile)
         if problem := profiles.impossible(profile):
             raise CalibrationError(
@@ -392,6 +394,16 @@ class Measurement:
         storage.write_json(self.path, profile)
         self.partial.unlink(missing_ok=True)
         return profile
+
+    def _busy(self) -> list[str]:
+        """What other programs did meanwhile, where that was much."""
+        share = (disturbance.others() - self.others) / ((time.monotonic() - self.begun) * (os.cpu_count() or 1))
+        if share < BUSY:
+            return []
+        return [
+            f"other programs took {share:.0%} of the processors' time: the rates may be too low and the sizes too small. "
+            "Calibrate again when the machine is quiet; sessions go by their own baseline until then"
+        ]
 
 
 def environment(**values: str) -> dict[str, str]:

@@ -29,7 +29,6 @@ from lab.session.session import PREFIX, Session
 from lab.session.state import BASELINE
 
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
-BAND = 0.9  # below this share of the lowest repeat that calibration saw, a device is not itself
 
 
 def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_RUNS, say=print) -> Session:
