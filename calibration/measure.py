@@ -401,7 +401,7 @@ class Measurement:
         if share < BUSY:
             return []
         return [
-            f"other programs took {share:.0%} of the processors' time: the rates may be too low and the sizes too small. "
+            f"other programs took {share:.0%} of the processors' time: rates may be too low, sizes too small. "
             "Calibrate again when the machine is quiet; sessions go by their own baseline until then"
         ]
 

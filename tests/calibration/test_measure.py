@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 import backends
 import calibration
+import disturbance
 from backends import bench
 from backends.interface import Device, Hardware
 from calibration import __main__ as command
@@ -74,6 +77,7 @@ def device(monkeypatch):
     monkeypatch.setattr(backends, "identify", lambda: HARDWARE)
     monkeypatch.setattr(backends, "load", load)
     monkeypatch.setattr(measure.Measurement, "_try", run)
+    monkeypatch.setattr(disturbance, "others", lambda: 0.0)
     real = bench.seconds
     monkeypatch.setattr(bench, "seconds", lambda work, *a, **k: real(work, *a, **{**k, "clock": lambda: Bench.now}))
     return here
@@ -194,6 +198,12 @@ def test_another_program_on_the_device_is_seen_in_the_spread_and_said(device, mo
     monkeypatch.setattr(measure.Measurement, "_try", disturbed)
     warnings = measure.Measurement(measure.FULL).run()["warnings"]
     assert any("train.py at depth" in text and "is another program using the device" in text for text in warnings)
+
+
+def test_a_busy_machine_is_told(device, monkeypatch):
+    monkeypatch.setattr(disturbance, "others", lambda: 0.5 * (os.cpu_count() or 1) * time.monotonic())
+    warnings = measure.Measurement(measure.FULL).run()["warnings"]
+    assert len(warnings) == 1 and warnings[0].startswith("other programs took 50% of the processors' time")
 
 
 def test_memory_that_runs_out_leads_to_smaller_defaults(device):
