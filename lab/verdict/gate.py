@@ -77,6 +77,7 @@ class Noise:
     Attributes:
         sd: its standard deviation between seeds, in bits per byte. df: degrees of freedom it is known with.
         slope: bits per byte for a disturbance of 1. slope_variance: how well it is known, in units of sd squared.
+        explained: share of what repeats differ by that disturbance explained, and that is no part of sd.
         shared: correlation between two train.py on one seed, at least.
     """
 
@@ -84,6 +85,7 @@ class Noise:
     df: int
     slope: float = 0.0
     slope_variance: float = 0.0
+    explained: float = 0.0
     shared: float = 0.0
 
 
@@ -121,12 +123,14 @@ def pooled(
         products += sum((score - mean) * (d - centre) for score, d in zip(scores, covariates, strict=True))
         spread += sum((d - centre) ** 2 for d in covariates)
     prior_df = max(min(1, prior_df), prior_df - df // 2)
-    slope = slope_variance = 0.0
+    slope = slope_variance = explained = 0.0
     if prior_slope > 0:
         slope_variance = 1 / (spread + (prior_sd / prior_slope) ** 2)
         slope = products * slope_variance
+        explained = products * slope / squares if squares else 0.0
         squares -= products * slope
-    return Noise(math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df)), prior_df + df, slope, slope_variance)
+    sd = math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df))
+    return Noise(sd, prior_df + df, slope, slope_variance, explained)
 
 
 def shared(families: Iterable[tuple[Mapping[int, float], Sequence[Mapping[int, float]]]]) -> float:

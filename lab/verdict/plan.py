@@ -23,6 +23,7 @@ TRIES = 3  # of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
+WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
 
@@ -98,9 +99,16 @@ def pooled(state: State, prior_sd: float, prior_slope: float = 0.0) -> gate.Nois
 def said_of_noise(state: State) -> str:
     """How far chance moves val_bpb, and what can be seen all the same."""
     noise = noise_of(state)
-    return (
+    disturbances = [run.disturbance for runs in state.repeats(state.started.budget).values() for run in runs.values()]
+    said = (
         f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
         f"{gate.smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five"
+    )
+    if max(disturbances, default=0.0) < WORTH_TELLING:
+        return said
+    return (
+        f"{said}; other programs or heat made these runs {statistics.fmean(disturbances):.0%} longer on average, which "
+        f"explains {noise.explained:.0%} of what equal runs differ by and is taken out"
     )
 
 

@@ -12,7 +12,7 @@ from lab.session.events import ExperimentOpened, RunEnded, RunStarted, StakeRese
 from lab.session.journal import Journal
 from lab.session.state import State
 from lab.verdict import executor, gate
-from lab.verdict.plan import Job, Urgency, account_of, noise_of, plan
+from lab.verdict.plan import Job, Urgency, account_of, noise_of, plan, said_of_noise
 
 
 @pytest.fixture
@@ -101,6 +101,15 @@ def test_the_same_jobs_whoever_carries_them_out(session, runner):
             checked += 1
         state.take(event)
     assert checked == len(session.state.runs) > 6
+
+
+def test_what_disturbance_did_to_the_noise_is_told(session):
+    assert "longer" not in said_of_noise(session.state)
+    runs = session.state.runs_of(session.state.baseline.blob)
+    for run, disturbance in zip(runs, (0.0, 0.3, 0.6), strict=True):
+        run.result.update(disturbance=disturbance, val_bpb=1 + 0.1 * disturbance)
+    assert "made these runs 30% longer on average, which explains " in said_of_noise(session.state)
+    assert noise_of(session.state).explained > 0.5
 
 
 def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(session):
