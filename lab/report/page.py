@@ -22,6 +22,7 @@ from lab.report.html import cleaned, el, embedded, table, tag
 from lab.session.record import Record
 from lab.session.state import Experiment
 from lab.untrusted import counted, visible
+from lab.verdict.plan import WORTH_TELLING
 
 Data = dict[
     str, Any
@@ -199,6 +200,8 @@ def _headline(analysis: Analysis) -> Element:
             f"Chance alone moves a single run by {noise.sd:.6f} (standard deviation between seeds, {noise.df} "
             f"degrees of freedom){times}."
         )
+        if noise.explained >= WORTH_TELLING:
+            chance += f" Disturbance explained {noise.explained:.0%} of what equal runs differed by; it is taken out."
     counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
     facts = [f"{len(analysis.tried)} experiments: {counts}" if counts else "no experiment yet"]
     facts.append(counted(sum(map(len, analysis.runs.values())), "run") + " with a score")
@@ -316,7 +319,8 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
     for run in analysis.runs[experiment.number]:  # some were made for another experiment
         beside = "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"
         said = "confirmation" if analysis.confirms(run) else beside
-        runs.append([run.number, run.seed, f"{run.bpb:.6f}", said])
+        longer = f"{run.disturbance:.0%} longer by disturbance" if run.disturbance >= WORTH_TELLING else ""
+        runs.append([run.number, run.seed, f"{run.bpb:.6f}", ", ".join(filter(None, (said, longer)))])
     unknown = experiment.onto is not None and not experiment.diff
     shown = [[name, cleaned(text, 400)] for name, text in facts if text]
     return {"facts": shown, "runs": runs, "diff": None if unknown else visible(experiment.diff)}

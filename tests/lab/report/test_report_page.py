@@ -189,6 +189,13 @@ def test_every_experiment_has_a_row_that_opens():
     assert details["5"]["runs"] == [[run.number, run.seed, f"{run.bpb:.6f}", ""] for run in analysis.runs[5]]
 
 
+def test_a_disturbed_run_is_marked():
+    analysis = session(3)
+    analysis.runs[2][0].result.update(disturbance=0.42)
+    (_, _, _, said), *_ = data_of(parsed(analysis))["sessions"]["s0"]["2"]["runs"]
+    assert said.endswith("42% longer by disturbance")
+
+
 def test_charts_lead_to_rows_without_a_script():
     found = parsed(session(30))
     rows = {f"#{row['id']}" for row in found.all("tr") if "id" in row}
