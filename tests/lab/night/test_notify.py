@@ -1,5 +1,6 @@
 """A line to the user's command: it arrives, and nothing that the command does reaches the night."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def test_what_cannot_be_started_is_a_failure_too(monkeypatch):
 def test_one_that_does_not_end_is_ended_with_what_it_started(tmp_path, monkeypatch, command):
     monkeypatch.setattr(notify, "LIMIT", 2.0)
     pids = tmp_path / "pids"
-    assert "longer than 2 s" in sent(command.format(pids, sys.executable))[0]
+    assert "longer than 2 s" in sent(command.format(pids, shlex.quote(sys.executable)))[0]
     for pid in map(int, pids.read_text().split()):
         assert ended(pid)
 
