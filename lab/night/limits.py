@@ -32,7 +32,7 @@ LOWEST_CHARGE = 40  # percent of a battery that is being used up
 LEAST_FREE = 2 * GB  # bytes of disk
 RUNS_TO_FIT = 3  # on it, at least
 BUSY_GPU = 0.5  # share of the time; a desktop that plays a video takes less
-BUSY_CPU = 0.25  # share of all cores: so much less is what a run would be marked for
+BUSY_CPU = 0.25  # share of all cores
 STALE = 60.0  # seconds between two looks, after which their difference says little of now
 TO_END = 5.0  # seconds that it is given to end by itself
 WINDOWS_STARTS = 20.0  # seconds that PowerShell may take to start and compile a line
@@ -96,11 +96,11 @@ def interrupted(events: list[NightEvent], options, now: float) -> NightBegan | N
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a night can't go on now.
+    """Why a night can't go on now, or takes longer.
 
     Attributes:
         kind: "battery", "disk", "hot", "throttled", "busy" or "taken" (by another session). text: for people.
-        action: "stop" if somebody has to put it right, "wait" if it may pass.
+        action: "stop" if somebody has to put it right, "wait" if it may pass, "say" if runs only take longer by it.
     """
 
     kind: str
@@ -121,10 +121,10 @@ def troubles(session: Session) -> list[Trouble]:
         Trouble("battery", low_battery(), "stop"),
         Trouble("disk", full_disk(session), "stop"),
         Trouble("hot", hot or "", "wait"),
-        Trouble("busy", busy, "wait"),
+        Trouble("busy", busy, "say"),
     ]
     if throttled and throttled != machine.get("throttled"):  # else it was measured like that
-        known.append(Trouble("throttled", f"the device is throttled: {throttled}", "wait"))
+        known.append(Trouble("throttled", f"the device is throttled: {throttled}", "say"))
     if not training and is_held(session.device_lock):
         known.append(Trouble("taken", "another session is training on this device", "wait"))
     return [trouble for trouble in known if trouble.text]

@@ -33,7 +33,7 @@ from lab.verdict.opening import best_of, exclusive, last_words, open_change, sou
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
 LOOK_AGAIN = 2.0  # ... while they are waited for; what is gone by then was the last run's own
-LONGEST_WAIT = 1200.0  # seconds for a device that is hot, throttled or busy: `speed` marks what runs on it then
+LONGEST_WAIT = 1200.0  # seconds for a device that is too hot
 AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried again: a supervisor, a proposal
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
@@ -67,6 +67,7 @@ class Night:
         self._unopened = last if last and last.experiment == session.state.last.number + 1 else None
         self.stopping: str | None = None
         self._began_at: dict[str, float] = {}  # troubles by kind
+        self._told: set[str] = set()  # kinds of troubles that a run only takes longer by
         self._looked, self._blind = 0.0, False
         self._failures = self._events = 0  # in a row, and how many events there were at the last
         began = limits.interrupted(self.journal.events, options, time.time())
@@ -131,8 +132,7 @@ class Night:
         if session.repository.branch() != session.branch:  # its train.py is no edit
             return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
         for trouble in self.now.troubles:
-            patient = trouble.kind in ("taken", "hot") or self._waited(trouble.kind) <= LONGEST_WAIT
-            if trouble.action == "wait" and patient:
+            if trouble.action == "wait":
                 return trouble.kind, f"waiting: {trouble.text}"
         return None
 
@@ -151,6 +151,10 @@ class Night:
             self._looked, now.troubles = time.monotonic(), limits.troubles(self.session)
             still = self._began_at if self.session.supervised else {}  # what can't be seen now may be there still
             self._began_at = still | {t.kind: self._began_at.get(t.kind, time.time()) for t in now.troubles}
+        for trouble in now.troubles:
+            if trouble.action == "say" and trouble.kind not in self._told:
+                self._told.add(trouble.kind)
+                self.view.say(f"{trouble.text}: runs take longer, and learn the same")
         if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
         if state.open:

@@ -169,9 +169,9 @@ def test_heat_of_the_system(sound, monkeypatch, current, critical, found):
     [
         (False, {"margin": 0}, [("hot", "wait")]),
         (False, {"margin": 12}, []),
-        (False, {"throttled": "power brake"}, [("throttled", "wait")]),
+        (False, {"throttled": "power brake"}, [("throttled", "say")]),
         (False, {"throttled": False}, []),
-        (False, {"in_use": 0.9}, [("busy", "wait")]),
+        (False, {"in_use": 0.9}, [("busy", "say")]),
         (False, {"in_use": 0.2}, []),
         (True, {"in_use": 0.9}, []),
     ],
@@ -184,7 +184,7 @@ def test_a_gpu(sound, monkeypatch, training, now, found):
 
 def test_a_device_that_was_throttled_when_it_was_calibrated_is_as_it_was(sound, monkeypatch):
     monkeypatch.setattr(identity, "now", lambda kind, gpu: {"throttled": "governor powersave"})
-    assert told(sound) == [("throttled", "wait")]
+    assert told(sound) == [("throttled", "say")]
     sound.profile["machine"]["throttled"] = "governor powersave"
     assert told(sound) == []
 
@@ -293,7 +293,7 @@ def processes(sound, monkeypatch):
 def test_another_program_is_seen_from_the_second_look_on(processes):
     assert processes(0, p7=(1, 100.0), p8=(1, 5.0)) == []
     (found,) = processes(10, p7=(1, 108.0), p8=(1, 10.0))
-    assert (found.kind, found.action) == ("busy", "wait") and "32% of the CPU" in found.text
+    assert (found.kind, found.action) == ("busy", "say") and "32% of the CPU" in found.text
     assert "7 above all" in found.text and "\x1b" not in found.text
     assert processes(10, p7=(1, 112.0), p8=(1, 11.0)) == []
     assert processes(10, p9=(1, 20.0))[0].kind == "busy"  # begun since

@@ -232,7 +232,7 @@ def test_a_trouble_that_passes_is_waited_out(session, proposals, monkeypatch):
 
 
 def test_what_the_last_run_leaves_for_a_moment_is_not_waited_for_aloud(session, proposals, monkeypatch):
-    looks = [[limits.Trouble("busy", "another program uses the GPU", "wait")]]
+    looks = [[limits.Trouble("taken", "another session is training", "wait")]]
     monkeypatch.setattr(limits, "troubles", lambda session: looks.pop() if looks else [])
     monkeypatch.setattr(loop, "LOOK_AGAIN", 0.2)
     one = night(session, max_experiments=1)
@@ -240,27 +240,20 @@ def test_what_the_last_run_leaves_for_a_moment_is_not_waited_for_aloud(session, 
     assert not looks and not any(phase.startswith("waiting") for phase in one.view.phases)
 
 
-def test_what_was_waited_out_is_not_waited_for_again_after_a_run(session, monkeypatch):
-    busy = [limits.Trouble("busy", "it stays", "wait")]
-    monkeypatch.setattr(limits, "troubles", lambda session: [] if session.supervised else busy)
-    one = night(session)
-    one._check(every=0.0)
-    one._began_at["busy"] -= 2 * loop.LONGEST_WAIT
-    with Session(session.folder).lock:  # a run, during which nothing can be seen of it
-        one._check(every=0.0)
-    one._check(every=0.0)
-    assert one._waited("busy") > loop.LONGEST_WAIT and one._in_the_way() is None
-    busy.clear()
-    one._check(every=0.0)
-    assert one._waited("busy") == pytest.approx(0, abs=1)
-
-
-@pytest.mark.parametrize("kind, ends", [("hot", True), ("busy", False)])
-def test_one_that_stays(session, proposals, monkeypatch, kind, ends):
-    monkeypatch.setattr(limits, "troubles", lambda session: [limits.Trouble(kind, "it stays", "wait")])
+def test_heat_that_stays_ends_the_night(session, proposals, monkeypatch):
+    monkeypatch.setattr(limits, "troubles", lambda session: [limits.Trouble("hot", "it stays", "wait")])
     monkeypatch.setattr(loop, "LONGEST_WAIT", 0.0)
-    why = night(session, max_experiments=1).run()
-    assert ("too hot" in why) == ends and len(statuses(session)) == (1 if ends else 2)
+    assert "too hot" in night(session, max_experiments=1).run() and len(statuses(session)) == 1
+
+
+def test_a_busy_machine_is_told_once_and_not_waited_for(session, proposals, monkeypatch):
+    busy = [limits.Trouble("busy", "another program uses the GPU", "say")]
+    monkeypatch.setattr(limits, "troubles", lambda session: busy)
+    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    one = night(session, max_experiments=1)
+    one.run()
+    assert len(statuses(session)) == 2 and not any(phase.startswith("waiting") for phase in one.view.phases)
+    assert one.view.lines.count("another program uses the GPU: runs take longer, and learn the same") == 1
 
 
 def test_a_trouble_that_stops_is_told(session, proposals, monkeypatch):
