@@ -93,8 +93,15 @@ def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | 
     reading, writing = os.pipe()
     output = log.Log(reading, result.with_suffix(".log"))
     try:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": writing, "stderr": writing}
-        process = subprocess.Popen(command, cwd=result.parent, env=environment, start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            command,
+            cwd=result.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=writing,
+            stderr=writing,
+            start_new_session=True,
+        )
     finally:
         os.close(writing)
     try:
