@@ -75,9 +75,17 @@ class Meter:
     @property
     def elapsed(self) -> float:
         """Seconds of the undisturbed device. It never goes back, when more is known of the steps before."""
-        is_open = sum(seconds for _, seconds in self._open.values())
-        self._elapsed = max(self._elapsed, self._charged + is_open / self.slowdown, self.seconds / MOST)
+        self._elapsed = max(self._elapsed, self._undisturbed, self.seconds / MOST)
         return self._elapsed
+
+    @property
+    def _undisturbed(self) -> float:
+        return self._charged + sum(seconds for _, seconds in self._open.values()) / self.slowdown
+
+    @property
+    def disturbance(self) -> float:
+        """How much longer all of it took than undisturbed, as a share; beyond MOST - 1 training was lost."""
+        return max(0.0, self.seconds / self._undisturbed - 1) if self.seconds else 0.0
 
     def costs(self) -> dict[str, float]:
         """Seconds that a step takes undisturbed, by kind, of those that are known."""

@@ -690,7 +690,7 @@ def measured(clock: Clock) -> dict:
     meter, witness = clock.meter, clock.witness
     return {
         "training_seconds": seconds, "total_seconds": time.time() - psutil.Process().create_time(),
-        "disturbance": max(0.0, meter.seconds / seconds - 1) if clock.stopped and seconds else 0.0,
+        "disturbance": meter.disturbance,
         "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe, "step_seconds": meter.costs(),
         "budget_seconds": clock.seconds, "peak_vram_mb": backend.peak_memory() / 2**20,
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,

@@ -35,7 +35,8 @@ def test_quiet_time_is_the_walls():
 
 
 def test_what_both_witnesses_see_is_taken_off():
-    assert metered([*QUIET, (1.5, 1.5), (1.8, 1.8)]).elapsed == pytest.approx(7)
+    meter = metered([*QUIET, (1.5, 1.5), (1.8, 1.8)])
+    assert meter.elapsed == pytest.approx(7) and meter.disturbance == pytest.approx(1.3 / 7)
 
 
 def test_disturbed_all_the_time_the_devices_word_alone_counts():
@@ -88,7 +89,7 @@ def test_steps_that_skip_the_update_have_a_price_of_their_own():
 
 def test_at_most_half_of_the_time_is_taken_off():
     meter = metered([(10.0, 10.0)] * 10, {"a": 1.0})
-    assert meter.elapsed == pytest.approx(100 / MOST)
+    assert meter.elapsed == pytest.approx(100 / MOST) and meter.disturbance == pytest.approx(9)
 
 
 def test_within_a_window_time_goes_on_as_in_the_last():
