@@ -65,6 +65,12 @@ def settings(tmp_path_factory) -> dict[str, str]:
     return {"AUTORESEARCH_BACKEND": "sdpa", "AUTORESEARCH_DEVICE": "cpu", "AUTORESEARCH_HOME": home}
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A machine that runs other tests, too, may take several times as long."""
+    monkeypatch.setattr(check, "SECONDS", 600.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_edit_is_found(tmp_path, settings, what):
@@ -94,7 +100,7 @@ def test_a_sound_edit_passes_without_a_score(tmp_path, settings, monkeypatch):
     ids=["endless", "nothing", "exit", "at once", "child", "no device"],
 )
 def test_what_is_no_training(tmp_path, settings, monkeypatch, source, said):
-    monkeypatch.setattr(check, "SECONDS", 2.0 if "while" in source else 60.0)
+    monkeypatch.setattr(check, "SECONDS", 2.0 if "while" in source else 600.0)
     (tmp_path / "train.py").write_text(source + "\n")
     mark = f"{tmp_path}"
     tried = check.tried(tmp_path / "train.py", {**settings, "AUTORESEARCH_RUN": mark})
