@@ -99,16 +99,17 @@ def pooled(state: State, prior_sd: float, prior_slope: float = 0.0) -> gate.Nois
 def said_of_noise(state: State) -> str:
     """How far chance moves val_bpb, and what can be seen all the same."""
     noise = noise_of(state)
-    disturbances = [run.disturbance for runs in state.repeats(state.started.budget).values() for run in runs.values()]
+    disturbances = [run.disturbance for run in state.runs.values() if run.ok]
     said = (
         f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
         f"{gate.smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five"
     )
     if max(disturbances, default=0.0) < WORTH_TELLING:
         return said
+    longer = statistics.median(disturbances)
     return (
-        f"{said}; other programs or heat made these runs {statistics.fmean(disturbances):.0%} longer on average, which "
-        f"explains {noise.explained:.0%} of what equal runs differ by and is taken out"
+        f"{said}; the machine was busy or hot and took {longer:.0%} longer for a run (median), "
+        f"which explains {noise.explained:.0%} of what equal runs differ by and is taken out"
     )
 
 

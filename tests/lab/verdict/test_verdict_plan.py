@@ -104,11 +104,11 @@ def test_the_same_jobs_whoever_carries_them_out(session, runner):
 
 
 def test_what_disturbance_did_to_the_noise_is_told(session):
-    assert "longer" not in said_of_noise(session.state)
+    assert "busy" not in said_of_noise(session.state)
     runs = session.state.runs_of(session.state.baseline.blob)
     for run, disturbance in zip(runs, (0.0, 0.3, 0.6), strict=True):
         run.result.update(disturbance=disturbance, val_bpb=1 + 0.1 * disturbance)
-    assert "made these runs 30% longer on average, which explains " in said_of_noise(session.state)
+    assert "and took 30% longer for a run (median), which explains " in said_of_noise(session.state)
     assert noise_of(session.state).explained > 0.5
 
 
