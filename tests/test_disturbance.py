@@ -117,11 +117,15 @@ def test_simulated_disturbance_changes_the_training_by_little(steps):
 
 
 def backend(kind="cpu", seconds=()):
-    """A device whose probes take these seconds, one after the other."""
-    seconds = iter([0.0, 0.001, *seconds])  # two calls choose its size
-    bench = SimpleNamespace(product=lambda *_: lambda calls: time.sleep(next(seconds)))
+    """A device whose probes take these seconds, one after the other, by a time of its own."""
+    seconds, now = iter([0.0, 0.001, *seconds]), [0.0]  # two calls choose its size
+
+    def work(calls):
+        now[0] += next(seconds)
+
     device = SimpleNamespace(kind=kind, precision="float32")
-    return SimpleNamespace(device=device, bench=bench, synchronize=lambda: None)
+    bench = SimpleNamespace(product=lambda *_: work)
+    return SimpleNamespace(device=device, bench=bench, synchronize=lambda: None, perf_counter=lambda: now[0])
 
 
 @pytest.fixture
@@ -169,12 +173,14 @@ def test_a_cpu_that_clocks_lower_is_slower(witness, monkeypatch, before, now, sl
     assert one.read() == pytest.approx(slowdown, rel=0.01) and one.usual_probe == before
 
 
-def test_a_gpu_is_probed(witness):
-    one = witness(backend("cuda", [0.002] * 8 + [0.01] * 60))
-    assert [one.read() for _ in range(8)] == [pytest.approx(1, abs=0.3)] * 8
+def test_a_gpu_is_probed(witness, monkeypatch):
+    device = backend("cuda", [0.002] * 8 + [0.01] * 20)
+    monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
+    one = witness(device)
+    assert [one.read() for _ in range(8)] == [pytest.approx(1)] * 8
     for _ in range(20):
         last = one.read()
-    assert 3 < last < 6 and 0.001 < one.usual_probe < 0.008
+    assert last == pytest.approx(5) and one.usual_probe == pytest.approx(0.002)
 
 
 def test_a_probe_that_fails_tells_nothing(witness):
