@@ -183,8 +183,10 @@ def test_a_gpu_is_probed(witness, monkeypatch):
     assert last == pytest.approx(5) and one.usual_probe == pytest.approx(0.002)
 
 
-def test_a_probe_that_fails_tells_nothing(witness):
-    one = witness(backend("cuda"))  # its work is used up: StopIteration
+def test_a_probe_that_fails_tells_nothing(witness, monkeypatch):
+    device = backend("cuda")
+    monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
+    one = witness(device)  # its work is used up: StopIteration
     assert one.read() == 1.0 and one.usual_probe is None and one.probes == []
 
 
