@@ -173,24 +173,29 @@ class Witness:
     def _scheduled(self, since: np.ndarray) -> float:
         """Slowdown by other programs on the same processors.
 
-        A step whose threads wait for one another is slower by more than their queues (mean wait over run), and by less
-        than as often as there are threads; within these bounds it is by what the cores would do and did. Without the
-        queues (only Linux tells them), other programs' processor time is the bound.
+        It is what the cores could have done for the run, over what they did: a run that keeps them busy itself is not
+        disturbed, whatever its threads wait for. Nor is one that leaves them idle by itself: the slowdown is at most
+        what its threads were queued for, each of which may have held up all others. Without the queues (only Linux
+        tells them) other programs' processor time is the bound.
         """
         wall, own, queued, other = since
         if not (wall > 0 and own > 0):
             return 1.0
         by_cores = self._cores * wall / own
-        if not math.isnan(queued):
-            waits = max(0.0, queued) / own
-            return min(max(by_cores, 1 + waits), 1 + self._cores * waits)
-        return max(1.0, min(by_cores, 1 / max(1 - other / (self._cores * wall), 0.05)))
+        if math.isnan(queued):
+            bound = 1 / max(1 - other / (self._cores * wall), 0.05)
+        else:
+            bound = 1 + self._cores * queued / own
+        return max(1.0, min(by_cores, bound))
 
     def _counters(self) -> np.ndarray:
-        """Seconds: of the wall; of processors in this process; that its threads were queued, nan where the system does
-        not tell; of processors in all others."""
-        queued = _queued() if self.is_cpu else 0.0
-        return np.array([time.perf_counter(), time.process_time(), queued, others() if math.isnan(queued) else 0.0])
+        """Seconds: of the wall; of processors in this process and below; that its threads were queued, nan where the
+        system does not tell; of processors in all others."""
+        now = time.perf_counter()
+        if not self.is_cpu:
+            return np.array([now, 0.0, 0.0, 0.0])
+        own, queued = time.process_time() + _of_children(TASKS), _queued()
+        return np.array([now, own, queued, others() if math.isnan(queued) else 0.0])
 
     @staticmethod
     def _cpu_probe() -> float:
@@ -251,6 +256,18 @@ def _queued() -> float:
         return sum(_waited(task) for task in os.listdir(TASKS))
     except OSError:
         return math.nan
+
+
+def _of_children(tasks: Path) -> float:
+    """Seconds of processors in processes below one, those that still are, where Linux lists them."""
+    total = 0.0
+    with suppress(OSError):
+        for task in os.listdir(tasks):
+            for pid in (tasks / task / "children").read_text().split():
+                with suppress(psutil.Error):
+                    times = psutil.Process(int(pid)).cpu_times()
+                    total += times.user + times.system + _of_children(Path("/proc") / pid / "task")
+    return total
 
 
 def _waited(task: str) -> float:

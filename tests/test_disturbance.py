@@ -155,8 +155,9 @@ def told(monkeypatch, *counters):
     (10, 8, 12, 0, 2.5),  # three
     (10, 10, 0, 0, 1),  # one of its threads works, beside another program or not: it is not held up
     (10, 5, 0, 0, 1),  # it sleeps
+    (10, 20, 20, 0, 1),  # it has more threads than there are cores
     (10, 13.3, math.nan, 6.7, 2 / 1.33), (10, 10, math.nan, 0, 1), (10, 0, math.nan, 20, 1),
-], ids=["alone", "one", "three", "one thread", "sleeping", "others told", "nobody else", "no time"])  # fmt: skip
+], ids=["alone", "one", "three", "one thread", "asleep", "many threads", "others told", "nobody", "no time"])  # fmt: skip
 def test_a_cpu_is_shared(witness, monkeypatch, wall, own, queued, others, slowdown):
     told(monkeypatch, *[np.zeros(4)] * 2, np.array([wall, own, queued, others]), np.zeros(4))
     one = witness(backend())
@@ -188,6 +189,19 @@ def test_a_probe_that_fails_tells_nothing(witness, monkeypatch):
     monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
     one = witness(device)  # its work is used up: StopIteration
     assert one.read() == 1.0 and one.usual_probe is None and one.probes == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists them cheaply")
+def test_what_a_run_starts_is_its_own(witness):
+    before = disturbance._of_children(disturbance.TASKS)
+    spin = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as process:
+        for _ in range(300):
+            time.sleep(0.1)
+            if (used := disturbance._of_children(disturbance.TASKS) - before) > 0.2:
+                break
+        process.kill()
+    assert used > 0.2
 
 
 def test_this_system_tells_what_it_can(witness):
