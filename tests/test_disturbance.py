@@ -157,7 +157,7 @@ def told(monkeypatch, *counters):
     (10, 5, 0, 0, 1),  # it sleeps
     (10, 20, 20, 0, 1),  # it has more threads than there are cores
     (10, 13.3, math.nan, 6.7, 2 / 1.33), (10, 10, math.nan, 0, 1), (10, 0, math.nan, 20, 1),
-], ids=["alone", "one", "three", "one thread", "asleep", "many threads", "others told", "nobody", "no time"])  # fmt: skip
+], ids=["alone", "one", "three", "one thread", "asleep", "many threads", "told", "nobody", "no time"])  # fmt: skip
 def test_a_cpu_is_shared(witness, monkeypatch, wall, own, queued, others, slowdown):
     told(monkeypatch, *[np.zeros(4)] * 2, np.array([wall, own, queued, others]), np.zeros(4))
     one = witness(backend())
