@@ -8,6 +8,14 @@ from calibration.measure import scatter
 from calibration.rule import Completed, Spread
 
 
+def summary(profile: dict) -> str:
+    """What was chosen, in a few lines."""
+    settings = profile["settings"]
+    chosen = [f"  {name}: {value}" for name, value in settings.items()]
+    warnings = [f"WARNING: {warning}" for warning in profile.get("warnings", [])]
+    return "\n".join([f"{profile['device']} with {profile['backend']}; train.py's defaults here:", *chosen, *warnings])
+
+
 def text(profile: dict, hardware: Hardware | None = None) -> str:
     """The profile in lines of text.
 
@@ -50,7 +58,9 @@ def text(profile: dict, hardware: Hardware | None = None) -> str:
         ]
         for name, times in by_name.items():
             mark = "*" if settings["attention"][kind] == name else " "
-            if not isinstance(times, str):
+            if isinstance(times, str):
+                times = f"does not run here ({times.partition(':')[0]}; --json has the message)"
+            else:
                 times = f"{_rate(times['forward'], 1e-3, '')}, {_rate(times['both'], 1e-3, '')}"
             lines.append(f" {mark} {name}: {times}")
     if profile.get("attention_provider"):
