@@ -96,8 +96,8 @@ endif
 
 define failed
 { tail -n 15 .venv/log.txt; echo "Installing failed; all that was printed is in .venv/log.txt. If it names a conflict" \
-	"between versions: $(PINS) or the configuration of pip asks for versions that this project can't use. To do" \
-	"without that variable: make $(PINS)= $(MAKECMDGOALS)"; exit 1; }
+	"between versions: $(PINS) or the configuration of pip asks for versions that this project can't use." \
+	"Without that variable: make $(PINS)= $(MAKECMDGOALS)"; exit 1; }
 endef
 
 # rich comes first, in a moment: terminal.py shows the progress of the rest with it.

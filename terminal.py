@@ -52,7 +52,7 @@ def step(title: str, command: list[str], log: Path, expected: float, **settings)
 
     Args:
         log: a file that gets the command and what it prints, at its end.
-        expected: seconds; the bar is full when they have passed.
+        expected: seconds; the bar is nearly full when they have passed.
         settings: for subprocess.Popen.
 
     Returns:
@@ -75,7 +75,7 @@ def step(title: str, command: list[str], log: Path, expected: float, **settings)
             while process.poll() is None:
                 took = time.monotonic() - began
                 late = "longer than usual: is the machine busy?" if took > 1.5 * expected else None
-                bar.update(task, completed=took, about=late or f"of about {expected:.0f} s")
+                bar.update(task, completed=min(took, 0.99 * expected), about=late or f"of about {expected:.0f} s")
                 time.sleep(0.1)
         finally:
             if process.poll() is None:
