@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def main() -> int:
     print(
         "This is autoresearch in small: it measures this machine, trains a tiny language model twice for 40 s, as it\n"
         "is and with one change, and decides whether the change is kept. It takes about five minutes. Details are in\n"
-        f"{LOG}"
+        f"{LOG}\n"
     )
     began, environment = time.time(), os.environ | SETTINGS
     tag = time.strftime("demo-%Y%m%d-%H%M%S")
@@ -59,8 +60,7 @@ def main() -> int:
         return 130
     if not done:
         return 1
-    asked = subprocess.run([*lab, "log", "--json"], cwd=CLONE, env=environment, stdout=subprocess.PIPE, check=True)
-    print("", *picture(json.loads(asked.stdout)), sep="\n")
+    print("", *picture(asked("log", environment), asked("status", environment)["noise"]["sd"]), sep="\n")
     print(f"\nIn {time.time() - began:.0f} s. The report, one page for a browser: {REPORT}")
     return 0
 
@@ -81,24 +81,41 @@ def edit(train: Path) -> bool:
     return True
 
 
-def picture(experiments: list[dict]) -> list[str]:
-    """What was tried and what it scored, a line each: scores as places on one axis. Experiments are those of
-    `lab log --json`."""
+def asked(command: str, environment: dict):
+    """What a command of the lab says, as data."""
+    command_line = [sys.executable, "-m", "lab", command, "--json"]
+    return json.loads(
+        subprocess.run(command_line, cwd=CLONE, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    )
+
+
+def picture(experiments: list[dict], noise: float) -> list[str]:
+    """What was tried and what it scored, as places on one axis.
+
+    Args:
+        experiments: those of `lab log --json`, the baseline first.
+        noise: one standard deviation of a run's val_bpb. It is drawn as a line to both sides of the baseline.
+    """
     scores = [e["val_bpb"] for e in experiments if e["val_bpb"] is not None]
     if not scores:
         return ["No experiment has a score."]
-    low, high = min(scores), max(scores)
-    span = max(high - low, 1e-6)
-    lines = [f"{'tried':<20} {'val_bpb':>9}   {'better':<{WIDTH - 6}}worse"]
+    low, high = min(*scores, scores[0] - noise), max(*scores, scores[0] + noise)
+
+    def place(score: float) -> int:
+        return round((score - low) / max(high - low, 1e-6) * (WIDTH - 1))
+
+    lines = [f"{'tried':<20} {'val_bpb':>9}   {'better':<{WIDTH - 5}}worse"]
     for e in experiments:
-        axis = ["·"] * (WIDTH - 1)
-        score = "-"
+        axis, score = ["·"] * WIDTH, "-"
         if e["val_bpb"] is not None:
-            score = f"{e['val_bpb']:.6f}"
-            axis[round((e["val_bpb"] - low) / span * (WIDTH - 2))] = "●"
+            if e["kind"] == "baseline":
+                first, last = place(e["val_bpb"] - noise), place(e["val_bpb"] + noise)
+                axis[first : last + 1] = "─" * (last + 1 - first)
+            axis[place(e["val_bpb"])], score = "●", f"{e['val_bpb']:.6f}"
         lines.append(f"{e['description'][:20]:<20} {score:>9}   {''.join(axis)}   {e['status']}")
-        if e["experiment"] and e["reason"]:
-            lines.append(f"{'':<33}{e['reason']}")
+    lines.append(f"The line: scores that chance alone gives two runs in three (±{noise:.3f}).")
+    if experiments[-1]["reason"]:
+        lines += textwrap.wrap(f"The verdict: {experiments[-1]['status']}: {experiments[-1]['reason']}.", 90)
     return lines
 
 

@@ -30,13 +30,14 @@ def test_a_step_that_fails_shows_the_end_of_the_log(tmp_path, capsys):
     assert str(tmp_path / "log.txt") in said.replace("\n", "")
 
 
-def test_the_picture_puts_the_better_score_to_the_left():
-    tried = {"status": "keep", "description": "baseline", "experiment": 0, "val_bpb": 2.6, "reason": None}
-    better = tried | {"status": "discard", "description": "more", "experiment": 1, "val_bpb": 2.5, "reason": "chance"}
-    crashed = better | {"experiment": 2, "status": "crash", "val_bpb": None, "reason": "it crashed"}
-    _, first, second, why, third, _ = demo.picture([tried, better, crashed])
-    assert second.index("●") < first.index("●") and "2.500000" in second and why.strip() == "chance"
-    assert "●" not in third and third.endswith("crash")
+def test_the_picture_puts_the_better_score_to_the_left_and_shows_the_noise():
+    tried = {"kind": "baseline", "status": "keep", "description": "baseline", "val_bpb": 2.6, "reason": None}
+    better = {"kind": "change", "status": "discard", "description": "more", "val_bpb": 2.5, "reason": "chance"}
+    crashed = better | {"status": "crash", "val_bpb": None, "reason": "it stopped"}
+    _, first, second, third, noise, why = demo.picture([tried, better, crashed], noise=0.05)
+    assert second.index("●") < first.index("─") < first.index("●") and "2.500000" in second and "±0.050" in noise
+    assert "●" not in third and third.endswith("crash") and why == "The verdict: crash: it stopped."
+    assert demo.picture([crashed], 0.05) == ["No experiment has a score."]
 
 
 def test_the_demo_needs_the_line_that_it_changes(tmp_path):
