@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from backends.interface import Hardware
 from calibration import profile as profiles
 from calibration.measure import scatter
@@ -58,10 +60,10 @@ def text(profile: dict, hardware: Hardware | None = None) -> str:
         ]
         for name, times in by_name.items():
             mark = "*" if settings["attention"][kind] == name else " "
-            if isinstance(times, str):
-                times = f"does not run here ({times.partition(':')[0]}; --json has the message)"
-            else:
+            if not isinstance(times, str):
                 times = f"{_rate(times['forward'], 1e-3, '')}, {_rate(times['both'], 1e-3, '')}"
+            elif error := re.match(r"(\w+Error): ", times):  # its message may be long, and is no news here
+                times = f"does not run here ({error[1]}; --json has the message)"
             lines.append(f" {mark} {name}: {times}")
     if profile.get("attention_provider"):
         lines.append(f"  fa3 is from {profile['attention_provider']}")
