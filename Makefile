@@ -84,15 +84,15 @@ else
 	@test -n "$(PYTHON)" || { echo "No Python from 3.10 up with venv and pip was found. Install one (Debian, Ubuntu:" \
 		"sudo apt install python3-venv python3-pip; Mac: brew install python), or use uv: make UV=1 $(MAKECMDGOALS)"; exit 1; }
 endif
-	if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; \
+	@if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; \
 	then $(create) --system-site-packages; else $(create); fi
-	cp constraints.txt .venv && : > .venv/overrides.txt
-	if $(RUN) -c 'import torch' 2>/dev/null; then for package in torch numpy; do \
+	@cp constraints.txt .venv && : > .venv/overrides.txt
+	@if $(RUN) -c 'import torch' 2>/dev/null; then for package in torch numpy; do \
 		grep -v "^$$package" .venv/constraints.txt > .venv/others.txt && mv .venv/others.txt .venv/constraints.txt; \
 		if $(RUN) -c "import $$package"; then echo "$$package; python_version < '3'" >> .venv/overrides.txt; fi; done; fi
 	@if test -n "$$$(PINS)"; then echo "$(PINS) is set: versions are those of $$$(PINS), and not those of" \
 		"constraints.txt, which the tests were run with"; : > .venv/constraints.txt; fi
-	touch $@
+	@touch $@
 
 define failed
 { tail -n 15 .venv/log.txt; echo "Installing failed; all that was printed is in .venv/log.txt. If it names a conflict" \
