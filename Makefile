@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with Python, git and make:
-#   make demo   environment, offline data, a quick calibration, a session with one experiment, and its row of the ledger
-#   make test   environment and the whole test suite
-# make check looks at form and types; make test-agents tries real coding agents.
+#   make demo   install, offline data, a quick calibration, a session with one experiment, its report
+#   make test   install, and the fast tests
+# make check checks format and types; make test-slow runs all tests; make test-agents tries real coding agents.
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
 SHELL := /bin/sh
@@ -12,7 +12,6 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
 	&& command -v "$$p" && break; done)
 RUN := .venv/bin/python
-DEMO := TORCH_COMPILE_DISABLE=1 AUTORESEARCH_DATA=stdlib AUTORESEARCH_BUDGET=40 "$(CURDIR)/$(RUN)"
 # Settings that would have pip install elsewhere than in the environment made here, or Python not find this folder.
 export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PYTHONSAFEPATH
@@ -29,26 +28,16 @@ NPM_AGENTS := @anthropic-ai/claude-code @openai/codex @google/gemini-cli opencod
 
 .PHONY: demo test test-slow test-agents check clean
 
-# The session is begun in a clone, so that the branch that is checked out here stays. Runs of 40 s instead of 300, not
-# compiled because that takes longer, and one baseline instead of three: it shows how it goes, and decides nothing.
 demo: .venv/installed
-	@test -e .git || { echo "This folder is no git repository, as after a download as ZIP, and experiments are commits." \
-		"Make it one: git init && git add . && git commit -m start"; exit 1; }
-	$(RUN) prepare.py --dataset stdlib
-	$(RUN) -m calibration --quick
-	rm -rf .demo && git clone --quiet . .demo && git -C .demo checkout --quiet -B demo
-	cd .demo && $(DEMO) -m lab start demo-$$(date +%Y%m%d-%H%M%S) --baseline-runs 1 --unsandboxed --wait 1200
-	sed 's/^WARMDOWN_RATIO = 0.5/WARMDOWN_RATIO = 0.7/' train.py > .demo/train.py
-	cd .demo && $(DEMO) -m lab run -m "a longer cooldown" --wait 1200
-	cd .demo && $(DEMO) -m lab status
-	@echo && cd .demo && $(DEMO) -m lab status --json | "$(CURDIR)/$(RUN)" -c 'import json, pathlib, sys; \
-		print(pathlib.Path(json.load(sys.stdin)["ledger"]).read_text(encoding="utf-8").splitlines()[-1])'
+	@test -e .git || { echo "This folder is not a git repository, as after a download as ZIP, and each experiment is a" \
+		"commit. Make it one: git init && git add . && git commit -m start"; exit 1; }
+	@$(RUN) demo.py
 
 # Two files of tests at a time.
 test: .venv/installed-test
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
-# Form and types.
+# Format and types.
 check: .venv/installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -77,12 +66,13 @@ clean:
 
 .venv/installed: .venv/created
 	$(call install,.)
-	touch $@
+	@touch $@
 
 .venv/installed-test: .venv/created
 	$(call install,.[$(TEST_EXTRAS)])
-	test "$$(uname -sm)" != "Linux x86_64" || $(RUN) -c 'import triton' 2>/dev/null || $(call install,$(TRITON))
-	touch $@ .venv/installed
+	@test "$$(uname -sm)" != "Linux x86_64" || $(RUN) -c 'import triton' 2>/dev/null \
+		|| $(installer) '$(TRITON)' > .venv/log.txt 2>&1 || $(failed)
+	@touch $@ .venv/installed
 
 # A PyTorch that came with the system (a Jetson's, say) is used and never replaced: the environment sees it, and the
 # pins of it and of the numpy it was built for are left out of the constraints. uv does not look for packages outside of
@@ -94,27 +84,34 @@ else
 	@test -n "$(PYTHON)" || { echo "No Python from 3.10 up with venv and pip was found. Install one (Debian, Ubuntu:" \
 		"sudo apt install python3-venv python3-pip; Mac: brew install python), or use uv: make UV=1 $(MAKECMDGOALS)"; exit 1; }
 endif
-	if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; \
+	@if test -n "$(PYTHON)" && "$(PYTHON)" -c 'import torch' 2>/dev/null; \
 	then $(create) --system-site-packages; else $(create); fi
-	cp constraints.txt .venv && : > .venv/overrides.txt
-	if $(RUN) -c 'import torch' 2>/dev/null; then for package in torch numpy; do \
+	@cp constraints.txt .venv && : > .venv/overrides.txt
+	@if $(RUN) -c 'import torch' 2>/dev/null; then for package in torch numpy; do \
 		grep -v "^$$package" .venv/constraints.txt > .venv/others.txt && mv .venv/others.txt .venv/constraints.txt; \
 		if $(RUN) -c "import $$package"; then echo "$$package; python_version < '3'" >> .venv/overrides.txt; fi; done; fi
 	@if test -n "$$$(PINS)"; then echo "$(PINS) is set: versions are those of $$$(PINS), and not those of" \
 		"constraints.txt, which the tests were run with"; : > .venv/constraints.txt; fi
-	touch $@
+	@touch $@
 
 define failed
-{ echo "Installing failed. If it speaks of conflicts between versions: $(PINS) or the configuration of pip asks for" \
-	"others than this project can use. Without that variable: make $(PINS)= $(MAKECMDGOALS)"; exit 1; }
+{ tail -n 15 .venv/log.txt; echo "Installing failed; all that was printed is in .venv/log.txt. If it names a conflict" \
+	"between versions: $(PINS) or the configuration of pip asks for versions that this project can't use." \
+	"Without that variable: make $(PINS)= $(MAKECMDGOALS)"; exit 1; }
+endef
+
+# rich comes first, in a moment: terminal.py shows the progress of the rest with it.
+define install
+@{ $(installer) rich > .venv/log.txt 2>&1 && $(RUN) terminal.py "install the Python packages into .venv" 240 \
+	.venv/log.txt $(installer) '$(1)'; } || $(failed)
 endef
 
 ifeq ($(UV),1)
 PINS = UV_CONSTRAINT
 create = uv venv --quiet --allow-existing .venv $(if $(PYTHON),--python "$(PYTHON)")
-install = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt --overrides .venv/overrides.txt '$(1)' || $(failed)
+installer = uv pip install --quiet --python $(RUN) --constraints .venv/constraints.txt --overrides .venv/overrides.txt
 else
 PINS = PIP_CONSTRAINT
 create = "$(PYTHON)" -m venv .venv
-install = $(RUN) -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt '$(1)' || $(failed)
+installer = $(RUN) -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt
 endif

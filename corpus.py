@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dataset import (
     FORMAT,
@@ -63,6 +64,13 @@ CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the last shard is for validation
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
+PROGRESS = (
+    SpinnerColumn(),
+    TextColumn("{task.description}"),
+    BarColumn(24),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+)
 
 
 # ---- Sources of text ----
@@ -536,18 +544,22 @@ def build(source: Source, full: bool = False, workers: int | None = None, comman
         missing = [stem for stem in wanted if stem not in parts]
         manifest = {"format": FORMAT, "name": source.name, "origin": source.origin, "command": command, "parts": parts}
         downloads = {wanted[stem].download for stem in missing} - {None}
-        list(pool.map(lambda download: fetch(*download), sorted(downloads)))
-        for stem in missing:
-            write_json(folder / "manifest.json", manifest)
-            started = time.time()
-            counts = write_part(folder, stem, source, wanted[stem], pool, workers)
-            text = ", ".join(f"{number:,} {unit}" for unit, number in counts.items())
-            print(f"{stem}: {text} in {time.time() - started:.1f} s", flush=True)
-            paths = [folder / name for name in artifacts(stem)]
-            files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-            parts[stem] = {"key": keys[stem], "files": files, **counts}
+        list(pool.map(lambda download: fetch(*download), sorted(downloads)))  # the hub's library shows its progress
+        with Progress(*PROGRESS, transient=True, disable=not missing or not sys.stdout.isatty()) as bar:
+            task = bar.add_task("", total=len(missing))
+            for stem in missing:
+                bar.update(task, description=f"making {stem}")
+                write_json(folder / "manifest.json", manifest)
+                started = time.time()
+                counts = write_part(folder, stem, source, wanted[stem], pool, workers)
+                text = ", ".join(f"{number:,} {unit}" for unit, number in counts.items())
+                print(f"{stem}: {text} in {time.time() - started:.1f} s", flush=True)
+                paths = [folder / name for name in artifacts(stem)]
+                files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+                parts[stem] = {"key": keys[stem], "files": files, **counts}
+                bar.advance(task)
     finish(folder, manifest, source.eval_rows, full)
-    print(f"{source.name}: {'ready' if missing else 'all was there and whole'}")
+    print(f"{source.name}: {'ready' if missing else 'all files were there and intact'}")
     return manifest
 
 
@@ -596,7 +608,7 @@ def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool)
 def main(arguments: list[str]) -> int:
     """python prepare.py ARGUMENTS; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="prepare.py", description="Prepares data and tokenizer; run again, it repairs what is damaged."
+        prog="prepare.py", description="Prepares the data and the tokenizer. Run again, it repairs what is damaged."
     )
     parser.add_argument(
         "--dataset",

@@ -310,8 +310,8 @@ class Clock:
 
 
 def sketch(weights: dict[str, np.ndarray]) -> str:
-    """Of weights by name: 24 random projections of samples of all that were drawn, each parameter counting alike, as
-    hexadecimal int8. Two independent draws are as far apart as their own lengths say; see `results.apart`."""
+    """A sketch of weights by name: 24 random projections of samples of all that were drawn, each parameter counting
+    alike, as hexadecimal int8. Two independent draws are as far apart as their own lengths say; see `results.apart`."""
     signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), (24, 4096))
     total, drawn = np.zeros(24), 0
     for name in sorted(weights):

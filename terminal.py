@@ -1,13 +1,31 @@
-"""Output for any terminal and pipe: what its encoding lacks is spelt, and ends no command with an error."""
+"""Output for any terminal and pipe: characters that an encoding lacks are spelt, and a long step shows its progress."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import shlex
+import subprocess
 import sys
+import time
 import unicodedata
+from pathlib import Path
 
-SPELT = {"±": "+-", "×": "x", "°": " deg ", "→": "->", "–": "-", "−": "-", "─": "-", "…": "...", "�": "?"}
+LAST_LINES = 15  # of a log, which are shown after a failure
+
+SPELT = {
+    "±": "+-",
+    "×": "x",
+    "°": " deg ",
+    "→": "->",
+    "–": "-",
+    "−": "-",
+    "─": "-",
+    "…": "...",
+    "·": ".",
+    "●": "o",
+    "�": "?",
+}
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
@@ -27,3 +45,50 @@ def spell_what_is_missing() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook stands in for it
             stream.reconfigure(errors="spell")
+
+
+def step(title: str, command: list[str], log: Path, expected: float, **settings) -> int:
+    """Runs a command, and shows its title and how long it has taken.
+
+    Args:
+        log: a file that gets the command and what it prints, at its end.
+        expected: seconds; the bar is nearly full when they have passed.
+        settings: for subprocess.Popen.
+
+    Returns:
+        The command's exit status. After a failure the last lines of the log were printed.
+    """
+    from rich.console import Console  # here: everything else in this file is for commands that start in no time
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(highlight=False)
+    columns = TextColumn("  {task.description}"), BarColumn(24), TimeElapsedColumn(), TextColumn("{task.fields[about]}")
+    began = time.monotonic()
+    if not console.is_terminal:
+        console.print(f"  {title} (about {expected:.0f} s)", markup=False, soft_wrap=True)
+    with open(log, "ab") as output, Progress(*columns, console=console, transient=True) as bar:
+        output.write(f"\n$ {shlex.join(command)}\n".encode())
+        output.flush()
+        task = bar.add_task(title, total=expected, about=f"of about {expected:.0f} s")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **settings)
+        try:
+            while process.poll() is None:
+                took = time.monotonic() - began
+                late = "longer than usual: is the machine busy?" if took > 1.5 * expected else None
+                bar.update(task, completed=min(took, 0.99 * expected), about=late or f"of about {expected:.0f} s")
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    said = "done in" if process.returncode == 0 else "FAILED after"
+    console.print(f"  {title}: {said} {time.monotonic() - began:.0f} s", markup=False, soft_wrap=True)
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        console.print(*lines, f"All of it: {log}", sep="\n", markup=False, soft_wrap=True)
+    return process.returncode
+
+
+if __name__ == "__main__":  # python terminal.py TITLE SECONDS LOG COMMAND...
+    spell_what_is_missing()
+    sys.exit(step(sys.argv[1], sys.argv[4:], Path(sys.argv[3]), float(sys.argv[2])))

@@ -65,7 +65,7 @@ class Bench(abc.ABC):
 
     @abc.abstractmethod
     def attention_error(self, name: str, window: int | None) -> float:
-        """Of one row, forward and backward, in the compute precision: the worst of output and three gradients."""
+        """The error of one row in the compute precision: the worst of the output and three gradients."""
 
     @abc.abstractmethod
     def attention(self, name: str, window: int | None, rows: int, backward: bool) -> Work:
@@ -222,7 +222,7 @@ def wrong_attention(bench: Bench, name: str, window: int | None, precision: str)
 
 
 def beyond(error: float, tolerance: float) -> str | None:
-    """What is said of an error that rounding does not explain, or None; NaN is such a one."""
+    """A sentence about an error that rounding does not explain, NaN included; None for any other."""
     return None if error < tolerance else f"wrong: relative error {error:.1e}"
 
 

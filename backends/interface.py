@@ -172,8 +172,8 @@ class Trainer(abc.ABC):
         """Compiles everything on a throwaway batch (B, T); afterwards weights and state are as they were. To be called
         once for each shape of batch that will be trained on.
 
-        When the memory is too small for it, it is halved, said, and tried again; `backward` then takes batches in parts
-        of what fitted. The loss has to be a mean over rows.
+        A batch that does not fit into the memory is halved and tried again, and the run prints that; `backward` then
+        takes batches in parts of the size that fitted. The loss has to be a mean over rows.
 
         Raises:
             MemoryError: not even one row fits.

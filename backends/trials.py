@@ -21,7 +21,7 @@ def remember(key: str, trial, lasting=lambda result: True):
 
     A second run that picked another attention kernel because the machine was busy would compute other numbers than the
     first, so the choice is kept until the key (device, framework version, precision) changes. A result that is
-    not `lasting` is not kept: a full GPU or a missing compiler may be mended by the next run.
+    not `lasting` is not kept: a full GPU or a missing compiler may be gone in the next run.
     """
     path = home() / f"trials{owner}.json"
     known = _read(path)

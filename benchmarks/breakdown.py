@@ -60,7 +60,7 @@ GROUPS = {
 
 
 class Profile:
-    """Of the steps of a run that says by `enter` where it is.
+    """A profile of the steps of a run that says by `enter` where it is.
 
     Attributes:
         seconds: of each step.

@@ -5,10 +5,10 @@
 No model is trained: changes have effects (val_bpb of the child minus its parent's) that add up, runs have normal noise,
 and `verdict/gate.py` decides. Device A tries 60 changes: 12 gains and 18 losses (of 1 to 12 times its noise,
 log-uniform), 30 that do nothing. What it kept, and its near misses (`replay --all`), are replayed on the baselines of
-B, C and D and, since what was kept flatters itself, of A again: sessions of their own, each change judged by the gate,
-and run at least so often as --runs says, beside the baseline on the same seeds. The noise of B is A's, C's twice, D's
-four times; no session knows its own but by its repeats and a prior that is wrong by up to a factor of two. The sessions
-are what `lab compare` works with, and the classes those that it says.
+B, C and D and, since what was kept is biased by selection, of A again: sessions of their own, each change judged by
+the gate, and run at least so often as --runs says, beside the baseline on the same seeds. The noise of B is A's, C's
+twice, D's four times; no session knows its own but by its repeats and a prior that is wrong by up to a factor of two.
+The sessions are what `lab compare` works with, and the classes those that it says.
 
 Worlds: "mixed", where on each device a gain of A's holds (0.8 to 1.25 of it), fades (0 to 0.2) or reverses (-0.5 to -1)
 by chance (1/2, 1/4, 1/4); "nothing", where all 60 changes do nothing anywhere; "same", where all effects are A's.
@@ -187,7 +187,7 @@ def table(title: str, counts: Counter) -> str:
 
 
 def share(counts: Counter, device: str, truths, said) -> float:
-    """Of the changes with one of these truths on a device, how many got one of these classes."""
+    """The share of changes with one of these truths on a device that got one of these classes."""
     its = {key: n for key, n in counts.items() if key[0] == device and key[1] in truths}
     return sum(n for key, n in its.items() if key[2] in said(key[1])) / max(1, sum(its.values()))
 

@@ -20,15 +20,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m calibration",
         description=(
-            "Measures this device, and scales train.py's defaults to it. Takes up to ten minutes; an interrupted one "
-            "goes on where it was."
+            "Measures this device, and scales train.py's defaults to it. This takes up to ten minutes. After an "
+            "interruption the same command continues."
         ),
     )
-    parser.add_argument("--quick", action="store_true", help="a minute instead of ten, and a rougher profile")
-    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted calibration measured")
+    parser.add_argument("--quick", action="store_true", help="take one minute instead of ten, for a rougher profile")
+    parser.add_argument("--fresh", action="store_true", help="discard the measurements of an interrupted calibration")
     commands = parser.add_subparsers(dest="command")
     shown = commands.add_parser("show", help="print the profile of this device")
-    shown.add_argument("--json", action="store_true", help="as it is in the file")
+    shown.add_argument("--json", action="store_true", help="print the file itself")
     shown.add_argument("profile", nargs="?", type=Path, help="another profile, such as one of calibration/profiles")
     options = parser.parse_args(arguments)
     terminal.spell_what_is_missing()
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 
@@ -65,8 +65,8 @@ def calibrate(options: argparse.Namespace) -> int:
         if measurement.results.keys() - measurement.header.keys():
             console.print("going on with an interrupted calibration (--fresh starts again)")
         profile = measurement.run()
-    print(show.text(profile, measurement.hardware))
-    print(f"\nwritten to {measurement.path}; train.py takes its defaults from it")
+    print(show.summary(profile))
+    print(f"Written to {measurement.path}. All measurements, and the reasons: python -m calibration show")
     return 0
 
 

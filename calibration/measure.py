@@ -402,7 +402,7 @@ class Measurement:
             return []
         return [
             f"other programs took {share:.0%} of the processors' time: rates may be too low, sizes too small. "
-            "Calibrate again when the machine is quiet; sessions go by their own baseline until then"
+            "Calibrate again when the machine is quiet; until then a session uses the speed of its own baseline"
         ]
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 from backends.interface import Hardware
 from calibration import profile as profiles
 from calibration.measure import scatter
 from calibration.rule import Completed, Spread
+
+
+def summary(profile: dict) -> str:
+    """What was chosen, in a few lines."""
+    settings = profile["settings"]
+    chosen = [f"  {name}: {value}" for name, value in settings.items()]
+    warnings = [f"WARNING: {warning}" for warning in profile.get("warnings", [])]
+    return "\n".join([f"{profile['device']} with {profile['backend']}; train.py's defaults here:", *chosen, *warnings])
 
 
 def text(profile: dict, hardware: Hardware | None = None) -> str:
@@ -52,6 +62,8 @@ def text(profile: dict, hardware: Hardware | None = None) -> str:
             mark = "*" if settings["attention"][kind] == name else " "
             if not isinstance(times, str):
                 times = f"{_rate(times['forward'], 1e-3, '')}, {_rate(times['both'], 1e-3, '')}"
+            elif error := re.match(r"(\w+Error): ", times):  # its message may be long, and is no news here
+                times = f"does not run here ({error[1]}; --json has the message)"
             lines.append(f" {mark} {name}: {times}")
     if profile.get("attention_provider"):
         lines.append(f"  fa3 is from {profile['attention_provider']}")

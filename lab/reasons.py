@@ -60,12 +60,12 @@ TEXTS: dict[str, str] = {
     "parent_not_run": "its parent has no runs",
     "not_a_number": "a score that is not a finite number can't be compared",
     "tested": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
-    "{parent_runs} runs): p = {p:.2g}, at most {share:.2g} was asked for",
+    "{parent_runs} runs): p = {p:.2g}, at most {share:.2g} is required",
     "simpler": "simpler, and {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} "
-    "against {parent_runs} runs): a loss above {loss:.6f} is excluded, {allowed:.6f} was allowed",
+    "against {parent_runs} runs): a loss above {loss:.6f} is excluded, {allowed:.6f} is allowed",
     "simpler_and_equal": "simpler, and its score is its parent's to the last bit, on {seeds} of the same seeds",
     "not_worth_it": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
-    "{parent_runs} runs): further runs would earn {pays:.2g} bits per byte each, at least {asked:.2g} was asked for",
+    "{parent_runs} runs): another run is expected to gain {pays:.2g} bits per byte, at least {asked:.2g} is required",
     "worth_another_run": "worth another run: {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard "
     "errors, {runs} against {parent_runs} runs)",
     "parent": "the parent again, beside experiment {of}",

@@ -109,7 +109,7 @@ def test_rerun_is_quick_and_changes_nothing(tmp_path, texts, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in data.folder.glob("*.npy")}
     capsys.readouterr()
     prepared("--dataset", folder)
-    assert "all was there and whole" in capsys.readouterr().out
+    assert "all files were there and intact" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in data.folder.glob("*.npy")}
 
 

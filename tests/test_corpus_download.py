@@ -140,7 +140,7 @@ def test_climbmix_and_more_shards_later(prepared, hub, capsys):
     assert [name for command, name, _ in hub.requests if command == "GET"].count("shard_00000.parquet") == 1
     hub.requests.clear()
     status, output = prepared("--num-shards", "2")
-    assert status == 0 and "all was there and whole" in output and not hub.requests
+    assert status == 0 and "all files were there and intact" in output and not hub.requests
 
 
 def test_tinystories_ranges():

@@ -318,7 +318,7 @@ def test_divergence(run, tiny_data, result, loss):
 
 
 class Scalar:
-    """Of a device: how often it was waited for."""
+    """A scalar of a device, which counts how often it was waited for."""
 
     def __init__(self, value):
         self.value, self.read = value, 0

@@ -22,6 +22,7 @@ def printed(*command, encoding):
 def test_a_profile_is_shown_on_any_terminal(encoding):
     text = printed("-m", "calibration", "show", str(PROFILE), encoding=encoding)
     assert ("+-" if encoding == "ascii" else "±") in text and "train.py for a few seconds" in text
+    assert "varlen: does not run here (NotImplementedError" in text and "aten::" not in text
 
 
 def test_what_is_missing_is_spelt():

@@ -50,7 +50,7 @@ def _backend():
 
 
 def _capability(backend) -> tuple[int, int] | None:
-    """Of the device that PyTorch would take, if it is NVIDIA's."""
+    """The compute capability of the device that PyTorch would take, if it is NVIDIA's."""
     import torch
 
     device = backend.devices.pick()

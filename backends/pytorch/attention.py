@@ -30,7 +30,7 @@ def attention(q, k, v, window, scale, softcap, bias, documents):
 
 
 def implementation(name):
-    """Of PyTorch, or what the backend that is open adds."""
+    """The implementation of that name: PyTorch's, or one that the open backend adds."""
     return runtime.added_attention.get(name) or IMPLEMENTATIONS[name]
 
 

@@ -40,7 +40,7 @@ def pick() -> torch.device:
         raise BackendError(
             f"{gpu} is here, but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install the build for "
             "your driver: pip install uv, then uv pip install --torch-backend=auto --reinstall-package torch torch; or "
-            "update the driver. To run on the CPU all the same, set AUTORESEARCH_DEVICE=cpu"
+            "update the driver. To run on the CPU instead, set AUTORESEARCH_DEVICE=cpu"
         )
     return torch.device(available[-1])
 
@@ -162,7 +162,7 @@ def load_compiler() -> threading.Thread:
 
 
 class Copy:
-    """Of a scalar on a GPU, under way to the host. `float(tensor)` would wait for all that was queued after it, too."""
+    """A scalar on its way from a GPU to the host. `float(tensor)` would also wait for all that was queued after it."""
 
     def __init__(self, scalar):
         self._value = torch.empty((), dtype=torch.float32, pin_memory=True)

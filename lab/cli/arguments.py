@@ -12,7 +12,7 @@ TURN = 600.0  # seconds
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="python -m lab",
-        description="Experiments on train.py: run, judged, kept or reverted, recorded. Used in the repository.",
+        description="Runs experiments on train.py, judges them, keeps or reverts them, and records them.",
     )
     whole.add_argument("--session", type=Path, help=argparse.SUPPRESS)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -26,78 +26,91 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(*names.split(), help=help, **metavar, **more)
 
         if wait:
-            text = f"how long to wait before saying how long is left (default {WAIT:g}); the run goes on regardless"
+            text = f"return after so long, with the time that is left (default {WAIT:g}); the experiment continues"
             option("--wait", text, "SECONDS", type=float, default=WAIT)
         if json:
-            option("--json", "the same for machines", action="store_true")
+            option("--json", "print JSON", action="store_true")
         return option
 
     seeds = {"metavar": "N", "type": int}
-    unsandboxed = ("--unsandboxed", "where the system offers no sandbox: go on without")
+    unsandboxed = ("--unsandboxed", "run without a sandbox if the system offers none")
     of_ledger = "of an untagged results.tsv, such as nvidia-h100-80gb"
 
     start = command("start", "begin a session: branch, judge, baseline", wait=True)
-    start("tag", "its name, the date say", "TAG")
+    start("tag", "its name, for example the date", "TAG")
     start(*unsandboxed, action="store_true")
-    start("--baseline-runs", "seeds of the baseline (default 3)", default=3, **seeds)
+    start("--baseline-runs", "runs of the baseline (default 3)", default=3, **seeds)
 
-    run = command("run", "take train.py, run it, decide, keep or revert, record", wait=True)
+    run = command("run", "run train.py as an experiment: decide, keep or revert, record", wait=True)
     run("-m --message", "what was changed, and why", "TEXT")
-    run("--near-misses", "not train.py, but the promising near misses together", action="store_true")
-    run("--again", "also if an equal train.py was decided on before", action="store_true")
+    run("--near-misses", "instead of train.py, try the promising near misses as one change", action="store_true")
+    run("--again", "run it even if an equal train.py was decided on before", action="store_true")
 
-    command("check", "try train.py: what it uses and a few tiny steps, within seconds and without a score")
-    command("wait", "go on waiting for what runs, or resume what was interrupted", wait=True)
-    pause = command("pause", "end what runs, to be done again later, and run nothing until resume", json=False)
-    pause("--after-run", "let the run under way come to its end first", action="store_true")
-    command("resume", "go on after a pause", json=False)
-    command("status", "best so far, noise, recent experiments, near misses")
-    command("log", "the experiments so far, or one of them")("number", None, "N", nargs="?", type=int)
+    command("check", "try a few tiny steps of train.py, within seconds and without a score")
+    command("wait", "wait for the experiment that is running, or continue an interrupted one", wait=True)
+    pause = command("pause", "end the current run, and start none until resume; the run is repeated then", json=False)
+    pause("--after-run", "let the current run finish first", action="store_true")
+    command("resume", "continue after a pause", json=False)
+    command("status", "show the best so far, the noise, recent experiments and near misses")
+    command("log", "list the experiments, or show one of them")("number", None, "N", nargs="?", type=int)
 
-    confirm = command("confirm", "the best against the baseline: new seeds, held-out rows", wait=True)
-    confirm("--pairs", "of runs, best and baseline (default 3)", default=3, **seeds)
-    confirm("--times", "the session's budget (4: does it last?)", "X", type=float, default=1)
+    confirm = command("confirm", "test the best against the baseline on new seeds and held-out rows", wait=True)
+    confirm("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
+    confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float, default=1)
 
     command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
     export("target", None, type=Path, nargs="?")
-    export("--publish", "a branch exp/<device>/<tag>: the kept steps, and the export in session/", action="store_true")
-    export("--replace", "the branch of that name that is there", action="store_true")
+    export(
+        "--publish",
+        "make a branch exp/<device>/<tag> with the kept changes, and the export in session/",
+        action="store_true",
+    )
+    export("--replace", "replace the branch of that name", action="store_true")
     bring = command("import", "read an exported session, or the original's results.tsv", json=False)
     bring("source", "a folder, an archive, a results.tsv or a published branch", "SOURCE")
     bring("--device", of_ledger, "TAG")
 
-    compare = command("compare", "sessions side by side: what each found, and which of it holds where")
+    compare = command("compare", "put sessions side by side: what each found, and which findings hold where")
     named = "DEVICE/TAG, a session's folder, an export, a branch, or the original's results.tsv"
     compare("sources", named, "SESSION", nargs="+")
     compare("--device", f"{of_ledger}; one for each of them, in order", "TAG", action="append", default=[])
-    report = command("report", "a session as one HTML file: what was tried, kept, and how sure it is", json=False)
-    report("sources", "as of compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
-    report("--device", "as of compare", "TAG", action="append", default=[])
-    report("--out", "(default report.html)", "FILE", type=Path, default=Path("report.html"))
-    report("--png", "a picture of the progress, for sharing", "FILE", type=Path)
+    report = command(
+        "report", "write a session as one HTML file: what was tried, what was kept, and how sure that is", json=False
+    )
+    report("sources", "as for compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
+    report("--device", "as for compare", "TAG", action="append", default=[])
+    report("--out", "where to write it (default report.html)", "FILE", type=Path, default=Path("report.html"))
+    report("--png", "also write a picture of the progress", "FILE", type=Path)
 
     replay = command("replay", "try another machine's kept changes here, one experiment each")
     replay("source", "a folder or archive from lab export, DEVICE/TAG, or a published branch", "SESSION")
-    replay("--all", "its near misses, too", action="store_true")
-    replay("--each", "on the baseline; the branch stays where it is (the default)", action="store_true")
-    replay("--stack", "in order, on the best so far; what is kept moves the branch", action="store_true")
-    replay("--runs", "of change and baseline each, at least (default 1); again with more adds some", default=1, **seeds)
-    replay("--dry-run", "only tell what would be run, and what does not apply", action="store_true")
+    replay("--all", "try its near misses, too", action="store_true")
+    replay("--each", "try each on the baseline, without moving the branch (the default)", action="store_true")
+    replay("--stack", "try them in order on the best so far; a kept one moves the branch", action="store_true")
+    replay(
+        "--runs",
+        "at least this many runs of change and baseline each (default 1); a later call with more adds runs",
+        default=1,
+        **seeds,
+    )
+    replay("--dry-run", "only say what would be run, and what does not apply here", action="store_true")
 
-    night = command("night", "one experiment after another, by an agent or by search, until it is stopped", json=False)
-    night("--agent", "asked once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
-    night("--proposer", "no agent: the built-in search (the default)", action="store_true")
-    night("--turn-seconds", f"for the agent, each time (default {TURN:g})", "S", type=float, default=TURN)
+    night = command(
+        "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
+    )
+    night("--agent", "called once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
+    night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
+    night("--turn-seconds", f"time limit of one call of the agent (default {TURN:g})", "S", type=float, default=TURN)
     night("--hours", "stop after so long", "H", type=float)
     night("--until", "stop at this time of day", "HH:MM")
     night("--max-experiments", "stop after so many", **seeds)
-    night("--notify", "gets a line on its input, and as $LAB_MESSAGE, at a new best and at trouble", "COMMAND")
-    night("--tag", "of the session that is begun if there is none (default: the date)")
-    night("--dataset", "for it (default: the one prepared last, or climbmix)", "NAME")
-    night("--baseline-runs", "seeds of its baseline (default 3)", default=3, **seeds)
+    night("--notify", "called at a new best and at trouble: gets a line on its input, and as $LAB_MESSAGE", "COMMAND")
+    night("--tag", "name of the new session, if there is none yet (default: the date)")
+    night("--dataset", "its dataset (default: the one prepared last, or climbmix)", "NAME")
+    night("--baseline-runs", "runs of its baseline (default 3)", default=3, **seeds)
     night(*unsandboxed, action="store_true")
-    night("--plan", "only tell what it will take", action="store_true")
+    night("--plan", "only say what it will take", action="store_true")
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)
     commands.add_parser("supervise")
     return whole

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -276,11 +277,41 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
     experiment = session.state.oldest_open
     if experiment is None:  # it was as good as done
         return tell(session, options, session.state.last)
-    if not opening.await_verdict(session, experiment, process, options.wait):
+    with _bar(session, experiment) as show:
+        done = opening.await_verdict(session, experiment, process, options.wait, show)
+    if not done:
         known = render.progress_facts(session, experiment)
         print(json.dumps(known) if options.json else render.progress(session, experiment))
         return 0
     return tell(session, options, experiment)
+
+
+@contextmanager
+def _bar(session: Session, experiment: Experiment):
+    """On a terminal, the progress of the run under way, on standard error. Gives the function that draws it."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lab.night.view import progress_of
+
+    columns = TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"experiment {experiment.number}", total=None)
+
+        def show():
+            run = experiment.run_under_way
+            progress = progress_of(session.run_folder(run.number) / "run.log") if run else {}
+            text = f"experiment {experiment.number}"
+            if run:
+                percent = progress.get("percent", 0)
+                doing = "starts" if not progress else "trains" if percent < 100 else "is scored"
+                text += f", run {run.number} (seed {run.seed}) {doing}"
+            bar.update(task, description=text, completed=progress.get("percent", 0), total=100 if progress else None)
+
+        yield show
 
 
 def tell(session: Session, options, experiment: Experiment) -> int:

@@ -55,7 +55,7 @@ class Analysis:
         self.steps = [experiment for experiment in kept if experiment.number in self.scores]
         self.best = self.steps[-1] if self.steps else None
         self.baseline = self.steps[0] if self.steps and self.steps[0].number == BASELINE else None
-        self.gain = self.relative = None  # of the best, which flatters itself: bits per byte, and of the baseline's
+        self.gain = self.relative = None  # of the best, biased by selection: bits per byte, and of the baseline's
         if self.best and self.baseline:
             self.gain = self.scores[BASELINE] - self.scores[self.best.number]
             self.relative = self.gain / self.scores[BASELINE]
@@ -84,7 +84,7 @@ class Analysis:
 
     @cached_property
     def noise(self) -> gate.Noise | None:
-        """Of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
+        """The noise of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
         from calibration.noise import expected  # here, as the rest of calibration is large
 
         groups = [
@@ -104,7 +104,7 @@ class Analysis:
         )
 
     def mean(self, experiment: Experiment | None, name: str) -> float | None:
-        """Of a figure of its runs, see effects.quantity."""
+        """The mean of a figure of its runs, see effects.quantity."""
         return effects.mean(self.counted[experiment.number], name) if experiment else None
 
     def step(self, experiment: Experiment, relative: bool = False) -> float | None:
@@ -115,7 +115,7 @@ class Analysis:
         return (score - before) / before if relative else score - before
 
     def effect(self, experiment: Experiment) -> Effect | None:
-        """Of a change on top of its parent, in its own session; None where one of them has no score."""
+        """The effect of a change on its parent, in its own session; None where one of them has no score."""
         parent = None if experiment.onto is None else self.experiments.get(experiment.onto)
         if parent is None:
             return None
@@ -129,8 +129,8 @@ class Analysis:
         since = [run for run in others if run.experiment > after]
         sure = self.noise is not None and bool(later and since)
         own, others = (later, since) if sure else (own, others)
-        flattered, known = self.noise is not None and not sure, bool(experiment.origin) or picked
-        return effects.between(own, others, self.noise, flattered=flattered, known=known, picked=picked)
+        biased, known = self.noise is not None and not sure, bool(experiment.origin) or picked
+        return effects.between(own, others, self.noise, biased=biased, known=known, picked=picked)
 
     # --- The session as a whole ---
 

@@ -10,14 +10,14 @@ Let s be the effect of a change where it was found, measured since it was chosen
 In that order of asking:
 
 1. **s has to be real.** Was the change chosen because it looked better, only that side is tested (at 5 %); else both
-   (at 2.5 % each). Where s is not real nothing is said of t: so over changes that do nothing anywhere at most 5 % get
+   (at 2.5 % each). If s is not real, t gets no class: over changes that do nothing anywhere at most 5 % get
    a class, whatever their t looks like, and with however many devices.
 2. **The direction of t is tested on both sides**, at 2.5 % each: reverses, or the same way.
 3. **t - s/2 is tested** below 0, at 5 %: fades, if t is also estimated to be within +-1/2 of s; else whether it fades
    or reverses is left open. The error holds that of s, with Satterthwaite's degrees of freedom: a difference instead
    of a ratio, so that there is no division by what may be near 0 (Fieller, JRSS B 1954).
 4. **holds** asks for the same way, and for t to be estimated at s/2 or more. To ask that t > s/2 be shown as well would
-   take four times the runs and more; what lies between is left open, and that it goes the same way is said.
+   take four times the runs and more; what lies between is left open, and reported as going the same way.
 
 No correction for several tests beyond that. "holds" and "fades" divide the values that t/s can have, "reverses" is a
 part of what fades: to say what is false, the test of what is true has to fail (partitioning: Finner & Strassburger,
@@ -26,7 +26,7 @@ Annals of Statistics 2002). Levels are per change and device, as each is read by
 miss of t - s/2 that is larger than s/2. How often it is wrong, and how much it finds, is simulated in
 benchmarks/compare.py.
 
-With a source that was never measured again there is nothing to compare with: its flattered effect is shown, and t's
+With a source that was never measured again there is nothing to compare with: its biased effect is shown, and t's
 with its interval, which stands by itself.
 """
 
@@ -39,12 +39,12 @@ from lab.compare.effects import Effect, satterthwaite
 from lab.verdict.gate import t_quantile, t_tail
 
 CLASSES = HOLDS, FADES, REVERSES, OPEN = "holds", "fades", "reverses", "can't be told"
-NO_RUNS = "unconfirmed", "its parent there flatters itself"  # reasons that further runs of a replay don't mend
+NO_RUNS = "unconfirmed", "its parent there is biased by selection"  # reasons that further runs of a replay don't remove
 LEVEL = 0.05
 HALF = 0.5  # of the source's effect: less has faded
 POWER_Z = 0.8416  # standard errors that give a chance of 80 %
 MOST = 30  # further runs that anybody is asked for
-SHRUNK = 0.5  # of a flattered effect: what is expected of it when it is measured
+SHRUNK = 0.5  # of a biased effect: what is expected of it when it is measured
 
 
 def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
@@ -53,13 +53,13 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
     if target.error is None or source.error is None:
         where = "here" if target.error is None else "where it was found"
         return OPEN, f"{NO_RUNS[0]}: nothing was repeated {where}", None
-    if source.flattered and not source.picked:  # no replay takes it, which could measure it
+    if source.biased and not source.picked:  # no replay takes it, which could measure it
         return OPEN, NO_RUNS[1], None
-    if source.flattered or not real(source):
-        why = "not measured since it was selected" if source.flattered else "may be chance where it was found"
+    if source.biased or not real(source):
+        why = "not measured since it was selected" if source.biased else "may be chance where it was found"
         return OPEN, why, _asked(0, _to_be_real(source))
-    if target.flattered:
-        return OPEN, "its parent here flatters itself: replay --each", _asked(*_to_tell(source, target))
+    if target.biased:
+        return OPEN, "its parent here is biased by selection: replay --each", _asked(*_to_tell(source, target))
     sign = math.copysign(1, source.value)
     t, s = sign * target.value, abs(source.value)
     share = f"{t / s:+.0%} of the effect where it was found"
@@ -100,7 +100,7 @@ def _asked(here: int | None, source: int | None) -> dict | None:
 
 def _after(effect: Effect, n: int) -> tuple[float, int]:
     """(variance, degrees of freedom) once n more runs of the change and of its parent each are there."""
-    known = 0.0 if effect.flattered else 1 / effect.variance
+    known = 0.0 if effect.biased else 1 / effect.variance
     return 1 / (known + n / (2 * effect.noise**2)), effect.df + 2 * n
 
 
@@ -119,8 +119,8 @@ def _to_be_real(source: Effect) -> int | None:
     """Further runs that would probably show a source's effect, if it is about as large as it looks."""
     if source.known and source.value >= 0:
         return None
-    size = abs(source.value) * (SHRUNK if source.flattered else 1)
-    level = LEVEL if source.known or source.flattered else LEVEL / 2
+    size = abs(source.value) * (SHRUNK if source.biased else 1)
+    level = LEVEL if source.known or source.biased else LEVEL / 2
     return _fewest(lambda n: _shows(size, [_after(source, n)], level))
 
 
@@ -140,7 +140,7 @@ def _to_tell(source: Effect, target: Effect) -> tuple[int | None, int | None]:
             here = _after(target, n)
             return _shows(size, [here], LEVEL / 2) and _shows(HALF * size, [here, _half(source, n * both)], LEVEL)
 
-        n = _fewest(told, int(target.flattered))
+        n = _fewest(told, int(target.biased))
         if n is not None:
             return (n, n * both) if n else (_near_half(source, target), 0)
     return None, None

@@ -67,7 +67,7 @@ class Agreement:
     same: int  # of them have effects of the same sign
     share: Interval  # they are, with its 90 % interval
     rho: Interval | None  # Spearman's, with its 90 % interval; None with too few changes
-    flattered: int  # of the effects rest on runs that the change was chosen for
+    biased: int  # of the effects rest on runs that the change was chosen for
     joined: str  # as of the changes
 
 
@@ -80,7 +80,7 @@ class Paid:
     tried: int  # with a verdict, those that crashed too
     kept: int
     crashed: int
-    # Of steps from the parent as its session saw them (what was kept flatters itself), in per cent of its val_bpb.
+    # The median step from the parent in per cent of its val_bpb, as its session saw it (kept ones are biased).
     median: float | None
 
 
@@ -251,8 +251,8 @@ def _agreement(changes: list[Shared], one: str, other: str, joined: str) -> Agre
         return None
     same, n = sum((a.value < 0) == (b.value < 0) for a, b in pairs), len(pairs)
     rho = effects.spearman([a.value for a, _ in pairs], [b.value for _, b in pairs])
-    flattered = sum(effect.flattered for pair in pairs for effect in pair)
-    return Agreement(one, other, n, same, (same / n, *effects.wilson(same, n)), rho, flattered, joined)
+    biased = sum(effect.biased for pair in pairs for effect in pair)
+    return Agreement(one, other, n, same, (same / n, *effects.wilson(same, n)), rho, biased, joined)
 
 
 def paid(analyses: list[Analysis]) -> list[Paid]:

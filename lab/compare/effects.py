@@ -1,15 +1,15 @@
 """How much a change moved val_bpb, from the runs that may be believed.
 
-What was kept was kept because its runs looked good, so those runs flatter it, most of all where gains are as small as
-the noise ("winner's curse": Zöllner & Pritchard, American Journal of Human Genetics 2007; Gelman & Carlin,
-Perspectives on Psychological Science 2014). The cure is to look again. So
+A change is kept because its runs looked good, so those runs are biased in its favour, most of all where gains are as
+small as the noise ("winner's curse": Zöllner & Pritchard, American Journal of Human Genetics 2007; Gelman & Carlin,
+Perspectives on Psychological Science 2014). Runs made later are unbiased. So
 
 - of a change that a session chose for its scores (kept it, or remembers it as a near miss) count only runs that were
   made after its verdict; and of its parent too, for what the parent scored until then had the same part in the choice;
 - of a parent that was chosen itself count only runs made after its own verdict; a baseline nobody chose;
 - a change that came from elsewhere (a replay) was not chosen here: all of its runs count.
 
-Where that leaves nothing, the effect is what the session saw, and marked as flattered. In an ordinary session that is
+Where that leaves nothing, the effect is what the session saw, and marked as biased. In an ordinary session that is
 the rule: what it kept is hardly run again. A replay of it on the same kind of device, on the baseline and with several
 runs each, is what measures it; confirmations count, too.
 
@@ -34,8 +34,8 @@ FEWEST_PAIRS = 4  # Fisher's interval needs n - 3 of them
 TAIL = 0.05  # on each side of an interval
 FASTER = 0.05  # more or fewer tokens than this share are more or fewer
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
-# Of an effect that is flattered, by `picked`: if its parent alone flatters itself, a change looks the worse for it.
-FLATTERED = {True: "as selected: flatters itself", False: "against a parent that flatters itself"}
+# What is said of a biased effect, by `picked`. If only its parent is biased, a change looks worse than it is.
+FLATTERED = {True: "biased by selection", False: "its parent is biased by selection"}
 
 
 # --- What a run measured ---
@@ -65,7 +65,7 @@ def _scaled(value: float | None, factor: float | None) -> float | None:
 
 
 def mean(runs: Sequence[Run], name: str = "val_bpb") -> float | None:
-    """Of a figure, over the runs that have it."""
+    """The mean of a figure, over the runs that have it."""
     known = [value for run in runs if (value := quantity(run, name)) is not None]
     return statistics.fmean(known) if known else None
 
@@ -86,9 +86,9 @@ class Effect:
     noise: float = 0.0  # standard deviation of a run
     runs: int = 1  # that it rests on
     parent_runs: int = 1
-    flattered: bool = False  # it rests on runs that it, or its parent, was chosen for: nothing was measured since
+    biased: bool = False  # it rests on runs that it, or its parent, was chosen for: nothing was measured since
     known: bool = False  # which way it goes was known before these runs, better that is: one side is enough to test
-    picked: bool = False  # the change itself was chosen for its scores here; else, if flattered, only its parent was
+    picked: bool = False  # the change itself was chosen for its scores here; else, if biased, only its parent was
     tokens: float | None = None  # of the change relative to its parent's; None if unknown
     flops: float | None = None
 
@@ -100,7 +100,7 @@ class Effect:
 
     @property
     def variance(self) -> float:
-        """Of the value. ValueError where nothing was repeated."""
+        """The variance of the value. ValueError where nothing was repeated."""
         if self.error is None:
             raise ValueError("nothing was repeated: this effect has no error")
         return self.error**2
@@ -108,11 +108,11 @@ class Effect:
     @property
     def sure(self) -> bool:
         """Whether its interval means what it says: chance was measured, and it was not chosen for its size."""
-        return self.error is not None and not self.flattered
+        return self.error is not None and not self.biased
 
 
 def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None, **facts) -> Effect:
-    """Of runs, on top of others; each of them has a val_bpb. facts: of the Effect, beside what the runs say."""
+    """The effect between runs and others, each with a val_bpb. facts: fields of the Effect that runs don't give."""
     base = statistics.fmean(run.bpb for run in others)
     value = statistics.fmean(run.bpb for run in own) - base
     if noise:
@@ -127,7 +127,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 
 def together(effects: list[Effect]) -> Effect | None:
-    """Of several sessions of one place: the sure ones weighted by their inverse variances; else the first there is."""
+    """The effect in several sessions of one place: sure ones weighted by their inverse variances, else the first."""
     sure = [effect for effect in effects if effect.sure]
     if len(sure) < 2:
         return next(iter(sure or effects), None)

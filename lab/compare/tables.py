@@ -121,7 +121,7 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
         parts.append(Table(caption, ("place", "verdict", "effect", "remarks"), rows))
         origins = {change.source: change.cells[change.source] for change in changes if _is_unmeasured(change)}
         parts += [
-            f"What {place} found flatters itself until it is measured again on that device: "
+            f"What {place} found is biased by selection until it is measured again on that device: "
             f"python -m lab start TAG, then python -m lab replay {cell.session} --runs 3"
             for place, cell in origins.items()
         ]
@@ -136,7 +136,7 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
 def _is_unmeasured(change: Shared) -> bool:
     """Whether its source has not run it again, which a replay would do: that takes what was kept."""
     effect = change.cells[change.source].effect if change.source else None
-    return effect is not None and effect.flattered and effect.picked
+    return effect is not None and effect.biased and effect.picked
 
 
 def _rows(change: Shared) -> list[tuple[str, ...]]:
@@ -155,7 +155,7 @@ def _remarks(change: Shared, cell: Cell) -> list[str]:
     remarks = [one_line(cell.description, 40)] if change.joined != CHANGE else []
     if cell.effect.low is None:
         remarks.append("unconfirmed")
-    if cell.effect.flattered and cell.verdict in (SOURCE, ""):
+    if cell.effect.biased and cell.verdict in (SOURCE, ""):
         remarks.append(effects.FLATTERED[cell.effect.picked])
     if cell.verdict == classify.OPEN:
         remarks.append(_missing(cell))
@@ -181,7 +181,7 @@ def _agreements(agreements: list[Agreement]) -> list[Table | str]:
         figures = "{:.0%} ({:.0%} to {:.0%})".format(*agreed.share), "-"
         if agreed.rho:
             figures = figures[0], "{:+.2f} ({:+.2f} to {:+.2f})".format(*agreed.rho)
-        remark = remarks.get(agreed.joined) or f"{agreed.flattered} effects as selected" * bool(agreed.flattered)
+        remark = remarks.get(agreed.joined) or f"{agreed.biased} effects as selected" * bool(agreed.biased)
         rows.append((Place(agreed.one), Place(agreed.other), str(agreed.n), *figures, remark))
     return [Table("Agreement, with 90 % intervals; noise lowers both figures", heads, rows)] if rows else []
 
@@ -225,11 +225,11 @@ def text(comparison: Comparison) -> str:
 
 
 def transfer(comparison: Comparison) -> str:
-    """Of it only the changes that more than one place has tried."""
+    """The part of the text about changes that more than one place has tried."""
     letters, parts = _letters(comparison), _transfer(comparison)
     if not parts:
         return textwrap.fill(
-            f"Both are of {comparison.places[0]}: its own findings, measured again, no longer flatter themselves when "
+            f"Both are of {comparison.places[0]}: its own findings, measured again, are no longer biased when "
             "another device's replay of them is compared",
             WIDTH,
         )

@@ -45,7 +45,7 @@ NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?(?:e-?\d+)?)(?:\s?(?:\^|\*\*)\s?(\
 
 @dataclass(frozen=True)
 class Said:
-    """Of a description: what is changed; the way, 1 up or -1 down or 0; the value it ends at, or None."""
+    """What a description says: what is changed; the way, 1 up or -1 down or 0; the value it ends at, or None."""
 
     words: frozenset[str]
     way: int

@@ -279,7 +279,7 @@ class Night:
             self._tell(f"{what}: the proposer steps in until it recovers", "trouble")
 
     def _turn_log(self) -> Path:
-        """Of the next turn."""
+        """The log of the next turn."""
         folder = self.session.folder / "turns"
         folder.mkdir(exist_ok=True)
         return folder / f"{len(self.turns) + 1:04d}.log"

@@ -217,7 +217,7 @@ def _badge(analysis: Analysis) -> list:
     if verdict is None or verdict.confirmed is None:
         return [
             el("span", "Unconfirmed", class_="badge open"),
-            " What is kept for its scores is flattered by them: "
+            " Scores that a change was kept for are biased in its favour: "
             "python -m lab confirm measures it again, with new seeds and on held-out rows.",
         ]
     sure, said = verdict.confirmed, cleaned(verdict.said, 400)

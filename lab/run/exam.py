@@ -54,7 +54,7 @@ class Asked:
 
 
 class Exam:
-    """Of one run. To be used as a context, in which the run is started with `settings` and `descriptors`.
+    """The exam of one run. To be used as a context, in which the run is started with `settings` and `descriptors`.
 
     Args:
         request: as of runner.py. weights: where the run saves them, or has done so.

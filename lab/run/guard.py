@@ -446,7 +446,7 @@ def mentions(module, name: str) -> bool:
 
 
 def path_of(folder: int) -> str:
-    """Of a descriptor, where the system tells; else a folder that is protected from everything."""
+    """The path of a descriptor, where the system tells; else a folder that is protected from everything."""
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/self/fd/{folder}")
     with contextlib.suppress(ImportError, OSError, AttributeError):

@@ -30,7 +30,7 @@ CLOCKS_APART = 3.0  # seconds: Linux tells to the second only when it was starte
 
 @dataclass
 class Outcome:
-    """Of a run.
+    """The outcome of a run.
 
     Attributes:
         status: "ok", "crash" or "invalid". reason: why not "ok".

@@ -109,7 +109,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of saved weights, in bits per byte. rows.npz in the run's folder has each row's nats and bytes: val_nats,
+    """Scores of saved weights, in bits per byte. rows.npz in the run's folder has each row's nats and bytes: val_nats,
     val_bytes, held_nats, held_bytes, float64 (rows,)."""
 
     val_bpb: float

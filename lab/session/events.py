@@ -36,7 +36,7 @@ def is_tag(text: str) -> bool:
 
 
 class Gains(TypedDict):
-    """Of a confirmation, by rows: the best against the baseline, above 0 is better."""
+    """The gains in a confirmation, by rows: the best against the baseline, above 0 is better."""
 
     val_bpb: Interval
     held_out_bpb: Interval

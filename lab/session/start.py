@@ -149,7 +149,7 @@ def checked_profile(hardware, train: Path, say) -> dict:
     if reasons := profiles.stale(profile, hardware):
         raise profiles.ProfileError(f"the profile is stale: {'; '.join(reasons)}; {profiles.AGAIN}")
     if profiles.stale(profile, hardware, profiles.baseline(train)):
-        say("the profile was measured with another train.py than this one: its sizes are used all the same")
+        say("the profile was measured with another train.py than this one: its sizes are used nevertheless")
     return profile
 
 

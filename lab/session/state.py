@@ -93,14 +93,14 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
 
     @property
     def verdict(self) -> Verdict:
-        """Of a decided experiment."""
+        """The verdict of a decided experiment. ValueError before there is one."""
         if self.decided is None:
             raise ValueError(f"experiment {self.number} is not decided yet")
         return self.decided
 
     @property
     def own_runs(self) -> list[Run]:
-        """Of its own train.py, not of its parent's."""
+        """The runs of its own train.py, not those of its parent's."""
         return [run for run in self.runs if run.blob == self.blob]
 
     @property

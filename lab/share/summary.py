@@ -11,7 +11,7 @@ from lab.genome import kinds
 from lab.session.record import Record
 from lab.session.state import MEASURING, Experiment
 
-UNCONFIRMED = "none was made; what was kept for its scores is flattered by them"
+UNCONFIRMED = "none was made; scores that a change was kept for are biased in its favour"
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
 
 
@@ -111,7 +111,7 @@ def cell(text: str) -> str:
 KEPT = """What was kept
 
 In order, each on top of the one before. Change of val_bpb: below 0 is better; from the runs that it was kept for, which
-flatter it.
+are biased in its favour.
 """
 NEAR = """Near misses
 

@@ -11,7 +11,7 @@ of what scores lower is no better; and to run everything many times leaves no ti
    and at many runs lie as far apart as matters: more of them ask for more at each.
 3. **The parent is run beside it**, on the same seeds, at least as often, and more often the more tests share its mean.
    Equal seeds are compared in pairs as far as the session shows that they share noise (`shared`). The parent's mean
-   holds the runs that it was kept for, and flatters it: that costs power, not validity.
+   holds the runs that it was kept for, and is biased in its favour: that costs power, not validity.
 4. **The noise** is one standard deviation for the session, pooled over all that was repeated, with a prior that counts
    like a few repeats and fades as real ones come. What the measured disturbance of the device explains is taken out,
    and how well that is known widens the error (`pooled`).
@@ -306,7 +306,7 @@ def _difference(
 
 
 def _variance(runs: int, parents: int, correlation: float) -> float:
-    """Of that difference, in units of the noise's variance."""
+    """The variance of that difference, in units of the noise's variance."""
     return (1 - correlation**2) / runs + (1 - correlation) ** 2 / parents
 
 

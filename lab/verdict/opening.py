@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import filelock
@@ -177,9 +178,14 @@ def open_change(
 
 
 def await_verdict(
-    session: Session, experiment: Experiment, process: subprocess.Popen | None = None, seconds: float = math.inf
+    session: Session,
+    experiment: Experiment,
+    process: subprocess.Popen | None = None,
+    seconds: float = math.inf,
+    show: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Waits, at most so long, for what carries an experiment out; whether it is done. LabError if that ended before."""
+    """Waits for the process that carries out an experiment, at most so many seconds; calls `show` meanwhile. Returns
+    whether there is a verdict. LabError if the process ended before."""
     deadline = time.monotonic() + seconds
     while not experiment.applied:
         if time.monotonic() > deadline:
@@ -192,6 +198,7 @@ def await_verdict(
                 f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
                 "python -m lab wait tries again"
             )
+        show()
         time.sleep(POLL)
     return True
 

@@ -142,7 +142,7 @@ SCENARIOS = {
 
 
 def steps_of(line: str) -> list[Step]:
-    """Of a line of the queue: a word of SCENARIOS, "shell: COMMAND" or "tool: NAME JSON"."""
+    """The steps of a line of the queue: a word of SCENARIOS, "shell: COMMAND" or "tool: NAME JSON"."""
     if line.startswith("tool:"):
         name, _, given = line.removeprefix("tool:").strip().partition(" ")
         call = Step("call", name, {"arguments": json.loads(given or "{}")})

@@ -362,7 +362,7 @@ def test_the_command_goes_on_after_an_interruption(device, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(measure.Measurement, "_try", interrupted)
         assert command.main([]) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command continues from here" in capsys.readouterr().err
     assert command.main([]) == 0
     assert "going on with an interrupted calibration" in capsys.readouterr().out
 

@@ -59,7 +59,7 @@ def why_none(device: torch.device) -> str | None:
 
 
 def digest() -> str:
-    """Of the kernels: others are tried anew."""
+    """The digest of the kernels' sources: changed kernels are tried again."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
 
@@ -158,7 +158,7 @@ def described(tried: dict) -> str:
 
 
 def _error(name: str) -> float:
-    """Of outputs and gradients, relative to plain operations in float32."""
+    """The error of outputs and gradients, relative to plain operations in float32."""
     function, inputs = CASES[name](_drawn(2, 257, WIDTH))  # no multiple of any tile
     inputs = [t.to(runtime.dtype) for t in inputs]
     wanted = _with_gradients(function, [t.float() for t in inputs])  # which no kernel computes

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import sessions
@@ -221,3 +222,13 @@ def test_outside_a_session_the_command_says_how_to_begin(tmp_path):
         check=False,
     )
     assert done.returncode == 1 and "lab start TAG" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_terminal_shows_how_far_the_run_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes what capsys collects for a terminal
+    monkeypatch.setattr(commands.sys.stderr, "isatty", lambda: True, raising=False)
+    (tmp_path / "run.log").write_text("step 5 (40.0%) | loss: 3.1 | 100 tok/s\n")
+    experiment = SimpleNamespace(number=3, run_under_way=SimpleNamespace(number=1, seed=43))
+    with commands._bar(SimpleNamespace(run_folder=lambda number: tmp_path), experiment) as show:
+        show()
+    assert "experiment 3, run 1 (seed 43) trains" in capsys.readouterr().err

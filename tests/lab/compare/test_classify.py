@@ -63,11 +63,11 @@ def test_one_side_is_tested_where_the_way_was_known():
 
 
 def test_a_source_that_was_not_measured_again_says_nothing_and_asks_for_runs_there():
-    found, why, more = classify.classify(effect(-0.010, flattered=True, known=True, picked=True), effect(-0.010))
+    found, why, more = classify.classify(effect(-0.010, biased=True, known=True, picked=True), effect(-0.010))
     assert found == OPEN and why.startswith("not measured since it was selected") and more["source"] >= 1
     for known in (False, True):  # discarded on top of what was kept, or replayed there
-        _, why, more = classify.classify(effect(-0.010, flattered=True, known=known), effect(-0.010))
-        assert (why, more) == ("its parent there flatters itself", None)
+        _, why, more = classify.classify(effect(-0.010, biased=True, known=known), effect(-0.010))
+        assert (why, more) == ("its parent there is biased by selection", None)
 
 
 def test_without_noise_nothing_is_told():
@@ -87,8 +87,8 @@ def test_less_than_half_that_may_be_the_other_way_is_said():
     assert found == OPEN and "fades or reverses" in why
 
 
-def test_a_parent_that_flatters_is_not_compared_with():
-    found, why, _ = classify.classify(SOURCE, effect(-0.010, flattered=True))
+def test_a_parent_that_is_biased_is_not_compared_with():
+    found, why, _ = classify.classify(SOURCE, effect(-0.010, biased=True))
     assert found == OPEN and "--each" in why
 
 

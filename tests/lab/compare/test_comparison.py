@@ -104,20 +104,20 @@ def test_a_replay_is_joined_by_its_origin_and_classed(there, said):
 
 def test_what_was_not_measured_since_is_shown_and_not_believed():
     compared = compare(shown_and_replayed((-0.010,) * 3, known=False))
-    assert cell(compared, H100).effect.flattered and cell(compared, H100).effect.value == pytest.approx(-0.02)
+    assert cell(compared, H100).effect.biased and cell(compared, H100).effect.value == pytest.approx(-0.02)
     assert cell(compared).verdict == "can't be told" and cell(compared).more["source"] > 0
     text = " ".join(tables.text(compared).split())
-    assert "flatters itself" in text and f"python -m lab replay {H100}/night --runs 3" in text
+    assert "biased by selection" in text and f"python -m lab replay {H100}/night --runs 3" in text
 
 
-def test_what_was_discarded_looks_worse_beside_a_parent_that_flatters_itself():
+def test_what_was_discarded_looks_worse_beside_a_parent_that_is_biased():
     """And no replay takes it: none is asked for."""
     first = session(H100, "night").change(1, [0.98], "keep", change=A).change(2, [0.985], onto=1, change=B)
     compared = compare([analysed(first), analysed(session(CPU, "own").change(1, [1.01], change=B))])
     (change,) = compared.shared
-    assert change.source == H100 and change.cells[CPU].why == "its parent there flatters itself"
+    assert change.source == H100 and change.cells[CPU].why == "its parent there is biased by selection"
     text = tables.text(compared)
-    assert "against a parent that flatters itself" in text and "lab replay" not in text
+    assert "its parent is biased by selection" in text and "lab replay" not in text
 
 
 def test_a_replay_on_its_own_device_measures_the_source():
@@ -125,7 +125,7 @@ def test_a_replay_on_its_own_device_measures_the_source():
     again = analysed(session(H100, "again").replay(1, [0.990, 0.991, 0.989], f"{H100}/night/{A}"))
     compared = compare([first, again, copy])
     effect = cell(compared, H100).effect
-    assert effect.value == pytest.approx(-0.010) and not effect.flattered
+    assert effect.value == pytest.approx(-0.010) and not effect.biased
     assert len(cell(compared, H100).tried) == 2 and cell(compared).verdict == "holds"
     alone = compare([again, copy])  # the session itself is not at hand
     assert cell(alone).verdict == "holds" and alone.shared[0].source == H100
@@ -270,7 +270,7 @@ def test_agreement_over_what_both_measured():
         other.change(number, [1 + 2 * effect] * 3)
     other.change(9, [], "crash", change="9" * 16)
     (pair,) = compare([analysed(one), analysed(other)]).agreements
-    assert (pair.n, pair.same, pair.share[0], pair.flattered) == (5, 5, 1.0, 0)
+    assert (pair.n, pair.same, pair.share[0], pair.biased) == (5, 5, 1.0, 0)
     assert pair.share[1] < 1 == pair.share[2] and pair.rho[0] == pytest.approx(1.0) and pair.rho[1] < 1
 
 

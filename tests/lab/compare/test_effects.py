@@ -20,28 +20,28 @@ def of(builder, number=1, noise=SD, df=DF):
 
 def test_a_discarded_change_is_measured_by_all_of_its_runs():
     effect = of(session(base=[1.0, 1.02, 1.04]).change(1, [1.01, 1.03]))
-    assert effect.value == pytest.approx(0.0) and not effect.flattered and not effect.known
+    assert effect.value == pytest.approx(0.0) and not effect.biased and not effect.known
     assert effect.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 3))
     assert effect.high - effect.value == pytest.approx(gate.t_quantile(0.05, DF) * effect.error)
     assert effect.low + effect.high == pytest.approx(2 * effect.value)
 
 
 @pytest.mark.parametrize("status, near_miss", [("keep", False), ("discard", True)])
-def test_what_was_chosen_for_its_scores_is_flattered_until_it_and_its_parent_are_run_again(status, near_miss):
+def test_what_was_chosen_for_its_scores_is_biased_until_it_and_its_parent_are_run_again(status, near_miss):
     def chosen():
         return session().change(1, [0.9, 0.9], status, near_miss=near_miss)
 
-    assert of(chosen()).flattered
+    assert of(chosen()).biased
     only = of(chosen().again(2, 1, [0.99, 0.97]))
-    assert only.flattered and only.runs == 4  # its parent was not
+    assert only.biased and only.runs == 4  # its parent was not
     both = of(chosen().again(2, 1, [0.99, 0.97]).again(2, 0, [1.01]))
-    assert not both.flattered and both.known and (both.runs, both.parent_runs) == (2, 1)
+    assert not both.biased and both.known and (both.runs, both.parent_runs) == (2, 1)
     assert both.value == pytest.approx(0.98 - 1.01)
 
 
 def test_runs_of_the_parent_beside_a_kept_change_had_a_part_in_its_choice():
     beside = session().change(1, [0.9], "keep").again(1, 0, [1.2]).again(2, 1, [0.95])
-    assert of(beside).flattered and of(beside).parent_runs == 4
+    assert of(beside).biased and of(beside).parent_runs == 4
 
 
 def test_a_parent_that_was_kept_counts_by_its_later_runs():
@@ -49,14 +49,14 @@ def test_a_parent_that_was_kept_counts_by_its_later_runs():
         return session().change(1, [0.90], "keep")
 
     effect = of(parent().change(2, [0.99], onto=1).again(2, 1, [0.95]), 2)
-    assert effect.value == pytest.approx(0.04) and not effect.flattered
+    assert effect.value == pytest.approx(0.04) and not effect.biased
     lucky = of(parent().change(2, [0.99], onto=1), 2)
-    assert lucky.flattered and lucky.value == pytest.approx(0.09)
+    assert lucky.biased and lucky.value == pytest.approx(0.09)
 
 
 def test_a_replay_was_chosen_elsewhere():
     effect = of(session().replay(1, [0.9], "a/b/" + "1" * 16, "keep"))
-    assert not effect.flattered and effect.known and effect.value == pytest.approx(-0.1)
+    assert not effect.biased and effect.known and effect.value == pytest.approx(-0.1)
 
 
 def test_runs_of_another_budget_or_evaluator_are_left_out():
@@ -71,7 +71,7 @@ def test_without_repeats_nothing_is_sure():
     assert Analysis(builder.record()).noise is None
     effect = of(builder, noise=None)
     assert effect.value == pytest.approx(-0.1) and effect.error is effect.low is None
-    assert not effect.sure and not effect.flattered
+    assert not effect.sure and not effect.biased
 
 
 @pytest.mark.parametrize("status", ["crash", "invalid"])
@@ -88,11 +88,11 @@ def test_sessions_of_one_place_are_weighted_by_what_they_know():
     assert effect.df == math.floor(1 / (0.8**2 / 10 + 0.2**2 / 4)) and effect.runs == 6
 
 
-def test_a_flattered_effect_is_taken_only_where_there_is_no_other():
-    flattered = of(session().change(1, [0.5], "keep"))
+def test_a_biased_effect_is_taken_only_where_there_is_no_other():
+    biased = of(session().change(1, [0.5], "keep"))
     measured = of(session().replay(1, [0.99], "d/a/" + "1" * 16))
-    assert effects.together([flattered, measured]) == measured
-    assert effects.together([flattered]) == flattered and effects.together([]) is None
+    assert effects.together([biased, measured]) == measured
+    assert effects.together([biased]) == biased and effects.together([]) is None
 
 
 def test_satterthwaite_of_equal_parts_adds_their_degrees():

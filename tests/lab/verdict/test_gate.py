@@ -162,7 +162,7 @@ def test_patience_grows_while_nothing_is_kept_and_ends_with_what_runs_earn():
 def test_a_first_run_that_promises_too_little_is_discarded_as_a_near_miss():
     found = step(1.3)  # 1.1 standard errors
     assert (found.action, found.evidence.near_miss, found.evidence.stake) == ("discard", True, 0.0)
-    assert "further runs would earn" in str(found.reason) and "was asked for" in str(found.reason)
+    assert "another run is expected to gain" in str(found.reason) and "is required" in str(found.reason)
 
 
 def test_a_near_miss_is_at_least_one_standard_error_better():
@@ -267,7 +267,7 @@ QUIET = Noise(0.4 * gate.MARGIN, 40)
 
 
 def simplified(*losses: float, noise=QUIET, account=Account()) -> gate.Step:
-    """Of runs that lose so many margins against a parent with as many runs."""
+    """The step after runs that lose so many margins against a parent with as many runs."""
     scores = {gate.seed(i): 1.0 + loss * gate.MARGIN for i, loss in enumerate(losses)}
     return next_step(scores, parents(max(3, len(losses) + 1)), noise, account, simpler=True)
 
