@@ -541,7 +541,8 @@ def examine(
     # What later tokens are masked out of repeats to the bit, or as well as two equal calls do.
     repeatable = 2e-3 + 10 * float(np.abs(first - repeated).max())
     for i, told, kept, _ in ends:
-        require_equal(values[i][kept], told[kept], "looks_ahead", worst_allowed=repeatable)
+        if kept.any():  # a row cut at its first place may have been asked for a random token there
+            require_equal(values[i][kept], told[kept], "looks_ahead", worst_allowed=repeatable)
     guessed = np.concatenate([np.exp(-told[wrong].astype(np.float64)) for _, told, _, wrong in ends])
     if guessed.sum() > 3 + 20 * len(guessed) / vocab_size:
         raise Invalid("sees_targets", mean=float(guessed.mean()), chance=1 / vocab_size)

@@ -85,6 +85,12 @@ def test_nats_and_bytes_of_each_row(tiny_data, model):
         prepare.bits_per_byte(np.ones(2), np.zeros(2))
 
 
+def test_a_row_that_is_cut_at_its_first_place(tiny_data, model):
+    rows = tiny_data.validation_rows[:1, :3]  # there is no other place to cut it at
+    answers = prepare.Answers(Backend(), model, 1)
+    assert len(prepare.examine(answers, rows, tiny_data.token_bytes, 1, share=20)[0]) == 1
+
+
 def test_held_out_rows_and_count(tiny_data, model):
     assert evaluate_bpb(Backend(), model, tiny_data, "held_out") != evaluate_bpb(Backend(), model, tiny_data)
     assert evaluate_bpb(Backend(), model, tiny_data, count=1) != evaluate_bpb(Backend(), model, tiny_data, count=2)
