@@ -197,7 +197,7 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()
         self.stopped: float | None = None
-        self.ticked = self._last = self._window = 0.0
+        self.ticked = self._last = self._window = self._paused = 0.0
         self.steps, self.longest, self.in_step, self.took = 0, 0.0, False, []
         self.loss: float | None = None
         self._unread: tuple[int, Any] | None = None
@@ -208,10 +208,7 @@ class Clock:
             sys.audit("autoresearch.clock", self, backend)
             self.initial_weights = sketch(backend.weights(model))
             values = Answers(backend, model, FIRST_ROWS).losses(*inputs_and_targets(loader.first_rows()))
-            require_finite(values)
-            untrained, chance = float(values.mean(dtype=np.float64)), math.log(loader.data.vocab_size)
-            if untrained < 0.95 * chance:
-                raise Invalid("warm_start", loss=untrained, chance=chance)
+            require_untrained(values, loader.data.vocab_size)
         loader.clock = self
         gc.collect()
         gc.freeze()  # what exists by now stays: going through it again would stall a step by half a second
@@ -591,6 +588,14 @@ def compare_apart(
     require_finite(told)
     # Another process may compile other kernels, and ask for other batches at once: single tokens scatter.
     require_equal(said[chosen], told, "answers_apart", mean_allowed=0.02, worst_allowed=0.5)
+
+
+def require_untrained(values: np.ndarray, vocab_size: int) -> None:
+    """Refuses losses of a model that knows more than chance before it was trained."""
+    require_finite(values)
+    untrained, chance = float(values.mean(dtype=np.float64)), math.log(vocab_size)
+    if untrained < 0.95 * chance:
+        raise Invalid("warm_start", loss=untrained, chance=chance)
 
 
 def require_finite(values: np.ndarray) -> None:

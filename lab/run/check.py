@@ -39,7 +39,6 @@ PROGRESS = (0.0, 0.5, 0.999)  # through the budget, at each step
 SECONDS = 120.0  # in which all has to be done: a busy machine takes several times as long
 INSIDE = ("AUTORESEARCH_RESULT", "AUTORESEARCH_EXAM", "AUTORESEARCH_BATCHES")  # are for guarded runs
 NOT_HERE = 3  # exit status: the device can't be used from here
-TRAINED_ALREADY = 0.95  # of chance: an untrained model whose loss is below has learnt something before
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,7 @@ class Steps:
         self.evaluated = False
         self.reported: dict | None = None
         tokens, targets = dataset.inputs_and_targets(loader.first_rows())
-        loss = float(self._answers().losses(tokens, targets).mean(dtype=np.float64))
-        if not math.isfinite(loss):
-            raise prepare.Invalid("not_finite", count=targets.size, total=targets.size)
-        if loss < TRAINED_ALREADY * math.log(self.data.vocab_size):
-            raise prepare.Invalid("warm_start", loss=loss, chance=math.log(self.data.vocab_size))
+        prepare.require_untrained(self._answers().losses(tokens, targets), self.data.vocab_size)
         loader.clock = self
 
     def _answers(self):

@@ -30,15 +30,8 @@ import disturbance
 import prepare
 import storage
 
-JUDGES = (
-    "prepare",
-    "dataset",
-    "disturbance",
-    "storage",
-    "results",
-    "backends",
-    "calibration",
-)  # the judge's modules and packages
+# The judge's modules and packages.
+JUDGES = ("prepare", "dataset", "disturbance", "storage", "results", "backends", "calibration")
 OWN = ("home", "tmp", "work", "cache")  # parts of a run's folder that are its own
 MARK = "refused"
 DEVICES, SHARED = {"/dev", "/proc", "/sys"}, {"/dev/shm"}

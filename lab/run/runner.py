@@ -37,7 +37,7 @@ from lab.run.outcome import Ended, Outcome
 
 GRACE = 5.0  # seconds between being asked to end and being ended
 POLL = 0.25  # seconds
-MEMORY_EVERY = 1.0  # seconds
+LOOK_EVERY = 1.0  # seconds between looks at its memory, and whether it stands still
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
@@ -229,9 +229,8 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
     assert process.stdin and process.stdout
     output = Log(os.dup(process.stdout.fileno()), log)
     process.stdout.close()
-    watched = Watched()
     try:
-        problem = watch(process, request, output, begun + request.timeout, watched)
+        problem, paused = watch(process, request, output, begun + request.timeout)
     finally:
         try:
             ask_to_end(process)
@@ -253,41 +252,35 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
         left, code = left + code - child.LEFT_RUNNING, 0
     if left and not problem:
         problem = because("left_processes", count=left)
-    return Ended(128 - code if code > 128 else code, seconds, set_by, problem, watched.paused)
+    return Ended(128 - code if code > 128 else code, seconds, set_by, problem, paused)
 
 
-@dataclass
-class Watched:
-    """What was seen of a run: seconds in which it, or the whole machine, stood still."""
-
-    paused: float = 0.0
-
-
-def watch(process: Popen, request: Request, output: Log, deadline: float, watched: Watched) -> Reason | None:
-    """Waits for the end of a process; why it can't be waited for, if so. Halted if it is to end now. What the run
-    stands still for is not counted."""
+def watch(process: Popen, request: Request, output: Log, deadline: float) -> tuple[Reason | None, float]:
+    """Waits for the end of a process, while it or the whole machine stands still beyond the deadline, too. Returns why
+    it can't be waited for, if so, and the seconds that it stood still. Halted if it is to end now."""
     ceiling = request.memory_ceiling if request.unified else None
     look = before = time.monotonic()
+    paused = 0.0
     while True:
         with suppress(TimeoutExpired):
             process.wait(POLL)
-            return None
+            return None, paused
         if why := request.ending():
             raise Halted(why)
         if output.flooded:
-            return because("flooded", most=FLOOD // 2**20)
+            return because("flooded", most=FLOOD // 2**20), paused
         now = time.monotonic()
         gap, before = now - before, now
         if gap > POLL + disturbance.PAUSE:
-            watched.paused += gap
-        if now > deadline + watched.paused:
-            return because("timeout", seconds=request.timeout, budget=request.budget)
+            paused += gap
+        if now > deadline + paused:
+            return because("timeout", seconds=request.timeout, budget=request.budget), paused
         if now >= look:
             if stands_still(process.pid):
-                watched.paused += MEMORY_EVERY
-            look = now + MEMORY_EVERY
+                paused += LOOK_EVERY
+            look = now + LOOK_EVERY
             if ceiling is not None and (used := memory(process.pid)) > ceiling:
-                return because("memory", used_mb=used / 2**20, most_mb=ceiling / 2**20)
+                return because("memory", used_mb=used / 2**20, most_mb=ceiling / 2**20), paused
 
 
 def stands_still(pid: int) -> bool:

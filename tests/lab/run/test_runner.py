@@ -292,7 +292,7 @@ def test_memory_that_the_device_used(request_for):
 
 
 def test_memory_of_the_processes(request_for, monkeypatch):
-    monkeypatch.setattr(runner, "MEMORY_EVERY", 0.1)
+    monkeypatch.setattr(runner, "LOOK_EVERY", 0.1)
     held = "    held = np.ones(2**25)\n    time.sleep(30)\n"
     found = runner.run(request_for({EVALUATION: held}, memory_ceiling=2**28, unified=True))
     assert found.status == "invalid" and found.seconds < 25
