@@ -3,6 +3,7 @@
     python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --fa3 --seeds 1 2 3 4                 (on a Hopper)
     python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --fa3 --only theirs --out THEIRS_JSON (on a GPU of its own)
     python benchmarks/learning.py --only ours --out OURS_JSON                                      (on another)
+    python benchmarks/learning.py --only plain --out PLAIN_JSON          (ours without kernels of its own)
     python benchmarks/learning.py --compare OURS_JSON THEIRS_JSON
     python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --attention NANOCHAT_FLASH_ATTENTION_PY --float32 \\
         --depth 2 --device-batch 1 --total-batch 4096 --steps 4 --last 2 --seeds 1 2               (a try on a CPU)
@@ -29,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +56,14 @@ OUR_EPS = 1e-4  # of AdamW for the scalars, in our train.py
 SAME = ("depth", "total_batch", "windows", "steps", "last", "float32")  # options that both sides have to share
 
 
+def run_plain(options) -> dict:
+    """Ours with plain operations instead of its kernels."""
+    from backends.pytorch.kernels import trial
+
+    trial.choose, trial.known = lambda tried: {}, lambda variants: False
+    return run_ours(options)
+
+
 def run_ours(options) -> dict:
     if options.float32:
         backend = backends.load(precision="float32")
@@ -73,6 +83,7 @@ def run_ours(options) -> dict:
             initial=clock.initial_weights,
             data=data.data_tag,
             notes=backend.device.notes,
+            kernels=backend.device.kernels,
             attention_provider=backend.device.attention_provider,
         )
         clock.stop()
@@ -121,7 +132,12 @@ def run_theirs(options) -> dict:
 
 def our_text(options):
     """Our train.py without a backend, for what it draws: theirs gets the device to itself."""
-    load, backends.load = backends.load, lambda **_: SimpleNamespace(nn=SimpleNamespace(Module=object), ops=None)
+    load, backends.load = (
+        backends.load,
+        lambda **_: SimpleNamespace(
+            nn=SimpleNamespace(Module=object), ops=SimpleNamespace(fusable=lambda function: function)
+        ),
+    )
     try:
         return execute("ours", with_constants(TRAIN.read_text(), options))
     finally:
@@ -139,6 +155,22 @@ def run_child(side: str, seed: int) -> dict:
     return result
 
 
+def run_side(side: str, options) -> dict:
+    """All its runs; what is done is written to --out after each."""
+    shown = {name: getattr(options, name) for name in SAME}
+    found = {"side": side, "options": shown, "runs": {}}
+    with ThreadPoolExecutor(options.together) as pool:
+        asked = {pool.submit(run_child, side, seed): str(seed) for seed in options.seeds}
+        for run in as_completed(asked):
+            found["runs"][asked[run]] = run.result()
+            if options.out:
+                options.out.write_text(json.dumps(found))
+    return found
+
+
+SIDES = {"ours": run_ours, "plain": run_plain, "theirs": run_theirs}
+
+
 # ---- Comparison ----
 
 
@@ -148,30 +180,29 @@ def compare(ours: dict, theirs: dict, limit: float) -> bool:
     Args:
         ours, theirs: {"options": {...}, "runs": {seed: {"losses": of each step, "initial": ..., "data": ...}}}.
     """
-    if ours["options"] != theirs["options"] or ours["runs"].keys() != theirs["runs"].keys():
-        raise SystemExit(
-            f"not the same runs: {ours['options']}, seeds {[*ours['runs']]}; "
-            f"{theirs['options']}, seeds {[*theirs['runs']]}"
-        )
-    last, pairs = ours["options"]["last"], {seed: (run, theirs["runs"][seed]) for seed, run in ours["runs"].items()}
+    if ours["options"] != theirs["options"]:
+        raise SystemExit(f"not the same runs: {ours['options']}, {theirs['options']}")
+    last, seeds = ours["options"]["last"], sorted(ours["runs"].keys() & theirs["runs"].keys(), key=int)
+    pairs = {seed: (ours["runs"][seed], theirs["runs"][seed]) for seed in seeds}
+    sides = [ours["side"], theirs["side"]]
     differences = []
     print(
         f"\nmean training loss of the last {last} of {ours['options']['steps']} steps, nats\n\n"
-        "| seed | ours | theirs | ours - theirs |\n|---|---|---|---|"
+        f"| seed | {' | '.join(sides)} | {' - '.join(sides)} |\n|---|---|---|---|"
     )
     for seed, pair in pairs.items():
         for what in ("initial", "data"):
             if pair[0][what] != pair[1][what]:
-                raise SystemExit(f"seed {seed}: {what} of ours {pair[0][what]}, of theirs {pair[1][what]}")
+                raise SystemExit(f"seed {seed}: {what} of {sides[0]} {pair[0][what]}, of {sides[1]} {pair[1][what]}")
         means = [statistics.fmean(run["losses"][-last:]) for run in pair]
         differences.append(means[0] - means[1])
         print(f"| {seed} | {means[0]:.5f} | {means[1]:.5f} | {differences[-1]:+.5f} |")
     print()
-    for side, runs in (("ours", ours["runs"]), ("theirs", theirs["runs"])):
-        if all(run["tokens_per_second"] for run in runs.values()):
-            print(f"tokens/s of {side}: " + ", ".join(f"{run['tokens_per_second']:,.0f}" for run in runs.values()))
-    for side, runs in (("ours", ours["runs"]), ("theirs", theirs["runs"])):
-        print(f"Flash Attention 3 of {side}: {', '.join({str(run['attention_provider']) for run in runs.values()})}")
+    for side, runs in zip(sides, zip(*pairs.values(), strict=True), strict=True):
+        if all(run["tokens_per_second"] for run in runs):
+            print(f"tokens/s of {side}: {statistics.median(run['tokens_per_second'] for run in runs):,.0f} (median)")
+        for what in ("attention_provider", "kernels"):
+            print(f"{what.replace('_', ' ')} of {side}: {', '.join({str(run.get(what)) for run in runs})}")
     print(
         "mean difference over all seeds by steps: "
         + ", ".join(
@@ -207,15 +238,16 @@ def parse_options():
     parser.add_argument("--last", type=int, default=50, help="steps whose loss is compared")
     parser.add_argument("--limit", type=float, default=0.005, help="nats")
     parser.add_argument("--own-eps", action="store_true", help="the original's eps for its scalars")
-    parser.add_argument("--only", choices=["ours", "theirs"], help="run this side alone, and write it to --out")
+    parser.add_argument("--only", choices=[*SIDES], help="run this side alone, and write it to --out")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--together", type=int, default=1, help="runs at a time, which slows them")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two files written so")
-    parser.add_argument("--child", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(defaults=False)
     options = parser.parse_args()
     check_options(parser, options)
-    if not options.theirs and not options.compare and options.only != "ours":
+    if not options.theirs and not options.compare and options.only not in ("ours", "plain"):
         parser.error("--theirs is missing: the original's train.py")
     if bool(options.only) != bool(options.out):
         parser.error("--only and --out go together")
@@ -225,20 +257,13 @@ def parse_options():
 def main() -> int:
     options = parse_options()
     if options.child:
-        print("\nRESULT", json.dumps({"ours": run_ours, "theirs": run_theirs}[options.child](options)))
+        print("\nRESULT", json.dumps(SIDES[options.child](options)))
         return 0
     if options.compare:
         sides = [json.loads(path.read_text()) for path in options.compare]
     else:
-        sides = [
-            {
-                "options": {name: getattr(options, name) for name in SAME},
-                "runs": {str(seed): run_child(side, seed) for seed in options.seeds},
-            }
-            for side in ([options.only] if options.only else ["ours", "theirs"])
-        ]
+        sides = [run_side(side, options) for side in ([options.only] if options.only else ["ours", "theirs"])]
     if options.only:
-        options.out.write_text(json.dumps(sides[0]))
         return 0
     return int(not compare(*sides, options.limit))
 

@@ -64,7 +64,7 @@ def our_batches(data, batch_size=BATCH):
     loader = prepare.Loader(data, batch_size)
     # Stands for a clock that admits everything: this measures the loader alone.
     loader.clock = SimpleNamespace(
-        stopped=None, in_step=False, elapsed=0.0, seconds=1e9, ticks=[], started=None, start=lambda: None
+        stopped=None, in_step=False, elapsed=0.0, seconds=1e9, took=[], started=None, start=lambda: None
     )
     return loader
 
