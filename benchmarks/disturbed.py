@@ -45,10 +45,12 @@ PROGRAMS = {  # beside a run: how many, seconds at work and seconds at rest, and
 TICK, UPDATE = "        seconds = clock.tick(loss)", "        trainer.step("
 LOOP = "    smooth_loss = None\n"
 HOG = "    import threading, torch\n    x = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)\n"
-SIDE = (
-    "    def hog(side=torch.cuda.Stream()):\n        with torch.cuda.stream(side):\n            while not clock.stopped:"
-    "\n                x @ x; side.synchronize()\n    threading.Thread(target=hog, daemon=True).start()\n"
-)
+SIDE = """    def hog(side=torch.cuda.Stream()):
+        with torch.cuda.stream(side):
+            while not clock.stopped:
+                x @ x; side.synchronize()
+    threading.Thread(target=hog, daemon=True).start()
+"""
 EDITS = {  # of train.py: a patch of tests/edits, or text that stands in place of other text
     "batch_warmup": "batch_warmup.patch",
     "window": "window.patch",
