@@ -24,7 +24,6 @@ import math
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +36,9 @@ KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 MOST = 2.0  # times as long as undisturbed
 BAND = 0.05  # of the probe, that is chance
-PROBES = 20  # whose mean is compared
+PROBES = 20  # whose mean is compared; on a GPU, whose probes scatter little, the last LATEST alone, too
+LATEST = 2
+PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where programs take turns
 PULSE, PAUSE = 0.2, 1.0  # seconds between the pulse's beats; without one, it is a pause
 REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
 TASKS = Path("/proc/self/task")
@@ -67,7 +68,7 @@ class Meter:
         if witnessed is not None:
             self._closed.append((witnessed, self._open))
             self._open = {}
-            costs = self.costs()
+            costs = self.costs | self.given
             charges = [self._charge(*window, costs) for window in self._closed]
             self._charged = sum(charges)
             self.slowdown = sum(took for _, took in self._closed[-1][1].values()) / max(charges[-1], 1e-9)
@@ -87,8 +88,9 @@ class Meter:
         """How much longer all of it took than undisturbed, as a share; beyond MOST - 1 training was lost."""
         return max(0.0, self.seconds / self._undisturbed - 1) if self.seconds else 0.0
 
+    @property
     def costs(self) -> dict[str, float]:
-        """Seconds that a step takes undisturbed, by kind, of those that are known."""
+        """Seconds that a step takes undisturbed, by kind, as this run tells: of those that it knows."""
         found: dict[str, list[tuple[float, int, float]]] = {}
         for slowdown, steps in self._closed:
             for kind, (number, seconds) in steps.items():
@@ -99,7 +101,7 @@ class Meter:
                 quietest = sorted(windows, key=lambda window: window[0])[: max(KNOWN, len(windows) // 4)]
                 total = sum(seconds / slowdown for slowdown, _, seconds in quietest)
                 costs[kind] = total / sum(number for _, number, _ in quietest)
-        return costs | self.given
+        return costs
 
     @staticmethod
     def _charge(witnessed: float, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
@@ -125,7 +127,7 @@ class Witness:
         self.is_cpu = backend.device.kind == "cpu"
         self.given, self.probes, self.paused = probe, [], 0.0
         self._synchronize, self._work = backend.synchronize, None if self.is_cpu else _device_work(backend)
-        self._recent, self._before = deque(maxlen=PROBES), np.full(4, np.nan)
+        self._before = np.full(4, np.nan)
         self._cores = _cores()
         self._ended = threading.Event()
 
@@ -141,18 +143,19 @@ class Witness:
         scheduled = self._scheduled(counters - self._before) if self.is_cpu else 1.0
         with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
             self.probes.append(self._cpu_probe() if self.is_cpu else self._device_probe())
-            self._recent.append(self.probes[-1])
-        usual = self.usual_probe
-        slower = np.mean(self._recent) / usual if self._recent and usual else 1.0
+        slower = self._slower(PROBES) if self.is_cpu else max(self._slower(PROBES), self._slower(LATEST))
         self._before = self._counters()
-        return scheduled * (1.0 if abs(slower - 1) < BAND else float(slower))
+        return scheduled * (1.0 if abs(slower - 1) < BAND else slower)
 
     @property
     def usual_probe(self) -> float | None:
-        """Seconds of a probe, undisturbed: as given, else in the quietest quarter of this run."""
-        if self.given or not self.probes:
-            return self.given
-        return float(np.mean(sorted(self.probes)[: max(1, len(self.probes) // 4)]))
+        """Seconds of a probe in the quietest quarter of this run."""
+        return float(np.mean(sorted(self.probes)[: max(1, len(self.probes) // 4)])) if self.probes else None
+
+    def _slower(self, number: int) -> float:
+        """The last probes over those undisturbed."""
+        usual = self.given or self.usual_probe
+        return float(np.mean(self.probes[-number:])) / usual if self.probes and usual else 1.0
 
     def stop(self) -> None:
         """Ends the pulse."""
@@ -220,16 +223,11 @@ FIXED = np.linspace(-1, 1, 2**14, dtype=np.float32)  # stays in a core's own cac
 
 
 def _device_work(backend):
-    """A product that takes some tenths of a millisecond."""
-    size, work = 512, None
-    while size <= 8192:
-        work = backend.bench.product(backend.device.precision, size, size, size)
-        work(2)
-        begun = time.perf_counter()
-        work(1)
-        if time.perf_counter() - begun > 4e-4:
-            break
-        size *= 2
+    """A product of the same size in each run on a device, however busy it is now."""
+    peak = backend.device.peak_flops or 1e13
+    size = 2 ** min(max(round(math.log2((PROBE * peak / 2) ** (1 / 3))), 8), 13)
+    work = backend.bench.product(backend.device.precision, size, size, size)
+    work(2)
     return work
 
 

@@ -240,15 +240,15 @@ class Clock:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
         ending = self.elapsed + 2 * self.longest >= self.seconds
         at_once = isinstance(loss, numbers.Number) or self.loss is None or ending
+        window = time.perf_counter() - self._window >= disturbance.WINDOW
         waits = at_once or self._unread is not None
-        if at_once:
-            self.backend.synchronize()
-        else:
+        if not at_once:
             loss = self.backend.read_later(loss)
+        if at_once or window:  # a probe would wait for the device, outside the training time
+            self.backend.synchronize()
         self._read()  # of the step before
-        seconds, now = self._since_tick(), time.perf_counter()
-        witnessed = None
-        if now - self._window >= disturbance.WINDOW:
+        seconds, witnessed = self._since_tick(), None
+        if window:
             witnessed, self._window = self.witness.read(), time.perf_counter()
         kind = self.backend.step_kind()
         sys.audit("autoresearch.tick", self, kind, seconds, witnessed)
@@ -697,7 +697,7 @@ def measured(clock: Clock) -> dict:
     return {
         "training_seconds": seconds, "total_seconds": time.time() - psutil.Process().create_time(),
         "disturbance": meter.disturbance,
-        "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe, "step_seconds": meter.costs(),
+        "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe, "step_seconds": meter.costs,
         "budget_seconds": clock.seconds, "peak_vram_mb": backend.peak_memory() / 2**20,
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,
         "tokens_per_second": loader.tokens / seconds if seconds else 0.0,

@@ -5,11 +5,10 @@
     python benchmarks/disturbed.py --conditions batch_warmup,window,fifth,host [--device cuda ... hungry,loads_probe]
 
 Small runs of train.py, in turn: quiet, then under each condition, and so again. A condition is other programs, or a
-file that is edited to be odd. Each run gets what a session hands on: the probe of the first run, and what the least
-disturbed run of the same file told of its steps. Told are steps relative to the median of the quiet runs, how much
-longer than its training a run took, and val_bpb minus the mean of the quiet ones, over all other programs with its 90 %
-interval. Of an edited file, "longer by the wall" is what it gained: on a quiet machine it should be 0. CHECKOUT, an
-older copy of the project, makes every run too. Stopped by Ctrl-C it tells what it has.
+file that is edited to be odd. Each run gets what a session hands on to its runs. Told are steps relative to the median
+of the quiet runs, how much longer than its training a run took, and val_bpb minus the mean of the quiet ones, over all
+other programs with its 90 % interval. Of an edited file, "longer by the wall" is what it gained, and should be 0.
+CHECKOUT, an older copy of the project, makes every run too. Stopped by Ctrl-C it tells what it has.
 """
 
 import argparse
@@ -44,11 +43,11 @@ PROGRAMS = {  # beside a run: how many, seconds at work and seconds at rest, and
 }  # fmt: skip
 TICK, UPDATE = "        seconds = clock.tick(loss)", "        trainer.step("
 LOOP = "    smooth_loss = None\n"
-HOG = "    import threading, torch\n    x = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)\n"
+HOG = "    import threading, torch\n    big = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)\n"
 SIDE = """    def hog(side=torch.cuda.Stream()):
         with torch.cuda.stream(side):
             while not clock.stopped:
-                x @ x; side.synchronize()
+                big @ big; side.synchronize()
     threading.Thread(target=hog, daemon=True).start()
 """
 EDITS = {  # of train.py: a patch of tests/edits, or text that stands in place of other text
@@ -56,7 +55,7 @@ EDITS = {  # of train.py: a patch of tests/edits, or text that stands in place o
     "window": "window.patch",
     "fifth": [(UPDATE, "        if clock.steps % 5 == 4: trainer.step(")],  # an update of every fifth batch
     "host": [(TICK, "        __import__('time').sleep(0.1 * (clock.steps % 7 == 0))\n" + TICK)],
-    "hungry": [(LOOP, LOOP + HOG), (TICK, "        for _ in range(4 if progress > 0.3 else 0): x @ x\n" + TICK)],
+    "hungry": [(LOOP, LOOP + HOG), (TICK, "        for _ in range(4 if progress > 0.3 else 0): big @ big\n" + TICK)],
     "loads_probe": [(LOOP, LOOP + HOG + SIDE)],
 }
 
@@ -134,10 +133,12 @@ def interval(values: list[float]) -> str:
 def reference(condition: str, of_side: dict[str, list[dict]]) -> dict:
     """What a session would hand on to a run."""
     unedited = [result for name, results in of_side.items() if name not in EDITS for result in results]
-    same = of_side[condition] if condition in EDITS else unedited
-    known = {"probe": unedited[0]["probe_seconds"]} if unedited and "probe_seconds" in unedited[0] else {}
-    if steps := [result for result in same if "step_seconds" in result]:
-        known["steps"] = min(steps, key=lambda result: result["disturbance"])["step_seconds"]
+    probes = [result["probe_seconds"] for result in of_side["quiet"] if result.get("probe_seconds")]
+    known = {"probe": statistics.median(probes)} if probes else {}
+    for result in of_side[condition] if condition in EDITS else unedited:
+        for kind, seconds in result.get("step_seconds", {}).items():
+            steps = known.setdefault("steps", {})
+            steps[kind] = min(seconds, steps.get(kind, seconds))
     return known
 
 
@@ -175,7 +176,10 @@ def main():
                 for side, root in roots.items():
                     result = run(root, condition, asked, reference(condition, found[side]))
                     found[side][condition].append(result)
-                    told = {name: result.get(name) for name in ("num_steps", "wall", "disturbance", "val_bpb")}
+                    told = {
+                        name: result.get(name)
+                        for name in ("num_steps", "wall", "disturbance", "probe_seconds", "val_bpb")
+                    }
                     print(side, condition, json.dumps(told), flush=True)
     for side, of_side in found.items():
         tell(side, of_side)

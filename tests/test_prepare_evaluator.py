@@ -334,6 +334,17 @@ class Scalar:
         return self.value
 
 
+def test_waiting_for_the_device_is_training_and_probing_it_is_not(run, monkeypatch):
+    backend, _, loader, clock = run
+    monkeypatch.setattr(prepare.disturbance, "WINDOW", 0.0)  # each step is probed
+    monkeypatch.setattr(backend, "synchronize", lambda: time.sleep(0.03))  # a device that has a step to do
+    monkeypatch.setattr(clock.witness, "read", lambda: time.sleep(0.2) or 1.0)
+    for _ in range(3):
+        next(loader)
+        clock.tick(Scalar(5.0))
+    assert 0.09 <= clock.elapsed < 0.2 and min(clock.took) >= 0.03
+
+
 def test_the_device_is_one_step_ahead(run):
     backend, _, loader, clock = run
     losses = [Scalar(value) for value in (5.0, 4.0, 3.0)]

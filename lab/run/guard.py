@@ -39,6 +39,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 UNSEEN = re.compile(r"(validation|held_out|train_\d+\.[a-z]+)\.npy")  # files of a dataset
 CLOCKS = ("perf_counter", "monotonic", "time", "sleep")
 TOLERANCE = 0.5, 0.01  # seconds, and part of the training time, that a clock may be behind another in one process
+PROBED = 0.02  # seconds, at most, that a probe of the device may take beside it
 LIBRARY = ("math", "numpy")  # whose functions the judge uses, too
 # Who may write which file in a run's folder: functions of the judge's.
 WRITERS = {
@@ -278,6 +279,8 @@ class Guard:
         now = self.now()
         if self.started is not None:
             self.unmetered += now - self.ticked - (clock.witness.paused - self.paused) - seconds
+            if witnessed is not None:
+                self.unmetered -= min(clock.witness.probes[-1], PROBED) if clock.witness.probes else 0.0
             if self.unmetered > TOLERANCE[0] + TOLERANCE[1] * (now - self.started):
                 self._deny("clock_behind", told=number(seconds), elapsed=now - self.ticked)
             self.meter.add(kind, seconds, witnessed)

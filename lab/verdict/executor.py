@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import subprocess
 import sys
 import traceback
@@ -197,13 +198,16 @@ def other_attention(session: Session, result: dict) -> Reason | None:
 
 
 def reference(session: Session, blob: str) -> dict:
-    """What the clock of a run compares with: the session's first sound run for the device, and for the steps of this
-    train.py its own least disturbed run so far."""
-    baseline = [run.result for run in session.state.runs_of(session.state.baseline.blob) if run.ok]
-    own = [run.result for run in session.state.runs_of(blob) if run.ok and run.result.get("step_seconds")]
-    found = {"probe": baseline[0].get("probe_seconds")} if baseline else {}
-    if own:
-        found["steps"] = min(own, key=lambda result: result["disturbance"])["step_seconds"]
+    """What the clock of a run compares with: the median of the baseline's runs for the device, and for the steps of
+    this train.py the quickest of its own runs. Quickest, for how disturbed they were may have been misjudged."""
+    sound = [run.result for run in session.state.runs_of(session.state.baseline.blob) if run.ok]
+    probes = [result["probe_seconds"] for result in sound if result.get("probe_seconds")]
+    found = {"probe": statistics.median(probes)} if probes else {}
+    for run in session.state.runs_of(blob):
+        if run.ok:
+            for kind, seconds in (run.result.get("step_seconds") or {}).items():
+                steps = found.setdefault("steps", {})
+                steps[kind] = min(seconds, steps.get(kind, seconds))
     return found
 
 

@@ -79,7 +79,7 @@ def test_dropout_draws_anew_in_each_pass(backend):
     plain, ops = tiny.loss(backend), backend.ops
 
     def loss(model, x, y):
-        return plain(model, x, y) + ops.sum(ops.uniform((1,), key=3)) * ops.sum(model.scale + 1)
+        return plain(model, x, y) + ops.sum(ops.uniform((1,), key=(0, 3))) * ops.sum(model.scale + 1)
 
     _, trainer, _ = warm(backend, loss=loss)
     drawn = {float(trainer.backward(*tiny.batch())) for _ in range(4)}
@@ -120,7 +120,14 @@ def test_a_driver_without_graphs(backend, monkeypatch, capsys):
 
 def test_a_step_that_fails_while_it_is_recorded(backend, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", lambda self: calls.append(1) or 1 / 0)
+    capture_end = torch.cuda.CUDAGraph.capture_end
+
+    def fails(self):
+        capture_end(self)
+        calls.append(1)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fails)
     losses, _ = trained(backend)
     assert calls and "one kernel at a time" in capsys.readouterr().out
     assert np.isfinite(losses).all() and not runtime.captured
