@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     command("status", "show the best so far, the noise, recent experiments and near misses")
     command("log", "list the experiments, or show one of them")("number", None, "N", nargs="?", type=int)
 
+    sample = command("sample", "let the best and the baseline continue a prompt")
+    sample("--prompt", "a text; by default the beginning of the held-out rows", "TEXT")
+    sample("--tokens", "to be written by each (default 96)", type=int, default=96, metavar="N")
+
     confirm = command("confirm", "test the best against the baseline on new seeds and held-out rows", wait=True)
     confirm("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
     confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float, default=1)

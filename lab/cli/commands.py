@@ -9,7 +9,10 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+
 from pathlib import Path
+
+from msgspec.structs import asdict as fields_of
 
 from lab import untrusted
 from lab.cli import render
@@ -188,6 +191,15 @@ def do_log(session: Session, options) -> int:
     if options.number not in experiments:
         raise LabError(f"there is no experiment {options.number}; the last is {max(experiments)}")
     return tell(session, options, experiments[options.number])
+
+
+def do_sample(session: Session, options) -> int:
+    from lab.verdict.sample import sample
+
+    with opening.exclusive(session, device=True):
+        sampled = sample(session, options.prompt, options.tokens)
+    print(json.dumps(fields_of(sampled), indent=1) if options.json else render.sampled(sampled))
+    return 0
 
 
 def do_mcp(options) -> int:

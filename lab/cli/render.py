@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lab import untrusted
+from lab.session.events import Sampled
 from lab.session.session import Session
 from lab.session.state import Experiment, Run
 from lab.untrusted import counted
@@ -42,6 +43,15 @@ def tried(tried: Tried, remarks: list[str]) -> str:
             f"nothing wrong was found in {tried.seconds:.0f} s{where}: {(tried.num_params or 0) / 1e6:.1f} M "
             "parameters, a few steps on random tokens, the evaluator's questions. Only a run gives a score"
         )
+    return "\n".join(lines)
+
+
+def sampled(sampled: Sampled) -> str:
+    """What `sample` got."""
+    lines = []
+    for name in ("prompt", "baseline", "best"):
+        lines.append(f"{name}:{f' (experiment {sampled.experiment})' if name == 'best' else ''}")
+        lines += [f"    {line}" for line in untrusted.plain(getattr(sampled, name)).split("\n")]
     return "\n".join(lines)
 
 

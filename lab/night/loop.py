@@ -27,7 +27,7 @@ from lab.session.journal import Journal
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
 from lab.untrusted import counted, one_line
-from lab.verdict import executor, near_misses
+from lab.verdict import executor, near_misses, sample
 from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
 
 POLL = 0.25  # seconds
@@ -409,6 +409,8 @@ def go(session: Session, options) -> int:
         with signals(night):
             try:
                 night.run()
+                with exclusive(session):
+                    sample.after_night(session)
             except KeyboardInterrupt:
                 view.say("ended at once")
     print("python -m lab night goes on with it; python -m lab confirm: is the best really better than the baseline?")

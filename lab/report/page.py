@@ -21,7 +21,7 @@ from lab.report.charts import Chart
 from lab.report.html import cleaned, el, embedded, table, tag
 from lab.session.record import Record
 from lab.session.state import Experiment
-from lab.untrusted import counted, visible
+from lab.untrusted import counted, plain, visible
 from lab.verdict.plan import WORTH_TELLING
 
 Data = dict[
@@ -152,6 +152,7 @@ def _session(data: Data, key: str, analysis: Analysis, head: str) -> list[Elemen
         "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
         "Where the time went": (_shares(analysis),),
         "Score against tokens and FLOPs": (TOKENS_TOLD, *steps) if steps else (),
+        "What they write": (_sample(analysis),),
         "What it was measured under": (_under(analysis),),
     }
     shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]
@@ -239,6 +240,20 @@ def _shares(analysis: Analysis) -> Table:
     total = sum(analysis.shares.values())
     rows = [(what, f"{hours:.2f} h", f"{100 * hours / total:.0f} %") for what, hours in analysis.shares.items()]
     return Table("Of the whole session", ("what", "time", "share"), rows)
+
+
+def _sample(analysis: Analysis) -> Element | None:
+    """What the baseline and the best continue a prompt with."""
+    sampled = analysis.state.sampled
+    if sampled is None:
+        return None
+    texts = {
+        "prompt": sampled.prompt,
+        "the baseline": sampled.baseline,
+        f"the best ({sampled.experiment})": sampled.best,
+    }
+    shown = (part for name, text in texts.items() for part in (el("dt", name), el("dd", el("pre", plain(text)))))
+    return el("dl", *shown, class_="facts samples")
 
 
 def _under(analysis: Analysis) -> Element:

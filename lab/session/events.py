@@ -238,6 +238,15 @@ class ExperimentApplied(Event, tag="applied"):
     left_alone: Reason | None = None
 
 
+class Sampled(Event, tag="sampled"):
+    """What two models wrote after a prompt: that of the baseline, and of `experiment`, the best by then."""
+
+    experiment: Number
+    prompt: Text
+    baseline: Text
+    best: Text
+
+
 class HarnessFailed(Event, tag="failed"):
     """The lab itself failed at an experiment."""
 
@@ -254,6 +263,7 @@ AnyEvent = (
     | ExperimentJudged
     | ExperimentDecided
     | ExperimentApplied
+    | Sampled
     | HarnessFailed
 )
 

@@ -19,6 +19,7 @@ from lab.session.events import (
     RunEnded,
     RunScored,
     RunStarted,
+    Sampled,
     SessionStarted,
     StakeReserved,
     Verdict,
@@ -135,6 +136,7 @@ class State:
         started: what it rests on. experiments: by number, in order. runs: by number.
         kept: the experiments that moved the branch, the baseline first. decided, done: those with a
             verdict, and of them those whose verdict is carried out, each in that order.
+        sampled: what models wrote last, if they were asked to.
 
     Raises:
         LabError: the events contradict each other.
@@ -147,6 +149,7 @@ class State:
         self.kept: list[Experiment] = []
         self.decided: list[Experiment] = []
         self.done: list[Experiment] = []
+        self.sampled: Sampled | None = None
         self._by_blob: dict[str, list[Run]] = {}
         for event in events:
             self.take(event)
@@ -205,6 +208,9 @@ class State:
                 self._experiment(event.experiment).judged = event.verdict
             case StakeReserved():
                 self._experiment(event.experiment).stake = event.stake
+            case Sampled():
+                self._experiment(event.experiment)
+                self.sampled = event
             case HarnessFailed():
                 self._experiment(event.experiment).failures += 1
             case _:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -279,11 +280,13 @@ def apply(session: Session, experiment: Experiment) -> None:
 
 
 def tidy(session: Session, experiment: Experiment, keep: bool) -> None:
-    """Keeps the weights of the best, the logs and the losses by row; the rest of what runs left is deleted."""
+    """Keeps the weights of best and baseline, the logs and the losses by row; the rest of what runs left is deleted."""
     for run in experiment.runs:
         folder = session.run_folder(run.number)
         weights = folder / "result.safetensors"
         if keep and run.scored and weights.exists():
+            if experiment.kind == "baseline":
+                shutil.copyfile(weights, session.folder / "baseline.safetensors")
             weights.replace(session.folder / "best.safetensors")
         weights.unlink(missing_ok=True)
         runner.told_of(folder).unlink(missing_ok=True)
