@@ -49,7 +49,7 @@ def tried(tried: Tried, remarks: list[str]) -> str:
 def sampled(sampled: Sampled) -> str:
     """What `sample` got."""
     lines = []
-    for name in ("prompt", "baseline", "best"):
+    for name in ("prompt", "baseline", "best") if sampled.experiment else ("prompt", "baseline"):
         lines.append(f"{name}:{f' (experiment {sampled.experiment})' if name == 'best' else ''}")
         lines += [f"    {line}" for line in untrusted.plain(getattr(sampled, name)).split("\n")]
     return "\n".join(lines)

@@ -247,11 +247,8 @@ def _sample(analysis: Analysis) -> Element | None:
     sampled = analysis.state.sampled
     if sampled is None:
         return None
-    texts = {
-        "prompt": sampled.prompt,
-        "the baseline": sampled.baseline,
-        f"the best ({sampled.experiment})": sampled.best,
-    }
+    texts = {"prompt": sampled.prompt, "the baseline": sampled.baseline}
+    texts |= {f"the best, {sampled.experiment}": sampled.best} if sampled.experiment else {}
     shown = (part for name, text in texts.items() for part in (el("dt", name), el("dd", el("pre", plain(text)))))
     return el("dl", *shown, class_="facts samples")
 

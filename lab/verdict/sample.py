@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 import prepare
+import storage
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.reasons import Reason, sentence
@@ -85,7 +86,8 @@ def _written(session: Session, name: str, experiment: Experiment, tokens: list[i
     if not weights.is_file():
         raise LabError(f"the weights of the {name} are not there: {weights}; a keep has to come first")
     runner.clear(asked.folder, runner.OF_SCORE)
-    with Writing(asked, weights, tokens, count) as exam:
+    exam = Writing(asked, weights, tokens, count)
+    with exam:
         ended = runner.execute(asked, "score", asked.folder / "score.log", exam, weights)
     problem: Reason | None = outcome.unscored(asked, ended, exam)
     if problem or len(exam.written) < count:
@@ -101,5 +103,5 @@ def after_night(session: Session) -> None:
     if best and best is not session.state.baseline and (sampled is None or sampled.experiment != best.number):
         try:
             sample(session, None, 96)
-        except (LabError, runner.Halted) as error:
+        except (storage.Stop, runner.Halted) as error:
             print(f"no sample of what the best writes: {error}", file=sys.stderr)

@@ -84,6 +84,7 @@ def test_every_view_is_made_of_the_journal_alone(session, sent, tmp_path, monkey
         other.log(events.RunEnded(run=run.number, status="lost", reason=because("killed")))
     executor.supervise(other)
     sessions.attempt(other, with_(BASE, C=0.2) + b"ATTENTION = 'elsewhere'\n", message="slow")
+    other.log(events.Sampled(experiment=other.state.best.number, prompt="p", baseline="b", best="c"))
     kinds = {type(event) for event in other.journal.events}
     assert kinds == set(events.AnyEvent.__args__)
     assert {e.kind for e in other.state.experiments.values()} >= {"baseline", "change", "replay", "repeat", "confirm"}
