@@ -110,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
     night("--until", "stop at this time of day", "HH:MM")
     night("--max-experiments", "stop after so many", **seeds)
     night("--notify", "called at a new best and at trouble: gets a line on its input, and as $LAB_MESSAGE", "COMMAND")
+    page = "serve the report, to read, in the local network, at an address that is shown at the start"
+    night("--page", page, "PORT", type=int, nargs="?", const=0)
     night("--tag", "name of the new session, if there is none yet (default: the date)")
     night("--dataset", "its dataset (default: the one prepared last, or climbmix)", "NAME")
     night("--baseline-runs", "runs of its baseline (default 3)", default=3, **seeds)

@@ -20,7 +20,7 @@ import filelock
 import storage
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
-from lab.night import agent, limits, notify, prompt, proposer
+from lab.night import agent, limits, notify, prompt, proposer, serve
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
@@ -404,7 +404,7 @@ def go(session: Session, options) -> int:
         lock = session.night_lock.acquire(timeout=1)  # on Windows, who looks whether it is held has it for a moment
     except filelock.Timeout:
         raise LabError("a night of this session goes on already; python -m lab status tells how it stands") from None
-    with lock, limits.awake(), View(session) as view:
+    with lock, limits.awake(), View(session) as view, serve.served(session, options.page, view.say):
         night = Night(session, options, view)
         with signals(night):
             try:

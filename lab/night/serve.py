@@ -1,0 +1,118 @@
+"""The report over the local network, as it is now: read-only, at an address that only this night's terminal shows."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import psutil
+
+from lab.errors import LabError
+from lab.session.session import Session
+
+PATIENCE = 5.0  # seconds for a request: one is answered at a time, so that nobody can keep the machine busy
+REFRESH = 60  # seconds, after which a browser asks again
+HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",  # the address is the key
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Refresh": f"{REFRESH}",
+}
+
+
+@contextmanager
+def served(session: Session, port: int | None, say: Callable[[str], None]) -> Iterator[list[str]]:
+    """Serves the session's report while it is entered.
+
+    Args:
+        port: 0 takes any that is free; None serves nothing.
+
+    Returns:
+        the addresses, which are said, too. LabError if the port can't be had.
+    """
+    if port is None:
+        yield []
+        return
+    key, pages = secrets.token_urlsafe(16), Pages(session)
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout, server_version, sys_version = PATIENCE, "autoresearch", ""
+
+        def do_GET(self):
+            known = secrets.compare_digest(self.path.encode(), f"/{key}/".encode())
+            try:
+                content, status = (pages.current(), 200) if known else (b"", 404)
+            except Exception as error:  # the night goes on without
+                content, status = f"no report now: {error}".encode(), 503
+            self.send_response(status)
+            for name, value in (HEADERS if known else {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    try:
+        server = Server(("", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise LabError(f"--page: port {port} can't be used ({error}); give another, or none for any") from error
+    thread = threading.Thread(target=server.serve_forever, name="page", daemon=True)
+    thread.start()
+    addresses = [f"http://{host}:{server.server_port}/{key}/" for host in hosts()]
+    say(f"the report, for every device in this network that knows the address: {'  '.join(addresses)}")
+    try:
+        yield addresses
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Server(HTTPServer):
+    """One that survives whoever hangs up."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Pages:
+    """The report, made anew when the journal has grown."""
+
+    def __init__(self, session: Session):
+        self.session, self._size, self._content = session, -1, b""
+
+    def current(self) -> bytes:
+        from lab.compare.analysis import Analysis
+        from lab.report import page
+        from lab.share import sources
+
+        size = self.session.journal.path.stat().st_size
+        if size != self._size:
+            self._content = page.written([Analysis(sources.read(self.session.name))])
+            self._size = size
+        return self._content
+
+
+def hosts() -> list[str]:
+    """This machine's IPv4 addresses in networks, or the loopback's."""
+    stats = psutil.net_if_stats()
+    found = [
+        address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET
+        and stats[name].isup
+        and not address.address.startswith(("127.", "169.254."))
+    ]
+    return found or ["127.0.0.1"]
