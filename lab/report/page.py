@@ -208,6 +208,8 @@ def _headline(analysis: Analysis) -> Element:
     facts.append(counted(sum(map(len, analysis.runs.values())), "run") + " with a score")
     facts += [f"{analysis.budget:g} s of training in each"] if analysis.budget else []
     facts += [f"{analysis.hours:.1f} h, {analysis.per_hour:.1f} experiments an hour"] if analysis.hours else []
+    if under_way := analysis.state.oldest_open:
+        facts.append(f"experiment {under_way.number} is under way: {cleaned(under_way.description, 80)}")
     parts = [el("p", big, class_="big"), el("p", said), el("p", *_badge(analysis)) if analysis.gain else None]
     notes = [el("p", cleaned(note, 400), class_="note") for note in analysis.notes]
     return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
