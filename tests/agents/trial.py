@@ -220,7 +220,6 @@ def begun(place: Path, data: Path) -> Session:
         budget=0.1,
         settings=settings,
         baseline_runs=2,
-        slowest=0.01,  # however busy the machine is
         **tags,
     )
     for name in ("program.md", "AGENTS.md", "CLAUDE.md", "GEMINI.md"):
