@@ -283,10 +283,10 @@ class State:
         return {blob: runs for blob, runs in found.items() if len(runs) > 1}
 
     def equal(self, digest: str) -> Experiment | None:
-        """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
-        of the best."""
-        for e in reversed(self.decided):
-            if e.digest == digest and e.kind not in MEASURING and e.verdict.judged:
+        """An experiment that was decided on an equal train.py, or is open with one. A replay that was better than the
+        baseline says nothing of the best."""
+        for e in reversed(self.experiments.values()):
+            if e.digest == digest and e.kind not in MEASURING and (e.decided is None or e.decided.judged):
                 if e.kind != "replay" or e.status != "keep":
                     return e
         return None
