@@ -91,6 +91,7 @@ TEXTS: dict[str, str] = {
     "suspect": "the devices {workers} were lost while they ran it: does it bring them down?",
     # Runs that are made again (verdict/executor.py, fleet/pool.py)
     "device_lost": "the device was lost",
+    "weights_lost": "the device that had its weights was lost",
     "device_differs": "the device does not measure as the session's does: {what}",
     "killed": "the harness was killed",
     "paused": "the session was paused",

@@ -110,8 +110,23 @@ def parser() -> argparse.ArgumentParser:
     night("--dataset", "its dataset (default: the one prepared last, or climbmix)", "NAME")
     night("--baseline-runs", "runs of its baseline (default 3)", default=3, **seeds)
     night(*unsandboxed, action="store_true")
+    which = "all, GPUs by number as in 0,1, or a list as in cpu,cpu"
+    night("--devices", f"use several devices of this machine: {which}", "LIST")
     night("--plan", "only say what it will take", action="store_true")
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)
+
+    invite = command("invite", "let another machine's devices work for this session: writes an invitation", json=False)
+    invite("target", "where to write it; whoever has this file can join", "FILE", type=Path)
+    invite("--address", "where other machines reach this one, as HOST:PORT", required=True)
+    invite("--listen", "where to listen, if that is elsewhere (default: all addresses, that port)", "HOST:PORT")
+    invite("--days", "how long it can be used (default 30)", type=float, default=30.0)
+    join = command("join", "have this machine's devices work for the session of an invitation", json=False)
+    join("invitation", "from lab invite", "FILE", type=Path)
+    join("--devices", f"{which} (default all)", "LIST", default="all")
+    join("--name", "what this machine is called in the fleet (default: some letters)")
+    join("--local", argparse.SUPPRESS, action="store_true")
+    command("leave", "give this machine's devices back: end their work for other sessions", json=False)
+    command("fleet", "show the devices that work on this session, and what each does")
     commands.add_parser("supervise")
     return whole
 

@@ -264,7 +264,49 @@ def do_replay(session: Session, options) -> int:
 def do_supervise(session: Session, options) -> int:
     from lab.verdict.executor import supervise
 
-    supervise(session)
+    if session.fleet is None:
+        supervise(session)
+    else:
+        from lab.fleet.pool import Pool
+
+        supervise(session, Pool(session))
+    return 0
+
+
+# --- Several devices ---
+
+
+def do_invite(session: Session, options) -> int:
+    from lab.fleet import invitation, settings
+
+    listen = invitation.invite(session, options.target, options.address, options.listen, options.days)
+    settings.listen(session, listen)
+    print(
+        f"{options.target}: whoever has this file can be a worker of {session.name} for {options.days:g} days. On the "
+        f"other machine: python -m lab join {options.target.name}. The night listens at {listen}"
+    )
+    return 0
+
+
+def do_join(options) -> int:
+    from lab.fleet import join
+
+    return join.join(options.invitation, options.devices, options.name, options.local)
+
+
+def do_leave(options) -> int:
+    from lab.fleet import join
+
+    left = join.leave()
+    print(f"given back: {', '.join(left)}" if left else "no device of this machine works for a session")
+    return 0
+
+
+def do_fleet(session: Session, options) -> int:
+    from lab.fleet import settings
+
+    known = settings.status(session)
+    print(json.dumps(known, indent=1) if options.json else render.fleet(known))
     return 0
 
 

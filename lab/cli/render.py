@@ -269,6 +269,19 @@ def status(session: Session) -> str:
     return "\n".join(lines)
 
 
+def fleet(devices: list[dict]) -> str:
+    """One line for each device: its name, tokens per second, heat, what it does."""
+    if not devices:
+        return "no night with several devices is at work"
+    lines = ["device            tokens/s  what"]
+    for device in devices:
+        tokens, heat = device["tokens_per_second"], device["heat"]
+        hot = "too hot, " if heat.get("hot") else f"throttled by {heat['throttled']}, " if heat.get("throttled") else ""
+        rate = f"{tokens:,.0f}" if tokens else "-"
+        lines.append(f"{device['name']:<16} {rate:>9}  {hot}{untrusted.one_line(device['doing'], 100)}")
+    return "\n".join(lines)
+
+
 def table(experiments: list[Experiment]) -> str:
     """One line for each: number, commit, verdict, score, what."""
     lines = ["   #  commit   status    val_bpb   what"]

@@ -11,7 +11,7 @@ import shutil
 import signal
 import statistics
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import filelock
 
 import storage
 from lab.errors import LabError
+from lab.fleet import here, settings
+from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe
 from lab.night import agent, limits, notify, prompt, proposer
 from lab.night.view import Now, View
@@ -29,6 +31,7 @@ from lab.session.state import BESIDE, Experiment
 from lab.untrusted import counted, one_line
 from lab.verdict import executor, near_misses
 from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
+from lab.verdict.plan import orders
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -77,6 +80,9 @@ class Night:
                 deadline = limits.deadline(options.hours, options.until, datetime.now())
             began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
             self.journal.append(began)
+        self._process = None  # that runs the experiments
+        self._heard = len(session.state.done)  # verdicts that were told
+        self._apart: set[int] = set()  # superseded experiments that can't be made again on the best
         self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
         if last:
             self.now.by = last.by
@@ -142,7 +148,7 @@ class Night:
 
     def _check(self, every: float = LOOK_EVERY) -> None:
         """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
-        now, state, most = self.now, self.session.state, self.options.max_experiments
+        now = self.now
         if self.stopping:
             raise Over(self.stopping)
         if now.deadline and time.time() >= now.deadline:
@@ -157,12 +163,29 @@ class Night:
                 self.view.say(f"{trouble.text}: runs take longer, and learn the same")
         if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
-        if state.open:
-            return
-        if most is not None and state.last.number - now.first + 1 >= most:
-            raise Over(f"{counted(most, 'experiment')}, as many as were wanted")
+        if not self.session.state.open and (why := self._enough()):
+            raise Over(why)
+
+    def _enough(self) -> str:
+        """Why no more is begun; "" if something may be."""
+        now, most = self.now, self.options.max_experiments
+        if most is not None and self.session.state.last.number - now.first + 1 >= most:
+            return f"{counted(most, 'experiment')}, as many as were wanted"
         if now.deadline and time.time() + self._needed() > now.deadline:
-            raise Over("the time that is left is not enough for another experiment")
+            return "the time that is left is not enough for another experiment"
+        return ""
+
+    def _room(self) -> bool:
+        """Whether another experiment is to be opened: on one device once none is open, on several so that none of them
+        waits."""
+        state, fleet = self.session.state, self.session.fleet
+        if not state.open:
+            return True
+        if fleet is None or not state.baseline.applied or not (state.best and state.best.applied) or self._enough():
+            return False
+        under_way = sum(run.ended is None for experiment in state.open for run in experiment.runs)
+        devices = sum(device["usable"] for device in settings.status(self.session))
+        return under_way + len(orders(state)) <= devices
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
@@ -179,11 +202,11 @@ class Night:
     def _go_on(self) -> None:
         """Brings what is open to its verdict, or opens something. What can't be done now is tried again a few times:
         git may be in use, say."""
-        session, experiment = self.session, self.session.state.oldest_open
+        session, experiment = self.session, None if self._room() else self.session.state.oldest_open
         if experiment is None:
             sound_baseline(session)
         try:
-            return self._follow(experiment) if experiment else self._propose()
+            return self._follow() if experiment else self._propose()
         except Over:
             raise
         except (storage.Stop, Exception) as error:
@@ -204,6 +227,8 @@ class Night:
         """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
         the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
+            if self._rebase():
+                return
             if (content := self._edit_of_a_person()) is not None:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
@@ -215,12 +240,32 @@ class Night:
                 self._open(turn.description, content)
             self._unopened = None
 
+    def _rebase(self) -> bool:
+        """Makes a change again on the best, where what it was made on is no longer that; whether there was one. Where
+        both changed the same lines, that was the end of it."""
+        session, state = self.session, self.session.state
+        again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
+        for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
+            texts = [session.repository.content(blob) for blob in (best_of(session).blob, old.parent or "", old.blob)]
+            content, conflicts = merged(*texts)
+            more = {"rebased": old.number, "kind": old.kind, "members": old.members}
+            try:
+                if not conflicts:
+                    self._open(old.description, content, more)
+                    return True
+            except LabError:  # it is no Python any more, or the best already
+                pass
+            self._apart.add(old.number)
+            self.view.say(f"experiment {old.number} was superseded, and can't be made again on the best")
+        return False
+
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
         session, equal = self.session, None
         try:
             content = session.repository.train()
             digest = describe(content).digest
+            session.refresh()  # a keep puts another one there, and says so before
             if digest == best_of(session).digest:
                 return None
             if (equal := session.state.equal(digest)) is None:
@@ -290,36 +335,48 @@ class Night:
         self.journal.append(turn)
         self.turns.append(turn)
 
-    def _open(self, description: str | None, content: bytes | None = None) -> None:
-        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it."""
-        with exclusive(self.session, PATIENCE, self.view.say):
-            equal = open_change(self.session, description, near_misses_together=content is None, content=content)
+    def _open(self, description: str | None, content: bytes | None = None, more: dict | None = None) -> None:
+        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it. With
+        several devices that is done beside what runs: only a night opens experiments then."""
+        session, together = self.session, content is None
+        with exclusive(session, PATIENCE, self.view.say) if session.fleet is None else nullcontext():
+            session.refresh()
+            equal = open_change(session, description, near_misses_together=together, content=content, more=more)
         if equal:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
 
-    def _follow(self, experiment: Experiment) -> None:
-        """Sees to it that an open experiment comes to its verdict. LabError if what runs it ends before."""
-        session, process = self.session, None
-        while not experiment.applied:
+    def _follow(self) -> None:
+        """Sees to it that open experiments come to their verdicts, until there is room for another. LabError if what
+        runs them ends before."""
+        session = self.session
+        while not self._room():
             self._check()
-            hot = any(trouble.kind == "hot" for trouble in self.now.troubles)
-            if hot and not experiment.decided and not session.held:  # to be waited for, after the run under way
+            hot = session.fleet is None and any(trouble.kind == "hot" for trouble in self.now.troubles)
+            if hot and not session.state.open[0].decided and not session.held:  # waited for, after the run under way
                 session.hold("stopped", now=False)
             if session.held:
                 self._between()
                 continue
+            process = self._process
             if process is not None and process.poll() not in (None, 0):
+                self._process = None
                 raise LabError(f"what runs the experiments has ended: {last_words(session)}")
             if process is None or process.poll() is not None:
                 session.refresh()
-                if not experiment.applied and not session.supervised:
-                    process = executor.launch(session)
+                if session.state.open and not session.supervised:
+                    self._process = executor.launch(session)
             self._show("training")
             time.sleep(POLL)
             session.refresh()
-        self._tell_verdict(experiment)
+            self._tell_verdicts()
+        self._tell_verdicts()
 
     # --- Telling ---
+
+    def _tell_verdicts(self) -> None:
+        while self._heard < len(done := self.session.state.done):
+            self._heard += 1
+            self._tell_verdict(done[self._heard - 1])
 
     def _tell_verdict(self, experiment: Experiment) -> None:
         verdict, what = experiment.verdict, one_line(experiment.description)
@@ -404,6 +461,9 @@ def go(session: Session, options) -> int:
         lock = session.night_lock.acquire(timeout=1)  # on Windows, who looks whether it is held has it for a moment
     except filelock.Timeout:
         raise LabError("a night of this session goes on already; python -m lab status tells how it stands") from None
+    asked = getattr(options, "devices", None)
+    kind = session.profile.get("machine", {}).get("kind", "")
+    settings.choose(session, here.devices(asked, kind) if asked else [])
     with lock, limits.awake(), View(session) as view:
         night = Night(session, options, view)
         with signals(night):

@@ -148,6 +148,7 @@ class State:
         self.decided: list[Experiment] = []
         self.done: list[Experiment] = []
         self._by_blob: dict[str, list[Run]] = {}
+        self.taken = 0  # events
         for event in events:
             self.take(event)
 
@@ -165,6 +166,7 @@ class State:
 
     def take(self, event: Event) -> None:
         """Adds an event. One that says again what is known changes nothing; LabError for one that contradicts it."""
+        self.taken += 1
         match event:
             case SessionStarted():
                 self._started = _once(self._started, event)

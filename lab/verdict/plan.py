@@ -10,6 +10,7 @@ import itertools
 import statistics
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from weakref import WeakKeyDictionary
 
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
@@ -94,6 +95,15 @@ def plan(experiment: Experiment, state: State) -> Plan:
 
 def noise_of(state: State) -> gate.Noise:
     """Standard deviation of val_bpb between seeds: pooled over the session's repeats, calibration's as a prior."""
+    if (known := _noise.get(state)) is None or known[0] != state.taken:
+        known = _noise[state] = state.taken, _noise_of(state)
+    return known[1]
+
+
+_noise: WeakKeyDictionary[State, tuple[int, gate.Noise]] = WeakKeyDictionary()  # after how many events; many ask
+
+
+def _noise_of(state: State) -> gate.Noise:
     from calibration.noise import expected  # here, because what only reads a session shall start fast
 
     first = next(run for run in state.baseline.runs if run.ok)
@@ -163,7 +173,9 @@ def _baseline(baseline: Experiment, state: State) -> Plan:
         return Plan(jobs)
     if _under_way(baseline):
         return Plan()
-    last = sound[-1]
+    last = next(iter(_with_weights(sound)[::-1]), None)
+    if last is None:
+        return Plan((Job(baseline.blob, gate.seed(len(sound)), state.started.budget or 0.0, Urgency.FIRST),))
     if last.scored is None:
         return Plan(score=(last.number,))
     if problem := disagreement(last) or _same_start(sound):
@@ -212,7 +224,10 @@ def _change(change: Experiment, state: State) -> Plan:
         )
     if step.action == "discard":
         return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
-    best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
+    best = min(_with_weights(sound), key=lambda run: run.bpb, default=None)  # that a leak would have helped most
+    if best is None:
+        seed = next(seed for seed in map(gate.seed, itertools.count()) if seed not in own)
+        return Plan((Job(change.blob, seed, state.started.budget or 0.0, Urgency.REPEAT),))
     if best.scored is None:
         return Plan(score=(best.number,))
     if problem := disagreement(best) or _not_held_out(best, state):
@@ -243,7 +258,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
     if failed := _failure(confirmation, confirmation.runs, state):
         return Plan(verdict=failed)
-    sound = [run for run in confirmation.runs if run.ok]
+    sound = _with_weights([run for run in confirmation.runs if run.ok])
     if unscored := tuple(run.number for run in sound if run.scored is None):
         return Plan(score=unscored)
     if problem := next(filter(None, map(disagreement, sound)), None):
@@ -253,7 +268,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
     ]
-    asked = {(run.blob, run.seed) for run in confirmation.runs if run.ok or run.ended is None}
+    asked = {(run.blob, run.seed) for run in confirmation.runs if run in sound or run.ended is None}
     jobs = [Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in order if (blob, seed) not in asked]
     if jobs or _under_way(confirmation):
         return Plan(tuple(jobs))
@@ -278,6 +293,15 @@ def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgen
 def _begun(state: State, blob: str) -> set[int | None]:
     """Seeds that a train.py is being run on."""
     return {run.seed for run in state.runs_of(blob) if run.ended is None}
+
+
+def _with_weights(runs: list[Run]) -> list[Run]:
+    """Those whose weights were not lost with the device that had them."""
+
+    def lost(run: Run) -> bool:
+        return bool(run.scored and run.scored.problem and run.scored.problem.code == "weights_lost")
+
+    return [run for run in runs if not lost(run)]
 
 
 def _under_way(experiment: Experiment) -> bool:
