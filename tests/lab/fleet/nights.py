@@ -1,6 +1,8 @@
 """Nights with several devices, of processes: the tests' fast trainer, on workers of this machine."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +10,12 @@ from pathlib import Path
 
 import psutil
 
-from lab.session.session import Session
+import storage
+from lab.session.journal import Journal
+from lab.session.session import Session, fingerprints
+from lab.session.state import State
+from lab.verdict import gate
+from lab.verdict.plan import account_of
 
 LOOP = """import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -55,3 +62,29 @@ def until(condition, seconds: float = 60.0):
 
 def state_of(session):
     return Session(Path(session.folder)).state
+
+
+def sound(session):
+    """What has to hold of every session, whatever happened."""
+    state, best = State(), None
+    for event in Journal(session.journal.path).events:
+        before = state.best
+        state.take(event)
+        assert account_of(state).staked <= gate.ALPHA * max(1, account_of(state).keeps) + 1e-12
+        if state.best is not before and before is not None:
+            assert state.best.parent == before.blob, "a keep's parent was the best when it landed"
+        best = state.best
+    again, known = State(Journal(session.journal.path).events), Session(session.folder).state
+    assert again.runs == known.runs and again.experiments == known.experiments and best is not None
+
+
+def impatient(session, **constants) -> None:
+    """Has the judge wait less: lab/fleet's constants by name, as of wire.SILENCE."""
+    for name, value in {"wire_ALIVE_EVERY": 0.3, "wire_SILENCE": 2.0, "pool_GRACE": 1.5, **constants}.items():
+        module, _, constant = name.partition("_")
+        source = next(session.judge.glob(f"lab/*/{module}.py"))
+        text, found = re.subn(rf"(?m)^{constant} = [^#\n]*", f"{constant} = {value!r}  ", source.read_text())
+        assert found == 1, name
+        source.write_text(text)
+    facts = session.folder / "session.json"
+    storage.write_json(facts, {**json.loads(facts.read_text()), "judge": fingerprints(session.judge)})
