@@ -189,7 +189,8 @@ class Pool:
         member, device = self.hub.members.get(name), self.devices.setdefault(name, Device(name))
         if member is None or member.hello.get("met"):
             return
-        member.hello["met"], device.gone, device.ready, device.refused = True, None, False, ""
+        member.hello |= {"met": True, "runs": set(member.hello["runs"])}
+        device.gone, device.ready, device.refused = None, False, ""
         threading.Thread(target=self._prepare, args=(device, member.hello), daemon=True).start()
 
     def _prepare(self, device: Device, hello: dict) -> None:
@@ -267,7 +268,7 @@ class Pool:
             device.gone = time.monotonic()
         started = self._started.get(name)
         dead = started is not None and not _runs(started.process)
-        return dead or bool(device.refused) or time.monotonic() > device.gone + GRACE
+        return dead or bool(device.refused) or name in self.hub.left or time.monotonic() > device.gone + GRACE
 
     # --- Workers on this machine ---
 
@@ -382,9 +383,9 @@ class Pool:
         experiment, folder = session.state.experiments[run.experiment], session.run_folder(run.number)
         device.run = None
         if member := self.hub.members.get(device.name):
-            member.hello["runs"] = [*{*member.hello["runs"], run.number}]
-        if "halted" in answer or run.ended and not scores:
-            return
+            member.hello["runs"].add(run.number)
+        if "halted" in answer or (experiment.applied if scores else run.ended):
+            return  # it was given up, or another keep has superseded it while it was scored
         if scores:
             if problem := answer.get("problem"):
                 return executor.scored(session, experiment, run, msgspec.convert(problem, Reason))
@@ -438,11 +439,13 @@ class Pool:
     def _drop(self, device: Device) -> None:
         """Has a worker forget runs that nothing is wanted of any more: also those that were given up."""
         member, state = self.hub.members.get(device.name), self.session.state
-        for number in list(member.hello["runs"]) if member else []:
+        if member is None:
+            return
+        for number in member.hello["runs"].copy():
             run = state.runs.get(number)
             wanted = run and run.worker == device.name and run.status in (None, "ok")
             if run is None or not wanted or state.experiments[run.experiment].applied:
-                member.hello["runs"].remove(number)  # pyright: ignore
+                member.hello["runs"].remove(number)
                 self.hub.call(device.name, "drop", number=number)
 
     def _stop_all(self, held: dict) -> None:
@@ -464,7 +467,13 @@ class Pool:
         rows = []
         for device in self.devices.values():
             member = self.hub.members.get(device.name)
-            doing = "is away" if member is None else "is prepared" if not device.ready else "waits"
+            doing = (
+                self.hub.left.get(device.name, "is away")
+                if member is None
+                else "is prepared"
+                if not device.ready
+                else "waits"
+            )
             if device.run:
                 of, seed = device.run.experiment, device.run.seed
                 doing = f"{'scores' if device.scores else 'runs'} experiment {of}, seed {seed}"

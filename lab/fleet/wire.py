@@ -3,7 +3,7 @@
 What is used of it is its transport (framed messages over TCP with mutual TLS) and none of its scheduler: who does what
 is the head's to say (pool.py). A worker connects to the head, keeps one connection, and connects again whenever it is
 lost: so only the head's port has to be reached. Over it the head calls operations of the worker, several at a time, and
-both say regularly that they are there. Messages are of numbers, texts, bytes, lists and dicts; nothing in them is
+both say regularly that they are there. Messages are of numbers, texts, bytes, tuples and dicts; nothing in them is
 executed.
 """
 
@@ -112,7 +112,8 @@ class Hub:
             it is told, or raises Refused.
 
     Attributes:
-        address: with the port that it listens at. members: by name. stir: set whenever something has happened.
+        address: with the port that it listens at. members: by name. left: why those who said so do not come back.
+        stir: set whenever something has happened.
 
     Raises:
         OSError: it can't listen there.
@@ -120,6 +121,7 @@ class Hub:
 
     def __init__(self, address: str, keys: Keys, admit: Callable[[dict], dict]):
         self.members: dict[str, Member] = {}
+        self.left: dict[str, str] = {}
         self.stir = threading.Event()
         self._admit, self._numbers = admit, itertools.count(1)
         self._loop = asyncio.new_event_loop()
@@ -145,6 +147,8 @@ class Hub:
                 member.line.comm.abort()
             await asyncio.sleep(0)
 
+        if not self._loop.is_running():
+            return
         self._do(close()).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
@@ -190,6 +194,7 @@ class Hub:
                 before.line.comm.abort()
                 self._leave(before)
             self.members[member.name] = member
+            self.left.pop(member.name, None)
             self.stir.set()
             staying = asyncio.create_task(line.stay(dict))
             try:
@@ -209,6 +214,8 @@ class Hub:
     def _leave(self, member: Member) -> None:
         if self.members.get(member.name) is member:
             del self.members[member.name]
+            if why := member.alive.get("leaving"):
+                self.left[member.name] = str(why)
         while member.waiting:
             member.waiting.popitem()[1].set_exception(Lost(member.name))
         self.stir.set()

@@ -29,7 +29,7 @@ from lab.errors import LabError
 from lab.fleet.wire import PIECE
 from lab.reasons import Reason, because
 from lab.session.locks import device_lock
-from lab.session.session import differing, fingerprints
+from lab.session.session import differing
 
 LOG_SENT = 2**20  # bytes of a run's log, its end
 TAIL = 4000  # bytes of the log of a run under way that go with a sign of life
@@ -42,6 +42,14 @@ def version(digests: dict[str, str]) -> str:
     """Of the code that makes runs, from sha256 by file: both ends have to have the same."""
     own = {name: sha for name, sha in digests.items() if name.split("/")[0] in CODE and name.endswith(".py")}
     return storage.digest_of(sorted(own.items()))[:12]
+
+
+def sources(project: Path) -> dict[str, str]:
+    """sha256 of the code of a checkout, by file."""
+    paths = [
+        path for name in CODE for path in ([project / name] if name.endswith(".py") else (project / name).rglob("*"))
+    ]
+    return {path.relative_to(project).as_posix(): storage.sha256(path) for path in paths if path.suffix == ".py"}
 
 
 @dataclass
@@ -77,7 +85,7 @@ class Worker:
         self._lock: filelock.BaseFileLock | None = None
         self._guard, self._work = threading.Lock(), threading.Lock()
         self._seen, self._token = time.monotonic(), os.urandom(8).hex()
-        self._version = version(fingerprints(Path(__file__).resolve().parents[2]))
+        self._version = version(sources(Path(__file__).resolve().parents[2]))
 
     # --- What wire.serve asks for ---
 

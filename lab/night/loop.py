@@ -80,6 +80,7 @@ class Night:
                 deadline = limits.deadline(options.hours, options.until, datetime.now())
             began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
             self.journal.append(began)
+        self._parent = ""  # blob of the best when what is proposed was begun
         self._process = None  # that runs the experiments
         self._heard = len(session.state.done)  # verdicts that were told
         self._apart: set[int] = set()  # superseded experiments that can't be made again on the best
@@ -236,21 +237,21 @@ class Night:
             if self.options.agent and self._agent_is_due() or not self._ask_proposer():
                 self._ask_agent()
         if turn := self._unopened:
-            if content := self.session.repository.contents([turn.blob]).get(turn.blob):  # else git has let go of it
+            if content := self._on_best(turn.blob, turn.parent):
                 self._open(turn.description, content)
+            else:
+                self.view.say(f"not run, as the best has changed the same lines meanwhile: {turn.description}")
             self._unopened = None
 
     def _rebase(self) -> bool:
         """Makes a change again on the best, where what it was made on is no longer that; whether there was one. Where
         both changed the same lines, that was the end of it."""
-        session, state = self.session, self.session.state
+        state = self.session.state
         again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
         for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
-            texts = [session.repository.content(blob) for blob in (best_of(session).blob, old.parent or "", old.blob)]
-            content, conflicts = merged(*texts)
             more = {"rebased": old.number, "kind": old.kind, "members": old.members}
             try:
-                if not conflicts:
+                if content := self._on_best(old.blob, old.parent or ""):
                     self._open(old.description, content, more)
                     return True
             except LabError:  # it is no Python any more, or the best already
@@ -258,6 +259,18 @@ class Night:
             self._apart.add(old.number)
             self.view.say(f"experiment {old.number} was superseded, and can't be made again on the best")
         return False
+
+    def _on_best(self, blob: str, parent: str) -> bytes | None:
+        """A train.py that was made on another one, made on the best; None if both changed the same lines, or git has
+        let go of one."""
+        best = best_of(self.session).blob
+        known = self.session.repository.contents([blob, parent or best, best])
+        if len(known) < len({blob, parent or best, best}):
+            return None
+        if parent in ("", best):
+            return known[blob]
+        made, conflicts = merged(known[best], known[parent], known[blob])
+        return None if conflicts else made
 
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
@@ -284,6 +297,7 @@ class Night:
 
     def _ask_proposer(self) -> bool:
         """False where it has nothing left, and the agent is to be asked instead."""
+        self._parent = best_of(self.session).blob
         self.now.by = "proposer"
         self._show("looking for a change")
         try:
@@ -301,6 +315,7 @@ class Night:
 
     def _ask_agent(self) -> None:
         session, seconds, program = self.session, self.options.turn_seconds, ""
+        self._parent = best_of(session).blob
         with suppress(OSError):  # it is gone: the agent is told the rest
             program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
         text = prompt.write(session, program, self.turns, seconds)
@@ -331,6 +346,7 @@ class Night:
 
     def _journal(self, turn: TurnTaken) -> None:
         if turn.blob:
+            turn.parent = turn.parent or self._parent
             turn.experiment, self._unopened = self.session.state.last.number + 1, turn
         self.journal.append(turn)
         self.turns.append(turn)

@@ -285,7 +285,8 @@ class TurnTaken(Event, tag="turn"):
             changed only files "elsewhere", did "nothing", or made what had been tried "again"; or it was "stopped" or
             "interrupted" with the night, or "unserved" by the service of its model, which is no failure of its own.
         said: what the agent did, on a clean line that goes on from "the agent ...".
-        description: of the change, what and why. blob: git's id of the train.py, which is stored.
+        description: of the change, what and why. blob: git's id of the train.py, which is stored; parent: of the best
+            that it was made on.
         experiment: its number. log: path of what was printed. others: files beside train.py that changed.
         reproached: it did something that has no effect; `said` tells what.
         left: processes that it left running. saved: path of what it wrote, where that is not run.
@@ -296,6 +297,7 @@ class TurnTaken(Event, tag="turn"):
     said: Text = ""
     description: Text = ""
     blob: Digest = ""
+    parent: Digest = ""
     experiment: Number | None = None
     log: str = ""
     others: list[str] = []
