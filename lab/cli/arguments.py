@@ -112,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     night(*unsandboxed, action="store_true")
     which = "all, GPUs by number as in 0,1, or a list as in cpu,cpu"
     night("--devices", f"use several devices of this machine: {which}", "LIST")
+    offered = "share of the runs for what sessions on other devices of this home keep (default 0.1)"
+    night("--offers", offered, "SHARE", type=float, default=0.1)
     night("--plan", "only say what it will take", action="store_true")
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)
 

@@ -22,7 +22,7 @@ from lab.errors import LabError
 from lab.fleet import here, settings
 from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe
-from lab.night import agent, limits, notify, prompt, proposer
+from lab.night import agent, limits, notify, offers, prompt, proposer
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
@@ -30,7 +30,7 @@ from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
 from lab.untrusted import counted, one_line
 from lab.verdict import executor, near_misses
-from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
+from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_replay, sound_baseline
 from lab.verdict.plan import orders
 
 POLL = 0.25  # seconds
@@ -80,6 +80,7 @@ class Night:
                 deadline = limits.deadline(options.hours, options.until, datetime.now())
             began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
             self.journal.append(began)
+        self._skipped: set[str] = set()  # offers that don't apply here
         self._parent = ""  # blob of the best when what is proposed was begun
         self._process = None  # that runs the experiments
         self._heard = len(session.state.done)  # verdicts that were told
@@ -228,7 +229,7 @@ class Night:
         """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
         the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
-            if self._rebase():
+            if self._rebase() or self._offer():
                 return
             if (content := self._edit_of_a_person()) is not None:
                 return self._open(f"what was in {TRAIN} already", content)
@@ -259,6 +260,15 @@ class Night:
             self._apart.add(old.number)
             self.view.say(f"experiment {old.number} was superseded, and can't be made again on the best")
         return False
+
+    def _offer(self) -> bool:
+        """Opens what a session on another device has kept, while that has had less than its share of the runs."""
+        session, share = self.session, getattr(self.options, "offers", offers.SHARE)
+        if not offers.room(session.state, share) or not (offer := offers.next_offer(session, self._skipped)):
+            return False
+        with self._alone():
+            open_replay(session, offer.content, offer.description, offer.facts)
+        return True
 
     def _on_best(self, blob: str, parent: str) -> bytes | None:
         """A train.py that was made on another one, made on the best; None if both changed the same lines, or git has
@@ -352,14 +362,19 @@ class Night:
         self.turns.append(turn)
 
     def _open(self, description: str | None, content: bytes | None = None, more: dict | None = None) -> None:
-        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it. With
-        several devices that is done beside what runs: only a night opens experiments then."""
+        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it."""
         session, together = self.session, content is None
-        with exclusive(session, PATIENCE, self.view.say) if session.fleet is None else nullcontext():
-            session.refresh()
+        with self._alone():
             equal = open_change(session, description, near_misses_together=together, content=content, more=more)
         if equal:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
+
+    @contextmanager
+    def _alone(self):
+        """The session to oneself; with several devices beside what runs, as only a night opens experiments then."""
+        with exclusive(self.session, PATIENCE, self.view.say) if self.session.fleet is None else nullcontext():
+            self.session.refresh()
+            yield
 
     def _follow(self) -> None:
         """Sees to it that open experiments come to their verdicts, until there is room for another. LabError if what

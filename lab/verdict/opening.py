@@ -175,6 +175,19 @@ def open_change(
     return None
 
 
+def open_replay(session: Session, content: bytes, description: str, more: dict) -> None:
+    """Journals a train.py that has a change of elsewhere as an experiment against the baseline, beside the branch.
+
+    Args:
+        more: facts of ExperimentOpened: kind, origin, min_runs.
+    """
+    repository, baseline = session.repository, session.state.baseline
+    if b"\r\n" in repository.content(baseline.blob):
+        content = content.replace(b"\n", b"\r\n")
+    facts = facts_of_change(session, baseline, content) | {"description": description, **more}
+    session.open_experiment(commit=repository.commit(baseline.commit, facts["blob"], description), **facts)
+
+
 def await_verdict(
     session: Session,
     experiment: Experiment,
