@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     start("tag", "its name, for example the date", "TAG")
     start(*unsandboxed, action="store_true")
     start("--baseline-runs", "runs of the baseline (default 3)", default=3, **seeds)
+    start(
+        "--for", "for a device of another machine, that lab join --describe wrote there", "FILE", type=Path, dest="of"
+    )
 
     run = command("run", "run train.py as an experiment: decide, keep or revert, record", wait=True)
     run("-m --message", "what was changed, and why", "TEXT")
@@ -123,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
     invite("--listen", "where to listen, if that is elsewhere (default: all addresses, that port)", "HOST:PORT")
     invite("--days", "how long it can be used (default 30)", type=float, default=30.0)
     join = command("join", "have this machine's devices work for the session of an invitation", json=False)
-    join("invitation", "from lab invite", "FILE", type=Path)
+    join("invitation", "from lab invite", "FILE", type=Path, nargs="?")
+    join("--describe", "only write what this device is, for lab start --for on the head", "FILE", type=Path)
     join("--devices", f"{which} (default all)", "LIST", default="all")
     join("--name", "what this machine is called in the fleet (default: some letters)")
     join("--local", argparse.SUPPRESS, action="store_true")

@@ -32,7 +32,18 @@ def do_start(options) -> int:
     def say(text):
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say)
+    described = None
+    if options.of:
+        from lab.fleet import here as devices
+
+        described = devices.described(options.of)
+    session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say, described)
+    if described:
+        say(
+            f"session {session.name} in {session.folder}, on branch {session.branch}. Its runs are made elsewhere: "
+            "python -m lab invite FILE, take that file there and join, then python -m lab night here"
+        )
+        return 0
     say(
         f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
         f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"
@@ -289,8 +300,14 @@ def do_invite(session: Session, options) -> int:
 
 
 def do_join(options) -> int:
-    from lab.fleet import join
+    from lab.fleet import here as devices, join
 
+    if options.describe:
+        devices.describe(options.describe)
+        print(f"{options.describe}: take it to the head, for python -m lab start TAG --for {options.describe.name}")
+        return 0
+    if options.invitation is None:
+        raise LabError("say which invitation: python -m lab invite makes one on the head")
     return join.join(options.invitation, options.devices, options.name, options.local)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import storage
 from backends import machine
 from lab.errors import LabError
+from lab.session import events
 
 PROJECT = Path(__file__).resolve().parents[2]
 BAND = 0.1  # share by which a device's tokens/s may differ from its tag's; or as much as its own measurements do
@@ -92,17 +93,49 @@ def unlike(facts: dict, device: str, settings: dict[str, str]) -> str | None:
     ]
     if others:
         return f"other versions are installed here: {', '.join(others)}"
-    path = storage.home() / "profiles" / f"{hardware['slug']}-{hardware['backend']}.json"
-    own = _profile(path)
-    if own is None or own["versions"] != hardware["versions"]:
-        _asked(environment, TO_CALIBRATE, "-m", "calibration")
-        own = _profile(path)
-    if own is None:
+    if (own := _calibrated(hardware, environment)) is None:
         return "this device could not be measured: python -m calibration says why"
     if own.get("attention_provider") != facts["profile"].get("attention_provider"):
         there = facts["profile"].get("attention_provider") or "the framework"
         return f"attention comes from {own.get('attention_provider') or 'the framework'} here, and from {there} there"
     return outside_of_band(own, facts["profile"])
+
+
+def describe(path: Path) -> None:
+    """Writes what a head elsewhere needs to begin a session for this device: what it is, and its calibration, which is
+    made if it is not there. LabError if the device can't be used."""
+    hardware = json.loads(_asked(dict(os.environ), TO_IDENTIFY, "-c", IDENTIFY).splitlines()[-1])
+    if (profile := _calibrated(hardware, dict(os.environ))) is None:
+        raise LabError("this device could not be measured: python -m calibration says why")
+    storage.write_json(path, {"hardware": hardware, "profile": profile})
+
+
+def described(path: Path) -> dict:
+    """What `describe` has written. LabError if it is nothing of that kind."""
+    from calibration import profile as profiles
+
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        hardware, profile = known["hardware"], known["profile"]
+        alike = all(profile[name] == hardware[own] for name, own in {"device": "slug", "backend": "backend"}.items())
+        if not alike or not events.is_tag(hardware["slug"]):
+            raise ValueError("its profile is of another device")
+        if problem := profiles.impossible(profile):
+            raise ValueError(problem)
+        return {"hardware": hardware, "profile": profile}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(
+            f"{path} describes no device ({error}); make it there: python -m lab join --describe FILE"
+        ) from None
+
+
+def _calibrated(hardware: dict, environment: dict[str, str]) -> dict | None:
+    """This machine's profile of a device; made if there is none of these versions."""
+    path = storage.home() / "profiles" / f"{hardware['slug']}-{hardware['backend']}.json"
+    if (own := _profile(path)) and own["versions"] == hardware["versions"]:
+        return own
+    _asked(environment, TO_CALIBRATE, "-m", "calibration")
+    return _profile(path)
 
 
 def outside_of_band(own: dict, others: dict) -> str | None:

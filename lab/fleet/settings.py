@@ -15,10 +15,9 @@ STALE = 30.0  # seconds after which a status says nothing
 def choose(session: Session, devices: list[str]) -> None:
     """Notes the devices of this machine that take part; none if the session's own is used as ever, and no others are
     invited."""
-    known = session.fleet or {}
-    listen = known.get("listen")
-    if devices or listen:
-        storage.write_json(session.folder / FLEET, {"devices": devices, **({"listen": listen} if listen else {})})
+    known = {**(session.fleet or {}), "devices": devices}
+    if devices or len(known) > 1:
+        storage.write_json(session.folder / FLEET, known)
     else:
         (session.folder / FLEET).unlink(missing_ok=True)
 

@@ -25,11 +25,12 @@ import filelock
 import msgspec
 
 import storage
+from backends import machine
 from lab.errors import LabError
 from lab.fleet.wire import PIECE
 from lab.reasons import Reason, because
 from lab.session.locks import device_lock
-from lab.session.session import differing
+from lab.session.session import PASSED_ON, differing
 
 LOG_SENT = 2**20  # bytes of a run's log, its end
 TAIL = 4000  # bytes of the log of a run under way that go with a sign of life
@@ -307,8 +308,12 @@ class Worker:
     def _request(self, doing: Doing, **facts):
         from lab.run import runner
 
-        known = self.facts
-        settings = {**known["settings"], **self.settings}
+        known, settings = self.facts, {**self.facts["settings"]}
+        if not self.local:  # the user's of this machine, and not of the head's
+            for name in (*(f"AUTORESEARCH_{name}" for name in PASSED_ON), *machine.CHOOSING_GPUS):
+                settings[name] = os.environ.get(name, "")
+            settings["AUTORESEARCH_BACKEND"] = known["backend"]
+        settings |= self.settings
         settings = {name: value for name, value in settings.items() if value} | {
             "AUTORESEARCH_HOME": str(storage.home().absolute()),
             "AUTORESEARCH_PROFILE": str(self.root / "profile.json"),

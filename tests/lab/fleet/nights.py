@@ -26,10 +26,10 @@ sys.exit(main())
 """
 
 
-def begin(session, home, experiments: int, devices: str, **environment) -> subprocess.Popen:
+def begin(session, home, experiments: int, devices: str | None, **environment) -> subprocess.Popen:
     """A night, as its command would be begun by the judge: but busy machines don't matter to it."""
     command = [sys.executable, "-c", LOOP, str(session.judge), "--session", str(session.folder), "night", "--planned=0"]
-    command += ["--max-experiments", str(experiments), "--devices", devices]
+    command += ["--max-experiments", str(experiments), *(["--devices", devices] if devices else [])]
     return subprocess.Popen(
         command,
         cwd=session.repository.path,

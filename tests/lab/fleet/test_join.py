@@ -141,6 +141,30 @@ def test_a_device_of_another_machine_makes_the_runs(project, isolated_home, join
     assert "it was given back" in worker.communicate(timeout=20)[0] and worker.returncode == 0
 
 
+def test_a_session_for_a_device_elsewhere_has_all_its_runs_made_there(project, isolated_home, invited, join):
+    storage.write_json(project.folder / "fleet.json", {**project.fleet, "elsewhere": True})
+    night = begin(project, isolated_home, 1, None)
+    until(lambda: project.supervised)
+    assert not Session(project.folder).state.runs  # it waits
+    join()
+    said = night.communicate(timeout=120)[0]
+    assert "1 experiment, as many as were wanted" in said, said
+    assert {run.worker for run in Session(project.folder).state.runs.values()} == {"there/cpu"}
+    check(Session(project.folder))
+
+
+def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, monkeypatch):
+    known = json.loads((sessions.ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
+    identity = {"slug": known["device"], "backend": "sdpa", "versions": known["versions"]}
+    monkeypatch.setattr(here, "IDENTIFY", f"print({json.dumps(identity)!r})")
+    storage.write_json(isolated_home / "profiles" / f"{known['device']}-sdpa.json", known)
+    here.describe(tmp_path / "device.json")
+    assert here.described(tmp_path / "device.json") == {"hardware": identity, "profile": known}
+    storage.write_json(tmp_path / "other.json", {"hardware": {**identity, "slug": "x-1gb"}, "profile": known})
+    with pytest.raises(LabError, match="its profile is of another device"):
+        here.described(tmp_path / "other.json")
+
+
 def test_a_device_that_is_given_back_loses_its_run_to_another(project, isolated_home, join):
     worker = join()
     night = begin(project, isolated_home, 6, "cpu")
