@@ -229,6 +229,7 @@ class Night:
         """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
         the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
+            self._parent = best_of(self.session).blob
             if self._rebase() or self._offer():
                 return
             if (content := self._edit_of_a_person()) is not None:
@@ -250,7 +251,7 @@ class Night:
         state = self.session.state
         again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
         for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
-            more = {"rebased": old.number, "kind": old.kind, "members": old.members}
+            more = {"rebased": old.number, "kind": old.kind, "members": old.members, "origin": old.origin}
             try:
                 if content := self._on_best(old.blob, old.parent or ""):
                     self._open(old.description, content, more)
@@ -307,7 +308,6 @@ class Night:
 
     def _ask_proposer(self) -> bool:
         """False where it has nothing left, and the agent is to be asked instead."""
-        self._parent = best_of(self.session).blob
         self.now.by = "proposer"
         self._show("looking for a change")
         try:
@@ -325,7 +325,6 @@ class Night:
 
     def _ask_agent(self) -> None:
         session, seconds, program = self.session, self.options.turn_seconds, ""
-        self._parent = best_of(session).blob
         with suppress(OSError):  # it is gone: the agent is told the rest
             program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
         text = prompt.write(session, program, self.turns, seconds)
