@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 import sessions
@@ -25,6 +27,7 @@ from lab.session.session import Session
 
 ADDRESS = "127.0.0.2"  # of the head, as others see it
 TRIAL = {"depth": 2, "rows": 4, "total_batch_size": 8192, "window_pattern": "L", "precision": "float32"}
+OTHER_PYTHON = os.environ.get("AUTORESEARCH_OTHER_PYTHON", "")
 IDENTITY = {"slug": "fake-1gb", "backend": "fake", "versions": {"framework": "1.0"}}
 JOIN = """import json, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -87,13 +90,14 @@ def invited(project, tmp_path):
 
 @pytest.fixture
 def join(invited, project, tmp_path):
-    """join(identity=..., own=profile, project=..., unboxed=False): a worker's process with a home of its own."""
+    """join(identity=..., own=profile, code=..., unboxed=False, python=...): a worker's process with a home of its
+    own."""
     started = []
 
-    def start(identity=IDENTITY, own=None, code=None, unboxed=False):
+    def start(identity=IDENTITY, own=None, code=None, unboxed=False, python=sys.executable):
         home = tmp_path / "other"
         storage.write_json(home / "profiles" / "fake-1gb-fake.json", own or profile(980.0))
-        command = [sys.executable, "-c", JOIN, str(code or project.judge), json.dumps(identity)]
+        command = [python, "-c", JOIN, str(code or project.judge), json.dumps(identity)]
         command += ["unboxed"] * unboxed + ["join", str(invited), "--devices", "cpu", "--name", "there"]
         process = subprocess.Popen(
             command, env={**os.environ, "AUTORESEARCH_HOME": str(home)}, text=True,
@@ -141,6 +145,17 @@ def test_a_device_of_another_machine_makes_the_runs(project, isolated_home, join
     assert "it was given back" in worker.communicate(timeout=20)[0] and worker.returncode == 0
 
 
+@pytest.mark.skipif(not OTHER_PYTHON, reason="AUTORESEARCH_OTHER_PYTHON names no Python with what a worker needs")
+def test_a_worker_may_have_another_python(project, isolated_home, join):
+    worker = join(python=OTHER_PYTHON)
+    night = begin(project, isolated_home, 3, "cpu")
+    said = night.communicate(timeout=120)[0]
+    assert "3 experiments, as many as were wanted" in said, said
+    runs = [run for run in Session(project.folder).state.runs.values() if run.worker == "there/cpu"]
+    assert runs and all(run.ok for run in runs) and worker.poll() is None
+    check(Session(project.folder))
+
+
 def test_a_session_for_a_device_elsewhere_has_all_its_runs_made_there(project, isolated_home, invited, join):
     storage.write_json(project.folder / "fleet.json", {**project.fleet, "elsewhere": True})
     night = begin(project, isolated_home, 1, None)
@@ -151,6 +166,34 @@ def test_a_session_for_a_device_elsewhere_has_all_its_runs_made_there(project, i
     assert "1 experiment, as many as were wanted" in said, said
     assert {run.worker for run in Session(project.folder).state.runs.values()} == {"there/cpu"}
     check(Session(project.folder))
+
+
+def test_one_forwarded_port_is_enough(project, tmp_path, join, invited):
+    """As of `ssh -R`: the worker sees a port of its own machine, and the head listens at another address."""
+    known = json.loads(invited.read_text())
+    host, port = known["address"].removeprefix("tls://").split(":")
+
+    def pump(source, target):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for side in (source, target):
+            with suppress(OSError):
+                side.shutdown(socket.SHUT_RDWR)
+
+    def forward():
+        with suppress(OSError):
+            while True:
+                near, far = forwarding.accept()[0], socket.create_connection((host, int(port)))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as forwarding:
+        threading.Thread(target=forward, daemon=True).start()
+        invited.write_text(json.dumps({**known, "address": f"tls://localhost:{forwarding.getsockname()[1]}"}))
+        with Pool(Session(project.folder)) as pool:
+            join()
+            until(lambda: pool.wait() and pool.devices.get("there/cpu") and pool.devices["there/cpu"].ready, 30)
 
 
 def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, monkeypatch):
