@@ -1,7 +1,8 @@
 """Who may connect: an authority that the head makes for its session, and certificates of it, in invitations.
 
-Both ends prove that they have a certificate of this authority (mutual TLS). An invitation is one file with all that a
-worker needs. Whoever holds it can be a worker, and sees what workers see, until it expires.
+Both ends prove that they have a certificate of this authority (mutual TLS), the head one for servers and workers one
+for clients: an invitation, which is one file with all that a worker needs, makes nobody a head. Whoever holds it can be
+a worker, and sees what workers see, until it expires.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lab.session.session import Session
 FORMAT = 1
 DAYS = 30.0  # that an invitation is good for
 AUTHORITY_DAYS = 3650.0
-AUTHORITY, HEAD = "authority", "head"
+HEAD = "head"
 
 
 def authority_of(session: Session) -> tuple[str, str]:
@@ -33,7 +34,7 @@ def authority_of(session: Session) -> tuple[str, str]:
 
 
 def keys(session: Session, name: str, days: float = DAYS) -> Keys:
-    """A new certificate of the session's authority."""
+    """A new certificate of the session's authority: for the head, if its name is that, else for a worker."""
     authority = authority_of(session)
     return Keys(authority[0], *_signed(name, days, authority))
 
@@ -105,7 +106,7 @@ def _signed(name: str, days: float, authority: tuple[str, str] | None) -> tuple[
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
@@ -124,6 +125,9 @@ def _signed(name: str, days: float, authority: tuple[str, str] | None) -> tuple[
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
     )
+    if authority:
+        role = ExtendedKeyUsageOID.SERVER_AUTH if name == HEAD else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = builder.add_extension(x509.ExtendedKeyUsage([role]), critical=True)
     certificate = builder.sign(signer, hashes.SHA256())  # pyright: ignore
     pem, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return (

@@ -101,7 +101,7 @@ class Pool:
             before = json.loads(path.read_text())
             if before["asked"] == address:
                 address = before["address"]  # where workers look for it
-        keys = invitation.keys(session, "head", invitation.AUTHORITY_DAYS)
+        keys = invitation.keys(session, invitation.HEAD, invitation.AUTHORITY_DAYS)
         try:
             self.hub = Hub(address, keys, self._admit)
         except OSError as error:

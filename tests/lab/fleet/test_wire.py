@@ -216,6 +216,14 @@ def test_a_head_with_a_foreign_certificate_is_refused(connect, tmp_path, keys):
         hub.close()
 
 
+def test_an_invitation_makes_nobody_a_head(connect, keys, session):
+    hub = Hub("tls://127.0.0.1:0", invitation.keys(session, "worker"), lambda hello: {})
+    try:
+        refused(hub, connect, keys[1])
+    finally:
+        hub.close()
+
+
 def test_an_expired_certificate_is_refused(hub, connect, session):
     refused(hub, connect, invitation.keys(session, "worker", days=-1.0))
 
