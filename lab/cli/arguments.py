@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
         "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
     )
     night("--agent", "called once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
+    night("--agents", "let so many turns of the agent go on at once, beside what runs", **seeds)
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
     night("--turn-seconds", f"time limit of one call of the agent (default {TURN:g})", "S", type=float, default=TURN)
     night("--hours", "stop after so long", "H", type=float)

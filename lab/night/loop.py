@@ -23,6 +23,7 @@ from lab.fleet import here, settings
 from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe
 from lab.night import agent, limits, notify, offers, prompt, proposer
+from lab.night.turns import Turns
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
@@ -80,6 +81,7 @@ class Night:
                 deadline = limits.deadline(options.hours, options.until, datetime.now())
             began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
             self.journal.append(began)
+        self._turns = Turns(session, getattr(options, "agents", None) or 0)
         self._skipped: set[str] = set()  # offers that don't apply here
         self._parent = ""  # blob of the best when what is proposed was begun
         self._process = None  # that runs the experiments
@@ -97,6 +99,8 @@ class Night:
             self.view.say(f"the agent {text}")
             self._journal(TurnTaken(by="agent", outcome="interrupted", said=text))
         agent.discard(self.session)
+        for path in self.session.folder.glob("turn-*"):
+            self._turns.end_of(path)
         try:
             while True:
                 self._between()
@@ -236,8 +240,11 @@ class Night:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
-            if self.options.agent and self._agent_is_due() or not self._ask_proposer():
-                self._ask_agent()
+            if self.options.agent and (self._agent_is_due() or self._turns.ended) or not self._ask_proposer():
+                if not self._turns.count:
+                    self._ask_agent()
+                elif not self._take_turn():
+                    return
         if turn := self._unopened:
             if content := self._on_best(turn.blob, turn.parent):
                 self._open(turn.description, content)
@@ -323,11 +330,40 @@ class Night:
     def _agent_is_due(self) -> bool:
         return agent.due(self.turns, {e.number for e in self.session.state.decided if fruitless(e)})
 
-    def _ask_agent(self) -> None:
-        session, seconds, program = self.session, self.options.turn_seconds, ""
+    def _prompt(self) -> str:
+        program = ""
         with suppress(OSError):  # it is gone: the agent is told the rest
-            program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
-        text = prompt.write(session, program, self.turns, seconds)
+            program = (self.session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
+        return prompt.write(self.session, program, self.turns, self.options.turn_seconds)
+
+    def _think(self) -> None:
+        """Has agents begin turns beside what runs, as many at once as were asked for."""
+        turns, state = self._turns, self.session.state
+        while state.best and state.best.applied and (slot := turns.free()) and self._agent_is_due():
+            log = self._turn_log()
+            log = log.with_name(f"{log.stem}-{turns.begun + 1}.log")
+            turns.begin(slot, self.options.agent, self._prompt(), log, self.options.turn_seconds)
+
+    def _take_turn(self) -> bool:
+        """Takes what an agent has made meanwhile; False if none is done, after a moment."""
+        self.now.by = "agent"
+        self._think()
+        if self._turns.troubles:
+            raise self._turns.troubles.pop()
+        if not self._turns.ended:
+            if self.session.state.open:
+                self._attend(THINKING)
+            else:
+                self._check()
+                self._show(THINKING)
+                time.sleep(POLL)
+            return False
+        self._took(self._turns.ended.pop(0))
+        self._think()
+        return True
+
+    def _ask_agent(self) -> None:
+        session, seconds, text = self.session, self.options.turn_seconds, self._prompt()
         self.now.by = "agent"
         self._show(THINKING)
 
@@ -339,8 +375,11 @@ class Night:
             return True
 
         turn = agent.take_turn(session, self.options.agent, text, self._turn_log(), seconds, stop=stop)
-        self._journal(turn)
+        self._took(turn)
         agent.discard(session)
+
+    def _took(self, turn: TurnTaken) -> None:
+        self._journal(turn)
         if turn.outcome != "edited" or turn.reproached or turn.left:
             self.view.say(f"the agent {agent.told(turn)}")
         if turn.outcome != "edited" and not self._agent_is_due():
@@ -378,27 +417,32 @@ class Night:
     def _follow(self) -> None:
         """Sees to it that open experiments come to their verdicts, until there is room for another. LabError if what
         runs them ends before."""
-        session = self.session
         while not self._room():
-            self._check()
-            hot = session.fleet is None and any(trouble.kind == "hot" for trouble in self.now.troubles)
-            if hot and not session.state.open[0].decided and not session.held:  # waited for, after the run under way
-                session.hold("stopped", now=False)
-            if session.held:
-                self._between()
-                continue
-            process = self._process
-            if process is not None and process.poll() not in (None, 0):
-                self._process = None
-                raise LabError(f"what runs the experiments has ended: {last_words(session)}")
-            if process is None or process.poll() is not None:
-                session.refresh()
-                if session.state.open and not session.supervised:
-                    self._process = executor.launch(session)
-            self._show("training")
-            time.sleep(POLL)
+            self._attend("training")
+        self._tell_verdicts()
+
+    def _attend(self, phase: str) -> None:
+        """Looks after what is open, for a moment."""
+        session = self.session
+        self._check()
+        hot = session.fleet is None and any(trouble.kind == "hot" for trouble in self.now.troubles)
+        if hot and not session.state.open[0].decided and not session.held:  # waited for, after the run under way
+            session.hold("stopped", now=False)
+        if session.held:
+            return self._between()
+        process = self._process
+        if process is not None and process.poll() not in (None, 0):
+            self._process = None
+            raise LabError(f"what runs the experiments has ended: {last_words(session)}")
+        if process is None or process.poll() is not None:
             session.refresh()
-            self._tell_verdicts()
+            if session.state.open and not session.supervised:
+                self._process = executor.launch(session)
+        if self._turns.count:
+            self._think()
+        self._show(phase)
+        time.sleep(POLL)
+        session.refresh()
         self._tell_verdicts()
 
     # --- Telling ---
@@ -452,6 +496,7 @@ class Night:
 
     def _end_what_runs(self) -> None:
         """What was paused stays paused; else the next night takes the hold away."""
+        self._turns.end()
         session, deadline = self.session, time.monotonic() + PATIENCE
         session.hold("stopped", now=True)
         while session.supervised and time.monotonic() < deadline:

@@ -288,7 +288,8 @@ def at(path: Path) -> Session:
         raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
                        f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>")  # fmt: skip
     session = Session(folder_of(branch[len(PREFIX) :]))
-    if repository.path not in (Path(session.local.repository), session.turn.resolve()):
+    clones = [path.resolve() for path in (session.turn, *session.folder.glob("turn-*"))]
+    if repository.path not in (Path(session.local.repository), *clones):
         raise LabError(
             f"session {session.name} belongs to the repository {session.local.repository}, not to {repository.path}"
         )
