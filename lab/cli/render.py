@@ -89,6 +89,7 @@ def run_facts(run: Run, experiment: Experiment) -> dict:
         "run": run.number,
         "of": "change" if run.blob == experiment.blob else "parent",
         "seed": run.seed,
+        **({"worker": run.worker} if run.worker else {}),
         "status": run.status,
         "val_bpb": run.result.get("val_bpb"),
         **measured,
@@ -111,6 +112,8 @@ def block(session: Session, experiment: Experiment) -> str:
         beside = f", its parent {known['parent_val_bpb']:.6f}" if known["parent_val_bpb"] is not None else ""
         runs = sum(run["of"] == "change" and run["status"] == "ok" for run in known["runs"])
         lines.append(f"  val_bpb           {known['val_bpb']:.6f} (mean of {runs}){beside}")
+    if workers := sorted({run["worker"] for run in known["runs"] if run.get("worker")}):
+        lines.append(f"  made on           {', '.join(workers)}")
     own = [run for run in known["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid")]
     for measure in SHOWN if own else ():
         value = own[-1].get(measure.column)
@@ -199,7 +202,7 @@ def status_facts(session: Session) -> dict:
         "night": session.owned_by_night,
     }
     tried = [e.status for e in state.decided if e.kind in ("change", "near misses")]
-    known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid")}
+    known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid", "superseded")}
     crashed = itertools.takewhile(lambda e: e.status == "crash", reversed(state.decided))
     known["crashes_in_a_row"] = sum(1 for _ in crashed)
     if experiment := state.oldest_open:
@@ -241,6 +244,7 @@ def status(session: Session) -> str:
     lines = [
         f"session {known['session']}: {counted(known['experiments'], 'experiment')}, {known['keep']} kept, "
         f"{known['discard']} discarded, {known['crash']} crashed, {known['invalid']} invalid"
+        + (f", {known['superseded']} superseded" if known["superseded"] else "")
         + (f"; {known['replayed']} replayed beside the branch" if "replayed" in known else "")
     ]
     if best := known.get("best"):

@@ -10,6 +10,7 @@ from sessions import check, edited
 from test_loop import Alive, Seen, options
 
 import storage
+from lab.cli import render
 from lab.fleet import settings, spread
 from lab.night import limits, loop, proposer
 from lab.run import runner
@@ -175,6 +176,8 @@ def test_it_is_made_again_on_the_best_and_judged_against_it(night):
     assert [e.status for e in session.state.experiments.values()] == ["keep", "keep", "superseded", "keep"]
     assert again.rebased == 2 and again.onto == 1 and again.own_runs and session.state.best is again
     assert session.repository.content(again.blob) == edited(LOSS=0.9) + b"LOSS = LOSS - 0.05\n"
+    assert "2 kept" in render.status(session) and "1 superseded" in render.status(session)
+    assert "made on           a" in render.block(session, again)
     sound(session)
     check(session)
 
