@@ -13,11 +13,13 @@ import storage
 from lab.cli import render
 from lab.fleet import settings, spread
 from lab.night import limits, loop, proposer
+from lab.reasons import because
 from lab.run import runner
+from lab.session.events import RunEnded, RunScored
 from lab.session.journal import Journal
 from lab.session.session import Session
 from lab.verdict import executor, opening
-from lab.verdict.plan import orders
+from lab.verdict.plan import orders, plan
 
 
 class Many:
@@ -223,3 +225,52 @@ def test_random_nights_are_sound(night, seed):
     sound(session)
     check(session)
     assert not orders(session.state)
+
+
+def lost(session, change, worker, seed=42):
+    run = session.start_run(change, change.blob, seed, session.budget, worker)
+    session.log(RunEnded(run=run.number, status="lost", reason=because("device_lost")))
+
+
+def test_a_run_whose_device_was_lost_is_made_on_another(session):
+    change = opened(session, edited(LOSS=0.9))
+    for worker in "ab":
+        assert spread.device_for(orders(session.state)[0], session.state, [worker], ["a", "b", "c"]) == worker
+    lost(session, change, "a")
+    order = orders(session.state)[0]
+    assert spread.device_for(order, session.state, ["a"], ["a", "b"]) is None
+    assert spread.device_for(order, session.state, ["a", "b"], ["a", "b"]) == "b"
+    assert spread.device_for(order, session.state, ["a"], ["a"]) == "a"  # there is no other
+    executor.supervise(session, Many(session, ["a", "b"]))
+    assert change.status == "keep" and [run.worker for run in change.own_runs if run.ok][0] == "b"
+
+
+def test_a_change_that_takes_two_devices_down_is_a_suspect(session):
+    change = opened(session, edited(LOSS=0.9))
+    for worker in ("a", "a", "b"):
+        lost(session, change, worker)
+    executor.supervise(session, Many(session))
+    assert change.status == "crash" and not change.verdict.judged
+    assert change.verdict.said == "not judged: the devices a, b were lost while they ran it: does it bring them down?"
+    check(session)
+
+
+def test_where_the_weights_are_lost_another_run_is_made(session):
+    """The first scoring finds them gone, as the device has left meanwhile."""
+    change = opened(session, edited(LOSS=0.9))
+    run = session.start_run(change, change.blob, 42, session.budget, "a")
+    made = trained(session, run)
+    executor.ended(session, run, made, made.status, made.reason)
+    assert plan(change, session.state).score == (run.number,)
+    session.log(RunScored(run=run.number, problem=because("weights_lost")))
+    assert plan(change, session.state).jobs[0].seed == 43
+    executor.supervise(session, Many(session))
+    assert change.status == "keep" and len(change.own_runs) > 1
+    check(session)
+
+
+def trained(session, run):
+    folder = session.run_folder(run.number)
+    folder.mkdir(parents=True)
+    (folder / "train.py").write_bytes(session.repository.content(run.blob))
+    return runner.run(executor.request(session, run))
