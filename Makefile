@@ -19,7 +19,7 @@ unexport PIP_TARGET PIP_PREFIX PYTHONSAFEPATH
 comma := ,
 # PyTorch for NVIDIA brings the Triton it needs; where there is none, our kernels are tested in the interpreter of this one.
 TRITON := triton==3.8.0
-TEST_EXTRAS := test$(comma)check$(comma)mcp$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
+TEST_EXTRAS := test$(comma)check$(comma)fleet$(comma)mcp$(if $(filter Linux,$(shell uname -s)),$(comma)mlx-cpu)
 
 # Where test-agents keeps agents and what their nights leave: outside /tmp, which Codex treats specially.
 AGENTS := $(or $(AGENTS),$(HOME)/.cache/autoresearch-agents)

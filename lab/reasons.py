@@ -63,6 +63,7 @@ TEXTS: dict[str, str] = {
     "{parent_runs} runs): p = {p:.2g}, at most {share:.2g} is required",
     "simpler": "simpler, and {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} "
     "against {parent_runs} runs): a loss above {loss:.6f} is excluded, {allowed:.6f} is allowed",
+    "moved": "what it was made on is no longer the best: experiment {best} is, and it is made again on that",
     "simpler_and_equal": "simpler, and its score is its parent's to the last bit, on {seeds} of the same seeds",
     "not_worth_it": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
     "{parent_runs} runs): another run is expected to gain {pays:.2g} bits per byte, at least {asked:.2g} is required",
@@ -87,7 +88,11 @@ TEXTS: dict[str, str] = {
     "please report it",
     "changed_judge": "it changed the judge's files, which were put back: {files}",
     "changed_ledger": "it changed the ledger, which was put back",
-    # Runs that are made again (verdict/executor.py)
+    "suspect": "the devices {workers} were lost while they ran it: does it bring them down?",
+    # Runs that are made again (verdict/executor.py, fleet/pool.py)
+    "device_lost": "the device was lost",
+    "weights_lost": "the device that had its weights was lost",
+    "device_differs": "the device does not measure as the session's does: {what}",
     "killed": "the harness was killed",
     "paused": "the session was paused",
     "stopped": "the night ended",

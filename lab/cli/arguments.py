@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     start("tag", "its name, for example the date", "TAG")
     start(*unsandboxed, action="store_true")
     start("--baseline-runs", "runs of the baseline (default 3)", default=3, **seeds)
+    start(
+        "--for", "for a device of another machine, that lab join --describe wrote there", "FILE", type=Path, dest="of"
+    )
 
     run = command("run", "run train.py as an experiment: decide, keep or revert, record", wait=True)
     run("-m --message", "what was changed, and why", "TEXT")
@@ -104,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
     )
     night("--agent", "called once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
+    night("--agents", "let so many turns of the agent go on at once, beside what runs", **seeds)
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
     night("--turn-seconds", f"time limit of one call of the agent (default {TURN:g})", "S", type=float, default=TURN)
     night("--hours", "stop after so long", "H", type=float)
@@ -116,8 +120,26 @@ def parser() -> argparse.ArgumentParser:
     night("--dataset", "its dataset (default: the one prepared last, or climbmix)", "NAME")
     night("--baseline-runs", "runs of its baseline (default 3)", default=3, **seeds)
     night(*unsandboxed, action="store_true")
+    which = "all, GPUs by number as in 0,1, or a list as in cpu,cpu"
+    night("--devices", f"use several devices of this machine: {which}", "LIST")
+    offered = "share of the runs for what sessions on other devices of this home keep (default 0.1)"
+    night("--offers", offered, "SHARE", type=float, default=0.1)
     night("--plan", "only say what it will take", action="store_true")
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)
+
+    invite = command("invite", "let another machine's devices work for this session: writes an invitation", json=False)
+    invite("target", "where to write it; whoever has this file can join", "FILE", type=Path)
+    invite("--address", "where other machines reach this one, as HOST:PORT", required=True)
+    invite("--listen", "where to listen, if that is elsewhere (default: all addresses, that port)", "HOST:PORT")
+    invite("--days", "how long it can be used (default 30)", type=float, default=30.0)
+    join = command("join", "have this machine's devices work for the session of an invitation", json=False)
+    join("invitation", "from lab invite", "FILE", type=Path, nargs="?")
+    join("--describe", "only write what this device is, for lab start --for on the head", "FILE", type=Path)
+    join("--devices", f"{which} (default all)", "LIST", default="all")
+    join("--name", "what this machine is called in the fleet (default: some letters)")
+    join("--local", argparse.SUPPRESS, action="store_true")
+    command("leave", "give this machine's devices back: end their work for other sessions", json=False)
+    command("fleet", "show the devices that work on this session, and what each does")
     commands.add_parser("supervise")
     return whole
 

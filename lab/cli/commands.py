@@ -35,7 +35,18 @@ def do_start(options) -> int:
     def say(text):
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say)
+    described = None
+    if options.of:
+        from lab.fleet import here as devices
+
+        described = devices.described(options.of)
+    session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say, described)
+    if described:
+        say(
+            f"session {session.name} in {session.folder}, on branch {session.branch}. Its runs are made elsewhere: "
+            "python -m lab invite FILE, take that file there and join, then python -m lab night here"
+        )
+        return 0
     say(
         f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
         f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"
@@ -276,7 +287,55 @@ def do_replay(session: Session, options) -> int:
 def do_supervise(session: Session, options) -> int:
     from lab.verdict.executor import supervise
 
-    supervise(session)
+    if session.fleet is None:
+        supervise(session)
+    else:
+        from lab.fleet.pool import Pool
+
+        supervise(session, Pool(session))
+    return 0
+
+
+# --- Several devices ---
+
+
+def do_invite(session: Session, options) -> int:
+    from lab.fleet import invitation, settings
+
+    listen = invitation.invite(session, options.target, options.address, options.listen, options.days)
+    settings.listen(session, listen)
+    print(
+        f"{options.target}: whoever has this file can be a worker of {session.name} for {options.days:g} days. On the "
+        f"other machine: python -m lab join {options.target.name}. The night listens at {listen}"
+    )
+    return 0
+
+
+def do_join(options) -> int:
+    from lab.fleet import here as devices, join
+
+    if options.describe:
+        devices.describe(options.describe)
+        print(f"{options.describe}: take it to the head, for python -m lab start TAG --for {options.describe.name}")
+        return 0
+    if options.invitation is None:
+        raise LabError("say which invitation: python -m lab invite makes one on the head")
+    return join.join(options.invitation, options.devices, options.name, options.local)
+
+
+def do_leave(options) -> int:
+    from lab.fleet import join
+
+    left = join.leave()
+    print(f"given back: {', '.join(left)}" if left else "no device of this machine works for a session")
+    return 0
+
+
+def do_fleet(session: Session, options) -> int:
+    from lab.fleet import settings
+
+    known = settings.status(session)
+    print(json.dumps(known, indent=1) if options.json else render.fleet(known))
     return 0
 
 

@@ -99,6 +99,7 @@ def run_facts(run: Run, experiment: Experiment) -> dict:
         "run": run.number,
         "of": "change" if run.blob == experiment.blob else "parent",
         "seed": run.seed,
+        **({"worker": run.worker} if run.worker else {}),
         "status": run.status,
         "val_bpb": run.result.get("val_bpb"),
         **measured,
@@ -121,6 +122,8 @@ def block(session: Session, experiment: Experiment) -> str:
         beside = f", its parent {known['parent_val_bpb']:.6f}" if known["parent_val_bpb"] is not None else ""
         runs = sum(run["of"] == "change" and run["status"] == "ok" for run in known["runs"])
         lines.append(f"  val_bpb           {known['val_bpb']:.6f} (mean of {runs}){beside}")
+    if workers := sorted({run["worker"] for run in known["runs"] if run.get("worker")}):
+        lines.append(f"  made on           {', '.join(workers)}")
     own = [run for run in known["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid")]
     for measure in SHOWN if own else ():
         value = own[-1].get(measure.column)
@@ -209,7 +212,7 @@ def status_facts(session: Session) -> dict:
         "night": session.owned_by_night,
     }
     tried = [e.status for e in state.decided if e.kind in ("change", "near misses")]
-    known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid")}
+    known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid", "superseded")}
     crashed = itertools.takewhile(lambda e: e.status == "crash", reversed(state.decided))
     known["crashes_in_a_row"] = sum(1 for _ in crashed)
     if experiment := state.oldest_open:
@@ -251,6 +254,7 @@ def status(session: Session) -> str:
     lines = [
         f"session {known['session']}: {counted(known['experiments'], 'experiment')}, {known['keep']} kept, "
         f"{known['discard']} discarded, {known['crash']} crashed, {known['invalid']} invalid"
+        + (f", {known['superseded']} superseded" if known["superseded"] else "")
         + (f"; {known['replayed']} replayed beside the branch" if "replayed" in known else "")
     ]
     if best := known.get("best"):
@@ -276,6 +280,19 @@ def status(session: Session) -> str:
     if known["held"]:
         lines.append(said_of_held(known["held"]["why"]))
     lines += ["", table(list(state.experiments.values())[-RECENT:]), "", f"ledger: {known['ledger']}"]
+    return "\n".join(lines)
+
+
+def fleet(devices: list[dict]) -> str:
+    """One line for each device: its name, tokens per second, heat, what it does."""
+    if not devices:
+        return "no night with several devices is at work"
+    lines = ["device            tokens/s  what"]
+    for device in devices:
+        tokens, heat = device["tokens_per_second"], device["heat"]
+        hot = "too hot, " if heat.get("hot") else f"throttled by {heat['throttled']}, " if heat.get("throttled") else ""
+        rate = f"{tokens:,.0f}" if tokens else "-"
+        lines.append(f"{device['name']:<16} {rate:>9}  {hot}{untrusted.one_line(device['doing'], 100)}")
     return "\n".join(lines)
 
 

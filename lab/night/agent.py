@@ -257,8 +257,8 @@ def _settings_of_git(session: Session) -> Path:
 
 
 def _mark(session: Session) -> str:
-    """The same for all turns of a session: what a killed night left is found by the next one."""
-    return uuid.uuid5(uuid.NAMESPACE_URL, session.folder.absolute().as_uri()).hex
+    """The same for all turns in one clone of a session: what a killed night left is found by the next one."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, session.turn.absolute().as_uri()).hex
 
 
 def _end(session: Session, process: subprocess.Popen | None = None, patience: float = GRACE_LEFT) -> int:

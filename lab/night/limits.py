@@ -125,7 +125,7 @@ def troubles(session: Session) -> list[Trouble]:
     ]
     if throttled and throttled != machine.get("throttled"):  # else it was measured like that
         known.append(Trouble("throttled", f"the device is throttled: {throttled}", "say"))
-    if not training and is_held(session.device_lock):
+    if not training and session.fleet is None and is_held(session.device_lock):  # else its own workers may hold it
         known.append(Trouble("taken", "another session is training on this device", "wait"))
     return [trouble for trouble in known if trouble.text]
 

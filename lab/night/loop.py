@@ -11,7 +11,7 @@ import shutil
 import signal
 import statistics
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -19,8 +19,11 @@ import filelock
 
 import storage
 from lab.errors import LabError
+from lab.fleet import here, settings
+from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe
-from lab.night import agent, limits, notify, prompt, proposer, serve
+from lab.night import agent, limits, notify, offers, prompt, proposer, serve
+from lab.night.turns import Turns
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
@@ -28,7 +31,8 @@ from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
 from lab.untrusted import counted, one_line
 from lab.verdict import executor, near_misses, sample
-from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
+from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_replay, sound_baseline
+from lab.verdict.plan import orders
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -77,6 +81,12 @@ class Night:
                 deadline = limits.deadline(options.hours, options.until, datetime.now())
             began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
             self.journal.append(began)
+        self._turns = Turns(session, getattr(options, "agents", None) or 0)
+        self._skipped: set[str] = set()  # offers that don't apply here
+        self._parent = ""  # blob of the best when what is proposed was begun
+        self._process = None  # that runs the experiments
+        self._heard = len(session.state.done)  # verdicts that were told
+        self._apart: set[int] = set()  # superseded experiments that can't be made again on the best
         self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
         if last:
             self.now.by = last.by
@@ -89,6 +99,8 @@ class Night:
             self.view.say(f"the agent {text}")
             self._journal(TurnTaken(by="agent", outcome="interrupted", said=text))
         agent.discard(self.session)
+        for path in self.session.folder.glob("turn-*"):
+            self._turns.end_of(path)
         try:
             while True:
                 self._between()
@@ -142,7 +154,7 @@ class Night:
 
     def _check(self, every: float = LOOK_EVERY) -> None:
         """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
-        now, state, most = self.now, self.session.state, self.options.max_experiments
+        now = self.now
         if self.stopping:
             raise Over(self.stopping)
         if now.deadline and time.time() >= now.deadline:
@@ -157,12 +169,29 @@ class Night:
                 self.view.say(f"{trouble.text}: runs take longer, and learn the same")
         if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
-        if state.open:
-            return
-        if most is not None and state.last.number - now.first + 1 >= most:
-            raise Over(f"{counted(most, 'experiment')}, as many as were wanted")
+        if not self.session.state.open and (why := self._enough()):
+            raise Over(why)
+
+    def _enough(self) -> str:
+        """Why no more is begun; "" if something may be."""
+        now, most = self.now, self.options.max_experiments
+        if most is not None and self.session.state.last.number - now.first + 1 >= most:
+            return f"{counted(most, 'experiment')}, as many as were wanted"
         if now.deadline and time.time() + self._needed() > now.deadline:
-            raise Over("the time that is left is not enough for another experiment")
+            return "the time that is left is not enough for another experiment"
+        return ""
+
+    def _room(self) -> bool:
+        """Whether another experiment is to be opened: on one device once none is open, on several so that none of them
+        waits."""
+        state, fleet = self.session.state, self.session.fleet
+        if not state.open:
+            return True
+        if fleet is None or not state.baseline.applied or not (state.best and state.best.applied) or self._enough():
+            return False
+        under_way = sum(run.ended is None for experiment in state.open for run in experiment.runs)
+        devices = sum(device["usable"] for device in settings.status(self.session))
+        return under_way + len(orders(state)) <= devices
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
@@ -179,11 +208,11 @@ class Night:
     def _go_on(self) -> None:
         """Brings what is open to its verdict, or opens something. What can't be done now is tried again a few times:
         git may be in use, say."""
-        session, experiment = self.session, self.session.state.oldest_open
+        session, experiment = self.session, None if self._room() else self.session.state.oldest_open
         if experiment is None:
             sound_baseline(session)
         try:
-            return self._follow(experiment) if experiment else self._propose()
+            return self._follow() if experiment else self._propose()
         except Over:
             raise
         except (storage.Stop, Exception) as error:
@@ -204,16 +233,62 @@ class Night:
         """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
         the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
+            self._parent = best_of(self.session).blob
+            if self._rebase() or self._offer():
+                return
             if (content := self._edit_of_a_person()) is not None:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
-            if self.options.agent and self._agent_is_due() or not self._ask_proposer():
-                self._ask_agent()
+            if self.options.agent and (self._agent_is_due() or self._turns.ended) or not self._ask_proposer():
+                if not self._turns.count:
+                    self._ask_agent()
+                elif not self._take_turn():
+                    return
         if turn := self._unopened:
-            if content := self.session.repository.contents([turn.blob]).get(turn.blob):  # else git has let go of it
+            if content := self._on_best(turn.blob, turn.parent):
                 self._open(turn.description, content)
+            else:
+                self.view.say(f"not run, as the best has changed the same lines meanwhile: {turn.description}")
             self._unopened = None
+
+    def _rebase(self) -> bool:
+        """Makes a change again on the best, where what it was made on is no longer that; whether there was one. Where
+        both changed the same lines, that was the end of it."""
+        state = self.session.state
+        again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
+        for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
+            more = {"rebased": old.number, "kind": old.kind, "members": old.members, "origin": old.origin}
+            try:
+                if content := self._on_best(old.blob, old.parent or ""):
+                    self._open(old.description, content, more)
+                    return True
+            except LabError:  # it is no Python any more, or the best already
+                pass
+            self._apart.add(old.number)
+            self.view.say(f"experiment {old.number} was superseded, and can't be made again on the best")
+        return False
+
+    def _offer(self) -> bool:
+        """Opens what a session on another device has kept, while that has had less than its share of the runs."""
+        session, share = self.session, getattr(self.options, "offers", offers.SHARE)
+        if not offers.room(session.state, share) or not (offer := offers.next_offer(session, self._skipped)):
+            return False
+        with self._alone():
+            open_replay(session, offer.content, offer.description, offer.facts)
+        return True
+
+    def _on_best(self, blob: str, parent: str) -> bytes | None:
+        """A train.py that was made on another one, made on the best; None if both changed the same lines, or git has
+        let go of one."""
+        best = best_of(self.session).blob
+        known = self.session.repository.contents([blob, parent or best, best])
+        if len(known) < len({blob, parent or best, best}):
+            return None
+        if parent in ("", best):
+            return known[blob]
+        made, conflicts = merged(known[best], known[parent], known[blob])
+        return None if conflicts else made
 
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
@@ -221,6 +296,7 @@ class Night:
         try:
             content = session.repository.train()
             digest = describe(content).digest
+            session.refresh()  # a keep puts another one there, and says so before
             if digest == best_of(session).digest:
                 return None
             if (equal := session.state.equal(digest)) is None:
@@ -254,11 +330,40 @@ class Night:
     def _agent_is_due(self) -> bool:
         return agent.due(self.turns, {e.number for e in self.session.state.decided if fruitless(e)})
 
-    def _ask_agent(self) -> None:
-        session, seconds, program = self.session, self.options.turn_seconds, ""
+    def _prompt(self) -> str:
+        program = ""
         with suppress(OSError):  # it is gone: the agent is told the rest
-            program = (session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
-        text = prompt.write(session, program, self.turns, seconds)
+            program = (self.session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
+        return prompt.write(self.session, program, self.turns, self.options.turn_seconds)
+
+    def _think(self) -> None:
+        """Has agents begin turns beside what runs, as many at once as were asked for."""
+        turns, state = self._turns, self.session.state
+        while state.best and state.best.applied and (slot := turns.free()) and self._agent_is_due():
+            log = self._turn_log()
+            log = log.with_name(f"{log.stem}-{turns.begun + 1}.log")
+            turns.begin(slot, self.options.agent, self._prompt(), log, self.options.turn_seconds)
+
+    def _take_turn(self) -> bool:
+        """Takes what an agent has made meanwhile; False if none is done, after a moment."""
+        self.now.by = "agent"
+        self._think()
+        if self._turns.troubles:
+            raise self._turns.troubles.pop()
+        if not self._turns.ended:
+            if self.session.state.open:
+                self._attend(THINKING)
+            else:
+                self._check()
+                self._show(THINKING)
+                time.sleep(POLL)
+            return False
+        self._took(self._turns.ended.pop(0))
+        self._think()
+        return True
+
+    def _ask_agent(self) -> None:
+        session, seconds, text = self.session, self.options.turn_seconds, self._prompt()
         self.now.by = "agent"
         self._show(THINKING)
 
@@ -270,8 +375,11 @@ class Night:
             return True
 
         turn = agent.take_turn(session, self.options.agent, text, self._turn_log(), seconds, stop=stop)
-        self._journal(turn)
+        self._took(turn)
         agent.discard(session)
+
+    def _took(self, turn: TurnTaken) -> None:
+        self._journal(turn)
         if turn.outcome != "edited" or turn.reproached or turn.left:
             self.view.say(f"the agent {agent.told(turn)}")
         if turn.outcome != "edited" and not self._agent_is_due():
@@ -286,40 +394,63 @@ class Night:
 
     def _journal(self, turn: TurnTaken) -> None:
         if turn.blob:
+            turn.parent = turn.parent or self._parent
             turn.experiment, self._unopened = self.session.state.last.number + 1, turn
         self.journal.append(turn)
         self.turns.append(turn)
 
-    def _open(self, description: str | None, content: bytes | None = None) -> None:
+    def _open(self, description: str | None, content: bytes | None = None, more: dict | None = None) -> None:
         """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it."""
-        with exclusive(self.session, PATIENCE, self.view.say):
-            equal = open_change(self.session, description, near_misses_together=content is None, content=content)
+        session, together = self.session, content is None
+        with self._alone():
+            equal = open_change(session, description, near_misses_together=together, content=content, more=more)
         if equal:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
 
-    def _follow(self, experiment: Experiment) -> None:
-        """Sees to it that an open experiment comes to its verdict. LabError if what runs it ends before."""
-        session, process = self.session, None
-        while not experiment.applied:
-            self._check()
-            hot = any(trouble.kind == "hot" for trouble in self.now.troubles)
-            if hot and not experiment.decided and not session.held:  # to be waited for, after the run under way
-                session.hold("stopped", now=False)
-            if session.held:
-                self._between()
-                continue
-            if process is not None and process.poll() not in (None, 0):
-                raise LabError(f"what runs the experiments has ended: {last_words(session)}")
-            if process is None or process.poll() is not None:
-                session.refresh()
-                if not experiment.applied and not session.supervised:
-                    process = executor.launch(session)
-            self._show("training")
-            time.sleep(POLL)
+    @contextmanager
+    def _alone(self):
+        """The session to oneself; with several devices beside what runs, as only a night opens experiments then."""
+        with exclusive(self.session, PATIENCE, self.view.say) if self.session.fleet is None else nullcontext():
+            self.session.refresh()
+            yield
+
+    def _follow(self) -> None:
+        """Sees to it that open experiments come to their verdicts, until there is room for another. LabError if what
+        runs them ends before."""
+        while not self._room():
+            self._attend("training")
+        self._tell_verdicts()
+
+    def _attend(self, phase: str) -> None:
+        """Looks after what is open, for a moment."""
+        session = self.session
+        self._check()
+        hot = session.fleet is None and any(trouble.kind == "hot" for trouble in self.now.troubles)
+        if hot and not session.state.open[0].decided and not session.held:  # waited for, after the run under way
+            session.hold("stopped", now=False)
+        if session.held:
+            return self._between()
+        process = self._process
+        if process is not None and process.poll() not in (None, 0):
+            self._process = None
+            raise LabError(f"what runs the experiments has ended: {last_words(session)}")
+        if process is None or process.poll() is not None:
             session.refresh()
-        self._tell_verdict(experiment)
+            if session.state.open and not session.supervised:
+                self._process = executor.launch(session)
+        if self._turns.count:
+            self._think()
+        self._show(phase)
+        time.sleep(POLL)
+        session.refresh()
+        self._tell_verdicts()
 
     # --- Telling ---
+
+    def _tell_verdicts(self) -> None:
+        while self._heard < len(done := self.session.state.done):
+            self._heard += 1
+            self._tell_verdict(done[self._heard - 1])
 
     def _tell_verdict(self, experiment: Experiment) -> None:
         verdict, what = experiment.verdict, one_line(experiment.description)
@@ -365,6 +496,7 @@ class Night:
 
     def _end_what_runs(self) -> None:
         """What was paused stays paused; else the next night takes the hold away."""
+        self._turns.end()
         session, deadline = self.session, time.monotonic() + PATIENCE
         session.hold("stopped", now=True)
         while session.supervised and time.monotonic() < deadline:
@@ -377,7 +509,7 @@ class Night:
 def fruitless(experiment: Experiment) -> bool:
     """Whether nothing can be learnt from it."""
     decided = experiment.decided
-    return decided is not None and (decided.status == "crash" or not decided.judged)
+    return decided is not None and decided.status != "superseded" and (decided.status == "crash" or not decided.judged)
 
 
 @contextmanager
@@ -404,6 +536,9 @@ def go(session: Session, options) -> int:
         lock = session.night_lock.acquire(timeout=1)  # on Windows, who looks whether it is held has it for a moment
     except filelock.Timeout:
         raise LabError("a night of this session goes on already; python -m lab status tells how it stands") from None
+    asked = getattr(options, "devices", None)
+    kind = session.profile.get("machine", {}).get("kind", "")
+    settings.choose(session, here.devices(asked, kind) if asked else [])
     with lock, limits.awake(), View(session) as view, serve.served(session, options.page, view.say):
         night = Night(session, options, view)
         with signals(night):

@@ -30,6 +30,7 @@ LONGEST_TRAIN = 65_536  # bytes of a train.py that is told
 LATEST = 20  # experiments that are told of
 KEPT = 15  # of those that were kept, the last
 TURNS = 3  # of the agent's own that gave nothing, since the last that did
+RUNNING = 8  # experiments that are being run
 WIDTH = 120  # characters of a description
 TRACEBACK = 12  # lines
 DIFFS, DIFF_LINES = 6, 14  # changes whose lines are told, and how many of each
@@ -54,6 +55,7 @@ def write(session: Session, program: str, turns: list[TurnTaken], seconds: float
         "rules": _rules(program),
         "turn": _this_turn(session, seconds),
         "standing": _standing(session),
+        "running": _running(state),
         "last": _last(session),
         "own": _own_turns(turns),
         "surface": _surface(),
@@ -71,7 +73,7 @@ def write(session: Session, program: str, turns: list[TurnTaken], seconds: float
     for name, share, told in flexible:
         parts[name] = told(int(share * left))
         left -= _size(parts[name]) + 2
-    order = "rules turn standing tried values diffs last own findings requests surface".split()
+    order = "rules turn standing running tried values diffs last own findings requests surface".split()
     return "\n\n".join(parts[name] for name in order if parts[name]) + f"\n\n{_train(session)}\n"
 
 
@@ -157,6 +159,12 @@ def _standing(session: Session) -> str:
     if crashes > 1:
         lines.append(f"the last {crashes} experiments crashed: make the next one safe")
     return _section("Where the session stands", "\n".join(f"- {line}" for line in lines))
+
+
+def _running(state: State) -> str:
+    """What is open on several devices, and so must not be proposed again."""
+    lines = [f"{e.number:4d}  {one_line(e.description, WIDTH)}" for e in state.open if e.decided is None][-RUNNING:]
+    return _section("Running now", fenced("\n".join(lines), "not decided yet: propose something else") if lines else "")
 
 
 def of_throughput(state: State) -> float | None:

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lab import untrusted
+from lab.fleet import settings
 from lab.night.limits import Trouble
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment, Run, State
@@ -187,7 +188,9 @@ class View:
         parts = [f"night of {self.session.name}", lasting(time.time() - now.begun), counted(tried, "experiment")]
         troubles = [trouble.text for trouble in now.troubles if trouble.text not in now.phase]
         heading = Text(", ".join([*parts, f"{kept} kept", *now.estimate(tried)]))
-        return [heading, *(_line(text, "yellow") for text in troubles)]
+        devices = settings.status(self.session) if self.session.fleet else []
+        lines = [_line(f"{device['name']}: {device['doing']}", "cyan") for device in devices]
+        return [heading, *(_line(text, "yellow") for text in troubles), *lines]
 
     def _experiment(self, now: Now, width: int) -> list[RenderableType]:
         experiment = self.session.state.oldest_open

@@ -15,7 +15,7 @@ from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
 
 Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm"]
-Status = Literal["keep", "discard", "crash", "invalid"]
+Status = Literal["keep", "discard", "crash", "invalid", "superseded"]
 RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
 Number = Annotated[int, Meta(ge=0, lt=10**9)]
@@ -140,6 +140,7 @@ class ExperimentOpened(Event, tag="experiment"):
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
         kinds: what it is about, see genome/kinds.py. diff: a unified diff from parent to blob.
         members: numbers of the near misses that it puts together, or of the one that it repeats.
+        rebased: number of the experiment that it makes again on a newer best.
         min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation.
     """
 
@@ -159,19 +160,22 @@ class ExperimentOpened(Event, tag="experiment"):
     diff: Annotated[str, Meta(max_length=2**21)] = ""
     origin: Origin = ""
     members: list[Number] = []
+    rebased: Number | None = None
     min_runs: Number = 1
     pairs: Number = 0
     budget: float | None = None
 
 
 class RunStarted(Event, tag="run"):
-    """A training of one train.py, for an experiment: its own, or its parent's beside it."""
+    """A training of one train.py, for an experiment: its own, or its parent's beside it. `worker`: the name of the
+    device that makes it, where there are several; "" for the session's own."""
 
     number: Number
     experiment: Number
     blob: Digest
     seed: Annotated[int, Meta(ge=-(2**62), lt=2**62)] | None = None
     budget: float | None = None
+    worker: Name = ""
 
 
 class RunEnded(Event, tag="ran"):
@@ -291,7 +295,8 @@ class TurnTaken(Event, tag="turn"):
             changed only files "elsewhere", did "nothing", or made what had been tried "again"; or it was "stopped" or
             "interrupted" with the night, or "unserved" by the service of its model, which is no failure of its own.
         said: what the agent did, on a clean line that goes on from "the agent ...".
-        description: of the change, what and why. blob: git's id of the train.py, which is stored.
+        description: of the change, what and why. blob: git's id of the train.py, which is stored; parent: of the best
+            that it was made on.
         experiment: its number. log: path of what was printed. others: files beside train.py that changed.
         reproached: it did something that has no effect; `said` tells what.
         left: processes that it left running. saved: path of what it wrote, where that is not run.
@@ -302,6 +307,7 @@ class TurnTaken(Event, tag="turn"):
     said: Text = ""
     description: Text = ""
     blob: Digest = ""
+    parent: Digest = ""
     experiment: Number | None = None
     log: str = ""
     others: list[str] = []

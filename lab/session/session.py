@@ -24,7 +24,7 @@ from lab.session.repository import Repository
 from lab.session.state import Experiment, Run, State
 
 FORMAT = 2
-HOLD, SUPERVISOR = "hold.json", "supervisor.json"
+HOLD, SUPERVISOR, FLEET = "hold.json", "supervisor.json", "fleet.json"
 PREFIX = "autoresearch/"  # of branches: autoresearch/<device>/<tag>
 HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night; also codes of reasons
 PASSED_ON = ("BACKEND", "DEVICE", "FA3_LIBRARY")  # settings of the user's that stay as they were at the start
@@ -180,6 +180,14 @@ class Session:
                 (self.folder / HOLD).unlink(missing_ok=True)
                 storage.sync_folder(self.folder)
 
+    @property
+    def fleet(self) -> dict[str, Any] | None:
+        """What the night said of its devices (fleet/settings.py), where there are several; else None."""
+        try:
+            return json.loads((self.folder / FLEET).read_bytes())
+        except (OSError, ValueError):
+            return None
+
     def ending(self) -> str | None:
         """Why a run under way is to end now, if it is: one of HELD."""
         held = self.held
@@ -201,10 +209,10 @@ class Session:
         self.log(ExperimentOpened(number=number, **facts))
         return self.state.experiments[number]
 
-    def start_run(self, experiment: Experiment, blob: str, seed: int, budget: float) -> Run:
+    def start_run(self, experiment: Experiment, blob: str, seed: int, budget: float, worker: str = "") -> Run:
         """Journals that a run begins. To be called with the lock held."""
-        number = self.state.next_run()
-        self.log(RunStarted(number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget))
+        number, of = self.state.next_run(), experiment.number
+        self.log(RunStarted(number=number, experiment=of, blob=blob, seed=seed, budget=budget, worker=worker))
         return self.state.runs[number]
 
     # --- Resuming ---
@@ -220,12 +228,12 @@ class Session:
                 raise LabError(f"the session's judge can't be restored: {', '.join(still[:5])} in {self.judge}")
         return wrong
 
-    def recover(self, end_run: Callable[[str], int]) -> list[str]:
+    def recover(self, end_run: Callable[[str], int], goes_on: Callable[[Run], bool] = lambda run: False) -> list[str]:
         """After a kill or a power failure: ends what is left of runs, frees what a dead git locked, notes runs that
         were lost, and makes git and the ledger what the journal says. To be called with the lock held.
 
         Args:
-            end_run: ends every process of a run, by its id.
+            end_run: ends every process of a run, by its id. goes_on: whether a run goes on, on another device.
 
         Returns:
             What it did, in lines for people.
@@ -234,10 +242,10 @@ class Session:
         state, repository = self.state, self.repository
         done = [f"removed a lock that a killed git had left: {path}" for path in repository.unlock(self.branch)]
         for experiment in state.open:
-            if experiment.runs:
+            if experiment.runs and not experiment.runs[-1].worker:
                 end_run(self.run_id(experiment.runs[-1].number))  # training, or being scored
         for run in state.runs.values():
-            if run.ended is None:
+            if run.ended is None and not goes_on(run):
                 self.log(RunEnded(run=run.number, status="lost", reason=because(self.ending() or "killed")))
                 done.append(f"run {run.number} was interrupted")
         best, head = state.best, repository.commit_of(self.branch)
@@ -280,7 +288,8 @@ def at(path: Path) -> Session:
         raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
                        f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>")  # fmt: skip
     session = Session(folder_of(branch[len(PREFIX) :]))
-    if repository.path not in (Path(session.local.repository), session.turn.resolve()):
+    clones = [path.resolve() for path in (session.turn, *session.folder.glob("turn-*"))]
+    if repository.path not in (Path(session.local.repository), *clones):
         raise LabError(
             f"session {session.name} belongs to the repository {session.local.repository}, not to {repository.path}"
         )

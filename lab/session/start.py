@@ -31,12 +31,20 @@ from lab.session.state import BASELINE
 BASELINE_RUNS = 3  # seeds: two alone understate the noise threefold in a quarter of all nights
 
 
-def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_RUNS, say=print) -> Session:
+def start(
+    path: Path,
+    tag: str,
+    unsandboxed: bool = False,
+    runs: int = BASELINE_RUNS,
+    say=print,
+    described: dict | None = None,
+) -> Session:
     """A new session in the repository at `path`; its baseline is journalled, and still to be run.
 
     Args:
         unsandboxed: go on where the system offers no sandbox.
         runs: of the baseline, each with another seed.
+        described: a device of another machine, which makes all runs: its "hardware" and "profile" (fleet/here.py).
 
     Raises:
         LabError, DataError, ProfileError: something it would rest on is missing; nothing was changed.
@@ -53,11 +61,11 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     repository.refuse_uncommitted()
     describe(repository.train())
 
-    hardware = identified()
+    hardware = Hardware(**described["hardware"]) if described else identified()
     folder, branch = sessions.folder_of(f"{hardware.slug}/{tag}"), f"{PREFIX}{hardware.slug}/{tag}"
     if (folder / "session.json").exists():
         raise LabError(f"there is a session {tag} already: git switch {branch} goes on with it; or take another tag")
-    profile = checked_profile(hardware, repository.path / TRAIN, say)
+    profile = described["profile"] if described else checked_profile(hardware, repository.path / TRAIN, say)
     data = prepare.open_data()
     box = sandbox.probe()
     sandbox.refuse_without(box, unsandboxed)
@@ -65,14 +73,15 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
     if others := repository.changed():
         say(f"not part of the session, being no part of its commit: {untrusted.listed(others)}")
 
-    gpu = which_gpu(hardware.kind)
-    refuse_if_busy(device_lock(hardware.slug, gpu))
+    gpu = "" if described else which_gpu(hardware.kind)
+    if not described:
+        refuse_if_busy(device_lock(hardware.slug, gpu))
     if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(
             f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
         )
     passed_on = [*(f"AUTORESEARCH_{name}" for name in sessions.PASSED_ON), *machine.CHOOSING_GPUS]
-    settings = {name: os.environ[name] for name in passed_on if os.environ.get(name)}
+    settings = {name: os.environ[name] for name in passed_on if os.environ.get(name) and not described}
     if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
     settings |= {
@@ -121,6 +130,8 @@ def start(path: Path, tag: str, unsandboxed: bool = False, runs: int = BASELINE_
             unified=hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
             judge=sessions.fingerprints(folder / "judge"),
         )
+        if described:
+            storage.write_json(folder / sessions.FLEET, {"devices": [], "elsewhere": True})
         storage.write_json(folder / "session.json", msgspec.to_builtins(local))  # last: with it there is a session
     return Session(folder)
 

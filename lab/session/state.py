@@ -151,6 +151,7 @@ class State:
         self.done: list[Experiment] = []
         self.sampled: Sampled | None = None
         self._by_blob: dict[str, list[Run]] = {}
+        self.taken = 0  # events
         for event in events:
             self.take(event)
 
@@ -168,6 +169,7 @@ class State:
 
     def take(self, event: Event) -> None:
         """Adds an event. One that says again what is known changes nothing; LabError for one that contradicts it."""
+        self.taken += 1
         match event:
             case SessionStarted():
                 self._started = _once(self._started, event)
@@ -289,10 +291,10 @@ class State:
         return {blob: runs for blob, runs in found.items() if len(runs) > 1}
 
     def equal(self, digest: str) -> Experiment | None:
-        """An experiment that was decided on an equal train.py. A replay that was better than the baseline says nothing
-        of the best."""
-        for e in reversed(self.decided):
-            if e.digest == digest and e.kind not in MEASURING and e.verdict.judged:
+        """An experiment that was decided on an equal train.py, or is open with one. A replay that was better than the
+        baseline says nothing of the best."""
+        for e in reversed(self.experiments.values()):
+            if e.digest == digest and e.kind not in MEASURING and (e.decided is None or e.decided.judged):
                 if e.kind != "replay" or e.status != "keep":
                     return e
         return None

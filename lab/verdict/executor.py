@@ -1,8 +1,8 @@
 """Carries experiments to their verdicts: makes the runs that they want, one at a time on this device, keeps or reverts.
 
 Each step is journalled before what follows from it is done, and doing that twice changes nothing. So a process killed
-at any moment is continued by the next one. What is wanted is plan.py's to say; another executor could spread the same
-jobs over several devices.
+at any moment is continued by the next one. What is wanted is plan.py's to say, and who does it that of the devices:
+this one alone (`Here`), or several (fleet/pool.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import filelock
 import numpy as np
@@ -29,11 +30,12 @@ from lab.run import runner
 from lab.run.guard import OWN
 from lab.run.outcome import Outcome
 from lab.session import events
+from lab.session.events import Verdict
 from lab.session.journal import sync_files
 from lab.session.repository import TRAIN
 from lab.session.session import SUPERVISOR, Session
 from lab.session.state import BESIDE, Experiment, Run
-from lab.verdict.plan import Job, Plan, TRIES, plan, scored_parent
+from lab.verdict.plan import Job, Order, TRIES, account_of, orders, plan, scored_parent
 
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
 FIRST_TIMEOUT = 1200  # seconds beyond the longest training, before anything was measured
@@ -61,61 +63,128 @@ def launch(session: Session) -> subprocess.Popen:
     return process
 
 
-def supervise(session: Session) -> None:
-    """Goes on until nothing is open, or what is needs the device and the session is held: then it is left for later.
-    Has the session and the device to itself meanwhile."""
+def supervise(session: Session, devices: Devices | None = None) -> None:
+    """Goes on until nothing is open, or what is needs a device and the session is held: then it is left for later.
+    Has the session and its devices to itself meanwhile."""
     try:
         lock = session.lock.acquire(timeout=10)
     except filelock.Timeout:  # another process is at it already
         return
-    with lock:
-        try:
-            device = session.device_lock.acquire(timeout=60)
-        except filelock.Timeout:
-            raise LabError("another session is training on this device; once it is done: python -m lab wait") from None
-        with device:
-            for line in session.recover(runner.end):
-                print(line)
-            while experiment := session.state.oldest_open:
-                if experiment.decided:
-                    apply(session, experiment)
-                    continue
-                try:
-                    if not advance(session, experiment):
-                        return
-                except Exception:  # not a Stop, which says what to do: a mistake of the lab's own, which must end, too
-                    session.log(events.HarnessFailed(experiment=experiment.number))
-                    traceback.print_exc()
-                    if experiment.failures < TRIES:
-                        raise
+    with lock, devices or Here(session) as devices:
+        for line in session.recover(runner.end, devices.makes):
+            print(line)
+        while step(session, devices):
+            pass
 
 
-def advance(session: Session, experiment: Experiment) -> bool:
-    """One step towards the verdict: a run, a scoring of weights, or the verdict itself. False if it was not done, as
-    the session is held."""
-    wanted = plan(experiment, session.state)
-    if wanted.verdict is None and session.held:
-        return False
-    if wanted.stake is not None and experiment.stake is None:
-        session.log(events.StakeReserved(experiment=experiment.number, stake=wanted.stake))
-    if wanted.score:
-        score_again(session, experiment, session.state.runs[wanted.score[0]])
-    elif wanted.jobs:
-        carry_out(session, experiment, min(wanted.jobs, key=lambda job: job.urgency))
-    else:
-        decide(session, experiment, wanted)
+class Devices(Protocol):
+    """Who carries out orders; to be used as a context."""
+
+    def makes(self, run: Run) -> bool:
+        """Whether a run that was not seen to end is still being made."""
+        ...
+
+    def begin(self, orders: list[Order]) -> bool:
+        """Begins what can be begun now, the most urgent first; whether anything was."""
+        ...
+
+    def wait(self) -> bool:
+        """Waits a moment for something to end, and journals it. False if nothing is under way and nobody is waited
+        for."""
+        ...
+
+    def __enter__(self) -> Devices: ...
+
+    def __exit__(self, *_) -> None: ...
+
+
+def step(session: Session, devices: Devices) -> bool:
+    """Decides what can be decided and has devices do what is wanted. False if nothing is left to do, or nothing may be
+    done, as the session is held."""
+    while any([settle(session, experiment) for experiment in session.state.open]):
+        pass
+    wanted = [] if session.held else orders(session.state)
+    begun = devices.begin(wanted)
+    if devices.wait() or begun:
+        return True
+    if session.state.open and not wanted and not session.held:
+        number = session.state.open[0].number
+        raise LabError(f"experiment {number} wants nothing and has no verdict; please report it")
+    return False
+
+
+def settle(session: Session, experiment: Experiment) -> bool:
+    """Decides an experiment, and carries the verdict out, where it wants nothing more. False if it does, or waits."""
+    with blamed(session, experiment):
+        while experiment.applied is None:
+            if experiment.decided:
+                apply(session, experiment)
+            elif verdict := plan(experiment, session.state).verdict:
+                decide(session, experiment, verdict)
+            else:
+                return False
     return True
 
 
-def decide(session: Session, experiment: Experiment, wanted: Plan) -> None:
+@contextmanager
+def blamed(session: Session, experiment: Experiment):
+    """A mistake of the lab's own counts against the experiment, which must end, too; a Stop, which says what to do,
+    does not."""
+    try:
+        yield
+    except Exception:
+        session.log(events.HarnessFailed(experiment=experiment.number))
+        traceback.print_exc()
+        if experiment.failures < TRIES:
+            raise
+
+
+def decide(session: Session, experiment: Experiment, verdict: Verdict) -> None:
     """Journals a verdict. Where more runs were asked for than it needs, they come first and change nothing of it."""
-    verdict = wanted.verdict
-    if verdict is None:
-        raise LabError(f"experiment {experiment.number} wants nothing and has no verdict; please report it")
     if experiment.min_runs > 1 and experiment.judged is None and verdict.status in ("keep", "discard"):
         session.log(events.ExperimentJudged(experiment=experiment.number, verdict=verdict))
     else:
         session.log(events.ExperimentDecided(experiment=experiment.number, verdict=verdict))
+
+
+class Here:
+    """The session's own device, which does one thing at a time, in this process."""
+
+    def __init__(self, session: Session):
+        self.session, self.lock = session, session.device_lock
+
+    def __enter__(self) -> Here:
+        try:
+            self.lock.acquire(timeout=60)
+        except filelock.Timeout:
+            raise LabError("another session is training on this device; once it is done: python -m lab wait") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.release()
+
+    def makes(self, run: Run) -> bool:
+        return False
+
+    def begin(self, orders: list[Order]) -> bool:
+        for order in orders[:1]:
+            with blamed(self.session, order.experiment):
+                reserve(self.session, order)
+                if order.job:
+                    carry_out(self.session, order.experiment, order.job)
+                elif order.score is not None:
+                    score_again(self.session, order.experiment, self.session.state.runs[order.score])
+        return bool(orders)
+
+    def wait(self) -> bool:
+        return False
+
+
+def reserve(session: Session, order: Order) -> None:
+    """Reserves what a test may stake, before it goes beyond one run."""
+    if order.stakes and order.experiment.stake is None:
+        stake = account_of(session.state).stake
+        session.log(events.StakeReserved(experiment=order.experiment.number, stake=stake))
 
 
 # --- Runs ---
@@ -146,14 +215,19 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
     elsewhere = other_conditions(session, result) if status == "ok" else None
     if status == "ok" and (why := elsewhere or other_attention(session, result)):
         status, reason = "invalid", why
-    sync_files(folder)
-    facts = {"result": outcome.result, "seconds": outcome.seconds, "traceback": outcome.traceback}
-    session.log(events.RunEnded(run=run.number, status=status, reason=reason, **facts))  # pyright: ignore
+    ended(session, run, outcome, status, reason)
     if elsewhere:
         raise LabError(
             f"{elsewhere}. Rows that can't be compared are not compared: put back what was there when the "
             "session began, then: python -m lab wait; or start another session"
         )
+
+
+def ended(session: Session, run: Run, outcome: Outcome, status: str, reason: Reason | None) -> None:
+    """Journals how a run ended, whose files are in its folder: as its outcome says, but with this status."""
+    sync_files(session.run_folder(run.number))
+    facts = {"result": outcome.result, "seconds": outcome.seconds, "traceback": outcome.traceback}
+    session.log(events.RunEnded(run=run.number, status=status, reason=reason, **facts))  # pyright: ignore
 
 
 def request(session: Session, run: Run) -> runner.Request:
@@ -222,18 +296,24 @@ def score_again(session: Session, experiment: Experiment, run: Run) -> None:
         scores = runner.score(asked, asked.folder / "result.safetensors")
     except runner.Halted:  # the weights are there still: nothing was lost
         return
-    sync_files(asked.folder)
+    scored(session, experiment, run, scores)
+
+
+def scored(session: Session, experiment: Experiment, run: Run, scores: runner.Scores | Reason) -> None:
+    """Journals the scores of a run's weights; the losses by row are in its folder."""
+    folder = session.run_folder(run.number)
+    sync_files(folder)
     if isinstance(scores, Reason):
         session.log(events.RunScored(run=run.number, problem=scores))
         return
-    scored = events.RunScored(run=run.number, val_bpb=scores.val_bpb, held_out_bpb=scores.held_out_bpb)
-    rows = asked.folder / "rows.npz"
+    event = events.RunScored(run=run.number, val_bpb=scores.val_bpb, held_out_bpb=scores.held_out_bpb)
+    rows = folder / "rows.npz"
     if rows.exists():
-        scored.rows = storage.sha256(rows)
+        event.rows = storage.sha256(rows)
     if experiment.kind != "confirm" and (parent := scored_parent(experiment, session.state)):
-        scored.against = parent.number
-        scored.error = sampling_error(rows, session.run_folder(parent.number) / "rows.npz")
-    session.log(scored)
+        event.against = parent.number
+        event.error = sampling_error(rows, session.run_folder(parent.number) / "rows.npz")
+    session.log(event)
 
 
 def sampling_error(rows: Path, others: Path) -> float | None:

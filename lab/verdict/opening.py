@@ -132,12 +132,14 @@ def open_change(
     near_misses_together: bool = False,
     again: bool = False,
     content: bytes | None = None,
+    more: dict | None = None,
 ) -> Experiment | None:
     """Journals what is in train.py, or the near misses together, as an experiment.
 
     Args:
         message: what was changed, and why. again: also if an equal train.py was decided on before.
-        content: the train.py to take in place of the user's, which then stays as it is.
+        content: the train.py to take in place of the user's, which then stays as it is. more: facts of it, as of
+            ExperimentOpened, in place of what is said of others.
 
     Returns:
         An experiment that was decided on an equal train.py, in which case none is opened; else None.
@@ -167,14 +169,23 @@ def open_change(
     if (equal := state.equal(facts["digest"])) and not again:
         repository.settle(session.branch, facts["blob"], best.blob)
         return equal
-    session.open_experiment(
-        kind="near misses" if near_misses_together else "change",
-        commit=repository.commit(head, facts["blob"], description),
-        description=description,
-        members=members,
-        **facts,
-    )
+    facts |= {"kind": "near misses" if near_misses_together else "change", "members": members, **(more or {})}
+    commit = repository.commit(head, facts["blob"], description)
+    session.open_experiment(commit=commit, description=description, **facts)
     return None
+
+
+def open_replay(session: Session, content: bytes, description: str, more: dict) -> None:
+    """Journals a train.py that has a change of elsewhere as an experiment against the baseline, beside the branch.
+
+    Args:
+        more: facts of ExperimentOpened: kind, origin, min_runs.
+    """
+    repository, baseline = session.repository, session.state.baseline
+    if b"\r\n" in repository.content(baseline.blob):
+        content = content.replace(b"\n", b"\r\n")
+    facts = facts_of_change(session, baseline, content) | {"description": description, **more}
+    session.open_experiment(commit=repository.commit(baseline.commit, facts["blob"], description), **facts)
 
 
 def await_verdict(

@@ -10,6 +10,7 @@ import itertools
 import statistics
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from weakref import WeakKeyDictionary
 
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
@@ -22,6 +23,7 @@ FAILED = ("crash", "invalid")
 TRIES = 3  # of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
+SUSPECT = 2  # devices that are lost while they run an experiment
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
 WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
@@ -56,11 +58,36 @@ class Plan:
     stake: float | None = None  # to be reserved before the jobs are begun
 
 
+@dataclass(frozen=True)
+class Order:
+    """One thing for a device to do: a job, or weights of a run (its number) to score again.
+
+    `stakes`: the experiment reserves a stake before it: the account's then, as another order may have come first."""
+
+    experiment: Experiment
+    job: Job | None = None
+    score: int | None = None
+    stakes: bool = False
+
+
+def orders(state: State) -> list[Order]:
+    """All that open experiments want of devices, the most urgent first."""
+    found = []
+    for experiment in state.open:
+        if experiment.decided is None:
+            wanted = plan(experiment, state)
+            found += [(-1, Order(experiment, score=number)) for number in wanted.score]
+            found += [(job.urgency, Order(experiment, job, stakes=wanted.stake is not None)) for job in wanted.jobs]
+    return [order for _, order in sorted(found, key=lambda each: (each[0], each[1].experiment.number))]
+
+
 def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
     if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
-    return {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
+    made = {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
+    # A verdict waits for the runs of this experiment that other devices are making.
+    return Plan() if made.verdict and _under_way(experiment) else made
 
 
 # --- What every session's verdicts rest on ---
@@ -68,6 +95,15 @@ def plan(experiment: Experiment, state: State) -> Plan:
 
 def noise_of(state: State) -> gate.Noise:
     """Standard deviation of val_bpb between seeds: pooled over the session's repeats, calibration's as a prior."""
+    if (known := _noise.get(state)) is None or known[0] != state.taken:
+        known = _noise[state] = state.taken, _noise_of(state)
+    return known[1]
+
+
+_noise: WeakKeyDictionary[State, tuple[int, gate.Noise]] = WeakKeyDictionary()  # after how many events; many ask
+
+
+def _noise_of(state: State) -> gate.Noise:
     from calibration.noise import expected  # here, because what only reads a session shall start fast
 
     first = next(run for run in state.baseline.runs if run.ok)
@@ -137,7 +173,9 @@ def _baseline(baseline: Experiment, state: State) -> Plan:
         return Plan(jobs)
     if _under_way(baseline):
         return Plan()
-    last = sound[-1]
+    last = next(iter(_with_weights(sound)[::-1]), None)
+    if last is None:
+        return Plan((Job(baseline.blob, gate.seed(len(sound)), state.started.budget or 0.0, Urgency.FIRST),))
     if last.scored is None:
         return Plan(score=(last.number,))
     if problem := disagreement(last) or _same_start(sound):
@@ -167,7 +205,8 @@ def _change(change: Experiment, state: State) -> Plan:
         stake=change.stake,
         disturbance=tuple({seed: run.disturbance for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
     )
-    if step.seed is not None:
+    moved = change.kind != "replay" and state.best is not None and state.best.blob != change.parent
+    if step.seed is not None and not (moved and sound):
         blob, urgency = parent.blob, Urgency.PARENT
         if step.action == "run candidate":
             blob, urgency = change.blob, Urgency.REPEAT if sound else Urgency.FIRST
@@ -176,9 +215,19 @@ def _change(change: Experiment, state: State) -> Plan:
         reserve = account_of(state).stake if sound and change.stake is None else None
         return Plan((Job(blob, step.seed, state.started.budget or 0.0, urgency),), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
+    if moved and state.best and step.action != "discard":
+        evidence = gate.replace_evidence(
+            step.evidence, better=False, simpler=False, loss=0.0, stake=change.stake or 0.0
+        )
+        return Plan(
+            verdict=Verdict("superseded", because("moved", best=state.best.number), *means, evidence, judged=False)
+        )
     if step.action == "discard":
         return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
-    best = min(sound, key=lambda run: run.bpb)  # the one that a leak would have helped most
+    best = min(_with_weights(sound), key=lambda run: run.bpb, default=None)  # that a leak would have helped most
+    if best is None:
+        seed = next(seed for seed in map(gate.seed, itertools.count()) if seed not in own)
+        return Plan((Job(change.blob, seed, state.started.budget or 0.0, Urgency.REPEAT),))
     if best.scored is None:
         return Plan(score=(best.number,))
     if problem := disagreement(best) or _not_held_out(best, state):
@@ -209,7 +258,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
     if failed := _failure(confirmation, confirmation.runs, state):
         return Plan(verdict=failed)
-    sound = [run for run in confirmation.runs if run.ok]
+    sound = _with_weights([run for run in confirmation.runs if run.ok])
     if unscored := tuple(run.number for run in sound if run.scored is None):
         return Plan(score=unscored)
     if problem := next(filter(None, map(disagreement, sound)), None):
@@ -219,7 +268,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
     ]
-    asked = {(run.blob, run.seed) for run in confirmation.runs if run.ok or run.ended is None}
+    asked = {(run.blob, run.seed) for run in confirmation.runs if run in sound or run.ended is None}
     jobs = [Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in order if (blob, seed) not in asked]
     if jobs or _under_way(confirmation):
         return Plan(tuple(jobs))
@@ -246,6 +295,15 @@ def _begun(state: State, blob: str) -> set[int | None]:
     return {run.seed for run in state.runs_of(blob) if run.ended is None}
 
 
+def _with_weights(runs: list[Run]) -> list[Run]:
+    """Those whose weights were not lost with the device that had them."""
+
+    def lost(run: Run) -> bool:
+        return bool(run.scored and run.scored.problem and run.scored.problem.code == "weights_lost")
+
+    return [run for run in runs if not lost(run)]
+
+
 def _under_way(experiment: Experiment) -> bool:
     return any(run.ended is None for run in experiment.runs)
 
@@ -261,6 +319,9 @@ def _failure(experiment: Experiment, runs: list[Run], state: State) -> Verdict |
     for run in runs:
         if run.status in ("crash", "invalid") and run.reason:
             return Verdict(run.status, run.reason)  # pyright: ignore[reportArgumentType]
+    workers = {run.worker for run in experiment.runs if run.reason and run.reason.code == "device_lost"}
+    if len(workers) >= SUSPECT:
+        return _unjudged("crash", because("suspect", workers=", ".join(sorted(workers))))
     lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in HELD) for run in experiment.runs)
     if lost >= MOST_LOST:
         return _unjudged("crash", because("interrupted", times=lost))

@@ -428,7 +428,7 @@ def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals
         session.release()
 
     monkeypatch.setattr(one, "_between", wait)
-    one._follow(session.state.oldest_open)
+    one._follow()
     assert waited == [{"why": "stopped", "now": False}]
 
 
@@ -436,7 +436,7 @@ def test_near_misses_are_tried_together_before_anything_new(session, proposals, 
     night(session, max_experiments=0).run()
     asked = []
 
-    def open_change(session, message, near_misses_together=False, content=None):
+    def open_change(session, message, near_misses_together=False, content=None, more=None):
         asked.append(near_misses_together)
         raise loop.Over("seen")
 

@@ -10,6 +10,7 @@ import sessions
 from lab.night import ideas, prompt
 from lab.reasons import because
 from lab.session.events import ExperimentDecided, RunEnded, TurnTaken, Verdict
+from lab.verdict.opening import facts_of_change
 
 PROGRAM = (
     "# program.md\n\nRepeat for ever.\n\n## Rules\n\n- Be *bold*, and\n    keep it ```small```.\n\n## Else\n\nno\n"
@@ -176,3 +177,13 @@ def test_how_much_of_the_noise_is_throughput(searched):
             del run.result["total_tokens_M"]
     assert prompt.of_throughput(state) == pytest.approx(1.0)
     assert "100% of that noise goes with how many tokens" in prompt.write(searched, "", [])
+
+
+def test_what_is_running_is_told_between_fences(searched):
+    best = searched.state.best
+    content = searched.repository.content(best.blob).replace(b"DEPTH = 4", b"DEPTH = 6")
+    facts = facts_of_change(searched, best, content)
+    searched.open_experiment(kind="change", commit=best.commit, description=f"deeper {NASTY}", **facts)
+    outside, inside = fences(prompt.write(searched, PROGRAM, []))
+    assert "# Running now" in outside and "deeper" not in outside
+    assert sum("deeper" in part for part in inside) >= 1

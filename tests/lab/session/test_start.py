@@ -68,6 +68,16 @@ def test_it_makes_branch_judge_and_a_pending_baseline(tree):
     assert at(tree.path).folder == session.folder
 
 
+def test_a_session_for_a_device_elsewhere_takes_nothing_from_this_one(tree, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(backends, "identify", None)
+    there = {"name": "Mac", "slug": "apple-m4-16gb", "kind": "metal", "backend": "mlx", "memory": 2**34, "versions": {}}
+    session = begin(tree, described={"hardware": there, "profile": {**PROFILE, "device": "apple-m4-16gb"}})
+    assert session.name == "apple-m4-16gb/nov21" and session.fleet == {"devices": [], "elsewhere": True}
+    assert session.started.backend == "mlx" and "CUDA_VISIBLE_DEVICES" not in session.local.settings
+    assert session.local.gpu == "" and session.local.unified
+
+
 def test_the_sandbox_is_told(tree):
     said = []
     start(tree.path, "a", say=said.append)

@@ -1,0 +1,181 @@
+"""The devices of this machine, as workers: what they are called, how runs find them, whether they are what a session is
+for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import storage
+from backends import machine
+from lab.errors import LabError
+from lab.session import events
+
+PROJECT = Path(__file__).resolve().parents[2]
+BAND = 0.1  # share by which a device's tokens/s may differ from its tag's; or as much as its own measurements do
+TO_IDENTIFY, TO_CALIBRATE = 300.0, 1200.0  # seconds
+WITHOUT_EFFECT = ("python", "system")
+IDENTIFY = """import json, backends
+print(json.dumps(vars(backends.identify())))"""
+
+
+def devices(asked: str, kind: str = "") -> list[str]:
+    """Names of devices: "all", or a list such as "0,1", "cuda:0" or "cpu,cpu".
+
+    Args:
+        kind: of the session's device, "cuda" say; of "all", those that can be used.
+
+    Raises:
+        LabError: there is no such device.
+    """
+    count = gpus()
+    if asked == "all":
+        if kind in ("", "cuda") and count:
+            return [f"cuda:{index}" for index in range(count)]
+        return [kind or "cpu"]
+    found = []
+    for name in asked.split(","):
+        name = f"cuda:{name}" if name.strip().isdigit() else name.strip()
+        if name.startswith("cuda:") and name[5:].isdigit():
+            if int(name[5:]) >= count:
+                raise LabError(f"there is no GPU {name[5:]} here: {count} can be seen, from 0")
+            if name in found:
+                raise LabError(f"{name} is named twice: a GPU makes one run at a time")
+        elif name not in ("cpu", "mps", "metal"):
+            raise LabError(f"{name!r} is no device: all, numbers of GPUs as in 0,1, or cpu, mps, metal")
+        found.append(f"{name}:{found.count(name)}" if name in found else name)
+    return found
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs CUDA would see here."""
+    visible = machine.visible_gpus()
+    if visible or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len(visible)
+    with machine.nvml() as library:
+        return library.nvmlDeviceGetCount() if library else 0
+
+
+def settings_of(device: str) -> dict[str, str]:
+    """The variables by which runs find a device."""
+    if not device.startswith("cuda:"):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": machine.gpu_name(int(device[5:])), "AUTORESEARCH_DEVICE": ""}
+
+
+def name_of(device: str, local: bool, called: str | None = None) -> str:
+    """What a device is called in a fleet: other machines' with a few letters of their own, which tell nobody whose."""
+    if local:
+        return device
+    return f"{called or hashlib.sha256(machine.host().encode()).hexdigest()[:4]}/{device}"
+
+
+def unlike(facts: dict, device: str, settings: dict[str, str]) -> str | None:
+    """Why runs of this device can't be compared with those of a session, if so: another device, other versions, another
+    source of attention, or another speed than its tag's.
+
+    Args:
+        facts: of the session, as of Worker.do_prepare.
+    """
+    environment = {**os.environ, **settings, "AUTORESEARCH_BACKEND": facts["backend"]}
+    hardware = json.loads(_asked(environment, TO_IDENTIFY, "-c", IDENTIFY).splitlines()[-1])
+    if hardware["slug"] != facts["device"]:
+        return f"this device is {hardware['slug']}, and the session is for {facts['device']}"
+    others = [
+        f"{name} {hardware['versions'].get(name)} instead of {facts['versions'].get(name)}"
+        for name in sorted({*hardware["versions"], *facts["versions"]})
+        if name not in WITHOUT_EFFECT and str(hardware["versions"].get(name)) != str(facts["versions"].get(name))
+    ]
+    if others:
+        return f"other versions are installed here: {', '.join(others)}"
+    if (own := _calibrated(hardware, environment)) is None:
+        return "this device could not be measured: python -m calibration says why"
+    if own.get("attention_provider") != facts["profile"].get("attention_provider"):
+        there = facts["profile"].get("attention_provider") or "the framework"
+        return f"attention comes from {own.get('attention_provider') or 'the framework'} here, and from {there} there"
+    return outside_of_band(own, facts["profile"])
+
+
+def describe(path: Path) -> None:
+    """Writes what a head elsewhere needs to begin a session for this device: what it is, and its calibration, which is
+    made if it is not there. LabError if the device can't be used."""
+    hardware = json.loads(_asked(dict(os.environ), TO_IDENTIFY, "-c", IDENTIFY).splitlines()[-1])
+    if (profile := _calibrated(hardware, dict(os.environ))) is None:
+        raise LabError("this device could not be measured: python -m calibration says why")
+    storage.write_json(path, {"hardware": hardware, "profile": profile})
+
+
+def described(path: Path) -> dict:
+    """What `describe` has written. LabError if it is nothing of that kind."""
+    from calibration import profile as profiles
+
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        hardware, profile = known["hardware"], known["profile"]
+        alike = all(profile[name] == hardware[own] for name, own in {"device": "slug", "backend": "backend"}.items())
+        if not alike or not events.is_tag(hardware["slug"]):
+            raise ValueError("its profile is of another device")
+        if problem := profiles.impossible(profile):
+            raise ValueError(problem)
+        return {"hardware": hardware, "profile": profile}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(
+            f"{path} describes no device ({error}); make it there: python -m lab join --describe FILE"
+        ) from None
+
+
+def _calibrated(hardware: dict, environment: dict[str, str]) -> dict | None:
+    """This machine's profile of a device; made if there is none of these versions."""
+    path = storage.home() / "profiles" / f"{hardware['slug']}-{hardware['backend']}.json"
+    if (own := _profile(path)) and own["versions"] == hardware["versions"]:
+        return own
+    _asked(environment, TO_CALIBRATE, "-m", "calibration")
+    return _profile(path)
+
+
+def outside_of_band(own: dict, others: dict) -> str | None:
+    """Why a device is not as fast as its tag's: tokens/s of the same trial, in two profiles."""
+
+    def trials(profile: dict) -> dict[tuple, dict]:
+        names = ("depth", "rows", "total_batch_size", "window_pattern", "precision")
+        done = [trial for trial in profile.get("trials", []) if "failed" not in trial]
+        return {tuple(trial[name] for name in names): trial["tokens_per_second"] for trial in done}
+
+    mine, theirs = trials(own), trials(others)
+    common = mine.keys() & theirs.keys()
+    if not common:
+        return "the sizes at which this device's speed was measured are not those of the session's"
+    key = max(common, key=lambda key: theirs[key]["median"] * key[0])
+    allowed = max(BAND, *(math.log(rate["high"] / rate["low"]) / 2 for rate in (mine[key], theirs[key])))
+    here, there = mine[key]["median"], theirs[key]["median"]
+    if abs(math.log(here / there)) <= allowed:
+        return None
+    return (
+        f"it makes {here:,.0f} tokens/s where the session's device makes {there:,.0f}; "
+        f"{allowed:.0%} apart would be allowed"
+    )
+
+
+def _profile(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _asked(environment: dict[str, str], seconds: float, *arguments: str) -> str:
+    """What Python prints. LabError with its last line if it fails."""
+    command = [sys.executable, *arguments]
+    try:
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"python {' '.join(arguments[:2])} took more than {seconds:.0f} s") from None
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise LabError(f"this device can't be used: {last}")
+    return done.stdout

@@ -1,0 +1,136 @@
+"""Who may connect: an authority that the head makes for its session, and certificates of it, in invitations.
+
+Both ends prove that they have a certificate of this authority (mutual TLS), the head one for servers and workers one
+for clients: an invitation, which is one file with all that a worker needs, makes nobody a head. Whoever holds it can be
+a worker, and sees what workers see, until it expires.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import storage
+from lab.errors import LabError
+from lab.fleet.wire import Keys
+from lab.session.session import Session
+
+FORMAT = 1
+DAYS = 30.0  # that an invitation is good for
+AUTHORITY_DAYS = 3650.0
+HEAD = "head"
+
+
+def authority_of(session: Session) -> tuple[str, str]:
+    """(certificate, key) of the session's authority, each a PEM text; made when first asked for."""
+    path = session.folder / "fleet" / "authority.json"
+    if not path.exists():
+        certificate, key = _signed(f"autoresearch {session.name}", AUTHORITY_DAYS, None)
+        write_secret(path, {"certificate": certificate, "key": key})
+    known = json.loads(path.read_text())
+    return known["certificate"], known["key"]
+
+
+def keys(session: Session, name: str, days: float = DAYS) -> Keys:
+    """A new certificate of the session's authority: for the head, if its name is that, else for a worker."""
+    authority = authority_of(session)
+    return Keys(authority[0], *_signed(name, days, authority))
+
+
+def write_secret(path: Path, content: dict) -> None:
+    """A file that its owner alone can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage.atomic(path) as file:
+        Path(file.name).chmod(0o600)
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What a worker needs to join. `judge`, `data`: digests of what it will be given (fleet/worker.py), None where the
+    head is this machine's own."""
+
+    address: str
+    session: str
+    keys: Keys
+    judge: str | None = None
+    data: str | None = None
+
+    def write(self, path: Path) -> None:
+        content = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name != "keys"}}
+        write_secret(path, content | {"keys": vars(self.keys)})
+
+    @classmethod
+    def read(cls, path: Path) -> Invitation:
+        """LabError if the file is no invitation."""
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known.pop("format") != FORMAT:
+                raise LabError(f"{path} was made by another version of this project")
+            return cls(**known | {"keys": Keys(**known["keys"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LabError(f"{path} is no invitation ({error}); make one on the head: python -m lab invite") from error
+
+
+def invite(session: Session, path: Path, address: str, listen: str | None, days: float) -> str:
+    """Writes an invitation; where the head has to listen.
+
+    Args:
+        address: HOST:PORT at which others reach the head. listen: HOST:PORT of this machine; by default all its
+            addresses, and that port.
+
+    Raises:
+        LabError: the session has no sandbox, or an address has no port.
+    """
+    if session.started.sandbox is None:
+        raise LabError("this session was begun with --unsandboxed: its runs do not leave this machine")
+    for text in filter(None, (address, listen)):
+        if not text.rpartition(":")[0] or not text.rpartition(":")[2].isdigit():
+            raise LabError(f"{text} has no port: HOST:PORT, please")
+    folder = storage.home() / "data" / session.local.settings.get("AUTORESEARCH_DATA", session.started.dataset)
+    manifest = (folder / "manifest.json").read_text(encoding="utf-8")
+    Invitation(
+        f"tls://{address}",
+        session.name,
+        keys(session, "worker", days),
+        storage.digest_of(sorted(session.local.judge.items())),
+        storage.digest_of(manifest),
+    ).write(path)
+    return f"tls://{listen or '0.0.0.0:' + address.rpartition(':')[2]}"
+
+
+def _signed(name: str, days: float, authority: tuple[str, str] | None) -> tuple[str, str]:
+    """(certificate, key) in PEM; signed by the authority, or by itself, which makes it one."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+    issuer, signer = subject, key
+    if authority:
+        issuer = x509.load_pem_x509_certificate(authority[0].encode()).subject
+        signer = serialization.load_pem_private_key(authority[1].encode(), None)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1 + max(0.0, -days)))  # clocks differ
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
+    )
+    if authority:
+        role = ExtendedKeyUsageOID.SERVER_AUTH if name == HEAD else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = builder.add_extension(x509.ExtendedKeyUsage([role]), critical=True)
+    certificate = builder.sign(signer, hashes.SHA256())  # pyright: ignore
+    pem, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return (
+        certificate.public_bytes(pem).decode(),
+        key.private_bytes(pem, private, serialization.NoEncryption()).decode(),
+    )

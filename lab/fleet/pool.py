@@ -1,0 +1,505 @@
+"""The head of a pool: has the devices of one tag carry out a session's orders.
+
+Git, journal, ledger and gate stay here, in the supervisor's process. A worker is told what to run, and answers what
+came of it; each run is journalled before it is begun and once it has ended, as on one device. So this process may be
+killed at any moment: the next one asks the workers for what they have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import psutil
+
+import storage
+from lab.errors import LabError
+from lab.fleet import invitation, spread
+from lab.fleet.invitation import Invitation
+from lab.fleet.join import OVER
+from lab.fleet.settings import STATUS
+from lab.fleet.wire import Hub, Lost, PIECE, Refused
+from lab.fleet.worker import archive_of, version
+from lab.reasons import Reason, because
+from lab.run import runner
+from lab.run.outcome import Outcome
+from lab.session import events
+from lab.session.session import Session
+from lab.session.state import Run
+from lab.verdict import executor
+from lab.verdict.plan import Order
+
+LOOPBACK = "tls://127.0.0.1:0"
+POLL = 0.25  # seconds, at most, between two looks at what has changed; an answer is seen at once
+TELL_EVERY = 1.0  # seconds between two writings of status.json
+GRACE = 20.0  # seconds for a worker to come back, before its run is given up
+TO_STOP = 30.0  # seconds for a worker to end its run
+MOST_STARTS = 4  # of a worker on this machine, that never becomes ready
+NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,60}", re.ASCII)
+
+
+@dataclass
+class Device:
+    """What the head knows of a worker. `ready`: it may be given work. `gone`: since when it is not connected, or None.
+    `answer`: what it was asked last, for which run; of scoring, if `scores`."""
+
+    name: str
+    ready: bool = False
+    gone: float | None = None
+    refused: str = ""
+    run: Run | None = None
+    answer: Future | None = None
+    scores: bool = False
+    tokens: float | None = None  # per second, of its last run
+
+    @property
+    def busy(self) -> bool:
+        return self.answer is not None
+
+
+@dataclass
+class Started:
+    """A worker on this machine that this head has started, or found."""
+
+    process: psutil.Process
+    log: Path
+    starts: int = 0
+
+
+@dataclass
+class Pool:
+    """The devices of a session (executor.Devices).
+
+    `session.fleet` says which: {"devices": those of this machine, "listen": the address for others, if there are any}.
+    """
+
+    session: Session
+    devices: dict[str, Device] = field(default_factory=dict)
+    _started: dict[str, Started] = field(default_factory=dict)
+    _told: float = 0.0
+    _stopping: float | None = None
+
+    def __enter__(self) -> Pool:
+        session, known = self.session, self.session.fleet or {}
+        self.folder, self.wanted = session.folder / "fleet", list(known.get("devices", []))
+        session.restore_judge()
+        self.version, self.archive = version(session.local.judge), archive_of(session.judge, session.local.judge)
+        self.facts = self._facts()
+        path = self.folder / "address.json"
+        address = known.get("listen") or LOOPBACK
+        with suppress(OSError, ValueError):
+            before = json.loads(path.read_text())
+            if before["asked"] == address:
+                address = before["address"]  # where workers look for it
+        keys = invitation.keys(session, invitation.HEAD, invitation.AUTHORITY_DAYS)
+        try:
+            self.hub = Hub(address, keys, self._admit)
+        except OSError as error:
+            raise LabError(f"{address} can't be listened at ({error}): does another head run here?") from error
+        storage.write_json(path, {"asked": known.get("listen") or LOOPBACK, "address": self._listens(address)})
+        self._find_started()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:  # else the next head goes on with them
+            for name in [name for name in self._started if name in self.hub.members]:
+                with suppress(Exception, LabError):
+                    self.hub.call(name, "leave", why=OVER).result(timeout=TO_STOP)
+        self.hub.close()
+        self._tell(over=True)
+
+    def _listens(self, address: str) -> str:
+        """The address with its port."""
+        host, port = address.rpartition(":")[0], self.hub.address.rpartition(":")[2]
+        return f"{host}:{port}"
+
+    # --- executor.Devices ---
+
+    def makes(self, run: Run) -> bool:
+        """It is taken for granted, until the worker says something else or does not come back."""
+        if not run.worker:
+            return False
+        device = self.devices.setdefault(run.worker, Device(run.worker, gone=time.monotonic()))
+        device.run = run
+        return True
+
+    def begin(self, orders: list[Order]) -> bool:
+        state, begun = self.session.state, False
+        usable = [device.name for device in self.devices.values() if self._usable(device)]
+        for order in orders:
+            if order.score is not None and self._is_lost(state.runs[order.score].worker):
+                self.session.log(events.RunScored(run=order.score, problem=because("weights_lost")))
+                return True
+            free = [name for name in usable if not self.devices[name].busy]
+            if name := spread.device_for(order, state, free, usable):
+                with executor.blamed(self.session, order.experiment):
+                    self._give(self.devices[name], order)
+                begun = True
+        return begun
+
+    def wait(self) -> bool:
+        session, night = self.session, self.session.owned_by_night
+        self.hub.stir.wait(timeout=POLL)
+        self.hub.stir.clear()
+        session.refresh()
+        self._look_after_started()
+        for name in list(self.hub.members):
+            self._meet(name)
+        for device in list(self.devices.values()):
+            self._look_at(device)
+        if session.held:
+            self._stop_all(session.held)
+        else:
+            self._stopping = None
+        self._tell()
+        busy = any(device.busy or device.run for device in self.devices.values())
+        if session.held:
+            return busy
+        return busy or night or bool(session.state.open)
+
+    # --- Workers come and go ---
+
+    def _admit(self, hello: dict) -> dict:
+        """Called by the hub, in its thread: looks, and changes nothing."""
+        name = hello["name"]
+        if not NAME.fullmatch(name):
+            raise Refused(f"{name!r} can't name a device")
+        if hello.get("version") != self.version:
+            commit = self.session.local.commit[:12]
+            raise Refused(f"it has another version of the project; check out what the session began with: {commit}")
+        if hello.get("local") and name not in self.wanted:
+            raise Refused(f"{name} does not take part in this night")
+        there = self.hub.members.get(name)
+        if there and there.hello.get("token") != hello.get("token"):
+            raise Refused(f"there is a device {name} already: give this one another name (--name)")
+        return {"session": self.session.name}
+
+    def _meet(self, name: str) -> None:
+        """Prepares a worker that has just connected, in a thread of its own."""
+        member, device = self.hub.members.get(name), self.devices.setdefault(name, Device(name))
+        if member is None or member.hello.get("met"):
+            return
+        member.hello |= {"met": True, "runs": set(member.hello["runs"])}
+        device.gone, device.ready, device.refused = None, False, ""
+        threading.Thread(target=self._prepare, args=(device, member.hello), daemon=True).start()
+
+    def _prepare(self, device: Device, hello: dict) -> None:
+        name = device.name
+        try:
+            missing = self.hub.call(name, "prepare", **self.facts).result()["missing"]
+            for path in missing:
+                self._send(name, path)
+            self.hub.call(name, "ready").result()
+            device.ready = True
+            if name in self._started:
+                self._started[name].starts = 0
+        except Lost:
+            return
+        except (Exception, LabError) as error:
+            device.refused = str(error)
+            with suppress(Exception, LabError):
+                self.hub.call(name, "leave", why=str(error)).result(timeout=TO_STOP)
+        finally:
+            hello["prepared"] = True
+            self.hub.stir.set()
+
+    def _send(self, name: str, path: str) -> None:
+        if path == "judge.tar.gz":
+            content = self.archive
+            for offset in range(0, len(content), PIECE):
+                piece = content[offset : offset + PIECE]
+                last = offset + PIECE >= len(content)
+                self.hub.call(name, "put", path=path, offset=offset, content=piece, last=last).result()
+            return
+        with open(storage.home() / path, "rb") as file:
+            size, offset = os.fstat(file.fileno()).st_size, 0
+            while offset < size or not offset:
+                piece = file.read(PIECE)
+                last = offset + len(piece) >= size
+                self.hub.call(name, "put", path=path, offset=offset, content=piece, last=last).result()
+                offset += len(piece) or 1
+
+    def _facts(self) -> dict:
+        """What a worker is told of the session."""
+        session, started, local = self.session, self.session.started, self.session.local
+        folder = storage.home() / "data" / local.settings.get("AUTORESEARCH_DATA", started.dataset)
+        machines_own = ("AUTORESEARCH_HOME", "AUTORESEARCH_PROFILE")
+        return {
+            "session": session.name,
+            "device": started.device,
+            "backend": started.backend,
+            "versions": started.versions,
+            "judge": local.judge,
+            "archive": hashlib.sha256(self.archive).hexdigest(),
+            "dataset": folder.name,
+            "manifest": (folder / "manifest.json").read_text(encoding="utf-8"),
+            "settings": {name: value for name, value in local.settings.items() if name not in machines_own},
+            "profile": session.profile,
+            "sandbox": started.sandbox,
+            "memory_ceiling": local.memory_ceiling,
+            "unified": local.unified,
+            "protected": [str(session.repository.path), str(session.folder)],
+        }
+
+    def _usable(self, device: Device) -> bool:
+        member = self.hub.members.get(device.name)
+        if member is None or member.alive.get("hot") or member.alive.get("leaving"):
+            return False
+        return device.ready and not device.refused
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether a worker does not come back."""
+        device = self.devices.get(name)
+        if name in self.hub.members:
+            return False
+        if device is None:
+            device = self.devices[name] = Device(name)
+        if device.gone is None:
+            device.gone = time.monotonic()
+        started = self._started.get(name)
+        dead = started is not None and not _runs(started.process)
+        return dead or bool(device.refused) or name in self.hub.left or time.monotonic() > device.gone + GRACE
+
+    # --- Workers on this machine ---
+
+    def _find_started(self) -> None:
+        """Those that a head before this one has left."""
+        for name in self.wanted:
+            with suppress(OSError, ValueError, KeyError, psutil.Error):
+                known = json.loads((self.folder / f"{_file(name)}.json").read_text())
+                process = psutil.Process(known["pid"])
+                if process.create_time() == known["created"]:
+                    self._started[name] = Started(process, self.folder / f"{_file(name)}.log")
+
+    def _look_after_started(self) -> None:
+        """Starts those that are not there."""
+        if self.session.held:
+            return
+        for name in self.wanted:
+            started = self._started.get(name)
+            if started and _runs(started.process):
+                continue
+            starts = started.starts + 1 if started else 1
+            if starts > MOST_STARTS:
+                last = _last_line(started.log) if started else ""
+                raise LabError(f"the worker of {name} ends again and again: {last}")
+            self._start(name, starts)
+
+    def _start(self, name: str, starts: int) -> None:
+        address = json.loads((self.folder / "address.json").read_text())["address"]
+        path, log = self.folder / f"{_file(name)}.invitation", self.folder / f"{_file(name)}.log"
+        keys = invitation.keys(self.session, f"worker {name}")
+        Invitation(address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
+        program = self.session.judge / "lab" / "__main__.py"
+        command = [self.session.local.executable, str(program), "join", str(path), "--devices", name, "--local"]
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        threading.Thread(target=process.wait, daemon=True).start()  # no zombie is left
+        with suppress(psutil.Error):
+            known = psutil.Process(process.pid)
+            storage.write_json(self.folder / f"{_file(name)}.json", {"pid": known.pid, "created": known.create_time()})
+            self._started[name] = Started(known, log, starts)
+
+    # --- Orders ---
+
+    def _give(self, device: Device, order: Order) -> None:
+        session = self.session
+        if order.score is not None:
+            device.run, device.scores = session.state.runs[order.score], True
+            device.answer = self.hub.call(device.name, "score", number=order.score)
+            return
+        job = order.job
+        assert job is not None
+        executor.reserve(session, order)
+        session.restore_judge()
+        session.write_ledger()
+        run = session.start_run(order.experiment, job.blob, job.seed, job.budget, device.name)
+        folder = session.run_folder(run.number)
+        runner.remove(folder)
+        folder.mkdir(parents=True)
+        (folder / "train.py").write_bytes(session.repository.content(job.blob))
+        self._ask(device, run)
+
+    def _ask(self, device: Device, run: Run) -> None:
+        """Has a worker make a run, or asks for one that it makes already."""
+        asked = executor.request(self.session, run)
+        device.run, device.scores = run, False
+        device.answer = self.hub.call(
+            device.name,
+            "run",
+            number=run.number,
+            train=self.session.repository.content(run.blob),
+            seed=asked.seed,
+            budget=asked.budget,
+            timeout=asked.timeout,
+            run_id=asked.run_id,
+            reference=asked.reference,
+            keeps_caches=asked.keeps_caches,
+        )
+
+    def _look_at(self, device: Device) -> None:
+        """Takes in what a device has answered; gives up the run of one that is lost."""
+        member = self.hub.members.get(device.name)
+        if member is None and device.gone is None:
+            device.gone, device.ready = time.monotonic(), False
+        if device.answer and device.answer.done():
+            answer, device.answer = device.answer, None
+            try:
+                self._take(device, answer.result())
+            except Lost:
+                if device.scores:  # it is asked for again
+                    device.run = None
+            except (Exception, LabError) as error:
+                self._failed(device, str(error))
+        if member and device.ready and not device.busy:
+            if device.run:  # one that the head before this one had begun, or from before the connection was lost
+                if device.run.number in member.hello["runs"]:
+                    self._ask(device, device.run)
+                else:
+                    self._give_up(device)
+            else:
+                self._drop(device)
+        if device.run and not device.busy and self._is_lost(device.name):
+            self._give_up(device)
+        if member and (run := device.run) and member.alive.get("run") == run.number:
+            with suppress(OSError, TypeError):
+                (self.session.run_folder(run.number) / "run.log").write_bytes(member.alive["log"])
+
+    def _take(self, device: Device, answer: dict) -> None:
+        session, run, scores = self.session, device.run, device.scores
+        assert run is not None
+        experiment, folder = session.state.experiments[run.experiment], session.run_folder(run.number)
+        device.run = None
+        if member := self.hub.members.get(device.name):
+            member.hello["runs"].add(run.number)
+        if "halted" in answer or (experiment.applied if scores else run.ended):
+            return  # it was given up, or another keep has superseded it while it was scored
+        if scores:
+            if problem := answer.get("problem"):
+                return executor.scored(session, experiment, run, msgspec.convert(problem, Reason))
+            (folder / "rows.npz").write_bytes(answer["rows"])
+            self._fetch_weights(device.name, run, answer["weights"])
+            found = runner.Scores(float(answer["val_bpb"]), float(answer["held_out_bpb"]))
+            return executor.scored(session, experiment, run, found)
+        reason = msgspec.convert(answer["reason"], Reason | None)
+        result, status = answer["result"], answer["status"]
+        made = Outcome(status, reason, result, float(answer["seconds"]), answer["traceback"])
+        (folder / "run.log").write_bytes(answer["log"])
+        if status == "ok":
+            device.tokens = result.get("tokens_per_second")
+            wrong = executor.other_conditions(session, result) or executor.other_attention(session, result)
+            if wrong:
+                self._refuse(device, str(wrong))
+                status, reason = "lost", because("device_differs", what=wrong)
+        executor.ended(session, run, made, status, reason)
+
+    def _fetch_weights(self, name: str, run: Run, size: int) -> None:
+        with storage.atomic(self.session.run_folder(run.number) / "result.safetensors") as file:
+            while file.tell() < size:
+                piece = self.hub.call(name, "piece", number=run.number, offset=file.tell()).result(timeout=60)
+                if not piece["content"]:
+                    raise LabError("its weights are cut short")
+                file.write(piece["content"])
+
+    def _failed(self, device: Device, why: str) -> None:
+        """A worker could not do what it was asked for, which is not the fault of what it was to run."""
+        run, device.run = device.run, None
+        assert run is not None
+        if device.scores:
+            self.session.log(events.RunScored(run=run.number, problem=because("weights_lost")))
+        elif run.ended is None:
+            made = Outcome("lost", because("device_differs", what=why))
+            executor.ended(self.session, run, made, made.status, made.reason)
+            self._refuse(device, why)
+
+    def _refuse(self, device: Device, why: str) -> None:
+        """No more is asked of a device; what it measured is no row."""
+        device.refused, device.ready = why, False
+        self.hub.call(device.name, "leave", why=why)
+
+    def _give_up(self, device: Device) -> None:
+        """The run of a device that was lost; it is made again elsewhere."""
+        run, device.run = device.run, None
+        if run and run.ended is None:
+            made = Outcome("lost", because("device_lost"))
+            executor.ended(self.session, run, made, made.status, made.reason)
+
+    def _drop(self, device: Device) -> None:
+        """Has a worker forget runs that nothing is wanted of any more: also those that were given up."""
+        member, state = self.hub.members.get(device.name), self.session.state
+        if member is None:
+            return
+        for number in member.hello["runs"].copy():
+            run = state.runs.get(number)
+            wanted = run and run.worker == device.name and run.status in (None, "ok")
+            if run is None or not wanted or state.experiments[run.experiment].applied:
+                member.hello["runs"].remove(number)
+                self.hub.call(device.name, "drop", number=number)
+
+    def _stop_all(self, held: dict) -> None:
+        if held["now"] and self._stopping is None:
+            self._stopping = time.monotonic()
+            for device in self.devices.values():
+                if device.busy:
+                    self.hub.call(device.name, "stop", why=held["why"])
+        if self._stopping and time.monotonic() > self._stopping + TO_STOP:
+            raise LabError("workers did not end their runs; the next night asks for what became of them")
+
+    # --- Telling ---
+
+    def _tell(self, over: bool = False) -> None:
+        """status.json: who is there, and does what."""
+        if not over and time.monotonic() < self._told + TELL_EVERY:
+            return
+        self._told = time.monotonic()
+        rows = []
+        for device in self.devices.values():
+            member = self.hub.members.get(device.name)
+            doing = (
+                self.hub.left.get(device.name, "is away")
+                if member is None
+                else "is prepared"
+                if not device.ready
+                else "waits"
+            )
+            if device.run:
+                of, seed = device.run.experiment, device.run.seed
+                doing = f"{'scores' if device.scores else 'runs'} experiment {of}, seed {seed}"
+            rows.append(
+                {
+                    "name": device.name,
+                    "doing": device.refused and f"refused: {device.refused}" or doing,
+                    "usable": self._usable(device),
+                    "tokens_per_second": device.tokens,
+                    "heat": {k: v for k, v in (member.alive if member else {}).items() if k not in ("log", "run")},
+                }
+            )
+        with suppress(storage.DataError):
+            storage.write_json(self.folder / STATUS, {"time": 0.0 if over else time.time(), "devices": rows})
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^0-9A-Za-z.-]", "-", name)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "it says nothing"

@@ -1,0 +1,38 @@
+"""What a night says of its devices, and what its head tells of them: two small files beside the journal."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import storage
+from lab.session.session import FLEET, Session
+
+STATUS = "status.json"
+STALE = 30.0  # seconds after which a status says nothing
+
+
+def choose(session: Session, devices: list[str]) -> None:
+    """Notes the devices of this machine that take part; none if the session's own is used as ever, and no others are
+    invited."""
+    known = {**(session.fleet or {}), "devices": devices}
+    if devices or len(known) > 1:
+        storage.write_json(session.folder / FLEET, known)
+    else:
+        (session.folder / FLEET).unlink(missing_ok=True)
+
+
+def listen(session: Session, address: str | None) -> None:
+    """Notes at which address workers of other machines are listened for; None ends that."""
+    known = {**(session.fleet or {"devices": []}), "listen": address}
+    storage.write_json(session.folder / FLEET, {name: value for name, value in known.items() if value is not None})
+
+
+def status(session: Session) -> list[dict]:
+    """The devices, as the head has last told: name, doing, usable, tokens_per_second, heat. None if it is not at
+    work."""
+    try:
+        known = json.loads((session.folder / "fleet" / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return known["devices"] if time.time() < known["time"] + STALE else []

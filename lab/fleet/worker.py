@@ -1,0 +1,444 @@
+"""A worker: one device of this machine, which makes one run at a time for a head that it is connected to.
+
+It holds data, the judge, calibration and compilers' caches, and nothing else: what is run and what comes of it is the
+head's to say. A run goes on while the head is away, and is there when it comes back. All goes through the same runner
+as on one machine (run/runner.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import msgspec
+
+import storage
+from backends import machine
+from lab.errors import LabError
+from lab.fleet.wire import PIECE
+from lab.reasons import Reason, because
+from lab.session.locks import device_lock
+from lab.session.session import PASSED_ON, differing
+
+LOG_SENT = 2**20  # bytes of a run's log, its end
+TAIL = 4000  # bytes of the log of a run under way that go with a sign of life
+TO_TAKE = 10.0  # seconds for a device to be free
+ALONE = 600.0  # seconds without a head, after which a worker that a head has started ends
+CODE = ("lab", "backends", "calibration", "prepare.py", "dataset.py", "disturbance.py", "storage.py", "results.py")
+
+
+def version(digests: dict[str, str]) -> str:
+    """Of the code that makes runs, from sha256 by file: both ends have to have the same."""
+    own = {name: sha for name, sha in digests.items() if name.split("/")[0] in CODE and name.endswith(".py")}
+    return storage.digest_of(sorted(own.items()))[:12]
+
+
+def sources(project: Path) -> dict[str, str]:
+    """sha256 of the code of a checkout, by file."""
+    paths = [
+        path for name in CODE for path in ([project / name] if name.endswith(".py") else (project / name).rglob("*"))
+    ]
+    return {path.relative_to(project).as_posix(): storage.sha256(path) for path in paths if path.suffix == ".py"}
+
+
+@dataclass
+class Doing:
+    """A run, and the scoring of its weights: what came of each, as a dict."""
+
+    number: int
+    folder: Path
+    trained: Future = field(default_factory=Future)
+    scored: Future | None = None
+    ending: str | None = None  # why it is to end now
+    request: Any = None
+
+
+class Worker:
+    """What a head may ask of this machine; each `do_...` is an operation.
+
+    Args:
+        name: of the device in the fleet. device: "cpu", "cpu:1", "cuda:0": which one of this machine.
+        settings: of its runs, by which they find the device. expected: digests that an invitation names: of the judge
+            ("judge") and of the dataset's manifest ("data"); none where the head is this machine's own.
+        local: a head on this machine started it: without that head and a run it ends after a while.
+
+    Attributes:
+        leaving: why it does not come back.
+    """
+
+    def __init__(self, name: str, device: str, settings: dict[str, str], expected: dict[str, str] | None, local: bool):
+        self.name, self.device, self.settings, self.expected, self.local = name, device, settings, expected, local
+        self.root = storage.home().absolute() / "fleet" / re.sub(r"[^0-9A-Za-z.-]+", "-", name)
+        self.leaving, self.session, self.facts = "", "", {}
+        self.doing: dict[int, Doing] = {}
+        self._lock: filelock.BaseFileLock | None = None
+        self._guard, self._work = threading.Lock(), threading.Lock()
+        self._seen, self._token = time.monotonic(), os.urandom(8).hex()
+        self._version = version(sources(Path(__file__).resolve().parents[2]))
+
+    # --- What wire.serve asks for ---
+
+    def hello(self) -> dict:
+        import platform
+
+        return {
+            "name": self.name,
+            "device": self.device,
+            "local": self.local,
+            "version": self._version,
+            "python": platform.python_version(),
+            "token": self._token,
+            "session": self.session,
+            "runs": list(self.doing),
+        }
+
+    def alive(self) -> dict:
+        """What it does now: the number of the run that it makes, and the end of its log; whether it is too hot."""
+        from calibration import identity
+
+        self._seen = time.monotonic()
+        kind = "cuda" if self.device.startswith("cuda") else "cpu"
+        heat = identity.now(kind, self.settings.get("CUDA_VISIBLE_DEVICES", "")) if kind == "cuda" else {}
+        facts = {"hot": bool(identity.overheated() or heat.get("margin", 1) <= 0), **heat}
+        for doing in list(self.doing.values()):
+            if not doing.trained.done():
+                facts |= {"run": doing.number, "log": _end_of(doing.folder / "run.log", TAIL)}
+        return facts
+
+    def welcomed(self, welcome: dict) -> None:
+        self._seen = time.monotonic()
+        if self.session and welcome["session"] != self.session:
+            self._forget()
+
+    def alone(self) -> None:
+        busy = any(not doing.trained.done() for doing in self.doing.values())
+        if self.local and not busy and time.monotonic() > self._seen + ALONE:
+            self.leaving = "its head does not come back"
+
+    def do(self, operation: str, facts: dict) -> dict | Future:
+        return getattr(self, f"do_{operation}")(**facts)
+
+    # --- Preparing ---
+
+    def do_prepare(self, **facts) -> dict:
+        """Says what is missing here of a session: files by path below this worker's folder, or the home ("data/...").
+        LabError if this device is not what the session is for.
+
+        Args:
+            facts: session, device, backend, versions, judge (sha256 by file), archive (sha256), dataset, manifest,
+                settings, profile, sandbox, memory_ceiling, unified.
+        """
+        if facts["session"] != self.session:
+            self._forget()
+        self.session, self.facts = facts["session"], facts
+        self._take_device(facts["device"])
+        if self.expected:
+            self._refuse_unexpected(facts, self.expected)
+        if not self.local:
+            self._refuse_others(facts)
+        missing = [] if self._judge_is_whole() else ["judge.tar.gz"]
+        folder = storage.home() / "data" / facts["dataset"]
+        manifest = json.loads(facts["manifest"])
+        with suppress(OSError):
+            if (folder / "manifest.json").read_text(encoding="utf-8") != facts["manifest"]:
+                if not self.local and any(folder.iterdir()):
+                    raise LabError(f"{folder} is another dataset of that name: move it away, or use another home")
+        for name, known in {**_files(manifest), "manifest.json": None}.items():
+            path = folder / name
+            if not path.is_file() or known and path.stat().st_size != known["size"]:
+                missing.append(f"data/{facts['dataset']}/{name}")
+        return {"missing": missing}
+
+    def _refuse_unexpected(self, facts: dict, expected: dict[str, str]) -> None:
+        for what, digest in {"judge": judge_digest(facts["judge"]), "data": data_digest(facts["manifest"])}.items():
+            if digest != expected[what]:
+                name = {"judge": "the judge", "data": "the dataset"}[what]
+                raise LabError(f"{name} of this head is not the one that the invitation names")
+
+    def _refuse_others(self, facts: dict) -> None:
+        """LabError where a run on this device could not be compared with the session's."""
+        from lab.fleet import here
+
+        if problem := here.unlike(facts, self.device, self.settings):
+            raise LabError(problem)
+
+    def do_put(self, path: str, offset: int, content: bytes, last: bool) -> dict:
+        """A piece of a file, which appears once it is whole."""
+        target = self._path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        with open(part, "r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(content)
+            storage.sync(file.fileno())
+        if last:
+            part.replace(target)
+        return {}
+
+    def _path(self, path: str) -> Path:
+        """Where a file of the head's goes. LabError for anything but the judge and the dataset's own files."""
+        dataset = self.facts["dataset"]
+        names = {f"data/{dataset}/{name}" for name in (*_files(json.loads(self.facts["manifest"])), "manifest.json")}
+        if path in names and re.fullmatch(r"[\w.-]+", dataset) and ".." not in path:
+            return storage.home() / path
+        if path == "judge.tar.gz":
+            return self.root / path
+        raise LabError(f"{path} is nothing that a worker takes")
+
+    def do_ready(self) -> dict:
+        """Checks what was fetched, by sha256. LabError where something is not what the head says it is."""
+        import dataset
+
+        if not self._judge_is_whole():
+            archive = self.root / "judge.tar.gz"
+            if not archive.is_file() or storage.sha256(archive) != self.facts["archive"]:
+                raise LabError("the judge that was fetched is not the session's")
+            self._unpack()
+            if wrong := differing(self.judge, self.facts["judge"]):
+                raise LabError(f"the judge that was fetched is not the session's: {', '.join(wrong[:3])}")
+        folder = storage.home() / "data" / self.facts["dataset"]
+        try:
+            manifest = dataset.read_manifest(folder)
+        except storage.DataError as error:
+            raise LabError(str(error)) from error
+        for name, known in dataset.known_files(manifest).items():
+            if damage := dataset.damage(folder / name, known):
+                raise LabError(f"{folder / name} is not the session's: {damage}")
+        storage.write_json(self.root / "profile.json", self.facts["profile"])
+        return {"sandbox": self._sandbox()}
+
+    def _sandbox(self) -> str | None:
+        """The sandbox of runs here. LabError if there is none, and the head is elsewhere."""
+        from lab.run import sandbox
+
+        if self.local:
+            return self.facts["sandbox"]
+        if (box := sandbox.probe()) is None:
+            raise LabError("this machine offers no sandbox, and runs for a head elsewhere need one (docs/sandbox.md)")
+        return box
+
+    @property
+    def judge(self) -> Path:
+        return self.root / "judge"
+
+    def _judge_is_whole(self) -> bool:
+        return self.judge.is_dir() and not differing(self.judge, self.facts["judge"])
+
+    def _unpack(self) -> None:
+        from lab.run import runner
+
+        runner.remove(self.judge)
+        with tarfile.open(self.root / "judge.tar.gz") as archive:
+            for member in archive:  # files alone, which the head has listed by name
+                if member.isfile() and member.name in self.facts["judge"] and (content := archive.extractfile(member)):
+                    target = self.judge / member.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(content.read())
+                    target.chmod(0o755 if member.mode & 0o100 else 0o644)
+
+    def _restore_judge(self) -> list[str]:
+        if wrong := differing(self.judge, self.facts["judge"]) if self.judge.is_dir() else ["all"]:
+            self._unpack()
+            if still := differing(self.judge, self.facts["judge"]):
+                raise LabError(f"the judge can't be restored: {', '.join(still[:3])}")
+        return wrong
+
+    # --- Runs ---
+
+    def do_run(self, number: int, train: bytes, **facts) -> Future:
+        """Makes a run, unless it is being made or was made. The answer: status, reason, result, seconds, traceback,
+        log.
+
+        Args:
+            facts: seed, budget, timeout, run_id, reference, keeps_caches: as of runner.Request.
+        """
+        with self._guard:
+            if known := self.doing.get(number):
+                return known.trained
+            doing = Doing(number, self.root / "runs" / f"{number:04d}")
+            doing.trained.set_running_or_notify_cancel()
+            self.doing[number] = doing
+        for other in self.doing.values():  # one at a time: what the head does not wait for any more ends
+            if other is not doing:
+                other.ending = "stopped"
+        threading.Thread(target=self._train, args=(doing, train, facts), daemon=True).start()
+        return doing.trained
+
+    def _train(self, doing: Doing, train: bytes, facts: dict) -> None:
+        from lab.run import runner
+        from lab.run.outcome import Outcome
+
+        with self._work:
+            try:
+                self._restore_judge()
+                runner.remove(doing.folder)
+                doing.folder.mkdir(parents=True)
+                (doing.folder / "train.py").write_bytes(train)
+                doing.request = self._request(doing, **facts)
+                try:
+                    made = runner.run(doing.request)
+                except runner.Halted as halted:
+                    made = Outcome("lost", because(str(halted)))
+                if changed := self._restore_judge():
+                    made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
+                answer = {
+                    "status": made.status,
+                    "reason": msgspec.to_builtins(made.reason),
+                    "result": made.result,
+                    "seconds": made.seconds,
+                    "traceback": made.traceback,
+                    "log": _end_of(doing.folder / "run.log", LOG_SENT),
+                }
+                doing.trained.set_result(answer)
+            except BaseException as error:
+                doing.trained.set_exception(error if isinstance(error, LabError) else LabError(f"{error!r}"))
+
+    def _request(self, doing: Doing, **facts):
+        from lab.run import runner
+
+        known, settings = self.facts, {**self.facts["settings"]}
+        if not self.local:  # the user's of this machine, and not of the head's
+            for name in (*(f"AUTORESEARCH_{name}" for name in PASSED_ON), *machine.CHOOSING_GPUS):
+                settings[name] = os.environ.get(name, "")
+            settings["AUTORESEARCH_BACKEND"] = known["backend"]
+        settings |= self.settings
+        settings = {name: value for name, value in settings.items() if value} | {
+            "AUTORESEARCH_HOME": str(storage.home().absolute()),
+            "AUTORESEARCH_PROFILE": str(self.root / "profile.json"),
+        }
+        return runner.Request(
+            judge=self.judge,
+            folder=doing.folder,
+            settings=settings,
+            memory_ceiling=known["memory_ceiling"],
+            unified=known["unified"],
+            sandbox=self._sandbox(),
+            protected=[self.root, *(Path(path) for path in known["protected"] if self.local)],
+            ending=lambda: doing.ending,
+            **facts,
+        )
+
+    def do_score(self, number: int) -> Future:
+        """Scores a run's weights again. The answer: val_bpb, held_out_bpb and rows (the file rows.npz), or problem."""
+        doing = self._known(number)
+        with self._guard:
+            if doing.scored is None or doing.scored.done():
+                doing.scored, doing.ending = Future(), None
+                doing.scored.set_running_or_notify_cancel()
+                threading.Thread(target=self._score, args=(doing, doing.scored), daemon=True).start()
+            return doing.scored
+
+    def _score(self, doing: Doing, done: Future) -> None:
+        from lab.run import runner
+
+        with self._work:
+            try:
+                self._restore_judge()
+                scores = runner.score(doing.request, doing.folder / "result.safetensors")
+                if isinstance(scores, Reason):
+                    return done.set_result({"problem": msgspec.to_builtins(scores)})
+                answer: dict[str, Any] = {"val_bpb": scores.val_bpb, "held_out_bpb": scores.held_out_bpb}
+                answer["rows"] = (doing.folder / "rows.npz").read_bytes()
+                answer["weights"] = (doing.folder / "result.safetensors").stat().st_size
+                done.set_result(answer)
+            except runner.Halted as halted:
+                done.set_result({"halted": str(halted)})
+            except BaseException as error:
+                done.set_exception(error if isinstance(error, LabError) else LabError(f"{error!r}"))
+
+    def do_stop(self, why: str) -> dict:
+        """Ends what is being done."""
+        for doing in self.doing.values():
+            doing.ending = why
+        return {}
+
+    def do_piece(self, number: int, offset: int) -> dict:
+        """A piece of a run's weights."""
+        with open(self._known(number).folder / "result.safetensors", "rb") as file:
+            file.seek(offset)
+            return {"content": file.read(PIECE)}
+
+    def do_drop(self, number: int) -> dict:
+        """Ends a run if it lasts, and deletes all of it."""
+        from lab.run import runner
+
+        def remove(doing: Doing) -> None:
+            with self._work:
+                runner.remove(doing.folder)
+                runner.told_of(doing.folder).unlink(missing_ok=True)
+
+        if doing := self.doing.pop(number, None):
+            doing.ending = "stopped"
+            threading.Thread(target=remove, args=(doing,), daemon=True).start()
+        return {}
+
+    def do_leave(self, why: str) -> dict:
+        self.do_stop("stopped")
+        self.leaving = why
+        return {}
+
+    def _known(self, number: int) -> Doing:
+        if number not in self.doing:
+            raise LabError(f"there is no run {number} here")
+        return self.doing[number]
+
+    def _forget(self) -> None:
+        """Another session: what is here of the last one goes."""
+        for number in list(self.doing):
+            self.do_drop(number)
+        shutil.rmtree(self.root / "runs", ignore_errors=True)  # also what a worker that was killed has left
+
+    def _take_device(self, tag: str) -> None:
+        """Has the device to itself from here on. LabError while another session trains on it."""
+        if self._lock is None:
+            gpu = self.settings.get("CUDA_VISIBLE_DEVICES") or self.device.partition(":")[2]
+            lock = device_lock(tag, gpu)
+            try:
+                lock.acquire(timeout=TO_TAKE)
+            except filelock.Timeout:
+                raise LabError("another session is training on this device") from None
+            self._lock = lock
+
+
+def judge_digest(judge: dict[str, str]) -> str:
+    return storage.digest_of(sorted(judge.items()))
+
+
+def data_digest(manifest: str) -> str:
+    return storage.digest_of(manifest)
+
+
+def archive_of(judge: Path, pinned: dict[str, str]) -> bytes:
+    """The judge's files as an archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        for name in sorted(pinned):
+            archive.add(judge / name, name, recursive=False)
+    return buffer.getvalue()
+
+
+def _files(manifest: dict) -> dict[str, dict]:
+    import dataset
+
+    return dataset.known_files(manifest)
+
+
+def _end_of(path: Path, most: int) -> bytes:
+    with suppress(OSError):
+        if path.is_file():  # a pipe would be waited for
+            with open(path, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+                return file.read(most)
+    return b""

@@ -1,0 +1,87 @@
+"""Several turns of the agent at once, while runs are made: each in a clone of its own, and a thread waits for it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.night import agent
+from lab.session.events import TurnTaken
+from lab.session.session import Session
+from lab.verdict.opening import best_of
+
+BESIDE = (
+    "\n# Beside you\n\nOther turns like this one go on at the same time, on the same train.py. Don't take the first "
+    "idea that anybody would have; this is number {slot} of {count}.\n"
+)
+
+
+@dataclass
+class Turns:
+    """Attributes:
+    ended: turns that are over and were not taken yet, the oldest first. troubles: why some could not be begun.
+    begun: how many were.
+    """
+
+    session: Session
+    count: int
+    ended: list[TurnTaken] = field(default_factory=list)
+    troubles: list[LabError] = field(default_factory=list)
+    begun: int = 0
+    _going: dict[int, threading.Thread] = field(default_factory=dict)
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def clone_of(self, slot: int) -> Session:
+        """The session, with the clone of one of the turns as its own; that of the first is where a single one is."""
+        there = Session(self.session.folder)
+        there.turn = self.session.folder / ("turn" if slot == 1 else f"turn-{slot}")
+        return there
+
+    def free(self) -> int | None:
+        """A slot in which a turn may begin: no more turns than slots are going on or wait to be taken."""
+        self._going = {slot: thread for slot, thread in self._going.items() if thread.is_alive()}
+        if len(self._going) + len(self.ended) >= self.count:
+            return None
+        return next(slot for slot in range(1, self.count + 1) if slot not in self._going)
+
+    @property
+    def going(self) -> bool:
+        return any(thread.is_alive() for thread in self._going.values())
+
+    def begin(self, slot: int, command: str, prompt: str, log: Path, seconds: float) -> None:
+        self.begun, there = self.begun + 1, self.clone_of(slot)
+        parent = best_of(there).blob
+        text = prompt + (BESIDE.format(slot=slot, count=self.count) if self.count > 1 else "")
+
+        def stop() -> bool:
+            return self._over.is_set() or there.ending() is not None
+
+        def work() -> None:
+            try:
+                turn = agent.take_turn(there, command, text, log, seconds, stop=stop)
+                turn.parent = parent
+                self.ended.append(turn)
+                agent.discard(there)
+            except LabError as error:
+                self.troubles.append(error)
+            except Exception as error:
+                self.troubles.append(LabError(f"{type(error).__name__}: {error}"))
+
+        self._going[slot] = threading.Thread(target=work, daemon=True)
+        self._going[slot].start()
+
+    def end_of(self, clone: Path) -> None:
+        """Ends what a killed night has left of a turn, and deletes its clone."""
+        there = Session(self.session.folder)
+        there.turn = clone
+        agent.discard(there)
+
+    def end(self) -> None:
+        """Ends those that go on. What they would have given is lost."""
+        self._over.set()
+        for thread in self._going.values():
+            thread.join(agent.GRACE * 2)
+        for slot in range(1, self.count + 1):
+            agent.discard(self.clone_of(slot))

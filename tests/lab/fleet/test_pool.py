@@ -1,0 +1,55 @@
+"""Several devices of one machine work on one session."""
+
+import signal
+
+from nights import begin, impatient, processes, state_of, until
+from sessions import check
+
+from lab.session.session import Session
+
+
+def test_a_night_on_two_devices(project, isolated_home):
+    said = begin(project, isolated_home, 6, "cpu,cpu").communicate(timeout=200)[0]
+    assert "6 experiments, as many as were wanted" in said, said
+    session = Session(project.folder)
+    check(session)
+    runs = list(session.state.runs.values())
+    assert {run.worker for run in runs} == {"cpu", "cpu:1"} and all(run.ok for run in runs), said
+    at_once = max(sum(other.time <= run.time < other.ended.time for other in runs) for run in runs)
+    assert at_once == 2
+    until(lambda: not processes(project, "join"), 10)
+    assert state_of(project).best.status == "keep"
+
+
+def test_a_late_result_of_a_run_that_was_given_up_is_dropped(project, isolated_home):
+    """A worker sleeps for longer than it is waited for, and wakes with its run done."""
+    impatient(project)
+    night = begin(project, isolated_home, 8, "cpu,cpu")
+    until(lambda: any(run.experiment and run.ended is None for run in state_of(project).runs.values()))
+    run = next(run for run in state_of(project).runs.values() if run.experiment and run.ended is None)
+    device = "--devices", run.worker
+    asleep = next(p for p in processes(project, "join") if device in zip(p.cmdline(), p.cmdline()[1:]))
+    asleep.send_signal(signal.SIGSTOP)
+    until(lambda: state_of(project).runs[run.number].ended)
+    asleep.send_signal(signal.SIGCONT)
+    said = night.communicate(timeout=200)[0]
+    assert "8 experiments, as many as were wanted" in said, said
+    session = Session(project.folder)
+    check(session)
+    runs = list(session.state.runs.values())
+    assert [(r.number, r.reason.code) for r in runs if r.status == "lost"] == [(run.number, "device_lost")]
+    again = next(r for r in runs if r.number > run.number and (r.blob, r.seed) == (run.blob, run.seed))
+    assert again.ok and again.worker != run.worker
+    assert not list((isolated_home / "fleet").glob("*/runs/*/run.log"))
+
+
+def test_a_head_that_is_killed_fetches_what_was_made_meanwhile(project, isolated_home):
+    night = begin(project, isolated_home, 8, "cpu,cpu")
+    until(lambda: any(run.experiment and run.ended is None for run in state_of(project).runs.values()))
+    for head in processes(project, "supervise"):
+        head.kill()
+    said = night.communicate(timeout=200)[0]
+    assert "8 experiments, as many as were wanted" in said, said
+    session = Session(project.folder)
+    check(session)
+    assert all(run.ok for run in session.state.runs.values())  # none was lost

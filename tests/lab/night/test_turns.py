@@ -1,0 +1,106 @@
+"""Several turns of the agent at once."""
+
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sessions
+from nights import sound
+from sessions import check, edited
+from test_loop import Alive, Seen, options
+
+from lab.errors import LabError
+from lab.night import agent, limits, loop
+from lab.session.events import TurnTaken
+from lab.session.session import Session
+from lab.verdict import executor
+
+STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))}"
+
+
+@pytest.fixture
+def session(tmp_path, runner, monkeypatch):
+    session = sessions.make(tmp_path / "project")
+    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
+    monkeypatch.setattr(limits, "troubles", lambda session: [])
+    monkeypatch.setattr(loop, "POLL", 0.001)
+    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
+    return session
+
+
+@pytest.fixture
+def thinking(monkeypatch):
+    """In place of turns: each takes a moment and makes another edit. How many went on at once, and in which clones."""
+    at_once, clones, made, guard = [], [], [], threading.Lock()
+
+    def take_turn(session, command, prompt, log, seconds, stop=lambda: False):
+        with guard:
+            clones.append(session.turn.name)
+            made.append(prompt)
+            number = len(made)
+            at_once.append(len(clones))
+        time.sleep(0.05)
+        with guard:
+            clones.remove(session.turn.name)
+        if command == "failing":
+            raise LabError("git is in use")
+        blob = session.repository.store(edited(LOSS=1.0 + 0.01 * number))
+        return TurnTaken(by="agent", outcome="edited", description=f"idea {number}", blob=blob)
+
+    monkeypatch.setattr(agent, "take_turn", take_turn)
+    return at_once, made
+
+
+def night(session, **values):
+    one = loop.Night(Session(session.folder), options(**values), Seen())
+    return one, one.run()
+
+
+def test_as_many_turns_go_on_as_were_asked_for(session, thinking):
+    at_once, made = thinking
+    one, why = night(session, agent="quick", agents=3, max_experiments=8)
+    assert why == "8 experiments, as many as were wanted" and max(at_once) == 3
+    state = Session(session.folder).state
+    assert len({e.digest for e in state.experiments.values()}) == 9
+    assert [turn.experiment for turn in one.turns] == list(range(1, 9))
+    assert "number 1 of 3" in made[0] and "number 2 of 3" in made[1]
+    sound(Session(session.folder))
+    check(Session(session.folder))
+
+
+def test_what_was_made_on_an_older_best_is_made_on_the_best(session, thinking, monkeypatch):
+    """The first edit is kept; the others were begun before."""
+    real = agent.take_turn
+
+    def take_turn(session, *arguments, **named):
+        turn = real(session, *arguments, **named)
+        number = int(turn.description.split()[1])
+        content = edited(LOSS=0.9) if number == 1 else edited() + f"LOSS = LOSS + 0.01 * {number}\n".encode()
+        if session.state.best.number:
+            content = session.repository.content(session.state.best.blob) + f"LOSS = LOSS + 0.1 * {number}\n".encode()
+        turn.blob = session.repository.store(content)
+        return turn
+
+    monkeypatch.setattr(agent, "take_turn", take_turn)
+    night(session, agent="quick", agents=2, max_experiments=4)
+    state = Session(session.folder).state
+    assert state.best.number == 1
+    for experiment in list(state.experiments.values())[2:]:
+        assert experiment.onto == 1
+        assert session.repository.content(experiment.blob).startswith(edited(LOSS=0.9))
+    check(Session(session.folder))
+
+
+def test_a_turn_that_can_not_be_begun_is_tried_again_and_ends_the_night(session, thinking):
+    with pytest.raises(LabError, match="git is in use"):
+        night(session, agent="failing", agents=2, max_experiments=2)
+
+
+def test_real_turns_leave_nothing_behind(session):
+    one, why = night(session, agent=STUB, agents=2, max_experiments=3)
+    assert "as many as were wanted" in why and all(turn.outcome == "edited" for turn in one.turns)
+    assert not list(session.folder.glob("turn")) and not list(session.folder.glob("turn-*"))
+    check(Session(session.folder))
