@@ -38,7 +38,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.genome.syntax import describe
-from lab.night import block, proposer
+from lab.genome import block
+from lab.night import proposer
 from lab.reasons import because
 from lab.session.events import (
     ExperimentApplied,

@@ -277,3 +277,18 @@ def table(experiments: list[Experiment]) -> str:
         what = untrusted.one_line(e.description, 80)
         lines.append(f"{e.number:4d}  {e.here[:7]:<7}  {e.status:<8} {score:>9}   {what}")
     return "\n".join(lines)
+
+
+def findings(rows) -> str:
+    """The published findings: what each does, the evidence elsewhere, and what became of it here."""
+    lines = []
+    for row in rows:
+        expected = "" if row.expected is None else f"  (about {row.expected:+.4f} expected here)"
+        told = untrusted.one_line(", ".join(row.evidence), 160)
+        lines += [f"{row.name}{expected}", f"    {row.why}", f"    elsewhere: {told}"]
+        if row.effect:
+            value, low, high = row.effect
+            interval = "" if low is None else f" ({low:+.6f} to {high:+.6f})"
+            lines.append(f"    here: {value:+.6f}{interval} bits per byte, below 0 is better")
+        lines += [f"    {untrusted.one_line(row.here, 160)}"] if row.here else []
+    return "\n".join(lines)

@@ -11,12 +11,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple
 
-from lab.compare import classify, effects, words
+from lab.compare import classify, effects, published, words
 from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
+from lab.compare.published import Finding
 from lab.errors import LabError
 from lab.genome.kinds import KINDS
 from lab.session.events import Interval
@@ -53,6 +55,18 @@ class Shared:
     joined: str  # one of JOINED
     source: str  # the place that it comes from; "" if that is not among the sessions, or not sure
     cells: dict[str, Cell]  # by place
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published finding, and what it did where it was tried."""
+
+    finding: Finding
+    change: Shared
+
+    def effect(self, place: str) -> float:
+        """As published, for the device of a place; below 0 is better."""
+        return self.finding.effect(place.partition(" ")[0])
 
 
 @dataclass(frozen=True)
@@ -97,14 +111,30 @@ class Comparison:
 
     @property
     def shared(self) -> list[Shared]:
-        """The changes that more than one place has tried."""
-        return [change for change in self.changes if len(change.cells) > 1]
+        """The changes that more than one place has tried, published findings left out."""
+        known = {one.change.key for one in self.published}
+        return [change for change in self.changes if len(change.cells) > 1 and change.key not in known]
+
+    @cached_property
+    def published(self) -> list[Published]:
+        """The published findings that some place has tried, with a verdict in each cell."""
+        known = {finding.key: finding for finding in published.library()}
+        found = [Published(known[change.key], change) for change in self.changes if change.key in known]
+        for one in found:
+            for place, cell in one.change.cells.items():
+                cell.verdict, cell.why = published.verdict(one.effect(place), cell.effect)
+        return found
 
     def facts(self) -> dict:
         """For machines (JSON)."""
+        _ = self.published  # fills in their verdicts
         lists = {name: [asdict(part) for part in getattr(self, name)] for name in ("changes", "agreements", "kinds")}
         sessions = [analysis.facts() for analysis in self.sessions]
-        return {"places": self.places, "sessions": sessions, **lists, "notes": self.notes}
+        found = [
+            {"name": one.finding.name, "change": one.change.key, "effects": {p: one.effect(p) for p in self.places}}
+            for one in self.published
+        ]
+        return {"places": self.places, "sessions": sessions, **lists, "published": found, "notes": self.notes}
 
 
 class Attempt(NamedTuple):

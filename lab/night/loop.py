@@ -20,7 +20,7 @@ import filelock
 import storage
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
-from lab.night import agent, limits, notify, prompt, proposer
+from lab.night import agent, findings, limits, notify, prompt, proposer
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
@@ -50,8 +50,8 @@ class Night:
     """One night of a session.
 
     Args:
-        options: agent (a command, or None), turn_seconds, hours, until, max_experiments, notify; planned (the deadline
-            that was told, 0 for none; None if none was).
+        options: agent (a command, or None), findings (whether to try those first), turn_seconds, hours, until,
+            max_experiments, notify; planned (the deadline that was told, 0 for none; None if none was).
         view: shows what goes on.
 
     Attributes:
@@ -201,18 +201,19 @@ class Night:
             time.sleep(POLL)
 
     def _propose(self) -> None:
-        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
-        the agent or the proposer makes in its turn, if anything."""
+        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, what was
+        found elsewhere, or what the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
             if (content := self._edit_of_a_person()) is not None:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
-            if self.options.agent and self._agent_is_due() or not self._ask_proposer():
-                self._ask_agent()
+            if not (self.options.findings and self._take_finding()):
+                if self.options.agent and self._agent_is_due() or not self._ask_proposer():
+                    self._ask_agent()
         if turn := self._unopened:
             if content := self.session.repository.contents([turn.blob]).get(turn.blob):  # else git has let go of it
-                self._open(turn.description, content)
+                self._open(turn.description, content, turn.origin)
             self._unopened = None
 
     def _edit_of_a_person(self) -> bytes | None:
@@ -236,6 +237,18 @@ class Night:
         session.repository.put_back(session.branch)
         self._tell(why, "trouble")
         return None
+
+    def _take_finding(self) -> bool:
+        """False where nothing is left of what was found elsewhere and promises something here."""
+        self.now.by = "findings"
+        self._show("looking for a change")
+        for idea in findings.ideas(self.session):
+            blob = self.session.repository.store(idea.content)
+            turn = TurnTaken(by="findings", outcome="edited", description=idea.description, blob=blob)
+            turn.origin = idea.origin
+            self._journal(turn)
+            return True
+        return False
 
     def _ask_proposer(self) -> bool:
         """False where it has nothing left, and the agent is to be asked instead."""
@@ -290,10 +303,11 @@ class Night:
         self.journal.append(turn)
         self.turns.append(turn)
 
-    def _open(self, description: str | None, content: bytes | None = None) -> None:
+    def _open(self, description: str | None, content: bytes | None = None, origin: str = "") -> None:
         """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it."""
         with exclusive(self.session, PATIENCE, self.view.say):
-            equal = open_change(self.session, description, near_misses_together=content is None, content=content)
+            together = content is None
+            equal = open_change(self.session, description, together, content=content, origin=origin)
         if equal:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
 

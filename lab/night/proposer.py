@@ -15,7 +15,9 @@ import numpy as np
 from lab.errors import LabError
 from lab.genome.change import identify
 from lab.genome.syntax import describe
-from lab.night import block, edits
+from lab.genome import block
+from lab.genome.edits import NotHere, Step
+from lab.compare import published
 from lab.night.sampler import Trial, ranked
 from lab.session.session import Session
 from lab.session.state import State
@@ -72,16 +74,22 @@ def _new(state: State, text: str) -> bool:
 
 
 def _structural(state: State, text: str) -> tuple[str, str] | None:
-    """(train.py with an edit of the library, what that is): first those that were never tried, then those that did best
-    elsewhere."""
+    """(train.py with a finding that is more than values, what that is): first those that were never tried, then those
+    that did best elsewhere."""
     found, best = None, HOPELESS
-    for edit in edits.LIBRARY:
-        if (edited := edit.apply(text)) and _new(state, edited):
+    for finding in published.library():
+        if all(isinstance(part, Step) for part in finding.edit.parts):
+            continue
+        try:
+            edited = finding.edit.apply(text)
+        except NotHere:
+            continue
+        if _new(state, edited):
             family = identify(text.encode(), edited.encode()).family
             tried = [e.t for e in state.decided if e.family == family]
             standing = max((-np.inf if t is None else t for t in tried), default=np.inf)  # a crash is hopeless
             if standing > best:
-                found, best = (edited, f"{edit.name}: {edit.why}"), standing
+                found, best = (edited, finding.title), standing
     return found
 
 

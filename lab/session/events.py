@@ -282,15 +282,17 @@ class TurnTaken(Event, tag="turn"):
             "interrupted" with the night, or "unserved" by the service of its model, which is no failure of its own.
         said: what the agent did, on a clean line that goes on from "the agent ...".
         description: of the change, what and why. blob: git's id of the train.py, which is stored.
+        origin: of a change found elsewhere.
         experiment: its number. log: path of what was printed. others: files beside train.py that changed.
         reproached: it did something that has no effect; `said` tells what.
         left: processes that it left running. saved: path of what it wrote, where that is not run.
     """
 
-    by: Literal["agent", "proposer"]
+    by: Literal["agent", "proposer", "findings"]
     outcome: Name
     said: Text = ""
     description: Text = ""
+    origin: Origin = ""
     blob: Digest = ""
     experiment: Number | None = None
     log: str = ""

@@ -132,12 +132,13 @@ def open_change(
     near_misses_together: bool = False,
     again: bool = False,
     content: bytes | None = None,
+    origin: str = "",
 ) -> Experiment | None:
     """Journals what is in train.py, or the near misses together, as an experiment.
 
     Args:
         message: what was changed, and why. again: also if an equal train.py was decided on before.
-        content: the train.py to take in place of the user's, which then stays as it is.
+        content: the train.py to take in place of the user's, which then stays as it is. origin: where it was found.
 
     Returns:
         An experiment that was decided on an equal train.py, in which case none is opened; else None.
@@ -172,6 +173,7 @@ def open_change(
         commit=repository.commit(head, facts["blob"], description),
         description=description,
         members=members,
+        origin=origin,
         **facts,
     )
     return None

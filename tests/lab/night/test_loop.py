@@ -76,6 +76,7 @@ def options(**values):
     return argparse.Namespace(
         **{
             "agent": None,
+            "findings": False,
             "turn_seconds": 60.0,
             "hours": None,
             "until": None,
@@ -436,7 +437,7 @@ def test_near_misses_are_tried_together_before_anything_new(session, proposals, 
     night(session, max_experiments=0).run()
     asked = []
 
-    def open_change(session, message, near_misses_together=False, content=None):
+    def open_change(session, message, near_misses_together=False, content=None, origin=""):
         asked.append(near_misses_together)
         raise loop.Over("seen")
 

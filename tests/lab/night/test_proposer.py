@@ -8,7 +8,8 @@ import sessions
 from backends import surface
 from lab.errors import LabError
 from lab.verdict.executor import supervise
-from lab.night import edits, proposer
+from lab.compare import published
+from lab.night import proposer
 from lab.session.session import Session
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -140,7 +141,7 @@ def ours(tmp_path, runner, monkeypatch):
 
 
 def test_structural_edits_in_between(ours):
-    names = {edit.name for edit in edits.LIBRARY}
+    names = {finding.title.partition(": ")[0] for finding in published.library()}
     tried = [attempt(ours) for _ in range(2 * proposer.EVERY)]
     structural = [e.description.partition(": ")[0] for e in tried if e.description.partition(": ")[0] in names]
     assert len(structural) == 2 == len(set(structural))
