@@ -45,9 +45,13 @@ def apply(finding: Finding, content: bytes) -> bytes:
     return (edited.replace("\n", "\r\n") if "\r\n" in text else edited).encode()
 
 
-def ideas(session: Session, least: float = LIKELY) -> Iterator[Idea]:
+def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], float] = float) -> Iterator[Idea]:
     """What applies to the best, was not tried, and of which at least so much is expected, the most promising first:
-    what other sessions kept, and published findings."""
+    what other sessions kept, and published findings.
+
+    Args:
+        drawn: what is taken for the gain of one of which so much is expected, for the order.
+    """
     state = session.state
     best = session.repository.content(state.best.blob) if state.best else b""
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
@@ -60,7 +64,7 @@ def ideas(session: Session, least: float = LIKELY) -> Iterator[Idea]:
         gain = finding.expected(state.started.device, session.budget)
         if gain >= least and finding.key not in known:
             found.append((gain, finding.origin, finding.title, functools.partial(apply, finding, best)))
-    for gain, origin, description, make in sorted(found, key=lambda one: -one[0]):
+    for gain, origin, description, make in sorted(found, key=lambda one: -drawn(one[0])):
         try:
             content = make()
         except edits.NotHere:

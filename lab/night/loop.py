@@ -261,7 +261,8 @@ class Night:
                 raise
             return False
         blob = self.session.repository.store(proposal.content)
-        self._journal(TurnTaken(by="proposer", outcome="edited", description=proposal.description, blob=blob))
+        facts = {"description": proposal.description, "origin": proposal.origin, "blob": blob}
+        self._journal(TurnTaken(by="proposer", outcome="edited", **facts))  # pyright: ignore[reportArgumentType]
         return True
 
     def _agent_is_due(self) -> bool:
