@@ -168,5 +168,5 @@ def verdict(published: float, here: Effect | None) -> tuple[str, str]:
     if t_tail(-gain / here.error, here.df) <= classify.LEVEL / 2:
         return classify.REVERSES, share
     if t_tail((classify.HALF * size - gain) / here.error, here.df) <= classify.LEVEL:
-        return classify.FADES, share
+        return (classify.FADES, share) if gain >= -classify.HALF * size else (classify.OPEN, "it fades or reverses")
     return classify.OPEN, "may be chance here"
