@@ -119,9 +119,9 @@ def main() -> None:
             began = time.monotonic()
             found = simulated(effects, setting, night)
             yardstick = simulated(effects, nights.Setting(runs=RUNS), nights.one_run_each)["gain"]
-            alone = simulated(effects, nights.Setting(runs=RUNS, noise=setting.noise))
             gained = single = (0.0, 0.0)
             if effects.any():
+                alone = simulated(effects, nights.Setting(runs=RUNS, noise=setting.noise))
                 gained, single = nights.ratio(found["gain"], yardstick), nights.ratio(alone["gain"], yardstick)
             print(
                 f"{name} | {100 * gained[0]:.1f} ± {100 * gained[1]:.1f} | {nights.share(found['false'])} | "

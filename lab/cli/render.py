@@ -198,7 +198,7 @@ def status_facts(session: Session) -> dict:
         "held": session.held,
         "night": session.owned_by_night,
     }
-    tried = [e.status for e in state.decided if e.kind in ("change", "near misses")]
+    tried = [e.status for e in state.decided if e.kind in ("change", "near misses", "joint")]
     known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid")}
     crashed = itertools.takewhile(lambda e: e.status == "crash", reversed(state.decided))
     known["crashes_in_a_row"] = sum(1 for _ in crashed)

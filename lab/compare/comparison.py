@@ -119,11 +119,19 @@ class Comparison:
     def published(self) -> list[Published]:
         """The published findings that some place has tried, with a verdict in each cell."""
         known = {finding.key: finding for finding in published.library()}
-        found = [Published(known[change.key], change) for change in self.changes if change.key in known]
-        for one in found:
+        found = {c.key: Published(known[c.key], c) for c in self.changes if c.key in known}
+        for analysis in self.sessions:
+            for number, origin, effect in analysis.screened:
+                key, cell = origin.rpartition("/")[2], _screened(analysis, number, effect)
+                if key in known and key not in found:
+                    title = known[key].title
+                    found[key] = Published(known[key], Shared(key, title, "", CHANGE, "", {analysis.place: cell}))
+                elif key in found:
+                    found[key].change.cells.setdefault(analysis.place, cell)
+        for one in found.values():
             for place, cell in one.change.cells.items():
                 cell.verdict, cell.why = published.verdict(one.effect(place), cell.effect)
-        return found
+        return list(found.values())
 
     def facts(self) -> dict:
         """For machines (JSON)."""
@@ -261,6 +269,11 @@ def _source(attempts: list[Attempt]) -> Attempt | None:
         devices = {name.partition("/")[0] for name in named}
         return next(iter(there), None) or next((a for a in attempts if a.session.started.device in devices), None)
     return next((attempt for attempt in own if attempt.experiment.status == "keep"), own[0])
+
+
+def _screened(session: Analysis, number: int, effect: Effect) -> Cell:
+    """Of a patch in a block of shared runs."""
+    return Cell(effect, [f"{session.name} #{number} in shared runs"], session.name, "")
 
 
 def _cell(attempts: list[Attempt]) -> Cell:

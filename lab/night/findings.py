@@ -15,9 +15,11 @@ from lab.errors import LabError
 from lab.genome import edits
 from lab.genome.merge import merged
 from lab.genome.syntax import describe
+from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
 from lab.share import replay, sources
+from lab.verdict import blocks
 
 LIKELY = 0.0001  # bits per byte: expected of what is tried before the search begins
 MOST_TRIED = 20  # candidates of other sessions that are looked at, the likeliest first
@@ -59,7 +61,9 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
         gain = one.change.verdict.evidence.gain if one.change.verdict.evidence else 0.0
         made = functools.partial(merged, best, one.before, one.after)
         found.append((gain, one.origin, one.description, lambda made=made: made()[0]))
-    known = {*tried(state), *(origin.rpartition("/")[2] for _, origin, *_ in found)}
+    first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
+    screened = {origin.rpartition("/")[2] for origin in blocks.screened(state) if origin != first}
+    known = {*tried(state), *screened, *(origin.rpartition("/")[2] for _, origin, *_ in found)}
     for finding in published.library():
         gain = finding.expected(state.started.device, session.budget)
         if gain >= least and finding.key not in known:
@@ -91,9 +95,18 @@ def rows(session: Session | None) -> list[Row]:
         return [_row(finding) for finding in published.library()]
     analysis, best = Analysis(sources.of_session(session)), session.repository.content(session.state.best.blob)
     device, known = session.started.device, tried(session.state)
+    estimates = {
+        origin: (e.number, effect)
+        for e in session.state.decided
+        for origin, effect in (e.verdict.effects or {}).items()
+    }
     found = []
     for finding in published.library():
         expected, experiment = finding.expected(device, session.budget), known.get(finding.key)
+        if experiment is None and finding.origin in estimates:
+            number, effect = estimates[finding.origin]
+            found.append(_row(finding, expected, f"in shared runs, experiment {number}", effect))
+            continue
         if experiment is None:
             try:
                 apply(finding, best)
@@ -112,6 +125,25 @@ def rows(session: Session | None) -> list[Row]:
 def _row(finding: Finding, expected: float | None = None, here: str = "", effect=None) -> Row:
     evidence = [f"{one.effect} on {one.device}" for one in finding.evidence]
     return Row(finding.name, finding.why, evidence, expected, here, effect)
+
+
+def patches(session: Session) -> list[Patch]:
+    """What a block of shared runs may hold: published findings that apply, promise something, and were not tried."""
+    state, device = session.state, session.started.device
+    if state.best is None:
+        return []
+    best, known = session.repository.content(state.best.blob), blocks.screened(state)
+    found = []
+    for finding in published.library():
+        gain = finding.expected(device, session.budget)
+        if gain < LIKELY or finding.origin in known or finding.key in tried(state):
+            continue
+        try:
+            apply(finding, best)
+        except edits.NotHere:
+            continue
+        found.append(Patch(finding.origin, finding.title, finding.edit.text, gain))
+    return sorted(found, key=lambda patch: -patch.gain)
 
 
 @functools.lru_cache(maxsize=64)

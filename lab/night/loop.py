@@ -27,7 +27,8 @@ from lab.session.journal import Journal
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
 from lab.untrusted import counted, one_line
-from lab.verdict import executor, near_misses
+from lab.verdict import blocks, executor, near_misses, shared
+from lab.verdict.plan import noise_of
 from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
 
 POLL = 0.25  # seconds
@@ -38,6 +39,7 @@ AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried aga
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
+SHORTEST_BLOCK, FEWEST_SHARED = 40, 8  # runs, and findings to share them
 PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
 THINKING = "the agent thinks"
 
@@ -208,6 +210,8 @@ class Night:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
+            if self.options.findings and self._open_block():
+                return None
             if not (self.options.findings and self._take_finding()):
                 if self.options.agent and self._agent_is_due() or not self._ask_proposer():
                     self._ask_agent()
@@ -238,11 +242,32 @@ class Night:
         self._tell(why, "trouble")
         return None
 
+    def _open_block(self) -> bool:
+        """On a noisy device: a block of shared runs of findings, or the test of what the last one chose. False where
+        there is none to open."""
+        session, runs = self.session, shared.BLOCK
+        if block := blocks.untested(session.state):
+            with exclusive(session, PATIENCE, self.view.say):
+                blocks.open_joint(session, block)
+            return True
+        if blocks.plainly_good(session.state) or noise_of(session.state).sd < shared.QUIET:
+            return False
+        if self.now.deadline:
+            runs = min(runs, int((self.now.deadline - time.time()) / self._needed()))
+        patches = findings.patches(session) if runs >= SHORTEST_BLOCK else []
+        if len(patches) < FEWEST_SHARED:
+            return False
+        with exclusive(session, PATIENCE, self.view.say):
+            blocks.open_block(session, patches, runs)
+        return True
+
     def _take_finding(self) -> bool:
         """False where nothing is left of what was found elsewhere and promises something here."""
         self.now.by = "findings"
         self._show("looking for a change")
-        for idea in findings.ideas(self.session):
+        first = blocks.plainly_good(self.session.state)
+        found = sorted(findings.ideas(self.session), key=lambda idea: idea.origin != first) if first else None
+        for idea in found or findings.ideas(self.session):
             blob = self.session.repository.store(idea.content)
             turn = TurnTaken(by="findings", outcome="edited", description=idea.description, blob=blob)
             turn.origin = idea.origin

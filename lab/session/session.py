@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,13 @@ class Session:
         self.log(ExperimentOpened(number=number, **facts))
         return self.state.experiments[number]
 
-    def start_run(self, experiment: Experiment, blob: str, seed: int, budget: float) -> Run:
+    def start_run(
+        self, experiment: Experiment, blob: str, seed: int, budget: float, patches: Sequence[int] = ()
+    ) -> Run:
         """Journals that a run begins. To be called with the lock held."""
         number = self.state.next_run()
-        self.log(RunStarted(number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget))
+        facts = {"blob": blob, "seed": seed, "budget": budget, "patches": list(patches)}
+        self.log(RunStarted(number=number, experiment=experiment.number, **facts))  # pyright: ignore[reportArgumentType]
         return self.state.runs[number]
 
     # --- Resuming ---

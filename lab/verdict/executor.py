@@ -31,6 +31,7 @@ from lab.session.journal import sync_files
 from lab.session.repository import TRAIN
 from lab.session.session import SUPERVISOR, Session
 from lab.session.state import BESIDE, Experiment, Run
+from lab.verdict import blocks
 from lab.verdict.plan import Job, Plan, TRIES, plan, scored_parent
 
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
@@ -124,11 +125,16 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
     session.restore_judge()
     session.write_ledger()
     before = _ledger(session)
-    run = session.start_run(experiment, job.blob, job.seed, job.budget)
+    content, patches = session.repository.content(job.blob), list(job.patches)
+    blob = job.blob
+    if patches:
+        content, patches = blocks.made(content, experiment.patches, patches)
+        blob = session.repository.store(content)
+    run = session.start_run(experiment, blob, job.seed, job.budget, patches)
     folder = session.run_folder(run.number)
     runner.remove(folder)
     folder.mkdir(parents=True)
-    (folder / TRAIN).write_bytes(session.repository.content(job.blob))
+    (folder / TRAIN).write_bytes(content)
     try:
         outcome = runner.run(request(session, run))
     except runner.Halted as halted:
@@ -147,6 +153,8 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
     sync_files(folder)
     facts = {"result": outcome.result, "seconds": outcome.seconds, "traceback": outcome.traceback}
     session.log(events.RunEnded(run=run.number, status=status, reason=reason, **facts))  # pyright: ignore
+    if experiment.kind == "shared":  # nobody asks for the weights of one of its runs
+        tidy(session, experiment, keep=False)
     if elsewhere:
         raise LabError(
             f"{elsewhere}. Rows that can't be compared are not compared: put back what was there when the "

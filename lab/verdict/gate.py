@@ -50,7 +50,7 @@ MOST_PARENT = 12  # runs of a parent because many tests share them
 ALPHA = 0.05  # share of nights with a false keep, or of keeps that are false
 STAKE = 12  # the first test stakes 1/12 of the account, the next without a keep 1/13 of the rest, and so on
 LEVEL = 0.7  # of its stake: the level of a test
-JOINT = 0.5  # of what is left, that the test of several changes together stakes
+JOINT = 0.9  # of what is left, that the test of several changes together stakes
 NEAR = 1.0  # standard errors
 FEWEST_TOGETHER, MOST_TOGETHER = 3, 5
 MARGIN, LOSSES = 0.0005, 0.001  # bits per byte: losses that a simplification must not have, and all of a session's
@@ -300,7 +300,7 @@ def joint_step(
     """The verdict on several changes as one, from as many fresh runs of them and of their parent as were planned: one
     look, at the level that the account gives. Arguments as of `next_step`."""
     stake = account.joint_stake if stake is None else stake
-    level, runs = LEVEL * stake, len(candidate)
+    level, runs = stake, len(candidate)  # all of it: there is one look, and its runs are fresh
     gain = statistics.fmean(parent.values()) - statistics.fmean(candidate.values())
     error = noise.sd * math.sqrt(1 / runs + 1 / len(parent))
     t, half = gain / error, t_quantile(0.05, noise.df) * error

@@ -26,7 +26,7 @@ QUIET = 0.002  # noise, from which on findings share runs
 BLOCK = 150  # runs of a block, those of its test included
 AT_ONCE, BARE = 8, 12
 FAR = 5.0  # standard deviations: a run that is so much worse has a culprit, a patch so good goes the ordinary way
-CHOSEN, MOST_CHOSEN = 0.1, 16  # standard deviations of noise that a posterior mean has to gain; members of the test
+CHOSEN, MOST_CHOSEN = 0.05, 16  # standard deviations of noise that a posterior mean has to gain; members of the test
 NOISES, TESTED = (0.003, 0.005, 0.01, 0.03), (6, 8, 14, 22)  # runs of the patch and of the parent, by noise
 SWEEPS, LAST_SWEEPS, BURN = 8, 300, 50
 # Effects of the changes of the original's H100 session, less their noise: (share, mean, standard deviation); below 0 is
@@ -79,6 +79,11 @@ class Screening:
                     break
         return tuple(sorted(members))
 
+    @property
+    def searching(self) -> bool:
+        """Whether a culprit is searched for, one run after the other."""
+        return bool(self._searched()[1])
+
     def estimates(self) -> list[Interval]:
         """Of each patch: the posterior mean of its effect, and the ends of its 90 % interval."""
         samples = self._sampled(self._searched()[2], np.random.default_rng(self.count), LAST_SWEEPS)[BURN:]
@@ -130,7 +135,9 @@ class Screening:
         squares, products = held.T @ held / self.sd**2, held.T @ scores / self.sd**2
         scale = max(1.0, self.sd / SCALE)
         shares = np.tile(np.log(MIXTURE[:, 0]), (self.count, 1))
-        shares[np.ix_(sorted(self.likely), np.flatnonzero(MIXTURE[:, 1] < 0))] += math.log(PUBLISHED)
+        gains = MIXTURE[:, 1] < 0
+        for patch in self.likely:
+            shares[patch, gains] += math.log(PUBLISHED)
         means, sds = MIXTURE[:, 1] * scale, MIXTURE[:, 2] * scale
         effects, samples = np.zeros(self.count + 1), np.zeros((sweeps, self.count))
         prior_mean, precision = np.zeros(self.count + 1), np.full(self.count + 1, 1 / self.sd**2)
