@@ -2,8 +2,8 @@
 
     python -m lab start findings --wait 3600 && python benchmarks/findings.py && python -m lab export findings.tar.gz
 
-Each is made on the best so far: rates and sizes are relative to what it has, structural edits are the proposer's
-(`lab/night/edits.py`). One that does not apply any more is said and left out. Called again, it goes on where it was:
+Each is made on the best so far: rates and sizes are relative to what it has, structural edits are published ones
+(`findings/`). One that does not apply any more is said and left out. Called again, it goes on where it was:
 what the session has tried, by its description, is not tried twice.
 """
 
@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from session import lab  # noqa: E402
 
-from lab.night import block, edits  # noqa: E402
+from lab.genome import block  # noqa: E402
+from lab.compare import published  # noqa: E402
 
 # (what is said, a variable of the block and its value from the one it has; or a structural edit's name)
 CHANGES = [
@@ -29,11 +30,11 @@ CHANGES = [
     ("a shorter cooldown", "WARMDOWN_RATIO", lambda _: 0.3),
     ("a layer less", "DEPTH", lambda more: more - 1),
     ("the head's rate halved", "UNEMBEDDING_LR", lambda rate: rate / 2),
-    ("attention and MLP side by side", edits.LIBRARY, "parallel"),
+    ("attention and MLP side by side", published.library, "parallel"),
     ("half the total batch", "TOTAL_BATCH_SIZE", lambda power: power - 1),
     ("Muon's momentum at its height after 50 steps", "MOMENTUM_STEPS", lambda _: 50),
     ("logits within 30", "SOFTCAP", lambda _: 30),
-    ("a gated MLP", edits.LIBRARY, "swiglu"),
+    ("a gated MLP", published.library, "swiglu"),
     ("no weight decay", "WEIGHT_DECAY", lambda _: 0.0),
     ("a longer cooldown", "WARMDOWN_RATIO", lambda _: 0.8),
     ("the scalars' rate tripled", "SCALAR_LR", lambda rate: 3 * rate),
@@ -42,8 +43,8 @@ CHANGES = [
 
 def edited(text: str, where, what) -> str | None:
     """A train.py with a change made; None if it does not apply."""
-    if where is edits.LIBRARY:
-        return next(edit for edit in edits.LIBRARY if edit.name == what).apply(text)
+    if where is published.library:
+        return next(one for one in published.library() if one.name == what).edit.apply(text)
     values = {variable.name: variable.value for variable in block.read(text)}
     return block.write(text, {where: what(values[where])}) if where in values else None
 

@@ -38,7 +38,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.genome.syntax import describe
-from lab.night import block, proposer
+from lab.genome import block
+from lab.night import proposer
 from lab.reasons import because
 from lab.session.events import (
     ExperimentApplied,
@@ -61,6 +62,7 @@ BUDGET = 7.0  # seconds, counted
 RATE, UPDATE = 2e11, 2e-8  # operations per second, and seconds per parameter and step: one core's
 BASELINE_RUNS = 3
 STEPS = 3  # variables that change at once, at most
+FAR_WORSE = 1.05  # times the default's score
 ARMS = ("proposer", "random search", "random steps")
 
 
@@ -307,10 +309,14 @@ class Night:
 def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int) -> list[float]:
     """The best's true score after each experiment."""
     session, rng, scores = Night(text, surrogate, seed), np.random.default_rng([seed, 7]), []
+    start, worse = surrogate.true(text), 0
     for _ in range(experiments):
         best = session.content(session.state.best.blob).decode()
         if arm == "proposer":
-            with mock.patch.object(proposer, "noise_of", lambda state: session.noise()):
+            with (
+                mock.patch.object(proposer, "noise_of", lambda state: session.noise()),
+                mock.patch.object(proposer.findings, "ideas", lambda *_, **__: iter(())),
+            ):
                 proposal = proposer.propose(session)
             session.judge(proposal.content.decode(), proposal.description)
         else:
@@ -319,7 +325,8 @@ def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int
                 free = [free[i] for i in rng.choice(len(free), rng.integers(1, STEPS + 1), replace=False)]
             session.judge(block.write(best, {variable.name: drawn(variable, rng) for variable in free}), arm)
         scores.append(surrogate.true(session.content(session.state.best.blob).decode()))
-    return [*scores, len(session.state.runs), len(session.state.kept) - 1]
+        worse += surrogate.true(session.content(session.state.last.blob).decode()) > FAR_WORSE * start
+    return [*scores, worse / experiments, len(session.state.runs), len(session.state.kept) - 1]
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -333,6 +340,7 @@ def main() -> None:
     parser.add_argument("--record", type=float, metavar="MINUTES")
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--experiments", type=int, default=60)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--first", type=int, default=1000, help="seed of the first pair")
     parser.add_argument("--noise", type=float, default=1.0, help="times the recorded one")
     parser.add_argument(
@@ -356,20 +364,21 @@ def main() -> None:
     )
     surrogate.noise *= options.noise
     began, ends = time.monotonic(), {}
-    for arm in ARMS:
+    for arm in options.arms:
         ends[arm] = np.array(
             [night(arm, text, surrogate, options.first + pair, options.experiments) for pair in range(options.pairs)]
         )
-        curve = ends[arm][:, :-2].mean(0)
+        curve = ends[arm][:, :-3].mean(0)
         at = ", ".join(f"{start - curve[n - 1]:.4f} after {n}" for n in (10, 20, 40, 60, 100) if n <= len(curve))
         print(
-            f"{arm}: gain {start - curve[-1]:.4f} ± {ends[arm][:, -3].std() / math.sqrt(options.pairs):.4f} ({at}); "
+            f"{arm}: gain {start - curve[-1]:.4f} ± {ends[arm][:, -4].std() / math.sqrt(options.pairs):.4f} ({at}); "
             f"{ends[arm][:, -2].mean():.1f} runs, {ends[arm][:, -1].mean():.1f} kept; "
+            f"{ends[arm][:, -3].mean():.0%} of proposals over 5 % worse than the default; "
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
-    for arm in ARMS[1:]:
-        difference = ends[arm][:, -3] - ends["proposer"][:, -3]
+    for arm in options.arms[1:]:
+        difference = ends[arm][:, -4] - ends["proposer"][:, -4]
         wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
         print(
             f"proposer against {arm}: better in {wins} of {options.pairs} pairs, worse in {losses}; one-sided sign "

@@ -12,8 +12,9 @@ HERE = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
-ELSEWHERE = ("start", "import", "compare", "report", "mcp", "join", "leave")  # what no session's judge is asked for
-READING = ("check", "mcp", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
+# What no session's judge is asked for, and what an agent may ask for in its turn.
+ELSEWHERE = ("start", "import", "compare", "report", "mcp", "join", "leave")
+READING = ("check", "mcp", "status", "log", "export", "compare", "report", "findings")
 IN_TURN = (
     "a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an "
     "edit, within seconds and without a score"
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             if program := judges():  # of the session that was begun just now
                 return hand_over(program, [*arguments, f"--planned={options.planned}"])
-        if options.command == "check":  # needs no session
-            return commands.do_check(options)
+        if options.command in ("check", "findings"):  # need no session
+            return getattr(commands, f"do_{options.command}")(options)
         session = Session(options.session) if options.session else at(Path.cwd())
         return getattr(commands, f"do_{options.command}")(session, options)
     except (Stop, OSError) as error:  # a full disk is one

@@ -71,6 +71,9 @@ TEXTS: dict[str, str] = {
     "errors, {runs} against {parent_runs} runs)",
     "parent": "the parent again, beside experiment {of}",
     "further_runs": "as experiment {of}, of which these are further runs",
+    "screened": "{runs} shared runs of {patches} patches: {chosen} look better together, and are tested as one",
+    "screened_in_vain": "{runs} shared runs of {patches} patches: none looks better",
+    "plainly_good": "{runs} shared runs of {patches} patches: {what} is plainly better, and goes on alone",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
     "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be "

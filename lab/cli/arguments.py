@@ -103,12 +103,16 @@ def parser() -> argparse.ArgumentParser:
     )
     replay("--dry-run", "only say what would be run, and what does not apply here", action="store_true")
 
+    command("findings", "list what was found elsewhere: the evidence there, the verdict here")
+
     night = command(
         "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
     )
     night("--agent", "called once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
     night("--agents", "let so many turns of the agent go on at once, beside what runs", **seeds)
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
+    text = "try what was found elsewhere first, as lab findings lists it (the default without an agent)"
+    night("--findings", text, action=argparse.BooleanOptionalAction)
     night("--turn-seconds", f"time limit of one call of the agent (default {TURN:g})", "S", type=float, default=TURN)
     night("--hours", "stop after so long", "H", type=float)
     night("--until", "stop at this time of day", "HH:MM")
@@ -151,4 +155,6 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     for both in (("each", "stack"), ("agent", "proposer")):
         if all(getattr(options, name, None) for name in both):
             whole.error(f"--{both[0]} and --{both[1]} don't go together: give one of them")
+    if options.command == "night" and options.findings is None:
+        options.findings = options.agent is None
     return options

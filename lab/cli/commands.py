@@ -126,6 +126,15 @@ def _session_here() -> Session | None:
         return None
 
 
+def do_findings(options) -> int:
+    """Lists what was found elsewhere, and how it fared in the session that is here, if there is one."""
+    from lab.night import findings  # here, as it imports much
+
+    rows = findings.rows(_session_here())
+    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else render.findings(rows))
+    return 0
+
+
 def do_wait(session: Session, options) -> int:
     session.refresh()
     if session.supervised:

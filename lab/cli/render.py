@@ -211,7 +211,7 @@ def status_facts(session: Session) -> dict:
         "held": session.held,
         "night": session.owned_by_night,
     }
-    tried = [e.status for e in state.decided if e.kind in ("change", "near misses")]
+    tried = [e.status for e in state.decided if e.kind in ("change", "near misses", "joint")]
     known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid", "superseded")}
     crashed = itertools.takewhile(lambda e: e.status == "crash", reversed(state.decided))
     known["crashes_in_a_row"] = sum(1 for _ in crashed)
@@ -303,4 +303,19 @@ def table(experiments: list[Experiment]) -> str:
         score = f"{e.decided.mean:.6f}" if e.decided and e.decided.mean is not None else "-"
         what = untrusted.one_line(e.description, 80)
         lines.append(f"{e.number:4d}  {e.here[:7]:<7}  {e.status:<8} {score:>9}   {what}")
+    return "\n".join(lines)
+
+
+def findings(rows) -> str:
+    """The published findings: what each does, the evidence elsewhere, and what became of it here."""
+    lines = []
+    for row in rows:
+        expected = "" if row.expected is None else f"  (about {row.expected:+.4f} expected here)"
+        told = untrusted.one_line(", ".join(row.evidence), 160)
+        lines += [f"{row.name}{expected}", f"    {row.why}", f"    elsewhere: {told}"]
+        if row.effect:
+            value, low, high = row.effect
+            interval = "" if low is None else f" ({low:+.6f} to {high:+.6f})"
+            lines.append(f"    here: {value:+.6f}{interval} bits per byte, below 0 is better")
+        lines += [f"    {untrusted.one_line(row.here, 160)}"] if row.here else []
     return "\n".join(lines)

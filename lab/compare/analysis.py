@@ -132,6 +132,16 @@ class Analysis:
         biased, known = self.noise is not None and not sure, bool(experiment.origin) or picked
         return effects.between(own, others, self.noise, biased=biased, known=known, picked=picked)
 
+    @cached_property
+    def screened(self) -> list[tuple[int, str, Effect]]:
+        """(experiment, origin, effect) of each patch of its blocks of shared runs: posterior means and intervals."""
+        found, mean = [], self.scores.get(BASELINE, 1.0)
+        for block in self.state.decided:
+            for origin, (value, low, high) in (block.verdict.effects or {}).items():
+                error = (high - low) / (2 * effects.Z)
+                found.append((block.number, origin, Effect(value, value / mean, error, len(block.runs), known=True)))
+        return found
+
     # --- The session as a whole ---
 
     @property

@@ -11,12 +11,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple
 
-from lab.compare import classify, effects, words
+from lab.compare import classify, effects, published, words
 from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
+from lab.compare.published import Finding
 from lab.errors import LabError
 from lab.genome.kinds import KINDS
 from lab.session.events import Interval
@@ -53,6 +55,18 @@ class Shared:
     joined: str  # one of JOINED
     source: str  # the place that it comes from; "" if that is not among the sessions, or not sure
     cells: dict[str, Cell]  # by place
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published finding, and what it did where it was tried."""
+
+    finding: Finding
+    change: Shared
+
+    def effect(self, place: str) -> float:
+        """As published, for the device of a place; below 0 is better."""
+        return self.finding.effect(place.partition(" ")[0])
 
 
 @dataclass(frozen=True)
@@ -97,14 +111,38 @@ class Comparison:
 
     @property
     def shared(self) -> list[Shared]:
-        """The changes that more than one place has tried."""
-        return [change for change in self.changes if len(change.cells) > 1]
+        """The changes that more than one place has tried, published findings left out."""
+        known = {one.change.key for one in self.published}
+        return [change for change in self.changes if len(change.cells) > 1 and change.key not in known]
+
+    @cached_property
+    def published(self) -> list[Published]:
+        """The published findings that some place has tried, with a verdict in each cell."""
+        known = {finding.key: finding for finding in published.library()}
+        found = {c.key: Published(known[c.key], c) for c in self.changes if c.key in known}
+        for analysis in self.sessions:
+            for number, origin, effect in analysis.screened:
+                key, cell = origin.rpartition("/")[2], _screened(analysis, number, effect)
+                if key in known and key not in found:
+                    title = known[key].title
+                    found[key] = Published(known[key], Shared(key, title, "", CHANGE, "", {analysis.place: cell}))
+                elif key in found:
+                    found[key].change.cells.setdefault(analysis.place, cell)
+        for one in found.values():
+            for place, cell in one.change.cells.items():
+                cell.verdict, cell.why = published.verdict(one.effect(place), cell.effect)
+        return list(found.values())
 
     def facts(self) -> dict:
         """For machines (JSON)."""
+        _ = self.published  # fills in their verdicts
         lists = {name: [asdict(part) for part in getattr(self, name)] for name in ("changes", "agreements", "kinds")}
         sessions = [analysis.facts() for analysis in self.sessions]
-        return {"places": self.places, "sessions": sessions, **lists, "notes": self.notes}
+        found = [
+            {"name": one.finding.name, "change": one.change.key, "effects": {p: one.effect(p) for p in self.places}}
+            for one in self.published
+        ]
+        return {"places": self.places, "sessions": sessions, **lists, "published": found, "notes": self.notes}
 
 
 class Attempt(NamedTuple):
@@ -231,6 +269,11 @@ def _source(attempts: list[Attempt]) -> Attempt | None:
         devices = {name.partition("/")[0] for name in named}
         return next(iter(there), None) or next((a for a in attempts if a.session.started.device in devices), None)
     return next((attempt for attempt in own if attempt.experiment.status == "keep"), own[0])
+
+
+def _screened(session: Analysis, number: int, effect: Effect) -> Cell:
+    """Of a patch in a block of shared runs."""
+    return Cell(effect, [f"{session.name} #{number} in shared runs"], session.name, "")
 
 
 def _cell(attempts: list[Attempt]) -> Cell:

@@ -55,6 +55,7 @@ def sections(comparison: Comparison) -> list[Section]:
     all_sections = [
         Section("sessions", "Side by side", [*_scores(comparison.sessions), _costs(comparison.sessions)]),
         Section("transfer", "What holds where", _transfer(comparison)),
+        Section("published", "Which published findings hold", _published(comparison)),
         Section("agreement", "How far devices agree", _agreements(comparison.agreements)),
         Section("paid", "Which kinds of change paid", [kinds_table(comparison.kinds)] if comparison.kinds else []),
         Section("steps", "Scores against tokens and FLOPs", steps_tables(comparison.sessions)),
@@ -131,6 +132,19 @@ def _transfer(comparison: Comparison) -> list[Table | str]:
             "python -m lab replay SESSION --runs 3"
         )
     return parts
+
+
+def _published(comparison: Comparison) -> list[Table | str]:
+    """The published findings that were tried, with what was published for such a device."""
+    rows: list[tuple[str, ...]] = []
+    for one in comparison.published:
+        rows.append((one_line(one.finding.title, WIDTH - 20),))
+        for place, cell in one.change.cells.items():
+            effect = _shown(cell.effect) if cell.effect else "no score"
+            why = [f"published {one.effect(place):+.5f}", cell.why if cell.effect else ", ".join(cell.tried)]
+            rows.append((Place(place), Tag(cell.verdict), effect, "; ".join(why)))
+    caption = "Published findings: their effect here in bits per byte (below 0 is better), with its 90 % interval"
+    return [Table(caption, ("place", "verdict", "effect", "remarks"), rows)] if rows else []
 
 
 def _is_unmeasured(change: Shared) -> bool:

@@ -325,12 +325,7 @@ class Pool:
         executor.reserve(session, order)
         session.restore_judge()
         session.write_ledger()
-        run = session.start_run(order.experiment, job.blob, job.seed, job.budget, device.name)
-        folder = session.run_folder(run.number)
-        runner.remove(folder)
-        folder.mkdir(parents=True)
-        (folder / "train.py").write_bytes(session.repository.content(job.blob))
-        self._ask(device, run)
+        self._ask(device, executor.begin(session, order.experiment, job, device.name))
 
     def _ask(self, device: Device, run: Run) -> None:
         """Has a worker make a run, or asks for one that it makes already."""

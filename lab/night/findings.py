@@ -1,18 +1,149 @@
-"""What other sessions of this home kept, and was not tried in this one: changes that apply to the best as they are."""
+"""What was found elsewhere, and was not tried here: published findings, and what other sessions of this home kept."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import storage
+from lab.compare import published
+from lab.compare.analysis import Analysis
+from lab.compare.published import Finding
 from lab.errors import LabError
+from lab.genome import edits
 from lab.genome.merge import merged
 from lab.genome.syntax import describe
+from lab.session.events import Patch
 from lab.session.session import Session
+from lab.session.state import MEASURING, Experiment, State
 from lab.share import replay, sources
+from lab.verdict import blocks
 
-MOST_TRIED = 20  # candidates that are looked at, the likeliest first
+LIKELY = 0.0001  # bits per byte: expected of what is tried before the search begins
+MOST_TRIED = 20  # candidates of other sessions that are looked at, the likeliest first
+
+
+@dataclass(frozen=True)
+class Idea:
+    """Something to try: a whole train.py. `gain`: bits per byte expected of it."""
+
+    origin: str
+    description: str
+    content: bytes
+    gain: float
+
+
+def tried(state: State) -> dict[str, Experiment]:
+    """What became of changes from elsewhere: the last experiment with each, by the id that its origin ends with."""
+    return {e.origin.rpartition("/")[2]: e for e in state.experiments.values() if e.origin and e.kind not in MEASURING}
+
+
+def apply(finding: Finding, content: bytes) -> bytes:
+    """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply."""
+    text = content.decode("utf-8-sig", "replace")
+    edited = finding.edit.apply(text.replace("\r\n", "\n"))
+    return (edited.replace("\n", "\r\n") if "\r\n" in text else edited).encode()
+
+
+def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], float] = float) -> Iterator[Idea]:
+    """What applies to the best, was not tried, and of which at least so much is expected, the most promising first:
+    what other sessions kept, and published findings.
+
+    Args:
+        drawn: what is taken for the gain of one of which so much is expected, for the order.
+    """
+    state = session.state
+    best = session.repository.content(state.best.blob) if state.best else b""
+    found: list[tuple[float, str, str, Callable[[], bytes]]] = []
+    for one in untried(session, MOST_TRIED):
+        gain = one.change.verdict.evidence.gain if one.change.verdict.evidence else 0.0
+        made = functools.partial(merged, best, one.before, one.after)
+        found.append((gain, one.origin, one.description, lambda made=made: made()[0]))
+    first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
+    screened = {origin.rpartition("/")[2] for origin in blocks.screened(state) if origin != first}
+    known = {*tried(state), *screened, *(origin.rpartition("/")[2] for _, origin, *_ in found)}
+    for finding in published.library():
+        gain = finding.expected(state.started.device, session.budget)
+        if gain >= least and finding.key not in known:
+            found.append((gain, finding.origin, finding.title, functools.partial(apply, finding, best)))
+    for gain, origin, description, make in sorted(found, key=lambda one: -drawn(one[0])):
+        try:
+            content = make()
+        except edits.NotHere:
+            continue
+        if not state.equal(describe(content).digest):
+            yield Idea(origin, description, content, gain)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published finding for a list. `here`: what became of it in a session; `effect`: (value, low, high) there."""
+
+    name: str
+    why: str
+    evidence: list[str]
+    expected: float | None
+    here: str = ""
+    effect: tuple[float, float | None, float | None] | None = None
+
+
+def rows(session: Session | None) -> list[Row]:
+    """The published findings, the most promising first for the session's device; by name without a session."""
+    if session is None or session.state.best is None:
+        return [_row(finding) for finding in published.library()]
+    analysis, best = Analysis(sources.of_session(session)), session.repository.content(session.state.best.blob)
+    device, known = session.started.device, tried(session.state)
+    estimates = {
+        origin: (e.number, effect)
+        for e in session.state.decided
+        for origin, effect in (e.verdict.effects or {}).items()
+    }
+    found = []
+    for finding in published.library():
+        expected, experiment = finding.expected(device, session.budget), known.get(finding.key)
+        if experiment is None and finding.origin in estimates:
+            number, effect = estimates[finding.origin]
+            found.append(_row(finding, expected, f"in shared runs, experiment {number}", effect))
+            continue
+        if experiment is None:
+            try:
+                apply(finding, best)
+                here = "not tried"
+            except edits.NotHere as error:
+                here = f"does not apply: {error}"
+            found.append(_row(finding, expected, here))
+            continue
+        effect = analysis.effect(experiment) if experiment.decided else None
+        said, why = published.verdict(finding.effect(device), effect)
+        here = f"experiment {experiment.number}, {experiment.status}: {said}, {why}"
+        found.append(_row(finding, expected, here, effect and (effect.value, effect.low, effect.high)))
+    return sorted(found, key=lambda row: -(row.expected or 0.0))
+
+
+def _row(finding: Finding, expected: float | None = None, here: str = "", effect=None) -> Row:
+    evidence = [f"{one.effect} on {one.device}" for one in finding.evidence]
+    return Row(finding.name, finding.why, evidence, expected, here, effect)
+
+
+def patches(session: Session) -> list[Patch]:
+    """What a block of shared runs may hold: published findings that apply, promise something, and were not tried."""
+    state, device = session.state, session.started.device
+    if state.best is None:
+        return []
+    best, known = session.repository.content(state.best.blob), blocks.screened(state)
+    found = []
+    for finding in published.library():
+        gain = finding.expected(device, session.budget)
+        if gain < LIKELY or finding.origin in known or finding.key in tried(state):
+            continue
+        try:
+            apply(finding, best)
+        except edits.NotHere:
+            continue
+        found.append(Patch(finding.origin, finding.title, finding.edit.text, gain))
+    return sorted(found, key=lambda patch: -patch.gain)
 
 
 @functools.lru_cache(maxsize=64)
@@ -26,7 +157,8 @@ def _kept(folder: Path, written: int) -> tuple[str, list[replay.Candidate]]:
 
 
 def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
-    """The likeliest to help here: of this device before those of its backend before others, the clearest first."""
+    """Of what other sessions kept, the likeliest to help here: of this device before those of its backend before
+    others, the clearest first."""
     state, home, found = session.state, storage.home(), []
     known = {key for e in state.experiments.values() for key in (e.key, e.change) if key}
     for journal in [*home.glob("imported/*/*/journal.jsonl"), *home.glob("sessions/*/*/journal.jsonl")]:

@@ -29,7 +29,7 @@ def named(state: State) -> list[int]:
 
 def changes(state: State) -> list[Experiment]:
     """Experiments on a change that have their verdict, in order."""
-    return [e for e in state.decided if e.kind in ("change", "near misses")]
+    return [e for e in state.decided if e.kind in ("change", "near misses", "joint")]
 
 
 def near_misses(state: State) -> str | None:

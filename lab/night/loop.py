@@ -22,7 +22,7 @@ from lab.errors import LabError
 from lab.fleet import here, settings
 from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe
-from lab.night import agent, limits, notify, offers, prompt, proposer, serve
+from lab.night import agent, findings, limits, notify, offers, prompt, proposer, serve
 from lab.night.turns import Turns
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
@@ -30,9 +30,9 @@ from lab.session.journal import Journal
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
 from lab.untrusted import counted, one_line
-from lab.verdict import executor, near_misses, sample
+from lab.verdict import blocks, executor, near_misses, sample, shared
 from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_replay, sound_baseline
-from lab.verdict.plan import orders
+from lab.verdict.plan import noise_of, orders
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -42,6 +42,7 @@ AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried aga
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
+SHORTEST_BLOCK, FEWEST_SHARED = 40, 8  # runs, and findings to share them
 PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
 THINKING = "the agent thinks"
 
@@ -54,8 +55,8 @@ class Night:
     """One night of a session.
 
     Args:
-        options: agent (a command, or None), turn_seconds, hours, until, max_experiments, notify; planned (the deadline
-            that was told, 0 for none; None if none was).
+        options: agent (a command, or None), findings (whether to try those first), turn_seconds, hours, until,
+            max_experiments, notify; planned (the deadline that was told, 0 for none; None if none was).
         view: shows what goes on.
 
     Attributes:
@@ -230,8 +231,8 @@ class Night:
             time.sleep(POLL)
 
     def _propose(self) -> None:
-        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, or what
-        the agent or the proposer makes in its turn, if anything."""
+        """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, what was
+        found elsewhere, or what the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
             self._parent = best_of(self.session).blob
             if self._rebase() or self._offer():
@@ -240,14 +241,17 @@ class Night:
                 return self._open(f"what was in {TRAIN} already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
-            if self.options.agent and (self._agent_is_due() or self._turns.ended) or not self._ask_proposer():
-                if not self._turns.count:
-                    self._ask_agent()
-                elif not self._take_turn():
-                    return
+            if self.options.findings and self._open_block():
+                return
+            if not (self.options.findings and self._take_finding()):
+                if self.options.agent and (self._agent_is_due() or self._turns.ended) or not self._ask_proposer():
+                    if not self._turns.count:
+                        self._ask_agent()
+                    elif not self._take_turn():
+                        return
         if turn := self._unopened:
             if content := self._on_best(turn.blob, turn.parent):
-                self._open(turn.description, content)
+                self._open(turn.description, content, {"origin": turn.origin})
             else:
                 self.view.say(f"not run, as the best has changed the same lines meanwhile: {turn.description}")
             self._unopened = None
@@ -313,6 +317,39 @@ class Night:
         self._tell(why, "trouble")
         return None
 
+    def _open_block(self) -> bool:
+        """On a noisy device: a block of shared runs of findings, or the test of what the last one chose. False where
+        there is none to open."""
+        session, runs = self.session, shared.BLOCK
+        if block := blocks.untested(session.state):
+            with exclusive(session, PATIENCE, self.view.say):
+                blocks.open_joint(session, block)
+            return True
+        if blocks.plainly_good(session.state) or noise_of(session.state).sd < shared.QUIET:
+            return False
+        if self.now.deadline:
+            runs = min(runs, int((self.now.deadline - time.time()) / self._needed()))
+        patches = findings.patches(session) if runs >= SHORTEST_BLOCK else []
+        if len(patches) < FEWEST_SHARED:
+            return False
+        with exclusive(session, PATIENCE, self.view.say):
+            blocks.open_block(session, patches, runs)
+        return True
+
+    def _take_finding(self) -> bool:
+        """False where nothing is left of what was found elsewhere and promises something here."""
+        self.now.by = "findings"
+        self._show("looking for a change")
+        first = blocks.plainly_good(self.session.state)
+        found = sorted(findings.ideas(self.session), key=lambda idea: idea.origin != first) if first else None
+        for idea in found or findings.ideas(self.session):
+            blob = self.session.repository.store(idea.content)
+            turn = TurnTaken(by="findings", outcome="edited", description=idea.description, blob=blob)
+            turn.origin = idea.origin
+            self._journal(turn)
+            return True
+        return False
+
     def _ask_proposer(self) -> bool:
         """False where it has nothing left, and the agent is to be asked instead."""
         self.now.by = "proposer"
@@ -324,7 +361,8 @@ class Night:
                 raise
             return False
         blob = self.session.repository.store(proposal.content)
-        self._journal(TurnTaken(by="proposer", outcome="edited", description=proposal.description, blob=blob))
+        facts = {"description": proposal.description, "origin": proposal.origin, "blob": blob}
+        self._journal(TurnTaken(by="proposer", outcome="edited", **facts))  # pyright: ignore[reportArgumentType]
         return True
 
     def _agent_is_due(self) -> bool:

@@ -55,7 +55,7 @@ class Plan:
         download, disk: gigabytes that this takes. free: gigabytes that there are.
         each: seconds of an experiment. basis: where that is from. first: seconds until the first one can begin.
         deadline: seconds as of time.time(), or None. most: experiments that are wanted, or None. box: the sandbox, or
-            None.
+            None. findings: whether what was found elsewhere comes first.
     """
 
     repository: Repository
@@ -74,6 +74,7 @@ class Plan:
     basis: str = ""
     first: float = 0.0
     box: str | None = None
+    findings: bool = False
 
     @property
     def experiments(self) -> int | None:
@@ -88,7 +89,7 @@ def plan(path: Path, options) -> Plan:
     """What a night in the repository at `path` would do. Nothing is changed.
 
     Args:
-        options: tag, agent, hours, until, max_experiments, unsandboxed, dataset, baseline_runs.
+        options: tag, agent, findings, hours, until, max_experiments, unsandboxed, dataset, baseline_runs.
 
     Raises:
         LabError: it can't begin; the message says what to do first.
@@ -97,7 +98,7 @@ def plan(path: Path, options) -> Plan:
     session, tag = checked_out(repository, options.tag)
     deadline = limits.deadline(options.hours, options.until, datetime.now())
     by, most, runs = "agent" if options.agent else "proposer", options.max_experiments, options.baseline_runs
-    made = Plan(repository, tag, by, session, deadline, most)
+    made = Plan(repository, tag, by, session, deadline, most, findings=options.findings)
     if session:
         night = Journal(session.folder / "night.jsonl", NIGHT_EVENTS)
         if began := limits.interrupted(night.events, options, time.time()):
@@ -239,7 +240,7 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
         *lines,
         each + many,
         f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free{room}",
-        f"changes are proposed by the {plan.by}",
+        f"changes are proposed by the {plan.by}" + ", after what was found elsewhere" * plan.findings,
         f"sandbox: {plan.box}" if plan.box else sandbox.describe(None),
         *([awake] if awake else []),
         f"power: {power.get(identity.power_source() or '', 'the system does not tell')}",

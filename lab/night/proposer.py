@@ -1,40 +1,47 @@
-"""Proposes the next experiment where no agent does: other hyperparameters, now and then another structure.
+"""Proposes the next experiment where no agent does: a small step of the hyperparameters, or a published finding.
 
 What was tried is the memory: each experiment's train.py, read as a point in the space of the block's variables
-(block.py), with its mean score. It is rebuilt from the journal each time, so a night that was killed goes on as if
-nothing had happened. The next point is sampler.py's.
+(genome/block.py), with its mean score. It is rebuilt from the journal each time, so a night that was killed goes on as
+if nothing had happened. The next point is sampler.py's. Whether it is a step or a finding is drawn by how often each
+was better so far, and which finding by what is expected of it.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lab.errors import LabError
-from lab.genome.change import identify
+from lab.genome import block
 from lab.genome.syntax import describe
-from lab.night import block, edits
-from lab.night.sampler import Trial, ranked
+from lab.night import findings
+from lab.night.sampler import Step, Trial, kind_of, prior, ranked
 from lab.session.session import Session
 from lab.session.state import State
 from lab.verdict.opening import best_of
 from lab.verdict.plan import noise_of
 
-EVERY = 6  # proposals, of which one is a structural edit
 ATTEMPTS = 20  # at something new before the bounds are widened
 WIDER = 3  # times, at most
-HOPELESS = -2.0  # standard errors: a structural edit that did so from another best is not tried again
+HELPED = {"step": (1.5, 7.0), "finding": (1.0, 4.0)}  # and did not: counts before any, after the published ledgers
+BETTER = 1.0  # standard errors, from which on an experiment counts as better
+SPREAD = 0.003  # bits per byte: standard deviation of what a finding does around what is expected of it
+REACH = (0.5, 12.0)  # of steps, in those of the published ledgers
+PLAINLY = -3.0  # standard errors: worse than that is no matter of noise
+MUCH_WIDER, A_LITTLE_WIDER, NARROWER = 2.0, 1.25, 0.5
 MARK = " (proposer)"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A whole train.py, and what it changes."""
+    """A whole train.py, and what it changes. `origin`: of a finding."""
 
     content: bytes
     description: str
+    origin: str = ""
 
 
 def propose(session: Session) -> Proposal:
@@ -44,18 +51,42 @@ def propose(session: Session) -> Proposal:
         LabError: nothing is left to propose.
     """
     state, best = session.state, session.repository.content(best_of(session).blob)
-    text = _text(best)
-    number = state.last.number + 1
-    rng = np.random.default_rng([number, zlib.crc32(state.baseline.commit.encode())])
-    change = None if number % EVERY else _structural(state, text)
-    change = change or _numbers(session, text, rng) or _structural(state, text)
-    if change is None:
-        raise LabError(
-            "the proposer has nothing left to propose: no hyperparameter of train.py can be read, or all were "
-            "tried; edit train.py, or give the night an agent (--agent COMMAND)"
-        )
-    edited, description = change
-    return Proposal((edited.replace("\n", "\r\n") if b"\r\n" in best else edited).encode(), description + MARK)
+    rng = np.random.default_rng([state.last.number + 1, zlib.crc32(state.baseline.commit.encode())])
+    for arm in _arms(state, rng):
+        if arm == "finding":
+            for idea in findings.ideas(session, least=-math.inf, drawn=lambda gain: rng.normal(gain, SPREAD)):
+                return Proposal(idea.content, idea.description + MARK, idea.origin)
+        elif change := _numbers(session, _text(best), rng):
+            edited, description = change
+            return Proposal((edited.replace("\n", "\r\n") if b"\r\n" in best else edited).encode(), description + MARK)
+    raise LabError(
+        "the proposer has nothing left to propose: no hyperparameter of train.py can be read, or all were "
+        "tried; edit train.py, or give the night an agent (--agent COMMAND)"
+    )
+
+
+def _arms(state: State, rng: np.random.Generator) -> list[str]:
+    """What to look for, in order: by a draw from the posterior of how often each is better (Thompson sampling)."""
+    drawn = {}
+    for arm, (better, worse) in HELPED.items():
+        for e in state.decided:
+            if e.kind in ("change", "near misses") and bool(e.origin) == (arm == "finding"):
+                good = e.status == "keep" or (e.t or 0.0) > BETTER
+                better, worse = better + good, worse + (not good)
+        drawn[arm] = rng.beta(better, worse)
+    return sorted(drawn, key=lambda arm: -drawn[arm])
+
+
+def _reach(state: State) -> float:
+    """How far steps reach: a trust region, wider after a step that was kept or that noise hides, narrower after one
+    that was plainly worse."""
+    reach = 1.0
+    for e in state.decided:
+        if e.kind == "change" and not e.origin:
+            plainly = e.status not in ("keep", "discard") or (e.t or 0.0) < PLAINLY
+            factor = NARROWER if plainly else MUCH_WIDER if e.status == "keep" else A_LITTLE_WIDER
+            reach = min(max(reach * factor, REACH[0]), REACH[1])
+    return reach
 
 
 def _text(content: bytes) -> str:
@@ -71,20 +102,6 @@ def _new(state: State, text: str) -> bool:
     return (state.best is None or digest != state.best.digest) and not state.equal(digest)
 
 
-def _structural(state: State, text: str) -> tuple[str, str] | None:
-    """(train.py with an edit of the library, what that is): first those that were never tried, then those that did best
-    elsewhere."""
-    found, best = None, HOPELESS
-    for edit in edits.LIBRARY:
-        if (edited := edit.apply(text)) and _new(state, edited):
-            family = identify(text.encode(), edited.encode()).family
-            tried = [e.t for e in state.decided if e.family == family]
-            standing = max((-np.inf if t is None else t for t in tried), default=np.inf)  # a crash is hopeless
-            if standing > best:
-                found, best = (edited, f"{edit.name}: {edit.why}"), standing
-    return found
-
-
 def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """(train.py with other values, what they are)."""
     trials = remembered(session, text)
@@ -92,8 +109,9 @@ def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str
         variable if variable.kind == "choice" else variable.wider(*(trial.at[variable.name] for trial in trials))
         for variable in read(session, text)
     ]
+    noise = noise_of(session.state).sd if variables else 0.0
     for _ in range(1 + WIDER if variables else 0):
-        for values in _suggested(variables, trials, noise_of(session.state).sd, rng):
+        for values in _suggested(variables, trials, noise, _reach(session.state), rng):
             changed = {v.name: values[v.name] for v in variables if values[v.name] != v.value}
             edited = block.write(text, changed)
             if changed and _new(session.state, edited):
@@ -140,7 +158,7 @@ def remembered(session: Session, text: str) -> list[Trial]:
     return list(trials.values())
 
 
-def _suggested(variables: list[block.Variable], trials: list[Trial], noise: float, rng: np.random.Generator):
+def _suggested(variables: list[block.Variable], trials: list[Trial], noise: float, reach: float, rng):
     """Values by name, the most promising first."""
 
     def point(values: dict) -> dict:
@@ -154,4 +172,21 @@ def _suggested(variables: list[block.Variable], trials: list[Trial], noise: floa
 
     choices = {v.name: len(v.choices) for v in sorted(variables, key=lambda v: v.name)}
     tried = [Trial(point(trial.at), trial.score, trial.runs) for trial in trials]
-    return map(values, ranked(here, tried, choices, noise, lambda step: point(values(step)), rng)[:ATTEMPTS])
+    steps = {v.name: step_of(v) for v in variables}
+    found = ranked(here, tried, choices, noise, lambda step: point(values(step)), rng, steps, reach)
+    return map(values, found[:ATTEMPTS])
+
+
+def step_of(variable: block.Variable) -> Step:
+    """How a variable is changed: as published ones of its kind were, and by one where its values are whole."""
+    step = prior()[kind_of(variable.name)]
+    if variable.kind == "choice":
+        return step
+    size = step.size
+    if variable.kind == "size":
+        size = max(size, math.log(2))
+    elif variable.whole and variable.scale == "linear":
+        size = 1.0
+    elif variable.scale == "linear":
+        size = prior()["part"].size if variable.kind == "part" else variable.width / 3
+    return step._replace(size=size / variable.width)

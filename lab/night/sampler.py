@@ -1,22 +1,41 @@
-"""What to try next, from few trials of many parameters around something good: a Gaussian process ranks random steps.
+"""What to try next, from few trials of many parameters around something good: small steps, which a model ranks.
 
-Many steps from the best point are drawn, each in one to three parameters, near and far. A Gaussian process through all
-trials says how much each is expected to improve. It learns which parameters matter, and what many trials say together
-(benchmarks/proposer.py compares it with random search).
+Steps from the best point are drawn as large as those that helped in published ledgers (findings/steps.tsv, fitted by
+benchmarks/steps.py), one parameter at a time at first, several once there are trials to learn from. How far they reach
+is a trust region, which the caller widens and narrows; with many trials some are drawn from anywhere. A Gaussian
+process through all trials says how much each is expected to improve. benchmarks/proposer.py compares it with random
+search.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+FITTED = Path(__file__).resolve().parents[2] / "findings" / "steps.tsv"
+# Kinds of variables by name, and the scale that their steps are measured on: that of the logarithm of x or of 1 - x.
+KINDS = {"rate": "log", "penalty": "log", "moment": "decay", "part": "linear", "batch": "log", "size": "log"}
+NAMED = (
+    (r"_LR$", "rate"),
+    (r"DECAY", "penalty"),
+    (r"BETAS?\d?\b|MOMENTUM(\[|$)", "moment"),
+    (r"WARM|RATIO$|FRACTION|SHARE", "part"),
+    (r"BATCH", "batch"),
+)
+SHAPES = re.compile(r"ASPECT_RATIO|MLP_RATIO|KV_RATIO")
 AT_ONCE = 3  # parameters that change, at most
-STEPS = 300  # that are drawn
-NEARBY = 0.15  # of the distance between bounds: standard deviation of a small step
-LENGTH = 0.35  # of it, over which scores are alike
+ALONE = 6  # trials, before more than one does
+FURTHEST = 1.5  # median steps: how far one goes where the trust region is as it begins
+ANYWHERE, SURE = 0.35, 200.0  # share of steps to anywhere, at most; one for as many trials
+DRAWN = 300  # steps
+LENGTH = 0.35  # of the distance between bounds, over which scores are alike
 MOST = 200  # trials that are looked at: the best half, and the latest
 WORST = 3.0  # times the median loss: what is worse counts as that, and what failed
 ROUNDS = 15  # of fitting
@@ -31,6 +50,30 @@ class Trial(NamedTuple):
     runs: int
 
 
+class Step(NamedTuple):
+    """How a parameter is changed: the median size of a step, between 0 and 1, the standard deviation of its logarithm,
+    and how likely one is to help."""
+
+    size: float
+    spread: float
+    helped: float
+
+
+def kind_of(name: str) -> str:
+    """The kind of a variable, one of KINDS."""
+    if SHAPES.search(name):
+        return "size"
+    return next((kind for words, kind in NAMED if re.search(words, name)), "size")
+
+
+@functools.lru_cache(maxsize=1)
+def prior() -> dict[str, Step]:
+    """The steps by kind that helped in published ledgers, on the kind's scale."""
+    with open(FITTED, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return {row["kind"]: Step(float(row["step"]), float(row["spread"]), float(row["helped"])) for row in rows}
+
+
 def ranked(
     best: Point,
     trials: list[Trial],
@@ -38,6 +81,8 @@ def ranked(
     noise: float,
     written: Callable[[Point], Point],
     rng: np.random.Generator,
+    steps: dict[str, Step],
+    reach: float = 1.0,
 ) -> list[Point]:
     """Steps from the best point that were not tried, the most promising first.
 
@@ -45,6 +90,7 @@ def ranked(
         best: the point to start from; one of the trials. choices: how many each parameter has, 0 for a number.
         noise: standard deviation of the score of one run.
         written: rounds a point to one that can be written down: whole numbers, few digits.
+        steps: of each parameter. reach: what their sizes are multiplied with.
     """
     start = next(i for i, trial in enumerate(trials) if trial.at == best)
     losses = np.array([np.inf if t.score is None else t.score - (trials[start].score or 0.0) for t in trials])
@@ -56,28 +102,36 @@ def ranked(
     variances = np.array([noise**2 / max(trial.runs, 1) for trial in trials])
     model = Model(coordinates(choices, [trial.at for trial in trials]), losses, variances)
     good = [trials[i].at for i in np.argsort(losses)[: max(3, len(trials) // 5)]]
-    steps = {_key(step): step for _ in range(STEPS) if (step := written(_step(best, good, choices, rng)))}
+    drawn = {}
+    for _ in range(DRAWN):
+        point = written(_step(best, good, choices, steps, reach, len(trials), rng))
+        drawn[_key(point)] = point
     for trial in trials:
-        steps.pop(_key(trial.at), None)
-    if not steps:
+        drawn.pop(_key(trial.at), None)
+    if not drawn:
         return []
-    points = list(steps.values())
+    points = list(drawn.values())
     gain, error = model.gain(coordinates(choices, [best]), coordinates(choices, points))
     return [points[i] for i in np.argsort(-expected_improvement(gain, error))]
 
 
-def _step(best: Point, good: list[Point], choices: dict[str, int], rng: np.random.Generator) -> Point:
-    """The best point with one to three parameters drawn anew: anywhere, nearby, or from another good trial."""
-    step = dict(best)
-    for name in map(str, rng.choice(list(choices), min(len(choices), rng.integers(1, AT_ONCE + 1)), replace=False)):
-        where = rng.random()
-        if where < 0.25:
+def _step(best: Point, good: list[Point], choices: dict, steps: dict, reach: float, trials: int, rng) -> Point:
+    """The best point with one parameter changed, or with up to three: by a step, or to what another good trial has."""
+    step, names = dict(best), list(choices)
+    chances = np.array([steps[name].helped for name in names])
+    several = trials > ALONE
+    count = min(len(names), rng.integers(1, AT_ONCE + 1) if several else 1)
+    anywhere = min(ANYWHERE, trials / SURE)
+    for name in map(str, rng.choice(names, count, replace=False, p=chances / chances.sum())):
+        if several and rng.random() < 0.25:
             step[name] = good[rng.integers(len(good))][name]
         elif choices[name]:
             step[name] = int(rng.integers(choices[name]))
+        elif rng.random() < anywhere:
+            step[name] = rng.random()
         else:
-            x = rng.random() if where < 0.6 else best[name] + NEARBY * rng.standard_normal()
-            step[name] = min(max(x, 0.0), 1.0)
+            size = min(math.exp(steps[name].spread * rng.standard_normal()), FURTHEST) * reach * steps[name].size
+            step[name] = min(max(best[name] + size * rng.choice((-1, 1)), 0.0), 1.0)
     return step
 
 

@@ -198,6 +198,7 @@ class View:
         if experiment is None:
             return [_rule(""), phase]
         by = f", proposed by the {now.by}" if experiment.kind == "change" else ""
+        by = ", found elsewhere" if experiment.origin else by
         parts = [_rule(f"experiment {experiment.number}{by}"), _line(experiment.description, "bold")]
         if (run := experiment.run_under_way) is None:
             return [*parts, phase]

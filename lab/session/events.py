@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
 
-Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm"]
+Kind = Literal["baseline", "change", "near misses", "joint", "shared", "replay", "repeat", "confirm"]
 Status = Literal["keep", "discard", "crash", "invalid", "superseded"]
 RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
@@ -74,7 +74,7 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         mean, parent_mean: val_bpb over the runs. evidence: None where nothing was compared.
-        gains: of a confirmation.
+        gains: of a confirmation. effects: of the patches of a block of shared runs, by origin: below 0 is better.
         judged: False if nothing was learnt of the change.
     """
 
@@ -84,6 +84,7 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
     parent_mean: float | None = None
     evidence: Evidence | None = None
     gains: Gains | None = None
+    effects: dict[str, Interval] | None = None
     judged: bool = True
 
     @property
@@ -130,18 +131,30 @@ class SessionStarted(Event, tag="session"):
     notes: list[Text] = []
 
 
+class Patch(Struct, frozen=True, omit_defaults=True):
+    """A change found elsewhere, as an edit (genome/edits.py). `gain`: bits per byte expected of it."""
+
+    origin: Origin
+    description: Text
+    edit: Annotated[str, Meta(max_length=20_000)]
+    gain: float = 0.0
+
+
 class ExperimentOpened(Event, tag="experiment"):
     """One change of train.py, or the baseline (number 0), or a confirmation.
 
     Attributes:
-        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one.
+        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one; "shared" a block of
+            runs that hold several patches each, "joint" those together that did best there.
         blob, parent: git's ids of its train.py and of the one that it is judged against, which experiment `onto` was
             kept for. commit: where it is stored.
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
         kinds: what it is about, see genome/kinds.py. diff: a unified diff from parent to blob.
-        members: numbers of the near misses that it puts together, or of the one that it repeats.
+        members: numbers of the near misses that it puts together, of the one that it repeats, or of its block.
         rebased: number of the experiment that it makes again on a newer best.
-        min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation.
+        patches: of a block, those that its runs may hold; of a joint change, those that it is made of.
+        min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation; pairs: of a block
+            its runs, of a joint change those of it and of its parent.
     """
 
     number: Number
@@ -161,14 +174,16 @@ class ExperimentOpened(Event, tag="experiment"):
     origin: Origin = ""
     members: list[Number] = []
     rebased: Number | None = None
+    patches: list[Patch] = []
     min_runs: Number = 1
     pairs: Number = 0
     budget: float | None = None
 
 
 class RunStarted(Event, tag="run"):
-    """A training of one train.py, for an experiment: its own, or its parent's beside it. `worker`: the name of the
-    device that makes it, where there are several; "" for the session's own."""
+    """A training of one train.py, for an experiment: its own, its parent's beside it, or one that holds some `patches`
+    of its block, by their places. `worker`: the name of the device that makes it, where there are several; "" for the
+    session's own."""
 
     number: Number
     experiment: Number
@@ -176,6 +191,7 @@ class RunStarted(Event, tag="run"):
     seed: Annotated[int, Meta(ge=-(2**62), lt=2**62)] | None = None
     budget: float | None = None
     worker: Name = ""
+    patches: list[Number] = []
 
 
 class RunEnded(Event, tag="ran"):
@@ -296,16 +312,17 @@ class TurnTaken(Event, tag="turn"):
             "interrupted" with the night, or "unserved" by the service of its model, which is no failure of its own.
         said: what the agent did, on a clean line that goes on from "the agent ...".
         description: of the change, what and why. blob: git's id of the train.py, which is stored; parent: of the best
-            that it was made on.
+            that it was made on. origin: of a change found elsewhere.
         experiment: its number. log: path of what was printed. others: files beside train.py that changed.
         reproached: it did something that has no effect; `said` tells what.
         left: processes that it left running. saved: path of what it wrote, where that is not run.
     """
 
-    by: Literal["agent", "proposer"]
+    by: Literal["agent", "proposer", "findings"]
     outcome: Name
     said: Text = ""
     description: Text = ""
+    origin: Origin = ""
     blob: Digest = ""
     parent: Digest = ""
     experiment: Number | None = None

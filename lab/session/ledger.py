@@ -46,7 +46,8 @@ def rows_of(state: State) -> list[dict]:
 def row_of(state: State, experiment: Experiment, run: Run) -> dict:
     """A run as a row, by column. Of a run of the parent beside it, the row is about the parent."""
     started, parent = state.started, state.parent_of(experiment)
-    subject = parent if parent and run.blob != experiment.blob else experiment
+    shared = experiment.kind == "shared"
+    subject = parent if parent and run.blob != experiment.blob and not shared else experiment
     own = subject is experiment
     verdict = experiment.verdict
     status, said = (verdict.status, verdict.said) if own else ("keep", str(because("parent", of=experiment.number)))
@@ -57,7 +58,7 @@ def row_of(state: State, experiment: Experiment, run: Run) -> dict:
         **measured(conditions | {"budget_seconds": run.budget} | run.result),
         "commit": subject.here[:7],
         "status": status,
-        "description": subject.description,
+        "description": _of_patches(experiment, run) if shared else subject.description,
         "experiment": experiment.number,
         "kind": experiment.kind if own else "parent",
         "run": run.number,
@@ -72,6 +73,12 @@ def row_of(state: State, experiment: Experiment, run: Run) -> dict:
         "portable": "yes" if subject.portable else "no",
         "reason": said,
     }
+
+
+def _of_patches(block: Experiment, run: Run) -> str:
+    """What a shared run held."""
+    names = [block.patches[place].description.partition(":")[0] for place in run.patches]
+    return f"shared run: {', '.join(names) or 'the bare parent'}"
 
 
 def measured(result: dict) -> dict:

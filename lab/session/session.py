@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -209,10 +209,19 @@ class Session:
         self.log(ExperimentOpened(number=number, **facts))
         return self.state.experiments[number]
 
-    def start_run(self, experiment: Experiment, blob: str, seed: int, budget: float, worker: str = "") -> Run:
+    def start_run(
+        self,
+        experiment: Experiment,
+        blob: str,
+        seed: int,
+        budget: float,
+        worker: str = "",
+        patches: Sequence[int] = (),
+    ) -> Run:
         """Journals that a run begins. To be called with the lock held."""
-        number, of = self.state.next_run(), experiment.number
-        self.log(RunStarted(number=number, experiment=of, blob=blob, seed=seed, budget=budget, worker=worker))
+        number = self.state.next_run()
+        facts = {"blob": blob, "seed": seed, "budget": budget, "worker": worker, "patches": list(patches)}
+        self.log(RunStarted(number=number, experiment=experiment.number, **facts))  # pyright: ignore[reportArgumentType]
         return self.state.runs[number]
 
     # --- Resuming ---

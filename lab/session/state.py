@@ -26,8 +26,8 @@ from lab.session.events import (
 )
 
 BASELINE = 0  # its number
-BESIDE = ("baseline", "confirm", "replay", "repeat")  # kinds that never move the branch
-MEASURING = ("confirm", "repeat")  # kinds that try nothing new
+BESIDE = ("baseline", "confirm", "replay", "repeat", "shared")  # kinds that never move the branch
+MEASURING = ("confirm", "repeat", "shared")  # kinds that try nothing new
 
 
 class Run(RunStarted, tag="run", kw_only=True):

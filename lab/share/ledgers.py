@@ -1,6 +1,7 @@
-"""The original's results.tsv, where nothing else is known of a session, as events: what reads journals reads it.
+"""Ledgers, where nothing else is known of a session, as events: what reads journals reads them.
 
-Of its five columns, with tabs between, nothing is escaped. Each row is the one run of a change of the best before it.
+They are the original's results.tsv (five columns with tabs between, nothing escaped) and those of other programs, whose
+columns and statuses have other names. Each row is the one run of a change of the best before it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ from lab.session.ledger import ORIGINAL
 from lab.share.archive import Wrong
 
 LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows: a night has some hundred rows
-MOST = 1e6  # of a score, and of gigabytes
+MOST, MOST_MEASURED = 1e6, 1e12  # of a score and of gigabytes; of what else is measured
 NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
 STATUSES = ("keep", "discard", "crash", "invalid")
+COLUMNS = {"exp": "commit", "experiment_id": "commit", "peak_mem_gb": "memory_gb", "peak_vram_gb": "memory_gb"}
+NEEDED = ("val_bpb", "status", "description")
+KEPT = ("baseline", "best")  # statuses of other programs that mean keep
+LEFT_OUT = ("skip",)  # ... and that no run was made
+MEASURED = {"tok_sec": "tokens_per_second", "mfu": "mfu_percent", "steps": "num_steps"}  # and kept as they are:
+ENERGY = ("watts", "joules_per_token", "total_energy_joules")
+OTHER_METRIC = re.compile(r"(val|valid|validation|test|eval)?_?(loss|ppl|perplexity|acc|accuracy|score|bpc|metric)")
 SHOWN = 5  # damaged lines
 TEXT, LONGEST_DESCRIPTION = 4000, 500  # characters
-FIVE = "a ledger of five columns: each change was run once, and how far chance moves scores is unknown: unconfirmed"
+FIVE = "a ledger and no more: each change was run once, and how far chance moves scores is unknown: unconfirmed"
 
 
 def events_of(source: Path, device: str | None) -> Iterator[Event]:
@@ -42,6 +50,10 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
     if source.stat().st_size > LARGEST or (content := source.read_bytes()).count(b"\n") > MOST_ROWS:
         raise Wrong(f"it has more than {LARGEST >> 20} MiB or {MOST_ROWS:,} rows; compare a part of it")
     rows, notes = parse(content, source.name)
+    named = sorted({row["gpu_name"] for row in rows if row.get("gpu_name")})
+    if not device and len(named) == 1:
+        device = "-".join(re.findall(r"[a-z0-9]+", named[0].lower().replace("geforce", "")))[:60]
+        notes.append(f"{source.name} names its device: {named[0]}, taken for {device}")
     if not device:
         raise LabError(f"{source} does not say which device it is of; name it, such as: --device nvidia-h100-80gb")
     if not events.is_tag(device):
@@ -65,7 +77,11 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
         score, status, told = row["val_bpb"], row["status"], because("told", words="")
         ok = score is not None and status in ("keep", "discard")
         failed = "crash" if status == "crash" else "invalid"
-        result = {"val_bpb": score, "peak_vram_mb": row["memory_gb"] and row["memory_gb"] * 1024}
+        result = {
+            "val_bpb": score,
+            "peak_vram_mb": row["memory_gb"] and row["memory_gb"] * 1024,
+            **row.get("measured", {}),
+        }
         yield events.RunStarted(number=number + 1, experiment=number, blob=blob)
         yield events.RunEnded(
             run=number + 1,
@@ -89,19 +105,23 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
         content = content.decode("utf-16", errors="replace").encode()
     *lines, tail = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     rows, notes, aside = [], [], []
-    columns = ()
+    columns, commas = (), False
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             fields = [untrusted.one_line(field, TEXT) for field in line.decode().split("\t")]
-            if not columns and set(ORIGINAL) <= set(fields):
-                columns = fields
+            if not columns and "status" in fields and "description" in fields:
+                columns, found = _columns(fields, name)
+                commas = _has_commas([line.decode(errors="replace").split("\t") for line in lines[number:]], columns)
+                notes += found + [f"the numbers of {name} have commas for decimal points"] * commas
                 continue
             if not columns:
                 columns = ORIGINAL
                 notes = [f"{name} does not name its columns; they are taken for {' '.join(columns)}"]
-            rows.append(_row(columns, fields))
+            rows.append(_row(columns, fields, commas))
+        except Wrong:
+            raise
         except ValueError as error:  # UnicodeDecodeError is one
             aside.append(_set_aside(name, number, line, error))
     if tail.strip():
@@ -113,10 +133,47 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
             f"it is no ledger, or holds no rows: those are {', '.join(ORIGINAL)} with tabs between; a session is a "
             "results.tsv, or a folder or .tar.gz from lab export"
         )
+    rows = _statuses(rows, name, notes)
     notes += _unknown(name, Counter(row["status"] for row in rows if row["status"] not in STATUSES))
     if len(aside) > SHOWN:
         aside[SHOWN:] = [f"so were {len(aside) - SHOWN} more lines of {name}"]
+    if all(row["status"] == "crash" for row in rows):
+        aside.append(f"every row of {name} is a crash: nothing was measured")
     return rows, notes + aside
+
+
+def _columns(fields: list[str], name: str) -> tuple[list[str], list[str]]:
+    """(the columns of a header by our names, notes on what was taken for what). Wrong if its scores are of another
+    kind, or one is missing."""
+    if "val_bpb" not in fields:
+        others = [field for field in fields if OTHER_METRIC.fullmatch(field.lower())]
+        what = f"its scores are {untrusted.listed(others[:3])}" if others else "it has no column val_bpb"
+        raise Wrong(f"{what}: only validation bits per byte (val_bpb) can be compared here")
+    columns = [COLUMNS.get(field, field) if COLUMNS.get(field) not in fields else field for field in fields]
+    if missing := [column for column in NEEDED if column not in columns]:
+        raise Wrong(f"it has no column {missing[0]}")
+    taken = [f"{old} for {new}" for old, new in zip(fields, columns) if old != new]
+    taken += [f"{old} for {new}" for old, new in MEASURED.items() if old in fields and old != new]
+    return columns, [f"{name}: {', '.join(taken)} were taken"] * bool(taken)
+
+
+def _has_commas(rows: list[list[str]], columns: list[str]) -> bool:
+    """Whether scores are written with commas for decimal points, all of them."""
+    place = columns.index("val_bpb")
+    scores = [row[place].strip() for row in rows if len(row) > place and row[place].strip(" 0")]
+    return bool(scores) and all(re.fullmatch(r"\d+,\d+", score) for score in scores)
+
+
+def _statuses(rows: list[dict], name: str, notes: list[str]) -> list[dict]:
+    """Rows with the statuses of other programs in ours; those in which nothing was run are left out, if any is left."""
+    kept = Counter(row["status"] for row in rows if row["status"] in KEPT)
+    skipped = [row for row in rows if row["status"] in LEFT_OUT and row["val_bpb"] is None]
+    if not kept:  # a program that has neither knows no skip either
+        return rows
+    told = [f"{untrusted.counted(n, 'row')} of status {status} taken for keep" for status, n in kept.items()]
+    told += [f"{untrusted.counted(len(skipped), 'row')} of status skip left out: nothing was run"] * bool(skipped)
+    notes.append(f"{name}: {'; '.join(told)}")
+    return [row | {"status": "keep" if row["status"] in KEPT else row["status"]} for row in rows if row not in skipped]
 
 
 def _unknown(name: str, statuses: Counter[str]) -> list[str]:
@@ -129,16 +186,25 @@ def _unknown(name: str, statuses: Counter[str]) -> list[str]:
     ]
 
 
-def _row(columns: Sequence[str], fields: list[str]) -> dict:
+def _row(columns: Sequence[str], fields: list[str], commas: bool = False) -> dict:
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
-    row = dict(zip(columns, fields))
-    return row | {name: _number(name, row[name]) for name in ("val_bpb", "memory_gb")}
+    texts = dict(zip(columns, fields)) | {name: "" for name in ("commit", "memory_gb") if name not in columns}
+    row: dict = {**texts}
+
+    def number(name: str, most: float = MOST) -> float | None:
+        return _number(name, texts[name].replace(",", ".") if commas else texts[name], most)
+
+    measured = {MEASURED.get(name, name): number(name, MOST_MEASURED) for name in (*MEASURED, *ENERGY) if name in row}
+    if steps := measured.get("num_steps"):
+        measured["num_steps"] = int(steps)
+    row |= {name: number(name) for name in ("val_bpb", "memory_gb")}
+    return row | {"measured": measured} if measured else row
 
 
-def _number(name: str, text: str) -> float | None:
+def _number(name: str, text: str, most: float) -> float | None:
     value = float(text or 0) if NUMBER.fullmatch(text.lower()) or not text else -1.0
-    if not 0 <= value < MOST:
+    if not 0 <= value < most:
         raise ValueError(f"{name} is {text[:40]!r}, not a number that fits its column")
     return value or None
 

@@ -106,7 +106,7 @@ def _check_experiment(state: State, experiment: Experiment) -> None:
 
 def _check_run(state: State, run: Run) -> None:
     experiment = state.experiments[run.experiment]
-    if run.blob not in (experiment.blob, experiment.parent):
+    if run.blob not in (experiment.blob, experiment.parent) and experiment.kind != "shared":
         raise Wrong(f"run {run.number} is of no train.py of experiment {run.experiment}")
     for name, value in run.result.items():
         measure = BY_NAME.get(name)

@@ -35,6 +35,7 @@ from lab.session.journal import sync_files
 from lab.session.repository import TRAIN
 from lab.session.session import SUPERVISOR, Session
 from lab.session.state import BESIDE, Experiment, Run
+from lab.verdict import blocks
 from lab.verdict.plan import Job, Order, TRIES, account_of, orders, plan, scored_parent
 
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
@@ -195,11 +196,7 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
     session.restore_judge()
     session.write_ledger()
     before = _ledger(session)
-    run = session.start_run(experiment, job.blob, job.seed, job.budget)
-    folder = session.run_folder(run.number)
-    runner.remove(folder)
-    folder.mkdir(parents=True)
-    (folder / TRAIN).write_bytes(session.repository.content(job.blob))
+    run = begin(session, experiment, job)
     try:
         outcome = runner.run(request(session, run))
     except runner.Halted as halted:
@@ -216,11 +213,27 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
     if status == "ok" and (why := elsewhere or other_attention(session, result)):
         status, reason = "invalid", why
     ended(session, run, outcome, status, reason)
+    if experiment.kind == "shared":  # nobody asks for the weights of one of its runs
+        tidy(session, experiment, keep=False)
     if elsewhere:
         raise LabError(
             f"{elsewhere}. Rows that can't be compared are not compared: put back what was there when the "
             "session began, then: python -m lab wait; or start another session"
         )
+
+
+def begin(session: Session, experiment: Experiment, job: Job, worker: str = "") -> Run:
+    """Journals that a run begins, and makes its folder with its train.py."""
+    blob, content, patches = job.blob, session.repository.content(job.blob), list(job.patches)
+    if patches:
+        content, patches = blocks.made(content, experiment.patches, patches)
+        blob = session.repository.store(content)
+    run = session.start_run(experiment, blob, job.seed, job.budget, worker, patches)
+    folder = session.run_folder(run.number)
+    runner.remove(folder)
+    folder.mkdir(parents=True)
+    (folder / TRAIN).write_bytes(content)
+    return run
 
 
 def ended(session: Session, run: Run, outcome: Outcome, status: str, reason: Reason | None) -> None:

@@ -50,6 +50,7 @@ MOST_PARENT = 12  # runs of a parent because many tests share them
 ALPHA = 0.05  # share of nights with a false keep, or of keeps that are false
 STAKE = 12  # the first test stakes 1/12 of the account, the next without a keep 1/13 of the rest, and so on
 LEVEL = 0.7  # of its stake: the level of a test
+JOINT = 0.9  # of what is left, that the test of several changes together stakes
 NEAR = 1.0  # standard errors
 FEWEST_TOGETHER, MOST_TOGETHER = 3, 5
 MARGIN, LOSSES = 0.0005, 0.001  # bits per byte: losses that a simplification must not have, and all of a session's
@@ -178,6 +179,11 @@ class Account:
         """The chance of a false keep that the next test may have."""
         return LEVEL * self.stake
 
+    @property
+    def joint_stake(self) -> float:
+        """What the test of a block may stake, in which many changes were screened: it stands for many tests."""
+        return JOINT * max(0.0, ALPHA * max(1, self.keeps) - self.staked)
+
     def after(self, evidence: Evidence) -> Account:
         """The account after a verdict."""
         account = replace(self, staked=self.staked + evidence.stake, runs=self.runs + evidence.runs)
@@ -282,6 +288,31 @@ def next_step(
     if missing or parents < outlook.wanted:
         return Step("run parent", reason, missing[0] if missing else _next(parent), evidence)
     return Step("run candidate", reason, _next(candidate), evidence)
+
+
+def joint_step(
+    candidate: Mapping[int, float],
+    parent: Mapping[int, float],
+    noise: Noise,
+    account: Account,
+    stake: float | None = None,
+) -> Step:
+    """The verdict on several changes as one, from as many fresh runs of them and of their parent as were planned: one
+    look, at the level that the account gives. Arguments as of `next_step`."""
+    stake = account.joint_stake if stake is None else stake
+    level, runs = stake, len(candidate)  # all of it: there is one look, and its runs are fresh
+    gain = statistics.fmean(parent.values()) - statistics.fmean(candidate.values())
+    error = noise.sd * math.sqrt(1 / runs + 1 / len(parent))
+    t, half = gain / error, t_quantile(0.05, noise.df) * error
+    evidence = Evidence(
+        gain, error, gain - half, gain + half, t_tail(t, noise.df), level, runs, len(parent), stake=stake
+    )
+    direction = "better" if gain > 0 else "worse"
+    facts = {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": len(parent)}
+    reason = because("tested", **facts, p=evidence.p, share=level)
+    if evidence.p <= level:
+        return Step("keep", reason, evidence=replace_evidence(evidence, better=True))
+    return Step("discard", reason, evidence=evidence)
 
 
 def _next(scores: Mapping[int, float]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from weakref import WeakKeyDictionary
 
+from lab.genome import edits
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
 from lab.session.session import HELD
@@ -26,6 +27,7 @@ MOST_LOST = 5  # runs of one experiment that the harness did not survive; those 
 SUSPECT = 2  # devices that are lost while they run an experiment
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
 WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
+SHARED_SEED = 50_000  # from here on: of blocks, and of their tests
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
 
 
@@ -46,6 +48,7 @@ class Job:
     seed: int
     budget: float
     urgency: Urgency
+    patches: tuple[int, ...] = ()  # of the experiment's, made on that train.py
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
     if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
-    made = {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
+    kinds = {"baseline": _baseline, "confirm": _confirmation, "shared": _shared, "joint": _joint}
+    made = kinds.get(experiment.kind, _change)(experiment, state)
     # A verdict waits for the runs of this experiment that other devices are making.
     return Plan() if made.verdict and _under_way(experiment) else made
 
@@ -125,7 +129,7 @@ def pooled(state: State, prior_sd: float, prior_slope: float = 0.0) -> gate.Nois
     families: dict[str, list[dict[int, float]]] = {}
     for experiment in state.experiments.values():
         if (
-            experiment.kind in ("change", "near misses", "replay")
+            experiment.kind in ("change", "near misses", "joint", "replay")
             and {experiment.blob, experiment.parent} <= scores.keys()
         ):
             families.setdefault(experiment.parent or "", []).append(scores[experiment.blob])
@@ -224,8 +228,15 @@ def _change(change: Experiment, state: State) -> Plan:
         )
     if step.action == "discard":
         return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
+    return _kept(change, state, step, means)
+
+
+def _kept(change: Experiment, state: State, step: gate.Step, means: tuple[float, float]) -> Plan:
+    """The verdict on what is better, once its weights were scored again."""
+    sound = [run for run in change.own_runs if run.ok]
     best = min(_with_weights(sound), key=lambda run: run.bpb, default=None)  # that a leak would have helped most
     if best is None:
+        own = {run.seed for run in change.own_runs}
         seed = next(seed for seed in map(gate.seed, itertools.count()) if seed not in own)
         return Plan((Job(change.blob, seed, state.started.budget or 0.0, Urgency.REPEAT),))
     if best.scored is None:
@@ -234,6 +245,72 @@ def _change(change: Experiment, state: State) -> Plan:
         evidence = gate.replace_evidence(step.evidence, better=False, simpler=False, loss=0.0)
         return Plan(verdict=Verdict("invalid", problem, *means, evidence))
     return Plan(verdict=Verdict("keep", step.reason, *means, step.evidence))
+
+
+def _shared(block: Experiment, state: State) -> Plan:
+    """Screening runs, all on one seed, that hold some patches each; then what they say of each patch."""
+    from lab.verdict import shared  # here, because what only reads a session shall start fast
+
+    parent = state.parent_of(block)
+    if parent is None:
+        raise ValueError(f"experiment {block.number} is judged against nothing")
+    if failed := _failure(block, [], state):
+        return Plan(verdict=failed)
+    noise, edit = noise_of(state).sd, [edits.read(patch.edit) for patch in block.patches]
+    begun = [run for run in block.runs if run.status != "lost"]
+    ended = [(tuple(run.patches), run.bpb if run.ok else None) for run in begun if run.ended]
+    screening = shared.Screening(
+        len(edit),
+        ended,
+        noise,
+        statistics.fmean(state.results(parent.blob).values()),
+        clash=lambda one, other: edit[one].meets(edit[other]),
+        likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
+    )
+    plain = screening.plainly_good() if len(ended) % shared.BARE == shared.BARE - 1 else []
+    if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain:
+        if screening.searching and _under_way(block):
+            return Plan()
+        members = screening.next(len(begun))
+        job = Job(parent.blob, SHARED_SEED + block.number, state.started.budget or 0.0, Urgency.FIRST, members)
+        return Plan((job,))
+    if _under_way(block):
+        return Plan()
+    estimates = screening.estimates()
+    chosen = screening.chosen(estimates)
+    facts = {"runs": len(ended), "patches": len(edit)}
+    reason = because("screened_in_vain", **facts)
+    if plain:
+        best = block.patches[min(plain, key=lambda place: estimates[place][0])]
+        reason = because("plainly_good", **facts, what=best.description.partition(":")[0], origin=best.origin)
+    elif chosen:
+        origins = " ".join(block.patches[place].origin for place in chosen)
+        reason = because("screened", **facts, chosen=len(chosen), origins=origins)
+    effects = {patch.origin: estimate for patch, estimate in zip(block.patches, estimates)}
+    return Plan(verdict=Verdict("discard", reason, effects=effects))
+
+
+def _joint(joint: Experiment, state: State) -> Plan:
+    """The best patches of a block as one, and the parent, on fresh seeds; one look at the end."""
+    parent = state.parent_of(joint)
+    if parent is None:
+        raise ValueError(f"experiment {joint.number} is judged against nothing")
+    if failed := _failure(joint, joint.runs, state):
+        return Plan(verdict=failed)
+    seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
+    asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
+    wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
+    if wanted or _under_way(joint):
+        budget = state.started.budget or 0.0
+        stake = account_of(state).joint_stake if joint.stake is None else None
+        return Plan(tuple(Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
+    sound = [run for run in joint.runs if run.ok]
+    own, others = ({run.seed or 0: run.bpb for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
+    step = gate.joint_step(own, others, noise_of(state), account_of(state), joint.stake)
+    means = statistics.fmean(own.values()), statistics.fmean(others.values())
+    if step.action == "discard":
+        return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
+    return _kept(joint, state, step, means)
 
 
 def _further(change: Experiment, state: State) -> Plan:

@@ -1,11 +1,40 @@
-"""What other sessions kept is named where it was not tried here and applies as it is."""
+"""What was found elsewhere is tried where it was not tried here and applies; what became of it is told."""
 
+import json
+
+import pytest
 import sessions
+from test_loop import Seen, options
 from test_prompt import PROGRAM
 
 import storage
-from lab.night import findings, prompt
+from lab.cli import commands
+from lab.compare import comparison, published, tables
+from lab.compare.analysis import Analysis
+from lab.night import findings, loop, prompt
+from lab.session.session import Session
+from lab.share import sources
 from lab.verdict.executor import supervise
+
+FILE = "What {0} does.\ntime: holds\nevidence: {1} | 300 | {2} bpb | said | https://somewhere\n\n{3}\n"
+FILES = {
+    "lower-loss": ("fake-2gb", "-0.02", "LOSS: 1.0 -> 0.9"),
+    "warm-up": ("fake-2gb", "-0.01", "WARMUP_RATIO: 0.0 -> 0.1"),
+    "not-here": ("fake-2gb", "-0.01", "OTHER: 1.0 -> 2.0"),
+    "no-gain": ("fake-2gb", "+0.01", "DEPTH: 4 -> 5"),
+}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Four published findings."""
+    folder = tmp_path / "findings"
+    folder.mkdir()
+    for name, facts in FILES.items():
+        (folder / f"{name}.txt").write_text(FILE.format(name, *facts))
+    found = published.library(folder)
+    monkeypatch.setattr(published, "library", lambda: found)
+    return {one.name: one for one in found}
 
 
 def other(tmp_path, train, tag, **edits):
@@ -35,3 +64,82 @@ def test_what_was_kept_elsewhere(searched, tried, tmp_path):
     assert [one.description for one in findings.untried(searched)] == ["from better"]
     tried("WARMUP_RATIO = 0.0", "WARMUP_RATIO = 0.2", "keep")  # and now that no longer applies
     assert findings.untried(searched) == []
+
+
+# --- Published findings ---
+
+
+def test_the_most_promising_come_first(searched, library, tried):
+    assert [idea.description.partition(":")[0] for idea in findings.ideas(searched)] == ["lower loss", "warm up"]
+    tried("LOSS = 1.0", "LOSS = 0.9")  # whoever tried it: an equal file was decided on
+    assert [idea.description.partition(":")[0] for idea in findings.ideas(searched)] == ["warm up"]
+
+
+def test_a_night_tries_them_first(searched, library, monkeypatch):
+    monkeypatch.setattr(loop.executor, "launch", lambda session: supervise(session))
+    monkeypatch.setattr(loop.proposer, "propose", lambda session: pytest.fail("a finding is left"))
+    night = loop.Night(searched, options(findings=True, max_experiments=2), Seen())
+    night.run()
+    tried = [e for e in Session(searched.folder).state.experiments.values() if e.number]
+    assert [e.origin for e in tried] == [library["lower-loss"].origin, library["warm-up"].origin]
+    assert tried[0].status == "keep" and b"LOSS = 0.9" in searched.repository.train()
+    assert [turn.by for turn in night.turns] == ["findings", "findings"]
+    assert list(findings.ideas(searched)) == []
+
+
+def test_a_killed_night_keeps_the_origin(searched, library, monkeypatch):
+    monkeypatch.setattr(loop.executor, "launch", lambda session: supervise(session))
+    night = loop.Night(searched, options(findings=True), Seen())
+    night._take_finding()  # and then it was killed
+    loop.Night(Session(searched.folder), options(findings=True, max_experiments=1), Seen()).run()
+    assert Session(searched.folder).state.last.origin == library["lower-loss"].origin
+
+
+def run(session, library, name, status_runs=4):
+    """A finding, tried to its verdict."""
+    finding = library[name]
+    content = findings.apply(finding, session.repository.content(session.state.best.blob))
+    return sessions.attempt(session, content, finding.title, origin=finding.origin)
+
+
+def test_the_list_says_what_became_of_them(searched, library, monkeypatch, capsys):
+    run(searched, library, "lower-loss")
+    monkeypatch.setattr(commands, "_session_here", lambda: searched)
+    rows = {row["name"]: row for row in json.loads(said_by(capsys, json=True))}
+    assert rows["lower-loss"]["here"].startswith("experiment 1, keep: holds") and rows["lower-loss"]["effect"][0] < 0
+    assert rows["warm-up"]["here"] == "not tried"
+    assert rows["not-here"]["here"] == "does not apply: there is no hyperparameter OTHER"
+    text = said_by(capsys)
+    assert "elsewhere: -0.02 bpb on fake-2gb" in text and "bits per byte, below 0 is better" in text
+    monkeypatch.setattr(commands, "_session_here", lambda: None)
+    assert [row["here"] for row in json.loads(said_by(capsys, json=True))] == [""] * 4
+
+
+def said_by(capsys, **values):
+    capsys.readouterr()
+    assert commands.do_findings(sessions.options(**values)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_comparison_tells_which_hold(searched, library):
+    run(searched, library, "lower-loss")
+    compared = comparison.compare([Analysis(sources.of_session(searched))])
+    (one,) = compared.published
+    (cell,) = one.change.cells.values()
+    assert one.finding.name == "lower-loss" and cell.verdict == "holds"
+    text = tables.text(compared)
+    assert "Published findings" in text and "holds" in text and "published -0.02000" in text
+    assert compared.facts()["published"][0]["name"] == "lower-loss"
+
+
+@pytest.mark.parametrize(
+    "effect, runs, verdict",
+    [(-0.02, 8, "holds"), (-0.004, 8, "fades"), (0.01, 8, "reverses"), (-0.002, 1, "can't be told")],
+)
+def test_the_classes(effect, runs, verdict):
+    from lab.compare.effects import Effect
+
+    error = 0.01 if runs == 1 else 0.001
+    assert published.verdict(-0.02, Effect(effect, 0.0, error, 20))[0] == verdict
+    assert published.verdict(-0.02, Effect(effect, 0.0, error, 20, biased=True))[0] in ("holds", "can't be told")
+    assert published.verdict(-0.02, None)[0] == "can't be told"

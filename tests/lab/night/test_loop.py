@@ -76,6 +76,7 @@ def options(**values):
     return argparse.Namespace(
         **{
             "agent": None,
+            "findings": False,
             "turn_seconds": 60.0,
             "hours": None,
             "until": None,

@@ -34,7 +34,7 @@ HARDWARE = Hardware(
 
 def options(**changes):
     named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset"))
-    return Namespace(**named | {"baseline_runs": 3, "unsandboxed": False} | changes)
+    return Namespace(**named | {"baseline_runs": 3, "unsandboxed": False, "findings": False} | changes)
 
 
 @pytest.fixture

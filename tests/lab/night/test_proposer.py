@@ -1,6 +1,7 @@
 """The proposer: a function of the journal, that never repeats itself and gets somewhere."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sessions
@@ -8,7 +9,8 @@ import sessions
 from backends import surface
 from lab.errors import LabError
 from lab.verdict.executor import supervise
-from lab.night import edits, proposer
+from lab.compare import published
+from lab.night import proposer, sampler
 from lab.session.session import Session
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +40,7 @@ def begun(path, train):
 def attempt(session, proposal=None):
     """The next experiment, to its verdict."""
     proposal = proposal or proposer.propose(session)
-    experiment = sessions.attempt(session, proposal.content, proposal.description)
+    experiment = sessions.attempt(session, proposal.content, proposal.description, origin=proposal.origin)
     assert experiment is session.state.last
     return experiment
 
@@ -139,14 +141,56 @@ def ours(tmp_path, runner, monkeypatch):
     return begun(tmp_path / "project", (ROOT / "train.py").read_bytes())
 
 
-def test_structural_edits_in_between(ours):
-    names = {edit.name for edit in edits.LIBRARY}
-    tried = [attempt(ours) for _ in range(2 * proposer.EVERY)]
-    structural = [e.description.partition(": ")[0] for e in tried if e.description.partition(": ")[0] in names]
-    assert len(structural) == 2 == len(set(structural))
-    for experiment in tried:
-        content = ours.repository.content(experiment.blob)
-        assert surface.check(content.decode()) == [] and experiment.portable
+def test_findings_in_between(ours):
+    """Where steps and findings do as well, both are proposed; what is tried as a finding has its origin."""
+    proposals = []
+    for _ in range(12):
+        proposals.append(proposer.propose(ours))
+        attempt(ours, proposals[-1])
+    found = [one.origin for one in proposals if one.origin]
+    assert 0 < len(found) < len(proposals) and len(set(found)) == len(found)
+    assert set(found) <= {finding.origin for finding in published.library()}
+    for proposal in proposals:
+        assert surface.check(proposal.content.decode()) == []
+
+
+def test_first_steps_stay_near_home(ours, monkeypatch):
+    """One variable at a time, by no more than published steps that helped."""
+    monkeypatch.setattr(proposer.findings, "ideas", lambda *_, **__: iter(()))
+    for _ in range(3):
+        proposal = proposer.propose(ours)
+        before = {v.name: v for v in proposer.read(ours, ours.repository.content(ours.state.best.blob).decode())}
+        after = {v.name: v for v in proposer.read(ours, proposal.content.decode())}
+        changed = [v for v in before.values() if after[v.name].value != v.value]
+        assert len(changed) == 1
+        for v in changed:
+            most = sampler.FURTHEST * proposer.step_of(v).size
+            assert v.kind == "choice" or abs(v.place(after[v.name].value) - v.place(v.value)) < 1.5 * most + 0.02
+        attempt(ours, proposal)
+
+
+def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
+    def decided(t, status="discard", origin=""):
+        return SimpleNamespace(kind="change", status=status, t=t, origin=origin)
+
+    def reach(*experiments):
+        return proposer._reach(SimpleNamespace(decided=experiments))
+
+    assert reach() == 1.0 < reach(decided(0.5)) < reach(decided(3.0, "keep"))
+    assert reach(decided(-9.0)) == reach(decided(None, "crash")) < 1.0
+    assert reach(decided(-9.0, origin="published/x/00")) == 1.0
+    assert reach(*[decided(-9.0)] * 9) == proposer.REACH[0] and reach(*[decided(0.0)] * 99) == proposer.REACH[1]
+
+
+def test_steps_fit_what_the_ledgers_say():
+    steps = sampler.prior()
+    assert steps.keys() == sampler.KINDS.keys() and 0.18 < steps["rate"].size < 0.5
+    assert [sampler.kind_of(name) for name in ("MATRIX_LR", "ADAM_BETAS[1]", "WARMDOWN_RATIO", "ASPECT_RATIO")] == [
+        "rate",
+        "moment",
+        "part",
+        "size",
+    ]
 
 
 def test_line_ends_stay(tmp_path, runner):

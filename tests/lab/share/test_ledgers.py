@@ -258,3 +258,71 @@ def test_a_status_that_is_not_known_is_named_and_its_score_left_out(tmp_path):
     record = sources.read(path, "nvidia-h100-80gb")
     assert record.state.experiments[1].status == "invalid"
     assert any("the status of 1 row of mar8.tsv is none of" in note and "kept" in note for note in record.started.notes)
+
+
+# --- Ledgers of other programs ---
+
+OTHER = (
+    "exp\tdescription\tval_bpb\tpeak_mem_gb\ttok_sec\tmfu\tsteps\tstatus\tnotes\tgpu_name\twatts\tjoules_per_token\n"
+    "exp0\tbaseline\t1.088927\t5.9\t300333\t17.1\t2750\tbaseline\tdepth=8\tNVIDIA GeForce RTX 5090\t508.6\t0.001693\n"
+    "exp1\thalf the batch\t0.000000\t0.0\t0\t0.0\t0\tcrash\t\tNVIDIA GeForce RTX 5090\t0.0\t0.0\n"
+    "exp2\t\t0.000000\t0.0\t0\t0.0\t0\tskip\t\tNVIDIA GeForce RTX 5090\t0.0\t0.0\n"
+    "exp3\twarmup 0.05\t1.078907\t5.9\t299900\t17.1\t2748\tbest\t\tNVIDIA GeForce RTX 5090\t514.7\t0.001715\n"
+)
+
+
+def other(tmp_path, text, device=None):
+    path = tmp_path / "other.tsv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return sources.read(path, device)
+
+
+def test_the_ledger_of_another_program_is_read(tmp_path):
+    record = other(tmp_path, OTHER)
+    assert record.started.device == "nvidia-rtx-5090"
+    assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
+    run = record.state.runs[3]
+    assert (run.bpb, run.result["tokens_per_second"], run.result["num_steps"]) == (1.078907, 299900.0, 2748)
+    assert run.result["peak_vram_mb"] == pytest.approx(5.9 * 1024) and run.result["joules_per_token"] == 0.001715
+    told = " ".join(record.notes)
+    assert "exp for commit, peak_mem_gb for memory_gb, tok_sec for tokens_per_second" in told
+    assert "1 row of status baseline taken for keep; 1 row of status best taken for keep" in told
+    assert "1 row of status skip left out" in told and "taken for nvidia-rtx-5090" in told
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_it_is_read_in_the_encodings_of_windows(tmp_path, encoding):
+    assert other(tmp_path, OTHER.encode(encoding)).state.best.number == 2
+
+
+def test_commas_for_decimal_points_are_read_and_told(tmp_path):
+    record = other(tmp_path, OTHER.replace(".", ","))
+    assert record.state.runs[1].bpb == 1.088927 and record.state.runs[1].result["watts"] == 508.6
+    assert any("commas for decimal points" in note for note in record.notes)
+    mixed = other(tmp_path, OTHER.replace("1.078907", "1,078907"))
+    assert mixed.state.best.number == 0 and any("set aside: val_bpb is '1,078907'" in note for note in mixed.notes)
+
+
+@pytest.mark.parametrize("metric", ["val_loss", "accuracy", "perplexity"])
+def test_another_metric_is_refused(tmp_path, metric):
+    refused_file = tmp_path / "other.tsv"
+    refused_file.write_text(OTHER.replace("val_bpb", metric))
+    refused(refused_file, tmp_path / "home", f"its scores are {metric}: only validation bits per byte")
+
+
+def test_a_ledger_of_only_crashes_is_imported_as_such(tmp_path):
+    lines = OTHER.split("\n")
+    path = tmp_path / "crashes.tsv"
+    path.write_text("\n".join([lines[0], lines[2].replace("exp1", "exp0"), lines[2], ""]))
+    there = imported(path, tmp_path / "home")
+    record = sources.read(there)
+    assert [e.status for e in record.state.experiments.values()] == ["crash", "crash"] and record.state.best is None
+    assert "every row" in " ".join(record.notes)
+
+
+def test_a_ledger_without_a_status_or_rows_is_refused(tmp_path):
+    path = tmp_path / "other.tsv"
+    path.write_text(OTHER.split("\n")[0] + "\n")
+    refused(path, tmp_path / "home", "holds no rows", "a-1gb")
+    path.write_text(OTHER.replace("\tstatus\t", "\tverdict\t"))
+    refused(path, tmp_path / "home", "is no ledger", "a-1gb")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.night import block
+from lab.genome import block
 
 TRAIN = (Path(__file__).resolve().parents[3] / "train.py").read_text(encoding="utf-8")
 

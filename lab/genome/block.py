@@ -66,12 +66,16 @@ class Variable:
     def whole(self) -> bool:
         return self.kind in ("whole", "size", "more", "times")
 
+    @property
+    def width(self) -> float:
+        """From bound to bound, on the variable's scale."""
+        return self._scaled(self.high) - self._scaled(self.low)
+
     def place(self, value) -> float:
         """Where a value lies between the bounds: 0 to 1 there, on the variable's scale; a choice's is its index."""
         if self.kind == "choice":
             return self.choices.index(value)
-        low, high, at = (self._scaled(x) for x in (self.low, self.high, value))
-        return (at - low) / (high - low)
+        return (self._scaled(value) - self._scaled(self.low)) / self.width
 
     def at(self, place: float):
         """The value there, as it would be written: three digits, whole, a power of two."""
@@ -97,7 +101,7 @@ class Variable:
         elif self.kind in ("more", "times"):
             low, high = low - 1, high + 1 if self.kind == "more" or high > 0 else high
         elif self.kind == "decay":
-            low, high = max(0.0, 2 * low - 1), 1 - (1 - high) / 2
+            low, high = max(0.0, 2 * low - 1), _below_one(high, 2)
         elif self.scale == "log":
             low, high = max(1, low // 2) if self.whole else low / 2, high * 2
         else:
@@ -247,10 +251,15 @@ def _number(name: str, value: int | float, in_parts: bool) -> Variable:
     if (in_parts or PARTS.search(name)) and 0 <= value <= 1:
         return Variable(name, "part", value, 0.0, 1.0 if value else 0.5)
     if DECAYS.search(name) and 0.5 <= value < 1:
-        return Variable(name, "decay", value, max(0.5, 1 - FACTOR * (1 - value)), 1 - (1 - value) / FACTOR, "log")
+        return Variable(name, "decay", value, max(0.5, 1 - FACTOR * (1 - value)), _below_one(value, FACTOR), "log")
     if value > 0:
         return Variable(name, "number", value, value / FACTOR, value * FACTOR, "log")
     return Variable(name, "number", value, 2 * value, 0.0) if value else Variable(name, "number", value, 0.0, 0.1)
+
+
+def _below_one(value: float, factor: float) -> float:
+    """As much nearer to 1, as far as it can be read again."""
+    return max(value, min(1 - (1 - value) / factor, 1 - 2 * NEAR_ONE))
 
 
 def _relative(name: str, node: ast.expr) -> Variable | None:

@@ -1,0 +1,172 @@
+"""Published findings, as files of findings/, and whether they hold where they were tried.
+
+A file says what a change does and why, what is expected of it with time, its evidence, and an edit of train.py by
+definition and name (lab/genome/edits.py), which applies to a changed file, too:
+
+    Half the total batch: twice the steps in the same time.
+    time: fades, a longer run has steps enough
+    evidence: nvidia-h100-80gb | 300 | -0.011859 bpb | halve batch 524K to 262K | https://...
+
+    TOTAL_BATCH_SIZE: defaults.total_batch_size -> defaults.total_batch_size // 2
+
+A line of evidence: the device, its seconds of training ("-" if unknown), the effect (below 0 is better) with its unit
+or a word of WORDS, what was said, and the source.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.compare import classify
+from lab.compare.analysis import sort_of
+from lab.compare.effects import Effect
+from lab.errors import LabError
+from lab.genome import edits
+from lab.genome.change import ID
+from lab.verdict.gate import t_tail
+
+FOLDER = Path(__file__).resolve().parents[2] / "findings"
+PUBLISHED = "published"  # in place of a device, in the origin of an experiment
+TIMES = ("fades", "holds", "grows")  # the effect, with the seconds of training
+UNITS = {"bpb": 1.0, "nats": 0.3, "% time": 0.001}  # bits per byte for each: val_bpb is 0.3 of a loss in nats by token
+WORDS = {"better": -0.0002, "worse": 0.0003}
+EFFECT = re.compile(rf"(?P<size>[-+]\d+(\.\d+)?) (?P<unit>{'|'.join(UNITS)})")
+MOST = 0.02  # bits per byte that any evidence counts for: larger ones are of a default that did not fit its device
+ALIKE, APART, DOUBT = 3.0, 1.0, 1.0  # weights: evidence of this sort of device, of another, and of nothing (effect 0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a change did in one place. `effect`: as written; `size`: in bits per byte, about."""
+
+    device: str
+    budget: float | None
+    effect: str
+    said: str
+    source: str
+
+    @property
+    def size(self) -> float:
+        found = EFFECT.fullmatch(self.effect)
+        return float(found["size"]) * UNITS[found["unit"]] if found else WORDS[self.effect]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A published change. `time`: one of TIMES."""
+
+    name: str
+    why: str
+    time: str
+    evidence: tuple[Evidence, ...]
+    edit: edits.Edit
+
+    @property
+    def origin(self) -> str:
+        """Of an experiment with it: equal wherever it is tried, whatever the file around it."""
+        return f"{PUBLISHED}/{self.name}/{hashlib.sha256(self.edit.text.encode()).hexdigest()[:ID]}"
+
+    @property
+    def key(self) -> str:
+        """What the origin ends with."""
+        return self.origin.rpartition("/")[2]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name.replace('-', ' ')}: {self.why}"
+
+    def expected(self, device: str, budget: float) -> float:
+        """Bits per byte that it may be better by on a device, after so many seconds: for an order, not a forecast."""
+        total, weight = 0.0, DOUBT
+        for told in self._sessions():
+            gain = min(max(-sum(one.size for one in told), -MOST), MOST)
+            shorter = told[0].budget and budget < told[0].budget / 2
+            alike = ALIKE if sort_of(told[0].device) == sort_of(device) else APART
+            total += alike * gain * ({"fades": 1.5, "grows": 0.5}.get(self.time, 1.0) if shorter else 1.0)
+            weight += alike
+        return total / weight
+
+    def effect(self, device: str = "") -> float:
+        """Its effect as published, in bits per byte: the mean over sessions, of such a device if there are any."""
+        sessions = self._sessions()
+        alike = [told for told in sessions if sort_of(told[0].device) == sort_of(device)]
+        return statistics.fmean(sum(one.size for one in told) for told in alike or sessions)
+
+    def _sessions(self) -> list[list[Evidence]]:
+        """Its evidence by session: what was kept there step by step adds up."""
+        sessions: dict[tuple[str, str], list[Evidence]] = {}
+        for one in self.evidence:
+            sessions.setdefault((one.device, one.source), []).append(one)
+        return list(sessions.values())
+
+
+@functools.lru_cache(maxsize=8)
+def library(folder: Path = FOLDER) -> tuple[Finding, ...]:
+    """All findings of a folder, by name. LabError, with the file, for one that can't be read."""
+    found = []
+    for path in sorted(folder.glob("*.txt")):
+        try:
+            found.append(read(path.stem, path.read_text(encoding="utf-8")))
+        except (LabError, UnicodeDecodeError) as error:
+            raise LabError(f"{path}: {error}") from None
+    return tuple(found)
+
+
+def read(name: str, text: str) -> Finding:
+    """A finding from the text of its file. LabError says what is wrong."""
+    head, _, edit = text.partition("\n\n")
+    why, *facts = head.split("\n")
+    time, evidence = "", []
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or not why.strip():
+        raise LabError("its name is of small letters, digits and dashes, and its first line says what it does")
+    for line in facts:
+        key, _, value = line.partition(": ")
+        if key == "time":
+            time = value.split(",")[0]
+        elif key == "evidence":
+            evidence.append(_evidence(value))
+        else:
+            raise LabError(f"{line!r} is neither 'time: ...' nor 'evidence: ...'")
+    if time not in TIMES:
+        raise LabError(f"'time:' is one of {', '.join(TIMES)}: what is expected of the effect in longer runs")
+    if not evidence:
+        raise LabError("it has no evidence: 'evidence: DEVICE | SECONDS | EFFECT | WHAT WAS SAID | SOURCE'")
+    return Finding(name, why.strip(), time, tuple(evidence), edits.read(edit.rstrip("\n")))
+
+
+def _evidence(text: str) -> Evidence:
+    parts = [part.strip() for part in text.split(" | ")]
+    if len(parts) != 5 or not all(parts):
+        raise LabError(f"evidence is DEVICE | SECONDS | EFFECT | WHAT WAS SAID | SOURCE, and not {text!r}")
+    device, budget, effect, said, source = parts
+    if not re.fullmatch(r"-|[1-9]\d*", budget):
+        raise LabError(f"seconds of training are a whole number, or '-' if unknown, and not {budget!r}")
+    if not EFFECT.fullmatch(effect) and effect not in WORDS:
+        units = ", ".join(f"-0.01 {unit}" for unit in UNITS)
+        raise LabError(f"an effect is a number with its sign and unit ({units}) or {' or '.join(WORDS)}: {effect!r}")
+    return Evidence(device, None if budget == "-" else float(budget), effect, said, source)
+
+
+def verdict(published: float, here: Effect | None) -> tuple[str, str]:
+    """(one of classify.CLASSES, why) of a finding's effect here, as classify.classify has them; the published one is
+    taken for exact. That a parent was chosen for its scores makes a change look worse, so only "holds" stands then."""
+    if here is None or here.error is None:
+        return classify.OPEN, "nothing was repeated here"
+    gain, size = -here.value, -published
+    if size <= 0:
+        return classify.OPEN, "it was no gain where it was tried"
+    share = f"{gain / size:+.0%} of the published effect"
+    if t_tail(gain / here.error, here.df) <= classify.LEVEL / 2 and gain >= classify.HALF * size:
+        return classify.HOLDS, share
+    if here.biased:
+        return classify.OPEN, "its parent here is biased by selection"
+    if t_tail(-gain / here.error, here.df) <= classify.LEVEL / 2:
+        return classify.REVERSES, share
+    if t_tail((classify.HALF * size - gain) / here.error, here.df) <= classify.LEVEL:
+        return (classify.FADES, share) if gain >= -classify.HALF * size else (classify.OPEN, "it fades or reverses")
+    return classify.OPEN, "may be chance here"

@@ -1,0 +1,169 @@
+"""Edits of train.py by definition and name, so that one applies to a file that was changed elsewhere, too.
+
+    MATRIX_LR: 0.04 -> 0.03                    a variable of the block (block.py)
+    @ Attention.forward                        a definition; below it, as in a diff, what is replaced in it
+    -ops.attention(q, k, v, self.window)
+    +ops.attention(gain * q, k, v, self.window)
+
+A variable that has the first value gets the second one. One that has another value makes the same step from there, on
+its scale; or none, if it is at the second value already or beyond. The text that is replaced has to stand in its
+definition once, and may be a part of a line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lab.errors import LabError
+from lab.genome import block
+from lab.genome.syntax import definitions
+
+STEP = re.compile(r"(?P<name>(?P<base>[A-Z][A-Z0-9_]*)(?:\[\d\])?): (?P<old>.+) -> (?P<new>.+)")
+
+
+class NotHere(LabError):
+    """An edit does not apply to a train.py."""
+
+
+class Already(NotHere):
+    """What an edit does was done there before."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A value of a variable of the block: `name`, and before and after as source text."""
+
+    name: str
+    old: str
+    new: str
+
+    def apply(self, source: str) -> str:
+        here = {variable.name: variable for variable in block.read(source)}.get(self.name)
+        if here is None:
+            raise NotHere(f"there is no hyperparameter {self.name}")
+        old, new = (_variable(self.name, text) for text in (self.old, self.new))
+        if here.kind == "choice":
+            if new.value == here.value:
+                raise Already(f"{self.name} is {new.value}")
+            return block.write(source, {self.name: new.value})
+        if "choice" in (old.kind, new.kind) or {old.text, new.text} != {here.text}:
+            raise NotHere(f"{self.name} is written in another way: {here.written(here.value)}")
+        before, after, now = (float(variable.value) for variable in (old, new, here))
+        if (now - after) * (after - before) >= 0:
+            raise Already(f"{self.name} is {here.written(here.value)}")
+        value = new.value
+        if here.value != old.value:
+            value = here.at(here.place(here.value) + here.place(new.value) - here.place(old.value))
+            if value == here.value:
+                raise NotHere(f"{self.name} can't go further than {here.written(value)}")
+        return block.write(source, {self.name: value})
+
+    def meets(self, other: Step | Swap) -> bool:
+        return isinstance(other, Step) and other.name == self.name
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A text within a definition, `old`, that becomes another, `new`."""
+
+    definition: str
+    old: str
+    new: str
+
+    def apply(self, source: str) -> str:
+        known = definitions(source.encode()).get(self.definition)
+        if known is None:
+            raise NotHere(f"there is no {self.definition}")
+        lines = source.splitlines(keepends=True)
+        first, last = min(known.lines) - 1, max(known.lines)
+        text = "".join(lines[first:last])
+        if self.new in text if self.old in self.new else f"\n{self.new}\n" in f"\n{text}":
+            raise Already(f"{self.definition} has it")
+        if (times := text.count(self.old)) != 1:
+            where = "is not in" if not times else f"is {times} times in"
+            raise NotHere(f"{self.old.strip().splitlines()[0].strip()!r} {where} {self.definition}")
+        return "".join([*lines[:first], text.replace(self.old, self.new), *lines[last:]])
+
+    def meets(self, other: Step | Swap) -> bool:
+        """Whether one removes what the other needs."""
+        if not isinstance(other, Swap) or other.definition != self.definition:
+            return False
+        return any(
+            gone in line or line in gone
+            for one, two in ((self, other), (other, self))
+            for gone in one._removed()
+            for line in two.old.split("\n")
+        )
+
+    def _removed(self) -> list[str]:
+        kept = self.new.split("\n")
+        return [line for line in self.old.split("\n") if line not in kept]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Steps and swaps, in order. `text` is what it was read from."""
+
+    parts: tuple[Step | Swap, ...]
+    text: str
+
+    def apply(self, source: str) -> str:
+        """The edited source.
+
+        Raises:
+            Already: it was done there before. NotHere: it does not apply; the reason names the place.
+        """
+        from backends import surface  # here, because all the rest needs nothing but Python
+
+        already = []
+        try:
+            for part in self.parts:
+                try:
+                    source = part.apply(source)
+                except Already as error:
+                    already.append(error)
+            if len(already) == len(self.parts):
+                raise already[0]
+            if already:
+                raise NotHere(f"a part of it is there already: {already[0]}")
+            if found := surface.check(source):
+                raise NotHere(f"it uses what not every backend has: {found[0].found}")
+        except SyntaxError as error:
+            raise NotHere(f"what it makes is no Python: {error.msg}") from None
+        return source
+
+    def meets(self, other: Edit) -> bool:
+        """Whether two can't be made in one file: they set one variable, or replace the same text."""
+        return any(one.meets(two) for one in self.parts for two in other.parts)
+
+
+def read(text: str) -> Edit:
+    """An edit from its text. LabError, with the line, for what is none."""
+    parts: list[Step | Swap] = []
+    places = re.split(r"^@ *", text.strip("\n"), flags=re.M)
+    for line in filter(None, places[0].split("\n")):
+        if not (found := STEP.fullmatch(line)):
+            raise LabError(f"{line!r} is neither 'NAME: VALUE -> VALUE' nor '@ DEFINITION'")
+        for side in ("old", "new"):
+            _variable(found["name"], found[side])
+        parts.append(Step(found["name"], found["old"], found["new"]))
+    for place in places[1:]:
+        definition, *lines = place.strip("\n").split("\n")
+        if wrong := [line for line in lines if line[:1] not in ("-", "+", " ")]:
+            raise LabError(f"{wrong[0]!r} begins with none of '-', '+' and ' '")
+        sides = ("\n".join(line[1:] for line in lines if line[0] in (sign, " ")) for sign in "-+")
+        parts.append(swap := Swap(definition.strip(), *sides))
+        if not swap.old.strip() or swap.old == swap.new:
+            raise LabError(f"nothing is replaced in {swap.definition!r}")
+    if not parts:
+        raise LabError("it changes nothing")
+    return Edit(tuple(parts), text)
+
+
+def _variable(name: str, text: str) -> block.Variable:
+    """What a value of a variable is, read as the block would read it."""
+    base = name.partition("[")[0]
+    for variable in block.read(f"{base} = {text}\n"):
+        return variable
+    raise LabError(f"{text!r} is no value that {name} can be set to")

@@ -1,0 +1,159 @@
+"""Several published findings in one run: on a noisy device their effects are estimated together.
+
+Where noise hides what one change does, a block of runs screens many. Each run holds the parent with some of the
+patches; its score is taken for the parent's mean, plus the sum of their effects, plus noise. The prior of an effect is
+a mixture that fits the changes of a published session; its posterior is sampled (Gibbs: components given effects,
+effects given components, which are jointly normal). A run holds at most AT_ONCE of the patches that are gains in one
+sample (Thompson sampling), never two that can't be made in one file; every BARE-th run holds none. What makes a run far
+worse is searched by halves, and dropped. In the end the patches that are gains by their posterior mean become one
+patch, which is tested against the parent on fresh seeds, at a level from the account (plan.py). So no verdict rests on
+the model.
+
+All of it is a function of the runs. benchmarks/shared.py simulates whole nights of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lab.session.events import Interval
+
+QUIET = 0.002  # noise, from which on findings share runs
+BLOCK = 150  # runs of a block, those of its test included
+AT_ONCE, BARE = 8, 12
+FAR = 5.0  # standard deviations: a run that is so much worse has a culprit, a patch so good goes the ordinary way
+CHOSEN, MOST_CHOSEN = 0.05, 16  # standard deviations of noise that a posterior mean has to gain; members of the test
+NOISES, TESTED = (0.003, 0.005, 0.01, 0.03), (6, 8, 14, 22)  # runs of the patch and of the parent, by noise
+SWEEPS, LAST_SWEEPS, BURN = 8, 300, 50
+# Effects of the changes of the original's H100 session, less their noise: (share, mean, standard deviation); below 0 is
+# better. 18 % are gains. On a noisier device all is taken for larger, in proportion from SCALE on.
+MIXTURE = np.array(
+    [
+        (0.100, -0.0003, 0.0003),
+        (0.055, -0.0010, 0.0008),
+        (0.025, -0.0040, 0.0035),
+        (0.440, 0.0005, 0.0004),
+        (0.280, 0.0016, 0.0012),
+        (0.100, 0.0060, 0.0060),
+    ]
+)
+SCALE = 0.01
+PUBLISHED = 3.0  # times as likely to be a gain, if it was one elsewhere
+
+
+@dataclass(frozen=True)
+class Screening:
+    """A block so far.
+
+    Attributes:
+        count: patches. runs: (patches that it held, score or None where it failed), in order.
+        sd: noise of a run. parent: the parent's mean before the block.
+        clash: whether two patches can't be in one run. likely: those that were gains elsewhere.
+    """
+
+    count: int
+    runs: Sequence[tuple[tuple[int, ...], float | None]]
+    sd: float
+    parent: float
+    clash: Callable[[int, int], bool] = lambda one, other: False
+    likely: frozenset[int] = frozenset()
+
+    def next(self, begun: int) -> tuple[int, ...]:
+        """What the next run holds, if so many were begun; () is the bare parent."""
+        dropped, suspects, sound = self._searched()
+        if suspects:
+            return suspects[: (len(suspects) + 1) // 2]
+        if begun % BARE == 0:
+            return ()
+        rng = np.random.default_rng([begun, self.count])
+        effects = self._sampled(sound, rng, SWEEPS)[-1]
+        members: list[int] = []
+        for patch in map(int, rng.permutation(np.flatnonzero(effects < 0))):
+            if patch not in dropped and not any(self.clash(patch, other) for other in members):
+                members.append(patch)
+                if len(members) == AT_ONCE:
+                    break
+        return tuple(sorted(members))
+
+    @property
+    def searching(self) -> bool:
+        """Whether a culprit is searched for, one run after the other."""
+        return bool(self._searched()[1])
+
+    def estimates(self) -> list[Interval]:
+        """Of each patch: the posterior mean of its effect, and the ends of its 90 % interval."""
+        samples = self._sampled(self._searched()[2], np.random.default_rng(self.count), LAST_SWEEPS)[BURN:]
+        low, high = np.quantile(samples, (0.05, 0.95), axis=0)
+        return [tuple(map(float, one)) for one in zip(samples.mean(0), low, high)]  # pyright: ignore
+
+    def chosen(self, estimates: Sequence[Interval]) -> list[int]:
+        """The patches for the test, the best first: those that go together."""
+        dropped, members = self._searched()[0], []
+        for patch in sorted(range(self.count), key=lambda patch: estimates[patch][0]):
+            gains = estimates[patch][0] < -CHOSEN * self.sd and patch not in dropped
+            if gains and len(members) < MOST_CHOSEN and not any(self.clash(patch, other) for other in members):
+                members.append(patch)
+        return members
+
+    def plainly_good(self) -> list[int]:
+        """Patches that need no company: what they gain is far above the noise, by all runs so far."""
+        sound = self._searched()[2]
+        samples = self._sampled(sound, np.random.default_rng([len(sound), 1]), 4 * SWEEPS)[SWEEPS:]
+        return [int(patch) for patch in np.flatnonzero(np.quantile(samples, 0.95, axis=0) < -FAR * self.sd)]
+
+    def _searched(self) -> tuple[set[int], tuple[int, ...], list[int]]:
+        """(patches that were dropped, those of which one makes runs far worse, places of the other runs)."""
+        dropped: set[int] = set()
+        suspects: tuple[int, ...] = ()
+        sound = []
+        for place, (members, score) in enumerate(self.runs):
+            bad = bool(members) and (score is None or score > self.parent + FAR * self.sd)
+            if not bad and score is not None:
+                sound.append(place)
+            if suspects:
+                half = suspects[: (len(suspects) + 1) // 2]
+                if members == half:
+                    suspects = half if bad else suspects[len(half) :]
+            elif bad:
+                suspects = tuple(patch for patch in members if patch not in dropped)
+            if len(suspects) == 1:
+                dropped.add(suspects[0])
+                suspects = ()
+        return dropped, suspects, sound
+
+    def _sampled(self, sound: list[int], rng: np.random.Generator, sweeps: int) -> np.ndarray:
+        """Samples of the patches' effects (sweeps, count)."""
+        held = np.zeros((len(sound), self.count + 1))
+        held[:, -1] = 1  # the parent's mean, as it differs from what was known of it
+        for row, place in enumerate(sound):
+            held[row, list(self.runs[place][0])] = 1
+        scores = np.array([self.runs[place][1] for place in sound], float) - self.parent
+        squares, products = held.T @ held / self.sd**2, held.T @ scores / self.sd**2
+        scale = max(1.0, self.sd / SCALE)
+        shares = np.tile(np.log(MIXTURE[:, 0]), (self.count, 1))
+        gains = MIXTURE[:, 1] < 0
+        for patch in self.likely:
+            shares[patch, gains] += math.log(PUBLISHED)
+        means, sds = MIXTURE[:, 1] * scale, MIXTURE[:, 2] * scale
+        effects, samples = np.zeros(self.count + 1), np.zeros((sweeps, self.count))
+        prior_mean, precision = np.zeros(self.count + 1), np.full(self.count + 1, 1 / self.sd**2)
+        for sweep in range(sweeps):
+            odds = shares - np.log(sds) - 0.5 * ((effects[:-1, None] - means) / sds) ** 2
+            if sweep == 0:
+                odds = shares  # nothing is known yet
+            component = (odds + rng.gumbel(size=odds.shape)).argmax(1)
+            prior_mean[:-1], precision[:-1] = means[component], 1 / sds[component] ** 2
+            factor = np.linalg.cholesky(squares + np.diag(precision))
+            mean = np.linalg.solve(factor, products + precision * prior_mean)
+            effects = np.linalg.solve(factor.T, mean + rng.standard_normal(len(mean)))
+            samples[sweep] = effects[:-1]
+        return samples
+
+
+def tested(noise: float) -> int:
+    """Runs of the joint patch, and of the parent, in the test of a block."""
+    return round(float(np.interp(math.log(noise), np.log(NOISES), TESTED)))
