@@ -90,6 +90,7 @@ def sound(tmp_path, monkeypatch):
     return SimpleNamespace(
         folder=tmp_path,
         local=SimpleNamespace(repository=str(tmp_path), gpu="0"),
+        fleet=None,
         supervised=False,
         disk=disk,
         profile={"machine": {"kind": "cuda"}},
