@@ -141,9 +141,9 @@ class Pool:
                 self.session.log(events.RunScored(run=order.score, problem=because("weights_lost")))
                 return True
             free = [name for name in usable if not self.devices[name].busy]
-            if name := spread.device_for(order, state, free, usable):
+            if found := spread.placed(order, state, free, usable):
                 with executor.blamed(self.session, order.experiment):
-                    self._give(self.devices[name], order)
+                    self._give(self.devices[found[0]], found[1])
                 begun = True
         return begun
 

@@ -40,12 +40,13 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is wanted: one train.py, one seed, seconds of training."""
+    """A run that is wanted: one train.py, one seed, seconds of training. `others`: seeds that would do as well."""
 
     blob: str
     seed: int
     budget: float
     urgency: Urgency
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,9 @@ def _change(change: Experiment, state: State) -> Plan:
         if step.seed in _begun(state, blob):
             return Plan()
         reserve = account_of(state).stake if sound and change.stake is None else None
-        return Plan((Job(blob, step.seed, state.started.budget or 0.0, urgency),), stake=reserve)
+        paired = tuple(seed for seed in others if seed not in own) if urgency is Urgency.REPEAT else ()
+        job = Job(blob, step.seed, state.started.budget or 0.0, urgency, paired)
+        return Plan((job,), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
     if moved and state.best and step.action != "discard":
         evidence = gate.replace_evidence(
