@@ -145,7 +145,9 @@ class Night:
         used, known = Counter(change.on.values()), change.parent.on
         seeds = [s for s in change.parent.results if s not in change.on]
         least = min((used[known[s]] for s in seeds), default=0)
-        return min((s for s in seeds if used[known[s]] == least and known[s] in self.free), default=None if seeds else first)
+        return min(
+            (s for s in seeds if used[known[s]] == least and known[s] in self.free), default=None if seeds else first
+        )
 
     def device_for(self, test: Test, configuration: Configuration, with_seed: int, urgent: bool) -> int | None:
         if not urgent:
