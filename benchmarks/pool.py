@@ -1,6 +1,6 @@
 """What does a night gain on many devices, and how often does it keep a change that is no better? Simulated.
 
-    python benchmarks/pool.py [--nights 400] [--devices 1,2,4,8,16]
+    python benchmarks/pool.py [--nights 300] [--devices 1,2,4,8,16]
 
 No model is trained. As in benchmarks/gate.py, changes have effects, runs have normal noise, and `verdict/gate.py`
 decides. Here N devices work on one session for 100 runs each. Devices differ: each adds a constant of its own, normal
@@ -70,11 +70,14 @@ class Configuration:
 
 @dataclass(eq=False)
 class Test:
-    """A change that is open."""
+    """A change that is open. `wants`: what it wanted when `seen` was all there was of it: it is judged again once it or
+    its parent has another run, or the best has moved."""
 
     change: Configuration
     effect: float
     stake: float | None = None
+    wants: "tuple[Configuration, int, bool] | None" = None
+    seen: tuple = ()
 
 
 class Night:
@@ -104,7 +107,8 @@ class Night:
             score = configuration.true + self.offsets[device] + float(self.by_seed[with_seed - gate.seed(0)])
             own = math.sqrt(1 - setting.shared) * NOISE * self.rng.standard_normal()
             configuration.results[with_seed] = score + own
-            self.known = None
+            if configuration.parent is None or len(configuration.results) > 2:  # the first of a change tells nothing
+                self.known = None
         self.found["gain"] = -self.best.true
 
     # --- What runs ---
@@ -120,7 +124,11 @@ class Night:
         while self.free:
             wanted = self.settle()
             for test, configuration, with_seed, urgent in wanted:
-                if with_seed in configuration.on or not self.free:
+                if not self.free:
+                    break
+                if urgent and configuration is test.change and self.setting.rule == "pool":
+                    with_seed = self.seed_for(configuration, with_seed)
+                if with_seed is None or with_seed in configuration.on:
                     continue
                 if (device := self.device_for(test, configuration, with_seed, urgent)) is not None:
                     if test.change.results and test.stake is None:
@@ -131,6 +139,15 @@ class Night:
                 effect = next(self.effects)
                 self.open.append(Test(Configuration(self.best.true + effect, self.best), effect))
                 self.found["experiments"] += 1
+
+    def seed_for(self, change: Configuration, first: int) -> int | None:
+        """The seed of a repeat: one whose run of the parent was made on a device that was used least, and is free."""
+        used, known = Counter(change.on.values()), change.parent.on
+        seeds = [s for s in change.parent.results if s not in change.on]
+        least = min((used[known[s]] for s in seeds), default=0)
+        return min(
+            (s for s in seeds if used[known[s]] == least and known[s] in self.free), default=None if seeds else first
+        )
 
     def device_for(self, test: Test, configuration: Configuration, with_seed: int, urgent: bool) -> int | None:
         if not urgent:
@@ -165,12 +182,17 @@ class Night:
         change, parent = test.change, test.change.parent
         if change.under_way:
             return None
+        seen = len(change.results), len(parent.results), parent is self.best
+        if seen == test.seen:
+            configuration, with_seed, urgent = test.wants
+            return None if with_seed in configuration.on else (test, configuration, with_seed, urgent)
         account = self.reserved()
         step = gate.next_step(change.results, parent.results, self.noise(), account, stake=test.stake)
         moved = parent is not self.best and change.results and step.action != "discard"
         if step.action.startswith("run") and not moved:
             configuration = change if step.action == "run candidate" else parent
-            return None if step.seed in configuration.on else (test, configuration, step.seed, bool(change.results))
+            test.seen, test.wants = seen, (configuration, step.seed, bool(change.results))
+            return None if step.seed in configuration.on else (test, *test.wants)
         self.open.remove(test)
         evidence = step.evidence
         if moved:
@@ -187,7 +209,6 @@ class Night:
         self.account = self.account.after(evidence)
         if len(change.results) > 1 or step.action == "keep":
             self.configurations.append(change)
-            self.known = None
         return None
 
     def reserved(self) -> gate.Account:
@@ -238,7 +259,7 @@ def nights(map, effects, setting: Setting, count: int, rule=night) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--nights", type=int, default=400)
+    parser.add_argument("--nights", type=int, default=300)
     parser.add_argument("--devices", default="1,2,4,8,16")
     parser.add_argument(
         "--differ", type=float, default=1.0, help="what devices differ by, in standard deviations of seeds"
@@ -252,8 +273,10 @@ def main() -> None:
         lines, first = [], None
         for count in counts:
             setting = Setting(count, options.differ)
+            enough = options.nights * 4 // max(4, count)  # long nights of many devices take long
             gained = nights(spread, effects, setting, max(40, options.nights // 4))
-            worthless = nights(spread, zero, setting, options.nights)
+            worthless = nights(spread, zero, setting, enough)
+            print(count, single.share(worthless["false"] > 0), gained["gain"].mean(), file=sys.stderr, flush=True)
             first = first or float(gained["gain"].mean())
             error = gained["gain"].std() / math.sqrt(len(gained["gain"])) / first
             lines.append(
@@ -270,11 +293,11 @@ def main() -> None:
             lines,
         )
         lines = []
-        for count in counts[1:]:
-            sticky = nights(spread, zero, Setting(count, options.differ, "sticky"), options.nights)
+        for count in [count for count in counts if 1 < count <= 8]:
+            sticky = nights(spread, zero, Setting(count, options.differ, "sticky"), options.nights * 4 // max(4, count))
             setting = Setting(count, options.differ)
             beats = nights(spread, zero, setting, options.nights, whoever_beats_the_best)
-            gained = nights(spread, effects, setting, options.nights, whoever_beats_the_best)
+            gained = nights(spread, effects, setting, options.nights // 4, whoever_beats_the_best)
             pairs = f"{single.share(sticky['false'] > 0)} | {single.share(beats['false'] > 0)}"
             lines.append(f"{count} | {pairs} | {gained['gain'].mean() / first:.2f}")
         header = "devices | sticky | whoever beats the best | gain of the latter, times the pool's of one device"

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import psutil
@@ -31,13 +32,14 @@ from lab.fleet.settings import STATUS
 from lab.fleet.wire import Hub, Lost, PIECE, Refused
 from lab.fleet.worker import archive_of, version
 from lab.reasons import Reason, because
-from lab.run import runner
+from lab.run import outcome, runner
 from lab.run.outcome import Outcome
 from lab.session import events
 from lab.session.session import Session
 from lab.session.state import Run
 from lab.verdict import executor
 from lab.verdict.plan import Order
+from results import MEASURES
 
 LOOPBACK = "tls://127.0.0.1:0"
 POLL = 0.25  # seconds, at most, between two looks at what has changed; an answer is seen at once
@@ -46,6 +48,28 @@ GRACE = 20.0  # seconds for a worker to come back, before its run is given up
 TO_STOP = 30.0  # seconds for a worker to end its run
 MOST_STARTS = 4  # of a worker on this machine, that never becomes ready
 NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,60}", re.ASCII)
+
+
+class Made(msgspec.Struct):
+    """What a worker says of a run: it is believed as far as it is of these types."""
+
+    status: events.RunStatus
+    reason: Reason | None
+    result: dict | None
+    seconds: float
+    traceback: Annotated[str, msgspec.Meta(max_length=20_000)]
+    log: bytes
+
+
+class Scored(msgspec.Struct):
+    """What a worker says of a run's weights; `rows`: the file rows.npz, `weights`: bytes of theirs."""
+
+    val_bpb: events.Score | None = None
+    held_out_bpb: events.Score | None = None
+    rows: bytes = b""
+    weights: int = 0
+    problem: Reason | None = None
+    halted: str = ""
 
 
 @dataclass
@@ -60,6 +84,7 @@ class Device:
     run: Run | None = None
     answer: Future | None = None
     scores: bool = False
+    asked: Run | None = None  # the last run that it was asked for
     tokens: float | None = None  # per second, of its last run
 
     @property
@@ -141,9 +166,9 @@ class Pool:
                 self.session.log(events.RunScored(run=order.score, problem=because("weights_lost")))
                 return True
             free = [name for name in usable if not self.devices[name].busy]
-            if name := spread.device_for(order, state, free, usable):
+            if found := spread.placed(order, state, free, usable):
                 with executor.blamed(self.session, order.experiment):
-                    self._give(self.devices[name], order)
+                    self._give(self.devices[found[0]], found[1])
                 begun = True
         return begun
 
@@ -191,9 +216,9 @@ class Pool:
             return
         member.hello |= {"met": True, "runs": set(member.hello["runs"])}
         device.gone, device.ready, device.refused = None, False, ""
-        threading.Thread(target=self._prepare, args=(device, member.hello), daemon=True).start()
+        threading.Thread(target=self._prepare, args=(device,), daemon=True).start()
 
-    def _prepare(self, device: Device, hello: dict) -> None:
+    def _prepare(self, device: Device) -> None:
         name = device.name
         try:
             missing = self.hub.call(name, "prepare", **self.facts).result()["missing"]
@@ -206,11 +231,8 @@ class Pool:
         except Lost:
             return
         except (Exception, LabError) as error:
-            device.refused = str(error)
-            with suppress(Exception, LabError):
-                self.hub.call(name, "leave", why=str(error)).result(timeout=TO_STOP)
+            self._refuse(device, str(error))
         finally:
-            hello["prepared"] = True
             self.hub.stir.set()
 
     def _send(self, name: str, path: str) -> None:
@@ -285,9 +307,12 @@ class Pool:
         """Starts those that are not there."""
         if self.session.held:
             return
+        refused = {name: known.refused for name in self.wanted if (known := self.devices.get(name)) and known.refused}
+        if self.wanted and len(refused) == len(self.wanted) and not self.hub.members:
+            raise LabError("no device can be used: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
         for name in self.wanted:
             started = self._started.get(name)
-            if started and _runs(started.process):
+            if name in refused or started and _runs(started.process):
                 continue
             starts = started.starts + 1 if started else 1
             if starts > MOST_STARTS:
@@ -317,7 +342,8 @@ class Pool:
     def _give(self, device: Device, order: Order) -> None:
         session = self.session
         if order.score is not None:
-            device.run, device.scores = session.state.runs[order.score], True
+            device.run = device.asked = session.state.runs[order.score]
+            device.scores = True
             device.answer = self.hub.call(device.name, "score", number=order.score)
             return
         job = order.job
@@ -330,7 +356,7 @@ class Pool:
     def _ask(self, device: Device, run: Run) -> None:
         """Has a worker make a run, or asks for one that it makes already."""
         asked = executor.request(self.session, run)
-        device.run, device.scores = run, False
+        device.run, device.asked, device.scores = run, run, False
         device.answer = self.hub.call(
             device.name,
             "run",
@@ -379,26 +405,31 @@ class Pool:
         device.run = None
         if member := self.hub.members.get(device.name):
             member.hello["runs"].add(run.number)
-        if "halted" in answer or (experiment.applied if scores else run.ended):
+        if experiment.applied if scores else run.ended:
             return  # it was given up, or another keep has superseded it while it was scored
         if scores:
-            if problem := answer.get("problem"):
-                return executor.scored(session, experiment, run, msgspec.convert(problem, Reason))
-            (folder / "rows.npz").write_bytes(answer["rows"])
-            self._fetch_weights(device.name, run, answer["weights"])
-            found = runner.Scores(float(answer["val_bpb"]), float(answer["held_out_bpb"]))
-            return executor.scored(session, experiment, run, found)
-        reason = msgspec.convert(answer["reason"], Reason | None)
-        result, status = answer["result"], answer["status"]
-        made = Outcome(status, reason, result, float(answer["seconds"]), answer["traceback"])
-        (folder / "run.log").write_bytes(answer["log"])
+            found = msgspec.convert(answer, Scored)
+            if found.problem:
+                executor.scored(session, experiment, run, found.problem)
+            elif not found.halted and found.val_bpb and found.held_out_bpb:
+                (folder / "rows.npz").write_bytes(found.rows)
+                self._fetch_weights(device.name, run, found.weights)
+                executor.scored(session, experiment, run, runner.Scores(found.val_bpb, found.held_out_bpb))
+            return
+        made = msgspec.convert(answer, Made)
+        result = outcome.sound(made.result or {})
+        reason, status = made.reason, made.status
+        (folder / "run.log").write_bytes(made.log)
         if status == "ok":
+            if lacks := [measure.name for measure in MEASURES if measure.needed and measure.name not in result]:
+                raise LabError(f"it tells nothing of {', '.join(lacks)}")
             device.tokens = result.get("tokens_per_second")
             wrong = executor.other_conditions(session, result) or executor.other_attention(session, result)
             if wrong:
                 self._refuse(device, str(wrong))
                 status, reason = "lost", because("device_differs", what=wrong)
-        executor.ended(session, run, made, status, reason)
+        told = Outcome(status, reason, result or None, made.seconds, made.traceback)
+        executor.ended(session, run, told, status, reason)
 
     def _fetch_weights(self, name: str, run: Run, size: int) -> None:
         with storage.atomic(self.session.run_folder(run.number) / "result.safetensors") as file:
@@ -410,7 +441,8 @@ class Pool:
 
     def _failed(self, device: Device, why: str) -> None:
         """A worker could not do what it was asked for, which is not the fault of what it was to run."""
-        run, device.run = device.run, None
+        run = device.asked
+        device.run = None
         assert run is not None
         if device.scores:
             self.session.log(events.RunScored(run=run.number, problem=because("weights_lost")))
@@ -462,13 +494,9 @@ class Pool:
         rows = []
         for device in self.devices.values():
             member = self.hub.members.get(device.name)
-            doing = (
-                self.hub.left.get(device.name, "is away")
-                if member is None
-                else "is prepared"
-                if not device.ready
-                else "waits"
-            )
+            doing = "waits" if device.ready else "is prepared"
+            if member is None:
+                doing = self.hub.left.get(device.name, "is away")
             if device.run:
                 of, seed = device.run.experiment, device.run.seed
                 doing = f"{'scores' if device.scores else 'runs'} experiment {of}, seed {seed}"

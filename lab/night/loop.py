@@ -19,7 +19,7 @@ import filelock
 
 import storage
 from lab.errors import LabError
-from lab.fleet import here, settings
+from lab.fleet import here, settings, spread
 from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe
 from lab.night import agent, findings, limits, notify, offers, prompt, proposer, serve
@@ -190,9 +190,9 @@ class Night:
             return True
         if fleet is None or not state.baseline.applied or not (state.best and state.best.applied) or self._enough():
             return False
-        under_way = sum(run.ended is None for experiment in state.open for run in experiment.runs)
-        devices = sum(device["usable"] for device in settings.status(self.session))
-        return under_way + len(orders(state)) <= devices
+        busy = {run.worker for experiment in state.open for run in experiment.runs if run.ended is None}
+        present = [device["name"] for device in settings.status(self.session) if device["usable"]]
+        return bool(present) and not spread.supplied(orders(state), state, busy, present)
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""

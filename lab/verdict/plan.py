@@ -42,13 +42,18 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is wanted: one train.py, one seed, seconds of training."""
+    """A run that is wanted: one train.py, one seed, seconds of training.
+
+    Attributes:
+        patches: of its experiment's, which it is to hold beside. others: seeds that would do as well.
+    """
 
     blob: str
     seed: int
     budget: float
     urgency: Urgency
-    patches: tuple[int, ...] = ()  # of the experiment's, made on that train.py
+    patches: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,9 @@ def _change(change: Experiment, state: State) -> Plan:
         if step.seed in _begun(state, blob):
             return Plan()
         reserve = account_of(state).stake if sound and change.stake is None else None
-        return Plan((Job(blob, step.seed, state.started.budget or 0.0, urgency),), stake=reserve)
+        paired = tuple(seed for seed in others if seed not in own) if urgency is Urgency.REPEAT else ()
+        job = Job(blob, step.seed, state.started.budget or 0.0, urgency, others=paired)
+        return Plan((job,), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
     if moved and state.best and step.action != "discard":
         evidence = gate.replace_evidence(
@@ -272,7 +279,7 @@ def _shared(block: Experiment, state: State) -> Plan:
         if screening.searching and _under_way(block):
             return Plan()
         members = screening.next(len(begun))
-        job = Job(parent.blob, SHARED_SEED + block.number, state.started.budget or 0.0, Urgency.FIRST, members)
+        job = Job(parent.blob, SHARED_SEED + block.number, state.started.budget or 0.0, Urgency.FIRST, patches=members)
         return Plan((job,))
     if _under_way(block):
         return Plan()

@@ -44,7 +44,8 @@ class Many:
         session, begun = self.session, False
         for order in orders:
             free = [name for name in self.names if name not in self.busy]
-            if name := spread.device_for(order, session.state, free, self.names):
+            if found := spread.placed(order, session.state, free, self.names):
+                name, order = found
                 begun = True
                 if order.score is not None:
                     executor.score_again(session, order.experiment, session.state.runs[order.score])
@@ -234,13 +235,17 @@ def lost(session, change, worker, seed=42):
 
 def test_a_run_whose_device_was_lost_is_made_on_another(session):
     change = opened(session, edited(LOSS=0.9))
+
+    def device(free, present):
+        found = spread.placed(orders(session.state)[0], session.state, free, present)
+        return found and found[0]
+
     for worker in "ab":
-        assert spread.device_for(orders(session.state)[0], session.state, [worker], ["a", "b", "c"]) == worker
+        assert device([worker], ["a", "b", "c"]) == worker
     lost(session, change, "a")
-    order = orders(session.state)[0]
-    assert spread.device_for(order, session.state, ["a"], ["a", "b"]) is None
-    assert spread.device_for(order, session.state, ["a", "b"], ["a", "b"]) == "b"
-    assert spread.device_for(order, session.state, ["a"], ["a"]) == "a"  # there is no other
+    assert device(["a"], ["a", "b"]) is None
+    assert device(["a", "b"], ["a", "b"]) == "b"
+    assert device(["a"], ["a"]) == "a"  # there is no other
     executor.supervise(session, Many(session, ["a", "b"]))
     assert change.status == "keep" and [run.worker for run in change.own_runs if run.ok][0] == "b"
 
