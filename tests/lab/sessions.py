@@ -53,7 +53,7 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repos
     (path / "prepare.py").write_text("BUDGET = 300\n")
     (path / "program.md").write_text("be good\n")
     if project:
-        for name in ("backends", "calibration", "lab"):
+        for name in ("backends", "calibration", "findings", "lab"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
         for source in (
             *(
