@@ -171,7 +171,7 @@ def many(tmp_path, monkeypatch, runner):
     session = sessions.make(tmp_path / "project", train=train.encode())
     supervise(session)
     monkeypatch.setattr(loop.executor, "launch", lambda session: supervise(session))
-    monkeypatch.setattr(loop.shared, "BLOCK", 64)
+    monkeypatch.setattr(loop.shared, "BLOCK", 72)
     return session
 
 
