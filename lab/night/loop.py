@@ -251,7 +251,7 @@ class Night:
                 blocks.open_joint(session, block)
             return True
         noise = noise_of(session.state).sd
-        if blocks.plainly_good(session.state) or noise < shared.QUIET:
+        if noise < shared.QUIET or blocks.given_up(session.state) or blocks.plainly_good(session.state):
             return False
         if self.now.deadline:
             runs = min(runs, int((self.now.deadline - time.time()) / self._needed()))
