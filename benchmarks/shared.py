@@ -62,6 +62,11 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         shared.MIXTURE = mixture * (1.0, setting.prior, setting.prior)
         while len(runs) < RUNS - len(baseline) - 2 * count:
             screening = shared.Screening(len(true), runs, noise.sd, parent)
+            if screening.hopeless:  # the rest of the night has one change per run
+                alone = nights.night(effects, seed, nights.Setting(RUNS - len(runs), setting.noise))
+                return dict(
+                    gain=alone["gain"], keeps=alone["keeps"], false=float(alone["false"] > 0), members=0.0, good=0.0
+                )
             members = screening.next(len(runs))
             runs.append((members, score(members)))
         screening = shared.Screening(len(true), runs, noise.sd, parent)

@@ -73,6 +73,7 @@ TEXTS: dict[str, str] = {
     "further_runs": "as experiment {of}, of which these are further runs",
     "screened": "{runs} shared runs of {patches} patches: {chosen} look better together, and are tested as one",
     "screened_in_vain": "{runs} shared runs of {patches} patches: none looks better",
+    "mostly_bad": "{runs} shared runs of {patches} patches: so many make a run far worse that each is tried alone",
     "plainly_good": "{runs} shared runs of {patches} patches: {what} is plainly better, and goes on alone",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",

@@ -27,12 +27,13 @@ MOST_TRIED = 20  # candidates of other sessions that are looked at, the likelies
 
 @dataclass(frozen=True)
 class Idea:
-    """Something to try: a whole train.py. `gain`: bits per byte expected of it."""
+    """Something to try: a whole train.py. `gain`: bits per byte expected of it. `name`: of a published finding."""
 
     origin: str
     description: str
     content: bytes
     gain: float
+    name: str = ""
 
 
 def tried(state: State) -> dict[str, Experiment]:
@@ -74,7 +75,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
         except edits.NotHere:
             continue
         if not state.equal(describe(content).digest):
-            yield Idea(origin, description, content, gain)
+            device, name, _ = origin.split("/")
+            yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
 
 
 @dataclass(frozen=True)

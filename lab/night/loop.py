@@ -42,7 +42,7 @@ AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried aga
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
-SHORTEST_BLOCK, FEWEST_SHARED = 40, 8  # runs, and findings to share them
+SHORTEST_BLOCK, FEWEST_SHARED = 40, 8  # runs beside those of its test, and findings to share them
 PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
 THINKING = "the agent thinks"
 
@@ -325,11 +325,13 @@ class Night:
             with exclusive(session, PATIENCE, self.view.say):
                 blocks.open_joint(session, block)
             return True
-        if blocks.plainly_good(session.state) or noise_of(session.state).sd < shared.QUIET:
+        noise = noise_of(session.state).sd
+        if noise < shared.QUIET or blocks.given_up(session.state) or blocks.plainly_good(session.state):
             return False
         if self.now.deadline:
             runs = min(runs, int((self.now.deadline - time.time()) / self._needed()))
-        patches = findings.patches(session) if runs >= SHORTEST_BLOCK else []
+        long_enough = runs >= SHORTEST_BLOCK + 2 * shared.tested(noise)
+        patches = findings.patches(session) if long_enough else []
         if len(patches) < FEWEST_SHARED:
             return False
         with exclusive(session, PATIENCE, self.view.say):

@@ -12,6 +12,8 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import islice
 
 from backends.operations import MODULES, OPERATIONS, TABLE
 from lab import untrusted
@@ -34,6 +36,7 @@ RUNNING = 8  # experiments that are being run
 WIDTH = 120  # characters of a description
 TRACEBACK = 12  # lines
 DIFFS, DIFF_LINES = 6, 14  # changes whose lines are told, and how many of each
+MOST_FINDINGS = 8  # published ones that are told
 VALUES = 8  # of a variable, the best
 RULES = re.compile(r"^#+ *rules\b.*?$\n(.*?)(?=^#+ |\Z)", re.I | re.M | re.S)
 ASSIGNED = re.compile(r"^([+-])([A-Z][A-Z0-9_]*) = (.*?)(?:  #.*)?$", re.M)
@@ -307,7 +310,27 @@ def _changed_lines(diff: str, most: int) -> str:
 
 
 def _findings(session: Session, most: int) -> str:
-    """What other sessions kept, and was not tried here."""
+    """What other sessions kept, with its lines, and published findings, a line each: those not tried here."""
+    if most < 400:
+        return ""
+    told = _published(session, most // 2)
+    kept = _kept_elsewhere(session, most - _size(told))
+    return "\n\n".join(filter(None, (kept, told)))
+
+
+def _published(session: Session, most: int) -> str:
+    """Findings that apply to the best and promise something on this device."""
+    lines = []
+    with suppress(LabError, OSError):
+        for idea in islice((idea for idea in findings.ideas(session) if idea.name), MOST_FINDINGS):
+            lines.append(f"- {one_line(idea.description, WIDTH)} (findings/{idea.name}.txt, {idea.gain:+.4f})")
+    lines = _fitting(lines, most - 200)
+    text = "The edit and the evidence of each are in its file; behind it, the gain that is expected here."
+    return _section("Published elsewhere, not tried here", "\n".join([text, "", *lines])) if lines else ""
+
+
+def _kept_elsewhere(session: Session, most: int) -> str:
+    """What other sessions kept."""
     if most < 400:
         return ""
     try:

@@ -94,12 +94,13 @@ def _text(content: bytes) -> str:
 
 
 def _new(state: State, text: str) -> bool:
-    """Whether it is Python, and nothing equal was decided on."""
+    """Whether it is Python, and nothing equal is open or was decided on."""
     try:
         digest = describe(text.encode()).digest
     except LabError:
         return False
-    return (state.best is None or digest != state.best.digest) and not state.equal(digest)
+    known = {e.digest for e in (*state.open, state.best) if e}
+    return digest not in known and not state.equal(digest)
 
 
 def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:

@@ -30,8 +30,18 @@ def made(content: bytes, patches: Sequence[Patch], places: Iterable[int]) -> tup
 
 
 def screened(state: State) -> set[str]:
-    """Origins of what some block has tried."""
-    return {patch.origin for e in state.experiments.values() if e.kind == "shared" for patch in e.patches}
+    """Origins of what some block has tried, or is trying."""
+    blocks = [e for e in state.experiments.values() if e.kind == "shared" and not _in_vain(e)]
+    return {patch.origin for e in blocks for patch in e.patches}
+
+
+def given_up(state: State) -> bool:
+    """Whether shared runs turned out not to suit this list on this device."""
+    return any(e.kind == "shared" and _in_vain(e) for e in state.decided)
+
+
+def _in_vain(block: Experiment) -> bool:
+    return block.decided is not None and block.decided.reason.code == "mostly_bad"
 
 
 def plainly_good(state: State) -> str:

@@ -275,7 +275,7 @@ def _shared(block: Experiment, state: State) -> Plan:
         likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
     )
     plain = screening.plainly_good() if len(ended) % shared.BARE == shared.BARE - 1 else []
-    if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain:
+    if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain and not screening.hopeless:
         if screening.searching and _under_way(block):
             return Plan()
         members = screening.next(len(begun))
@@ -286,6 +286,8 @@ def _shared(block: Experiment, state: State) -> Plan:
     estimates = screening.estimates()
     chosen = screening.chosen(estimates)
     facts = {"runs": len(ended), "patches": len(edit)}
+    if screening.hopeless:
+        return Plan(verdict=Verdict("discard", because("mostly_bad", **facts)))
     reason = because("screened_in_vain", **facts)
     if plain:
         best = block.patches[min(plain, key=lambda place: estimates[place][0])]

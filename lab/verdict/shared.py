@@ -25,6 +25,7 @@ from lab.session.events import Interval
 QUIET = 0.002  # noise, from which on findings share runs
 BLOCK = 150  # runs of a block, those of its test included
 AT_ONCE, BARE = 8, 12
+CULPRITS, MOST_BAD = 2, 0.25  # patches that were dropped, and their share of what is known, that end a block
 FAR = 5.0  # standard deviations: a run that is so much worse has a culprit, a patch so good goes the ordinary way
 CHOSEN, MOST_CHOSEN = 0.05, 16  # standard deviations of noise that a posterior mean has to gain; members of the test
 NOISES, TESTED = (0.003, 0.005, 0.01, 0.03), (6, 8, 14, 22)  # runs of the patch and of the parent, by noise
@@ -83,6 +84,13 @@ class Screening:
     def searching(self) -> bool:
         """Whether a culprit is searched for, one run after the other."""
         return bool(self._searched()[1])
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many patches make runs far worse that one change per run does better."""
+        dropped, _, sound = self._searched()
+        cleared = {patch for place in sound for patch in self.runs[place][0]}
+        return len(dropped) >= CULPRITS and len(dropped) > MOST_BAD * len(dropped | cleared)
 
     def estimates(self) -> list[Interval]:
         """Of each patch: the posterior mean of its effect, and the ends of its 90 % interval."""

@@ -143,3 +143,48 @@ def test_the_classes(effect, runs, verdict):
     assert published.verdict(-0.02, Effect(effect, 0.0, error, 20))[0] == verdict
     assert published.verdict(-0.02, Effect(effect, 0.0, error, 20, biased=True))[0] in ("holds", "can't be told")
     assert published.verdict(-0.02, None)[0] == "can't be told"
+
+
+def test_the_prompt_names_those_that_suit(searched, library):
+    text = prompt.write(searched, PROGRAM, [])
+    assert "# Published elsewhere, not tried here" in text and "(findings/warm-up.txt, +0.00" in text
+    assert "not-here" not in text and "no-gain" not in text
+    run(searched, library, "warm-up")
+    assert "warm-up.txt" not in prompt.write(searched, PROGRAM, [])
+
+
+# --- Shared runs ---
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch, runner):
+    """A noisy session, and ten findings, of which two help."""
+    names = [f"V{i}" for i in range(10)]
+    folder = tmp_path / "findings"
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name.lower()}.txt").write_text(FILE.format(name, "fake-2gb", "-0.01", f"{name}: 1.0 -> 0.5"))
+    found = published.library(folder)
+    monkeypatch.setattr(published, "library", lambda: found)
+    values = "".join(f"{name} = 1.0\n" for name in names)
+    train = f"{values}NOISE, FAILS, LEAK = 0.01, None, 0.0\nLOSS = 1.0 - 0.03 * (V1 != 1.0) - 0.03 * (V2 != 1.0)\n"
+    session = sessions.make(tmp_path / "project", train=train.encode())
+    supervise(session)
+    monkeypatch.setattr(loop.executor, "launch", lambda session: supervise(session))
+    monkeypatch.setattr(loop.shared, "BLOCK", 72)
+    return session
+
+
+def test_on_a_noisy_device_findings_share_runs(many, monkeypatch):
+    loop.Night(many, options(findings=True, max_experiments=2), Seen()).run()
+    first, joint = list(Session(many.folder).state.experiments.values())[1:]
+    assert (first.kind, joint.kind, len(first.patches)) == ("shared", "joint", 10)
+    assert joint.status == "keep" and {"v1", "v2"} <= {patch.origin.split("/")[1] for patch in joint.patches}
+    assert findings.patches(many) == [] == list(findings.ideas(many))  # a block tells once
+
+
+def test_without_the_time_for_a_block_they_come_one_by_one(many):
+    night = loop.Night(many, options(findings=True, max_experiments=1), Seen())
+    night.now.deadline = loop.time.time() + 20 * night._needed()
+    night.run()
+    assert [e.kind for e in Session(many.folder).state.experiments.values()] == ["baseline", "change"]

@@ -12,6 +12,7 @@ from lab.verdict.executor import supervise
 from lab.compare import published
 from lab.night import proposer, sampler
 from lab.session.session import Session
+from lab.verdict import opening
 
 ROOT = Path(__file__).resolve().parents[3]
 # The score is best at LR = 0.01 and DEPTH = 6.
@@ -191,6 +192,14 @@ def test_steps_fit_what_the_ledgers_say():
         "part",
         "size",
     ]
+
+
+def test_what_is_open_is_not_proposed_again(tmp_path, runner):
+    session = begun(tmp_path / "project", CONSTANT + b"STEPS = 3  # [2 .. 4]\n")
+    first = proposer.propose(session)
+    with opening.exclusive(session):
+        opening.open_change(session, first.description, content=first.content)  # and it is not run yet
+    assert proposer.propose(session).content != first.content
 
 
 def test_line_ends_stay(tmp_path, runner):

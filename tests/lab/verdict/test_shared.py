@@ -97,6 +97,17 @@ def test_what_makes_runs_far_worse_is_found_by_halves_and_dropped(crash):
     assert 7 not in last.chosen(last.estimates()) and not last.searching
 
 
+def test_a_list_that_is_mostly_far_worse_is_given_up(tmp_path, runner):
+    assert not screened([-0.01, 0.001, 0.002] * 6).hopeless
+    assert screened([0.3, 0.3, -0.01] * 6, count=30).hopeless
+    train = TRAIN.replace("-0.002", "-0.3")
+    session = begun(tmp_path / "project", train.encode())
+    first = block(session)
+    supervise(session)
+    assert first.verdict.reason.code == "mostly_bad" and len(first.runs) < 30
+    assert blocks.given_up(session.state) and blocks.screened(session.state) == set()
+
+
 def test_what_is_plainly_good_needs_no_company():
     assert screened([-0.2, 0.0, 0.001], noise=0.003).plainly_good() == [0]
 
