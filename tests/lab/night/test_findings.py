@@ -99,7 +99,7 @@ def run(session, library, name, status_runs=4):
     """A finding, tried to its verdict."""
     finding = library[name]
     content = findings.apply(finding, session.repository.content(session.state.best.blob))
-    return sessions.attempt(session, content, finding.title, origin=finding.origin)
+    return sessions.attempt(session, content, finding.title, more={"origin": finding.origin})
 
 
 def test_the_list_says_what_became_of_them(searched, library, monkeypatch, capsys):

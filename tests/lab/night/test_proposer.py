@@ -41,7 +41,7 @@ def begun(path, train):
 def attempt(session, proposal=None):
     """The next experiment, to its verdict."""
     proposal = proposal or proposer.propose(session)
-    experiment = sessions.attempt(session, proposal.content, proposal.description, origin=proposal.origin)
+    experiment = sessions.attempt(session, proposal.content, proposal.description, more={"origin": proposal.origin})
     assert experiment is session.state.last
     return experiment
 
