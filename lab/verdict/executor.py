@@ -36,7 +36,7 @@ from lab.session.repository import TRAIN
 from lab.session.session import SUPERVISOR, Session
 from lab.session.state import BESIDE, Experiment, Run
 from lab.verdict import blocks
-from lab.verdict.plan import Job, Order, TRIES, account_of, orders, plan, scored_parent
+from lab.verdict.plan import Job, Order, TRIES, orders, plan, scored_parent, stake_of
 
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
 FIRST_TIMEOUT = 1200  # seconds beyond the longest training, before anything was measured
@@ -184,7 +184,7 @@ class Here:
 def reserve(session: Session, order: Order) -> None:
     """Reserves what a test may stake, before it goes beyond one run."""
     if order.stakes and order.experiment.stake is None:
-        stake = account_of(session.state).stake
+        stake = stake_of(order.experiment, session.state)
         session.log(events.StakeReserved(experiment=order.experiment.number, stake=stake))
 
 

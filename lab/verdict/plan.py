@@ -171,6 +171,12 @@ def account_of(state: State) -> gate.Account:
     return account
 
 
+def stake_of(experiment: Experiment, state: State) -> float:
+    """What an experiment that is to be tested now reserves."""
+    account = account_of(state)
+    return account.joint_stake if experiment.kind == "joint" else account.stake
+
+
 # --- Kinds of experiments ---
 
 
@@ -221,7 +227,7 @@ def _change(change: Experiment, state: State) -> Plan:
             blob, urgency = change.blob, Urgency.REPEAT if sound else Urgency.FIRST
         if step.seed in _begun(state, blob):
             return Plan()
-        reserve = account_of(state).stake if sound and change.stake is None else None
+        reserve = stake_of(change, state) if sound and change.stake is None else None
         paired = tuple(seed for seed in others if seed not in own) if urgency is Urgency.REPEAT else ()
         job = Job(blob, step.seed, state.started.budget or 0.0, urgency, others=paired)
         return Plan((job,), stake=reserve)
@@ -311,7 +317,7 @@ def _joint(joint: Experiment, state: State) -> Plan:
     wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
     if wanted or _under_way(joint):
         budget = state.started.budget or 0.0
-        stake = account_of(state).joint_stake if joint.stake is None else None
+        stake = stake_of(joint, state) if joint.stake is None else None
         return Plan(tuple(Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
     sound = [run for run in joint.runs if run.ok]
     own, others = ({run.seed or 0: run.bpb for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
