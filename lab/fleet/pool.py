@@ -351,7 +351,7 @@ class Pool:
         executor.reserve(session, order)
         session.restore_judge()
         session.write_ledger()
-        run = session.start_run(order.experiment, job.blob, job.seed, job.budget, device.name)
+        run = session.start_run(order.experiment, job.blob, job.seed, job.budget, worker=device.name)
         folder = session.run_folder(run.number)
         runner.remove(folder)
         folder.mkdir(parents=True)
