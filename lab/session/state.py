@@ -151,7 +151,7 @@ class State:
         self.done: list[Experiment] = []
         self.sampled: Sampled | None = None
         self._by_blob: dict[str, list[Run]] = {}
-        self.taken = 0  # events
+        self.ended = 0  # runs
         for event in events:
             self.take(event)
 
@@ -169,7 +169,6 @@ class State:
 
     def take(self, event: Event) -> None:
         """Adds an event. One that says again what is known changes nothing; LabError for one that contradicts it."""
-        self.taken += 1
         match event:
             case SessionStarted():
                 self._started = _once(self._started, event)
@@ -189,6 +188,7 @@ class State:
                 self._by_blob.setdefault(run.blob, []).append(run)
             case RunEnded():
                 run = self._run(event.run)
+                self.ended += run.ended is None
                 run.ended = _once(run.ended, event)
             case RunScored():
                 self._run(event.run).scored = event

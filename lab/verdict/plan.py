@@ -104,12 +104,13 @@ def plan(experiment: Experiment, state: State) -> Plan:
 
 def noise_of(state: State) -> gate.Noise:
     """Standard deviation of val_bpb between seeds: pooled over the session's repeats, calibration's as a prior."""
-    if (known := _noise.get(state)) is None or known[0] != state.taken:
-        known = _noise[state] = state.taken, _noise_of(state)
+    rests_on = state.ended, len(state.decided), len(state.experiments)
+    if (known := _noise.get(state)) is None or known[0] != rests_on:
+        known = _noise[state] = rests_on, _noise_of(state)
     return known[1]
 
 
-_noise: WeakKeyDictionary[State, tuple[int, gate.Noise]] = WeakKeyDictionary()  # after how many events; many ask
+_noise: WeakKeyDictionary[State, tuple[tuple, gate.Noise]] = WeakKeyDictionary()  # each open experiment asks for it
 
 
 def _noise_of(state: State) -> gate.Noise:

@@ -52,7 +52,7 @@ class Many:
                     continue
                 executor.reserve(session, order)
                 job = order.job
-                run = self.busy[name] = session.start_run(order.experiment, job.blob, job.seed, job.budget, name)
+                run = self.busy[name] = session.start_run(order.experiment, job.blob, job.seed, job.budget, worker=name)
                 folder = session.run_folder(run.number)
                 folder.mkdir(parents=True)
                 (folder / "train.py").write_bytes(session.repository.content(job.blob))
@@ -229,7 +229,7 @@ def test_random_nights_are_sound(night, seed):
 
 
 def lost(session, change, worker, seed=42):
-    run = session.start_run(change, change.blob, seed, session.budget, worker)
+    run = session.start_run(change, change.blob, seed, session.budget, worker=worker)
     session.log(RunEnded(run=run.number, status="lost", reason=because("device_lost")))
 
 
@@ -263,7 +263,7 @@ def test_a_change_that_takes_two_devices_down_is_a_suspect(session):
 def test_where_the_weights_are_lost_another_run_is_made(session):
     """The first scoring finds them gone, as the device has left meanwhile."""
     change = opened(session, edited(LOSS=0.9))
-    run = session.start_run(change, change.blob, 42, session.budget, "a")
+    run = session.start_run(change, change.blob, 42, session.budget, worker="a")
     made = trained(session, run)
     executor.ended(session, run, made, made.status, made.reason)
     assert plan(change, session.state).score == (run.number,)
