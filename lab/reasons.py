@@ -72,6 +72,7 @@ TEXTS: dict[str, str] = {
     "further_runs": "as experiment {of}, of which these are further runs",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
+    "scaled": "the baseline for other times of training: {points}",
     "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be "
     "told from gain. Draw them from SEED, as train.py does; a fixed start of some parameters is fine",
     "not_scored_again": "its saved weights could not be scored again: {problem}",

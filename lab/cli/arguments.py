@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     confirm = command("confirm", "test the best against the baseline on new seeds and held-out rows", wait=True)
     confirm("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
     confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float, default=1)
+    text = "instead, run the baseline for a quarter, half and twice the budget: it gives effects as factors of time"
+    confirm("--scale", text, action="store_true")
 
     command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)

@@ -69,18 +69,21 @@ def do_confirm(session: Session, options) -> int:
         if not state.open:
             opening.sound_baseline(session)
             best = opening.best_of(session)
-            if best is state.baseline:
+            if best is state.baseline and not options.scale:
                 raise LabError("the baseline is still the best: there is nothing to confirm yet")
+            of, said = best, best.description
+            if options.scale:
+                of, said = state.baseline, "the baseline for other times"
             session.open_experiment(
-                kind="confirm",
-                blob=best.blob,
+                kind="scale" if options.scale else "confirm",
+                blob=of.blob,
                 parent=state.baseline.blob,
                 onto=0,
                 pairs=options.pairs,
-                commit=best.here,
-                budget=session.budget * options.times,
-                description=best.description,
-                portable=best.portable,
+                commit=of.here,
+                budget=None if options.scale else session.budget * options.times,
+                description=said,
+                portable=of.portable,
             )
         process = launch(session)
     return follow(session, options, process)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from lab.compare import classify, effects, words
 from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
+from lab.compare.multiplier import Curve, Times
 from lab.errors import LabError
 from lab.genome.kinds import KINDS
 from lab.session.events import Interval
@@ -41,6 +42,8 @@ class Cell:
     why: str = ""  # a sentence
     more: dict[str, int] | None = None  # further runs that would probably tell: {"here": 3, "source": 0}; see classify
     due: str = ""  # see effects.due
+    times: Times | None = None  # the effect as a factor of time; None where the baseline was run for one time alone
+    verdict_in_time: str = ""  # as verdict, with effects in log time
 
 
 @dataclass
@@ -132,6 +135,7 @@ def compare(analyses: list[Analysis]) -> Comparison:
     attempts = [Attempt(analysis, experiment) for analysis in analyses for experiment in analysis.tried]
     changes = _by_id(attempts) + _by_family(attempts) + _by_words(attempts)
     changes.sort(key=lambda change: len(change.cells) < 2)
+    _tell_in_time(changes, analyses)
     places = list(dict.fromkeys(analysis.place for analysis in analyses))
     pairs = [(*pair, joined) for joined in JOINED for pair in combinations(places, 2)]
     agreements = [agreed for pair in pairs if (agreed := _agreement(changes, *pair))]
@@ -180,6 +184,22 @@ def _by_id(attempts: list[Attempt]) -> list[Shared]:
             if place != source.place and cell.effect and effect:
                 cell.verdict, cell.why, cell.more = classify.classify(effect, cell.effect)
     return changes
+
+
+def _tell_in_time(changes: list[Shared], analyses: list[Analysis]) -> None:
+    """Tells effects as factors of time, too, where the place has a curve of its baseline, and judges them so."""
+    curves: dict[str, Curve] = {}
+    for analysis in analyses:
+        if analysis.curve and not analysis.curve.why_not:
+            curves.setdefault(analysis.place, analysis.curve)
+    for change in changes:
+        for place, cell in change.cells.items():
+            if place in curves and cell.effect:
+                cell.times = curves[place].told(cell.effect)
+        source = change.cells[change.source].times if change.source else None
+        for place, cell in change.cells.items():
+            if place != change.source and source and source.effect and cell.times and cell.times.effect:
+                cell.verdict_in_time, _, _ = classify.classify(source.effect, cell.times.effect)
 
 
 def _by_family(attempts: list[Attempt]) -> list[Shared]:

@@ -91,6 +91,7 @@ class Effect:
     picked: bool = False  # the change itself was chosen for its scores here; else, if biased, only its parent was
     tokens: float | None = None  # of the change relative to its parent's; None if unknown
     flops: float | None = None
+    parent_bpb: float | None = None  # val_bpb of its parent; None if that is the baseline
 
     def __post_init__(self):
         if self.error is not None:
@@ -140,6 +141,7 @@ def together(effects: list[Effect]) -> Effect | None:
 
     facts: dict[str, Any] = {name: average(name) for name in ("value", "relative", "noise", "tokens", "flops")}
     facts |= {name: sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs")}
+    facts["parent_bpb"] = average("parent_bpb")
     df = satterthwaite([(weight / total**2, effect.df) for weight, effect in zip(weights, sure)])
     return Effect(error=1 / math.sqrt(total), df=df, known=all(effect.known for effect in sure), **facts)
 

@@ -72,7 +72,7 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
     groups: dict[tuple, list[Analysis]] = {}
     for session in sessions:
         groups.setdefault((session.eval, session.budget, "" if session.eval else session.name), []).append(session)
-    heads = "place", "session", "baseline", "best", "gain", "gain, %", "confirmed", "noise"
+    heads = "place", "session", "baseline", "best", "gain", "gain, %", "confirmed", "in time", "noise"
     tables = []
     for (tag, budget, _), group in groups.items():
         caption = f"Measured by evaluator {tag}" + (f", after {budget:g} s of training" if budget else "")
@@ -82,7 +82,8 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
             confirmed = _shown(session.confirmed, -1) if session.confirmed else "no"
             gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), confirmed
             noise = number(session.noise and session.noise.sd, ".6f")
-            rows.append((Place(session.place), session.name, *scores, *gains, noise))
+            time = str(session.gained or "-").replace(" of the time", "")
+            rows.append((Place(session.place), session.name, *scores, *gains, time, noise))
         unknown = "Measured by what is not known: these scores compare with no others"
         tables.append(Table(caption if tag else unknown, heads, rows))
     return tables
@@ -153,6 +154,8 @@ def _remarks(change: Shared, cell: Cell) -> list[str]:
     if cell.effect is None:
         return [cell.why or ", ".join(cell.tried)]
     remarks = [one_line(cell.description, 40)] if change.joined != CHANGE else []
+    if cell.times:
+        remarks.append(f"in {cell.times}" + f", where it {cell.verdict_in_time}" * _differs(cell))
     if cell.effect.low is None:
         remarks.append("unconfirmed")
     if cell.effect.biased and cell.verdict in (SOURCE, ""):
@@ -160,6 +163,11 @@ def _remarks(change: Shared, cell: Cell) -> list[str]:
     if cell.verdict == classify.OPEN:
         remarks.append(_missing(cell))
     return [*remarks, cell.due]
+
+
+def _differs(cell: Cell) -> bool:
+    """Whether the effect has another class as a factor of time."""
+    return cell.verdict_in_time not in ("", classify.OPEN, cell.verdict)
 
 
 def _missing(cell: Cell) -> str:

@@ -212,6 +212,8 @@ def _headline(analysis: Analysis) -> Element:
         facts.append(f"experiment {under_way.number} is under way: {cleaned(under_way.description, 80)}")
     parts = [el("p", big, class_="big"), el("p", said), el("p", *_badge(analysis)) if analysis.gain else None]
     notes = [el("p", cleaned(note, 400), class_="note") for note in analysis.notes]
+    if said := analysis.said_of_time:
+        parts.append(el("p", f"{said[:1].upper()}{said[1:]}."))
     return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
 
 
@@ -321,6 +323,7 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(experiment.time)) if experiment.time > 0 else ""
     facts = [
         ("why", experiment.verdict.said),
+        ("in time", str(analysis.times(experiment) or "")),
         ("kind", ", ".join(experiment.kinds)),
         ("made from", "" if experiment.onto is None else f"experiment {experiment.onto}"),
         ("begun", begun),

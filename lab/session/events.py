@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
 
-Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm"]
+Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm", "scale"]
 Status = Literal["keep", "discard", "crash", "invalid"]
 RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
@@ -134,13 +134,15 @@ class ExperimentOpened(Event, tag="experiment"):
     """One change of train.py, or the baseline (number 0), or a confirmation.
 
     Attributes:
-        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one.
+        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one, "scale" runs of the
+            baseline for other times.
         blob, parent: git's ids of its train.py and of the one that it is judged against, which experiment `onto` was
             kept for. commit: where it is stored.
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
         kinds: what it is about, see genome/kinds.py. diff: a unified diff from parent to blob.
         members: numbers of the near misses that it puts together, or of the one that it repeats.
-        min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation.
+        min_runs: seeds that it and its parent are run on at least.
+        pairs, budget: of a confirmation; pairs: of a scale, the runs for each time.
     """
 
     number: Number

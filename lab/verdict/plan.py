@@ -25,6 +25,7 @@ MOST_LOST = 5  # runs of one experiment that the harness did not survive; those 
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
 WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
+SCALES = 0.25, 0.5, 2.0  # of the budget, that the baseline is run for beside it
 
 
 class Urgency(IntEnum):
@@ -60,7 +61,9 @@ def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
     if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
-    return {"baseline": _baseline, "confirm": _confirmation}.get(experiment.kind, _change)(experiment, state)
+    return {"baseline": _baseline, "confirm": _confirmation, "scale": _scale}.get(experiment.kind, _change)(
+        experiment, state
+    )
 
 
 # --- What every session's verdicts rest on ---
@@ -233,6 +236,21 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     reason = because("confirmed", pairs=confirmation.pairs, gain=gain, low=low, high=high)
     mean = statistics.fmean(run.bpb for run in sound if run.blob == best)
     return Plan(verdict=Verdict("keep", reason, mean, gains=gains))
+
+
+def _scale(scale: Experiment, state: State) -> Plan:
+    """The baseline for other times, on new seeds, the times in turn: what a score is worth in time."""
+    if failed := _failure(scale, scale.runs, state):
+        return Plan(verdict=failed)
+    asked = {(run.budget, run.seed) for run in scale.runs if run.ok or run.ended is None}
+    seeds = [CONFIRM_SEEDS + 100 * scale.number + round for round in range(scale.pairs)]
+    times = [share * (state.started.budget or 0.0) for share in SCALES]
+    wanted = [(time, seed) for seed in seeds for time in times if (time, seed) not in asked]
+    if wanted or _under_way(scale):
+        return Plan(tuple(Job(scale.blob, seed, time, Urgency.REPEAT) for time, seed in wanted))
+    means = [statistics.fmean(run.bpb for run in scale.runs if run.ok and run.budget == time) for time in times]
+    points = ", ".join(f"{mean:.6f} after {time:g} s" for time, mean in zip(times, means))
+    return Plan(verdict=Verdict("keep", because("scaled", points=points)))
 
 
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:
