@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     report("sources", "as for compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
     report("--device", "as for compare", "TAG", action="append", default=[])
     report("--out", "where to write it (default report.html)", "FILE", type=Path, default=Path("report.html"))
+    report("--price", "of a kWh, to tell what training cost where its energy was measured", "X", type=float)
     report("--png", "also write a picture of the progress", "FILE", type=Path)
 
     replay = command("replay", "try another machine's kept changes here, one experiment each")

@@ -252,7 +252,7 @@ def do_report(options) -> int:
         from lab.share import sources
 
         records = sources.read_all(options.sources or [_checked_out()], options.device)
-        print(*page.write(records, options.out, options.png), sep="\n")
+        print(*page.write(records, options.out, options.png, options.price), sep="\n")
     finally:
         gc.enable()
     return 0

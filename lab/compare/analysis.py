@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -225,6 +226,17 @@ class Analysis:
         """Runs that its ledger has."""
         return sum(run.status not in (None, "lost") for run in self.state.runs.values())
 
+    def said_of_energy(self, price: float | None = None) -> str:
+        """What its training took, and cost at a price for a kWh; "" where nothing was measured."""
+        runs = [run for run in self.state.runs.values() if run.ok]
+        known = [joules for run in runs if (joules := quantity(run, "joules")) is not None]
+        if not known:
+            return ""
+        watts, hours = effects.mean(runs, "watts"), math.fsum(known) / 3.6e6
+        of = f"{len(known)} of {len(runs)} runs" if len(known) < len(runs) else f"{len(runs)} runs"
+        said = f"training {of} took {hours:.3g} kWh" + (f", {watts:.0f} W" if watts else "")
+        return said + (f", which cost {hours * price:.2f} at {price:g} a kWh" if price is not None else "")
+
     @property
     def notes(self) -> list[str]:
         """What a reader should know."""
@@ -238,7 +250,10 @@ class Analysis:
         facts = {name: getattr(self, name) for name in FACTS} | {n: getattr(self.started, n) for n in STARTED}
         facts |= {"sort": sort_of(self.started.device), "experiments": len(self.tried), "counts": dict(self.counts)}
         for name, experiment in (("baseline", self.baseline), ("best", self.best)):
-            figures = {figure: self.mean(experiment, figure) for figure in ("tokens", "flops", "mfu_percent")}
+            figures = {
+                figure: self.mean(experiment, figure)
+                for figure in ("tokens", "flops", "mfu_percent", "watts", "joules_per_M")
+            }
             known = {"number": experiment.number, "val_bpb": self.scores[experiment.number]} if experiment else {}
             facts[name] = known | figures if known else None
         said = self.confirmation.verdict.said if self.confirmation else ""

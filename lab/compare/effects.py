@@ -43,12 +43,21 @@ FLATTERED = {True: "biased by selection", False: "its parent is biased by select
 
 def quantity(run: Run, name: str) -> float | None:
     """A figure of a run: "tokens" that it was trained on, the model's "flops" for all of them, "memory" at the peak
-    (GiB), or a measure by its name in results.py. None if it is unknown, or nothing that can have been measured: a
-    record from elsewhere may say anything."""
+    (GiB), "watts" while it trained, "joules_per_M" tokens, or a measure by its name in results.py. None if it is
+    unknown, or nothing that can have been measured: a record from elsewhere may say anything."""
     if name == "tokens":
         return _scaled(quantity(run, "total_tokens_M"), 1e6)
     if name == "memory":
         return _scaled(quantity(run, "peak_vram_mb"), 1 / 1024)
+    if name == "watts":
+        joules, seconds = quantity(run, "joules"), quantity(run, "training_seconds")
+        longer = (
+            (1 + max(0.0, run.disturbance)) * seconds + (quantity(run, "paused_seconds") or 0.0) if seconds else None
+        )
+        return _scaled(joules, 1 / longer if longer else None)
+    if name == "joules_per_M":
+        joules, tokens = quantity(run, "joules"), quantity(run, "total_tokens_M")
+        return _scaled(joules, 1 / tokens if tokens else None)
     if name == "flops":
         per_token, rate = quantity(run, "flops_per_token"), quantity(run, "tokens_per_second")
         if per_token is None and rate is not None:  # of a ledger
