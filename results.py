@@ -59,6 +59,7 @@ MEASURES = (
     Measure("paused_seconds", float, "s", "in which nothing of the run ran", needed=True),
     Measure("probe_seconds", float, "s", "that the clock's probe takes undisturbed", nullable=True),
     Measure("step_seconds", dict, "s", "that a step of each kind takes undisturbed"),
+    Measure("losses", dict, "nats", "training loss by share of the steps, and so of tokens and time"),
     Measure("flops_per_token", float, "FLOP", "the model's, forward and backward"),
     Measure("model_tflops", float, "TFLOP/s", "the model's FLOP per second", "", "tflops", ".4g", nullable=True),
     # by the harness, outside of the run

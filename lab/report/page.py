@@ -145,12 +145,16 @@ def _session(data: Data, key: str, analysis: Analysis, head: str, price: float |
     label = f"Scores by experiment, and the best so far. {': '.join(in_short(analysis))}"
     progress = _figure(data, charts.progress(analysis, key, 1120, 430), f"{key}-progress", label)
     steps = tables.steps_tables([analysis])
+    losses = _figure(
+        data, charts.losses(analysis, 1120, 330), f"{key}-losses", "Training loss by tokens, of what was kept"
+    )
     sections = {
         "Progress": (progress,),
         "Experiments": (_experiments(data, key, analysis),),
         "Crashed and invalid": (_failed(analysis),),
         "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
         "Where the time went": (_shares(analysis),),
+        "Loss against tokens": (losses,),
         "Score against tokens and FLOPs": (TOKENS_TOLD, *steps) if steps else (),
         "What they write": (_sample(analysis),),
         "What it was measured under": (_under(analysis),),
