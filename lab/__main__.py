@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
-ELSEWHERE = ("start", "import", "compare", "report", "mcp")  # what no session's judge is asked for
+ELSEWHERE = ("start", "import", "compare", "report", "reproduce", "mcp")  # what no session's judge is asked for
 READING = ("check", "mcp", "status", "log", "export", "compare", "report")  # what an agent may ask for in its turn
 IN_TURN = (
     "a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an "

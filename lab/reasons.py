@@ -72,6 +72,9 @@ TEXTS: dict[str, str] = {
     "further_runs": "as experiment {of}, of which these are further runs",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
+    "compared": "{what}: on held-out rows and {pairs} new seeds {gain:+.6f} bits per byte better than what it is "
+    "compared with (90 % interval {low:+.6f} to {high:+.6f})",
+    "resized": "the baseline in another size",
     "scaled": "the baseline for other times of training: {points}",
     "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be "
     "told from gain. Draw them from SEED, as train.py does; a fixed start of some parameters is fine",

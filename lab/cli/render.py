@@ -113,6 +113,8 @@ def block(session: Session, experiment: Experiment) -> str:
     said = experiment.status.upper()
     if "confirmed" in known:
         said = "CONFIRMED" if known["confirmed"] else "NOT CONFIRMED"
+        if experiment.kind == "transfer":
+            said = "CARRIES" if known["confirmed"] else "NOT SHOWN TO CARRY"
     if experiment.kind == "scale" and experiment.status == "keep":
         said = "MEASURED"
     lines = [f"experiment {experiment.number}: {said}", f"  what              {known['description']}"]
@@ -236,6 +238,8 @@ def status_facts(session: Session) -> dict:
         known["replayed"] = replayed
     if confirmed := [e for e in state.decided if e.kind == "confirm"]:
         known["confirmation"] = confirmed[-1].verdict.said
+    if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
+        known["transfers"] = [e.verdict.said for e in carried]
     if any(e.kind == "scale" for e in state.decided):
         from lab.compare.analysis import Analysis  # here, as few sessions have one
 
@@ -271,6 +275,7 @@ def status(session: Session) -> str:
         lines.append(f"the last {known['crashes_in_a_row']} experiments crashed")
     if "confirmation" in known:
         lines.append(f"confirmation: {known['confirmation']}")
+    lines += [f"transfer: {said}" for said in known.get("transfers", ())]
     if "time" in known:
         lines.append(known["time"]["said"])
     if known.get("near_misses"):

@@ -219,6 +219,9 @@ def _headline(analysis: Analysis, price: float | None) -> Element:
     notes = [el("p", cleaned(note, 400), class_="note") for note in analysis.notes]
     if time_told := analysis.said_of_time:
         parts.append(el("p", f"{time_told[:1].upper()}{time_told[1:]}."))
+    for experiment in analysis.state.decided:
+        if experiment.kind == "transfer" and experiment.pairs:
+            parts.append(el("p", f"Transfer: {cleaned(experiment.verdict.said, 400)}."))
     return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
 
-Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm", "scale"]
+Kind = Literal["baseline", "change", "near misses", "replay", "repeat", "confirm", "scale", "transfer"]
 Status = Literal["keep", "discard", "crash", "invalid"]
 RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
@@ -135,7 +135,7 @@ class ExperimentOpened(Event, tag="experiment"):
 
     Attributes:
         kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one, "scale" runs of the
-            baseline for other times.
+            baseline for other times, "transfer" the best against the baseline, both of another size.
         blob, parent: git's ids of its train.py and of the one that it is judged against, which experiment `onto` was
             kept for. commit: where it is stored.
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.

@@ -26,7 +26,7 @@ from lab.session.events import (
 )
 
 BASELINE = 0  # its number
-APART = ("confirm", "scale")  # kinds whose runs no verdict on a change rests on
+APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
 BESIDE = ("baseline", "replay", "repeat", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", *APART)  # kinds that try nothing new
 

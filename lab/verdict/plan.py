@@ -61,9 +61,9 @@ def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
     if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
-    return {"baseline": _baseline, "confirm": _confirmation, "scale": _scale}.get(experiment.kind, _change)(
-        experiment, state
-    )
+    return {"baseline": _baseline, "confirm": _confirmation, "scale": _scale, "transfer": _confirmation}.get(
+        experiment.kind, _change
+    )(experiment, state)
 
 
 # --- What every session's verdicts rest on ---
@@ -209,7 +209,9 @@ def _further(change: Experiment, state: State) -> Plan:
 
 
 def _confirmation(confirmation: Experiment, state: State) -> Plan:
-    """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
+    """A train.py and its parent in turn, the best and the baseline mostly, on seeds that selected nothing; each run's
+    weights are scored on held-out rows."""
+    of = state.parent_of(confirmation) or state.baseline
     if failed := _failure(confirmation, confirmation.runs, state):
         return Plan(verdict=failed)
     sound = [run for run in confirmation.runs if run.ok]
@@ -217,7 +219,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
         return Plan(score=unscored)
     if problem := next(filter(None, map(disagreement, sound)), None):
         return Plan(verdict=Verdict("invalid", problem))
-    budget, best, parent = confirmation.budget or state.started.budget or 0.0, confirmation.blob, state.baseline.blob
+    budget, best, parent = confirmation.budget or state.started.budget or 0.0, confirmation.blob, of.blob
     seeds = [CONFIRM_SEEDS + 100 * confirmation.number + pair for pair in range(confirmation.pairs)]
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
@@ -233,7 +235,10 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
 
     gains = Gains(val_bpb=interval("val_bpb"), held_out_bpb=interval("held_out_bpb"))
     gain, low, high = gains["held_out_bpb"]
-    reason = because("confirmed", pairs=confirmation.pairs, gain=gain, low=low, high=high)
+    facts = {"pairs": confirmation.pairs, "gain": gain, "low": low, "high": high}
+    reason = because("confirmed", **facts)
+    if confirmation.kind == "transfer" or best not in {kept.blob for kept in state.kept}:
+        reason = because("compared", what=confirmation.description[:200], **facts)
     mean = statistics.fmean(run.bpb for run in sound if run.blob == best)
     return Plan(verdict=Verdict("keep", reason, mean, gains=gains))
 
