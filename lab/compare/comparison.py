@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -85,6 +85,8 @@ class Paid:
     crashed: int
     # The median step from the parent in per cent of its val_bpb, as its session saw it (kept ones are biased).
     median: float | None
+    # Kept of those tried, drawn towards the rate of all kinds on that sort of device; see effects.shrunken.
+    rate: Interval = (0.0, 0.0, 1.0)
 
 
 @dataclass
@@ -288,4 +290,9 @@ def paid(analyses: list[Analysis]) -> list[Paid]:
         steps = [step for session, tried in attempts if (step := session.step(tried, relative=True)) is not None]
         median = 100 * statistics.median(steps) if steps else None
         summaries.append(Paid(*group, len(attempts), counts["keep"], counts["crash"], median))
+    for sort in {summary.sort for summary in summaries}:
+        of_sort = [i for i, summary in enumerate(summaries) if summary.sort == sort]
+        rates = effects.shrunken([(summaries[i].kept, summaries[i].tried) for i in of_sort])
+        for i, rate in zip(of_sort, rates):
+            summaries[i] = replace(summaries[i], rate=rate)
     return sorted(summaries, key=lambda summary: KINDS.index(summary.kind))

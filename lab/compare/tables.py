@@ -200,8 +200,12 @@ def kinds_table(summaries: list[Paid]) -> Table:
     for summary in summaries:
         crashed = f", {summary.crashed} crashed" if summary.crashed else ""
         median = f", {summary.median:+.2f} %" if summary.median is not None else ""
-        rows[summary.kind][summary.sort] = f"{summary.kept} of {summary.tried}{crashed}{median}"
-    caption = "Kept of those tried, and the median step in per cent of the parent's val_bpb"
+        rate = "; {:.0%} ({:.0%} to {:.0%})".format(*summary.rate)
+        rows[summary.kind][summary.sort] = f"{summary.kept} of {summary.tried}{rate}{crashed}{median}"
+    caption = (
+        "Kept of those tried; the rate drawn towards that of all kinds there, with its 90 % interval; and the median "
+        "step in per cent of the parent's val_bpb"
+    )
     return Table(caption, ("kind", *sorts), [(kind, *entries.values()) for kind, entries in rows.items()])
 
 
