@@ -278,9 +278,9 @@ def _agreement(changes: list[Shared], one: str, other: str, joined: str) -> Agre
 
 
 def paid(analyses: list[Analysis]) -> list[Paid]:
-    """What each kind of change came to on each sort of device."""
+    """What each kind of change came to on each sort of device. Sessions without any score say nothing of it."""
     groups: dict[tuple[str, str], list[Attempt]] = {}
-    for analysis in analyses:
+    for analysis in (analysis for analysis in analyses if analysis.scores):
         for experiment in analysis.tried:
             group = kind_of(experiment) or "other", sort_of(analysis.started.device)
             groups.setdefault(group, []).append(Attempt(analysis, experiment))

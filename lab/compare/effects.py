@@ -49,7 +49,7 @@ def quantity(run: Run, name: str) -> float | None:
         return _scaled(quantity(run, "total_tokens_M"), 1e6)
     if name == "memory":
         return _scaled(quantity(run, "peak_vram_mb"), 1 / 1024)
-    if name == "watts":
+    if name == "watts" and "joules" in run.result:  # some ledgers have watts, or joules for a token
         joules, seconds = quantity(run, "joules"), quantity(run, "training_seconds")
         longer = (
             (1 + max(0.0, run.disturbance)) * seconds + (quantity(run, "paused_seconds") or 0.0) if seconds else None
@@ -57,7 +57,7 @@ def quantity(run: Run, name: str) -> float | None:
         return _scaled(joules, 1 / longer if longer else None)
     if name == "joules_per_M":
         joules, tokens = quantity(run, "joules"), quantity(run, "total_tokens_M")
-        return _scaled(joules, 1 / tokens if tokens else None)
+        return _scaled(joules, 1 / tokens if tokens else None) or _scaled(quantity(run, "joules_per_token"), 1e6)
     if name == "flops":
         per_token, rate = quantity(run, "flops_per_token"), quantity(run, "tokens_per_second")
         if per_token is None and rate is not None:  # of a ledger

@@ -101,9 +101,14 @@ def _costs(sessions: list[Analysis]) -> Table:
     rows = []
     for session in sessions:
         counts = [session.rows, len(session.tried), session.counts["keep"], session.counts["crash"]]
-        figures = number(session.per_hour, ".1f"), number(session.mean(session.best, "mfu_percent"), ".3g")
+        means = [session.mean(session.best, name) for name in ("mfu_percent", "watts", "joules_per_M")]
+        figures = number(session.per_hour, ".1f"), *(number(value, ".3g") for value in means)
         rows.append((Place(session.place), *map(str, counts), *figures))
-    return Table("What it took", ("place", "runs", "experiments", "kept", "crashed", "an hour", "MFU %, best"), rows)
+    return Table(
+        "What it took",
+        ("place", "runs", "experiments", "kept", "crashed", "an hour", "MFU %, best", "W", "J/M tokens"),
+        rows,
+    )
 
 
 # --- Changes ---

@@ -157,3 +157,9 @@ def test_watts_and_joules_by_tokens_are_of_runs_whose_energy_was_measured():
     said = found.said_of_energy(0.3)
     assert said.startswith("training 3 of 4 runs took 0.0317 kWh, 100 W") and said.endswith("cost 0.01 at 0.3 a kWh")
     assert analysed(session()).said_of_energy(0.3) == ""
+
+
+def test_a_ledgers_own_figures_of_energy_are_taken():
+    found = analysed(session(facts={"watts": 410.0, "joules_per_token": 0.0014}))
+    assert found.mean(found.baseline, "watts") == 410.0
+    assert found.mean(found.baseline, "joules_per_M") == pytest.approx(1400.0)
