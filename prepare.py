@@ -44,6 +44,7 @@ from results import MEASURES, REFUSALS, fill
 from storage import DataError, Stop, home, temporary_of, write_json, writing
 
 TIME_BUDGET = 300  # seconds of training
+CURVE = 32  # points of the training loss that a run tells
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
 LATE = 2.0  # seconds that a training may end late, beside its last step: the host may be busy
 PROBED = 0.05  # part of the scored batches that is asked again with another ending
@@ -200,6 +201,7 @@ class Clock:
         self.ticked = self._last = self._window = self._paused = 0.0
         self.steps, self.longest, self.in_step, self.took = 0, 0.0, False, []
         self.loss: float | None = None
+        self.losses: list[float] = []  # of all steps
         self._unread: tuple[int, Any] | None = None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         self.meter = disturbance.Meter(disturbance.REFERENCE.get("steps"))
@@ -277,6 +279,7 @@ class Clock:
             limit = 2 * math.log(self.loader.data.vocab_size)
             if not (math.isfinite(self.loss) and self.loss <= limit):
                 raise Diverged("diverged", loss=self.loss, step=step, limit=limit)
+        self.losses.append(self.loss)
 
     @property
     def elapsed(self) -> float:
@@ -690,6 +693,13 @@ def recorded(clock: Clock | None):
         raise
 
 
+def curve_of(losses: list[float]) -> dict[str, float]:
+    """Means of the steps' losses over at most CURVE equal parts of the steps, by the share of the steps until then."""
+    ends = sorted({round(len(losses) * part / CURVE) for part in range(1, CURVE + 1)} - {0})
+    parts = zip([0, *ends], ends)
+    return {f"{end / len(losses):.4g}": float(np.mean(losses[start:end])) for start, end in parts if end > start}
+
+
 def measured(clock: Clock) -> dict:
     """What the clock and its loader know about a run, finished or not."""
     loader, data, backend, seconds = clock.loader, clock.loader.data, clock.backend, clock.elapsed
@@ -699,6 +709,7 @@ def measured(clock: Clock) -> dict:
         "disturbance": meter.disturbance,
         "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe, "step_seconds": meter.costs,
         "budget_seconds": clock.seconds, "peak_vram_mb": backend.peak_memory() / 2**20,
+        "losses": curve_of(clock.losses),
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,
         "tokens_per_second": loader.tokens / seconds if seconds else 0.0,
         "device": backend.device.slug, "backend": backend.name,

@@ -59,8 +59,11 @@ MEASURES = (
     Measure("paused_seconds", float, "s", "in which nothing of the run ran", needed=True),
     Measure("probe_seconds", float, "s", "that the clock's probe takes undisturbed", nullable=True),
     Measure("step_seconds", dict, "s", "that a step of each kind takes undisturbed"),
+    Measure("losses", dict, "nats", "training loss by share of the steps, and so of tokens and time"),
     Measure("flops_per_token", float, "FLOP", "the model's, forward and backward"),
     Measure("model_tflops", float, "TFLOP/s", "the model's FLOP per second", "", "tflops", ".4g", nullable=True),
+    # by the harness, outside of the run
+    Measure("joules", float, "J", "energy of the device while it trained", "", "joules", ".1f", nullable=True),
     Measure("dataset", str, "", "name of the dataset"),
     Measure("initial_weights", str, "", "sketch of the initial weights"),
     Measure("attention_provider", str, "", "where the attention comes from, if not from the framework", nullable=True),

@@ -13,7 +13,7 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
     sys.path[0] = str(HERE)  # run by its path: as a judge's is
 
 # What no session's judge is asked for, and what an agent may ask for in its turn.
-ELSEWHERE = ("start", "import", "compare", "report", "mcp", "join", "leave")
+ELSEWHERE = ("start", "import", "compare", "report", "reproduce", "mcp", "join", "leave")
 READING = ("check", "mcp", "status", "log", "export", "compare", "report", "findings")
 IN_TURN = (
     "a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an "

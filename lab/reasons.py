@@ -77,6 +77,10 @@ TEXTS: dict[str, str] = {
     "plainly_good": "{runs} shared runs of {patches} patches: {what} is plainly better, and goes on alone",
     "confirmed": "on held-out rows and {pairs} new seeds the best is {gain:+.6f} bits per byte better than the "
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
+    "compared": "{what}: on held-out rows and {pairs} new seeds {gain:+.6f} bits per byte better than what it is "
+    "compared with (90 % interval {low:+.6f} to {high:+.6f})",
+    "resized": "the baseline in another size",
+    "scaled": "the baseline for other times of training: {points}",
     "same_start": "it starts from the same weights, or nearly, whatever AUTORESEARCH_SEED says: chance could not be "
     "told from gain. Draw them from SEED, as train.py does; a fixed start of some parameters is fine",
     "not_scored_again": "its saved weights could not be scored again: {problem}",

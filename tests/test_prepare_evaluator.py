@@ -537,7 +537,7 @@ def test_report(run, tiny_data, result, capsys):
     assert (written["compiled"], written["rows_at_once"]) == (True, None)
     assert written["mfu_percent"] == pytest.approx(100 * 1000 * written["tokens_per_second"] / 1e9)
     assert written["total_seconds"] >= written["training_seconds"]
-    assert facts["val_bpb"] == bpb and set(written) == {"status", *facts} == {"status", "seed", *BY_NAME}
+    assert facts["val_bpb"] == bpb and set(written) == {"status", *facts} == {"status", "seed", *BY_NAME} - {"joules"}
 
 
 def test_steps_are_timed(run):
@@ -683,3 +683,9 @@ def test_two_draws_are_apart_and_one_that_is_nudged_is_not():
     assert min(between(share=0.7)) > 0.2, "a fixed start of some parameters is fine"
     assert max(between(share=0.0)) == 0 and max(between(share=0.0, nudge=1e-7)) < 1e-3
     assert results.apart("", "00") == 0 and results.apart("none", "other") == 1
+
+
+def test_a_runs_losses_are_told_as_means_of_few_parts():
+    told = prepare.curve_of([float(step) for step in range(1, 65)])
+    assert len(told) == 32 and told["0.03125"] == 1.5 and told["1"] == 63.5
+    assert prepare.curve_of([3.0, 2.0]) == {"0.5": 3.0, "1": 2.0} and prepare.curve_of([]) == {}

@@ -64,6 +64,19 @@ def parser() -> argparse.ArgumentParser:
     confirm = command("confirm", "test the best against the baseline on new seeds and held-out rows", wait=True)
     confirm("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
     confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float, default=1)
+    text = "instead, run the baseline for a quarter, half and twice the budget: it gives effects as factors of time"
+    confirm("--scale", text, action="store_true")
+    confirm("--file", "instead of the best, test this train.py", "FILE", type=Path)
+
+    transfer = command("transfer", "test whether the best still beats the baseline in a larger model", wait=True)
+    transfer("--depth", "multiply the depth by this (default 2; width follows)", "X", type=float, default=2)
+    transfer("--times", "multiply the budget by this (default 1)", "X", type=float, default=1)
+    transfer("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
+
+    again = command("reproduce", "test a kept change in a clean clone: does the claim stand?")
+    again("number", "of the experiment", "N", type=int)
+    again("--of", "its session, as for compare (default: the one whose branch is checked out)", "SESSION")
+    again("--pairs", "pairs of runs, the change and its parent (default 3)", default=3, **seeds)
 
     command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
@@ -88,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     report("sources", "as for compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
     report("--device", "as for compare", "TAG", action="append", default=[])
     report("--out", "where to write it (default report.html)", "FILE", type=Path, default=Path("report.html"))
+    report("--price", "of a kWh, to tell what training cost where its energy was measured", "X", type=float)
     report("--png", "also write a picture of the progress", "FILE", type=Path)
 
     replay = command("replay", "try another machine's kept changes here, one experiment each")

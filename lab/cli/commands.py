@@ -80,21 +80,60 @@ def do_confirm(session: Session, options) -> int:
         if not state.open:
             opening.sound_baseline(session)
             best = opening.best_of(session)
-            if best is state.baseline:
+            if best is state.baseline and not options.scale and not options.file:
                 raise LabError("the baseline is still the best: there is nothing to confirm yet")
+            of, said, facts = best, best.description, {}
+            if options.file:
+                content = _content(options.file)
+                facts = opening.facts_of_change(session, state.baseline, content)
+                said = f"the train.py of {options.file.name}"
+            if options.scale:
+                of, said = state.baseline, "the baseline for other times"
+            commit = of.here
+            if facts:
+                commit = session.repository.commit(state.baseline.here, facts["blob"], said)
             session.open_experiment(
-                kind="confirm",
-                blob=best.blob,
-                parent=state.baseline.blob,
-                onto=0,
+                kind="scale" if options.scale else "confirm",
+                **{"blob": of.blob, "parent": state.baseline.blob, "onto": 0, "portable": of.portable, **facts},
                 pairs=options.pairs,
-                commit=best.here,
-                budget=session.budget * options.times,
-                description=best.description,
-                portable=best.portable,
+                commit=commit,
+                budget=None if options.scale else session.budget * options.times,
+                description=said,
             )
         process = launch(session)
     return follow(session, options, process)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LabError(f"{path} can't be read: {error}") from error
+
+
+def do_transfer(session: Session, options) -> int:
+    """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size."""
+    if options.pairs < 2 or options.times <= 0 or options.depth <= 0:
+        raise LabError("at least 2 pairs, and positive multiples of the depth and of the budget, please")
+    opening.refuse_if_not_ours(session)
+    with opening.exclusive(session, device=True):
+        state = session.state
+        if not state.open:
+            opening.sound_baseline(session)
+            if (best := opening.best_of(session)) is state.baseline:
+                raise LabError("the baseline is still the best: there is nothing that could carry yet")
+            opening.open_transfer(session, best, options.depth, options.times, options.pairs)
+        process = launch(session)
+    return follow(session, options, process)
+
+
+def do_reproduce(options) -> int:
+    from lab.share import reproduce, sources
+
+    record = sources.read(options.of or _checked_out())
+    found = reproduce.reproduce(record, options.number, options.pairs, lambda line: print(line, flush=True))
+    print(json.dumps(found, indent=1) if options.json else reproduce.told(found))
+    return 0 if found["stands"] else 1
 
 
 def do_check(options) -> int:
@@ -269,7 +308,7 @@ def do_report(options) -> int:
         from lab.share import sources
 
         records = sources.read_all(options.sources or [_checked_out()], options.device)
-        print(*page.write(records, options.out, options.png), sep="\n")
+        print(*page.write(records, options.out, options.png, options.price), sep="\n")
     finally:
         gc.enable()
     return 0

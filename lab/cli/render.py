@@ -10,6 +10,7 @@ import msgspec
 
 from lab import untrusted
 from lab.session.events import Sampled
+from lab.session.record import Record
 from lab.session.session import Session
 from lab.session.state import Experiment, Run
 from lab.untrusted import counted
@@ -113,6 +114,10 @@ def block(session: Session, experiment: Experiment) -> str:
     said = experiment.status.upper()
     if "confirmed" in known:
         said = "CONFIRMED" if known["confirmed"] else "NOT CONFIRMED"
+        if experiment.kind == "transfer":
+            said = "CARRIES" if known["confirmed"] else "NOT SHOWN TO CARRY"
+    if experiment.kind == "scale" and experiment.status == "keep":
+        said = "MEASURED"
     lines = [f"experiment {experiment.number}: {said}", f"  what              {known['description']}"]
     if experiment.kind in ("replay", "repeat"):
         lines.append(f"  origin            {experiment.origin}, on the baseline: the branch stays where it is")
@@ -236,6 +241,13 @@ def status_facts(session: Session) -> dict:
         known["replayed"] = replayed
     if confirmed := [e for e in state.decided if e.kind == "confirm"]:
         known["confirmation"] = confirmed[-1].verdict.said
+    if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
+        known["transfers"] = [e.verdict.said for e in carried]
+    if any(e.kind == "scale" for e in state.decided):
+        from lab.compare.analysis import Analysis  # here, as few sessions have one
+
+        analysis = Analysis(Record(state))
+        known["time"] = {"gained": msgspec.to_builtins(analysis.gained), "said": analysis.said_of_time}
     known["recent"] = [
         {
             "experiment": e.number,
@@ -267,6 +279,9 @@ def status(session: Session) -> str:
         lines.append(f"the last {known['crashes_in_a_row']} experiments crashed")
     if "confirmation" in known:
         lines.append(f"confirmation: {known['confirmation']}")
+    lines += [f"transfer: {said}" for said in known.get("transfers", ())]
+    if "time" in known:
+        lines.append(known["time"]["said"])
     if known.get("near_misses"):
         numbers = ", ".join(map(str, known["near_misses"]))
         lines.append(f"near misses worth trying together: {numbers} (python -m lab run --near-misses)")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from functools import cached_property
 
-from lab.compare import effects
+from lab.compare import effects, multiplier
 from lab.compare.effects import Effect, quantity
+from lab.compare.multiplier import Curve, Times
 from lab.genome.kinds import KINDS
 from lab.session.record import Record
-from lab.session.state import BASELINE, MEASURING, Experiment, Run
+from lab.session.state import APART, BASELINE, MEASURING, Experiment, Run
 from lab.verdict import gate
 
 FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
@@ -78,7 +80,7 @@ class Analysis:
 
     def confirms(self, run: Run) -> bool:
         """Whether a run is part of a confirmation."""
-        return self.state.experiments[run.experiment].kind == "confirm"
+        return self.state.experiments[run.experiment].kind in APART
 
     # --- Scores ---
 
@@ -102,6 +104,54 @@ class Analysis:
             disturbances=[[run.disturbance for run in group] for group in groups],
             prior_slope=gate.WRONG * gate.CURVE * first.bpb,
         )
+
+    @cached_property
+    def curve(self) -> Curve | None:
+        """The baseline's score against its training time; None where that is not known."""
+        from calibration.noise import expected
+
+        by_time: defaultdict[float, list[Run]] = defaultdict(list)
+        for run in self.runs.get(BASELINE, ()):
+            if run.budget and _eval(run) == self.eval:
+                by_time[run.budget].append(run)
+        if self.noise is None or self.budget not in by_time or self.baseline is None:
+            return None
+
+        def spread(runs: list[Run]) -> float:  # of equal runs, as far as it is known before they are made
+            tokens = effects.mean(runs, "tokens")
+            return statistics.fmean(run.bpb for run in runs) * (expected(tokens) if tokens else 1.0)
+
+        noise = {t: self.noise.sd * spread(runs) / spread(by_time[self.budget]) for t, runs in by_time.items()}
+        scores = {t: [run.bpb for run in runs] for t, runs in by_time.items()}
+        return multiplier.curve(scores, self.budget, noise, self.noise.df)
+
+    def times(self, experiment: Experiment) -> Times | None:
+        """The effect of a change on its parent as a factor of time; None where that is not known."""
+        effect, curve = self.effect(experiment), self.curve
+        return curve.told(effect) if effect and curve and not curve.why_not else None
+
+    @property
+    def gained(self) -> Times | None:
+        """The best against the baseline as a factor of time: by confirmations, else by the session's scores, which are
+        biased in its favour."""
+        if self.curve is None or self.curve.why_not or not self.best or not self.baseline or self.best is self.baseline:
+            return None
+        pair = self.judged[self.best.number], self.judged[BASELINE]
+        return self.curve.told(self.confirmed or effects.between(*pair, self.noise, biased=True, picked=True))
+
+    @property
+    def said_of_time(self) -> str:
+        """What the best is worth in time, or why that is not known; "" where the baseline was run for one time."""
+        curve, gained = self.curve, self.gained
+        if curve is None:
+            return ""
+        if curve.why_not:
+            return f"effects can't be told as factors of time: {curve.why_not}"
+        points = ", ".join(f"{curve.points[t]:.6f} after {t:g} s" for t in curve.points)
+        if gained is None:
+            return f"the baseline has {points}"
+        biased = "" if self.confirmed else ", not confirmed and so biased in its favour"
+        return f"the best reaches the baseline's score in {gained}{biased}; the baseline has {points}"
 
     def mean(self, experiment: Experiment | None, name: str) -> float | None:
         """The mean of a figure of its runs, see effects.quantity."""
@@ -130,7 +180,8 @@ class Analysis:
         sure = self.noise is not None and bool(later and since)
         own, others = (later, since) if sure else (own, others)
         biased, known = self.noise is not None and not sure, bool(experiment.origin) or picked
-        return effects.between(own, others, self.noise, biased=biased, known=known, picked=picked)
+        facts = {"parent_bpb": self.scores.get(parent.number) if parent.number > BASELINE else None}
+        return effects.between(own, others, self.noise, biased=biased, known=known, picked=picked, **facts)
 
     @cached_property
     def screened(self) -> list[tuple[int, str, Effect]]:
@@ -185,10 +236,22 @@ class Analysis:
         """Runs that its ledger has."""
         return sum(run.status not in (None, "lost") for run in self.state.runs.values())
 
+    def said_of_energy(self, price: float | None = None) -> str:
+        """What its training took, and cost at a price for a kWh; "" where nothing was measured."""
+        runs = [run for run in self.state.runs.values() if run.ok]
+        known = [joules for run in runs if (joules := quantity(run, "joules")) is not None]
+        if not known:
+            return ""
+        watts, hours = effects.mean(runs, "watts"), math.fsum(known) / 3.6e6
+        of = f"{len(known)} of {len(runs)} runs" if len(known) < len(runs) else f"{len(runs)} runs"
+        said = f"training {of} took {hours:.3g} kWh" + (f", {watts:.0f} W" if watts else "")
+        return said + (f", which cost {hours * price:.2f} at {price:g} a kWh" if price is not None else "")
+
     @property
     def notes(self) -> list[str]:
         """What a reader should know."""
-        lengths = Counter(run.budget for runs in self.runs.values() for run in runs if not self._usual(run))
+        every = [run for runs in self.runs.values() for run in runs]
+        lengths = Counter(run.budget for run in every if not self._usual(run) and not self.confirms(run))
         notes = [f"{n} runs of {length:g} s instead of {self.budget:g} s are left out" for length, n in lengths.items()]
         return list(dict.fromkeys([*self.record.notes, *self.started.notes, *notes]))
 
@@ -197,12 +260,17 @@ class Analysis:
         facts = {name: getattr(self, name) for name in FACTS} | {n: getattr(self.started, n) for n in STARTED}
         facts |= {"sort": sort_of(self.started.device), "experiments": len(self.tried), "counts": dict(self.counts)}
         for name, experiment in (("baseline", self.baseline), ("best", self.best)):
-            figures = {figure: self.mean(experiment, figure) for figure in ("tokens", "flops", "mfu_percent")}
+            figures = {
+                figure: self.mean(experiment, figure)
+                for figure in ("tokens", "flops", "mfu_percent", "watts", "joules_per_M")
+            }
             known = {"number": experiment.number, "val_bpb": self.scores[experiment.number]} if experiment else {}
             facts[name] = known | figures if known else None
         said = self.confirmation.verdict.said if self.confirmation else ""
         confirmed, noise = (value and asdict(value) for value in (self.confirmed, self.noise))
-        return facts | {"confirmed": confirmed, "confirmation": said, "noise": noise}
+        curve, gained = (value and asdict(value) for value in (self.curve, self.gained))
+        facts |= {"confirmed": confirmed, "confirmation": said, "noise": noise}
+        return facts | {"curve": curve, "gained_time": gained}
 
     @property
     def shares(self) -> dict[str, float]:

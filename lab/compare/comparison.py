@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from lab.compare import classify, effects, published, words
 from lab.compare.analysis import Analysis, kind_of, sort_of
 from lab.compare.effects import Effect
+from lab.compare.multiplier import Curve, Times
 from lab.compare.published import Finding
 from lab.errors import LabError
 from lab.genome.kinds import KINDS
@@ -43,6 +44,8 @@ class Cell:
     why: str = ""  # a sentence
     more: dict[str, int] | None = None  # further runs that would probably tell: {"here": 3, "source": 0}; see classify
     due: str = ""  # see effects.due
+    times: Times | None = None  # the effect as a factor of time; None where the baseline was run for one time alone
+    verdict_in_time: str = ""  # as verdict, with effects in log time
 
 
 @dataclass
@@ -96,6 +99,8 @@ class Paid:
     crashed: int
     # The median step from the parent in per cent of its val_bpb, as its session saw it (kept ones are biased).
     median: float | None
+    # Kept of those tried, drawn towards the rate of all kinds on that sort of device; see effects.shrunken.
+    rate: Interval = (0.0, 0.0, 1.0)
 
 
 @dataclass
@@ -170,6 +175,7 @@ def compare(analyses: list[Analysis]) -> Comparison:
     attempts = [Attempt(analysis, experiment) for analysis in analyses for experiment in analysis.tried]
     changes = _by_id(attempts) + _by_family(attempts) + _by_words(attempts)
     changes.sort(key=lambda change: len(change.cells) < 2)
+    _tell_in_time(changes, analyses)
     places = list(dict.fromkeys(analysis.place for analysis in analyses))
     pairs = [(*pair, joined) for joined in JOINED for pair in combinations(places, 2)]
     agreements = [agreed for pair in pairs if (agreed := _agreement(changes, *pair))]
@@ -218,6 +224,22 @@ def _by_id(attempts: list[Attempt]) -> list[Shared]:
             if place != source.place and cell.effect and effect:
                 cell.verdict, cell.why, cell.more = classify.classify(effect, cell.effect)
     return changes
+
+
+def _tell_in_time(changes: list[Shared], analyses: list[Analysis]) -> None:
+    """Tells effects as factors of time, too, where the place has a curve of its baseline, and judges them so."""
+    curves: dict[str, Curve] = {}
+    for analysis in analyses:
+        if analysis.curve and not analysis.curve.why_not:
+            curves.setdefault(analysis.place, analysis.curve)
+    for change in changes:
+        for place, cell in change.cells.items():
+            if place in curves and cell.effect:
+                cell.times = curves[place].told(cell.effect)
+        source = change.cells[change.source].times if change.source else None
+        for place, cell in change.cells.items():
+            if place != change.source and source and source.effect and cell.times and cell.times.effect:
+                cell.verdict_in_time, _, _ = classify.classify(source.effect, cell.times.effect)
 
 
 def _by_family(attempts: list[Attempt]) -> list[Shared]:
@@ -299,9 +321,9 @@ def _agreement(changes: list[Shared], one: str, other: str, joined: str) -> Agre
 
 
 def paid(analyses: list[Analysis]) -> list[Paid]:
-    """What each kind of change came to on each sort of device."""
+    """What each kind of change came to on each sort of device. Sessions without any score say nothing of it."""
     groups: dict[tuple[str, str], list[Attempt]] = {}
-    for analysis in analyses:
+    for analysis in (analysis for analysis in analyses if analysis.scores):
         for experiment in analysis.tried:
             group = kind_of(experiment) or "other", sort_of(analysis.started.device)
             groups.setdefault(group, []).append(Attempt(analysis, experiment))
@@ -311,4 +333,9 @@ def paid(analyses: list[Analysis]) -> list[Paid]:
         steps = [step for session, tried in attempts if (step := session.step(tried, relative=True)) is not None]
         median = 100 * statistics.median(steps) if steps else None
         summaries.append(Paid(*group, len(attempts), counts["keep"], counts["crash"], median))
+    for sort in {summary.sort for summary in summaries}:
+        of_sort = [i for i, summary in enumerate(summaries) if summary.sort == sort]
+        rates = effects.shrunken([(summaries[i].kept, summaries[i].tried) for i in of_sort])
+        for i, rate in zip(of_sort, rates):
+            summaries[i] = replace(summaries[i], rate=rate)
     return sorted(summaries, key=lambda summary: KINDS.index(summary.kind))

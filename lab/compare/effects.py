@@ -43,12 +43,21 @@ FLATTERED = {True: "biased by selection", False: "its parent is biased by select
 
 def quantity(run: Run, name: str) -> float | None:
     """A figure of a run: "tokens" that it was trained on, the model's "flops" for all of them, "memory" at the peak
-    (GiB), or a measure by its name in results.py. None if it is unknown, or nothing that can have been measured: a
-    record from elsewhere may say anything."""
+    (GiB), "watts" while it trained, "joules_per_M" tokens, or a measure by its name in results.py. None if it is
+    unknown, or nothing that can have been measured: a record from elsewhere may say anything."""
     if name == "tokens":
         return _scaled(quantity(run, "total_tokens_M"), 1e6)
     if name == "memory":
         return _scaled(quantity(run, "peak_vram_mb"), 1 / 1024)
+    if name == "watts" and "joules" in run.result:  # some ledgers have watts, or joules for a token
+        joules, seconds = quantity(run, "joules"), quantity(run, "training_seconds")
+        longer = (
+            (1 + max(0.0, run.disturbance)) * seconds + (quantity(run, "paused_seconds") or 0.0) if seconds else None
+        )
+        return _scaled(joules, 1 / longer if longer else None)
+    if name == "joules_per_M":
+        joules, tokens = quantity(run, "joules"), quantity(run, "total_tokens_M")
+        return _scaled(joules, 1 / tokens if tokens else None) or _scaled(quantity(run, "joules_per_token"), 1e6)
     if name == "flops":
         per_token, rate = quantity(run, "flops_per_token"), quantity(run, "tokens_per_second")
         if per_token is None and rate is not None:  # of a ledger
@@ -91,6 +100,7 @@ class Effect:
     picked: bool = False  # the change itself was chosen for its scores here; else, if biased, only its parent was
     tokens: float | None = None  # of the change relative to its parent's; None if unknown
     flops: float | None = None
+    parent_bpb: float | None = None  # val_bpb of its parent; None if that is the baseline
 
     def __post_init__(self):
         if self.error is not None:
@@ -140,6 +150,7 @@ def together(effects: list[Effect]) -> Effect | None:
 
     facts: dict[str, Any] = {name: average(name) for name in ("value", "relative", "noise", "tokens", "flops")}
     facts |= {name: sum(getattr(effect, name) for effect in sure) for name in ("runs", "parent_runs")}
+    facts["parent_bpb"] = average("parent_bpb")
     df = satterthwaite([(weight / total**2, effect.df) for weight, effect in zip(weights, sure)])
     return Effect(error=1 / math.sqrt(total), df=df, known=all(effect.known for effect in sure), **facts)
 
@@ -171,6 +182,29 @@ def wilson(same: int, n: int) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def shrunken(counts: Sequence[tuple[int, int]]) -> list[tuple[float, float, float]]:
+    """(rate, low, high) of each of several shares of a kind, (successes, trials), drawn towards what all of them have
+    in common, the more the fewer trials one has; the intervals hold 90 %. The hierarchical beta-binomial model of
+    Gelman et al., Bayesian Data Analysis, 3rd ed., 5.3, on a grid: the common mean is uniform, what it weighs, in
+    trials, log-uniform from 1 to 300."""
+    import numpy as np  # here, because what only reads a session shall start fast
+
+    middles, weights = (np.arange(40) + 0.5) / 40, np.geomspace(1, 300, 16)
+    a, b = (np.outer(side, weights).ravel() for side in (middles, 1 - middles))
+    log_beta = np.vectorize(lambda x, y: math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y))
+    likelihood = sum(log_beta(a + k, b + n - k) - log_beta(a, b) for k, n in counts)
+    share = np.exp(likelihood - np.max(likelihood))
+    share /= share.sum()
+    rates, found = (np.arange(400) + 0.5) / 400, []
+    up, down = np.log(rates)[:, None], np.log1p(-rates)[:, None]
+    for k, n in counts:
+        density = np.exp((a + k - 1) * up + (b + n - k - 1) * down - log_beta(a + k, b + n - k)) @ share
+        density /= density.sum()
+        low, high = np.interp([TAIL, 1 - TAIL], np.cumsum(density), rates + 0.5 / 400)
+        found.append((float(rates @ density), float(low), float(high)))
+    return found
 
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float] | None:

@@ -73,7 +73,7 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
     groups: dict[tuple, list[Analysis]] = {}
     for session in sessions:
         groups.setdefault((session.eval, session.budget, "" if session.eval else session.name), []).append(session)
-    heads = "place", "session", "baseline", "best", "gain", "gain, %", "confirmed", "noise"
+    heads = "place", "session", "baseline", "best", "gain", "gain, %", "confirmed", "in time", "noise"
     tables = []
     for (tag, budget, _), group in groups.items():
         caption = f"Measured by evaluator {tag}" + (f", after {budget:g} s of training" if budget else "")
@@ -83,7 +83,8 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
             confirmed = _shown(session.confirmed, -1) if session.confirmed else "no"
             gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), confirmed
             noise = number(session.noise and session.noise.sd, ".6f")
-            rows.append((Place(session.place), session.name, *scores, *gains, noise))
+            time = str(session.gained or "-").replace(" of the time", "")
+            rows.append((Place(session.place), session.name, *scores, *gains, time, noise))
         unknown = "Measured by what is not known: these scores compare with no others"
         tables.append(Table(caption if tag else unknown, heads, rows))
     return tables
@@ -101,9 +102,14 @@ def _costs(sessions: list[Analysis]) -> Table:
     rows = []
     for session in sessions:
         counts = [session.rows, len(session.tried), session.counts["keep"], session.counts["crash"]]
-        figures = number(session.per_hour, ".1f"), number(session.mean(session.best, "mfu_percent"), ".3g")
+        means = [session.mean(session.best, name) for name in ("mfu_percent", "watts", "joules_per_M")]
+        figures = number(session.per_hour, ".1f"), *(number(value, ".3g") for value in means)
         rows.append((Place(session.place), *map(str, counts), *figures))
-    return Table("What it took", ("place", "runs", "experiments", "kept", "crashed", "an hour", "MFU %, best"), rows)
+    return Table(
+        "What it took",
+        ("place", "runs", "experiments", "kept", "crashed", "an hour", "MFU %, best", "W", "J/M tokens"),
+        rows,
+    )
 
 
 # --- Changes ---
@@ -167,6 +173,8 @@ def _remarks(change: Shared, cell: Cell) -> list[str]:
     if cell.effect is None:
         return [cell.why or ", ".join(cell.tried)]
     remarks = [one_line(cell.description, 40)] if change.joined != CHANGE else []
+    if cell.times:
+        remarks.append(f"in {cell.times}" + f", where it {cell.verdict_in_time}" * _differs(cell))
     if cell.effect.low is None:
         remarks.append("unconfirmed")
     if cell.effect.biased and cell.verdict in (SOURCE, ""):
@@ -174,6 +182,11 @@ def _remarks(change: Shared, cell: Cell) -> list[str]:
     if cell.verdict == classify.OPEN:
         remarks.append(_missing(cell))
     return [*remarks, cell.due]
+
+
+def _differs(cell: Cell) -> bool:
+    """Whether the effect has another class as a factor of time."""
+    return cell.verdict_in_time not in ("", classify.OPEN, cell.verdict)
 
 
 def _missing(cell: Cell) -> str:
@@ -206,8 +219,12 @@ def kinds_table(summaries: list[Paid]) -> Table:
     for summary in summaries:
         crashed = f", {summary.crashed} crashed" if summary.crashed else ""
         median = f", {summary.median:+.2f} %" if summary.median is not None else ""
-        rows[summary.kind][summary.sort] = f"{summary.kept} of {summary.tried}{crashed}{median}"
-    caption = "Kept of those tried, and the median step in per cent of the parent's val_bpb"
+        rate = "; {:.0%} ({:.0%} to {:.0%})".format(*summary.rate)
+        rows[summary.kind][summary.sort] = f"{summary.kept} of {summary.tried}{rate}{crashed}{median}"
+    caption = (
+        "Kept of those tried; the rate drawn towards that of all kinds there, with its 90 % interval; and the median "
+        "step in per cent of the parent's val_bpb"
+    )
     return Table(caption, ("kind", *sorts), [(kind, *entries.values()) for kind, entries in rows.items()])
 
 

@@ -20,7 +20,7 @@ from lab.genome.syntax import describe
 from lab.night import findings
 from lab.night.sampler import Step, Trial, kind_of, prior, ranked
 from lab.session.session import Session
-from lab.session.state import State
+from lab.session.state import APART, State
 from lab.verdict.opening import best_of
 from lab.verdict.plan import noise_of
 
@@ -140,7 +140,7 @@ def remembered(session: Session, text: str) -> list[Trial]:
     """What was tried with the structure of the best, `text`, or of those it comes from, as values by variable. Scores
     of the latter are shifted by what the structures that were kept since have gained."""
     state = session.state
-    decided = [e for e in state.decided if e.kind != "confirm" and e.verdict.judged]
+    decided = [e for e in state.decided if e.kind not in APART and e.verdict.judged]
     contents = session.repository.contents([e.blob for e in decided])
     texts = {blob: _text(content) for blob, content in contents.items()}
     shifts = {block.structure(text): 0.0}

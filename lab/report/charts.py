@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.cells import cell_len
 
+from lab.compare import effects
 from lab.compare.analysis import Analysis
 from lab.report.html import cleaned, el
 
@@ -38,6 +39,7 @@ SIGNS = {  # by kind of experiment: colour, matplotlib's marker, its size in pix
 }
 LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above and below a step that are tried for it
 MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
+SHARE = r"[01](\.\d+)?"  # of the steps of a run
 MOST_NAMED = 12  # sessions in the legend of a picture
 
 rc("figure", facecolor="none", dpi=72)
@@ -204,6 +206,29 @@ def gains(analyses: list[Analysis], width: float, height: float, head: float = 0
         chart.link(numbers, below, numbers, 7, color=COLOURS[hue], gid="kept", zorder=3)
         chart.legend.append((hue, "━", name))
     chart.axes.set(xlim=(0, None), ylim=(0, max(0.1, chart.axes.get_ylim()[1])))
+    return chart
+
+
+def losses(analysis: Analysis, width: float, height: float) -> Chart | None:
+    """Training loss by tokens of what was kept last, each a change of the one before. None without two of them."""
+    drawn = {}
+    for step in analysis.steps[-len(HUES) :]:
+        run = next((run for run in analysis.judged[step.number] if run.result.get("losses")), None)
+        if run and (tokens := effects.quantity(run, "total_tokens_M")):
+            told = run.result["losses"].items()
+            points = sorted((float(s) * tokens, v) for s, v in told if re.fullmatch(SHARE, s) and float(s) <= 1)
+            if len(points) > 1:
+                drawn[step.number] = points
+    if len(drawn) < 2:
+        return None
+    chart = _chart(width, height, "training loss, nats")
+    chart.axes.set_xlabel("million tokens", loc="right")
+    for hue, (number, points) in zip(HUES, drawn.items()):
+        chart.axes.plot(*zip(*points), color=COLOURS[hue], linewidth=2.2, gid="best")
+        chart.legend.append((hue, "━", f"{number}: {cleaned(analysis.experiments[number].description, 48)}"))
+    late = sorted(value for points in drawn.values() for share, value in points if share >= 0.2 * points[-1][0])
+    pad = 0.1 * (late[-1] - late[0]) or 0.1
+    chart.axes.set(xlim=(0, None), ylim=(late[0] - pad, late[-1] + pad))
     return chart
 
 

@@ -36,9 +36,9 @@ TOKENS_TOLD = (
 )
 
 
-def write(records: list[Record], page: Path, picture: Path | None = None) -> list[Path]:
+def write(records: list[Record], page: Path, picture: Path | None = None, price: float | None = None) -> list[Path]:
     """Writes the page about these sessions, and their progress as a PNG if there is a path for it. A report that is
-    there already is replaced, whole or not at all.
+    there already is replaced, whole or not at all. price: of a kWh.
 
     Returns:
         What was written.
@@ -50,7 +50,7 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
     if picture and picture.absolute() == page.absolute():
         raise LabError(f"{page} can't be both the page and the picture: name two files")
     analyses = [Analysis(record) for record in records]
-    files = {page: (written(analyses), MARK.encode())}
+    files = {page: (written(analyses, price), MARK.encode())}
     if picture:
         if (card := charts.card(analyses, subtitle(analyses))) is None:
             raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
@@ -68,18 +68,18 @@ def write(records: list[Record], page: Path, picture: Path | None = None) -> lis
     return list(files)
 
 
-def written(analyses: list[Analysis]) -> bytes:
+def written(analyses: list[Analysis], price: float | None = None) -> bytes:
     """The page about one session, or about several and what they say together."""
     data = {"sessions": {}, "charts": {}}
     started, names = [a.started for a in analyses], [cleaned(a.name) for a in analyses]
     if len(analyses) == 1:
         title, over = f"{started[0].tag} on {started[0].device}", "autoresearch session"
-        parts = _session(data, "s0", analyses[0], "h2")
+        parts = _session(data, "s0", analyses[0], "h2", price)
     else:
         title, over = f"{len(analyses)} sessions on {len({s.device for s in started})} devices", "autoresearch"
         parts = _together(data, analyses, names)
         for i, analysis in enumerate(analyses):
-            inner = _session(data, f"s{i}", analysis, "h3")
+            inner = _session(data, f"s{i}", analysis, "h3", price)
             parts.append(el("section", el("h2", names[i]), *inner, id=f"s{i}", class_="session"))
     script = (HERE / "page.js").read_text(encoding="utf-8")
     content = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
@@ -140,23 +140,27 @@ def _together(data: Data, analyses: list[Analysis], names: list[str]) -> list[El
 # --- A session ---
 
 
-def _session(data: Data, key: str, analysis: Analysis, head: str) -> list[Element]:
+def _session(data: Data, key: str, analysis: Analysis, head: str, price: float | None) -> list[Element]:
     """The sections about a session; `head` is the tag of their headings, `key` begins their ids."""
     label = f"Scores by experiment, and the best so far. {': '.join(in_short(analysis))}"
     progress = _figure(data, charts.progress(analysis, key, 1120, 430), f"{key}-progress", label)
     steps = tables.steps_tables([analysis])
+    losses = _figure(
+        data, charts.losses(analysis, 1120, 330), f"{key}-losses", "Training loss by tokens, of what was kept"
+    )
     sections = {
         "Progress": (progress,),
         "Experiments": (_experiments(data, key, analysis),),
         "Crashed and invalid": (_failed(analysis),),
         "Kinds of change": (tables.kinds_table(comparison.paid([analysis])),),
         "Where the time went": (_shares(analysis),),
+        "Loss against tokens": (losses,),
         "Score against tokens and FLOPs": (TOKENS_TOLD, *steps) if steps else (),
         "What they write": (_sample(analysis),),
         "What it was measured under": (_under(analysis),),
     }
     shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]
-    return [_headline(analysis), *(section for section in shown if section is not None)]
+    return [_headline(analysis, price), *(section for section in shown if section is not None)]
 
 
 def in_short(analysis: Analysis) -> tuple[str, str]:
@@ -192,7 +196,7 @@ def subtitle(analyses: list[Analysis]) -> str:
     return said + (f" (band: ±{analysis.noise.sd:.4f}, see the report)" if analysis.noise else "")
 
 
-def _headline(analysis: Analysis) -> Element:
+def _headline(analysis: Analysis, price: float | None) -> Element:
     big, said = in_short(analysis)
     chance = "Nothing was run twice, so nobody knows how far chance moves a score."
     if noise := analysis.noise:
@@ -208,10 +212,16 @@ def _headline(analysis: Analysis) -> Element:
     facts.append(counted(sum(map(len, analysis.runs.values())), "run") + " with a score")
     facts += [f"{analysis.budget:g} s of training in each"] if analysis.budget else []
     facts += [f"{analysis.hours:.1f} h, {analysis.per_hour:.1f} experiments an hour"] if analysis.hours else []
+    facts += [energy] if (energy := analysis.said_of_energy(price)) else []
     if under_way := analysis.state.oldest_open:
         facts.append(f"experiment {under_way.number} is under way: {cleaned(under_way.description, 80)}")
     parts = [el("p", big, class_="big"), el("p", said), el("p", *_badge(analysis)) if analysis.gain else None]
     notes = [el("p", cleaned(note, 400), class_="note") for note in analysis.notes]
+    if time_told := analysis.said_of_time:
+        parts.append(el("p", f"{time_told[:1].upper()}{time_told[1:]}."))
+    for experiment in analysis.state.decided:
+        if experiment.kind == "transfer" and experiment.pairs:
+            parts.append(el("p", f"Transfer: {cleaned(experiment.verdict.said, 400)}."))
     return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
 
 
@@ -312,6 +322,8 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
         ("kind", "more", [kind_of(e) or "–" for e in experiments]),
         ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),
         ("GB", "n few more", shown([analysis.mean(e, "memory") for e in experiments])),
+        ("W", "n few more", shown([analysis.mean(e, "watts") for e in experiments])),
+        ("J per M tokens", "n few more", shown([analysis.mean(e, "joules_per_M") for e in experiments])),
         ("what", "what", [cleaned(e.description) or "(not described)" for e in experiments]),
     ]
 
@@ -321,6 +333,7 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(experiment.time)) if experiment.time > 0 else ""
     facts = [
         ("why", experiment.verdict.said),
+        ("in time", str(analysis.times(experiment) or "")),
         ("kind", ", ".join(experiment.kinds)),
         ("made from", "" if experiment.onto is None else f"experiment {experiment.onto}"),
         ("begun", begun),

@@ -31,6 +31,7 @@ import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
 from lab.run import child, guard, outcome, processes, sandbox
+from lab.run.energy import Meter
 from lab.run.exam import Exam
 from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
@@ -63,6 +64,7 @@ class Request:
         seed: of the initial weights. budget: seconds of training. timeout: seconds for everything.
         run_id: marks every process of the run.
         settings: AUTORESEARCH_* variables by their full names; AUTORESEARCH_HOME has to be among them.
+        gpu: name of the NVIDIA GPU that it runs on; "" for another device.
         reference: what an earlier run told of the undisturbed device; see disturbance.py.
         memory_ceiling: bytes of device memory; more is invalid.
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
@@ -80,6 +82,7 @@ class Request:
     run_id: str
     settings: dict[str, str] = field(default_factory=dict)
     reference: dict = field(default_factory=dict)
+    gpu: str = ""
     memory_ceiling: int | None = None
     unified: bool = False
     sandbox: str | None = None
@@ -131,11 +134,15 @@ def run(request: Request) -> Outcome:
     told_of(request.folder).unlink(missing_ok=True)
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
-    with Exam(request, weights, {"validation": "val"}, trains=True) as exam:
-        ended = execute(request, "train", request.folder / "run.log", exam, AUTORESEARCH_RESULT=str(result))
+    with Meter(request.gpu or None) as meter, Exam(request, weights, {"validation": "val"}, trains=True) as exam:
+        log = request.folder / "run.log"
+        ended = execute(request, "train", log, exam, look=meter.look, AUTORESEARCH_RESULT=str(result))
     if exam.told:
         save_arrays(told_of(request.folder), *exam.told)
-    return outcome.of_run(request, ended, exam)
+    found = outcome.of_run(request, ended, exam)
+    if found.result is not None:  # what train.py says of it counts for nothing
+        found.result["joules"] = meter.joules(exam.begun, exam.stopped or exam.saved)
+    return found
 
 
 def told_of(folder: Path) -> Path:
@@ -202,8 +209,10 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | None = None, **settings: str) -> Ended:
-    """Starts child.py, watches it, and sees to it that nothing of it is left."""
+def execute(
+    request: Request, mode: str, log: Path, exam: Exam, weights: Path | None = None, look=lambda: None, **settings: str
+) -> Ended:
+    """Starts child.py, watches it, and sees to it that nothing of it is left. look: called meanwhile, every POLL."""
     folder, temporary = request.folder.absolute(), short_temporary(request)
     fill_cache(request)
     facts = {"mode": mode, "folder": str(folder), "home": str(request.home), "budget": request.budget}
@@ -230,7 +239,7 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
     output = Log(os.dup(process.stdout.fileno()), log)
     process.stdout.close()
     try:
-        problem, paused = watch(process, request, output, begun + request.timeout)
+        problem, paused = watch(process, request, output, begun + request.timeout, look)
     finally:
         try:
             ask_to_end(process)
@@ -255,7 +264,9 @@ def execute(request: Request, mode: str, log: Path, exam: Exam, weights: Path | 
     return Ended(128 - code if code > 128 else code, seconds, set_by, problem, paused)
 
 
-def watch(process: Popen, request: Request, output: Log, deadline: float) -> tuple[Reason | None, float]:
+def watch(
+    process: Popen, request: Request, output: Log, deadline: float, look_on=lambda: None
+) -> tuple[Reason | None, float]:
     """Waits for the end of a process, while it or the whole machine stands still beyond the deadline, too. Returns why
     it can't be waited for, if so, and the seconds that it stood still. Halted if it is to end now."""
     ceiling = request.memory_ceiling if request.unified else None
@@ -269,6 +280,7 @@ def watch(process: Popen, request: Request, output: Log, deadline: float) -> tup
             raise Halted(why)
         if output.flooded:
             return because("flooded", most=FLOOD // 2**20), paused
+        look_on()
         now = time.monotonic()
         gap, before = now - before, now
         if gap > POLL + disturbance.PAUSE:

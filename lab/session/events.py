@@ -14,7 +14,9 @@ from msgspec import Meta, Struct
 from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
 
-Kind = Literal["baseline", "change", "near misses", "joint", "shared", "replay", "repeat", "confirm"]
+Kind = Literal[
+    "baseline", "change", "near misses", "joint", "shared", "replay", "repeat", "confirm", "scale", "transfer"
+]
 Status = Literal["keep", "discard", "crash", "invalid", "superseded"]
 RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
@@ -144,8 +146,9 @@ class ExperimentOpened(Event, tag="experiment"):
     """One change of train.py, or the baseline (number 0), or a confirmation.
 
     Attributes:
-        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one; "shared" a block of
-            runs that hold several patches each, "joint" those together that did best there.
+        kind: "replay" is a change from elsewhere on the baseline, "repeat" further runs of one, "scale" runs of the
+            baseline for other times, "transfer" the best against the baseline, both of another size; "shared" a block
+            of runs that hold several patches each, "joint" those together that did best there.
         blob, parent: git's ids of its train.py and of the one that it is judged against, which experiment `onto` was
             kept for. commit: where it is stored.
         digest, complexity, portable: see genome/syntax.py. change, family: ids, see genome/change.py.
@@ -153,8 +156,9 @@ class ExperimentOpened(Event, tag="experiment"):
         members: numbers of the near misses that it puts together, of the one that it repeats, or of its block.
         rebased: number of the experiment that it makes again on a newer best.
         patches: of a block, those that its runs may hold; of a joint change, those that it is made of.
-        min_runs: seeds that it and its parent are run on at least. pairs, budget: of a confirmation; pairs: of a block
-            its runs, of a joint change those of it and of its parent.
+        min_runs: seeds that it and its parent are run on at least.
+        pairs, budget: of a confirmation; pairs: of a scale, the runs for each time, of a block its runs, of a joint
+            change those of it and of its parent.
     """
 
     number: Number

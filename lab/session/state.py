@@ -26,8 +26,9 @@ from lab.session.events import (
 )
 
 BASELINE = 0  # its number
-BESIDE = ("baseline", "confirm", "replay", "repeat", "shared")  # kinds that never move the branch
-MEASURING = ("confirm", "repeat", "shared")  # kinds that try nothing new
+APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
+BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
+MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
 
 
 class Run(RunStarted, tag="run", kw_only=True):
@@ -262,13 +263,13 @@ class State:
         return self._by_blob.get(blob, [])
 
     def results(self, blob: str) -> dict[int, float]:
-        """val_bpb by seed, of runs that ended well, confirmations left out. Where no seed is known, each
-        run counts by itself."""
+        """val_bpb by seed, of runs that ended well, those of kinds that are APART left out. Where no seed is
+        known, each run counts by itself."""
         return {seed: run.bpb for seed, run in self.believed(blob).items()}
 
     def believed(self, blob: str) -> dict[int, Run]:
         """The runs that `results` is of."""
-        return _by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind != "confirm")
+        return _by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind not in APART)
 
     def mean(self, experiment: Experiment) -> float | None:
         """val_bpb over the runs of its train.py; None without any."""

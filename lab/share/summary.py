@@ -44,6 +44,8 @@ def summary(record: Record) -> str:
         f"{counts['crash']}; could not be judged: {counts['invalid']}",
         "confirmation": confirmations[-1] if confirmations else UNCONFIRMED,
     }
+    for transfer in (e for e in decided if e.kind == "transfer" and e.pairs):
+        facts[f"transfer {transfer.number}"] = transfer.verdict.said
     lines = [
         f"# What session {cell(started.tag)} found on {cell(started.device)}\n",
         "One file, train.py, was changed again and again; each time it was trained for a fixed time, and kept if "

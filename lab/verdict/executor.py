@@ -256,6 +256,7 @@ def request(session: Session, run: Run) -> runner.Request:
         run_id=session.run_id(run.number),
         settings=local.settings,
         reference=reference(session, run.blob),
+        gpu=local.gpu,
         memory_ceiling=local.memory_ceiling,
         unified=local.unified,
         keeps_caches=run.blob == session.state.baseline.blob,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from lab.errors import LabError
 from lab.genome.change import diff, identify
 from lab.genome.kinds import of_change
 from lab.genome.syntax import TRAIN, describe
-from lab.reasons import sentence
+from lab.reasons import because, sentence
 from lab.run import runner
+from lab.session.events import ExperimentApplied, ExperimentDecided, Verdict
 from lab.session.locks import refuse_if_busy
 from lab.session.session import Session
 from lab.session.state import Experiment
@@ -186,6 +188,27 @@ def open_replay(session: Session, content: bytes, description: str, more: dict) 
         content = content.replace(b"\n", b"\r\n")
     facts = facts_of_change(session, baseline, content) | {"description": description, **more}
     session.open_experiment(commit=repository.commit(baseline.commit, facts["blob"], description), **facts)
+
+
+def open_transfer(session: Session, best: Experiment, depth: float, times: float, pairs: int) -> None:
+    """Journals the baseline and the best in another size, see genome/resize.py. LabError if they can't be resized."""
+    from lab.genome.resize import resized  # here, as calibration's rules import much
+
+    state, repository = session.state, session.repository
+    tokens = [run.result["total_tokens_M"] * 1e6 for run in state.baseline.runs if run.ok]
+    size = [f"{depth:g} times the depth"] * (depth != 1) + [f"{times:g} times the budget"] * (times != 1)
+    said, onto, commit = f"the best at {' and '.join(size) or 'the same size'}", state.baseline, state.baseline.here
+    for of in (state.baseline, best):
+        content = resized(repository.content(of.blob), depth, statistics.fmean(tokens), times)
+        facts = facts_of_change(session, onto, content)
+        if of is state.baseline and facts["blob"] == of.blob:  # only the budget is another
+            continue
+        commit, what = repository.commit(commit, facts["blob"], said), said if of is best else "the baseline, resized"
+        more = {"pairs": pairs, "budget": session.budget * times} if of is best else {}
+        onto = session.open_experiment(kind="transfer", commit=commit, description=what, **more, **facts)
+        if of is state.baseline:
+            session.log(ExperimentDecided(experiment=onto.number, verdict=Verdict("keep", because("resized"))))
+            session.log(ExperimentApplied(experiment=onto.number, commit=commit))
 
 
 def await_verdict(

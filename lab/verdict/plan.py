@@ -29,6 +29,7 @@ ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it 
 WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
 SHARED_SEED = 50_000  # from here on: of blocks, and of their tests
 CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
+SCALES = 0.25, 0.5, 2.0  # of the budget, that the baseline is run for beside it
 
 
 class Urgency(IntEnum):
@@ -93,7 +94,8 @@ def plan(experiment: Experiment, state: State) -> Plan:
     """What an experiment wants now. Nothing, if all that it wants is under way."""
     if experiment.judged is not None or experiment.kind == "repeat":
         return _further(experiment, state)
-    kinds = {"baseline": _baseline, "confirm": _confirmation, "shared": _shared, "joint": _joint}
+    kinds = {"baseline": _baseline, "confirm": _confirmation, "scale": _scale, "transfer": _confirmation}
+    kinds |= {"shared": _shared, "joint": _joint}
     made = kinds.get(experiment.kind, _change)(experiment, state)
     # A verdict waits for the runs of this experiment that other devices are making.
     return Plan() if made.verdict and _under_way(experiment) else made
@@ -348,7 +350,9 @@ def _further(change: Experiment, state: State) -> Plan:
 
 
 def _confirmation(confirmation: Experiment, state: State) -> Plan:
-    """Best and baseline in turn, on seeds that selected nothing; each run's weights are scored on held-out rows."""
+    """A train.py and its parent in turn, the best and the baseline mostly, on seeds that selected nothing; each run's
+    weights are scored on held-out rows."""
+    of = state.parent_of(confirmation) or state.baseline
     if failed := _failure(confirmation, confirmation.runs, state):
         return Plan(verdict=failed)
     sound = _with_weights([run for run in confirmation.runs if run.ok])
@@ -356,7 +360,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
         return Plan(score=unscored)
     if problem := next(filter(None, map(disagreement, sound)), None):
         return Plan(verdict=Verdict("invalid", problem))
-    budget, best, parent = confirmation.budget or state.started.budget or 0.0, confirmation.blob, state.baseline.blob
+    budget, best, parent = confirmation.budget or state.started.budget or 0.0, confirmation.blob, of.blob
     seeds = [CONFIRM_SEEDS + 100 * confirmation.number + pair for pair in range(confirmation.pairs)]
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
@@ -372,9 +376,27 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
 
     gains = Gains(val_bpb=interval("val_bpb"), held_out_bpb=interval("held_out_bpb"))
     gain, low, high = gains["held_out_bpb"]
-    reason = because("confirmed", pairs=confirmation.pairs, gain=gain, low=low, high=high)
+    facts = {"pairs": confirmation.pairs, "gain": gain, "low": low, "high": high}
+    reason = because("confirmed", **facts)
+    if confirmation.kind == "transfer" or best not in {kept.blob for kept in state.kept}:
+        reason = because("compared", what=confirmation.description[:200], **facts)
     mean = statistics.fmean(run.bpb for run in sound if run.blob == best)
     return Plan(verdict=Verdict("keep", reason, mean, gains=gains))
+
+
+def _scale(scale: Experiment, state: State) -> Plan:
+    """The baseline for other times, on new seeds, the times in turn: what a score is worth in time."""
+    if failed := _failure(scale, scale.runs, state):
+        return Plan(verdict=failed)
+    asked = {(run.budget, run.seed) for run in scale.runs if run.ok or run.ended is None}
+    seeds = [CONFIRM_SEEDS + 100 * scale.number + round for round in range(scale.pairs)]
+    times = [share * (state.started.budget or 0.0) for share in SCALES]
+    wanted = [(time, seed) for seed in seeds for time in times if (time, seed) not in asked]
+    if wanted or _under_way(scale):
+        return Plan(tuple(Job(scale.blob, seed, time, Urgency.REPEAT) for time, seed in wanted))
+    means = [statistics.fmean(run.bpb for run in scale.runs if run.ok and run.budget == time) for time in times]
+    points = ", ".join(f"{mean:.6f} after {time:g} s" for time, mean in zip(times, means))
+    return Plan(verdict=Verdict("keep", because("scaled", points=points)))
 
 
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:

@@ -319,3 +319,21 @@ def test_one_ledger_under_two_devices_is_said(ledgers):
     twice = compare([analysed(ledger(device, BIG), None) for device in (H100, M4)])
     assert any("hold the same scores: one may be a copy" in note for note in twice.notes)
     assert not any("same scores" in note for note in compare(ledgers).notes)
+
+
+def test_a_session_in_which_nothing_got_a_score_says_nothing_of_kinds():
+    failed = session(CPU, "a", base=()).change(1, [], "crash", kinds=["batch"])
+    assert compare([analysed(failed, noise=None)]).kinds == []
+
+
+def test_sessions_with_nothing_in_common_are_told_side_by_side_and_as_such():
+    one = session(H100, "a").change(1, [0.98] * 3, "keep", kinds=["batch"])
+    other = session(CPU, "b", eval="f" * 12, budget=12.0).change(1, [0.9] * 3, "keep", change="d" * 16, family="e" * 16)
+    compared = compare([analysed(one), analysed(other)])
+    assert not compared.shared and not compared.agreements
+    text = " ".join(tables.text(compared).split())
+    assert (
+        "No change was tried in more than one of these places" in text
+        and "effects are compared, scores are not" in text
+    )
+    assert all(cell.times is None for change in compared.changes for cell in change.cells.values())

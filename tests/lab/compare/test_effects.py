@@ -145,3 +145,21 @@ def test_intervals_hold_what_they_should():
         effect = of(session(base=base).change(1, new), noise=noise.sd, df=noise.df)
         inside += effect.low <= 0.002 <= effect.high
     assert 0.85 < inside / 400 < 0.96
+
+
+def test_watts_and_joules_by_tokens_are_of_runs_whose_energy_was_measured():
+    facts = {"training_seconds": 300.0, "disturbance": 0.25, "paused_seconds": 5.0, "joules": 38_000.0}
+    builder = session(facts=facts).change(1, [0.9], runs={"joules": None})
+    found = analysed(builder)
+    assert found.mean(found.baseline, "watts") == pytest.approx(100.0)
+    assert found.mean(found.baseline, "joules_per_M") == pytest.approx(38_000.0)
+    assert found.mean(found.state.experiments[1], "watts") is None
+    said = found.said_of_energy(0.3)
+    assert said.startswith("training 3 of 4 runs took 0.0317 kWh, 100 W") and said.endswith("cost 0.01 at 0.3 a kWh")
+    assert analysed(session()).said_of_energy(0.3) == ""
+
+
+def test_a_ledgers_own_figures_of_energy_are_taken():
+    found = analysed(session(facts={"watts": 410.0, "joules_per_token": 0.0014}))
+    assert found.mean(found.baseline, "watts") == 410.0
+    assert found.mean(found.baseline, "joules_per_M") == pytest.approx(1400.0)

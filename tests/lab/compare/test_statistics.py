@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lab.compare.effects import ranks, spearman, wilson
+from lab.compare.effects import ranks, shrunken, spearman, wilson
 
 
 def test_wilson():
@@ -54,3 +54,23 @@ def test_spearmans_interval_covers():
         _, low, high = spearman(xs, ys)
         inside += low <= 6 / math.pi * math.asin(0.6 / 2) <= high  # what Spearman's rho is for normal pairs
     assert 0.85 < inside / 400 < 0.95
+
+
+def test_rates_are_drawn_together_the_more_the_fewer_trials_they_have():
+    few, many, other = shrunken([(2, 2), (40, 100), (10, 100)])
+    assert 0.10 < other[0] < 0.13 and 0.37 < many[0] < 0.41 and many[0] < few[0] < 0.8
+    assert few[2] - few[1] > many[2] - many[1] and all(low < rate < high for rate, low, high in (few, many, other))
+    (single,) = shrunken([(0, 3)])
+    assert 0 < single[1] < single[0] < single[2] < 0.6
+
+
+def test_drawn_rates_are_nearer_to_the_truth_than_raw_shares_and_their_intervals_hold_it():
+    rng, raw, drawn, held, n = random.Random(3), 0.0, 0.0, 0, 0
+    for _ in range(100):
+        truth = [1 / (1 + math.exp(-rng.gauss(-1.5, 0.6))) for _ in range(10)]
+        counts = [
+            (sum(rng.random() < p for _ in range(trials)), trials) for p in truth if (trials := rng.randint(3, 40))
+        ]
+        for p, (k, trials), (rate, low, high) in zip(truth, counts, shrunken(counts)):
+            raw, drawn, held, n = raw + (k / trials - p) ** 2, drawn + (rate - p) ** 2, held + (low <= p <= high), n + 1
+    assert drawn < 0.6 * raw and 0.85 < held / n < 0.95

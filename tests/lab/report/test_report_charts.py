@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+import records
 from PIL import Image
 from records import analysed
 from report_records import begun, replayed, session, source
@@ -161,3 +162,14 @@ def test_the_picture_is_a_png_with_the_line_in_it():
 def test_the_picture_of_several_has_a_line_for_each():
     content = charts.card([session(40), session(30, tag="b", sd=0.01)], "")
     assert like(content, GREEN) > 500 and like(content, BLUE) > 500
+
+
+def test_losses_of_a_change_are_drawn_beside_its_parents():
+    curve = {"0.25": 5.0, "0.5": 4.0, "1": 3.5}
+    builder = records.session(facts={"losses": curve}).change(1, [0.9], "keep", runs={"losses": curve | {"1": 3.2}})
+    chart = charts.losses(records.analysed(builder), 1120, 330)
+    assert [meaning for _, _, meaning in chart.legend] == ["0: baseline", "1: change 1"]
+    assert [list(line.get_ydata()) for line in chart.axes.lines] == [[5.0, 4.0, 3.5], [5.0, 4.0, 3.2]]
+    assert charts.losses(records.analysed(records.session(facts={"losses": curve})), 1120, 330) is None
+    wrong = records.session(facts={"losses": {"nan": 1.0, "2": 3.0}}).change(1, [0.9], "keep")
+    assert charts.losses(records.analysed(wrong), 1120, 330) is None

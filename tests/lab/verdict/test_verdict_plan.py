@@ -145,3 +145,18 @@ def test_the_run_that_made_a_change_look_promising_is_no_repeat(session):
     repeats = state.repeats(300.0)
     assert [run.bpb for run in repeats["ab"].values()] == [0.99, 0.98]
     assert len(repeats[state.baseline.blob]) == 3
+
+
+def test_a_scale_runs_the_baseline_for_other_times_and_changes_no_score_and_no_noise(session, runner):
+    state, baseline = session.state, session.state.baseline
+    before, known = noise_of(state), state.results(baseline.blob)
+    with session.lock:
+        session.open_experiment(
+            kind="scale", blob=baseline.blob, parent=baseline.blob, onto=0, pairs=2, commit=baseline.commit
+        )
+    executor.supervise(session)
+    scale = state.last
+    assert [run.budget for run in scale.runs] == [75.0, 150.0, 600.0] * 2
+    assert len({run.seed for run in scale.runs} | known.keys()) == 2 + len(known)
+    assert scale.status == "keep" and "after 75 s" in scale.verdict.said and scale.runs[0].scored is None
+    assert noise_of(state) == before and state.results(baseline.blob) == known and state.best is baseline

@@ -1,0 +1,121 @@
+"""One command for a sceptic: a change of a session, alone, against its parent, in a clean clone with new seeds.
+
+The clone is of this repository at the commit that the session began with if it is this machine's own, else as it is.
+Its train.py becomes the change's parent, as the session's diffs make it, and the baseline of a session; the change is
+then confirmed against it: in turn, on seeds that selected nothing, each run's weights scored on held-out rows.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import storage
+from lab.errors import LabError
+from lab.genome.syntax import TRAIN
+from lab.session.events import Verdict
+from lab.session.record import Record
+from lab.session.repository import here
+from lab.share import sources
+from lab.untrusted import one_line
+
+HELD = "held_out_bpb"
+
+
+def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None]) -> dict:
+    """Runs a change and its parent.
+
+    Args:
+        say: is told what is done.
+
+    Returns:
+        The claim, the gain now, each (gain, low, high) in bits per byte, above 0 is better, and whether it "stands":
+        True, False, or None where the runs don't tell.
+
+    Raises:
+        LabError: there is no such change, or it can't be run here.
+    """
+    experiment, repository = record.state.experiments.get(number), here()
+    if experiment is None or experiment.onto is None or experiment.decided is None or pairs < 2:
+        raise LabError(
+            f"{record.name} has no decided change {number}, or there are fewer than 2 pairs: lab log has all"
+        )
+    if repository is None:
+        raise LabError("call it in a clone of the project: it is cloned again from there")
+    before, after = record.train(experiment.onto), record.train(number)
+    if before == after:
+        raise LabError(f"experiment {number} of {record.name} changes nothing of {TRAIN}")
+    session = sources.own(record.name)
+    environment = os.environ | (session.local.settings if session else {"AUTORESEARCH_DATA": record.started.dataset})
+    environment["AUTORESEARCH_BUDGET"] = f"{record.started.budget:g}"
+    environment.pop("AUTORESEARCH_PROFILE", None)  # this device's own
+    tag = f"reproduce-{record.started.tag}"[:40] + f"-{number}"
+    folder = storage.home() / "reproduced" / record.started.device / tag
+    if folder.exists():
+        raise LabError(f"{folder} is there from before: remove it, and the session {tag} with it, to do it again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    commit = session.local.commit if session else repository.git("rev-parse", "HEAD")
+
+    def step(*command: str) -> None:
+        done = subprocess.run(command, cwd=folder if folder.exists() else None, env=environment, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise LabError(f"{' '.join(command[:4])} failed, in {folder}: what it said stands above")
+
+    lab = sys.executable, "-m", "lab"
+    say(f"a clean clone at {commit[:7]} in {folder}")
+    step("git", "clone", "--quiet", "--no-checkout", str(repository.path), str(folder))
+    step("git", "checkout", "--quiet", "-B", "reproduce", commit)
+    (folder / TRAIN).write_bytes(before)
+    step(
+        "git",
+        "-c",
+        "user.name=lab",
+        "-c",
+        "user.email=lab@localhost",
+        "commit",
+        "--quiet",
+        "--allow-empty",
+        "-am",
+        "parent",
+    )
+    say(f"the parent of experiment {number}, as a baseline")
+    step(*lab, "start", tag, "--baseline-runs", "1", "--wait", "1e9", *["--unsandboxed"] * (not record.started.sandbox))
+    change = folder.with_suffix(".py")
+    change.write_bytes(after)
+    say(f"the change against it, {pairs} pairs of runs: {one_line(experiment.description, 80)}")
+    step(*lab, "confirm", "--file", str(change), "--pairs", str(pairs), "--wait", "1e9")
+    change.unlink()
+    branch = here_branch(folder)
+    found = sources.read(branch).state.last
+    return {"change": f"{record.name} #{number}", "session": branch, **compared(experiment.verdict, found.verdict)}
+
+
+def here_branch(folder) -> str:
+    """The branch that is checked out in a folder."""
+    asked = subprocess.run(["git", "symbolic-ref", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    return asked.stdout.strip()
+
+
+def compared(claimed: Verdict, found: Verdict) -> dict:
+    """What was claimed, what was found, and whether that stands."""
+    evidence = claimed.evidence
+    claim = (evidence.gain, evidence.low, evidence.high) if evidence and evidence.error else None
+    gain = found.gains and found.gains[HELD]
+    sign = -1 if claim and claim[0] < 0 else 1
+    ends = sorted(sign * end for end in gain[1:]) if gain else (0.0, 0.0)
+    stands = True if ends[0] > 0 else False if ends[1] < 0 else None
+    return {"claimed": claim, "found": gain, "stands": stands, "why": "" if gain else found.said}
+
+
+def told(found: dict) -> str:
+    """In words."""
+    words = {True: "stands", False: "does not stand: it goes the other way", None: "can't be told by these runs"}
+    lines = [f"{found['change']}: the claim {words[found['stands']]}"]
+    for name in ("claimed", "found"):
+        if found[name]:
+            lines.append(
+                "  {:<8} {:+.6f} bits per byte better (90 % interval {:+.6f} to {:+.6f})".format(name, *found[name])
+            )
+    return "\n".join([*lines, *([f"  why: {found['why']}"] if found["why"] else [])])

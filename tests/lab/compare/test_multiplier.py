@@ -1,0 +1,142 @@
+"""Effects as factors of training time."""
+
+import math
+import random
+
+import pytest
+from records import analysed, session
+
+from lab.compare import comparison, multiplier, tables
+from lab.compare.effects import Effect
+
+TIMES = (75.0, 150.0, 300.0, 600.0)
+
+
+def power(t, offset=1.0, k=0.5):
+    return offset + 0.2 * (t / 300.0) ** -k
+
+
+def curve(scores, noise=0.001, df=10):
+    return multiplier.curve(scores, 300.0, dict.fromkeys(scores, noise), df)
+
+
+def exact(**facts):
+    return curve({t: [power(t)] * 3 for t in TIMES}, **facts)
+
+
+def effect_of(factor, error=0.0005, df=10, **facts):
+    """The effect of a change with which a run of 300 s is like one of 300 / factor."""
+    return Effect(power(300.0 / factor) - power(300.0), 0.0, error, df, noise=0.001, **facts)
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.81, 1.0, 1.5, 3.0])
+def test_a_planted_factor_is_found_and_its_interval_holds_it(factor):
+    told = exact().told(effect_of(factor))
+    assert told.value == pytest.approx(factor, rel=0.01)
+    assert told.low < factor < told.high and not told.bounded and not told.beyond
+    assert f"{factor:.2f} of the time (" in str(told)
+
+
+def test_a_child_of_a_better_parent_is_told_from_where_that_is_on_the_curve():
+    parent = power(450.0)
+    effect = Effect(power(600.0) - parent, 0.0, 0.0005, 10, parent_bpb=parent)
+    assert exact().told(effect).value == pytest.approx(0.75, rel=0.01)
+    assert exact().told(Effect(-0.01, 0.0, 0.0005, 10, parent_bpb=power(700.0))) is None
+
+
+def test_beyond_the_times_that_were_run_it_is_bounded():
+    fast, slow = exact().told(effect_of(0.3)), exact().told(effect_of(6.0))
+    assert (fast.bounded, fast.value, str(fast)) == ("fast", 0.5, "less than 0.50 of the time")
+    assert (slow.bounded, slow.value, str(slow)) == ("slow", 4.0, "more than 4.00 of the time")
+    unsure = exact().told(effect_of(0.48, error=0.02))
+    assert (
+        unsure.bounded == "fast" and unsure.high > 0.5 and str(unsure).startswith("less than 0.50 of the time (at most")
+    )
+    assert "below 0.50 to" in str(exact().told(effect_of(0.55, error=0.02)))
+
+
+def test_an_effect_below_what_the_baseline_ever_comes_to_is_bounded():
+    assert exact().told(Effect(-0.5, 0.0, 0.0005, 10)).bounded == "fast"
+
+
+def test_without_repeats_there_is_no_interval():
+    told = exact().told(Effect(power(400.0) - power(300.0), 0.0))
+    assert told.low is None and told.effect is None and str(told) == "0.75 of the time"
+
+
+def test_a_baseline_that_does_not_improve_with_time_is_no_unit():
+    found = curve({t: [1.2, 1.2001] for t in TIMES})
+    assert "does not get better with time" in found.why_not and not found.fits
+    assert curve({t: [1.2 + t / 1e4] for t in TIMES}).why_not
+
+
+def test_overfitted_times_are_left_out_and_that_is_said():
+    found = curve({75.0: [1.4], 150.0: [1.25], 300.0: [1.2], 600.0: [1.3]})
+    assert not found.why_not and found.times == [75.0, 150.0, 300.0] and "gets worse from 300 to 600" in found.remark
+    told = found.told(Effect(-0.01, 0.0, 0.0005, 10))
+    assert told.bounded == "fast" and told.value == 1.0
+    assert "gets worse" in curve({75.0: [1.3], 150.0: [1.2], 300.0: [1.25], 600.0: [1.3]}).why_not
+
+
+def test_two_times_are_too_few_and_one_is_no_curve():
+    assert "takes 3" in curve({75.0: [1.4], 300.0: [1.2]}).why_not
+    assert multiplier.curve({300.0: [1.2]}, 300.0, {300.0: 0.001}, 5) is None
+
+
+def test_residuals_are_those_of_the_curve():
+    assert all(abs(miss) < 1e-4 for miss in exact().residuals.values())
+    wavy = curve({75.0: [1.4], 150.0: [1.25], 300.0: [1.24], 600.0: [1.1]})
+    assert max(map(abs, wavy.residuals.values())) > 0.005
+
+
+def scaled(builder, number, points):
+    """A session whose baseline was run for other times, too."""
+    builder.open(number, "scale", blob=builder.state.baseline.blob, pairs=2)
+    for time, scores in points.items():
+        for seed, score in enumerate(scores, 100):
+            builder.run(number, score, of=0, seed=seed, budget=time)
+    builder.decide(number)
+    return builder
+
+
+def test_a_session_tells_its_changes_in_time_and_its_score_stays_as_it_was():
+    builder = session(base=(1.2, 1.2, 1.2)).change(1, [power(400.0)] * 3, "keep")
+    before = analysed(builder)
+    assert before.curve is None and before.said_of_time == "" and before.gained is None
+    found = analysed(scaled(builder, 2, {t: [power(t)] * 2 for t in TIMES if t != 300.0}))
+    assert found.scores == before.scores and found.noise.sd == before.noise.sd and not found.notes
+    assert list(found.curve.points) == [*TIMES]
+    assert found.gained.value == pytest.approx(0.75, rel=0.02) and "not confirmed" in found.said_of_time
+    assert found.facts()["gained_time"]["value"] == found.gained.value
+    builder.confirm(3, 1, [power(360.0)] * 3, [1.2] * 3, gains=(0.01, 0.005, 0.015))
+    assert analysed(builder).gained.value == pytest.approx(300 / 360, rel=0.02)
+
+
+def test_a_change_may_hold_in_one_unit_and_fade_in_the_other():
+    """Three tenths of the effect in bits per byte, on a device where a bit per byte takes far longer to gain."""
+    found = session("a", "one", base=(1.2, 1.2, 1.2)).change(1, [1.18] * 3, "keep").again(2, 1, [1.18] * 8)
+    found.again(2, 0, [1.2] * 8)
+    scaled(found, 3, {75.0: [1.4] * 3, 150.0: [1.3] * 3, 600.0: [1.1] * 3})
+    replayed = session("b", "two", base=(1.2,) * 8)
+    replayed.replay(1, [1.194] * 8, "a/one/" + f"{1:016x}", "keep")
+    scaled(replayed, 2, {75.0: [1.23] * 3, 150.0: [1.215] * 3, 600.0: [1.185] * 3})
+    compared = comparison.compare([analysed(found, 0.0005), analysed(replayed, 0.0005)])
+    (change,) = compared.shared
+    cell = change.cells["b"]
+    assert cell.verdict == "fades" and cell.verdict_in_time == "holds"
+    assert "of the time" in tables.text(compared) and "where it holds" in tables.text(compared)
+
+
+@pytest.mark.slow
+def test_intervals_cover_what_they_say():
+    rng, hits, n = random.Random(7), 0, 600
+    for _ in range(n):
+        noise, k, factor = 0.01, rng.uniform(0.2, 1.0), math.exp(rng.uniform(math.log(0.6), math.log(1.6)))
+        df = 12
+        sd = noise * math.sqrt(sum(rng.gauss(0, 1) ** 2 for _ in range(df)) / df)
+        scores = {t: [power(t, k=k) + rng.gauss(0, noise) for _ in range(3)] for t in TIMES}
+        changed = [power(300.0 / factor, k=k) + rng.gauss(0, noise) for _ in range(3)]
+        value = sum(changed) / 3 - sum(scores[300.0]) / 3
+        told = curve(scores, sd, df).told(Effect(value, 0.0, sd * math.sqrt(2 / 3), df))
+        hits += (told.low <= factor or "fast" in told.beyond) and (factor <= told.high or "slow" in told.beyond)
+    assert 0.87 <= hits / n <= 0.93

@@ -1,0 +1,75 @@
+"""A change again, in a clean clone: what is refused before anything runs, and what is run."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import sessions
+from sessions import attempt, edited
+
+from lab.errors import LabError
+from lab.reasons import because
+from lab.session.events import ExperimentDecided, ExperimentOpened, Verdict
+from lab.session.record import Record
+from lab.share import reproduce, sources
+from lab.verdict import executor
+
+
+@pytest.fixture
+def record(tmp_path, runner, monkeypatch):
+    session = sessions.make(tmp_path / "project")
+    executor.supervise(session)
+    attempt(session, edited(LOSS=0.9))
+    monkeypatch.chdir(tmp_path / "project")
+    return Record(session.state, session.repository.content(session.state.baseline.blob))
+
+
+@pytest.mark.parametrize("number, pairs", [(7, 2), (0, 2), (1, 1)])
+def test_what_is_no_change_or_too_few_runs_is_refused(record, number, pairs):
+    with pytest.raises(LabError, match="no decided change"):
+        reproduce.reproduce(record, number, pairs, print)
+
+
+def test_outside_of_a_clone_it_says_where_to_go(record, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    with pytest.raises(LabError, match="in a clone"):
+        reproduce.reproduce(record, 1, 2, print)
+
+
+def test_the_parent_is_committed_and_the_change_confirmed_against_it_in_a_clone(record, monkeypatch):
+    commands, run = [], subprocess.run
+
+    def step(command, **more):
+        if "lab" not in command:
+            return run(command, **more)
+        content = (more["cwd"] / "train.py").read_bytes()
+        file = [open(command[i + 1], "rb").read() for i, part in enumerate(command) if part == "--file"]
+        commands.append((command[3], content, file, more["env"]["AUTORESEARCH_BUDGET"]))
+        return SimpleNamespace(returncode=0)
+
+    gains = {"val_bpb": (0.1, 0.08, 0.12), "held_out_bpb": (0.09, 0.07, 0.11)}
+    done = SimpleNamespace(
+        state=SimpleNamespace(last=SimpleNamespace(verdict=Verdict("keep", because("baseline"), gains=gains)))
+    )
+    monkeypatch.setattr(reproduce.subprocess, "run", step)
+    monkeypatch.setattr(sources, "read", lambda branch: done)
+    found = reproduce.reproduce(record, 1, 2, lambda line: None)
+    assert commands == [
+        ("start", sessions.TRAIN, [], "300"),
+        ("confirm", sessions.TRAIN, [edited(LOSS=0.9)], "300"),
+    ]
+    assert (
+        found["stands"] and found["claimed"][0] == pytest.approx(0.1, abs=0.01) and found["found"] == (0.09, 0.07, 0.11)
+    )
+    assert found["session"] == "reproduce" and "the claim stands" in reproduce.told(found)
+    with pytest.raises(LabError, match="from before"):
+        reproduce.reproduce(record, 1, 2, print)
+
+
+def test_an_experiment_that_changes_nothing_is_refused(record):
+    state = record.state
+    best = state.best
+    state.take(ExperimentOpened(number=2, kind="change", blob=best.blob, parent=best.blob, onto=1))
+    state.take(ExperimentDecided(experiment=2, verdict=Verdict("discard", because("not_run"))))
+    with pytest.raises(LabError, match="changes nothing"):
+        reproduce.reproduce(record, 2, 2, print)

@@ -1,0 +1,118 @@
+"""The best against the baseline in another size, and a train.py of any origin against the baseline."""
+
+import pytest
+import sessions
+from sessions import attempt
+
+from lab.cli import commands, render
+from lab.cli.arguments import parsed
+from lab.errors import LabError
+from lab.session.record import Record
+from lab.share import verify
+from lab.share.summary import summary
+from lab.share.reproduce import compared, told
+from lab.session.events import Evidence, Verdict
+from lab.reasons import because
+from lab.verdict import executor, opening
+
+SIZES = b"DEPTH = 2\nTOTAL_BATCH_SIZE = 4\nDEVICE_BATCH_SIZE = 2\n"
+
+
+def better(loss: float) -> bytes:
+    return (sessions.TRAIN + SIZES).replace(b"LOSS = 1.0", f"LOSS = {loss}".encode())
+
+
+@pytest.fixture
+def session(tmp_path, runner, monkeypatch):
+    session = sessions.make(tmp_path / "project", train=sessions.TRAIN + SIZES)
+    executor.supervise(session)
+    monkeypatch.setattr("lab.genome.resize.rule.total_batch", lambda tokens: 2**11)
+    attempt(session, better(0.9))
+    assert session.state.best.number == 1
+    return session
+
+
+def carried(session, pairs=2, **more):
+    with session.lock:
+        opening.open_transfer(session, session.state.best, more.get("depth", 2), more.get("times", 1), pairs)
+    executor.supervise(session)
+    return session.state.last
+
+
+def test_the_best_and_the_baseline_are_run_in_turn_at_twice_the_depth(session, runner):
+    before, best = len(runner.runs), session.state.best
+    found = carried(session)
+    runs = [(content, seed) for content, seed, _ in runner.runs[before:]]
+    assert len(runs) == 4 and len({seed for _, seed in runs}) == 2
+    assert all(b"DEPTH = max(1, round(2 * (2)))" in content for content, _ in runs)
+    assert [b"LOSS = 0.9" in content for content, _ in runs] == [True, False, False, True]
+    assert found.verdict.confirmed and "the best at 2 times the depth" in found.verdict.said
+    assert session.state.best is best and render.status_facts(session)["transfers"] == [found.verdict.said]
+    assert "CARRIES" in render.block(session, found)
+
+
+def test_a_transfer_is_part_of_what_an_export_tells_and_checks(session):
+    found = carried(session)
+    record = Record(session.state, session.repository.content(session.state.baseline.blob))
+    verify._check_trains(record)
+    for experiment in session.state.experiments.values():
+        verify._check_experiment(session.state, experiment)
+    assert b"DEPTH = max(1, round(2 * (2)))" in record.train(found.number)
+    assert f"transfer {found.number}: the best at 2 times the depth" in summary(record)
+
+
+def test_with_four_times_the_budget_alone_nothing_else_is_changed(session, runner):
+    before = len(runner.runs)
+    carried(session, depth=1, times=4)
+    assert {budget for *_, budget in runner.runs[before:]} == {1200.0}
+    assert all(b"round" not in content for content, *_ in runner.runs[before:])
+
+
+def test_twice_the_depth_that_does_not_fit_is_said_and_judges_nothing(session, monkeypatch, runner):
+    run = runner.run
+
+    def too_large(request, **more):
+        if b"round(2" in (request.folder / "train.py").read_bytes():
+            reason = because("killed_for_memory", signal="SIGKILL")
+            return sessions.SimpleNamespace(status="crash", reason=reason, result=None, seconds=1.0, traceback="")
+        return run(request, **more)
+
+    monkeypatch.setattr("lab.run.runner.run", too_large)
+    best, found = session.state.best, carried(session)
+    assert found.status == "crash" and "out of memory" in found.verdict.said and len(found.runs) == 1
+    assert session.state.best is best and found.verdict.confirmed is None
+
+
+def test_a_baseline_that_is_still_the_best_has_nothing_that_could_carry(tmp_path, runner, monkeypatch):
+    session = sessions.make(tmp_path / "project", train=sessions.TRAIN + SIZES)
+    executor.supervise(session)
+    with pytest.raises(LabError, match="still the best"):
+        commands.do_transfer(session, parsed(["transfer"]))
+
+
+def test_a_file_is_confirmed_against_the_baseline(session, tmp_path, monkeypatch):
+    path = tmp_path / "other.py"
+    path.write_bytes(better(0.8))
+    monkeypatch.setattr(commands, "launch", lambda session: None)
+    monkeypatch.setattr(commands, "follow", lambda *_: 0)
+    commands.do_confirm(session, parsed(["confirm", "--file", str(path), "--pairs", "2"]))
+    executor.supervise(session)
+    found = session.state.last
+    assert found.verdict.confirmed and found.verdict.gains["held_out_bpb"][0] == pytest.approx(0.2, abs=0.01)
+    assert (
+        Record(session.state, session.repository.content(session.state.baseline.blob)).train(found.number)
+        == path.read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "gain, low, high, stands",
+    [(0.1, 0.05, 0.15, True), (-0.1, -0.15, -0.05, False), (0.01, -0.02, 0.04, None)],
+)
+def test_a_claim_stands_or_not_or_is_open(gain, low, high, stands):
+    claimed = Verdict("keep", because("baseline"), evidence=Evidence(gain=0.1, error=0.01, low=0.08, high=0.12))
+    gains = {"val_bpb": (gain, low, high), "held_out_bpb": (gain, low, high)}
+    found = compared(claimed, Verdict("keep", because("baseline"), gains=gains))
+    assert found["stands"] is stands and "claimed" in told(found | {"change": "d/t #1"})
+    crashed = compared(claimed, Verdict("crash", because("no_weights")))
+    assert crashed["stands"] is None and "no weights" in told(crashed | {"change": "d/t #1"})
