@@ -7,6 +7,7 @@ import pytest
 import sessions
 from sessions import attempt, edited
 
+from lab.cli import render
 from lab.reasons import because
 from lab.session.events import ExperimentOpened, RunEnded, RunStarted, StakeReserved
 from lab.session.journal import Journal
@@ -160,3 +161,5 @@ def test_a_scale_runs_the_baseline_for_other_times_and_changes_no_score_and_no_n
     assert len({run.seed for run in scale.runs} | known.keys()) == 2 + len(known)
     assert scale.status == "keep" and "after 75 s" in scale.verdict.said and scale.runs[0].scored is None
     assert noise_of(state) == before and state.results(baseline.blob) == known and state.best is baseline
+    assert "does not get better with time" in render.status(session)
+    assert "MEASURED" in render.block(session, scale)
