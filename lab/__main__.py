@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
             return getattr(commands, f"do_{options.command}")(options)
         session = Session(options.session) if options.session else at(Path.cwd())
         return getattr(commands, f"do_{options.command}")(session, options)
+    except BrokenPipeError:  # whoever reads it, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Stop, OSError) as error:  # a full disk is one
         print(error, file=sys.stderr)
         return 1

@@ -328,6 +328,8 @@ class Night:
         noise = noise_of(session.state).sd
         if noise < shared.QUIET or blocks.given_up(session.state) or blocks.plainly_good(session.state):
             return False
+        if (most := self.options.max_experiments) is not None:  # who wants few experiments wants no more runs
+            runs = min(runs, self.now.first + most - 1 - session.state.last.number)
         if self.now.deadline:
             runs = min(runs, int((self.now.deadline - time.time()) / self._needed()))
         long_enough = runs >= SHORTEST_BLOCK + 2 * shared.tested(noise)

@@ -233,6 +233,8 @@ class View:
         ends = run.time + budget + (self.session.state.overhead() or 30.0)
         whose = "" if experiment.kind == "baseline" else "of its parent, "
         whose = "of the change, " if whose and run in experiment.own_runs else whose
+        if experiment.kind == "shared":
+            whose = f"with {counted(len(run.patches), 'finding')}, "
         stands = "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else "starts"
         if progress and not percent:
             stands = f"step {progress['step']:.0f}"

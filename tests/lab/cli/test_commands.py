@@ -232,3 +232,9 @@ def test_a_terminal_shows_how_far_the_run_is(tmp_path, monkeypatch, capsys):
     with commands._bar(SimpleNamespace(run_folder=lambda number: tmp_path), experiment) as show:
         show()
     assert "experiment 3, run 1 (seed 43) trains" in capsys.readouterr().err
+
+
+def test_whoever_reads_it_may_have_read_enough():
+    command = f"{sys.executable} -m lab findings | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ""

@@ -176,15 +176,21 @@ def many(tmp_path, monkeypatch, runner):
 
 
 def test_on_a_noisy_device_findings_share_runs(many, monkeypatch):
-    loop.Night(many, options(findings=True, max_experiments=2), Seen()).run()
+    def over(night):
+        raise loop.Over("seen")
+
+    monkeypatch.setattr(loop.Night, "_ask_proposer", over)
+    loop.Night(many, options(findings=True, max_experiments=200), Seen()).run()
     first, joint = list(Session(many.folder).state.experiments.values())[1:]
     assert (first.kind, joint.kind, len(first.patches)) == ("shared", "joint", 10)
     assert joint.status == "keep" and {"v1", "v2"} <= {patch.origin.split("/")[1] for patch in joint.patches}
     assert findings.patches(many) == [] == list(findings.ideas(many))  # a block tells once
 
 
-def test_without_the_time_for_a_block_they_come_one_by_one(many):
-    night = loop.Night(many, options(findings=True, max_experiments=1), Seen())
-    night.now.deadline = loop.time.time() + 20 * night._needed()
+@pytest.mark.parametrize("most, needed", [(1, 1000), (200, 20)], ids=["few experiments", "a short night"])
+def test_without_the_runs_for_a_block_they_come_one_by_one(many, monkeypatch, most, needed):
+    night = loop.Night(many, options(findings=True, max_experiments=most), Seen())
+    night.now.deadline = loop.time.time() + needed * night._needed()
+    monkeypatch.setattr(loop.Night, "_enough", lambda self: "seen" if self.session.state.last.number else "")
     night.run()
     assert [e.kind for e in Session(many.folder).state.experiments.values()] == ["baseline", "change"]
