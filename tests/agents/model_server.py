@@ -374,7 +374,7 @@ def called(call) -> Answer:
 
 def values(seen: str, name: str, rate: float) -> tuple[str, str, str]:
     """(the line with the assignment that was read, what follows the value there, the value that it becomes)."""
-    found = re.search(rf"\b{name} = ([0-9.]+)([^\n]*)", seen)
+    found = re.search(rf"\b{name} = ([0-9.]+)([^\n]*)", seen.replace("\\n", "\n"))  # some agents give files as JSON
     old, rest = found.groups() if found else ("0.04", "")
     return f"{name} = {old}{rest}", rest, f"{float(old) * rate:g}"
 

@@ -84,6 +84,17 @@ OPENCODE = """{
 PI = """{"providers": {"ollama": {"baseUrl": "{url}/v1", "api": "openai-completions", "apiKey": "ollama",
   "models": [{"id": "qwen3-coder"}]}}}
 """
+VIBE = """active_model = "scripted"
+enable_telemetry = false
+enable_update_checks = false
+[[providers]]
+name = "here"
+api_base = "{url}/v1"
+[[models]]
+name = "scripted"
+provider = "here"
+alias = "scripted"
+"""
 RECIPES = {
     "claude": Recipe(
         "claude -p --permission-mode acceptEdits --tools Bash,Edit,Read "
@@ -121,7 +132,7 @@ RECIPES = {
             "COPILOT_OFFLINE": "true",
         },
     ),
-    "vibe": Recipe("vibe --trust --agent accept-edits -p", {"MISTRAL_API_KEY": "none"}),
+    "vibe": Recipe("vibe --trust --agent accept-edits -p", {"MISTRAL_API_KEY": "none"}, {".vibe/config.toml": VIBE}),
     "qwen": Recipe(
         "qwen --bare --approval-mode auto-edit",
         {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "scripted"},
