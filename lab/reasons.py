@@ -66,7 +66,7 @@ TEXTS: dict[str, str] = {
     "moved": "what it was made on is no longer the best: experiment {best} is, and it is made again on that",
     "simpler_and_equal": "simpler, and its score is its parent's to the last bit, on {seeds} of the same seeds",
     "not_worth_it": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors, {runs} against "
-    "{parent_runs} runs): another run is expected to gain {pays:.2g} bits per byte, at least {asked:.2g} is required",
+    "{parent_runs} runs): another run is expected to gain {pays:.6f} bits per byte, at least {asked:.6f} is required",
     "worth_another_run": "worth another run: {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard "
     "errors, {runs} against {parent_runs} runs)",
     "parent": "the parent again, beside experiment {of}",
