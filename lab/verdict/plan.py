@@ -201,10 +201,16 @@ def _baseline(baseline: Experiment, state: State) -> Plan:
     return Plan(verdict=Verdict("keep", because("baseline"), statistics.fmean(run.bpb for run in sound)))
 
 
-def _change(change: Experiment, state: State) -> Plan:
-    parent = state.parent_of(change)
+def _parent(experiment: Experiment, state: State) -> Experiment:
+    """What an experiment is judged against. ValueError if that is nothing."""
+    parent = state.parent_of(experiment)
     if parent is None:
-        raise ValueError(f"experiment {change.number} is judged against nothing")
+        raise ValueError(f"experiment {experiment.number} is judged against nothing")
+    return parent
+
+
+def _change(change: Experiment, state: State) -> Plan:
+    parent = _parent(change, state)
     if failed := _failure(change, change.own_runs, state):
         return Plan(verdict=failed)
     failing = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
@@ -267,9 +273,7 @@ def _shared(block: Experiment, state: State) -> Plan:
     """Screening runs, all on one seed, that hold some patches each; then what they say of each patch."""
     from lab.verdict import shared  # here, because what only reads a session shall start fast
 
-    parent = state.parent_of(block)
-    if parent is None:
-        raise ValueError(f"experiment {block.number} is judged against nothing")
+    parent = _parent(block, state)
     if failed := _failure(block, [], state):
         return Plan(verdict=failed)
     noise, edit = noise_of(state).sd, [edits.read(patch.edit) for patch in block.patches]
@@ -310,9 +314,7 @@ def _shared(block: Experiment, state: State) -> Plan:
 
 def _joint(joint: Experiment, state: State) -> Plan:
     """The best patches of a block as one, and the parent, on fresh seeds; one look at the end."""
-    parent = state.parent_of(joint)
-    if parent is None:
-        raise ValueError(f"experiment {joint.number} is judged against nothing")
+    parent = _parent(joint, state)
     if failed := _failure(joint, joint.runs, state):
         return Plan(verdict=failed)
     seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
