@@ -118,16 +118,23 @@ def truth(source: float, target: float) -> str:
     return HOLDS if share >= HALF else REVERSES if share < 0 else FADES
 
 
-def quadruple(world: str, runs: int, rng: random.Random) -> tuple[list[Analysis], dict]:
-    """(A's session and its replays, the true effects)."""
-    true = effects(world, rng)
-    source, best, taken = Device("A", "night", true["A"], rng), 0, []
-    for key in true["A"]:
+def searched(source: Device) -> list[str]:
+    """Has a session try all changes of its device; those that others take from it: its keeps and its near misses."""
+    best, taken = 0, []
+    for key in source.truth:
         experiment = source.judge(source.open(key, best), best)
         if experiment.status == "keep":
             best = experiment.number
         if experiment.status == "keep" or experiment.near_miss:
             taken.append(key)
+    return taken
+
+
+def quadruple(world: str, runs: int, rng: random.Random) -> tuple[list[Analysis], dict]:
+    """(A's session and its replays, the true effects)."""
+    true = effects(world, rng)
+    source = Device("A", "night", true["A"], rng)
+    taken = searched(source)
     sessions = [source.analysis()]
     for name in NOISE:
         replay = Device(name, "replay", true[name], rng)

@@ -99,13 +99,8 @@ def main():
     for quad in range(options.quads):
         rng = random.Random(f"multiplier {quad}")
         true = factors(rng)
-        source, best, taken = Device("A", "night", true["A"], rng), 0, []
-        for key in true["A"]:
-            experiment = source.judge(source.open(key, best), best)
-            if experiment.status == "keep":
-                best = experiment.number
-            if experiment.status == "keep" or experiment.near_miss:
-                taken.append(key)
+        source = Device("A", "night", true["A"], rng)
+        taken = compare.searched(source)
         sessions = [source.analysis()]
         for name in DEVICES:
             replay = Device(name, "replay", true[name], rng)

@@ -344,15 +344,15 @@ class Night:
         """False where nothing is left of what was found elsewhere and promises something here."""
         self.now.by = "findings"
         self._show("looking for a change")
-        first = blocks.plainly_good(self.session.state)
-        found = sorted(findings.ideas(self.session), key=lambda idea: idea.origin != first) if first else None
-        for idea in found or findings.ideas(self.session):
-            blob = self.session.repository.store(idea.content)
-            turn = TurnTaken(by="findings", outcome="edited", description=idea.description, blob=blob)
-            turn.origin = idea.origin
-            self._journal(turn)
-            return True
-        return False
+        ideas = findings.ideas(self.session)
+        if first := blocks.plainly_good(self.session.state):
+            ideas = sorted(ideas, key=lambda idea: idea.origin != first)
+        if (idea := next(iter(ideas), None)) is None:
+            return False
+        turn = TurnTaken(by="findings", outcome="edited", description=idea.description, origin=idea.origin)
+        turn.blob = self.session.repository.store(idea.content)
+        self._journal(turn)
+        return True
 
     def _ask_proposer(self) -> bool:
         """False where it has nothing left, and the agent is to be asked instead."""

@@ -65,12 +65,11 @@ def sample(session: Session, prompt: str | None, count: int) -> events.Sampled:
     tokens = begin + data.tokenizer.encode_ordinary(prompt) if prompt else data.held_out_rows[0, :OF_HELD_OUT].tolist()
     if count < 1 or len(tokens) + count > prepare.MAX_SEQ_LEN:
         raise LabError(f"prompt and answer have {len(tokens)} + {count} tokens; they may have {prepare.MAX_SEQ_LEN}")
-    texts = {}
-    for name, experiment in {"baseline": baseline, "best": best}.items():
-        written = texts.get("baseline") if experiment is baseline and texts else None
-        texts[name] = written or data.tokenizer.decode(_written(session, name, experiment, tokens, count))
-    said = data.tokenizer.decode(tokens[1:])
-    sampled = events.Sampled(experiment=best.number, prompt=said[:4000], **{n: t[:4000] for n, t in texts.items()})
+    texts = [data.tokenizer.decode(_written(session, "baseline", baseline, tokens, count))]
+    if best is not baseline:
+        texts.append(data.tokenizer.decode(_written(session, "best", best, tokens, count)))
+    said, first, last = (text[:4000] for text in (data.tokenizer.decode(tokens[1:]), texts[0], texts[-1]))
+    sampled = events.Sampled(experiment=best.number, prompt=said, baseline=first, best=last)
     session.log(sampled)
     return sampled
 
