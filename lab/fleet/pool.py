@@ -75,7 +75,7 @@ class Scored(msgspec.Struct):
 @dataclass
 class Device:
     """What the head knows of a worker. `ready`: it may be given work. `gone`: since when it is not connected, or None.
-    `answer`: what it was asked last, for which run; of scoring, if `scores`."""
+    `run`: what it makes, or scores if `scores`; `answer`: what it was asked of it, None until it can be asked (again)."""
 
     name: str
     ready: bool = False
@@ -89,7 +89,7 @@ class Device:
 
     @property
     def busy(self) -> bool:
-        return self.answer is not None
+        return self.run is not None
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Pool:
         else:
             self._stopping = None
         self._tell()
-        busy = any(device.busy or device.run for device in self.devices.values())
+        busy = any(device.busy for device in self.devices.values())
         if session.held:
             return busy
         return busy or night or bool(session.state.open)
@@ -384,7 +384,7 @@ class Pool:
                     device.run = None
             except (Exception, LabError) as error:
                 self._failed(device, str(error))
-        if member and device.ready and not device.busy:
+        if member and device.ready and device.answer is None:
             if device.run:  # one that the head before this one had begun, or from before the connection was lost
                 if device.run.number in member.hello["runs"]:
                     self._ask(device, device.run)
@@ -392,7 +392,7 @@ class Pool:
                     self._give_up(device)
             else:
                 self._drop(device)
-        if device.run and not device.busy and self._is_lost(device.name):
+        if device.run and device.answer is None and self._is_lost(device.name):
             self._give_up(device)
         if member and (run := device.run) and member.alive.get("run") == run.number:
             with suppress(OSError, TypeError):

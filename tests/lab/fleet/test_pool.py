@@ -1,11 +1,15 @@
 """Several devices of one machine work on one session."""
 
 import signal
+from types import SimpleNamespace
 
 from nights import begin, impatient, processes, state_of, until
-from sessions import check
+from sessions import check, make
 
+from lab.fleet.pool import Device, Pool
 from lab.session.session import Session
+from lab.verdict import executor
+from lab.verdict.plan import orders
 
 
 def test_a_night_on_two_devices(project, isolated_home):
@@ -53,3 +57,16 @@ def test_a_head_that_is_killed_fetches_what_was_made_meanwhile(project, isolated
     session = Session(project.folder)
     check(session)
     assert all(run.ok for run in session.state.runs.values())  # none was lost
+
+
+def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_path):
+    """The head before this one had begun it, and the worker has just come back."""
+    session = make(tmp_path / "project")
+    pool = Pool(session)
+    pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive={})})  # pyright: ignore[reportAttributeAccessIssue]
+    first, second = orders(session.state)[:2]
+    assert first.job and second.job
+    run = executor.begin(session, first.experiment, first.job, "cpu")
+    pool.devices["cpu"] = Device("cpu", ready=True)
+    assert pool.makes(run) and not pool.begin([second])
+    assert pool.devices["cpu"].run is run
