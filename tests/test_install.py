@@ -87,6 +87,7 @@ def make(tmp_path):
     return made
 
 
+@pytest.mark.slow
 def test_pins_of_the_surroundings_go_first_and_are_named(make):
     assert "PIP_CONSTRAINT is set: versions are those of" not in make(".venv/created", PIP_CONSTRAINT="")
     ours = (make.folder / ".venv" / "constraints.txt").read_text()

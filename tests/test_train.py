@@ -68,7 +68,7 @@ def train(tmp_path, tiny_home):
                 "AUTORESEARCH_HOME": str(tiny_home),
                 "AUTORESEARCH_BACKEND": BACKEND,
                 "AUTORESEARCH_RESULT": str(result),
-                "AUTORESEARCH_BUDGET": "3",
+                "AUTORESEARCH_BUDGET": "1",
                 **environment,
             },
         )
@@ -78,20 +78,15 @@ def train(tmp_path, tiny_home):
 
 
 def test_an_experiment_from_end_to_end(train, tmp_path):
-    done, result = train()
+    done, result = train({"(?m)^WARMDOWN_RATIO = .*": "WARMDOWN_RATIO = 0.0"})  # as anything else may be
     assert done.returncode == 0, done.stderr
     keys = [line.split(":")[0] for line in done.stdout.partition("---\n")[2].splitlines()]
     assert keys[: len(SUMMARY)] == SUMMARY
     assert result["status"] == "ok" and result.keys() >= set(SUMMARY) - {"val_bpb"} | {"val_rows", "epochs"}
     assert 0 < result["val_bpb"] < 8 and result["num_steps"] >= 1 and result["depth"] == 2
     assert result["total_tokens_M"] == pytest.approx(result["num_steps"] * 4096 / 1e6)
-    assert result["training_seconds"] >= 3 and result["budget_seconds"] == 3
+    assert result["training_seconds"] >= 1 and result["budget_seconds"] == 1
     assert (tmp_path / "result.safetensors").exists()
-
-
-def test_no_warm_down_at_all(train):
-    done, result = train({"(?m)^WARMDOWN_RATIO = .*": "WARMDOWN_RATIO = 0.0"})
-    assert done.returncode == 0 and result["status"] == "ok", done.stderr
 
 
 def test_a_batch_size_that_does_not_divide(train):

@@ -68,7 +68,7 @@ def sound_after(session, landed):
 
 
 def test_hit_now_and_then(project, isolated_home):
-    sound_after(*hit_often(project, isolated_home, 4, 3, 8))
+    sound_after(*hit_often(project, isolated_home, 3, 3, 4))
 
 
 @pytest.mark.slow

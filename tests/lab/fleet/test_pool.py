@@ -12,23 +12,10 @@ from lab.verdict import executor
 from lab.verdict.plan import orders
 
 
-def test_a_night_on_two_devices(project, isolated_home):
-    said = begin(project, isolated_home, 6, "cpu,cpu").communicate(timeout=200)[0]
-    assert "6 experiments, as many as were wanted" in said, said
-    session = Session(project.folder)
-    check(session)
-    runs = list(session.state.runs.values())
-    assert {run.worker for run in runs} == {"cpu", "cpu:1"} and all(run.ok for run in runs), said
-    at_once = max(sum(other.time <= run.time < other.ended.time for other in runs) for run in runs)
-    assert at_once == 2
-    until(lambda: not processes(project, "join"), 10)
-    assert state_of(project).best.status == "keep"
-
-
 def test_a_late_result_of_a_run_that_was_given_up_is_dropped(project, isolated_home):
     """A worker sleeps for longer than it is waited for, and wakes with its run done."""
     impatient(project)
-    night = begin(project, isolated_home, 8, "cpu,cpu")
+    night = begin(project, isolated_home, 4, "cpu,cpu")
     until(lambda: any(run.experiment and run.ended is None for run in state_of(project).runs.values()))
     run = next(run for run in state_of(project).runs.values() if run.experiment and run.ended is None)
     device = "--devices", run.worker
@@ -37,7 +24,7 @@ def test_a_late_result_of_a_run_that_was_given_up_is_dropped(project, isolated_h
     until(lambda: state_of(project).runs[run.number].ended)
     asleep.send_signal(signal.SIGCONT)
     said = night.communicate(timeout=200)[0]
-    assert "8 experiments, as many as were wanted" in said, said
+    assert "4 experiments, as many as were wanted" in said, said
     session = Session(project.folder)
     check(session)
     runs = list(session.state.runs.values())
@@ -47,16 +34,19 @@ def test_a_late_result_of_a_run_that_was_given_up_is_dropped(project, isolated_h
     assert not list((isolated_home / "fleet").glob("*/runs/*/run.log"))
 
 
-def test_a_head_that_is_killed_fetches_what_was_made_meanwhile(project, isolated_home):
-    night = begin(project, isolated_home, 8, "cpu,cpu")
+def test_two_devices_work_at_once_and_a_head_that_is_killed_fetches_what_they_made_meanwhile(project, isolated_home):
+    night = begin(project, isolated_home, 4, "cpu,cpu")
     until(lambda: any(run.experiment and run.ended is None for run in state_of(project).runs.values()))
     for head in processes(project, "supervise"):
         head.kill()
     said = night.communicate(timeout=200)[0]
-    assert "8 experiments, as many as were wanted" in said, said
+    assert "4 experiments, as many as were wanted" in said, said
     session = Session(project.folder)
     check(session)
-    assert all(run.ok for run in session.state.runs.values())  # none was lost
+    runs = list(session.state.runs.values())
+    assert {run.worker for run in runs} == {"cpu", "cpu:1"} and all(run.ok for run in runs)  # none was lost
+    assert max(sum(other.time <= run.time < other.ended.time for other in runs) for run in runs) == 2
+    until(lambda: not processes(project, "join"), 10)
 
 
 def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_path):
