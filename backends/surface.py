@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from backends.operations import MODULES, NN, NOTES, OPERATIONS, OPS, OTHER_ARGUMENTS, OTHER_NAMES, TABLE, nearest
@@ -113,7 +114,12 @@ class Problem:
 
 def check(source: str, filename: str = "train.py") -> list[Problem]:
     """The problems in this source, in the order of its lines. SyntaxError, with `filename`, when it is no Python."""
-    return sorted(_Checker(ast.parse(source, filename)).problems)
+    return list(_checked(source, filename))
+
+
+@lru_cache(maxsize=128)  # a search makes the same edits of the best again and again
+def _checked(source: str, filename: str) -> tuple[Problem, ...]:
+    return tuple(sorted(_Checker(ast.parse(source, filename)).problems))
 
 
 class _Checker(ast.NodeVisitor):

@@ -17,6 +17,9 @@ class Table:
         return self.table[tokens]
 
 
+PLAIN = Table.__call__
+
+
 class Backend(interface.Backend):
     name, nn, ops, bench, Trainer = "fake", SimpleNamespace(), SimpleNamespace(), None, interface.Trainer
     device = interface.Device("fake", "Fake", "fake-1gb", "cpu", 2**30, peak_flops=1e9, profile="abc", speed=1.0)
@@ -25,6 +28,10 @@ class Backend(interface.Backend):
         return model(tokens).astype(np.float32)
 
     def losses(self, model, tokens, targets):
+        if type(model).__call__ is PLAIN:  # each row of the table once, as hundreds of tests train this
+            top = model.table.max(-1, keepdims=True)
+            logsumexp = top[:, 0] + np.log(np.exp(model.table - top).sum(-1))
+            return (logsumexp[tokens] - model.table[tokens, targets]).astype(np.float32)
         logits = model(tokens)
         top = logits.max(-1, keepdims=True)
         logsumexp = top[..., 0] + np.log(np.exp(logits - top).sum(-1))

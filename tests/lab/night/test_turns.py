@@ -35,6 +35,7 @@ def session(tmp_path, runner, monkeypatch):
 def thinking(monkeypatch):
     """In place of turns: each takes a moment and makes another edit. How many went on at once, and in which clones."""
     at_once, clones, made, guard = [], [], [], threading.Lock()
+    together = []  # a barrier that the first turns wait at, if there is one
 
     def take_turn(session, command, prompt, log, seconds, stop=lambda: False):
         with guard:
@@ -42,6 +43,8 @@ def thinking(monkeypatch):
             made.append(prompt)
             number = len(made)
             at_once.append(len(clones))
+        if together and number <= together[0].parties:
+            together[0].wait(60)
         time.sleep(0.05)
         with guard:
             clones.remove(session.turn.name)
@@ -51,7 +54,7 @@ def thinking(monkeypatch):
         return TurnTaken(by="agent", outcome="edited", description=f"idea {number}", blob=blob)
 
     monkeypatch.setattr(agent, "take_turn", take_turn)
-    return at_once, made
+    return at_once, made, together
 
 
 def night(session, **values):
@@ -60,7 +63,8 @@ def night(session, **values):
 
 
 def test_as_many_turns_go_on_as_were_asked_for(session, thinking):
-    at_once, made = thinking
+    at_once, made, together = thinking
+    together.append(threading.Barrier(3))
     one, why = night(session, agent="quick", agents=3, max_experiments=8)
     assert why == "8 experiments, as many as were wanted" and max(at_once) == 3
     state = Session(session.folder).state

@@ -66,7 +66,7 @@ def test_what_is_hidden(inside, name):
 def test_what_can_be_written(inside, name, tmp_path):
     tried = """
 import sys
-for path in (ROOT + '/home/out/a', ROOT + '/cwd/a', 'b', '/tmp/c', '/dev/null', ROOT + '/home/seen/a',
+for path in (ROOT + '/home/out/a', ROOT + '/cwd/a', 'b', '/tmp/of-a-test', '/dev/null', ROOT + '/home/seen/a',
              ROOT + '/home/profile.json', '/usr/a', sys.prefix + '/a'):
     try:
         open(path, 'w').close()
@@ -76,7 +76,7 @@ for path in (ROOT + '/home/out/a', ROOT + '/cwd/a', 'b', '/tmp/c', '/dev/null', 
 """
     assert inside(name, tried) == "1 1 1 1 1 0 0 0 0"
     assert (tmp_path / "home" / "out" / "a").exists() and (tmp_path / "cwd" / "b").exists()
-    assert (tmp_path / "temporary" / "c").exists() and not os.path.exists("/tmp/c"), "/tmp is its own"
+    assert (tmp_path / "temporary" / "of-a-test").exists() and not os.path.exists("/tmp/of-a-test"), "/tmp is its own"
     assert (tmp_path / "home" / "profile.json").read_text() == "profile"
 
 
