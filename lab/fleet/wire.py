@@ -1,9 +1,8 @@
-"""The connection between a head and its workers: the only file that imports `distributed`.
+"""The connection between a head and its workers: messages over TCP with mutual TLS.
 
-What is used of it is its transport (framed messages over TCP with mutual TLS) and none of its scheduler: who does what
-is the head's to say (pool.py). A worker connects to the head, keeps one connection, and connects again whenever it is
-lost: so only the head's port has to be reached. Over it the head calls operations of the worker, several at a time, and
-both say regularly that they are there. Messages are of numbers, texts, bytes, tuples and dicts; nothing in them is
+A worker connects to the head, keeps one connection, and connects again whenever it is lost: so only the head's port has
+to be reached. Over it the head calls operations of the worker, several at a time, and both say regularly that they are
+there. A message is its length in four bytes, the most significant first, and a dict as MessagePack; nothing in it is
 executed.
 """
 
@@ -11,18 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import ssl
+import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from distributed.comm.core import CommClosedError, connect, listen
-from distributed.security import Security
+import msgspec
 
 from lab.errors import LabError
 
@@ -32,9 +32,9 @@ CONNECT = 5.0  # seconds for a connection to be made
 LOOK = 0.2  # seconds between looks whether it is to leave
 AGAIN = 0.5  # seconds until that is tried again
 PIECE = 16 * 2**20  # bytes of a file in one message
-MESSAGES = ("msgpack",)
-
-logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what happens is told by who calls this
+LONGEST = 4 * PIECE  # bytes of a message
+PART = 2**18  # bytes of it that are waited for at a time
+LENGTH = struct.Struct(">I")
 
 
 class Refused(LabError):
@@ -54,32 +54,58 @@ class Keys:
     certificate: str
     key: str
 
-    def arguments(self, listening: bool) -> dict[str, Any]:
-        mine = "scheduler" if listening else "worker"
-        security = Security(
-            require_encryption=True,
-            tls_ca_file=self.authority,
-            **{f"tls_{mine}_cert": self.certificate, f"tls_{mine}_key": self.key},
-        )
-        return security.get_listen_args(mine) if listening else security.get_connection_args(mine)
+    def context(self, listening: bool) -> ssl.SSLContext:
+        """What has both ends prove who they are. At which address is no part of it: home networks have no names."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if listening else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.check_hostname, context.verify_mode = False, ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=self.authority)
+        with tempfile.TemporaryDirectory() as folder:  # its owner's alone; ssl reads keys from files only
+            path = Path(folder) / "own.pem"
+            path.write_text(self.certificate + self.key)
+            context.load_cert_chain(path)
+        return context
 
 
 class _Line:
-    """A connection that several may write to."""
+    """A connection that several may write to. Its methods raise an OSError once it is lost."""
 
-    def __init__(self, comm):
-        self.comm, self.heard, self._writing = comm, time.monotonic(), asyncio.Lock()
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader, self.writer, self.heard, self._writing = reader, writer, time.monotonic(), asyncio.Lock()
 
     async def write(self, message: dict) -> None:
+        content = msgspec.msgpack.encode(message)
         async with self._writing:
-            await self.comm.write(message, serializers=MESSAGES)
+            self.writer.writelines([LENGTH.pack(len(content)), content])
+            await self.writer.drain()
 
     async def read(self) -> dict:
-        message = await self.comm.read(deserializers=MESSAGES)
-        self.heard = time.monotonic()
-        if not isinstance(message, dict):
-            raise CommClosedError("what came is no message")
-        return message
+        (length,) = LENGTH.unpack(await self._exactly(LENGTH.size))
+        if length > LONGEST:
+            raise ConnectionError(f"a message of {length} bytes")
+        try:
+            return msgspec.msgpack.decode(await self._exactly(length), type=dict)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"what came is no message: {error}") from error
+
+    async def _exactly(self, length: int) -> bytes:
+        content = bytearray()
+        while len(content) < length:
+            part = await self.reader.read(min(PART, length - len(content)))
+            if not part:
+                raise ConnectionError("the other end has closed the connection")
+            content += part
+            self.heard = time.monotonic()  # a large message may take longer than SILENCE
+        return bytes(content)
+
+    async def close(self) -> None:
+        """Ends the connection once all that was written has gone."""
+        with suppress(OSError):
+            self.writer.close()
+            await self.writer.wait_closed()
+
+    def abort(self) -> None:
+        self.writer.transport.abort()
 
     async def stay(self, facts: Callable[[], dict]) -> None:
         """Says regularly that this end is there; ends the connection once the other end has been silent for long."""
@@ -87,7 +113,15 @@ class _Line:
             while time.monotonic() < self.heard + SILENCE:
                 await self.write({"alive": facts()})
                 await asyncio.sleep(ALIVE_EVERY)
-        self.comm.abort()
+        self.abort()
+
+
+def _parts(address: str) -> tuple[str, int]:
+    """Host and port of "tls://HOST:PORT"; LabError for anything else."""
+    host, port = address.removeprefix("tls://").rpartition(":")[::2]
+    if not address.startswith("tls://") or not host or not port.isdigit():
+        raise LabError(f"{address} is no tls://HOST:PORT: connections are encrypted")
+    return host.strip("[]"), int(port)
 
 
 # --- The head's end ---
@@ -116,10 +150,11 @@ class Hub:
         stir: set whenever something has happened.
 
     Raises:
-        OSError: it can't listen there.
+        OSError: it can't listen there. LabError: the address is not one of tls://.
     """
 
     def __init__(self, address: str, keys: Keys, admit: Callable[[dict], dict]):
+        where = _parts(address)
         self.members: dict[str, Member] = {}
         self.left: dict[str, str] = {}
         self.stir = threading.Event()
@@ -127,8 +162,10 @@ class Hub:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
         self._thread.start()
-        self._listener = self._do(self._listen(address, keys)).result()
-        self.address: str = self._listener.contact_address
+        self._handlers: set[asyncio.Task] = set()
+        listening = asyncio.start_server(self._connected, *where, ssl=keys.context(listening=True))
+        self._listener = self._do(listening).result()
+        self.address = "tls://{}:{}".format(where[0], self._listener.sockets[0].getsockname()[1])
 
     def call(self, name: str, operation: str, **facts) -> Future:
         """Has a worker do something. The answer is a dict; Lost if it is lost before, LabError if it says no."""
@@ -142,10 +179,11 @@ class Hub:
         """Ends all connections. Workers try to come back."""
 
         async def close():
-            self._listener.stop()
+            self._listener.close()
             for member in self.members.values():
-                member.line.comm.abort()
-            await asyncio.sleep(0)
+                member.line.abort()
+            if self._handlers:
+                await asyncio.wait(self._handlers, timeout=1.0)
 
         if not self._loop.is_running():
             return
@@ -153,18 +191,8 @@ class Hub:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
-    def drop(self, name: str) -> None:
-        """Ends one connection."""
-        if member := self.members.get(name):
-            self._loop.call_soon_threadsafe(member.line.comm.abort)
-
     def _do(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    async def _listen(self, address: str, keys: Keys):
-        listener: Any = listen(address, self._connected, deserialize=False, **keys.arguments(listening=True))
-        await listener.start()
-        return listener
 
     async def _call(self, name: str, operation: str, facts: dict, answer: Future) -> None:
         member, number = self.members.get(name), next(self._numbers)
@@ -177,39 +205,49 @@ class Hub:
             if member.waiting.pop(number, None):
                 answer.set_exception(Lost(f"{name}: {error}"))
 
-    async def _connected(self, comm) -> None:
-        line, member = _Line(comm), None
-        with suppress(OSError):
-            hello = (await line.read()).get("hello")
-            try:
-                if not isinstance(hello, dict) or not isinstance(hello.get("name"), str):
-                    raise Refused("it says nothing of itself")
-                welcome = self._admit(hello)
-            except Refused as refusal:
-                await line.write({"refused": str(refusal)})
-                return await comm.close()
-            await line.write({"welcome": welcome})
-            member = Member(hello["name"], hello, line)
-            if before := self.members.get(member.name):  # it comes back before it was missed
-                before.line.comm.abort()
-                self._leave(before)
-            self.members[member.name] = member
-            self.left.pop(member.name, None)
-            self.stir.set()
-            staying = asyncio.create_task(line.stay(dict))
-            try:
-                while True:
-                    message = await line.read()
-                    if "alive" in message:
-                        member.alive = message["alive"]
-                    elif (answer := member.waiting.pop(message.get("id", 0), None)) and "answer" in message:
-                        answer.set_result(message["answer"])
-                    elif answer:
-                        answer.set_exception(LabError(str(message.get("problem"))))
-            finally:
-                staying.cancel()
-                self._leave(member)
-                comm.abort()
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._handlers.add(task)
+        line = _Line(reader, writer)
+        try:
+            with suppress(OSError):
+                await self._attend(line)
+        finally:
+            line.abort()
+            self._handlers.discard(task)
+
+    async def _attend(self, line: _Line) -> None:
+        """Listens to a worker until it is lost."""
+        hello = (await line.read()).get("hello")
+        try:
+            if not isinstance(hello, dict) or not isinstance(hello.get("name"), str):
+                raise Refused("it says nothing of itself")
+            welcome = self._admit(hello)
+        except Refused as refusal:
+            await line.write({"refused": str(refusal)})
+            return await line.close()
+        await line.write({"welcome": welcome})
+        member = Member(hello["name"], hello, line)
+        if before := self.members.get(member.name):  # it comes back before it was missed
+            before.line.abort()
+            self._leave(before)
+        self.members[member.name] = member
+        self.left.pop(member.name, None)
+        self.stir.set()
+        staying = asyncio.create_task(line.stay(dict))
+        try:
+            while True:
+                message = await line.read()
+                if "alive" in message:
+                    member.alive = message["alive"]
+                elif (answer := member.waiting.pop(message.get("id", 0), None)) and "answer" in message:
+                    answer.set_result(message["answer"])
+                elif answer:
+                    answer.set_exception(LabError(str(message.get("problem"))))
+        finally:
+            staying.cancel()
+            self._leave(member)
 
     def _leave(self, member: Member) -> None:
         if self.members.get(member.name) is member:
@@ -255,12 +293,12 @@ def serve(address: str, keys: Keys, operations: Operations, patience: float = fl
 
 
 async def _serve(address: str, keys: Keys, operations: Operations, deadline: float) -> None:
-    arguments, met = keys.arguments(listening=False), False
+    (host, port), context, met = _parts(address), keys.context(listening=False), False
     while not operations.leaving:
         problem = "it does not answer"
         try:
-            comm = await connect(address, timeout=CONNECT, deserialize=False, **arguments)
-            line = _Line(comm)
+            connecting = asyncio.open_connection(host, port, ssl=context)
+            line = _Line(*await asyncio.wait_for(connecting, CONNECT))
             try:
                 await line.write({"hello": operations.hello()})
                 first = await asyncio.wait_for(line.read(), SILENCE)
@@ -270,10 +308,9 @@ async def _serve(address: str, keys: Keys, operations: Operations, deadline: flo
                 operations.welcomed(first["welcome"])
                 await _talk(line, operations)
             finally:
-                comm.abort()
-        except (OSError, asyncio.TimeoutError, ssl.SSLError) as error:
-            cause = error.__cause__ or error
-            problem = str(cause) or type(cause).__name__
+                line.abort()
+        except (OSError, asyncio.TimeoutError) as error:
+            problem = str(error) or type(error).__name__
         if not met and time.monotonic() > deadline:
             raise Refused(f"there is no head at {address}, or it does not accept this invitation: {problem}")
         operations.alone()
@@ -288,7 +325,7 @@ async def _talk(line: _Line, operations: Operations) -> None:
             await asyncio.sleep(LOOK)
         with suppress(OSError):
             await line.write({"alive": {"leaving": operations.leaving}})
-        await line.comm.close()
+        await line.close()
 
     tasks = {asyncio.create_task(line.stay(operations.alive)), asyncio.create_task(leave())}
 
