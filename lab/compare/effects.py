@@ -122,11 +122,16 @@ class Effect:
 
 
 def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None, **facts) -> Effect:
-    """The effect between runs and others, each with a val_bpb. facts: fields of the Effect that runs don't give."""
+    """The effect between runs and others, each with a val_bpb; what the runs' disturbance explains is taken out, as the
+    verdict does. facts: fields of the Effect that runs don't give."""
     base = statistics.fmean(run.bpb for run in others)
     value = statistics.fmean(run.bpb for run in own) - base
     if noise:
-        error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others))
+        disturbed = statistics.fmean(run.disturbance for run in own) - statistics.fmean(
+            run.disturbance for run in others
+        )
+        value -= noise.slope * disturbed
+        error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others) + disturbed**2 * noise.slope_variance)
         facts |= {"error": error, "df": noise.df, "noise": noise.sd}
     ratios = {name: _ratio(mean(own, name), mean(others, name)) for name in ("tokens", "flops")}
     return Effect(value, value / base, runs=len(own), parent_runs=len(others), **ratios, **facts)

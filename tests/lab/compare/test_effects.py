@@ -147,6 +147,20 @@ def test_intervals_hold_what_they_should():
     assert 0.85 < inside / 400 < 0.96
 
 
+def test_what_disturbance_explains_is_no_effect():
+    """A busy machine costs 0.1 for a disturbance of 1: the change's runs had one of 0.5, the baseline's none."""
+    builder = session(base=[1.0, 1.0])
+    builder.open(1)
+    for _ in range(2):
+        builder.run(1, 1.05 - 0.02, disturbance=0.5)
+    builder.decide(1, "discard", "not_worth_it")
+    analysis = analysed(builder, SD, DF)
+    analysis.noise = gate.Noise(SD, DF, slope=0.1, slope_variance=4.0)
+    effect = analysis.effect(analysis.experiments[1])
+    assert effect.value == pytest.approx(-0.02)
+    assert effect.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 2 + 0.5**2 * 4.0))
+
+
 def test_watts_and_joules_by_tokens_are_of_runs_whose_energy_was_measured():
     facts = {"training_seconds": 300.0, "disturbance": 0.25, "paused_seconds": 5.0, "joules": 38_000.0}
     builder = session(facts=facts).change(1, [0.9], runs={"joules": None})
