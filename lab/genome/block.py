@@ -25,6 +25,8 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from dataset import MAX_SEQ_LEN
+
 NEVER = ("SEED", "DEVICE_BATCH_SIZE")  # the harness's, and calibration's
 HEADING = re.compile(r"^# -{20,}\n# (?P<title>.*)\n# -{20,}$", re.M)
 STATED = re.compile(r"\[\s*(?P<low>[-+.\de]+)\s*\.\.\s*(?P<high>[-+.\de]+)\s*(?:,\s*(?P<scale>log|linear)\s*)?\]")
@@ -34,6 +36,7 @@ DECAYS = re.compile(r"(^|_)(BETAS?|MOMENTUM|DECAYS)\d*$")
 SIZES = re.compile(r"(^|_)(DIM|CHANNELS|SIZE|WINDOW|WIDTH)$")
 PATTERNS = ("L", "SL", "SSL", "SSSL")
 FACTOR = 10.0  # from a value to its bounds
+LEAST = {"DEPTH": 1, "TOTAL_BATCH_SIZE": MAX_SEQ_LEN}  # with less nothing can be trained
 NEAR_ONE = 1e-4  # how near a decay may come to 1
 
 
@@ -255,6 +258,19 @@ def _number(name: str, value: int | float, in_parts: bool) -> Variable:
     if value > 0:
         return Variable(name, "number", value, value / FACTOR, value * FACTOR, "log")
     return Variable(name, "number", value, 2 * value, 0.0) if value else Variable(name, "number", value, 0.0, 0.1)
+
+
+def too_small(text: str, calibrated: dict) -> str:
+    """Which size of a train.py leaves nothing to train, where these are `defaults`: its name, or "" if none does."""
+    for variable in read(text):
+        size, base = variable.value, calibrated.get(variable.text.removeprefix("defaults."))
+        if variable.name not in LEAST or isinstance(size, str) or variable.text and base is None:
+            continue
+        if base is not None:
+            size = base + size if variable.kind == "more" else base * 2**size
+        if size < LEAST[variable.name]:
+            return variable.name
+    return ""
 
 
 def _below_one(value: float, factor: float) -> float:

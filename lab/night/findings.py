@@ -12,7 +12,7 @@ from lab.compare import published
 from lab.compare.analysis import Analysis
 from lab.compare.published import Finding
 from lab.errors import LabError
-from lab.genome import edits
+from lab.genome import block, edits
 from lab.genome.merge import merged
 from lab.genome.syntax import describe
 from lab.session.events import Patch
@@ -41,10 +41,13 @@ def tried(state: State) -> dict[str, Experiment]:
     return {e.origin.rpartition("/")[2]: e for e in state.experiments.values() if e.origin and e.kind not in MEASURING}
 
 
-def apply(finding: Finding, content: bytes) -> bytes:
-    """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply."""
+def apply(finding: Finding, content: bytes, calibrated: dict) -> bytes:
+    """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply, or leaves nothing
+    to train where these are `defaults`."""
     text = content.decode("utf-8-sig", "replace")
     edited = finding.edit.apply(text.replace("\r\n", "\n"))
+    if name := block.too_small(edited, calibrated):
+        raise edits.NotHere(f"{name} would be too small on this device")
     return (edited.replace("\n", "\r\n") if "\r\n" in text else edited).encode()
 
 
@@ -57,6 +60,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     """
     state = session.state
     best = session.repository.content(state.best.blob) if state.best else b""
+    calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     for one in untried(session, MOST_TRIED):
         gain = one.change.verdict.evidence.gain if one.change.verdict.evidence else 0.0
@@ -68,7 +72,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     for finding in published.library():
         gain = finding.expected(state.started.device, session.budget)
         if gain >= least and finding.key not in known:
-            found.append((gain, finding.origin, finding.title, functools.partial(apply, finding, best)))
+            found.append((gain, finding.origin, finding.title, functools.partial(apply, finding, best, calibrated)))
     for gain, origin, description, make in sorted(found, key=lambda one: -drawn(one[0])):
         try:
             content = make()
@@ -111,7 +115,7 @@ def rows(session: Session | None) -> list[Row]:
             continue
         if experiment is None:
             try:
-                apply(finding, best)
+                apply(finding, best, session.profile["settings"])
                 here = "not tried"
             except edits.NotHere as error:
                 here = f"does not apply: {error}"
@@ -141,7 +145,7 @@ def patches(session: Session) -> list[Patch]:
         if gain < LIKELY or finding.origin in known or finding.key in tried(state):
             continue
         try:
-            apply(finding, best)
+            apply(finding, best, session.profile["settings"])
         except edits.NotHere:
             continue
         found.append(Patch(finding.origin, finding.title, finding.edit.text, gain))

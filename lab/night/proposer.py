@@ -93,11 +93,14 @@ def _text(content: bytes) -> str:
     return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
-def _new(state: State, text: str) -> bool:
-    """Whether it is Python, and nothing equal is open or was decided on."""
+def _new(session: Session, text: str) -> bool:
+    """Whether it is Python that something can be trained with, and nothing equal is open or was decided on."""
+    state = session.state
     try:
         digest = describe(text.encode()).digest
     except LabError:
+        return False
+    if block.too_small(text, session.profile["settings"]):
         return False
     known = {e.digest for e in (*state.open, state.best) if e}
     return digest not in known and not state.equal(digest)
@@ -115,7 +118,7 @@ def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str
         for values in _suggested(variables, trials, noise, _reach(session.state), rng):
             changed = {v.name: values[v.name] for v in variables if values[v.name] != v.value}
             edited = block.write(text, changed)
-            if changed and _new(session.state, edited):
+            if changed and _new(session, edited):
                 return edited, ", ".join(
                     f"{v.name} {v.written(v.value)} -> {v.written(changed[v.name])}"
                     for v in variables

@@ -185,3 +185,20 @@ def test_wider_bounds():
 def test_signs_that_only_pythons_strings_take_for_line_ends_shift_nothing():
     source = "A_LR = 0.1  # a\u2028b\x0c\n# ü\x0b\nB_LR = 0.2  # é\n"
     assert block.write(source, {"B_LR": 0.3}) == source.replace("0.2", "0.3")
+
+
+@pytest.mark.parametrize(
+    "old, new, name",
+    [
+        ("x", "x", ""),
+        ("DEPTH = defaults.depth", "DEPTH = defaults.depth - 1", ""),
+        ("DEPTH = defaults.depth", "DEPTH = defaults.depth - 2", "DEPTH"),
+        ("DEPTH = defaults.depth", "DEPTH = 0", "DEPTH"),
+        ("= defaults.total_batch_size", "= defaults.total_batch_size // 2", ""),
+        ("= defaults.total_batch_size", "= defaults.total_batch_size // 4", "TOTAL_BATCH_SIZE"),
+        ("= defaults.total_batch_size", "= 1024", "TOTAL_BATCH_SIZE"),
+        ("= defaults.total_batch_size", "= prepare.MAX_SEQ_LEN // 2", ""),  # it may be anything
+    ],
+)
+def test_sizes_that_leave_nothing_to_train(old, new, name):
+    assert block.too_small(TRAIN.replace(old, new), {"depth": 2, "total_batch_size": 4096}) == name

@@ -11,6 +11,7 @@ import storage
 from lab.cli import commands
 from lab.compare import comparison, published, tables
 from lab.compare.analysis import Analysis
+from lab.genome.edits import NotHere
 from lab.night import findings, loop, prompt
 from lab.session.session import Session
 from lab.share import sources
@@ -98,7 +99,7 @@ def test_a_killed_night_keeps_the_origin(searched, library, monkeypatch):
 def run(session, library, name, status_runs=4):
     """A finding, tried to its verdict."""
     finding = library[name]
-    content = findings.apply(finding, session.repository.content(session.state.best.blob))
+    content = findings.apply(finding, session.repository.content(session.state.best.blob), session.profile["settings"])
     return sessions.attempt(session, content, finding.title, more={"origin": finding.origin})
 
 
@@ -194,3 +195,11 @@ def test_without_the_runs_for_a_block_they_come_one_by_one(many, monkeypatch, mo
     monkeypatch.setattr(loop.Night, "_enough", lambda self: "seen" if self.session.state.last.number else "")
     night.run()
     assert [e.kind for e in Session(many.folder).state.experiments.values()] == ["baseline", "change"]
+
+
+def test_a_finding_that_leaves_nothing_to_train_is_no_idea(searched):
+    finding = next(one for one in published.library() if one.name == "fewer-layers")
+    content = (sessions.ROOT / "train.py").read_bytes()
+    assert b"DEPTH = defaults.depth - 2" in findings.apply(finding, content, {"depth": 4})
+    with pytest.raises(NotHere, match="DEPTH would be too small on this device"):
+        findings.apply(finding, content, {"depth": 2})
