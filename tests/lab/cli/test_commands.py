@@ -183,7 +183,7 @@ def test_near_misses_that_do_not_go_together_are_not_advertised(session, monkeyp
 
 
 def test_too_few_near_misses_are_said(session):
-    with pytest.raises(LabError, match="not enough near misses"):
+    with pytest.raises(LabError, match="not enough untried near misses"):
         attempt(session, near_misses_together=True)
 
 
