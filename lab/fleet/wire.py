@@ -78,7 +78,7 @@ class _Line:
         message = await self.comm.read(deserializers=MESSAGES)
         self.heard = time.monotonic()
         if not isinstance(message, dict):
-            raise CommClosedError("what came is no message")
+            raise CommClosedError("what it received is not a message")
         return message
 
     async def stay(self, facts: Callable[[], dict]) -> None:
@@ -183,7 +183,7 @@ class Hub:
             hello = (await line.read()).get("hello")
             try:
                 if not isinstance(hello, dict) or not isinstance(hello.get("name"), str):
-                    raise Refused("it says nothing of itself")
+                    raise Refused("it does not say what it is")
                 welcome = self._admit(hello)
             except Refused as refusal:
                 await line.write({"refused": str(refusal)})
@@ -238,7 +238,7 @@ class Operations(Protocol):
     def do(self, operation: str, facts: dict) -> dict | Future: ...
 
     def alone(self) -> None:
-        """Called now and then while there is no head. May set `leaving`."""
+        """Called repeatedly while there is no head. May set `leaving`."""
         ...
 
 

@@ -14,7 +14,7 @@ from lab.verdict.plan import orders
 
 def test_a_night_on_two_devices(project, isolated_home):
     said = begin(project, isolated_home, 6, "cpu,cpu").communicate(timeout=200)[0]
-    assert "6 experiments, as many as were wanted" in said, said
+    assert "6 experiments, as many as --max-experiments allows" in said, said
     session = Session(project.folder)
     check(session)
     runs = list(session.state.runs.values())
@@ -37,7 +37,7 @@ def test_a_late_result_of_a_run_that_was_given_up_is_dropped(project, isolated_h
     until(lambda: state_of(project).runs[run.number].ended)
     asleep.send_signal(signal.SIGCONT)
     said = night.communicate(timeout=200)[0]
-    assert "8 experiments, as many as were wanted" in said, said
+    assert "8 experiments, as many as --max-experiments allows" in said, said
     session = Session(project.folder)
     check(session)
     runs = list(session.state.runs.values())
@@ -53,7 +53,7 @@ def test_a_head_that_is_killed_fetches_what_was_made_meanwhile(project, isolated
     for head in processes(project, "supervise"):
         head.kill()
     said = night.communicate(timeout=200)[0]
-    assert "8 experiments, as many as were wanted" in said, said
+    assert "8 experiments, as many as --max-experiments allows" in said, said
     session = Session(project.folder)
     check(session)
     assert all(run.ok for run in session.state.runs.values())  # none was lost
