@@ -117,7 +117,9 @@ def test_a_file_that_is_no_profile(here, content):
 def test_a_profile_of_another_device(here, good):
     good["device"] = "nvidia-h200-141gb"
     write(here, good)
-    with pytest.raises(profile.ProfileError, match="is of nvidia-h200-141gb with sdpa, and this is nvidia-rtx-3090"):
+    with pytest.raises(
+        profile.ProfileError, match="was measured on nvidia-h200-141gb with sdpa, and this is nvidia-rtx-3090"
+    ):
         calibration.defaults()
 
 

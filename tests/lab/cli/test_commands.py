@@ -80,7 +80,7 @@ def test_other_files_are_named_when_an_experiment_begins(session, capsys, monkey
         (session.repository.path / name).write_bytes(edited(LOSS=0.9))
     commands.do_run(session, options(message="better", near_misses=False, again=False))
     found = capsys.readouterr()
-    assert "left alone: new.txt" in found.err and "experiment 1: KEEP" in found.out
+    assert "left as they are: new.txt" in found.err and "experiment 1: KEEP" in found.out
 
 
 def test_status_tells_best_noise_and_recent(session, capsys):
