@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
             if os.name == "nt":  # where exec would return to the shell at once
                 return subprocess.call(command)
             os.execv(sys.executable, command)
-    print(f"{here} is not in a checkout of autoresearch: change to its folder, and say it again", file=sys.stderr)
+    print(
+        f"{here} is not in a checkout of autoresearch: change to its folder, and run the command again", file=sys.stderr
+    )
     return 1
 
 

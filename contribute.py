@@ -1,4 +1,4 @@
-"""What a machine can give to the project: how it was measured, and a short session; and the table of what was given.
+"""Measures this machine for the project, runs a short session, and writes both as an archive; or prints the table.
 
     python contribute.py            calibrates, runs a session of three runs, and writes DEVICE-BACKEND.tar.gz
     python contribute.py --quick    the same in some three minutes, roughly measured and uncompiled
@@ -91,7 +91,7 @@ def _session(clone: Path, budget: float, quick: bool) -> Session:
     text, count = re.subn(*EDIT, (clone / TRAIN).read_text(encoding="utf-8"))
     if not count:
         raise storage.DataError(
-            f"{TRAIN} is not the project's: WARMDOWN_RATIO, which the session changes, is not there"
+            f"{TRAIN} is not the project's: it has no line WARMDOWN_RATIO = NUMBER, which the session would change"
         )
     with open(clone / TRAIN, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -106,7 +106,7 @@ def _command(folder: Path, *arguments: str, **environment: str) -> None:
 
 
 def tried(profile: dict, session: Session | None = None) -> dict:
-    """What is told of a machine: what it is, what it chose, how fast it was, and how the session went."""
+    """The facts of a machine: the device, the chosen settings, the speed, and the result of the session."""
     settings, machine = profiles.settings(profile), profile["machine"]
     # At the chosen batch; where that was cut down to suit the total batch, at those tried with this depth.
     trials = [trial for trial in profiles.completed(profile) if trial.depth == settings.depth]
@@ -175,9 +175,9 @@ def contents(facts: dict) -> str:
             *[f"A run failed: {reason}" for reason in session["failed"]],
             "- `session/`: the session as `python -m lab export` writes it; `session/profile.json` is the calibration, "
             f"and goes to `calibration/profiles/{name}.json`",
-            f"- `tried.json`: the table above for programs; goes to `calibration/tried/{name}.json`",
+            f"- `tried.json`: the table above as JSON; goes to `calibration/tried/{name}.json`",
             "",
-            "Folders of your machine are cut down to their last part. There is nothing else in it.",
+            "Paths of your machine are cut down to their last part. The archive holds nothing else.",
             "",
         ]
     )
@@ -210,11 +210,13 @@ def _markdown(heads, rows) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="contribute.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("target", nargs="?", type=Path, help="the archive (default DEVICE-BACKEND.tar.gz)")
-    parser.add_argument("--quick", action="store_true", help="some three minutes instead of twenty, uncompiled")
+    parser.add_argument("--quick", action="store_true", help="take about three minutes instead of twenty, uncompiled")
     parser.add_argument(
-        "--budget", type=float, metavar="S", help="seconds of training of a run (default 120; quick: 20)"
+        "--budget", type=float, metavar="S", help="seconds of training in a run (default 120; with --quick 20)"
     )
-    parser.add_argument("--table", action="store_true", help="print the table of what the project was tried on")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the table of the machines that the project was tried on"
+    )
     options = parser.parse_args(arguments)
     terminal.spell_what_is_missing()
     if options.table:
@@ -223,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         contribute(options.target, options.quick, options.budget or (20.0 if options.quick else 120.0))
     except subprocess.CalledProcessError as error:
-        print(f"\nthat failed, with exit status {error.returncode}; nothing was written", file=sys.stderr)
+        print(f"\nthe last command failed, with exit status {error.returncode}; nothing was written", file=sys.stderr)
         return 1
     except (storage.Stop, BackendError) as error:
         print(error, file=sys.stderr)

@@ -139,7 +139,7 @@ def own_files(paths: list[str], suffixes: list[str], name: str | None) -> Source
         if len(found) > 1:
             name += f"-and-{len(found) - 1}"
     if not re.fullmatch(r"\w[\w.-]*", name) or name in ("current", "climbmix", "tinystories", "stdlib"):
-        raise DataError(f"{name!r} can't be its name; choose another with --name")
+        raise DataError(f"{name!r} can't be the name of a dataset; choose another with --name")
     origin = " ".join(map(str, found))
     parquet = [path.is_file() and path.suffix == ".parquet" for path in found]
     if all(parquet):
@@ -153,7 +153,7 @@ def parquet_source(name: str, origin: str, paths: list[Path]) -> Source:
     """Parquet files. A hash of each document decides: 5 % are validation, 5 % held-out, so copies stay together."""
     broken = [str(path) for path in paths if not is_parquet(path)]
     if broken:
-        raise DataError(f"{', '.join(broken)}: not a whole parquet file (half-downloaded?); fetch it again")
+        raise DataError(f"{', '.join(broken)}: not a complete parquet file (an interrupted download?); fetch it again")
     digests = {path: sha256(path) for path in paths}
 
     def documents(chosen: list[Path], low: int, high: int) -> Documents:
@@ -191,8 +191,8 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
     first, second = shares([found[digest][1] for digest in ordered])
     if second >= len(ordered):
         raise DataError(
-            f"too small: {len(ordered)} different files ending in {' '.join(suffixes)} under {origin} don't suffice "
-            "for training, validation and held-out rows; add text, or other endings with --suffixes"
+            f"too small: {len(ordered)} different files ending in {' '.join(suffixes)} under {origin} are not enough "
+            "for training, validation and held-out rows; add text, or give other endings with --suffixes"
         )
 
     def read(chosen: list[str]) -> Iterator[list[str]]:
@@ -200,7 +200,7 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
             path = found[digest][0]
             now, text = read_text(path)
             if now != digest:
-                raise DataError(f"{path} changed while it was being read; run the same again")
+                raise DataError(f"{path} changed while it was being read; run the same command again")
             yield from refills(list(pieces(text)))
 
     def documents(chosen: list[str]) -> Documents:
@@ -342,20 +342,24 @@ def retrying(action: Callable, what: str, attempts: int = 5):
             status = getattr(response, "status_code", 500)
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             if disk_full(error) or disk_full(error.__cause__):
-                raise DataError(f"no room for {what} under {home()} ({reason}); make room on that disk") from error
+                raise DataError(
+                    f"there is no space for {what} under {home()} ({reason}); free some space on that disk"
+                ) from error
             if status in (401, 403):
                 raise Refused(
-                    f"the hub refuses {what} ({status}). Is the token of hf auth login or HF_TOKEN expired? Renew it "
-                    "with hf auth login, or remove it: the datasets known by name need none"
+                    f"Hugging Face refuses {what} ({status}). Has the token of hf auth login or HF_TOKEN expired? "
+                    "Renew it with hf auth login, or remove it: climbmix and tinystories need no token"
                 ) from error
             if status < 500 and status not in (408, 429):
-                raise DataError(f"the hub has no {what} for us: {reason}; check the name and HF_ENDPOINT") from error
+                raise DataError(
+                    f"Hugging Face does not offer {what}: {reason}; check the name and HF_ENDPOINT"
+                ) from error
         if attempt + 1 < attempts:
             print(f"{what}: {reason}; trying again")
             time.sleep(2**attempt)
     raise DataError(
-        f"could not download {what}: {reason}. Run the same again later, set HF_ENDPOINT to a mirror, "
-        "or work offline with: python prepare.py --dataset stdlib"
+        f"could not download {what}: {reason}. Run the same command again later, set HF_ENDPOINT to a mirror, or "
+        "work offline with: python prepare.py --dataset stdlib"
     )
 
 
@@ -368,7 +372,7 @@ def with_or_without_token(action: Callable, what: str, attempts: int = 5):
     except Refused as refusal:
         if not get_token():
             raise
-        print(f"{refusal}. Going on without it")
+        print(f"{refusal}. Continuing without the token")
         return retrying(partial(action, token=False), what, attempts)
 
 
@@ -391,14 +395,17 @@ def fetch(repository: str, name: str) -> None:
         return
     expected = etag if re.fullmatch("[0-9a-f]{64}", etag) else None  # of large files, the sha256
     if path.exists() and not (there and expected in (None, sha256(path))):
-        print(f"{path} is not what the hub has; downloading it again")
+        print(f"{path} differs from the file on Hugging Face; downloading it again")
         path.unlink()
     if not path.exists():
         download = partial(hf_hub_download, repository, name, repo_type="dataset", local_dir=path.parent)
         with_or_without_token(download, what)
     if not is_parquet(path) or expected not in (None, sha256(path)):
         path.unlink()
-        raise DataError(f"what came as {what} is not a whole parquet file of the hub's sha256; deleted: run it again")
+        raise DataError(
+            f"the download of {what} is not a complete parquet file with the expected sha256; it was "
+            "deleted: run the command again"
+        )
 
 
 # ---- Tokens ----
@@ -559,7 +566,7 @@ def build(source: Source, full: bool = False, workers: int | None = None, comman
                 parts[stem] = {"key": keys[stem], "files": files, **counts}
                 bar.advance(task)
     finish(folder, manifest, source.eval_rows, full)
-    print(f"{source.name}: {'ready' if missing else 'all files were there and intact'}")
+    print(f"{source.name}: {'ready' if missing else 'all files are complete and intact'}")
     return manifest
 
 
@@ -580,7 +587,7 @@ def intact_parts(folder: Path, source: Source, keys: dict[str, str], pool: Threa
             known.append(facts)
     for stem, problem in zip(stems, pool.map(damage, paths, known), strict=True):
         if problem:
-            print(f"{problem}; making it again")
+            print(f"{problem}; it is made again")
             parts.pop(stem, None)
     return parts if "tokenizer" in parts else {}  # its tokens are in all other parts
 
@@ -589,7 +596,9 @@ def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool)
     """Gives a dataset whose parts are all there its tags, removes other files and makes it the current one."""
     parts = manifest["parts"]
     if not sum(part.get("tokens", 0) for part in parts.values()):
-        raise DataError("too small: no training documents are left beside validation and held-out; use more text")
+        raise DataError(
+            "too small: no documents are left for training beside the validation and held-out rows; use more text"
+        )
     rows = min(parts["validation"]["rows"], parts["held_out"]["rows"])
     manifest["eval_rows"] = rows if full else next((count for count in eval_rows if count <= rows), rows)
     manifest |= tags(manifest)
@@ -608,20 +617,25 @@ def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool)
 def main(arguments: list[str]) -> int:
     """python prepare.py ARGUMENTS; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="prepare.py", description="Prepares the data and the tokenizer. Run again, it repairs what is damaged."
+        prog="prepare.py",
+        description="Prepares the data and the tokenizer. If it is run again, it repairs what is damaged.",
     )
     parser.add_argument(
         "--dataset",
         nargs="+",
         default=["climbmix"],
         metavar="NAME_OR_PATH",
-        help="climbmix (default), tinystories, stdlib, or paths",
+        help="climbmix (default), tinystories, stdlib, or your own files and folders",
     )
-    parser.add_argument("--num-shards", type=int, default=10, help="climbmix: training shards (default 10)")
-    parser.add_argument("--suffixes", nargs="+", default=SUFFIXES, help="folders: files to take, e.g. .py .md")
-    parser.add_argument("--name", help="name of your own data, by default that of the first path")
-    parser.add_argument("--full", action="store_true", help=f"score all stored rows, up to {STORED_ROWS:,}")
-    parser.add_argument("--workers", type=int, help="threads, by default one per core")
+    parser.add_argument(
+        "--num-shards", type=int, default=10, help="for climbmix: number of training shards (default 10)"
+    )
+    parser.add_argument(
+        "--suffixes", nargs="+", default=SUFFIXES, help="for folders: which files to read, e.g. .py .md"
+    )
+    parser.add_argument("--name", help="name of your own dataset (default: the name of the first path)")
+    parser.add_argument("--full", action="store_true", help=f"score all stored validation rows, up to {STORED_ROWS:,}")
+    parser.add_argument("--workers", type=int, help="number of threads (default: one per core)")
     options = parser.parse_args(arguments)
     try:
         if options.dataset == ["climbmix"]:

@@ -165,7 +165,7 @@ class Data:
                 token += sum(sizes)
 
     def packed(self) -> PackedElsewhere:
-        """The training rows, packed by a process of its own."""
+        """The training rows, packed by a separate process."""
         return PackedElsewhere(self.folder)
 
 
@@ -289,7 +289,7 @@ class PackedElsewhere(Iterator):
     def __next__(self) -> tuple[np.ndarray, int]:
         record = self._rows.read(2 * ROW + 4)
         if len(record) < 2 * ROW + 4:
-            raise RuntimeError("the process that packs rows has ended; it said why above")
+            raise RuntimeError("the process that packs rows has ended; its message is above")
         return np.frombuffer(record, "<u2", ROW, 4), int.from_bytes(record[:4], "little")
 
     def close(self) -> None:

@@ -32,9 +32,9 @@ def main() -> int:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     print(
-        "This is autoresearch in small: it measures this machine, trains a tiny language model twice for 40 s, as it\n"
-        "is and with one change, and decides whether the change is kept. It takes about five minutes. Details are in\n"
-        f"{LOG}\n"
+        "This is a small run of autoresearch. It measures this machine, trains a tiny language model for 40 s "
+        "without\nand for 40 s with one change, and decides whether the change is kept. It takes about five "
+        f"minutes. The log is\n{LOG}\n"
     )
     began, environment = time.time(), os.environ | SETTINGS
     tag = time.strftime("demo-%Y%m%d-%H%M%S")
@@ -56,12 +56,12 @@ def main() -> int:
             and step("write the report", report, 5, cwd=CLONE, env=environment)
         )
     except KeyboardInterrupt:
-        print("\nInterrupted. A run that had begun ends by itself within two minutes.")
+        print("\nInterrupted. A run that has started ends by itself within two minutes.")
         return 130
     if not done:
         return 1
     print("", *picture(asked("log", environment), asked("status", environment)["noise"]["sd"]), sep="\n")
-    print(f"\nIn {time.time() - began:.0f} s. The report, one page for a browser: {REPORT}")
+    print(f"\nIt took {time.time() - began:.0f} s. The report, to open in a browser: {REPORT}")
     return 0
 
 
@@ -113,9 +113,9 @@ def picture(experiments: list[dict], noise: float) -> list[str]:
                 axis[first : last + 1] = "─" * (last + 1 - first)
             axis[place(e["val_bpb"])], score = "●", f"{e['val_bpb']:.6f}"
         lines.append(f"{e['description'][:20]:<20} {score:>9}   {''.join(axis)}   {e['status']}")
-    lines.append(f"The line: scores that chance alone gives two runs in three (±{noise:.3f}).")
+    lines.append(f"The line shows where chance alone puts two of three runs of the baseline (±{noise:.3f}).")
     if experiments[-1]["reason"]:
-        lines += textwrap.wrap(f"The verdict: {experiments[-1]['status']}: {experiments[-1]['reason']}.", 90)
+        lines += textwrap.wrap(f"The verdict is {experiments[-1]['status']}: {experiments[-1]['reason']}.", 90)
     return lines
 
 

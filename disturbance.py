@@ -132,7 +132,7 @@ class Witness:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """From here on."""
+        """Begins to measure."""
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
         self.read()
 

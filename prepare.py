@@ -94,8 +94,8 @@ def refuse_in_turn() -> None:
     """Nobody trains, nor measures the device, within a turn: an agent would choose by scores that nobody counts."""
     if os.environ.get(TURN):
         raise Stop(
-            "an agent's turn trains nothing and measures nothing: edit train.py and end the turn, and it is run then. "
-            "python -m lab check tries an edit, within seconds and without a score"
+            "an agent's turn must not train or measure: edit train.py and end the turn; then the edit is run. To try "
+            "an edit within seconds, without a score: python -m lab check"
         )
 
 
@@ -380,7 +380,7 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
             stored = {"validation": data.validation_rows, "held_out": data.held_out_rows}[rows]
             count = data.eval_rows if count is None else count
             if not 1 <= count <= len(stored):
-                raise DataError(f"{count} {rows} rows asked for, {len(stored)} are stored; prepare more text")
+                raise DataError(f"{count} {rows} rows were asked for, and {len(stored)} are stored; prepare more text")
             answers = Answers(backend, model, batch_size)
             bpb = bits_per_byte(*examine(answers, stored[:count], data.token_bytes, batch_size))
     if clock is not None:
@@ -401,7 +401,7 @@ def save(backend, model, path: Path) -> None:
 
 
 def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
-    """From nats and bytes of each row. DataError if there is no text."""
+    """Bits per byte from nats and bytes of each row. DataError if there is no text."""
     if sizes.sum() == 0:
         raise DataError("the rows hold no text, only special tokens; prepare another dataset")
     return float(nats.sum() / sizes.sum() / math.log(2))
@@ -682,7 +682,7 @@ def result_path() -> Path | None:
 
 @contextmanager
 def recorded(clock: Clock | None):
-    """Writes down why a run ends without a score, where `AUTORESEARCH_RESULT` points, before the error goes on."""
+    """Writes why a run ends without a score to `AUTORESEARCH_RESULT`, before the error is raised again."""
     try:
         yield
     except (Invalid, Diverged) as error:
@@ -744,7 +744,10 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
         size = clock.loader.data.train_tokens / 1e6
         print(f"note: pass {facts['epochs']} of the training data was begun; one pass has {size:.1f} M tokens")
     if trial:
-        print(f"note: a trial of {clock.seconds:g} s, never to be compared with a run of {TIME_BUDGET} s")
+        print(
+            f"note: this was a trial of {clock.seconds:g} s; its score can't be compared with that of a run of "
+            f"{TIME_BUDGET} s"
+        )
     if path := result_path():
         write_json(path, facts)
     return facts

@@ -37,17 +37,17 @@ def home() -> Path:
     """The folder that everything is kept under: `AUTORESEARCH_HOME`, else ~/.cache/autoresearch.
 
     Raises:
-        DataError: that is no whole path, or this user has no home folder.
+        DataError: that is not an absolute path, or this user has no home folder.
     """
     named = os.environ.get("AUTORESEARCH_HOME")
     path = Path(os.path.expanduser(named or "~/.cache/autoresearch"))
     if path.is_absolute():
         return path
     if named and not named.startswith("~"):  # commands are run from several folders: each would have a home of its own
-        raise DataError(f"AUTORESEARCH_HOME={named} is not a whole path; set it to {Path(named).absolute()}, say")
-    raise DataError(
-        f"there is no home folder to keep {path} in; set AUTORESEARCH_HOME to a folder that you can write in"
-    )
+        raise DataError(
+            f"AUTORESEARCH_HOME={named} is not an absolute path; set it to {Path(named).absolute()}, for example"
+        )
+    raise DataError(f"there is no home folder for {path}; set AUTORESEARCH_HOME to a folder that you can write to")
 
 
 def disk_full(error: BaseException) -> bool:
@@ -64,9 +64,9 @@ def writing(path: Path):
     except Exception as error:
         if not (isinstance(error, OSError) or disk_full(error)):
             raise
-        advice = "; make room on that disk and run the same again" if disk_full(error) else ""
+        advice = "; free some space on that disk and run the same command again" if disk_full(error) else ""
         if not advice and home() in path.parents:
-            advice = "; set AUTORESEARCH_HOME to a folder that you can write in"
+            advice = "; set AUTORESEARCH_HOME to a folder that you can write to"
         raise DataError(f"could not write {path} ({error}){advice}") from error
 
 

@@ -74,7 +74,7 @@ def step(title: str, command: list[str], log: Path, expected: float, **settings)
         try:
             while process.poll() is None:
                 took = time.monotonic() - began
-                late = "longer than usual: is the machine busy?" if took > 1.5 * expected else None
+                late = "slower than usual: is the machine busy?" if took > 1.5 * expected else None
                 bar.update(task, completed=min(took, 0.99 * expected), about=late or f"of about {expected:.0f} s")
                 time.sleep(0.1)
         finally:
@@ -85,7 +85,7 @@ def step(title: str, command: list[str], log: Path, expected: float, **settings)
     console.print(f"  {title}: {said} {time.monotonic() - began:.0f} s", markup=False, soft_wrap=True)
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        console.print(*lines, f"All of it: {log}", sep="\n", markup=False, soft_wrap=True)
+        console.print(*lines, f"The whole log: {log}", sep="\n", markup=False, soft_wrap=True)
     return process.returncode
 
 

@@ -117,7 +117,9 @@ def seconds(
         if len(times) >= repeats or spent > enough and (len(times) > 1 or took > enough / 2):
             break
     if not times:
-        raise RuntimeError(f"this machine's clock can't time anything: {clock() - begin:g} s for {repeats + 8} repeats")
+        raise RuntimeError(
+            f"this machine's clock can't be used for timing: {clock() - begin:g} s for {repeats + 8} repeats"
+        )
     return times
 
 
@@ -159,7 +161,7 @@ def choose_precision(tried: dict[str, dict[str, float] | str], rate: str = "mlp"
         if not isinstance(found, str) and (best is None or found[rate] > CLEARLY * tried[best][rate]):
             best = name
     if best is None:
-        raise BackendError(f"no precision gives right matrix products on this device: {tried}")
+        raise BackendError(f"no precision gives correct matrix products on this device: {tried}")
     return best
 
 
@@ -238,7 +240,7 @@ def choose_attention(tried: dict, memory: int, compiled: bool = True) -> dict[st
             if not isinstance(found, str) and (compiled or name != "flex")
         }
         if not right:
-            raise BackendError(f"no attention implementation is right on this device: {by_name}")
+            raise BackendError(f"no attention implementation is correct on this device: {by_name}")
         needs = {name: found.get("bytes") or 0 for name, found in right.items()}
         least = min(needs.values())
         lean = {
@@ -258,7 +260,7 @@ def reason(bench: Bench, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """For a note or a log: the error's type and the first line of what it says."""
+    """The error's type and the first line of its message, for a note or a log."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
 
 
@@ -283,5 +285,5 @@ def speed(bench: Bench, calibrated) -> float | None:
 
 
 def rate(flops: float | str) -> str:
-    """For a note: FLOP/s as a person reads it, or why there are none."""
+    """FLOP/s for people to read, or why there are none."""
     return flops if isinstance(flops, str) else f"{flops / 1e12:.3g} TFLOP/s"

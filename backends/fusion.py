@@ -107,7 +107,7 @@ class _Body:
         self.own, self.numbers = {name for name, _ in bindings}, {}
         for name in self.own - {name for name, inner in bindings if not inner}:
             if name in self.captured or name in self.namespace or hasattr(builtins, name):
-                raise Unreadable(f"{name!r} means two things in it")
+                raise Unreadable(f"{name!r} has two meanings in it")
         if receiver and [name for name, _ in bindings].count(receiver) > 1:
             raise Unreadable(f"it assigns to {receiver!r}")
 
@@ -158,7 +158,7 @@ class _Body:
         if isinstance(found, (bool, int, float, str, tuple, type(None))):
             value = _constant(found, name)
             if name in self.captured:
-                raise Unreadable(f"{name!r} is no constant of the file")
+                raise Unreadable(f"{name!r} is not a constant of the file")
             if self.namespace is self.reader.namespace:
                 return self.reader.slot(name)
             self.reader.uses.append((self.namespace, name, found))
@@ -179,7 +179,7 @@ class _Body:
 def _constant(value, name: str) -> str:
     parts = value if isinstance(value, tuple) else [value]
     if not all(isinstance(part, (bool, int, float, str, type(None))) for part in parts):
-        raise Unreadable(f"{name} is no number")
+        raise Unreadable(f"{name} is not a number")
     return repr(value)
 
 
@@ -202,7 +202,7 @@ def _path(node, receiver: str) -> str | None:
         else:
             inner = _path(node.value, receiver)
         if inner and (node.attr.startswith("__") or not isinstance(node.ctx, ast.Load)):
-            raise Unreadable(f"it touches {inner}.{node.attr}")
+            raise Unreadable(f"it uses {inner}.{node.attr}")
         return inner and f"{inner}.{node.attr}"
     return None
 

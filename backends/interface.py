@@ -189,13 +189,13 @@ class Trainer(abc.ABC):
                     raise
                 if rows == 1:
                     raise MemoryError(
-                        f"out of memory: not even one row of {x.shape[1]} tokens goes through this model. Close what "
-                        "else uses the device; python -m calibration finds the sizes that fit, or lower DEPTH in "
-                        "train.py"
+                        f"out of memory: this model needs too much memory even for one row of {x.shape[1]} tokens. "
+                        "Close other programs that use the device, run python -m calibration to find the sizes that "
+                        "fit, or lower DEPTH in train.py"
                     ) from error
             # Out here the traceback, and with it what did not fit, is gone. Parts should be equal: each size compiles.
             fewer = next(n for n in range(rows // 2, 0, -1) if len(x) % n == 0)
-            print(f"{rows} rows at once do not fit into the memory: going on with {fewer} at a time", flush=True)
+            print(f"{rows} rows at once do not fit into the memory: continuing with {fewer} at a time", flush=True)
             rows = fewer
         self.rows_at_once[x.shape] = rows
         fewer = rows if rows < len(x) else None
@@ -384,8 +384,8 @@ def check_head(model, module: type) -> None:
         )
     if getattr(type(model), "forward", None) not in (None, getattr(module, "forward", None)):
         raise TypeError(
-            f"{name} has two heads, logits(hidden) and forward(tokens): the evaluator asks the first. Write the head "
-            "there alone, and take forward out"
+            f"{name} has two heads, logits(hidden) and forward(tokens): the evaluator calls the first. Write the "
+            "head only there, and remove forward"
         )
 
 

@@ -413,6 +413,6 @@ def squares(counter, key, upper=lambda x: x >> 32):
 
 
 OUTSIDE = (
-    "ops.uniform draws in training only, and this is no pass of a Trainer: what is evaluated must not be random. "
-    "Ask ops.training() first, or use ops.dropout, which is off in evaluation"
+    "ops.uniform draws only in training, and this is not a pass of a Trainer: evaluation must not be random. Check "
+    "ops.training() first, or use ops.dropout, which is off in evaluation"
 )

@@ -113,7 +113,7 @@ class Problem:
 
 
 def check(source: str, filename: str = "train.py") -> list[Problem]:
-    """The problems in this source, in the order of its lines. SyntaxError, with `filename`, when it is no Python."""
+    """The problems in this source, ordered by line. SyntaxError, with `filename`, if it is not valid Python."""
     return list(_checked(source, filename))
 
 

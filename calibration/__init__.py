@@ -48,7 +48,7 @@ def defaults() -> Defaults:
         return Defaults(
             **vars(rule.SAFE),
             notes=(
-                "calibration has not run on this device: these are safe defaults, far from what it can do. Run: "
+                "calibration has not run on this device: these are safe defaults, for a very small model. Run: "
                 "python -m calibration",
             ),
         )
@@ -58,7 +58,10 @@ def defaults() -> Defaults:
     if reasons := profiles.stale(profile, hardware):
         return Defaults(
             *sizes,
-            notes=(f"profile {path} is stale: {'; '.join(reasons)}. Its sizes are used; run: python -m calibration",),
+            notes=(
+                f"profile {path} is stale: {'; '.join(reasons)}. Its sizes are used. To measure again: python -m "
+                "calibration",
+            ),
         )
     return Defaults(
         *sizes,

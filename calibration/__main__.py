@@ -28,8 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="discard the measurements of an interrupted calibration")
     commands = parser.add_subparsers(dest="command")
     shown = commands.add_parser("show", help="print the profile of this device")
-    shown.add_argument("--json", action="store_true", help="print the file itself")
-    shown.add_argument("profile", nargs="?", type=Path, help="another profile, such as one of calibration/profiles")
+    shown.add_argument("--json", action="store_true", help="print the profile as JSON")
+    shown.add_argument(
+        "profile",
+        nargs="?",
+        type=Path,
+        help="a profile file, such as one in calibration/profiles (default: the profile of this device)",
+    )
     options = parser.parse_args(arguments)
     terminal.spell_what_is_missing()
     try:
@@ -63,10 +68,13 @@ def calibrate(options: argparse.Namespace) -> int:
 
         measurement = measure.Measurement(effort, progress, options.fresh)
         if measurement.results.keys() - measurement.header.keys():
-            console.print("going on with an interrupted calibration (--fresh starts again)")
+            console.print("continuing an interrupted calibration (--fresh starts again)")
         profile = measurement.run()
     print(show.summary(profile))
-    print(f"Written to {measurement.path}. All measurements, and the reasons: python -m calibration show")
+    print(
+        f"The profile is written to {measurement.path}. To see all measurements, and the reasons: python -m "
+        "calibration show"
+    )
     return 0
 
 

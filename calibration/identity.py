@@ -41,7 +41,7 @@ def describe(hardware: Hardware) -> dict:
     }  # fmt: skip
     facts |= of_device(hardware)
     unknown = facts.pop("unknown", [])
-    unknown += [f"{name}: the system does not tell" for name in ("physical_cores", "power") if facts[name] is None]
+    unknown += [f"{name}: the system does not report it" for name in ("physical_cores", "power") if facts[name] is None]
     return {name: value for name, value in facts.items() if value is not None} | {"unknown": unknown}
 
 
@@ -90,7 +90,7 @@ def battery() -> Battery | None:
 
 
 def _battery_by_linux() -> Battery | None:
-    """From /sys/class/power_supply (the kernel's Documentation/ABI/testing/sysfs-class-power)."""
+    """The power source by /sys/class/power_supply (the kernel's Documentation/ABI/testing/sysfs-class-power)."""
     try:
         supplies = [folder for folder in SUPPLIES.iterdir() if machine.told(folder / "scope") != "Device"]
     except OSError:
@@ -222,7 +222,7 @@ def _reasons(mask: int) -> str | bool:
 
 
 def _amd() -> dict:
-    unknown = ["throttled: ROCm is not asked"]
+    unknown = ["throttled: not asked of ROCm"]
     if version := machine.told(AMDGPU):
         return {"driver": f"amdgpu {version}", "unknown": unknown}
     return {"unknown": ["driver: the kernel's own amdgpu has no version", *unknown]}
@@ -236,7 +236,7 @@ def _apple() -> dict:
         displays = json.loads(machine.asked("system_profiler", "SPDisplaysDataType", "-json"))["SPDisplaysDataType"]
         facts["gpu_cores"] = int(displays[0]["sppci_cores"])
     except (ValueError, KeyError, IndexError, TypeError):
-        facts["unknown"].append("gpu_cores: system_profiler does not tell")
+        facts["unknown"].append("gpu_cores: system_profiler does not report them")
     return facts
 
 
@@ -253,7 +253,7 @@ def _processor() -> dict:
         limit, highest = (int(machine.told(CPUFREQ / name) or "") for name in ("scaling_max_freq", "cpuinfo_max_freq"))
         governor = machine.told(CPUFREQ / "scaling_governor")
     except ValueError:
-        return {"unknown": ["throttled: this system does not tell its frequency (as in most virtual machines)"]}
+        return {"unknown": ["throttled: the system does not report its frequency (as in most virtual machines)"]}
     slow = [f"limited to {limit / highest:.0%} of its frequency"] if limit < highest else []
     hardware_decides = (CPUFREQ / "energy_performance_preference").exists()  # "powersave" is then its usual mode
     slow += ["governor powersave"] * (governor == "powersave" and not hardware_decides)
@@ -261,7 +261,7 @@ def _processor() -> dict:
 
 
 def warnings(facts: dict) -> list[str]:
-    """Those of these facts that make the device slower than it can be, in words."""
+    """The facts that make the device slower than it can be, in words."""
     texts = []
     if facts.get("power") == "battery":
         texts.append("running on battery, where most laptops are slower: plug it in and calibrate again")

@@ -1,4 +1,4 @@
-"""Measures a device, step by step. Results are kept after each step, so that a killed calibration goes on.
+"""Measures a device, step by step. Results are stored after each step, so that a killed calibration can be continued.
 
 Products, bandwidth and attention are measured in this process, once before the first trial of `train.py` and again
 after each: what changes over the minutes belongs to their spread.
@@ -150,11 +150,11 @@ class Measurement:
             CalibrationError: nothing runs here, or what was measured is impossible.
         """
         left = self.effort.limit - self.spent
-        self.progress("what this machine is", left)
+        self.progress("identifying this machine", left)
         self.results["machine"] = identity.describe(self.hardware)  # now, also when an earlier calibration goes on
         # MLX compiles in no time, and has no switch that a trial would see.
         compiled = None if self.effort.compiled or self.hardware.backend == "mlx" else False
-        self.progress("the backend, and kernels that it can fetch", left)
+        self.progress("loading the backend, and fetching kernels if there are any", left)
         self.backend = backends.load(compiled=compiled, fetch=True)
         device, bench_ = self.backend.device, self.backend.bench
         self.results["compiled"] = device.compiled
@@ -282,7 +282,7 @@ class Measurement:
         while (wanted := rule.wanted(self._known(), first)) is not None:
             known = self._known()
             if known and self.spent + took > self.effort.limit and rule.best_depth(known):
-                results["cut_short"] = f"no time was left to try depth {wanted[0]} with {wanted[1]} rows"
+                results["cut_short"] = f"there was no time to try depth {wanted[0]} with {wanted[1]} rows"
                 break
             depth, rows = wanted
             self.progress(
@@ -388,8 +388,8 @@ class Measurement:
         profile["trials"] = drifting(profile)
         if problem := profiles.impossible(profile):
             raise CalibrationError(
-                f"what was measured can't be true: {problem}. Run it again with --fresh; if that "
-                f"says the same, please report it with the file {self.partial}"
+                f"the measurements can't be right: {problem}. Run the command again with --fresh; if this happens "
+                f"again, please report it, with the file {self.partial}"
             )
         storage.write_json(self.path, profile)
         self.partial.unlink(missing_ok=True)
@@ -453,8 +453,8 @@ def unsteady(profile: dict) -> list[str]:
     }
     spreads |= {f"train.py at {label(trial)}": trial.tokens_per_second for trial in profiles.completed(profile)}
     return [
-        f"{name}: repeats from {repeats['low']:.3g} to {repeats['high']:.3g}: is another program using the device? "
-        "Close it and calibrate again"
+        f"{name}: repeated measurements differ, from {repeats['low']:.3g} to {repeats['high']:.3g}. Is another "
+        "program using the device? Close it and calibrate again"
         for name, repeats in spreads.items()
         if scatter(repeats) > SCATTER
     ]

@@ -56,10 +56,10 @@ def read(path: Path, hardware: Hardware | None = None) -> dict:
     if not isinstance(profile, dict) or profile.get("format") != FORMAT:
         raise ProfileError(f"{path} is not a profile of format {FORMAT}; delete it and {AGAIN}")
     if problem := impossible(profile):
-        raise ProfileError(f"{path} can't be true: {problem}; delete it and {AGAIN}")
+        raise ProfileError(f"{path} can't be right: {problem}; delete it and {AGAIN}")
     if hardware and (profile["device"], profile["backend"]) != (hardware.slug, hardware.backend):
         raise ProfileError(
-            f"{path} is of {profile['device']} with {profile['backend']}, and this is {hardware.slug} with "
+            f"{path} was measured on {profile['device']} with {profile['backend']}, and this is {hardware.slug} with "
             f"{hardware.backend}; unset AUTORESEARCH_PROFILE and {AGAIN}"
         )
     return profile
@@ -93,7 +93,7 @@ def impossible(profile: dict) -> str | None:
             return f"precision is {settings.precision!r}, attention {settings.attention!r}"
         square, products = profile["products"]["square"], profile["products"]["rates"]
         if not (isinstance(square, int) and square > 0 and isinstance(products[settings.precision], dict)):
-            return f"there is no rate of products in {settings.precision}"
+            return f"it has no rate of matrix products in {settings.precision}"
         if problem := _impossible_spread(profile, ""):
             return problem
         for kind, name in settings.attention.items() if "attention" in profile else ():

@@ -1,4 +1,4 @@
-"""From measurements to the defaults of `train.py`: what is a good experiment on this device.
+"""Chooses the defaults of `train.py` from the measurements of a device.
 
 The reasoning, in the order in which it is applied.
 
@@ -192,7 +192,7 @@ def scale(trials: Sequence[Outcome], measured: dict, attention: dict[str, str]) 
     rows = min(best.rows, total // MAX_SEQ_LEN)
     neighbours = ", ".join(f"{t.depth}: {t.ratio:.3g}" for depth in LADDER if (t := best_rows(at(trials, depth))))
     reasons = [
-        f"precision {best.precision}: the fastest that is right",
+        f"precision {best.precision}: the fastest that computes correctly",
         f"window {best.window_pattern}: attention to {why}",
         f"depth {best.depth}: {tokens / 1e6:.3g} M tokens in {TIME_BUDGET} s are {best.ratio:.3g} for each of "
         f"{best.flops_per_token / 6e6:.3g} M parameters that a token passes through, nearest to "
@@ -207,7 +207,7 @@ def scale(trials: Sequence[Outcome], measured: dict, attention: dict[str, str]) 
 def nothing_fits(trials: Sequence[Outcome]) -> str:
     smallest = min(trials, key=lambda t: (t.depth, t.rows), default=None)
     if smallest is None:
-        return "nothing was tried yet"
+        return "nothing has been tried yet"
     if isinstance(smallest, Failed):
         problem = smallest.failed
     else:

@@ -33,8 +33,8 @@ def text(profile: dict, hardware: Hardware | None = None) -> str:
         lines += [f"STALE: {reason}" for reason in profiles.stale(profile, hardware)]
         if profile["train"] != profiles.baseline():
             lines.append(
-                "measured with another train.py than is here now: that is normal while experiments edit it; calibrate "
-                "again before a session that starts from this one"
+                "measured with a different train.py. This is normal while experiments edit it; calibrate again "
+                "before a session that starts from the present one"
             )
     lines += [f"WARNING: {warning}" for warning in profile.get("warnings", [])]
     lines += ["", "machine"] + [
@@ -68,7 +68,7 @@ def text(profile: dict, hardware: Hardware | None = None) -> str:
     if profile.get("attention_provider"):
         lines.append(f"  fa3 is from {profile['attention_provider']}")
     if profile.get("kernels"):
-        lines += ["", f"kernels of our own: {', '.join(profile['kernels'])}"]
+        lines += ["", f"kernels of this project: {', '.join(profile['kernels'])}"]
     lines += ["", "train.py for a few seconds", "  depth  rows  tokens/s                peak       D/N"]
     for trial in sorted(profiles.trials(profile), key=lambda t: (t.depth, t.rows)):
         if isinstance(trial, Completed):

@@ -62,7 +62,7 @@ class Clock(prepare.Clock):
 
     def tick(self, loss):
         if os.getppid() != self.parent:  # the calibration was killed; the next one must not be disturbed
-            raise SystemExit("the calibration that started this trial is gone")
+            raise SystemExit("the calibration that started this trial has ended")
         self.took.append(super().tick(loss))
         return self.took[-1]
 

@@ -16,8 +16,8 @@ if __name__ == "__main__" and sys.path[0] != str(HERE):
 ELSEWHERE = ("start", "import", "compare", "report", "reproduce", "mcp", "join", "leave")
 READING = ("check", "mcp", "status", "log", "export", "compare", "report", "findings")
 IN_TURN = (
-    "a night runs the experiments: edit train.py and end your turn, and it is run then. python -m lab check tries an "
-    "edit, within seconds and without a score"
+    "this command does not run in an agent's turn: the night runs the experiments. Edit train.py and end your turn; "
+    "then the edit is run. To try an edit within seconds, without a score: python -m lab check"
 )
 
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; what runs goes on: python -m lab wait", file=sys.stderr)
+        print("\ninterrupted; the experiment itself continues. To follow it: python -m lab wait", file=sys.stderr)
         return 130
 
 

@@ -109,7 +109,7 @@ def test_rerun_is_quick_and_changes_nothing(tmp_path, texts, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in data.folder.glob("*.npy")}
     capsys.readouterr()
     prepared("--dataset", folder)
-    assert "all files were there and intact" in capsys.readouterr().out
+    assert "all files are complete and intact" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in data.folder.glob("*.npy")}
 
 
@@ -183,9 +183,9 @@ def test_parquet_with_invalid_utf8_and_surrogates(tmp_path):
 def test_half_a_parquet_file(tmp_path, texts, capsys):
     path = write_parquet(tmp_path / "own.parquet", texts)
     path.write_bytes(path.read_bytes()[:-100])
-    assert "not a whole parquet file" in fails(capsys, "--dataset", path)
+    assert "not a complete parquet file" in fails(capsys, "--dataset", path)
     path.write_bytes(b"PAR1")
-    assert "not a whole parquet file" in fails(capsys, "--dataset", path)
+    assert "not a complete parquet file" in fails(capsys, "--dataset", path)
 
 
 def test_parquet_damaged_inside_or_without_text(tmp_path, texts, capsys):
@@ -288,7 +288,7 @@ def test_full_disk(tmp_path, texts, isolated_home, limit):
     arguments = ["--dataset", str(folder), "--name", "mine"]
     command = [sys.executable, "-c", FULL_DISK.format(limit=limit), *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and "could not write" in ended.stderr and "make room" in ended.stderr
+    assert ended.returncode == 1 and "could not write" in ended.stderr and "free some space" in ended.stderr
     assert not list(isolated_home.rglob("*.tmp"))
     with pytest.raises(DataError):
         prepare.open_data("mine")

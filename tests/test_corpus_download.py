@@ -140,7 +140,7 @@ def test_climbmix_and_more_shards_later(prepared, hub, capsys):
     assert [name for command, name, _ in hub.requests if command == "GET"].count("shard_00000.parquet") == 1
     hub.requests.clear()
     status, output = prepared("--num-shards", "2")
-    assert status == 0 and "all files were there and intact" in output and not hub.requests
+    assert status == 0 and "all files are complete and intact" in output and not hub.requests
 
 
 def test_tinystories_ranges():
@@ -183,7 +183,7 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, isolated_home, cause):
         full = OSError(errno.ENOSPC, "No space left on device")
         raise RuntimeError("xet failed") from full if cause else full
 
-    with pytest.raises(storage.DataError, match="no room for shard.*make room") as caught:
+    with pytest.raises(storage.DataError, match="no space for shard.*free some space") as caught:
         corpus.retrying(download, "shard")
     assert calls == ["download"] and str(isolated_home) in str(caught.value) and "hub" not in str(caught.value)
 
@@ -245,7 +245,7 @@ def test_shards_at_hand_are_used_offline(prepared, hub, shards):
 def test_not_parquet(prepared, hub):
     hub.files["shard_00000.parquet"] = b"<html>quota exceeded</html>"
     status, output = prepared("--num-shards", "1")
-    assert status == 1 and "not a whole parquet file" in output and "Traceback" not in output
+    assert status == 1 and "not a complete parquet file" in output and "Traceback" not in output
 
 
 def test_interrupted_preparing_goes_on(prepared, hub, isolated_home):
@@ -262,10 +262,10 @@ def test_an_expired_token_is_said_and_not_used(prepared, hub, monkeypatch):
     hub.refuses = lambda authorization: authorization == "Bearer hf_expired"
     status, text = prepared("--num-shards", "1")
     assert status == 0 and "ready" in text, text
-    assert "hf auth login" in text and "Going on without it" in text and "has no" not in text
+    assert "hf auth login" in text and "Continuing without the token" in text and "has no" not in text
 
 
 def test_a_hub_that_wants_a_token_is_told_from_one_without_the_dataset(prepared, hub):
     hub.refuses = lambda authorization: True
     status, text = prepared("--num-shards", "1")
-    assert status == 1 and "the hub refuses karpathy/climbmix-400b-shuffle" in text and "hf auth login" in text
+    assert status == 1 and "Hugging Face refuses karpathy/climbmix-400b-shuffle" in text and "hf auth login" in text

@@ -36,7 +36,7 @@ def test_the_picture_puts_the_better_score_to_the_left_and_shows_the_noise():
     crashed = better | {"status": "crash", "val_bpb": None, "reason": "it stopped"}
     _, first, second, third, noise, why = demo.picture([tried, better, crashed], noise=0.05)
     assert second.index("●") < first.index("─") < first.index("●") and "2.500000" in second and "±0.050" in noise
-    assert "●" not in third and third.endswith("crash") and why == "The verdict: crash: it stopped."
+    assert "●" not in third and third.endswith("crash") and why == "The verdict is crash: it stopped."
     assert demo.picture([crashed], 0.05) == ["No experiment has a score."]
 
 

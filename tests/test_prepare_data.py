@@ -154,7 +154,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_room_is_asked_for_only_on_a_full_disk(tmp_path, number, full):
     with pytest.raises(DataError, match="could not write") as caught, storage.atomic(tmp_path / "file"):
         raise OSError(number, os.strerror(number))
-    assert ("make room" in str(caught.value)) == full and os.strerror(number) in str(caught.value)
+    assert ("free some space" in str(caught.value)) == full and os.strerror(number) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e999"])
@@ -208,7 +208,7 @@ except Exception:
 def test_the_reason_can_be_caught():
     with pytest.raises(storage.Stop) as caught:
         raise prepare.Invalid("warm_start", loss=1.5, chance=9)
-    assert str(caught.value) == "warm start: the untrained model's loss is 1.500 nats, chance 9.000"
+    assert str(caught.value) == "warm start: the untrained model's loss is 1.500 nats, better than chance (9.000)"
     assert caught.value.reason == {"code": "warm_start", "facts": {"loss": 1.5, "chance": 9}}
     with pytest.raises(KeyError, match="no such code"):
         prepare.Invalid("no such code")

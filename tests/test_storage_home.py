@@ -45,6 +45,6 @@ def test_a_read_only_home_is_told_what_to_set(isolated_home, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(
-        storage.DataError, match="Read-only .*; set AUTORESEARCH_HOME to a folder that you can write in"
+        storage.DataError, match="Read-only .*; set AUTORESEARCH_HOME to a folder that you can write to"
     ):
         storage.write_json(isolated_home / "profiles" / "x.json", {})

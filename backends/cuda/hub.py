@@ -30,7 +30,7 @@ def kernels(fetch: bool) -> Iterator[tuple]:
         yield "kernels", functools.partial(importlib.import_module, "kernels")  # which raises
         return
     if fetch and (problem := unreachable()):
-        print(f"no kernels can be fetched ({problem}): only what is here already is tried", flush=True)
+        print(f"no kernels can be downloaded ({problem}): only those that are here already are tried", flush=True)
         fetch = False
     for repository, commit in TRUSTED.items():
         yield f"kernels {repository}@{commit}", functools.partial(load, repository, commit, fetch)

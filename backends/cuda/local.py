@@ -48,8 +48,8 @@ def from_library(path: Path) -> flash3.Kernels:
     path = path.expanduser().absolute()
     if registered() and os.path.realpath(path) not in torch.ops.loaded_libraries:
         raise BackendError(
-            f"{VARIABLE}={path} can't be loaded: another Flash Attention 3 is, in the same process. "
-            "Unset it to use that one"
+            f"{VARIABLE}={path} can't be loaded, as another Flash Attention 3 is loaded in the same process. Unset "
+            "the variable to use that one"
         )
     try:
         for runtime in sorted(path.parent.glob("libcudart.so*")):  # of another CUDA than PyTorch's, put beside it
@@ -77,13 +77,13 @@ def unloadable(error: OSError) -> str:
         name = f"{missing[1]}.{missing[2]}"
         return (
             f"{name} is not here. It was built for CUDA {missing[2]}, and PyTorch {torch.__version__} has "
-            f"{torch.version.cuda or 'none'}. Take a build for that, put {name} beside it"
+            f"{torch.version.cuda or 'none'}. Use a build for that version, put {name} beside it"
         )
     if missing:
-        return f"{missing[1]} is not here. Install what has it, put its folder on LD_LIBRARY_PATH"
+        return f"{missing[1]} is not here. Install the package that has it, put its folder on LD_LIBRARY_PATH"
     if "undefined symbol" in said:
-        return f"it was built for another PyTorch than {torch.__version__} ({said[-160:]}). Take a build for this one"
-    return f"{said[:200]}. Take another build"
+        return f"it was built for another PyTorch than {torch.__version__} ({said[-160:]}). Use a build for this one"
+    return f"{said[:200]}. Use another build"
 
 
 def of_interface() -> str:

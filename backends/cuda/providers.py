@@ -62,8 +62,8 @@ def as_calibrated(wanted: str | None) -> tuple[str | None, list[str]]:
     notes = []
     if os.environ.get(local.VARIABLE) and not (wanted or "").startswith("library"):
         notes = [
-            f"{local.VARIABLE} is left alone, as this device was calibrated without it. To use it, run: "
-            "python -m calibration"
+            f"{local.VARIABLE} is ignored, as this device was calibrated without it. To use it, run: python -m "
+            "calibration"
         ]
     if wanted is None:
         return None, notes
@@ -73,8 +73,8 @@ def as_calibrated(wanted: str | None) -> tuple[str | None, list[str]]:
     drop()
     return None, [
         *notes,
-        f"going on without Flash Attention 3: this device was calibrated with {short(wanted)}, which "
-        f"can't be used now ({problem}). Bring that back, or run: python -m calibration",
+        f"continuing without Flash Attention 3: this device was calibrated with {short(wanted)}, which can't be used "
+        f"now ({problem}). Bring that back, or run: python -m calibration",
     ]
 
 
@@ -150,5 +150,5 @@ def drop() -> None:
 
 
 def short(name: str) -> str:
-    """For a note: the first digits of a commit are enough."""
+    """The name of a provider for a note, with only the first digits of a commit."""
     return re.sub(r"(@[0-9a-f]{8})[0-9a-f]{32}$", r"\1", name)

@@ -61,7 +61,7 @@ class Bench(bench.Bench):
         return _repeated(lambda: call(*inputs))
 
     def attention_bytes(self, name, window):
-        """From what the second of two calls after one another adds to the first."""
+        """Times a call by what the second of two successive calls adds to the first."""
         function, inputs = attention.IMPLEMENTATIONS[name], self._inputs(1, self.dtype)
 
         def peak(calls):

@@ -20,7 +20,7 @@ SMALLEST_CHUNK, SHARE_OF_MEMORY, BYTES_PER_LOGIT = 2**23, 256, 12
 
 
 def by_memory(memory: int):
-    """The contract's `mean_loss` for a device of so many bytes."""
+    """The contract's `mean_loss` for a device with so many bytes of memory."""
     logits_at_once = max(SMALLEST_CHUNK, memory // SHARE_OF_MEMORY // BYTES_PER_LOGIT)
 
     def mean_loss(head, loss, hidden, targets):
@@ -44,8 +44,8 @@ def _written(head, loss, rows, labels, logits_at_once: int):
         vocabulary = head(rows[:1]).shape[-1]
     if captured := nn.captured(head, loss):
         raise ValueError(
-            f"{captured} is an array that the head or its loss takes from elsewhere, and its gradient would be lost: "
-            "they may use their arguments and the model's parameters"
+            f"{captured} is an array from outside the head and its loss, so its gradient would be lost: they may use "
+            "only their arguments and the model's parameters"
         )
     size = max(1, logits_at_once // vocabulary)
     chunks = [slice(start, start + size) for start in range(0, len(labels), size)]

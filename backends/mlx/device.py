@@ -61,7 +61,7 @@ def _choose_kind() -> str:
     available = "metal" if mx.metal.is_available() else "cuda" if _has_cuda() else "cpu"
     wanted = os.environ.get("AUTORESEARCH_DEVICE") or available
     if wanted not in ("cpu", available):
-        raise BackendError(f"AUTORESEARCH_DEVICE={wanted}, but MLX offers {available} here: set cpu, or nothing")
+        raise BackendError(f"AUTORESEARCH_DEVICE={wanted}, but MLX offers {available} here: set it to cpu, or unset it")
     return wanted
 
 

@@ -118,7 +118,7 @@ def _modification(softcap, bias, documents):
 def sdpa_causal(q, k, v, window):
     """PyTorch's own choice of kernel. It has no window."""
     if window is not None:
-        raise NotImplementedError("is_causal knows no window")
+        raise NotImplementedError("is_causal supports no window")
     q, k, v = _heads_first(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 

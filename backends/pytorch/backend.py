@@ -186,7 +186,7 @@ def _choose_kernels(key, calibrated) -> tuple[dict[str, int], str]:
         tried = trials.remember(f"{key}: kernels {kernels.digest()}", kernels.try_apart, benches.lasts)
         chosen, how = kernels.choose(tried), kernels.described(tried)
     kernels.load(chosen)
-    return chosen, f"kernels of our own: {how}"
+    return chosen, f"kernels of this project: {how}"
 
 
 def _named(device: torch.device) -> tuple[str, str, str, int]:

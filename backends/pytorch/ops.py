@@ -187,7 +187,7 @@ def permute_dims(x, axes):
 def squeeze(x, axis):
     for i in (axis,) if isinstance(axis, int) else axis:
         if x.shape[i] != 1:
-            raise ValueError(f"ops.squeeze: axis {i} of an array of shape {tuple(x.shape)} has not the length 1")
+            raise ValueError(f"ops.squeeze: axis {i} of an array of shape {tuple(x.shape)} does not have length 1")
     return torch.squeeze(x, axis)
 
 

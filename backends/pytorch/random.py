@@ -18,7 +18,7 @@ _pass: torch.Tensor | None = None  # how many passes came before this one; None 
 
 
 def counter() -> torch.Tensor:
-    """For a Trainer to count its passes in: 0."""
+    """The counter in which a Trainer counts its passes, at 0."""
     return torch.zeros((), dtype=torch.int64, device=runtime.device)
 
 

@@ -200,7 +200,7 @@ class _Hypers:
             self._numbers[i][name] = row[0]
 
     def set(self, schedule) -> list[dict]:
-        """By group, a scalar on the device for each name."""
+        """For each group, a scalar on the device for each name."""
         values = [float(schedule[i][name]) for i, numbers in enumerate(self._numbers) for name in numbers]
         self._values[:, 0].copy_(to_device(np.array(values, np.float32)))
         return self._numbers

@@ -26,8 +26,8 @@ def pytorch():
         import torch  # noqa: F401
     except ImportError as error:
         raise BackendError(
-            f"PyTorch can't be imported ({error}): pip install uv, then uv pip install "
-            "--torch-backend=auto torch, which takes the build for your GPU"
+            f"PyTorch can't be imported ({error}): pip install uv, then uv pip install --torch-backend=auto torch, "
+            "which installs the build for your GPU"
         ) from error
     from backends.pytorch import backend
 

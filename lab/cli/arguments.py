@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(*names.split(), help=help, **metavar, **more)
 
         if wait:
-            text = f"return after so long, with the time that is left (default {WAIT:g}); the experiment continues"
+            text = f"return after so many seconds, with the time left (default {WAIT:g}); the experiment continues"
             option("--wait", text, "SECONDS", type=float, default=WAIT)
         if json:
             option("--json", "print JSON", action="store_true")
@@ -34,37 +34,41 @@ def parser() -> argparse.ArgumentParser:
 
     seeds = {"metavar": "N", "type": int}
     unsandboxed = ("--unsandboxed", "run without a sandbox if the system offers none")
-    of_ledger = "of an untagged results.tsv, such as nvidia-h100-80gb"
+    of_ledger = "the device of a results.tsv that does not name it, such as nvidia-h100-80gb"
 
-    start = command("start", "begin a session: branch, judge, baseline", wait=True)
-    start("tag", "its name, for example the date", "TAG")
+    start = command("start", "begin a session: make its branch, pin the judge, run the baseline", wait=True)
+    start("tag", "name of the session, for example the date", "TAG")
     start(*unsandboxed, action="store_true")
     start("--baseline-runs", "runs of the baseline (default 3)", default=3, **seeds)
     start(
-        "--for", "for a device of another machine, that lab join --describe wrote there", "FILE", type=Path, dest="of"
+        "--for",
+        "for the device of another machine that lab join --describe FILE describes",
+        "FILE",
+        type=Path,
+        dest="of",
     )
 
-    run = command("run", "run train.py as an experiment: decide, keep or revert, record", wait=True)
+    run = command("run", "run train.py as an experiment: judge it, keep or revert it, record it", wait=True)
     run("-m --message", "what was changed, and why", "TEXT")
     run("--near-misses", "instead of train.py, try the promising near misses as one change", action="store_true")
-    run("--again", "run it even if an equal train.py was decided on before", action="store_true")
+    run("--again", "run it even if an equal train.py was judged before", action="store_true")
 
     command("check", "try a few tiny steps of train.py, within seconds and without a score")
     command("wait", "wait for the experiment that is running, or continue an interrupted one", wait=True)
-    pause = command("pause", "end the current run, and start none until resume; the run is repeated then", json=False)
+    pause = command("pause", "end the current run, and start none until lab resume, which repeats it", json=False)
     pause("--after-run", "let the current run finish first", action="store_true")
     command("resume", "continue after a pause", json=False)
     command("status", "show the best so far, the noise, recent experiments and near misses")
     command("log", "list the experiments, or show one of them")("number", None, "N", nargs="?", type=int)
 
     sample = command("sample", "let the best and the baseline continue a prompt")
-    sample("--prompt", "a text; by default the beginning of the held-out rows", "TEXT")
-    sample("--tokens", "to be written by each (default 96)", type=int, default=96, metavar="N")
+    sample("--prompt", "the text to continue (default: the beginning of the held-out rows)", "TEXT")
+    sample("--tokens", "tokens that each model writes (default 96)", type=int, default=96, metavar="N")
 
     confirm = command("confirm", "test the best against the baseline on new seeds and held-out rows", wait=True)
     confirm("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
     confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float, default=1)
-    text = "instead, run the baseline for a quarter, half and twice the budget: it gives effects as factors of time"
+    text = "instead, run the baseline for a quarter, half and twice the budget, to see effects as factors of time"
     confirm("--scale", text, action="store_true")
     confirm("--file", "instead of the best, test this train.py", "FILE", type=Path)
 
@@ -73,9 +77,9 @@ def parser() -> argparse.ArgumentParser:
     transfer("--times", "multiply the budget by this (default 1)", "X", type=float, default=1)
     transfer("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
 
-    again = command("reproduce", "test a kept change in a clean clone: does the claim stand?")
-    again("number", "of the experiment", "N", type=int)
-    again("--of", "its session, as for compare (default: the one whose branch is checked out)", "SESSION")
+    again = command("reproduce", "test in a clean clone whether a change beats its parent")
+    again("number", "number of the experiment", "N", type=int)
+    again("--of", "its session, named as for compare (default: the one whose branch is checked out)", "SESSION")
     again("--pairs", "pairs of runs, the change and its parent (default 3)", default=3, **seeds)
 
     command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
@@ -91,17 +95,15 @@ def parser() -> argparse.ArgumentParser:
     bring("source", "a folder, an archive, a results.tsv or a published branch", "SOURCE")
     bring("--device", of_ledger, "TAG")
 
-    compare = command("compare", "put sessions side by side: what each found, and which findings hold where")
+    compare = command("compare", "compare sessions: what each found, and which findings hold where")
     named = "DEVICE/TAG, a session's folder, an export, a branch, or the original's results.tsv"
     compare("sources", named, "SESSION", nargs="+")
     compare("--device", f"{of_ledger}; one for each of them, in order", "TAG", action="append", default=[])
-    report = command(
-        "report", "write a session as one HTML file: what was tried, what was kept, and how sure that is", json=False
-    )
-    report("sources", "as for compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
+    report = command("report", "write one HTML page: what was tried, what was kept, and how sure that is", json=False)
+    report("sources", "named as for compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
     report("--device", "as for compare", "TAG", action="append", default=[])
     report("--out", "where to write it (default report.html)", "FILE", type=Path, default=Path("report.html"))
-    report("--price", "of a kWh, to tell what training cost where its energy was measured", "X", type=float)
+    report("--price", "price of a kWh, to show what training cost where its energy was measured", "X", type=float)
     report("--png", "also write a picture of the progress", "FILE", type=Path)
 
     replay = command("replay", "try another machine's kept changes here, one experiment each")
@@ -115,48 +117,54 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         **seeds,
     )
-    replay("--dry-run", "only say what would be run, and what does not apply here", action="store_true")
+    replay("--dry-run", "only show what would be run, and what does not apply here", action="store_true")
 
-    command("findings", "list what was found elsewhere: the evidence there, the verdict here")
+    command("findings", "list published findings: the evidence elsewhere, the verdict here")
 
     night = command(
         "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
     )
-    night("--agent", "called once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
-    night("--agents", "let so many turns of the agent go on at once, beside what runs", **seeds)
+    night("--agent", "command, called once for each experiment: gets a prompt on its input, edits train.py", "COMMAND")
+    night(
+        "--agents", "run N turns of the agent at once, also while experiments run (default: one, in between)", **seeds
+    )
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
-    text = "try what was found elsewhere first, as lab findings lists it (the default without an agent)"
+    text = "first try the findings that lab findings lists (the default without an agent)"
     night("--findings", text, action=argparse.BooleanOptionalAction)
-    night("--turn-seconds", f"time limit of one call of the agent (default {TURN:g})", "S", type=float, default=TURN)
-    night("--hours", "stop after so long", "H", type=float)
+    night("--turn-seconds", f"time limit of one turn of the agent (default {TURN:g})", "S", type=float, default=TURN)
+    night("--hours", "stop after this many hours", "H", type=float)
     night("--until", "stop at this time of day", "HH:MM")
-    night("--max-experiments", "stop after so many", **seeds)
-    night("--notify", "called at a new best and at trouble: gets a line on its input, and as $LAB_MESSAGE", "COMMAND")
-    page = "serve the report, to read, in the local network, at an address that is shown at the start"
+    night("--max-experiments", "stop after this many experiments", **seeds)
+    night(
+        "--notify",
+        "command, called at a new best, at trouble, at the end: gets a line on its input and in $LAB_MESSAGE",
+        "COMMAND",
+    )
+    page = "serve the report, read-only, in the local network; the address is shown at the start"
     night("--page", page, "PORT", type=int, nargs="?", const=0)
     night("--tag", "name of the new session, if there is none yet (default: the date)")
-    night("--dataset", "its dataset (default: the one prepared last, or climbmix)", "NAME")
+    night("--dataset", "dataset of the new session (default: the one prepared last, or climbmix)", "NAME")
     night("--baseline-runs", "runs of its baseline (default 3)", default=3, **seeds)
     night(*unsandboxed, action="store_true")
-    which = "all, GPUs by number as in 0,1, or a list as in cpu,cpu"
+    which = "all, GPU numbers such as 0,1, or a list such as cpu,cpu"
     night("--devices", f"use several devices of this machine: {which}", "LIST")
-    offered = "share of the runs for what sessions on other devices of this home keep (default 0.1)"
+    offered = "share of the runs for changes that other sessions under the same AUTORESEARCH_HOME keep (default 0.1)"
     night("--offers", offered, "SHARE", type=float, default=0.1)
-    night("--plan", "only say what it will take", action="store_true")
+    night("--plan", "only show what the night will take", action="store_true")
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)
 
-    invite = command("invite", "let another machine's devices work for this session: writes an invitation", json=False)
+    invite = command("invite", "write an invitation for another machine's devices to work for this session", json=False)
     invite("target", "where to write it; whoever has this file can join", "FILE", type=Path)
-    invite("--address", "where other machines reach this one, as HOST:PORT", required=True)
-    invite("--listen", "where to listen, if that is elsewhere (default: all addresses, that port)", "HOST:PORT")
+    invite("--address", "HOST:PORT at which other machines reach this one", required=True)
+    invite("--listen", "where to listen, if not at that address (default: all addresses, the same port)", "HOST:PORT")
     invite("--days", "how long it can be used (default 30)", type=float, default=30.0)
-    join = command("join", "have this machine's devices work for the session of an invitation", json=False)
-    join("invitation", "from lab invite", "FILE", type=Path, nargs="?")
-    join("--describe", "only write what this device is, for lab start --for on the head", "FILE", type=Path)
+    join = command("join", "let this machine's devices work for the session that an invitation names", json=False)
+    join("invitation", "invitation, written by lab invite on the head", "FILE", type=Path, nargs="?")
+    join("--describe", "only write a description of this device, for lab start --for on the head", "FILE", type=Path)
     join("--devices", f"{which} (default all)", "LIST", default="all")
-    join("--name", "what this machine is called in the fleet (default: some letters)")
+    join("--name", "name of this machine in the fleet (default: four letters)")
     join("--local", argparse.SUPPRESS, action="store_true")
-    command("leave", "give this machine's devices back: end their work for other sessions", json=False)
+    command("leave", "give this machine's devices back: end their work for sessions of other machines", json=False)
     command("fleet", "show the devices that work on this session, and what each does")
     commands.add_parser("supervise")
     return whole

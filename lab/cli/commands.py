@@ -43,12 +43,13 @@ def do_start(options) -> int:
     session = start(Path.cwd(), options.tag, options.unsandboxed, options.baseline_runs, say, described)
     if described:
         say(
-            f"session {session.name} in {session.folder}, on branch {session.branch}. Its runs are made elsewhere: "
-            "python -m lab invite FILE, take that file there and join, then python -m lab night here"
+            f"session {session.name} in {session.folder}, on branch {session.branch}. Its runs are made on the other "
+            "machine. Next: python -m lab invite FILE --address HOST:PORT; take FILE there and type: python -m lab "
+            "join FILE; then here: python -m lab night"
         )
         return 0
     say(
-        f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline, "
+        f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline is run: "
         f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"
     )
     return follow(session, options, launch(session))
@@ -59,21 +60,21 @@ def do_run(session: Session, options) -> int:
     with opening.exclusive(session, device=True):
         if interrupted := session.state.oldest_open:
             options.note = (
-                f"experiment {interrupted.number} had been interrupted, and came first: {TRAIN} was not taken. Run "
-                "again"
+                f"experiment {interrupted.number} had been interrupted, and was finished first. Your {TRAIN} was not "
+                "run: run the command again"
             )
         elif answer := opening.open_change(session, options.message, options.near_misses, options.again):
-            options.note = "answered from the ledger, not run again (--again runs it)"
+            options.note = "this was tried before, so the ledger answers; --again runs it all the same"
             return tell(session, options, answer)
         elif others := session.repository.changed():
-            print(f"not part of the experiment, and left alone: {untrusted.listed(others)}", file=sys.stderr)
+            print(f"not part of the experiment, and left as they are: {untrusted.listed(others)}", file=sys.stderr)
         process = launch(session)
     return follow(session, options, process)
 
 
 def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
-        raise LabError("at least 2 pairs, and a positive multiple of the budget, please")
+        raise LabError("--pairs has to be at least 2, and --times above 0")
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
         state = session.state
@@ -88,7 +89,7 @@ def do_confirm(session: Session, options) -> int:
                 facts = opening.facts_of_change(session, state.baseline, content)
                 said = f"the train.py of {options.file.name}"
             if options.scale:
-                of, said = state.baseline, "the baseline for other times"
+                of, said = state.baseline, "the baseline with other training times"
             commit = of.here
             if facts:
                 commit = session.repository.commit(state.baseline.here, facts["blob"], said)
@@ -114,14 +115,14 @@ def _content(path: Path) -> bytes:
 def do_transfer(session: Session, options) -> int:
     """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size."""
     if options.pairs < 2 or options.times <= 0 or options.depth <= 0:
-        raise LabError("at least 2 pairs, and positive multiples of the depth and of the budget, please")
+        raise LabError("--pairs has to be at least 2, and --depth and --times above 0")
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
         state = session.state
         if not state.open:
             opening.sound_baseline(session)
             if (best := opening.best_of(session)) is state.baseline:
-                raise LabError("the baseline is still the best: there is nothing that could carry yet")
+                raise LabError("the baseline is still the best: there is no change to test in a larger model yet")
             opening.open_transfer(session, best, options.depth, options.times, options.pairs)
         process = launch(session)
     return follow(session, options, process)
@@ -189,7 +190,7 @@ def do_wait(session: Session, options) -> int:
 
 
 def do_pause(session: Session, options) -> int:
-    """Nothing is begun from here on. Returns once what runs has ended, unless it may go on to its end."""
+    """Pauses the session. Returns once the current run has ended, unless it may finish."""
     session.hold("paused", now=not options.after_run)
     deadline = time.monotonic() + TO_END
     while not options.after_run and session.supervised and time.monotonic() < deadline:
@@ -205,12 +206,12 @@ def do_resume(session: Session, options) -> int:
     session.release()
     session.refresh()
     if session.owned_by_night:
-        print(f"{said}: the night goes on by itself")
+        print(f"{said}: the night continues by itself")
     elif experiment := session.state.oldest_open:
         launch(session)
-        print(f"{said}: experiment {experiment.number} goes on; python -m lab wait follows it")
+        print(f"{said}: experiment {experiment.number} continues; to follow it: python -m lab wait")
     else:
-        print(f"{said}: nothing is under way, and the next experiment may come")
+        print(f"{said}: nothing is running; you can run the next experiment")
     return 0
 
 
@@ -274,12 +275,12 @@ def do_export(session: Session, options) -> int:
     if options.publish:
         branch, commit = export.publish(session, options.replace)
         print(
-            f"{branch} at {commit[:7]}: train.py is the best, session/ the export; nothing was sent. To share it: "
-            f"git push REMOTE {branch}"
+            f"{branch} at {commit[:7]}: train.py is the best, and session/ is the export. Nothing was sent; to share "
+            f"the branch: git push REMOTE {branch}"
         )
         return 0
     if options.target is None:
-        raise LabError("say where to: a folder, an archive's name (x.tar.gz), or --publish")
+        raise LabError("name a target: a folder or an archive (x.tar.gz), or give --publish")
     print(export.export_session(session, options.target))
     return 0
 
@@ -364,10 +365,12 @@ def do_join(options) -> int:
 
     if options.describe:
         devices.describe(options.describe)
-        print(f"{options.describe}: take it to the head, for python -m lab start TAG --for {options.describe.name}")
+        print(
+            f"{options.describe}: take it to the head, and type: python -m lab start TAG --for {options.describe.name}"
+        )
         return 0
     if options.invitation is None:
-        raise LabError("say which invitation: python -m lab invite makes one on the head")
+        raise LabError("name an invitation: python -m lab join FILE. On the head, python -m lab invite FILE makes one")
     return join.join(options.invitation, options.devices, options.name, options.local)
 
 
@@ -375,7 +378,7 @@ def do_leave(options) -> int:
     from lab.fleet import join
 
     left = join.leave()
-    print(f"given back: {', '.join(left)}" if left else "no device of this machine works for a session")
+    print(f"given back to this machine: {', '.join(left)}" if left else "no device of this machine works for a session")
     return 0
 
 
@@ -407,7 +410,7 @@ def follow(session: Session, options, process: subprocess.Popen | None = None) -
 
 @contextmanager
 def _bar(session: Session, experiment: Experiment):
-    """On a terminal, the progress of the run under way, on standard error. Gives the function that draws it."""
+    """Returns the function that draws the progress of the current run on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda: None
         return

@@ -42,7 +42,7 @@ def tried(tried: Tried, remarks: list[str]) -> str:
     else:
         lines.append(
             f"nothing wrong was found in {tried.seconds:.0f} s{where}: {(tried.num_params or 0) / 1e6:.1f} M "
-            "parameters, a few steps on random tokens, the evaluator's questions. Only a run gives a score"
+            "parameters, a few steps on random tokens, and the evaluator's checks passed. Only a run gives a score"
         )
     return "\n".join(lines)
 
@@ -115,7 +115,7 @@ def block(session: Session, experiment: Experiment) -> str:
     if "confirmed" in known:
         said = "CONFIRMED" if known["confirmed"] else "NOT CONFIRMED"
         if experiment.kind == "transfer":
-            said = "CARRIES" if known["confirmed"] else "NOT SHOWN TO CARRY"
+            said = "HOLDS" if known["confirmed"] else "NOT SHOWN TO HOLD"
     if experiment.kind == "scale" and experiment.status == "keep":
         said = "MEASURED"
     lines = [f"experiment {experiment.number}: {said}", f"  what              {known['description']}"]
@@ -158,15 +158,15 @@ def paused(session: Session) -> str:
     if session.supervised:
         doing = f"experiment {experiment.number}" if experiment else "a command"
         doing = f"run {run.number}" if run and run.ended is None else doing
-        said = f"{doing} is coming to its end, and nothing is begun after it"
+        said = f"{doing} is ending, and nothing is started after it"
     elif experiment is None:
-        said = "nothing was running, and nothing will be begun"
+        said = "nothing was running, and nothing will be started"
     elif run and run.reason and run.reason.code == "paused":
-        said = f"run {run.number} of experiment {experiment.number} was ended, and is done again later. "
+        said = f"run {run.number} of experiment {experiment.number} was ended, and is repeated later. "
         said += "The device is free"
     else:
-        said = f"nothing runs; experiment {experiment.number} is left as it is. The device is free"
-    return f"paused: {said}. Go on with: python -m lab resume"
+        said = f"nothing is running; experiment {experiment.number} is left as it is. The device is free"
+    return f"paused: {said}. To continue: python -m lab resume"
 
 
 def progress_facts(session: Session, experiment: Experiment) -> dict:
@@ -187,13 +187,12 @@ def progress_facts(session: Session, experiment: Experiment) -> dict:
 
 def progress(session: Session, experiment: Experiment) -> str:
     known = progress_facts(session, experiment)
-    doing = "weighing the results"
+    doing = "the results are being judged"
     if "run" in known:
         run = f"run {known['runs_done'] + 1} (of the {known['of']}, seed {known['seed']})"
         doing = f"{run} ends in about {known['seconds_left']} s"
     return (
-        f"experiment {experiment.number} is running: {doing}; it may need several runs. Go on waiting with: "
-        "python -m lab wait"
+        f"experiment {experiment.number} is running: {doing}; it may need several runs. To wait on: python -m lab wait"
     )
 
 
@@ -201,7 +200,7 @@ def progress(session: Session, experiment: Experiment) -> str:
 
 
 def status_facts(session: Session) -> dict:
-    """Where the session stands, for machines."""
+    """The state of the session, for JSON."""
     state, started = session.state, session.started
     known = {
         "session": session.name,
@@ -289,9 +288,9 @@ def status(session: Session) -> str:
     if running and experiment and running["supervised"]:
         lines.append(progress(session, experiment))
     elif running and not known["held"]:
-        lines.append(f"experiment {running['experiment']} was interrupted: python -m lab wait goes on with it")
+        lines.append(f"experiment {running['experiment']} was interrupted; to continue it: python -m lab wait")
     if known["night"]:
-        lines.append("a night owns this session, and runs the experiments")
+        lines.append("a night is running this session, and runs the experiments")
     if known["held"]:
         lines.append(said_of_held(known["held"]["why"]))
     lines += ["", table(list(state.experiments.values())[-RECENT:]), "", f"ledger: {known['ledger']}"]
@@ -301,7 +300,7 @@ def status(session: Session) -> str:
 def fleet(devices: list[dict]) -> str:
     """One line for each device: its name, tokens per second, heat, what it does."""
     if not devices:
-        return "no night with several devices is at work"
+        return "no night with several devices is running"
     lines = ["device            tokens/s  what"]
     for device in devices:
         tokens, heat = device["tokens_per_second"], device["heat"]

@@ -17,7 +17,7 @@ from lab.session.repository import here
 
 WAIT = 45  # seconds that a call takes at most: clients give up after 60
 INSTRUCTIONS = """Experiments on train.py, judged by val_bpb (lower is better). `propose` makes one change and runs it;
-while it says that the experiment is running, `wait`, as often as it takes. train.py is then the best so far again."""
+while it says that the experiment is running, call `wait` again. Afterwards train.py is the best so far again."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ def serve() -> None:
         """
         repository = here()
         if repository is None:
-            return "there is no repository here"
+            return "there is no git repository here"
         before = await anyio.to_thread.run_sync((repository.path / TRAIN).read_bytes)
         after, problem = edited(before, edits)
         if problem:
@@ -100,6 +100,8 @@ def edited(content: bytes, edits: list[Edit]) -> tuple[bytes, str]:
     text = content.decode()
     for number, edit in enumerate(edits, 1):
         if (times := text.count(edit.old)) != 1 or not edit.old:
-            return content, f"nothing was run: the old text of edit {number} is in {TRAIN} {times} times, and not once"
+            return content, (
+                f"nothing was run: the old text of edit {number} is in {TRAIN} {times} times, and has to be once"
+            )
         text = text.replace(edit.old, edit.new)
     return text.encode(), ""

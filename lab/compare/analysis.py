@@ -220,7 +220,7 @@ class Analysis:
 
     @cached_property
     def hours(self) -> float | None:
-        """From its first run to the end of its last; None if no time is known."""
+        """The hours from its first run to the end of its last; None if no time is known."""
         ended = [run for run in self.state.runs.values() if run.status and run.time > 0]
         if not ended:
             return None
@@ -252,11 +252,11 @@ class Analysis:
         """What a reader should know."""
         every = [run for runs in self.runs.values() for run in runs]
         lengths = Counter(run.budget for run in every if not self._usual(run) and not self.confirms(run))
-        notes = [f"{n} runs of {length:g} s instead of {self.budget:g} s are left out" for length, n in lengths.items()]
+        notes = [f"{n} runs of {length:g} s, not {self.budget:g} s, are left out" for length, n in lengths.items()]
         return list(dict.fromkeys([*self.record.notes, *self.started.notes, *notes]))
 
     def facts(self) -> dict:
-        """For machines (JSON). Of the baseline and of the best: val_bpb, and the means of its runs' figures."""
+        """val_bpb and the means of the runs' figures, for the baseline and for the best, as JSON."""
         facts = {name: getattr(self, name) for name in FACTS} | {n: getattr(self.started, n) for n in STARTED}
         facts |= {"sort": sort_of(self.started.device), "experiments": len(self.tried), "counts": dict(self.counts)}
         for name, experiment in (("baseline", self.baseline), ("best", self.best)):
@@ -284,11 +284,11 @@ class Analysis:
                 if self.confirms(run):
                     seconds["confirmations"] += run.seconds
                     continue
-                again = "training again: parents beside them, further runs"
+                again = "training again: parents and further runs"
                 seconds["training the changes" if run.experiment == number else again] += trained
-                seconds["start, compilation and evaluation of runs"] += run.seconds - trained
+                seconds["starting, compiling and evaluating runs"] += run.seconds - trained
         if self.hours:
-            seconds["between runs, crashed runs, thinking"] = self.hours * 3600 - sum(seconds.values())
+            seconds["time between runs, crashed runs, proposing changes"] = self.hours * 3600 - sum(seconds.values())
         return {what: amount / 3600 for what, amount in seconds.items() if amount > 1e-6}
 
 

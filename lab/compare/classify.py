@@ -72,7 +72,7 @@ def classify(source: Effect, target: Effect) -> tuple[str, str, dict | None]:
         return FADES, share, None
     if same and not less and t >= HALF * s:
         return HOLDS, share, None
-    why = "it fades or reverses" if less else "the same way, how far is open" if same else "may be chance here"
+    why = "it fades or reverses" if less else "the same direction, size unknown" if same else "may be chance here"
     return OPEN, why, _asked(*_to_tell(source, target))
 
 

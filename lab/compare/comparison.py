@@ -68,7 +68,7 @@ class Published:
     change: Shared
 
     def effect(self, place: str) -> float:
-        """As published, for the device of a place; below 0 is better."""
+        """The published effect for the device of a place; below 0 is better."""
         return self.finding.effect(place.partition(" ")[0])
 
 
@@ -139,7 +139,7 @@ class Comparison:
         return list(found.values())
 
     def facts(self) -> dict:
-        """For machines (JSON)."""
+        """The comparison as JSON."""
         _ = self.published  # fills in their verdicts
         lists = {name: [asdict(part) for part in getattr(self, name)] for name in ("changes", "agreements", "kinds")}
         sessions = [analysis.facts() for analysis in self.sessions]
@@ -170,7 +170,7 @@ def compare(analyses: list[Analysis]) -> Comparison:
     if not analyses:
         raise LabError("name at least one session to compare")
     if twice := [name for name, n in Counter(analysis.name for analysis in analyses).items() if n > 1]:
-        raise LabError(f"{twice[0]} is there twice: leave one of them out, or rename a bare ledger's file")
+        raise LabError(f"{twice[0]} is named twice: leave one of them out. If they are two ledgers, rename one file")
     _name_places(analyses)
     attempts = [Attempt(analysis, experiment) for analysis in analyses for experiment in analysis.tried]
     changes = _by_id(attempts) + _by_family(attempts) + _by_words(attempts)
@@ -198,7 +198,7 @@ def _notes(analyses: list[Analysis]) -> list[str]:
     if len({analysis.eval for analysis in analyses}) > 1:
         notes.append("these sessions were not all measured by the same evaluator: effects are compared, scores are not")
     if len({analysis.budget for analysis in analyses}) > 1:
-        notes.append("they did not all train for the same time: what helps in one may take longer to help in another")
+        notes.append("these sessions did not all train for the same time: a change may need a longer run to help")
     for a, b in combinations(analyses, 2):
         scores, others = ([run.bpb for run in each.state.runs.values() if run.ok] for each in (a, b))
         if len(scores) > 1 and scores == others and a.started.device != b.started.device:
@@ -210,7 +210,7 @@ def _notes(analyses: list[Analysis]) -> list[str]:
 
 
 def _by_id(attempts: list[Attempt]) -> list[Shared]:
-    """Those whose id is known, joined by it, and judged where it is known where they come from."""
+    """Changes with a known id, joined by it; classified if their origin is known."""
     changes = []
     for same in _grouped(attempts, lambda attempt: attempt.experiment.key).values():
         source = _source(same)
@@ -243,7 +243,7 @@ def _tell_in_time(changes: list[Shared], analyses: list[Analysis]) -> None:
 
 
 def _by_family(attempts: list[Attempt]) -> list[Shared]:
-    """Those with one family in places where no one id joins them."""
+    """Changes of one family, in places where no id joins them."""
     changes = []
     for same in _grouped(attempts, lambda attempt: attempt.experiment.family).values():
         places = _grouped(same, lambda attempt: attempt.place).values()
@@ -282,7 +282,7 @@ def _shared(joined: str, attempts: list[Attempt], named: Attempt) -> Shared:
 
 
 def _source(attempts: list[Attempt]) -> Attempt | None:
-    """Where a change comes from: what its replays name; without any, the first session that kept it, or tried it."""
+    """The session that a change comes from: the one that its replays name; else the first that kept it, or tried it."""
     own = [attempt for attempt in attempts if not attempt.experiment.origin]
     named = {a.experiment.origin.rpartition("/")[0] for a in attempts if a.experiment.origin}
     if named:
@@ -294,7 +294,7 @@ def _source(attempts: list[Attempt]) -> Attempt | None:
 
 
 def _screened(session: Analysis, number: int, effect: Effect) -> Cell:
-    """Of a patch in a block of shared runs."""
+    """The effect of a patch in a block of shared runs."""
     return Cell(effect, [f"{session.name} #{number} in shared runs"], session.name, "")
 
 

@@ -225,6 +225,6 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, fl
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """From 1; equal values have the mean of their places."""
+    """Ranks from 1; equal values have the mean of their places."""
     ordered = sorted(values)
     return [(bisect_left(ordered, value) + bisect_right(ordered, value) + 1) / 2 for value in values]

@@ -1,4 +1,4 @@
-"""Effects as a share of training time, a unit that carries between machines: "in 0.81 of the time".
+"""Effects as a share of training time, a unit that can be compared between machines: "in 0.81 of the time".
 
 A baseline is trained for several times, and its score s is fitted against the time t, T being the session's:
 
@@ -157,7 +157,7 @@ class Curve:
         )
 
     def _log(self, effect: Effect, fit: _Fit, start: float, x: float) -> Effect:
-        """In log time, with an error by the delta method (k fixed)."""
+        """The effect in log time, with an error by the delta method (k fixed)."""
         slope = fit.b * math.exp(-fit.k * (start + x))
         along = fit.phi(start + x) - fit.phi(start)
         per = 1 / slope  # log time for a bit per byte here
@@ -200,7 +200,7 @@ def curve(
             f"the baseline does not get better with time, from {times[0]:g} to {times[-1]:g} s, as far as can be told"
         )
     elif len(times) < FEWEST:
-        found.why_not = f"the baseline was run for {len(times)} times; a curve takes {FEWEST}"
+        found.why_not = f"the baseline has {len(times)} training times, and a curve needs {FEWEST}"
     if found.why_not:
         return found
     found.times = times

@@ -68,7 +68,7 @@ class Finding:
 
     @property
     def origin(self) -> str:
-        """Of an experiment with it: equal wherever it is tried, whatever the file around it."""
+        """The origin of its experiments: equal wherever it is tried, whatever else the file holds."""
         return f"{PUBLISHED}/{self.name}/{hashlib.sha256(self.edit.text.encode()).hexdigest()[:ID]}"
 
     @property
@@ -81,7 +81,7 @@ class Finding:
         return f"{self.name.replace('-', ' ')}: {self.why}"
 
     def expected(self, device: str, budget: float) -> float:
-        """Bits per byte that it may be better by on a device, after so many seconds: for an order, not a forecast."""
+        """The expected gain in bits per byte on a device after so many seconds: for ranking, not a forecast."""
         total, weight = 0.0, DOUBT
         for told in self._sessions():
             gain = min(max(-sum(one.size for one in told), -MOST), MOST)
@@ -123,7 +123,7 @@ def read(name: str, text: str) -> Finding:
     why, *facts = head.split("\n")
     time, evidence = "", []
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or not why.strip():
-        raise LabError("its name is of small letters, digits and dashes, and its first line says what it does")
+        raise LabError("its name has to be small letters, digits and dashes, and its first line say what it does")
     for line in facts:
         key, _, value = line.partition(": ")
         if key == "time":
@@ -133,7 +133,7 @@ def read(name: str, text: str) -> Finding:
         else:
             raise LabError(f"{line!r} is neither 'time: ...' nor 'evidence: ...'")
     if time not in TIMES:
-        raise LabError(f"'time:' is one of {', '.join(TIMES)}: what is expected of the effect in longer runs")
+        raise LabError(f"'time:' has to be one of {', '.join(TIMES)}: what is expected of the effect in longer runs")
     if not evidence:
         raise LabError("it has no evidence: 'evidence: DEVICE | SECONDS | EFFECT | WHAT WAS SAID | SOURCE'")
     return Finding(name, why.strip(), time, tuple(evidence), edits.read(edit.rstrip("\n")))
@@ -142,13 +142,13 @@ def read(name: str, text: str) -> Finding:
 def _evidence(text: str) -> Evidence:
     parts = [part.strip() for part in text.split(" | ")]
     if len(parts) != 5 or not all(parts):
-        raise LabError(f"evidence is DEVICE | SECONDS | EFFECT | WHAT WAS SAID | SOURCE, and not {text!r}")
+        raise LabError(f"evidence has to be DEVICE | SECONDS | EFFECT | WHAT WAS SAID | SOURCE, and not {text!r}")
     device, budget, effect, said, source = parts
     if not re.fullmatch(r"-|[1-9]\d*", budget):
-        raise LabError(f"seconds of training are a whole number, or '-' if unknown, and not {budget!r}")
+        raise LabError(f"the seconds of training have to be a whole number, or '-' if unknown, and not {budget!r}")
     if not EFFECT.fullmatch(effect) and effect not in WORDS:
         units = ", ".join(f"-0.01 {unit}" for unit in UNITS)
-        raise LabError(f"an effect is a number with its sign and unit ({units}) or {' or '.join(WORDS)}: {effect!r}")
+        raise LabError(f"an effect has to be a number with sign and unit ({units}) or {' or '.join(WORDS)}: {effect!r}")
     return Evidence(device, None if budget == "-" else float(budget), effect, said, source)
 
 

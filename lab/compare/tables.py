@@ -19,7 +19,7 @@ MOST_CHANGES = 300  # that a table shows
 CAPTIONS = {
     CHANGE: "The same change: its effect in bits per byte (below 0 is better), with its 90 % interval",
     FAMILY: "Probably the same change: the same lines in the same definition, beside others",
-    WORDS: "By its words: probably the same change, matched by its description alone",
+    WORDS: "Matched by the description alone: perhaps the same change",
 }
 
 
@@ -51,7 +51,7 @@ class Section:
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All that a comparison says, empty sections left out."""
+    """All sections of a comparison that are not empty."""
     all_sections = [
         Section("sessions", "Side by side", [*_scores(comparison.sessions), _costs(comparison.sessions)]),
         Section("transfer", "What holds where", _transfer(comparison)),
@@ -85,7 +85,7 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
             noise = number(session.noise and session.noise.sd, ".6f")
             time = str(session.gained or "-").replace(" of the time", "")
             rows.append((Place(session.place), session.name, *scores, *gains, time, noise))
-        unknown = "Measured by what is not known: these scores compare with no others"
+        unknown = "Evaluator unknown: these scores can be compared with no others"
         tables.append(Table(caption if tag else unknown, heads, rows))
     return tables
 
@@ -251,7 +251,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def text(comparison: Comparison) -> str:
-    """For a terminal of 100 columns."""
+    """The comparison for a terminal of 100 columns."""
     return _text([part for section in sections(comparison) for part in section.parts], _letters(comparison))
 
 

@@ -77,7 +77,7 @@ def _number(match: re.Match) -> float:
 
 
 def likeness(one: Said, other: Said) -> float:
-    """From 0 to 1; 0 for opposite ways."""
+    """The similarity of two descriptions, from 0 to 1; 0 for opposite directions."""
     if one.way * other.way < 0 or not one.words or not other.words:
         return 0.0
     shared = 2 * len(one.words & other.words) / (len(one.words) + len(other.words))

@@ -43,11 +43,11 @@ def devices(asked: str, kind: str = "") -> list[str]:
         name = f"cuda:{name}" if name.strip().isdigit() else name.strip()
         if name.startswith("cuda:") and name[5:].isdigit():
             if int(name[5:]) >= count:
-                raise LabError(f"there is no GPU {name[5:]} here: {count} can be seen, from 0")
+                raise LabError(f"there is no GPU {name[5:]} here: {count} can be seen, numbered from 0")
             if name in found:
                 raise LabError(f"{name} is named twice: a GPU makes one run at a time")
         elif name not in ("cpu", "mps", "metal"):
-            raise LabError(f"{name!r} is no device: all, numbers of GPUs as in 0,1, or cpu, mps, metal")
+            raise LabError(f"{name!r} is not a device: give all, numbers of GPUs such as 0,1, or cpu, mps, metal")
         found.append(f"{name}:{found.count(name)}" if name in found else name)
     return found
 
@@ -119,13 +119,14 @@ def described(path: Path) -> dict:
         hardware, profile = known["hardware"], known["profile"]
         alike = all(profile[name] == hardware[own] for name, own in {"device": "slug", "backend": "backend"}.items())
         if not alike or not events.is_tag(hardware["slug"]):
-            raise ValueError("its profile is of another device")
+            raise ValueError("its profile was measured on another device")
         if problem := profiles.impossible(profile):
             raise ValueError(problem)
         return {"hardware": hardware, "profile": profile}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(
-            f"{path} describes no device ({error}); make it there: python -m lab join --describe FILE"
+            f"{path} does not describe a device ({error}); make the file on the other machine: python -m lab join "
+            "--describe FILE"
         ) from None
 
 
@@ -156,8 +157,7 @@ def outside_of_band(own: dict, others: dict) -> str | None:
     if abs(math.log(here / there)) <= allowed:
         return None
     return (
-        f"it makes {here:,.0f} tokens/s where the session's device makes {there:,.0f}; "
-        f"{allowed:.0%} apart would be allowed"
+        f"it makes {here:,.0f} tokens/s, and the session's device makes {there:,.0f}; they may differ by {allowed:.0%}"
     )
 
 

@@ -64,14 +64,16 @@ class Invitation:
 
     @classmethod
     def read(cls, path: Path) -> Invitation:
-        """LabError if the file is no invitation."""
+        """LabError if the file is not an invitation."""
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             if known.pop("format") != FORMAT:
                 raise LabError(f"{path} was made by another version of this project")
             return cls(**known | {"keys": Keys(**known["keys"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LabError(f"{path} is no invitation ({error}); make one on the head: python -m lab invite") from error
+            raise LabError(
+                f"{path} is not an invitation ({error}); make one on the head: python -m lab invite"
+            ) from error
 
 
 def invite(session: Session, path: Path, address: str, listen: str | None, days: float) -> str:
@@ -85,10 +87,10 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
         LabError: the session has no sandbox, or an address has no port.
     """
     if session.started.sandbox is None:
-        raise LabError("this session was begun with --unsandboxed: its runs do not leave this machine")
+        raise LabError("this session was begun with --unsandboxed: its runs may not be made on other machines")
     for text in filter(None, (address, listen)):
         if not text.rpartition(":")[0] or not text.rpartition(":")[2].isdigit():
-            raise LabError(f"{text} has no port: HOST:PORT, please")
+            raise LabError(f"{text} has no port: give HOST:PORT")
     folder = storage.home() / "data" / session.local.settings.get("AUTORESEARCH_DATA", session.started.dataset)
     manifest = (folder / "manifest.json").read_text(encoding="utf-8")
     Invitation(

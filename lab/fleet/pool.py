@@ -51,7 +51,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,60}", re.ASCII)
 
 
 class Made(msgspec.Struct):
-    """What a worker says of a run: it is believed as far as it is of these types."""
+    """A worker's report of a run; values of other types are refused."""
 
     status: events.RunStatus
     reason: Reason | None
@@ -62,7 +62,7 @@ class Made(msgspec.Struct):
 
 
 class Scored(msgspec.Struct):
-    """What a worker says of a run's weights; `rows`: the file rows.npz, `weights`: bytes of theirs."""
+    """A worker's report of scoring a run's weights. `rows`: the file rows.npz. `weights`: their size in bytes."""
 
     val_bpb: events.Score | None = None
     held_out_bpb: events.Score | None = None
@@ -74,8 +74,8 @@ class Scored(msgspec.Struct):
 
 @dataclass
 class Device:
-    """What the head knows of a worker. `ready`: it may be given work. `gone`: since when it is not connected, or None.
-    `run`: what it makes, or scores if `scores`; `answer`: of what it was asked for it, None until it is."""
+    """What the head knows about a worker. `ready`: it may be given work. `gone`: when its connection ended, or None.
+    `run`: the run that it makes, or scores if `scores`. `answer`: to what it was asked about that, None if it was not."""
 
     name: str
     ready: bool = False
@@ -130,7 +130,7 @@ class Pool:
         try:
             self.hub = Hub(address, keys, self._admit)
         except OSError as error:
-            raise LabError(f"{address} can't be listened at ({error}): does another head run here?") from error
+            raise LabError(f"can't listen at {address} ({error}): is another head running here?") from error
         storage.write_json(path, {"asked": known.get("listen") or LOOPBACK, "address": self._listens(address)})
         self._find_started()
         return self
@@ -198,15 +198,15 @@ class Pool:
         """Called by the hub, in its thread: looks, and changes nothing."""
         name = hello["name"]
         if not NAME.fullmatch(name):
-            raise Refused(f"{name!r} can't name a device")
+            raise Refused(f"{name!r} can't be the name of a device")
         if hello.get("version") != self.version:
             commit = self.session.local.commit[:12]
-            raise Refused(f"it has another version of the project; check out what the session began with: {commit}")
+            raise Refused(f"it has another version of the project; check out the session's first commit: {commit}")
         if hello.get("local") and name not in self.wanted:
-            raise Refused(f"{name} does not take part in this night")
+            raise Refused(f"{name} was not invited to this night")
         there = self.hub.members.get(name)
         if there and there.hello.get("token") != hello.get("token"):
-            raise Refused(f"there is a device {name} already: give this one another name (--name)")
+            raise Refused(f"there is a device named {name} already: give this one another name (--name)")
         return {"session": self.session.name}
 
     def _meet(self, name: str) -> None:
@@ -252,7 +252,7 @@ class Pool:
                 offset += len(piece) or 1
 
     def _facts(self) -> dict:
-        """What a worker is told of the session."""
+        """The facts of the session that a worker is told."""
         session, started, local = self.session, self.session.started, self.session.local
         folder = storage.home() / "data" / local.settings.get("AUTORESEARCH_DATA", started.dataset)
         machines_own = ("AUTORESEARCH_HOME", "AUTORESEARCH_PROFILE")
@@ -295,7 +295,7 @@ class Pool:
     # --- Workers on this machine ---
 
     def _find_started(self) -> None:
-        """Those that a head before this one has left."""
+        """Finds the workers of an earlier head."""
         for name in self.wanted:
             with suppress(OSError, ValueError, KeyError, psutil.Error):
                 known = json.loads((self.folder / f"{_file(name)}.json").read_text())
@@ -422,7 +422,7 @@ class Pool:
         (folder / "run.log").write_bytes(made.log)
         if status == "ok":
             if lacks := [measure.name for measure in MEASURES if measure.needed and measure.name not in result]:
-                raise LabError(f"it tells nothing of {', '.join(lacks)}")
+                raise LabError(f"it does not report {', '.join(lacks)}")
             device.tokens = result.get("tokens_per_second")
             wrong = executor.other_conditions(session, result) or executor.other_attention(session, result)
             if wrong:
@@ -452,7 +452,7 @@ class Pool:
             self._refuse(device, why)
 
     def _refuse(self, device: Device, why: str) -> None:
-        """No more is asked of a device; what it measured is no row."""
+        """Stops using a device; its run does not count."""
         device.refused, device.ready = why, False
         self.hub.call(device.name, "leave", why=why)
 
@@ -482,7 +482,7 @@ class Pool:
                 if device.busy:
                     self.hub.call(device.name, "stop", why=held["why"])
         if self._stopping and time.monotonic() > self._stopping + TO_STOP:
-            raise LabError("workers did not end their runs; the next night asks for what became of them")
+            raise LabError("some workers did not end their runs; the next night asks them for the results")
 
     # --- Telling ---
 

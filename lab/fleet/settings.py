@@ -1,4 +1,4 @@
-"""What a night says of its devices, and what its head tells of them: two small files beside the journal."""
+"""The devices that a night uses, and their state as its head reports it: two small files beside the journal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STALE = 30.0  # seconds after which a status says nothing
 
 
 def choose(session: Session, devices: list[str]) -> None:
-    """Notes the devices of this machine that take part; none if the session's own is used as ever, and no others are
+    """Stores the devices of this machine that take part; none if only the session's own is used, and no others are
     invited."""
     known = {**(session.fleet or {}), "devices": devices}
     if devices or len(known) > 1:

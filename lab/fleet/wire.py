@@ -86,7 +86,7 @@ class _Line:
         try:
             return msgspec.msgpack.decode(await self._exactly(length), type=dict)
         except msgspec.DecodeError as error:
-            raise ConnectionError(f"what came is no message: {error}") from error
+            raise ConnectionError(f"what it received is not a message: {error}") from error
 
     async def _exactly(self, length: int) -> bytes:
         content = bytearray()
@@ -222,7 +222,7 @@ class Hub:
         hello = (await line.read()).get("hello")
         try:
             if not isinstance(hello, dict) or not isinstance(hello.get("name"), str):
-                raise Refused("it says nothing of itself")
+                raise Refused("it does not say what it is")
             welcome = self._admit(hello)
         except Refused as refusal:
             await line.write({"refused": str(refusal)})
@@ -276,7 +276,7 @@ class Operations(Protocol):
     def do(self, operation: str, facts: dict) -> dict | Future: ...
 
     def alone(self) -> None:
-        """Called now and then while there is no head. May set `leaving`."""
+        """Called repeatedly while there is no head. May set `leaving`."""
         ...
 
 

@@ -40,7 +40,7 @@ CODE = ("lab", "backends", "calibration", "prepare.py", "dataset.py", "disturban
 
 
 def version(digests: dict[str, str]) -> str:
-    """Of the code that makes runs, from sha256 by file: both ends have to have the same."""
+    """A digest of the code that makes runs, from the sha256 of each file: both ends need the same."""
     own = {name: sha for name, sha in digests.items() if name.split("/")[0] in CODE and name.endswith(".py")}
     return storage.digest_of(sorted(own.items()))[:12]
 
@@ -55,7 +55,7 @@ def sources(project: Path) -> dict[str, str]:
 
 @dataclass
 class Doing:
-    """A run, and the scoring of its weights: what came of each, as a dict."""
+    """A run, and the scoring of its weights: the result of each, as a dict."""
 
     number: int
     folder: Path
@@ -125,7 +125,7 @@ class Worker:
     def alone(self) -> None:
         busy = any(not doing.trained.done() for doing in self.doing.values())
         if self.local and not busy and time.monotonic() > self._seen + ALONE:
-            self.leaving = "its head does not come back"
+            self.leaving = "its head did not come back"
 
     def do(self, operation: str, facts: dict) -> dict | Future:
         return getattr(self, f"do_{operation}")(**facts)
@@ -154,7 +154,7 @@ class Worker:
         with suppress(OSError):
             if (folder / "manifest.json").read_text(encoding="utf-8") != facts["manifest"]:
                 if not self.local and any(folder.iterdir()):
-                    raise LabError(f"{folder} is another dataset of that name: move it away, or use another home")
+                    raise LabError(f"{folder} is another dataset of that name: move it, or set AUTORESEARCH_HOME")
         for name, known in {**_files(manifest), "manifest.json": None}.items():
             path = folder / name
             if not path.is_file() or known and path.stat().st_size != known["size"]:
@@ -188,14 +188,14 @@ class Worker:
         return {}
 
     def _path(self, path: str) -> Path:
-        """Where a file of the head's goes. LabError for anything but the judge and the dataset's own files."""
+        """The path for a file from the head. LabError if it belongs neither to the judge nor to the dataset."""
         dataset = self.facts["dataset"]
         names = {f"data/{dataset}/{name}" for name in (*_files(json.loads(self.facts["manifest"])), "manifest.json")}
         if path in names and re.fullmatch(r"[\w.-]+", dataset) and ".." not in path:
             return storage.home() / path
         if path == "judge.tar.gz":
             return self.root / path
-        raise LabError(f"{path} is nothing that a worker takes")
+        raise LabError(f"{path} is not a file that a worker accepts")
 
     def do_ready(self) -> dict:
         """Checks what was fetched, by sha256. LabError where something is not what the head says it is."""
@@ -226,7 +226,7 @@ class Worker:
         if self.local:
             return self.facts["sandbox"]
         if (box := sandbox.probe()) is None:
-            raise LabError("this machine offers no sandbox, and runs for a head elsewhere need one (docs/sandbox.md)")
+            raise LabError("this machine offers no sandbox, and runs for another machine need one (docs/sandbox.md)")
         return box
 
     @property

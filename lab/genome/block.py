@@ -71,11 +71,11 @@ class Variable:
 
     @property
     def width(self) -> float:
-        """From bound to bound, on the variable's scale."""
+        """The distance between the bounds, on the variable's scale."""
         return self._scaled(self.high) - self._scaled(self.low)
 
     def place(self, value) -> float:
-        """Where a value lies between the bounds: 0 to 1 there, on the variable's scale; a choice's is its index."""
+        """The position of a value between the bounds, 0 to 1 on the variable's scale; for a choice, its index."""
         if self.kind == "choice":
             return self.choices.index(value)
         return (self._scaled(value) - self._scaled(self.low)) / self.width
@@ -93,7 +93,7 @@ class Variable:
         return round(1 - float(f"{1 - x:.2g}"), 6) if self.kind == "decay" else float(f"{x:.2g}")
 
     def wider(self, *values) -> Variable:
-        """With bounds that hold these values; without any, with wider ones, if there can be."""
+        """The variable with bounds that include these values; without values, with wider bounds, if possible."""
         if values:
             return replace(self, low=min(self.low, *values), high=max(self.high, *values))
         if self.stated or self.kind == "choice":
@@ -121,7 +121,7 @@ class Variable:
         return self.scale == "linear" or self.kind == "decay" or float(other.value) > 0  # log: zero has no place
 
     def written(self, value) -> str:
-        """As source text."""
+        """The value as source text."""
         if self.kind == "more":
             return self.text + (f" {'+' if value > 0 else '-'} {abs(value)}" if value else "")
         if self.kind == "times":
@@ -141,7 +141,7 @@ class Variable:
 
 @lru_cache(maxsize=4096)
 def read(source: str) -> tuple[Variable, ...]:
-    """The variables of a train.py, in order; none where that part is no Python."""
+    """The variables of a train.py, in order; none if that part is not valid Python."""
     definition = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
     head = source[: definition.start()] if definition else source
     try:

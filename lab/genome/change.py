@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
 
 def identify(before: bytes, after: bytes) -> Change:
-    """The ids of the change from one train.py to another. SyntaxError if one of them is no Python."""
+    """The ids of the change from one train.py to another. SyntaxError if one of them is not valid Python."""
     before, after = normalised(before), normalised(after)
     touched = sorted(
         (name, *(_digest(side.canonical) if side else "" for side in (old, new)))
@@ -84,16 +84,16 @@ def patched(content: bytes, patch: str) -> bytes:
     """A text after a unified diff that was made on just this text.
 
     Raises:
-        LabError: it was made on another one, or is no diff.
+        LabError: it was made on another text, or is not a diff.
     """
     if not (head := HEAD.match(patch)):
-        raise LabError(f"its patch does not begin as one of {TRAIN}, and of nothing else")
+        raise LabError(f"its patch has to change {TRAIN} and nothing else")
     lines, rows = lines_of(content), deque(f"{row}\n" for row in patch[head.end() :].split("\n")[:-1])
     result: list[bytes] = []
     at = 0
     while rows:
         if not (hunk := HUNK.match(rows[0])):
-            raise LabError(f"its patch has more than hunks of {TRAIN}: {rows[0][:80]!r}")
+            raise LabError(f"its patch holds more than changes of {TRAIN}: {rows[0][:80]!r}")
         rows.popleft()
         start, length, new_length = int(hunk[1]), int(hunk[2] or 1), int(hunk[4] or 1)
         start -= length > 0  # a hunk without old lines names the line before it

@@ -48,7 +48,7 @@ class Step:
                 raise Already(f"{self.name} is {new.value}")
             return block.write(source, {self.name: new.value})
         if "choice" in (old.kind, new.kind) or {old.text, new.text} != {here.text}:
-            raise NotHere(f"{self.name} is written in another way: {here.written(here.value)}")
+            raise NotHere(f"{self.name} is written differently here: {here.written(here.value)}")
         before, after, now = (float(variable.value) for variable in (old, new, here))
         if (now - after) * (after - before) >= 0:
             raise Already(f"{self.name} is {here.written(here.value)}")
@@ -126,11 +126,11 @@ class Edit:
             if len(already) == len(self.parts):
                 raise already[0]
             if already:
-                raise NotHere(f"a part of it is there already: {already[0]}")
+                raise NotHere(f"a part of it is in the file already: {already[0]}")
             if found := surface.check(source):
-                raise NotHere(f"it uses what not every backend has: {found[0].found}")
+                raise NotHere(f"it uses {found[0].found}, which not every backend has")
         except SyntaxError as error:
-            raise NotHere(f"what it makes is no Python: {error.msg}") from None
+            raise NotHere(f"the result is not valid Python: {error.msg}") from None
         return source
 
     def meets(self, other: Edit) -> bool:
@@ -139,7 +139,7 @@ class Edit:
 
 
 def read(text: str) -> Edit:
-    """An edit from its text. LabError, with the line, for what is none."""
+    """An edit from its text. LabError, with the line, if the text is not an edit."""
     parts: list[Step | Swap] = []
     places = re.split(r"^@ *", text.strip("\n"), flags=re.M)
     for line in filter(None, places[0].split("\n")):
@@ -166,4 +166,4 @@ def _variable(name: str, text: str) -> block.Variable:
     base = name.partition("[")[0]
     for variable in block.read(f"{base} = {text}\n"):
         return variable
-    raise LabError(f"{text!r} is no value that {name} can be set to")
+    raise LabError(f"{name} can't be set to {text!r}")

@@ -49,7 +49,7 @@ LONGEST = 40  # characters of a value in a summary
 
 
 def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
-    """Which of KINDS a change touches, the one most is changed of first; none if nothing is."""
+    """The KINDS that a change touches, the one with most changes first; empty if it changes nothing."""
     try:
         changes = changed(before, after)
         kinds: dict[str, Subject] = {**definition_kinds(before), **definition_kinds(after)}
@@ -73,7 +73,7 @@ def summary(before: bytes, after: bytes, width: int = 200) -> str:
     """A change in a line: "MATRIX_LR 0.04 -> 0.05; edited Attention.forward". Nothing if only comments changed.
 
     Raises:
-        SyntaxError: one of them is no Python.
+        SyntaxError: one of them is not valid Python.
     """
     said, groups = [], {"edited": [], "new": [], "removed": []}
     for name, old, new in changed(before, after):
@@ -92,7 +92,7 @@ def _value(definition: Definition) -> str:
 
 @functools.lru_cache(maxsize=64)  # a best is compared with many
 def definition_kinds(content: bytes) -> dict[str, Subject]:
-    """The kind of each definition of a train.py, by its name. SyntaxError if it is no Python."""
+    """The kind of each definition of a train.py, by its name. SyntaxError if it is not valid Python."""
     headings = _headings(content.decode("utf-8-sig"))
     models: set[str] = set()  # classes that are a Module, or inherit from one here
     kinds: dict[str, Subject] = {}

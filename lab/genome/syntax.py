@@ -52,7 +52,7 @@ def normalised(content: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def describe(content: bytes) -> Source:
-    """What a train.py is. LabError, with the line, if it is no Python."""
+    """The facts of a train.py. LabError, with the line, if it is not valid Python."""
     try:
         tree = parsed(content.decode("utf-8-sig"))
         portable = not beyond_the_surface(content)
@@ -61,13 +61,13 @@ def describe(content: bytes) -> Source:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" line {error.lineno}:" if isinstance(error, SyntaxError) and error.lineno else ""
         problem = error.msg if isinstance(error, SyntaxError) else error
-        raise LabError(f"{TRAIN}{where} {problem}; nothing was run: fix it and run again") from error
+        raise LabError(f"{TRAIN}{where} {problem}. Nothing was run: fix it and run again") from error
     digest = hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
     return Source(digest, sum(1 for _ in counted(tree)), portable)
 
 
 def beyond_the_surface(content: bytes) -> list:
-    """What other machines may not run of it: a list of `surface.Problem`. [] for what is no Python."""
+    """Code in it that other machines may not run: a list of `surface.Problem`; [] if it is not valid Python."""
     from backends import surface  # here, because all the rest needs nothing but Python
 
     try:
@@ -124,7 +124,7 @@ def _calibrated(node: ast.AST) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def definitions(content: bytes) -> dict[str, Definition]:
-    """A train.py taken apart, by name, in the order of the file. SyntaxError if it is no Python."""
+    """The definitions of a train.py, by name, in the order of the file. SyntaxError if it is not valid Python."""
     try:
         tree = parsed(content.decode("utf-8-sig"))
     except (ValueError, RecursionError, MemoryError) as error:
@@ -176,7 +176,7 @@ def changed(before: bytes, after: bytes) -> list[tuple[str, Definition | None, D
     """(name, before, after) of each definition that differs, in the order of the file; None where it is not there.
 
     Raises:
-        SyntaxError: one of them is no Python.
+        SyntaxError: one of them is not valid Python.
     """
     old, new = definitions(before), definitions(after)
     return [

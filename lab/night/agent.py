@@ -125,8 +125,8 @@ def take_turn(
 def told(turn: TurnTaken) -> str:
     """What came of a turn, for the person: with what the agent left, and where what it wrote is."""
     parts = [turn.said]
-    parts += [f"left {_processes(turn.left)} running, which had to be ended"] * bool(turn.left)
-    parts += [f"had what it wrote put aside, in {turn.saved}"] * bool(turn.saved)
+    parts += [f"left {_processes(turn.left)} running; the harness ended them"] * bool(turn.left)
+    parts += [f"left an edit that was not run; it is in {turn.saved}"] * bool(turn.saved)
     return "; it ".join(parts)
 
 
@@ -138,11 +138,11 @@ def recover(session: Session, log: Path) -> str:
     """
     done = []
     if left := _end(session):
-        done.append(f"left {_processes(left)} of an interrupted turn running, which had to be ended")
+        done.append(f"left {_processes(left)} of an interrupted turn running; the harness ended them")
     if session.turn.exists() and log.with_suffix(".prompt").exists():
         done.append("was interrupted")
         if saved := _saved(session, log.with_suffix(".interrupted.py")):
-            done.append(f"had what it wrote put aside, in {saved}")
+            done.append(f"left an edit that was not run; it is in {saved}")
     return "; it ".join(done)
 
 
@@ -185,13 +185,13 @@ def _is_small(path: Path) -> bool:
 
 
 def _git(session: Session, *arguments: str) -> str:
-    """What a git command says of the clone's files against how they were; nothing if that can't be told any more."""
+    """The output of a git command that compares the clone's files with how they were; empty if git fails."""
     git, clone = session.repository.git, session.turn
     return git(*arguments, check=False, GIT_DIR=clone / ".git", GIT_WORK_TREE=clone, GIT_INDEX_FILE=clone / BEGUN)
 
 
 def _train(session: Session) -> bytes | None:
-    """What is in the clone's train.py; None if that is no file."""
+    """The content of the clone's train.py; None if it is not a file."""
     path = session.turn / TRAIN
     return path.read_bytes() if path.is_file() and not path.is_symlink() else None
 
@@ -289,13 +289,13 @@ def _judged(session: Session, log: Path, prompt: str, problem: str, how: str, ot
     last = one_line(lines[-1], 120) if lines else ""
     if not flaw and not others and problem != "flooded" and (failures := _of_service(lines, prompt, bool(how))):
         turn.outcome = UNSERVED
-        turn.said = f"was not served{f' ({how})' if how else ''}; its last lines say: " + " | ".join(failures)
+        turn.said = f"did not work{f' ({how})' if how else ''}; its last lines say: " + " | ".join(failures)
     elif outcome := problem or flaw:
         turn.outcome = outcome
     elif how:
         turn.outcome, turn.said = "failed", turn.said + (f'; its last line: "{last}"' if last else "")
     elif re.search(r"[?？][\s*_`\"')\]]*$", last):
-        turn.outcome, turn.said = "asked", f'{turn.said} and asked, where nobody answers: "{last}"'
+        turn.outcome, turn.said = "asked", f'{turn.said} and asked a question, which nobody answers: "{last}"'
     else:
         turn.outcome = "elsewhere" if others else "nothing"
     return turn
@@ -319,16 +319,16 @@ def _flaw(session: Session, content: bytes | None) -> tuple[str, str]:
     """(the outcome that this train.py is by itself, "edited" if it is to be run, or ""; what the agent did, or "")."""
     best = best_of(session)
     if content is None:
-        return "", f"deleted {TRAIN}, or made a folder or a link of it"
+        return "", f"deleted {TRAIN}, or replaced it by a folder or a link"
     try:
         digest = describe(content).digest
     except LabError as error:
-        return "no python", f"wrote what is no Python: {one_line(str(error).partition(';')[0], 160)}"
+        return "no python", f"wrote invalid Python: {one_line(str(error).partition(';')[0], 160)}"
     if digest == best.digest:
         return "", "" if session.repository.store(content) == best.blob else f"changed only comments of {TRAIN}"
     if equal := session.state.equal(digest):
         what = f"experiment {equal.number}, {one_line(equal.description)}, which was a {equal.status}"
-        return "again", f"made what is equal to {what}"
+        return "again", f"made a {TRAIN} that is equal to {what}"
     return "edited", ""
 
 

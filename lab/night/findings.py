@@ -163,7 +163,7 @@ def _kept(folder: Path, written: int) -> tuple[str, list[replay.Candidate]]:
 
 
 def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
-    """Of what other sessions kept, the likeliest to help here: of this device before those of its backend before
+    """The kept change of another session that is likeliest to help here: from this device before its backend before
     others, the clearest first."""
     state, home, found = session.state, storage.home(), []
     known = {key for e in state.experiments.values() for key in (e.key, e.change) if key}

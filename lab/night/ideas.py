@@ -33,16 +33,16 @@ def changes(state: State) -> list[Experiment]:
 
 
 def near_misses(state: State) -> str | None:
-    """Those that could not be told from chance, and were not tried together yet."""
+    """Names the near misses that were not tried together yet."""
     if not (numbers := _near(state)):
         return None
-    several = "two or more of them as one change, or one of them stronger,"
-    how = several if len(numbers) > 1 else "more of the same, or a clearer form of it,"
-    return f"{_these(numbers)} looked better and could not be told from chance: {how} may show."
+    several = "try two or more of them as one change, or one of them stronger"
+    how = several if len(numbers) > 1 else "try a stronger or a clearer form of it"
+    return f"{_these(numbers)} looked better and could not be told from chance: {how}."
 
 
 def too_complex(state: State) -> str | None:
-    """Those that were good but added much code."""
+    """Names the changes that looked better but added much code."""
     if numbers := _too_complex(state):
         return f"{_these(numbers)} looked a little better and added code: is there a simpler way to most of it?"
     return None
@@ -63,7 +63,7 @@ def untried(state: State) -> str | None:
 
 
 def plateau(state: State) -> str | None:
-    """After many experiments without a keep: combination, ablation or something bold, in turn."""
+    """After many experiments without a keep: asks for a combination, an ablation or something bold, in turn."""
     tried, kept = changes(state), _kept(state)
     since = next((i for i, e in enumerate(reversed(tried)) if e.status == "keep"), len(tried))
     if since < max(PATIENCE, 2 * (len(tried) - since) // max(1, len(kept))):  # twice what a keep took before
@@ -98,7 +98,7 @@ def _near(state: State) -> list[Experiment]:
 
 
 def _better(state: State, least: float) -> list[Experiment]:
-    """The lately discarded that were better than their parents by more than so many standard errors."""
+    """Recently discarded experiments that were better than their parents by more than so many standard errors."""
     return [e for e in changes(state)[-LOOKED_BACK:] if e.status == "discard" and (e.t or 0.0) > least]
 
 

@@ -80,7 +80,7 @@ def asked(options) -> dict:
 
 
 def interrupted(events: list[NightEvent], options, now: float) -> NightBegan | None:
-    """How a night began that was killed and was asked for the same limits: it goes on as it was.
+    """The begin of a killed night that was given the same limits, which this night continues.
 
     Args:
         events: of night.jsonl. options: hours, until, max_experiments. now: as of time.time().
@@ -96,11 +96,11 @@ def interrupted(events: list[NightEvent], options, now: float) -> NightBegan | N
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a night can't go on now, or takes longer.
+    """The reason why a night can't continue now, or takes longer.
 
     Attributes:
         kind: "battery", "disk", "hot", "throttled", "busy" or "taken" (by another session). text: for people.
-        action: "stop" if somebody has to put it right, "wait" if it may pass, "say" if runs only take longer by it.
+        action: "stop" if a person has to fix it, "wait" if it may pass, "say" if runs only take longer by it.
     """
 
     kind: str
@@ -109,14 +109,14 @@ class Trouble:
 
 
 def troubles(session: Session) -> list[Trouble]:
-    """What is the matter now, as far as it can be read: what this system does not tell is no trouble."""
+    """The present troubles, as far as this system reports them."""
     machine, training = session.profile.get("machine", {}), session.supervised
     device = identity.now(kind := machine.get("kind", ""), session.local.gpu)
     throttled, in_use = device.get("throttled"), device.get("in_use", 0.0)
     hot = identity.overheated() or (device.get("margin", 1) <= 0 and "the GPU is as hot as it may get")
     busy = others.look(training) if kind == "cpu" else ""
     if not training and in_use >= BUSY_GPU:
-        busy = f"another program uses the GPU, {in_use:.0%} of the time"
+        busy = f"another program uses the GPU {in_use:.0%} of the time"
     known = [
         Trouble("battery", low_battery(), "stop"),
         Trouble("disk", full_disk(session), "stop"),
@@ -134,11 +134,11 @@ def low_battery() -> str:
     battery = identity.battery()
     if battery is None or battery.plugged is not False or battery.percent is None or battery.percent >= LOWEST_CHARGE:
         return ""
-    return f"the computer runs on battery, of which {battery.percent:.0f} % are left: plug it in"
+    return f"the computer runs on battery, with {battery.percent:.0f} % left: plug it in"
 
 
 def full_disk(session: Session) -> str:
-    """That the home's or the repository's disk has no room for some more runs."""
+    """The trouble that the home's or the repository's disk has no space for some more runs."""
     weights = session.folder / "best.safetensors"
     needed = max(LEAST_FREE, RUNS_TO_FIT * ((weights.stat().st_size if weights.exists() else 0) + FLOOD))
     for place in (storage.home(), Path(session.local.repository)):
@@ -146,7 +146,7 @@ def full_disk(session: Session) -> str:
             if (free := shutil.disk_usage(place).free) < needed:
                 return (
                     f"{free / GB:.1f} GB are free on the disk of {place}, and {RUNS_TO_FIT} runs may take "
-                    f"{needed / GB:.1f} GB: make room"
+                    f"{needed / GB:.1f} GB: free some space"
                 )
     return ""
 
@@ -172,7 +172,7 @@ class Others:
         share = sum(took.values()) / (self._at - last) / (os.cpu_count() or 1)
         if not took or share < BUSY_CPU:
             return ""
-        name = untrusted.one_line(names[max(took, key=lambda key: took[key])] or "one without a name", 40)
+        name = untrusted.one_line(names[max(took, key=lambda key: took[key])] or "a program without a name", 40)
         return f"other programs, {name} above all, take {min(share, 1):.0%} of the CPU"
 
 
@@ -200,7 +200,7 @@ def awake():
         if how:
             yield f"the computer is kept awake ({' and '.join(how)})"
         else:
-            yield "nothing here can keep the computer awake: if it sleeps by itself, switch that off for the night"
+            yield ("the computer can't be kept awake: if it goes to sleep by itself, turn that off for the night")
 
 
 def _leave(mode) -> None:

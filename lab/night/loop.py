@@ -57,7 +57,7 @@ class Night:
     Args:
         options: agent (a command, or None), findings (whether to try those first), turn_seconds, hours, until,
             max_experiments, notify; planned (the deadline that was told, 0 for none; None if none was).
-        view: shows what goes on.
+        view: shows the progress.
 
     Attributes:
         now: what the view shows. turns: those of all nights. stopping: why a person or the system ends it, or None.
@@ -116,7 +116,7 @@ class Night:
             return why
 
     def _between(self) -> None:
-        """Before anything is begun: waits for what is in the way. Raises Over."""
+        """Before anything is begun: waits until the device is free and not too hot, say. Raises Over."""
         begun, told, self._looked = time.time(), set(), 0.0  # what training made hot may be so no more
         while True:
             self.session.refresh()
@@ -138,12 +138,12 @@ class Night:
         session = self.session
         if held := session.held:
             if held["why"] == "paused":
-                return "paused", "paused; python -m lab resume goes on"
+                return "paused", "paused; to continue: python -m lab resume"
             if session.supervised:
-                return "ending", "waiting for the run under way"
+                return "ending", "waiting for the current run"
             session.release("stopped")
         if session.repository.branch() != session.branch:  # its train.py is no edit
-            return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch} goes on"
+            return "elsewhere", (f"waiting: {session.branch} is not checked out; git switch {session.branch}")
         for trouble in self.now.troubles:
             if trouble.action == "wait":
                 return trouble.kind, f"waiting: {trouble.text}"
@@ -154,7 +154,7 @@ class Night:
         return time.time() - self._began_at.get(kind, time.time())
 
     def _check(self, every: float = LOOK_EVERY) -> None:
-        """Raises Over where a limit is reached or something says stop; looks for troubles every so many seconds."""
+        """Raises Over if a limit is reached or a trouble says stop; looks for troubles every so many seconds."""
         now = self.now
         if self.stopping:
             raise Over(self.stopping)
@@ -167,7 +167,7 @@ class Night:
         for trouble in now.troubles:
             if trouble.action == "say" and trouble.kind not in self._told:
                 self._told.add(trouble.kind)
-                self.view.say(f"{trouble.text}: runs take longer, and learn the same")
+                self.view.say(f"{trouble.text}: runs take longer, but train as much")
         if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
         if not self.session.state.open and (why := self._enough()):
@@ -177,7 +177,7 @@ class Night:
         """Why no more is begun; "" if something may be."""
         now, most = self.now, self.options.max_experiments
         if most is not None and self.session.state.last.number - now.first + 1 >= most:
-            return f"{counted(most, 'experiment')}, as many as were wanted"
+            return f"{counted(most, 'experiment')}, as many as --max-experiments allows"
         if now.deadline and time.time() + self._needed() > now.deadline:
             return "the time that is left is not enough for another experiment"
         return ""
@@ -222,7 +222,7 @@ class Night:
             if self.stopping or self._failures == len(AGAIN_AFTER):
                 raise
             what = f"experiment {experiment.number} was not carried out" if experiment else "no experiment was begun"
-            self._tell(f"{what}, and is tried again: {one_line(str(error))}", "trouble")
+            self._tell(f"{what}; it is tried again: {one_line(str(error))}", "trouble")
         until = time.monotonic() + AGAIN_AFTER[self._failures]
         self._failures += 1
         while time.monotonic() < until:
@@ -238,7 +238,7 @@ class Night:
             if self._rebase() or self._offer():
                 return
             if (content := self._edit_of_a_person()) is not None:
-                return self._open(f"what was in {TRAIN} already", content)
+                return self._open(f"the edit that {TRAIN} had already", content)
             if near_misses.ready(self.session):
                 return self._open(None)
             if self.options.findings and self._open_block():
@@ -257,8 +257,8 @@ class Night:
             self._unopened = None
 
     def _rebase(self) -> bool:
-        """Makes a change again on the best, where what it was made on is no longer that; whether there was one. Where
-        both changed the same lines, that was the end of it."""
+        """Makes a superseded change again on the best. Returns whether there was one. If both changed
+        the same lines, it is dropped."""
         state = self.session.state
         again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
         for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
@@ -270,7 +270,7 @@ class Night:
             except LabError:  # it is no Python any more, or the best already
                 pass
             self._apart.add(old.number)
-            self.view.say(f"experiment {old.number} was superseded, and can't be made again on the best")
+            self.view.say(f"experiment {old.number} was made on an earlier best, and can't be merged with the best")
         return False
 
     def _offer(self) -> bool:
@@ -312,7 +312,7 @@ class Night:
         saved = self._turn_log().with_suffix(".yours.py")
         if path.is_file():
             shutil.copyfile(path, saved)
-            why += f". It was put back; what was there is in {saved}"
+            why += f". It was put back; the edit is saved in {saved}"
         session.repository.put_back(session.branch)
         self._tell(why, "trouble")
         return None
@@ -475,7 +475,7 @@ class Night:
         process = self._process
         if process is not None and process.poll() not in (None, 0):
             self._process = None
-            raise LabError(f"what runs the experiments has ended: {last_words(session)}")
+            raise LabError(f"the process that runs the experiments has ended: {last_words(session)}")
         if process is None or process.poll() is not None:
             session.refresh()
             if session.state.open and not session.supervised:
@@ -508,7 +508,7 @@ class Night:
         if row in (agent.TIRES, FRUITLESS):
             self._tell(f"the last {row} experiments crashed or could not be judged: {verdict.said}", "trouble")
         if row >= FRUITLESS:
-            raise Over(f"{row} experiments in a row came to nothing; something may be wrong with this machine")
+            raise Over(f"{row} experiments in a row had no result; something may be wrong with this machine")
 
     def _show(self, phase: str) -> None:
         if phase != self.now.phase:
@@ -518,7 +518,7 @@ class Night:
                 self.view.update(self.now)
         except Exception as error:  # costs the picture, and not the night
             self._blind = True
-            self.view.say(f"the view has failed ({type(error).__name__}: {error}); the night goes on without")
+            self.view.say(f"the display has failed ({type(error).__name__}: {error}); the night continues without it")
 
     def _tell(self, text: str, when: str) -> None:
         self.view.say(text)
@@ -542,7 +542,7 @@ class Night:
         session, deadline = self.session, time.monotonic() + PATIENCE
         session.hold("stopped", now=True)
         while session.supervised and time.monotonic() < deadline:
-            self._show("ending what runs")
+            self._show("ending the current run")
             time.sleep(POLL)
         if not session.supervised:
             session.release("stopped")
@@ -573,11 +573,11 @@ def signals(night: Night):
 
 
 def go(session: Session, options) -> int:
-    """A night of this session; options as of Night. LabError if one goes on already."""
+    """Runs a night of this session; options as of Night. LabError if one is running already."""
     try:
         lock = session.night_lock.acquire(timeout=1)  # on Windows, who looks whether it is held has it for a moment
     except filelock.Timeout:
-        raise LabError("a night of this session goes on already; python -m lab status tells how it stands") from None
+        raise LabError("a night of this session is running already; python -m lab status shows it") from None
     asked = getattr(options, "devices", None)
     kind = session.profile.get("machine", {}).get("kind", "")
     settings.choose(session, here.devices(asked, kind) if asked else [])
@@ -590,5 +590,5 @@ def go(session: Session, options) -> int:
                     sample.after_night(session)
             except KeyboardInterrupt:
                 view.say("ended at once")
-    print("python -m lab night goes on with it; python -m lab confirm: is the best really better than the baseline?")
+    print("To continue: python -m lab night. To test the best against the baseline: python -m lab confirm")
     return 0

@@ -41,7 +41,7 @@ def _deliver(command: str, text: str, say) -> None:
     elif command not in failing:
         failing.add(command)
         problem = untrusted.one_line(problem)
-        say(f"--notify: the command failed ({problem}); the night goes on, and tries it again with its next message")
+        say(f"--notify: the command failed ({problem}); the night continues, and tries it again with the next message")
 
 
 def run(command: str, text: str) -> str | None:

@@ -136,8 +136,9 @@ def checked_out(repository: Repository, asked: str | None) -> tuple[Session | No
         session = at(repository.path)
         if asked not in (None, session.started.tag):
             raise LabError(
-                f"the branch of session {session.name} is checked out, and --tag says {asked}: leave that out to go on "
-                "with the session, or switch to the branch that another is to start from (git switch main, say)"
+                f"the branch of session {session.name} is checked out, and --tag says {asked}: leave --tag out to "
+                "continue the session. For another session, first switch to the branch that it is to start from, "
+                "for example: git switch main"
             )
         return session, session.started.tag
     repository.refuse_uncommitted()
@@ -150,8 +151,8 @@ def refuse_if_taken(repository: Repository, name: str) -> None:
         session = Session(folder_of(name))
         there = f"it belongs to {session.local.repository}"
         if session.local.repository == str(repository.path):
-            there = f"git switch {session.branch}, and the same command goes on with it"
-        raise LabError(f"there is a session {session.started.tag} already: {there}; or --tag NAME begins another")
+            there = f"to continue it: git switch {session.branch}, then the same command"
+        raise LabError(f"there is a session {session.started.tag} already: {there}. To begin another: --tag NAME")
 
 
 def dataset(asked: str | None) -> tuple[str, list[str]]:
@@ -203,8 +204,8 @@ def duration(session: Session | None, by: str) -> tuple[float, float, str]:
     starts = [e.runs[0].time for e in state.decided if e.kind not in BESIDE and e.runs] if state else []
     if len(starts) > ENOUGH:  # the median: there are days between two nights
         each = statistics.median(later - earlier for earlier, later in zip(starts, starts[1:]))
-        return run, each, f"from {len(starts)} of this session"
-    basis = "from the runs of its baseline" if took else "a guess: nothing was run here yet"
+        return run, each, f"measured on {len(starts)} of this session"
+    basis = "measured on the runs of its baseline" if took else "a guess, as nothing was run here yet"
     guess = f" (and {TURN['agent'] / 60:.0f} min for the agent, a guess)" if by == "agent" else ""
     return run, RUNS_EACH * run + TURN[by], basis + guess
 
@@ -221,7 +222,7 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
     lines = [f"a new session: {plan.tag}, with the dataset {plan.dataset}"]
     if plan.session:
         tried = counted(len(plan.session.state.experiments) - 1, "experiment")
-        lines = [f"session {plan.session.name}: goes on, with {tried} behind it"]
+        lines = [f"session {plan.session.name} continues, after {tried}"]
     download = f" ({plan.download:.1f} GB to download)" if plan.download else ""
     steps = {
         "data": f"prepare {plan.dataset}{download}",
@@ -234,16 +235,16 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
     each, count = f"then: experiments of about {lasting(plan.each)}, {plan.basis}", plan.experiments
     until = f", until {clock(plan.deadline)}" if plan.deadline else ""
     many = ", until it is stopped (Ctrl-C)" if count is None else f", about {count} of them{until}"
-    room = "" if plan.disk < plan.free else ": NOT ENOUGH, make room first"
+    room = "" if plan.disk < plan.free else ": NOT ENOUGH, free some space first"
     power = {"battery": "BATTERY; plug it in, or the night ends early", "mains": "mains"}
     return [
         *lines,
         each + many,
         f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free{room}",
-        f"changes are proposed by the {plan.by}" + ", after what was found elsewhere" * plan.findings,
+        f"changes are proposed by the {plan.by}" + ", after the published findings" * plan.findings,
         f"sandbox: {plan.box}" if plan.box else sandbox.describe(None),
         *([awake] if awake else []),
-        f"power: {power.get(identity.power_source() or '', 'the system does not tell')}",
+        f"power: {power.get(identity.power_source() or '', 'unknown')}",
     ]
 
 
@@ -268,8 +269,8 @@ def provide(plan: Plan, options, say) -> None:
     sandbox.refuse_without(plan.box, options.unsandboxed)
     if plan.disk >= plan.free:
         raise LabError(
-            f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {storage.home()}: "
-            "make room on that disk, or set AUTORESEARCH_HOME to a folder on another"
+            f"about {plan.disk:.1f} GB are needed and {plan.free:.1f} GB are free under {storage.home()}: free some "
+            "space on that disk, or set AUTORESEARCH_HOME to a folder on another disk"
         )
     path = plan.repository.path
     if plan.prepares:
@@ -290,6 +291,6 @@ def carry_out(path: Path, *arguments: str) -> None:
     if status := subprocess.call([sys.executable, *arguments], cwd=path):
         command = shlex.join(["python", *arguments])
         raise LabError(
-            f"{command} failed, and its last lines say why. Fix that, then run the same again: it goes on where it was "
-            f"(exit status {status})"
+            f"{command} failed, and its last lines say why. Fix that, then run the same command again: it continues "
+            f"where it stopped (exit status {status})"
         )

@@ -89,7 +89,7 @@ def _section(title: str, text: str) -> str:
 
 
 def _fitting(lines: Iterable[str], most: int) -> list[str]:
-    """The first lines, as many as fit into so many bytes."""
+    """The first lines of a text, as many as fit into so many bytes."""
     kept, left = [], most
     for line in lines:
         left -= _size(line) + 1
@@ -114,14 +114,14 @@ def _rules(program: str) -> str:
 def _this_turn(session: Session, seconds: float | None) -> str:
     most = f"{agent.PRINTED / 2**20:g} MB of output"
     ends = f"{seconds / 60:.3g} minutes, or {most}" if seconds else most
-    limit = f" The turn ends after {ends}; what is no Python by then is lost."
+    limit = f" The turn ends after {ends}; an edit that is not valid Python by then is lost."
     return f"""# This turn
 
 You are called once for each experiment, and this is one call, in a clone of the repository that is made for it and
 deleted after it. What `{TRAIN}` holds at the end is taken, and nothing else.
 
 - Make one change of `{TRAIN}`, the best so far, that you can explain. Then end your turn. The edit is run for
-  {session.budget:g} s of training, judged, and kept or put back; your next turn tells what became of it.{limit}
+  {session.budget:g} s of training, judged, and kept or put back; your next prompt says what became of it.{limit}
 - All that is needed is in this text. If you have a shell, `python -m lab check` tries an edit within seconds, without
   a score; `python -m lab log N` shows experiment N. `python` is `{sys.executable}`.
 - Train nothing, and run no experiment: {TRAIN} and the lab refuse it within a turn.
@@ -134,7 +134,7 @@ def _train(session: Session) -> str:
     """train.py as it is, unless it is too long for that."""
     content = session.repository.content(agent.best_of(session).blob)
     if len(content) > LONGEST_TRAIN:
-        return _section(TRAIN, f"It has {len(content):,} bytes, too many to be told here: read it in parts.")
+        return _section(TRAIN, f"It has {len(content):,} bytes, too many for this prompt: read it in parts.")
     text = untrusted.visible(content.decode("utf-8-sig", errors="replace"))
     return _section(TRAIN, fenced(text.rstrip("\n"), f"{TRAIN} as it is now, the best so far"))
 
@@ -157,7 +157,7 @@ def _standing(session: Session) -> str:
             f"noise {said_of_noise(state)}",
         ]
         if (share := of_throughput(state)) is not None:
-            lines.append(f"{share:.0%} of that noise goes with how many tokens a run came to train on")
+            lines.append(f"{share:.0%} of that noise comes from the number of tokens that a run trained on")
         lines += _device(session, best)
     if crashes > 1:
         lines.append(f"the last {crashes} experiments crashed: make the next one safe")
@@ -234,7 +234,7 @@ def _tried(state: State, most: int) -> str:
     text = "number, verdict, gain in bits per byte (standard errors), what"
     if left_out := len(tried) - len(rows):
         text += f"; {left_out} older ones are left out (`python -m lab log`)"
-    data = fenced("\n".join(rows), "Said by who made the changes, or by their runs")
+    data = fenced("\n".join(rows), "Descriptions by the authors of the changes, and output of their runs")
     return _section("What was tried, and how it went", f"{text}\n\n{data}")
 
 
@@ -295,7 +295,7 @@ def _diffs(state: State, most: int) -> str:
     told = _fitting((_lines_of(e) for e in wanted[:DIFFS]), most - 250)
     if not told:
         return ""
-    return _section("Lines that were kept, or nearly", fenced("\n".join(told), "Written by agents"))
+    return _section("Diffs of kept changes and near misses", fenced("\n".join(told), "Written by agents"))
 
 
 def _lines_of(experiment: Experiment) -> str:
@@ -347,7 +347,7 @@ def _kept_elsewhere(session: Session, most: int) -> str:
     if not (texts := _fitting(texts, most - 250)):
         return ""
     return _section(
-        "Kept elsewhere, not tried here, and applies as it is", fenced("\n".join(texts), "From other sessions")
+        "Kept in other sessions, not tried here; each applies as it is", fenced("\n".join(texts), "From other sessions")
     )
 
 
@@ -365,19 +365,19 @@ def _last(session: Session) -> str:
 
 
 def within(text: str) -> str:
-    """A text with paths as they are in the repository, or by their last parts: where the run lay is no place to go."""
+    """A text whose paths are relative to the repository, or cut to their last part: a run's own folder is not shown."""
     text = re.sub(r"(?:/[^\s\"':]+)?/(?:runs/\d+|judge|site-packages)/", "", text)
     return re.sub(r"(?<![\w.])/(?:[^\s\"':/]+/)+([^\s\"':/]+/[^\s\"':/]+)", r".../\1", text)
 
 
 def _own_turns(turns: list[TurnTaken]) -> str:
     """What came of the agent's turns since the last that gave an experiment, or what was wrong with that one. What a
-    service failed at is no fault of the agent's."""
+    service failed at is left out."""
     own = [turn for turn in turns if turn.by == "agent" and turn.outcome not in agent.NEUTRAL]
     after = next((i for i, turn in enumerate(reversed(own)) if turn.outcome == "edited"), len(own))
-    told, said = own[len(own) - after :][-TURNS:], "They gave nothing to run; do otherwise this time."
+    told, said = own[len(own) - after :][-TURNS:], "They gave nothing to run; act differently this time."
     if not told and own and own[-1].reproached:
-        told, said = own[-1:], "The last one gave an experiment; what it did besides had no effect."
+        told, said = own[-1:], "The last one gave an experiment; its other actions had no effect."
     if not told:
         return ""
     rows = "\n".join(f"{turn.outcome}: {within(one_line(turn.said, 2 * WIDTH))}" for turn in told)
@@ -396,7 +396,7 @@ def _surface() -> str:
             lines[-1] += f" {name}" if call == f"{name}(x)" else f" {call}"
     modules = " ".join(row.split("  ")[0] for row in MODULES.strip().split("\n"))
     return _section(
-        "What it may compute with",
+        "What train.py may compute with",
         f"nn: {modules}\n\nops, of one array x unless it says otherwise; axis, key and what has a default go by name:\n"
         + "\n".join(lines)
         + f"\n\n{KEYS}\n"

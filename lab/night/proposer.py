@@ -60,8 +60,8 @@ def propose(session: Session) -> Proposal:
             edited, description = change
             return Proposal((edited.replace("\n", "\r\n") if b"\r\n" in best else edited).encode(), description + MARK)
     raise LabError(
-        "the proposer has nothing left to propose: no hyperparameter of train.py can be read, or all were "
-        "tried; edit train.py, or give the night an agent (--agent COMMAND)"
+        "the proposer has nothing left to propose: it can read no hyperparameter of train.py, or has tried all. Edit "
+        "train.py, or give the night an agent (--agent COMMAND)"
     )
 
 

@@ -28,13 +28,13 @@ HEADERS = {
 
 @contextmanager
 def served(session: Session, port: int | None, say: Callable[[str], None]) -> Iterator[list[str]]:
-    """Serves the session's report while it is entered.
+    """A context that serves the session's report.
 
     Args:
         port: 0 takes any that is free; None serves nothing.
 
     Returns:
-        the addresses, which are said, too. LabError if the port can't be had.
+        the addresses, which are printed, too. LabError if the port can't be used.
     """
     if port is None:
         yield []
@@ -66,11 +66,13 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
     try:
         server = Server(("", port), Handler)
     except (OSError, OverflowError) as error:
-        raise LabError(f"--page: port {port} can't be used ({error}); give another, or none for any") from error
+        raise LabError(
+            f"--page: port {port} can't be used ({error}); give another, or none for any free one"
+        ) from error
     thread = threading.Thread(target=server.serve_forever, name="page", daemon=True)
     thread.start()
     addresses = [f"http://{host}:{server.server_port}/{key}/" for host in hosts()]
-    say(f"the report, for every device in this network that knows the address: {'  '.join(addresses)}")
+    say(f"the report, for any device in this network that is given an address: {'  '.join(addresses)}")
     try:
         yield addresses
     finally:
@@ -80,7 +82,7 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
 
 
 class Server(HTTPServer):
-    """One that survives whoever hangs up."""
+    """A server that survives clients which disconnect."""
 
     def handle_error(self, request, client_address):
         pass

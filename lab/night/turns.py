@@ -13,8 +13,8 @@ from lab.session.session import Session
 from lab.verdict.opening import best_of
 
 BESIDE = (
-    "\n# Beside you\n\nOther turns like this one go on at the same time, on the same train.py. Don't take the first "
-    "idea that anybody would have; this is number {slot} of {count}.\n"
+    "\n# Beside you\n\nOther turns like this one run at the same time, on the same train.py. Don't take the most "
+    "obvious idea; this is number {slot} of {count}.\n"
 )
 
 
@@ -40,7 +40,7 @@ class Turns:
         return there
 
     def free(self) -> int | None:
-        """A slot in which a turn may begin: no more turns than slots are going on or wait to be taken."""
+        """A slot in which a turn may begin: running turns and finished ones that wait to be run each hold a slot."""
         self._going = {slot: thread for slot, thread in self._going.items() if thread.is_alive()}
         if len(self._going) + len(self.ended) >= self.count:
             return None
@@ -79,7 +79,7 @@ class Turns:
         agent.discard(there)
 
     def end(self) -> None:
-        """Ends those that go on. What they would have given is lost."""
+        """Ends running turns. Their edits are lost."""
         self._over.set()
         for thread in self._going.values():
             thread.join(agent.GRACE * 2)

@@ -82,7 +82,7 @@ class Now:
             parts.append(f"until {clock(self.deadline)} (in {lasting(self.deadline - at)})")
             left += [math.floor(rate * max(0.0, self.deadline - at) / 3600)] * bool(rate)
         if left:
-            parts.append(f"{'about ' if self.deadline else ''}{min(left)} more to come")
+            parts.append(f"experiments left: {'about ' if self.deadline else ''}{min(left)}")
         return parts if left or self.deadline else [*parts, "until it is stopped (Ctrl-C)"]
 
 
@@ -219,7 +219,7 @@ class View:
         if self._seen != len(self.session.journal.events):  # it takes a moment
             self._seen, noise = len(self.session.journal.events), noise_of(state)
             smallest = smallest_detectable(noise, account_of(state))
-            self._noise = f"noise {noise.sd:.6f}, gains of {smallest:.6f} are likely to be seen"
+            self._noise = f"noise {noise.sd:.6f}; a gain of {smallest:.6f} is likely to be kept"
         below = f"{100 * (first - mean) / first:.2f} % below the baseline's {first:.6f}"
         text = below if best is not state.baseline else "it is the baseline"
         return [
@@ -285,7 +285,7 @@ class View:
                 self.say(text)
 
     def _encodable(self, text: str) -> str:
-        """As the output's encoding can show it."""
+        """The text as the output's encoding can show it."""
         encoding = self.console.encoding
         text = text.replace("…", ".").replace("─", "-") if self._ascii else text
         return text.encode(encoding, "replace").decode(encoding)

@@ -30,11 +30,11 @@ VARIABLES = {colour: f"var(--{name})" for name, colour in reversed(COLOURS.items
 HUES = "best replay near hue3 hue4 crash".split()  # of several sessions
 LETTER = 12  # size of all letters, in pixels
 SIGNS = {  # by kind of experiment: colour, matplotlib's marker, its size in pixels, sign in a legend, meaning
-    "far": ("discard", "^", 7, "▲", "discarded, and further above than is drawn"),
+    "far": ("discard", "^", 7, "▲", "discarded, and beyond the top of the chart"),
     "discard": ("discard", ".", 7, "●", "discarded"),
-    "near": ("near", "o", 7, "○", "near misses: better, but not told from chance"),
+    "near": ("near", "o", 7, "○", "near misses: better, but could not be told from chance"),
     "replayed": ("replay", "o", 7, "○", "replayed, and better than the baseline"),
-    "crash": ("crash", "x", 7, "×", "crashed or invalid, at the foot"),
+    "crash": ("crash", "x", 7, "×", "crashed or invalid (at the bottom)"),
     "kept": ("best", ".", 10, "●", "kept: the line is the best so far"),
 }
 LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above and below a step that are tried for it
@@ -68,7 +68,7 @@ class Chart:
     legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, sign, meaning) of what is drawn
 
     def pixels(self, points) -> np.ndarray:
-        """Where values are drawn: (x, y) in pixels from the left and from the bottom."""
+        """The places of values: (x, y) in pixels from the left and from the bottom."""
         return self.axes.transData.transform(np.asarray(points, dtype=float))
 
     def mark(self, kinds: dict[int, str], points: np.ndarray, scale: float = 1.0) -> None:
@@ -148,7 +148,7 @@ def progress(analysis: Analysis, key: str, width: float, height: float, head: fl
 
 
 def _kind(analysis: Analysis, number: int, high: float) -> str:
-    """Which of SIGNS stands for an experiment, in a chart that ends at a score."""
+    """The sign in SIGNS for an experiment, in a chart that ends at a score."""
     experiment, score = analysis.experiments[number], analysis.scores.get(number)
     if score is None:
         return "crash"

@@ -56,7 +56,7 @@ def tag(text: str) -> Element:
 
 
 def typeset(text: str) -> str:
-    """With a true minus sign before a number, an arrow, and a dash for what is unknown."""
+    """A text with a true minus sign before a number, an arrow, and a dash for an unknown value."""
     return "–" if text == "-" else re.sub(r"(?<![\w.)])-(?=[0-9])", "−", text).replace("->", "→")
 
 

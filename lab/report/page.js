@@ -110,7 +110,7 @@ class Experiments {
     for (const [name, text] of details.facts) facts.append(made("dt", name), made("dd", text));
     cell.append(facts);
     if (details.runs.length) cell.append(this.runs(details.runs));
-    if (details.diff === null) cell.append(made("p", "The change itself is not known: its record came without it.", "note"));
+    if (details.diff === null) cell.append(made("p", "The diff is not known: the session's record does not have it.", "note"));
     else if (details.diff) cell.append(diff(details.diff));
     const opened = made("tr", undefined, "open");
     opened.setAttribute("role", "row");

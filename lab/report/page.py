@@ -48,12 +48,12 @@ def write(records: list[Record], page: Path, picture: Path | None = None, price:
         DataError: it can't be written; the reason says why.
     """
     if picture and picture.absolute() == page.absolute():
-        raise LabError(f"{page} can't be both the page and the picture: name two files")
+        raise LabError(f"{page} can't be both the page and the picture: give --out and --png different files")
     analyses = [Analysis(record) for record in records]
     files = {page: (written(analyses, price), MARK.encode())}
     if picture:
         if (card := charts.card(analyses, subtitle(analyses))) is None:
-            raise LabError("there is nothing to draw, no score yet or replays alone: leave --png out")
+            raise LabError("there is nothing to draw (no score yet, or only replays): leave --png out")
         files[picture] = card, PNG
     for path, (_, begins) in files.items():
         if path.is_dir():
@@ -61,7 +61,7 @@ def write(records: list[Record], page: Path, picture: Path | None = None, price:
         if path.exists():
             with open(path, "rb") as file:
                 if file.read(len(begins)) != begins:
-                    raise LabError(f"{path} exists, and is no earlier report: remove it, or name another file")
+                    raise LabError(f"{path} exists, and is not an earlier report: remove it, or name another file")
     for path, (content, _) in files.items():
         with storage.atomic(path) as file:
             file.write(content)
@@ -156,8 +156,8 @@ def _session(data: Data, key: str, analysis: Analysis, head: str, price: float |
         "Where the time went": (_shares(analysis),),
         "Loss against tokens": (losses,),
         "Score against tokens and FLOPs": (TOKENS_TOLD, *steps) if steps else (),
-        "What they write": (_sample(analysis),),
-        "What it was measured under": (_under(analysis),),
+        "What the models write": (_sample(analysis),),
+        "Measured with": (_under(analysis),),
     }
     shown = [_section(f"{key}-{i}", title, head, *parts) for i, (title, parts) in enumerate(sections.items())]
     return [_headline(analysis, price), *(section for section in shown if section is not None)]
@@ -170,7 +170,7 @@ def in_short(analysis: Analysis) -> tuple[str, str]:
         return "No score yet", "No run has ended with a score."
     score = f"{analysis.scores[best.number]:.6f}"
     if analysis.baseline is None or analysis.gain is None or analysis.relative is None:
-        return score, "val_bpb of what was kept last. The record has no baseline to compare with."
+        return score, ("val_bpb of the last kept change. The record has no baseline to compare it with.")
     if analysis.only_replays:
         told = f"Each of them was judged against the baseline, whose val_bpb is {score}."
         return f"{analysis.counts['keep']} of {tried} replayed changes help here", told
@@ -198,7 +198,7 @@ def subtitle(analyses: list[Analysis]) -> str:
 
 def _headline(analysis: Analysis, price: float | None) -> Element:
     big, said = in_short(analysis)
-    chance = "Nothing was run twice, so nobody knows how far chance moves a score."
+    chance = "Nothing was run twice, so it is not known how far chance moves a score."
     if noise := analysis.noise:
         times = f"; the gain is {analysis.gain / noise.sd:.1f} times that" if analysis.gain else ""
         chance = (
@@ -206,7 +206,9 @@ def _headline(analysis: Analysis, price: float | None) -> Element:
             f"degrees of freedom){times}."
         )
         if noise.explained >= WORTH_TELLING:
-            chance += f" Disturbance explained {noise.explained:.0%} of what equal runs differed by; it is taken out."
+            chance += (
+                f" Disturbance explained {noise.explained:.0%} of the differences between equal runs; it is taken out."
+            )
     counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
     facts = [f"{len(analysis.tried)} experiments: {counts}" if counts else "no experiment yet"]
     facts.append(counted(sum(map(len, analysis.runs.values())), "run") + " with a score")
@@ -230,12 +232,12 @@ def _badge(analysis: Analysis) -> list:
     if verdict is None or verdict.confirmed is None:
         return [
             el("span", "Unconfirmed", class_="badge open"),
-            " Scores that a change was kept for are biased in its favour: "
-            "python -m lab confirm measures it again, with new seeds and on held-out rows.",
+            " The scores that a change was kept for are biased in its favour. To measure it again, with new seeds "
+            "and on held-out rows: python -m lab confirm",
         ]
     sure, said = verdict.confirmed, cleaned(verdict.said, 400)
     badge = el("span", "Confirmed" if sure else "Not confirmed", class_=f"badge {'yes' if sure else 'no'}")
-    later = " Something was kept after that, and is not confirmed." * analysis.kept_since
+    later = " A later change was kept, and is not confirmed." * analysis.kept_since
     return [badge, f" {said[:1].upper()}{said[1:]}.{later}"]
 
 
@@ -245,7 +247,7 @@ def _failed(analysis: Analysis) -> Table:
         for e in analysis.experiments.values()
         if e.status in ("crash", "invalid")
     ]
-    return Table("What did not get a score, and why", ("experiment", "verdict", "what", "why"), rows)
+    return Table("Runs without a score, and why", ("experiment", "verdict", "what", "why"), rows)
 
 
 def _shares(analysis: Analysis) -> Table:
@@ -296,7 +298,7 @@ def _experiments(data: Data, key: str, analysis: Analysis) -> Element:
     find = el("label", "Find ", el("input", type="search", autocomplete="off", spellcheck="false"))
     choose = el("label", "Verdict ", el("select", *options))
     form = el("form", find, choose, el("output", aria_live="polite"), class_="tools", hidden="")
-    caption = el("caption", f"{len(experiments)} experiments, the baseline among them")
+    caption = el("caption", f"{len(experiments)} experiments, including the baseline")
     whole = el("table", caption, el("thead", el("tr", *head, role="row"), role="rowgroup"), body, role="table")
     return el("div", form, whole, class_="experiments", data_session=key)
 
@@ -346,7 +348,7 @@ def _details(analysis: Analysis, experiment: Experiment) -> dict:
     for run in analysis.runs[experiment.number]:  # some were made for another experiment
         beside = "" if run.experiment == experiment.number else f"beside experiment {run.experiment}"
         said = "confirmation" if analysis.confirms(run) else beside
-        longer = f"{run.disturbance:.0%} longer by disturbance" if run.disturbance >= WORTH_TELLING else ""
+        longer = f"{run.disturbance:.0%} longer because of disturbance" if run.disturbance >= WORTH_TELLING else ""
         runs.append([run.number, run.seed, f"{run.bpb:.6f}", ", ".join(filter(None, (said, longer)))])
     unknown = experiment.onto is not None and not experiment.diff
     shown = [[name, cleaned(text, 400)] for name, text in facts if text]

@@ -118,7 +118,7 @@ def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | 
 
 
 class Batches:
-    """In place of prepare.Loader: a few rows at a time, of random tokens."""
+    """Replaces prepare.Loader: a few rows of random tokens at a time."""
 
     epoch, waited = 1, 0.0
     clock: Steps | None = None
@@ -135,7 +135,7 @@ class Batches:
         if self.clock is None:
             raise prepare.Invalid("batch_before_clock")
         if self.clock.steps > len(PROGRESS):
-            raise RuntimeError("training goes on although clock.finished is true")
+            raise RuntimeError("training continues although clock.finished is true")
         rows = self.data.some_rows(min(ROWS, self.batch_size))
         self.batches, self.rows, self.tokens = self.batches + 1, self.rows + len(rows), self.tokens + rows.size
         return dataset.inputs_and_targets(rows)
@@ -165,7 +165,7 @@ class Data(Tokens):
 
 
 class Steps:
-    """In place of prepare.Clock: a step at each of PROGRESS, whatever it takes."""
+    """Replaces prepare.Clock: one step at each of PROGRESS, however long it takes."""
 
     def __init__(self, backend, model, loader: Batches, seconds: float | None = None):
         self.backend, self.model, self.loader, self.data = backend, model, loader, loader.data

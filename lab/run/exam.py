@@ -35,7 +35,7 @@ LARGEST_BATCH = 64
 
 
 class Asked:
-    """A model in a run, with the methods of `prepare.Answers`. ValueError or OSError for what is no answer."""
+    """A model in a run, with the methods of `prepare.Answers`. ValueError or OSError if an answer is malformed."""
 
     def __init__(self, run: Connection, vocab_size: int):
         self.run, self.vocab_size = run, vocab_size
@@ -72,7 +72,7 @@ class Exam:
 
     def __init__(self, request, weights: Path, parts: dict[str, str], trains: bool, told=None):
         if os.name != "posix":
-            raise LabError("runs are guarded on Linux and macOS; on Windows: use WSL 2, or python train.py by itself")
+            raise LabError("guarded runs need Linux or macOS. On Windows use WSL 2, or run python train.py by itself")
         try:
             self.data = dataset.opened(dataset.folder_of(request.home, request.settings.get("AUTORESEARCH_DATA")))
         except storage.DataError as error:

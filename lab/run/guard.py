@@ -97,7 +97,7 @@ class Guard:
         self.library = [((used, name), value) for used in LIBRARY for name, value in vars(sys.modules[used]).items()]
 
     def install(self) -> None:
-        """From here on. There is no way to take it back."""
+        """Begins to guard. It can not be undone."""
         announced = "rows clock batch backward step rehearsal tick evaluate scored report refused load".split()
         events = {f"autoresearch.{name}": getattr(self, f"_{name}") for name in announced}
         events |= {"open": self._open, "import": self._import, "subprocess.Popen": self._program}
@@ -172,7 +172,7 @@ class Guard:
         """A folder's descriptor would lead to files by names that nobody can look at."""
         inner = within(path, self.protected | self.runs) and not within(path, self.folders | self.free)
         if inner or any(within(each, {path.rstrip(os.sep)}) for each in self.data | self.runs):
-            raise PermissionError(errno.EACCES, "not to be opened as a folder in a guarded run", path)
+            raise PermissionError(errno.EACCES, "a guarded run may not open it as a folder", path)
 
     def _read(self, path) -> None:
         if not within(path, self.homes | self.data | self.runs) or within(path, self.folders | self.judges):
@@ -212,7 +212,7 @@ class Guard:
             raise PermissionError(errno.EACCES, "read-only in a guarded run", path)
         elif within(path, SHARED) or not within(path, DEVICES):
             # A later run could go on with what is left there; and a mistake could change what is not the run's.
-            raise PermissionError(errno.EACCES, "a guarded run writes to its own folders alone", path)
+            raise PermissionError(errno.EACCES, "a guarded run may write only to its own folders", path)
 
     def _import(self, module, *_) -> None:
         if module.partition(".")[0] == "safetensors":
@@ -306,7 +306,7 @@ class Guard:
         return self.meter.elapsed + ((self.stopped or self.now()) - self.ticked - paused) / self.meter.slowdown
 
     def _in_time(self) -> None:
-        """By the guard's own watch, whatever became of the clock's."""
+        """The time by the guard's own clock, even if the run's clock was changed."""
         if self.started is not None:
             try:
                 self.require_time(self.budget, self._elapsed(), self.took, self.begun)
@@ -356,7 +356,7 @@ class Guard:
             self._deny(reason["code"], **reason["facts"])
 
     def problem(self, backend=None) -> dict | None:
-        """What is no more as it was before train.py ran, as a reason: the judge's functions, the clocks, the budget."""
+        """What train.py changed, as a reason: the judge's functions, the clocks, the budget."""
         for code, facts in self._problems(backend):
             return {"code": code, "facts": facts}
         return None

@@ -24,7 +24,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def below() -> list[psutil.Process]:
-    """All that this process started, and what those started."""
+    """All processes that this process started, and those that they started."""
     return tree(os.getpid())[1:]
 
 
@@ -39,7 +39,7 @@ def in_group(group: int) -> list[psutil.Process]:
 
 
 def shell(command: str, **options) -> subprocess.Popen:
-    """Has the shell run a command, in a session of its own: Ctrl-C is for who called it. Options are those of Popen."""
+    """Has the shell run a command, in a session of its own: Ctrl-C does not reach it. Options are those of Popen."""
     return subprocess.Popen(command, shell=True, start_new_session=True, **options)
 
 

@@ -1,7 +1,7 @@
 """One guarded run of a train.py, and the scoring of what it left: processes of their own, watched from here.
 
-A run can crash, hang, print without end, use up memory or leave processes behind: it is ended, and what it was is told.
-It gets a home, a temporary and a working folder of its own, and of the environment what it needs.
+A run can crash, hang, print without end, use up memory or leave processes behind: then it is ended, and the reason is
+reported. It gets its own home, temporary and working folders, and only the environment variables that it needs.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Request:
 
     @property
     def cache_seen(self) -> Path:
-        """Where the run finds it. Triton and what PyTorch makes with it write paths of their cache into their files,
-        which serve only where they were made."""
+        """Where the run finds its cache. Triton, and PyTorch with it, write paths of the cache into their files,
+        which work only in the folder where they were made."""
         return self.kept_cache if sandbox.mounts_folders(self.sandbox) else self.cache
 
 
@@ -253,8 +253,8 @@ def execute(
     set_by = time.time() - wall - seconds
     if not (folder / child.BEGUN).exists():
         raise LabError(
-            f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} has why. If it is the "
-            "sandbox that does not work any more, start a new session"
+            f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} says why. If the sandbox no "
+            "longer works, start a new session"
         )
     code = process.returncode
     if child.LINUX and code > child.LEFT_RUNNING:
@@ -401,7 +401,7 @@ def short_temporary(request: Request) -> Path:
     try:
         path.mkdir(mode=0o700)  # nobody else's: it must not be there
     except FileExistsError:
-        raise LabError(f"{path} is in the way and can't be removed; remove it, and do the same again") from None
+        raise LabError(f"{path} can't be removed; remove it, and run the same command again") from None
     return path
 
 

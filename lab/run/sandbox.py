@@ -78,12 +78,12 @@ def describe(name: str | None) -> str:
     """What is protected by this tool and what is not, in a sentence."""
     if name is None:
         return (
-            "This system offers no sandbox that works: train.py would run with your rights, could read your files and "
-            f"use the network, and only what its own Python code does is looked after.{advice()}"
+            "This system has no sandbox that works: train.py would run with your rights, could read your files and "
+            f"use the network, and only its Python code would be watched.{advice()}"
         )
     return (
-        f"Runs are sandboxed by {name}: no network, your home folder hidden, nothing to write to but a run's own "
-        "folder and the compilers' caches; that holds off mistakes and carelessness, not a determined attacker."
+        f"Runs are sandboxed by {name}: they have no network, can't see your home folder, and can write only to "
+        "their own folder and the compilers' caches; this stops mistakes, not a determined attacker."
     )
 
 
@@ -93,24 +93,24 @@ def advice() -> str:
         return ""
     if machine.told(NAMESPACES / "kernel/apparmor_restrict_unprivileged_userns") == "1":  # Ubuntu from 23.10 on
         return (
-            " AppArmor keeps programs from making user namespaces here. Give bubblewrap the profile that Ubuntu has "
-            "for it: sudo apt install bubblewrap apparmor-profiles && sudo ln -s "
-            "/usr/share/apparmor/extra-profiles/bwrap-userns-restrict /etc/apparmor.d/ && "
-            "sudo systemctl reload apparmor."
+            " AppArmor forbids user namespaces here. Give bubblewrap the profile that Ubuntu has for it: sudo apt "
+            "install bubblewrap apparmor-profiles && sudo ln -s "
+            "/usr/share/apparmor/extra-profiles/bwrap-userns-restrict /etc/apparmor.d/ && sudo systemctl reload "
+            "apparmor."
         )
     for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):  # of Debian once; of any Linux
         if machine.told(NAMESPACES / name) == "0":
             setting = name.replace("/", ".")
-            return f" The setting {setting} is 0 here; with 1 (or more) bubblewrap works: see sysctl -w {setting}."
+            return f" The setting {setting} is 0; bubblewrap needs 1 or more: sudo sysctl -w {setting}=NUMBER"
     if not shutil.which("bwrap"):
         return " Installing bubblewrap may help."
-    return " bubblewrap is here and fails, as in most containers: these need the right to make user namespaces."
+    return " bubblewrap is installed and fails: most containers lack the right to make user namespaces."
 
 
 def refuse_without(name: str | None, unsandboxed: bool) -> None:
-    """LabError where there is no sandbox, and nobody said to go on without."""
+    """LabError if there is no sandbox, unless `unsandboxed`."""
     if name is None and not unsandboxed:
-        raise LabError(f"{describe(None)} Say --unsandboxed to go on without")
+        raise LabError(f"{describe(None)} To go on without a sandbox, add --unsandboxed")
 
 
 def interpreter() -> list[Path]:
@@ -165,7 +165,7 @@ def seen(name: str | None, temporary: Path) -> Path:
 
 
 def resolved(paths: Paths) -> list[Path]:
-    """As given and with links followed: a path may be used in either form."""
+    """The paths as given and with links followed: a path may be used in either form."""
     return list(dict.fromkeys(form for path in paths for form in (Path(os.path.abspath(path)), Path(path).resolve())))
 
 
@@ -238,7 +238,7 @@ def mounts() -> list[tuple[str, set[str]]]:
 
 
 def options_of(path: Path) -> set[str]:
-    """Those that a remount of something on this file system has to repeat."""
+    """The mount options that a remount of something on this file system has to repeat."""
     holding = [mount for mount in mounts() if Path(mount[0]) in (path, *path.parents)]
     return max(holding, key=lambda mount: len(mount[0]))[1]
 

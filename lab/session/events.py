@@ -107,12 +107,12 @@ class Event(Struct, kw_only=True, omit_defaults=True, tag_field="event"):
 
 
 class SessionStarted(Event, tag="session"):
-    """What the session rests on.
+    """The begin of a session, and what it is measured with.
 
     Attributes:
         commit: of the train.py that it began with. budget: seconds of training. eval, data, profile: tags.
         attention_provider: where the profile's attention comes from, None for the framework.
-        source: "session", or "ledger" where only a results.tsv of somebody is known.
+        source: "session", or "ledger" where only an imported results.tsv is known.
     """
 
     tag: Tag

@@ -76,7 +76,7 @@ class Journal:
 
 
 def kind_of(line: bytes) -> str | None:
-    """The kind of event that a line says it is; None if it is no JSON object."""
+    """The kind of event that a line names; None if it is not a JSON object."""
     try:
         content = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -87,14 +87,14 @@ def kind_of(line: bytes) -> str | None:
 def _damage(line: bytes, error: Exception) -> str:
     if (kind := kind_of(line)) and "$.event" in str(error):
         return (
-            f": an event of the unknown kind {kind[:40]!r}; another version of this project wrote it: use that one, or "
-            "update this one"
+            f": an event of the unknown kind {kind[:40]!r}; another version of this project wrote it: use that "
+            "version, or update this one"
         )
     return f" is damaged ({error}); put back a copy of it, or import the session's export"
 
 
 def read_events(content: bytes, decoder: msgspec.json.Decoder = EVENTS) -> list:
-    """The events of a whole journal. LabError with the line for what is none."""
+    """The events of a whole journal. LabError, with the line, if one is not an event."""
     events = []
     for number, line in enumerate(content.splitlines(), 1):
         try:

@@ -78,7 +78,7 @@ def row_of(state: State, experiment: Experiment, run: Run) -> dict:
 def _of_patches(block: Experiment, run: Run) -> str:
     """What a shared run held."""
     names = [block.patches[place].description.partition(":")[0] for place in run.patches]
-    return f"shared run: {', '.join(names) or 'the bare parent'}"
+    return f"shared run: {', '.join(names) or 'the parent alone'}"
 
 
 def measured(result: dict) -> dict:
@@ -108,12 +108,12 @@ def write(path: Path, state: State) -> str | None:
         if not content.startswith(there):  # an older one is a beginning of this
             with atomic(edited) as file:
                 file.write(there)
-            said = f"{path} was edited, and is put back as the journal has it; what was there is in {edited}"
+            said = f"{path} was edited. It is written again from the journal; the edited file is kept as {edited}"
         with atomic(path) as file:
             file.write(content)
         return said
     except (DataError, OSError) as error:
-        return f"{path} could not be written ({error}); close what has it open: it is written again with the next event"
+        return f"{path} could not be written ({error}); close the program that has it open. The next event writes it"
 
 
 def dumps(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> bytes:

@@ -35,13 +35,13 @@ class Lock(filelock.FileLock):
 def no_locks(lock: filelock.BaseFileLock, problem: OSError) -> LabError:
     if problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return LabError(
-            f"this shell may not write {Path(lock.lock_file).parent} ({problem.strerror}), as in an agent's sandbox: "
-            "give this command to a shell outside of it, let the sandbox write there, or have the agent use the "
-            "lab's MCP server, which runs outside (docs/agents.md). What only reads works here: status, log"
+            f"this shell may not write {Path(lock.lock_file).parent} ({problem.strerror}), as in an agent's sandbox. "
+            "Run this command in a shell outside of it, let the sandbox write there, or have the agent use the "
+            "lab's MCP server, which runs outside (docs/agents.md). Commands that only read work here: status, log"
         )
     return LabError(
-        f"{lock.lock_file} can't be locked ({problem}): set AUTORESEARCH_HOME to a folder on a disk of this computer "
-        "that you can write in"
+        f"{lock.lock_file} can't be locked ({problem}): set AUTORESEARCH_HOME to a folder that you can write to, on "
+        "a disk of this computer"
     )
 
 
@@ -84,6 +84,6 @@ def refuse_if_busy(lock: filelock.BaseFileLock) -> None:
     """LabError if something else trains on the device."""
     if is_held(lock):
         raise LabError(
-            "another session is training on this device, and two at once would slow each other down: wait until it is "
-            "done (python -m lab wait, in its repository), then run this again"
+            "another session is training on this device, and two at once would slow each other down. Wait until it "
+            "is done (python -m lab wait, in its repository), then run this again"
         )

@@ -40,8 +40,8 @@ class Repository:
         root = self.git("rev-parse", "--show-toplevel", check=False)
         if not root and not any((folder / ".git").exists() for folder in (path, *path.absolute().parents)):
             raise LabError(
-                f"{path} is in no git repository, as after a download as ZIP, and experiments are commits. Make it "
-                "one: git init && git add . && git commit -m start"
+                f"{path} is not in a git repository (it was perhaps downloaded as ZIP), and each experiment is a "
+                "commit. To make it one: git init && git add . && git commit -m start"
             )
         root = root or self.git("rev-parse", "--show-toplevel")  # which says why it can't be used
         self.path = Path(root)
@@ -78,7 +78,7 @@ class Repository:
             raise LabError("git was not found; install it") from error
 
     def _identity(self) -> dict[str, str]:
-        """Who commits: the user where git knows one."""
+        """The author of commits: the user if git knows one."""
         known = {name: self.git("config", f"user.{name.lower()}", check=False) for name in FALLBACK_IDENTITY}
         return {
             f"GIT_{role}_{name}": known[name] or fallback
@@ -95,15 +95,15 @@ class Repository:
     def some_branch(self) -> str:
         """The branch that is checked out. LabError if HEAD is detached."""
         if (branch := self.branch()) is None:
-            raise LabError("HEAD is detached, so there is no branch to come back to: git switch -c NAME first")
+            raise LabError("HEAD is detached, so there is no branch to return to. First make one: git switch -c NAME")
         return branch
 
     def refuse_uncommitted(self) -> None:
         """LabError if train.py has changes that no commit holds."""
         if self.git("status", "--porcelain", "--", TRAIN):
             raise LabError(
-                f"{TRAIN} has changes that are not committed. A session starts from a commit: git commit "
-                f"{TRAIN}, or git checkout -- {TRAIN}"
+                f"{TRAIN} has changes that are not committed. A session starts from a commit. To commit them: git "
+                f"commit {TRAIN}; to discard them: git checkout -- {TRAIN}"
             )
 
     def commit_of(self, name: str) -> str | None:
@@ -114,7 +114,7 @@ class Repository:
         return self.git("rev-parse", "--verify", "--quiet", f"{commit}:{path}", check=False) or None
 
     def content(self, blob: str) -> bytes:
-        """As it would be checked out as train.py."""
+        """The content as git would check it out as train.py."""
         done = self._run(("cat-file", "--filters", f"--path={TRAIN}", blob))
         if done.returncode:
             raise LabError(f"git does not have {blob}: {done.stderr.decode(errors='replace').strip()}")
@@ -233,7 +233,7 @@ class Repository:
         return None if here else because("not_checked_out", branch=branch)
 
     def edited_blob(self) -> str | None:
-        """The id that train.py would have as it is now; None if it is no file."""
+        """The blob id of train.py as it is now; None if it is not a file."""
         path = self.path / TRAIN
         return self.store(path.read_bytes()) if path.is_file() else None
 
@@ -260,7 +260,7 @@ class Repository:
         deadline = time.monotonic() + LOCK_PATIENCE
         while (held := [lock for lock in locks if lock.exists()]) and self._git_runs():
             if time.monotonic() > deadline:
-                raise LabError(f"another git holds {held[0]}; let it end, then run this again")
+                raise LabError(f"another git process holds {held[0]}; wait until it ends, then run this again")
             time.sleep(0.1)
         for path in (*held, *self.path.glob(f"{TRAIN}.[0-9]*.tmp")):
             path.unlink(missing_ok=True)

@@ -69,10 +69,12 @@ class Session:
         try:
             content = (folder / "session.json").read_bytes()
             if json.loads(content).get("format") != FORMAT:
-                raise LabError(f"{folder} was made by another version of this project: use that one, or start anew")
+                raise LabError(
+                    f"{folder} was made by another version of this project: use that, or start another session"
+                )
             self.local = msgspec.json.decode(content, type=Local)
         except FileNotFoundError:
-            raise LabError(f"there is no session in {folder}; begin one: python -m lab start TAG") from None
+            raise LabError(f"there is no session in {folder}; to begin one: python -m lab start TAG") from None
         except (ValueError, AttributeError, OSError, msgspec.DecodeError) as error:
             raise LabError(f"{folder / 'session.json'} can't be read ({error})") from error
         self.journal = Journal(folder / "journal.jsonl")
@@ -162,7 +164,7 @@ class Session:
             return {"why": HELD[0], "now": False}
 
     def hold(self, why: str, now: bool) -> None:
-        """From here on nothing is trained or scored, until `release`. A pause that somebody asked for stays one.
+        """Holds the session: nothing is trained or scored until `release`. A pause stays a pause.
 
         Args:
             why: one of HELD. now: what is being trained or scored ends, too, and is done again later.
@@ -249,7 +251,7 @@ class Session:
         """
         self.refresh()
         state, repository = self.state, self.repository
-        done = [f"removed a lock that a killed git had left: {path}" for path in repository.unlock(self.branch)]
+        done = [f"removed a lock that a killed git process had left: {path}" for path in repository.unlock(self.branch)]
         for experiment in state.open:
             if experiment.runs and not experiment.runs[-1].worker:
                 end_run(self.run_id(experiment.runs[-1].number))  # training, or being scored
@@ -260,7 +262,7 @@ class Session:
         best, head = state.best, repository.commit_of(self.branch)
         if best and best.applied and head and head == repository.commit_of(f"{best.here}^"):
             repository.move(f"refs/heads/{self.branch}", best.here, head)
-            done.append(f"the branch was behind: it is at {best.here[:7]} again")
+            done.append(f"the branch did not point to the best; it is at {best.here[:7]} again")
         if said := self.write_ledger():
             done.append(said)
         return done
@@ -294,8 +296,8 @@ def at(path: Path) -> Session:
     repository = Repository(path)
     branch = repository.branch()
     if not branch or not branch.startswith(PREFIX):
-        raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); begin one: python -m lab "
-                       f"start TAG, or go back to one: git switch {PREFIX}<device>/<tag>")  # fmt: skip
+        raise LabError(f"no session's branch is checked out ({branch or 'HEAD is detached'}); to begin one: python "
+                       f"-m lab start TAG; to go back to one: git switch {PREFIX}<device>/<tag>")  # fmt: skip
     session = Session(folder_of(branch[len(PREFIX) :]))
     clones = [path.resolve() for path in (session.turn, *session.folder.glob("turn-*"))]
     if repository.path not in (Path(session.local.repository), *clones):

@@ -1,4 +1,4 @@
-"""Begins a session: checks what it will rest on, pins it, and puts the repository on a branch of its own."""
+"""Begins a session: checks data, profile and repository, pins the judge, and checks out a new branch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(
     """A new session in the repository at `path`; its baseline is journalled, and still to be run.
 
     Args:
-        unsandboxed: go on where the system offers no sandbox.
+        unsandboxed: go on without a sandbox if the system offers none.
         runs: of the baseline, each with another seed.
         described: a device of another machine, which makes all runs: its "hardware" and "profile" (fleet/here.py).
 
@@ -52,7 +52,7 @@ def start(
     if runs < 1:
         raise LabError("the baseline needs at least one run")
     if not is_tag(tag):
-        raise LabError(f"{tag!r} can't be a tag: letters, digits, dots, dashes and underscores, please, such as nov21")
+        raise LabError(f"{tag!r} can't be a tag: use letters, digits, dots, dashes and underscores, such as nov21")
     repository = Repository(path)
     repository.some_branch()
     commit = repository.commit_of("HEAD")
@@ -64,21 +64,21 @@ def start(
     hardware = Hardware(**described["hardware"]) if described else identified()
     folder, branch = sessions.folder_of(f"{hardware.slug}/{tag}"), f"{PREFIX}{hardware.slug}/{tag}"
     if (folder / "session.json").exists():
-        raise LabError(f"there is a session {tag} already: git switch {branch} goes on with it; or take another tag")
+        raise LabError(f"there is a session {tag} already: to continue it: git switch {branch}; or choose another tag")
     profile = described["profile"] if described else checked_profile(hardware, repository.path / TRAIN, say)
     data = prepare.open_data()
     box = sandbox.probe()
     sandbox.refuse_without(box, unsandboxed)
     say(sandbox.describe(box))
     if others := repository.changed():
-        say(f"not part of the session, being no part of its commit: {untrusted.listed(others)}")
+        say(f"not part of the session, as they are not committed: {untrusted.listed(others)}")
 
     gpu = "" if described else which_gpu(hardware.kind)
     if not described:
         refuse_if_busy(device_lock(hardware.slug, gpu))
     if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
         raise LabError(
-            f"there is a branch {branch} already, without its session; delete or rename it, or take another tag"
+            f"there is a branch {branch} already, without its session; delete or rename it, or choose another tag"
         )
     passed_on = [*(f"AUTORESEARCH_{name}" for name in sessions.PASSED_ON), *machine.CHOOSING_GPUS]
     settings = {name: os.environ[name] for name in passed_on if os.environ.get(name) and not described}
@@ -160,7 +160,7 @@ def checked_profile(hardware, train: Path, say) -> dict:
     if reasons := profiles.stale(profile, hardware):
         raise profiles.ProfileError(f"the profile is stale: {'; '.join(reasons)}; {profiles.AGAIN}")
     if profiles.stale(profile, hardware, profiles.baseline(train)):
-        say("the profile was measured with another train.py than this one: its sizes are used nevertheless")
+        say("the profile was measured with a different train.py; its sizes are used all the same")
     return profile
 
 

@@ -43,7 +43,7 @@ class Run(RunStarted, tag="run", kw_only=True):
 
     @property
     def status(self) -> str | None:
-        """As of RunEnded; None while it lasts."""
+        """The status in RunEnded; None while the run lasts."""
         return self.ended.status if self.ended else None
 
     @property
@@ -159,7 +159,7 @@ class State:
     @property
     def started(self) -> SessionStarted:
         if self._started is None:
-            raise LabError("the journal does not begin with what the session rests on; import the session's export")
+            raise LabError("the journal does not begin with the start of the session; import the session's export")
         return self._started
 
     @property
@@ -217,16 +217,16 @@ class State:
             case HarnessFailed():
                 self._experiment(event.experiment).failures += 1
             case _:
-                raise LabError(f"an event of the kind {type(event).__name__} is none of a session's")
+                raise LabError(f"a session has no events of the kind {type(event).__name__}")
 
     def _experiment(self, number: int) -> Experiment:
         if number not in self.experiments:
-            raise LabError(f"the journal speaks of experiment {number}, which it never opened")
+            raise LabError(f"the journal names experiment {number}, which it never opened")
         return self.experiments[number]
 
     def _run(self, number: int) -> Run:
         if number not in self.runs:
-            raise LabError(f"the journal speaks of run {number}, which it never started")
+            raise LabError(f"the journal names run {number}, which it never started")
         return self.runs[number]
 
     # --- Asking ---

@@ -51,7 +51,7 @@ def sealed(files: Files) -> Files:
 
 
 def unsealed(files: Files) -> Files:
-    """Files without their manifest. Wrong if it tells of others."""
+    """The files without their manifest. Wrong if the manifest lists other files."""
     if files.get(ATTRIBUTES, UNCHANGED) != UNCHANGED:
         raise Wrong(f"{ATTRIBUTES} says something else than {UNCHANGED.decode().strip()!r}")
     if MANIFEST not in files:
@@ -74,9 +74,9 @@ def read_json(name: str, data: bytes) -> dict:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Wrong(f"{name} is no JSON ({error})") from None
+        raise Wrong(f"{name} is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise Wrong(f"{name} holds no object")
+        raise Wrong(f"{name} does not hold a JSON object")
     return content
 
 
@@ -131,9 +131,9 @@ def is_archive(source: Path) -> bool:
 def _allow(sizes: dict[str, int], name: str, size: int) -> None:
     """Notes a file before it is read. Wrong if an export may not have it."""
     if not NAME.fullmatch(name):
-        raise Wrong(f"{name[:200]!r} is no part of an exported session")
+        raise Wrong(f"{name[:200]!r} does not belong in an exported session")
     if name in sizes or size < 0:
-        raise Wrong(f"{name} is there twice, or with a size that can't be")
+        raise Wrong(f"{name} is in it twice, or has an impossible size")
     sizes[name] = size
     if len(sizes) > MOST_FILES:
         raise Wrong(f"it holds more than {MOST_FILES:,} files")
@@ -182,7 +182,7 @@ def _in_archive(source: Path) -> Files:
     except Wrong:
         raise
     except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
-        raise Wrong(f"it is no sound .tar.gz ({error})") from None
+        raise Wrong(f"it is not a valid .tar.gz ({error})") from None
     return files
 
 
@@ -204,6 +204,6 @@ def read_branch(repository: Repository, name: str) -> Files | None:
         _allow(sizes, file, int(size))
         blobs[file] = blob
     if not blobs:
-        raise Wrong(f"it has no folder {PUBLISHED}, as lab export --publish makes it")
+        raise Wrong(f"it has no folder {PUBLISHED}, which lab export --publish makes")
     contents = repository.contents(list(blobs.values()))
     return unsealed({file: contents[blob] for file, blob in blobs.items()})

@@ -66,8 +66,8 @@ def publish(session: Session, replace: bool = False) -> tuple[str, str]:
         return branch, there
     if there and not replace:
         raise LabError(
-            f"the branch {branch} exists, at {there[:7]}, and holds something else than this session now: "
-            "--replace replaces it"
+            f"the branch {branch} exists, at {there[:7]}, and differs from this session now. To replace it, add "
+            "--replace"
         )
     repository.git("branch", "--no-track", *["--force"] * bool(there), branch, commit)
     return branch, commit

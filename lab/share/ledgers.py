@@ -35,7 +35,7 @@ ENERGY = ("watts", "joules_per_token", "total_energy_joules")
 OTHER_METRIC = re.compile(r"(val|valid|validation|test|eval)?_?(loss|ppl|perplexity|acc|accuracy|score|bpc|metric)")
 SHOWN = 5  # damaged lines
 TEXT, LONGEST_DESCRIPTION = 4000, 500  # characters
-FIVE = "a ledger and no more: each change was run once, and how far chance moves scores is unknown: unconfirmed"
+FIVE = "only a ledger: each change was run once, so how far chance moves its scores is unknown; unconfirmed"
 
 
 def events_of(source: Path, device: str | None) -> Iterator[Event]:
@@ -45,7 +45,7 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
         device: its tag, such as nvidia-h100-80gb.
 
     Raises:
-        LabError, Wrong: it is no ledger, or its device is not known.
+        LabError, Wrong: it is not a ledger, or its device is not known.
     """
     if source.stat().st_size > LARGEST or (content := source.read_bytes()).count(b"\n") > MOST_ROWS:
         raise Wrong(f"it has more than {LARGEST >> 20} MiB or {MOST_ROWS:,} rows; compare a part of it")
@@ -53,11 +53,11 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
     named = sorted({row["gpu_name"] for row in rows if row.get("gpu_name")})
     if not device and len(named) == 1:
         device = "-".join(re.findall(r"[a-z0-9]+", named[0].lower().replace("geforce", "")))[:60]
-        notes.append(f"{source.name} names its device: {named[0]}, taken for {device}")
+        notes.append(f"{source.name} names its device, {named[0]}; it is taken as {device}")
     if not device:
-        raise LabError(f"{source} does not say which device it is of; name it, such as: --device nvidia-h100-80gb")
+        raise LabError(f"{source} does not name its device; name it, such as: --device nvidia-h100-80gb")
     if not events.is_tag(device):
-        raise LabError(f"{device!r} can't name a device: letters, digits, dots and dashes, such as nvidia-h100-80gb")
+        raise LabError(f"{device!r} can't be the name of a device: use letters, digits, dots, dashes: nvidia-h100-80gb")
     tag = "-".join(re.findall(r"[a-z0-9]+", source.stem.lower()))[:40].strip("-") or "unnamed"
     yield events.SessionStarted(tag=tag, device=device, source="ledger", notes=[*notes, FIVE])
     best = None  # number and blob
@@ -118,25 +118,25 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
                 continue
             if not columns:
                 columns = ORIGINAL
-                notes = [f"{name} does not name its columns; they are taken for {' '.join(columns)}"]
+                notes = [f"{name} does not name its columns; they are taken to be {' '.join(columns)}"]
             rows.append(_row(columns, fields, commas))
         except Wrong:
             raise
         except ValueError as error:  # UnicodeDecodeError is one
             aside.append(_set_aside(name, number, line, error))
     if tail.strip():
-        aside.append(_set_aside(name, len(lines) + 1, tail, "it may be cut short: end the line if it is whole"))
+        aside.append(_set_aside(name, len(lines) + 1, tail, "it may be cut short; if not, end the line"))
     if "experiment" in columns:
         raise Wrong("it is the ledger of a session of this project; take its export (python -m lab export X.tar.gz)")
     if not rows:
         raise Wrong(
-            f"it is no ledger, or holds no rows: those are {', '.join(ORIGINAL)} with tabs between; a session is a "
+            f"it is not a ledger, or has no rows. A row is {', '.join(ORIGINAL)}, separated by tabs. A session is a "
             "results.tsv, or a folder or .tar.gz from lab export"
         )
     rows = _statuses(rows, name, notes)
     notes += _unknown(name, Counter(row["status"] for row in rows if row["status"] not in STATUSES))
     if len(aside) > SHOWN:
-        aside[SHOWN:] = [f"so were {len(aside) - SHOWN} more lines of {name}"]
+        aside[SHOWN:] = [f"{len(aside) - SHOWN} more lines of {name} were set aside, too"]
     if all(row["status"] == "crash" for row in rows):
         aside.append(f"every row of {name} is a crash: nothing was measured")
     return rows, notes + aside
@@ -154,7 +154,7 @@ def _columns(fields: list[str], name: str) -> tuple[list[str], list[str]]:
         raise Wrong(f"it has no column {missing[0]}")
     taken = [f"{old} for {new}" for old, new in zip(fields, columns) if old != new]
     taken += [f"{old} for {new}" for old, new in MEASURED.items() if old in fields and old != new]
-    return columns, [f"{name}: {', '.join(taken)} were taken"] * bool(taken)
+    return columns, [f"{name}: these columns were used: {', '.join(taken)}"] * bool(taken)
 
 
 def _has_commas(rows: list[list[str]], columns: list[str]) -> bool:

@@ -35,7 +35,7 @@ EFFECT = "{value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6
 
 @dataclass
 class Candidate:
-    """A change from elsewhere, and what becomes of it here."""
+    """A change from another session, and its result here."""
 
     change: Experiment  # there
     description: str  # of it, a clean line
@@ -61,22 +61,22 @@ def candidates(record: Record, more: bool = False) -> list[Candidate]:
     """
     if record.base is None:
         raise LabError(
-            f"{record.name} is a bare ledger: it says what was changed in words alone, and there is nothing to replay. "
-            "Ask for the session itself (python -m lab export); compare reads ledgers"
+            f"{record.name} is only a ledger: it describes changes in words, so there is nothing to replay. Ask for "
+            "the session itself (python -m lab export); lab compare reads ledgers"
         )
     state = record.state
     near = [e for e in state.decided if e.near_miss and e.status == "discard" and e.kind not in MEASURING]
     beside = [e for e in state.decided if e.kind == "replay" and e.status == "keep"]
     changes = [e for e in state.kept if e.number] + (near + beside) * more
     if not changes:
-        hint = "; --all takes its near misses" * bool(near)
+        hint = "; --all tries its near misses" * bool(near)
         raise LabError(f"{record.name} kept no change: there is nothing to replay{hint}")
     found = []
     for change in sorted(changes, key=lambda change: change.number):
         description = untrusted.one_line(change.description, WIDTH) or f"change {change.number} of {record.name}"
         candidate = Candidate(change, description, change.origin or f"{record.name}/{change.change}")
         if not change.key:
-            candidate.why = "it changes comments or layout alone"
+            candidate.why = "it changes only comments or layout"
         try:
             candidate.before, candidate.after = record.train(change.onto or 0), record.train(change.number)
         except LabError as error:
@@ -100,15 +100,15 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
     if known is None:
         content, candidate.conflicts = merged(here, candidate.before, candidate.after)
         if candidate.conflicts:
-            candidate.why = "does not apply: the same lines are others here"
+            candidate.why = "does not apply: these lines differ here"
             return
         try:
             digest = describe(content).digest
         except LabError as error:
-            candidate.why = f"what it makes of train.py here is no Python: {error}"
+            candidate.why = f"it would make train.py here invalid Python: {error}"
             return
         if digest == describe(here).digest:
-            candidate.why = "changes nothing: it is here already"
+            candidate.why = "changes nothing: train.py here has it already"
             return
         same = (e for e in decided if e.digest == digest and e.onto == onto.number)
         known = state.equal(digest) if stack else next(same, None)
@@ -131,7 +131,7 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
 def go(session: Session, options) -> int:
     """Replays a session's changes; see cli/arguments.py for the options."""
     if not 1 <= options.runs <= MOST_RUNS:
-        raise LabError(f"--runs is at least 1 and at most {MOST_RUNS}")
+        raise LabError(f"--runs has to be from 1 to {MOST_RUNS}")
     record = sources.read(options.source)
     if record.name == session.name:
         raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
@@ -147,9 +147,9 @@ def go(session: Session, options) -> int:
     for name in ("eval", "budget"):
         there, here = getattr(record.started, name), getattr(session.started, name)
         if there and there != here:
-            say(f"its {name} is {there}, here it is {here}: only effects compare")
+            say(f"its {name} is {there}, and here it is {here}: effects can be compared, scores can not")
     if not options.dry_run:
-        say("they are somebody's code, which --dry-run shows: read it first")
+        say("these changes are another person's code. To read it first: --dry-run")
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
         for line in _conflicts(candidate) + _edited(candidate) * options.dry_run:
@@ -188,13 +188,13 @@ def _finish(session: Session, say: Callable) -> None:
     """Lets what runs, or was interrupted, come first: a replay that was ended with Ctrl-C has left it behind."""
     session.refresh()
     if (experiment := session.state.oldest_open) and session.supervised:
-        say(f"experiment {experiment.number} is running, and comes first")
+        say(f"experiment {experiment.number} is running, and is finished first")
         opening.await_verdict(session, experiment)
     with opening.exclusive(session, device=True):
         experiment = session.state.oldest_open
         process = executor.launch(session) if experiment else None
     if experiment:
-        say(f"experiment {experiment.number} was interrupted, and comes first")
+        say(f"experiment {experiment.number} was interrupted, and is finished first")
         opening.await_verdict(session, experiment, process)
 
 
@@ -223,7 +223,7 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
     repository = session.repository
     head = opening.head_of_best(session) if stack else onto.commit
     if stack and describe(repository.train()).digest != onto.digest:
-        raise LabError("train.py has an edit of yours; run that first, or put it back: git checkout -- train.py")
+        raise LabError("train.py has an edit of yours. Run it first, or discard it: git checkout -- train.py")
     content = candidate.content or b""
     if b"\r\n" in repository.content(onto.blob):
         content = content.replace(b"\n", b"\r\n")
@@ -270,7 +270,7 @@ def _conflicts(candidate: Candidate) -> list[str]:
     """The lines where it does not apply."""
     rows = []
     for conflict in candidate.conflicts:
-        sides = {f"line {conflict.line} is here:": conflict.here, "was there:": conflict.before}
+        sides = {f"line {conflict.line} here is:": conflict.here, "was there:": conflict.before}
         for side, lines in (sides | {"became there:": conflict.after}).items():
             rows += [f"{side} {line.decode(errors='replace')}" for line in lines] or [f"{side} (nothing)"]
     more = [f"and {len(rows) - MOST_SHOWN} more lines"] * (len(rows) > MOST_SHOWN)

@@ -40,10 +40,10 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
     experiment, repository = record.state.experiments.get(number), here()
     if experiment is None or experiment.onto is None or experiment.decided is None or pairs < 2:
         raise LabError(
-            f"{record.name} has no decided change {number}, or there are fewer than 2 pairs: lab log has all"
+            f"{record.name} has no decided change {number}, or --pairs is below 2. python -m lab log lists the changes"
         )
     if repository is None:
-        raise LabError("call it in a clone of the project: it is cloned again from there")
+        raise LabError("run this in a clone of the project: it is cloned again from there")
     before, after = record.train(experiment.onto), record.train(number)
     if before == after:
         raise LabError(f"experiment {number} of {record.name} changes nothing of {TRAIN}")
@@ -54,14 +54,14 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
     tag = f"reproduce-{record.started.tag}"[:40] + f"-{number}"
     folder = storage.home() / "reproduced" / record.started.device / tag
     if folder.exists():
-        raise LabError(f"{folder} is there from before: remove it, and the session {tag} with it, to do it again")
+        raise LabError(f"{folder} exists from an earlier call. To do it again, remove it and the session {tag}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     commit = session.local.commit if session else repository.git("rev-parse", "HEAD")
 
     def step(*command: str) -> None:
         done = subprocess.run(command, cwd=folder if folder.exists() else None, env=environment, stdout=subprocess.PIPE)
         if done.returncode:
-            raise LabError(f"{' '.join(command[:4])} failed, in {folder}: what it said stands above")
+            raise LabError(f"{' '.join(command[:4])} failed, in {folder}: its message is above")
 
     lab = sys.executable, "-m", "lab"
     say(f"a clean clone at {commit[:7]} in {folder}")
@@ -110,8 +110,8 @@ def compared(claimed: Verdict, found: Verdict) -> dict:
 
 
 def told(found: dict) -> str:
-    """In words."""
-    words = {True: "stands", False: "does not stand: it goes the other way", None: "can't be told by these runs"}
+    """The result in words."""
+    words = {True: "stands", False: "does not stand: it goes the other way", None: "can't be told from these runs"}
     lines = [f"{found['change']}: the claim {words[found['stands']]}"]
     for name in ("claimed", "found"):
         if found[name]:

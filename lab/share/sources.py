@@ -40,13 +40,13 @@ def read(source: str | Path, device: str | None = None) -> Record:
 
 
 def read_all(names: list[str], devices: list[str]) -> list[Record]:
-    """As `read`, of several; `devices` are those of the ledgers among them, in order."""
+    """Reads several sessions, as `read`; `devices` are those of the ledgers among them, in order."""
     left = list(devices)
     records = [
         read(name, left.pop(0) if left and _is_ledger(Path(os.path.expanduser(name))) else None) for name in names
     ]
     if left:
-        raise LabError(f"--device {left[0]} is of none of these sessions: it takes one for each ledger, in order")
+        raise LabError(f"--device {left[0]} belongs to none of these sessions: give one for each ledger, in order")
     return records
 
 
@@ -69,8 +69,9 @@ def own(source: str) -> Session | None:
             sessions = storage.home() / "sessions"
             if sessions.resolve() not in folder.resolve().parents:
                 raise LabError(
-                    f"{folder} is a session's working folder, and not under {sessions}: get it exported where it was "
-                    "run (python -m lab export X.tar.gz); or, if that was here, set AUTORESEARCH_HOME to its home"
+                    f"{folder} is a session's working folder, and not under {sessions}. Have it exported where it "
+                    "was run (python -m lab export X.tar.gz); or, if that was here, set AUTORESEARCH_HOME to its "
+                    "home"
                 )
             return Session(folder)
     return None
@@ -106,11 +107,11 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
         if repository and (files := archive.read_branch(repository, source)):
             return files, verified(files)
     except (Wrong, OSError) as error:
-        advice = "get the session exported and sent again, or fix what this names"
+        advice = "have the session exported and sent again, or fix what the message names"
         raise LabError(f"{source} was refused: {error}; {advice}") from None
     raise LabError(
-        f"there is no session {source}: neither a folder, an archive or a ledger of that name, nor "
-        f"DEVICE/TAG in {storage.home()}, nor a branch that lab export --publish made; check the name"
+        f"there is no session {source}: it is not a folder, an archive, a ledger, a DEVICE/TAG in {storage.home()}, "
+        "or a branch that lab export --publish made. Check the name"
     )
 
 
@@ -144,8 +145,8 @@ def import_session(source: str, device: str | None = None, say: Callable[[str], 
         same = False
     if not same:
         raise LabError(
-            f"{target} holds something else under that name; remove it to import {source}, or rename a bare "
-            "ledger's file"
+            f"{target} holds another session of that name. Remove it to import {source}; if {source} is a ledger, "
+            "you can rename its file instead"
         )
-    say(f"{record.name} is there already")
+    say(f"{record.name} is imported already")
     return target

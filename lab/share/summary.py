@@ -1,4 +1,4 @@
-"""What a session found, in words: for whoever wants to read it or build on it, a person or an agent."""
+"""What a session found, in words, for people and agents who read it or build on it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lab.genome import kinds
 from lab.session.record import Record
 from lab.session.state import MEASURING, Experiment
 
-UNCONFIRMED = "none was made; scores that a change was kept for are biased in its favour"
+UNCONFIRMED = "none was made. The scores that a change was kept for are biased in its favour"
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
 
 
 def summary(record: Record) -> str:
-    """As Markdown."""
+    """The summary as Markdown."""
     state, started = record.state, record.started
     decided = [e for e in state.experiments.values() if e.decided]
     tried = [e for e in decided if e.kind not in ("baseline", *MEASURING)]
@@ -34,7 +34,7 @@ def summary(record: Record) -> str:
         "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started.time)) if started.time else "",
         "training time": f"{started.budget:g} s a run" if started.budget else "",
         "dataset": started.dataset,
-        "eval tag": started.eval and f"{started.eval}: scores compare only within one",
+        "eval tag": started.eval and f"{started.eval}: only scores with the same evaluator can be compared",
         "data tag": started.data,
         "profile": started.profile,
         "versions": ", ".join(f"{name} {version}" for name, version in started.versions.items()),
@@ -82,7 +82,7 @@ def _kind(experiment: Experiment) -> str:
 
 
 def _gain(experiment: Experiment) -> float | None:
-    """By how many bits per byte it is better than its parent, as the verdict had it; None if nothing was compared."""
+    """The gain over its parent in bits per byte, as the verdict has it; None if nothing was compared."""
     evidence = experiment.verdict.evidence
     return evidence.gain if evidence and evidence.error else None
 

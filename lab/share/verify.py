@@ -107,7 +107,7 @@ def _check_experiment(state: State, experiment: Experiment) -> None:
 def _check_run(state: State, run: Run) -> None:
     experiment = state.experiments[run.experiment]
     if run.blob not in (experiment.blob, experiment.parent) and experiment.kind != "shared":
-        raise Wrong(f"run {run.number} is of no train.py of experiment {run.experiment}")
+        raise Wrong(f"run {run.number} belongs to no train.py of experiment {run.experiment}")
     for name, value in run.result.items():
         measure = BY_NAME.get(name)
         if measure is None or value is None:  # what this version does not know is kept as it is
@@ -174,7 +174,7 @@ def _check_losses(files: Files, state: State) -> None:
     digests = {f"rows/{run.number:04d}.npz": run.scored.rows for run in state.runs.values() if run.scored}
     for name in (name for name in files if name.startswith("rows/")):
         if not digests.get(name):
-            raise Wrong(f"{name} is of no run that was scored again")
+            raise Wrong(f"{name} belongs to no run that was scored again")
         if hashlib.sha256(files[name]).hexdigest() != digests[name]:
             raise Wrong(f"{name} is not what the journal says")
         try:

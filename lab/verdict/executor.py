@@ -79,7 +79,7 @@ def supervise(session: Session, devices: Devices | None = None) -> None:
 
 
 class Devices(Protocol):
-    """Who carries out orders; to be used as a context."""
+    """The devices that carry out orders; to be used as a context."""
 
     def makes(self, run: Run) -> bool:
         """Whether a run that was not seen to end is still being made."""
@@ -217,7 +217,7 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
         tidy(session, experiment, keep=False)
     if elsewhere:
         raise LabError(
-            f"{elsewhere}. Rows that can't be compared are not compared: put back what was there when the "
+            f"{elsewhere}. Runs under different conditions can't be compared. Restore what was there when the "
             "session began, then: python -m lab wait; or start another session"
         )
 

@@ -181,7 +181,7 @@ class Account:
 
     @property
     def joint_stake(self) -> float:
-        """What the test of a block may stake, in which many changes were screened: it stands for many tests."""
+        """The stake of the test of a block, in which many changes were screened: it replaces many tests."""
         return JOINT * max(0.0, ALPHA * max(1, self.keeps) - self.staked)
 
     def after(self, evidence: Evidence) -> Account:

@@ -30,7 +30,7 @@ def together(session: Session) -> tuple[bytes, list[int]]:
     """
     state, repository = session.state, session.repository
     if state.best is None:
-        raise LabError("there is no best yet to try near misses on")
+        raise LabError("there is no best yet on which near misses could be tried")
     current, members = repository.content(state.best.blob), []
     for number in remembered(state):
         if len(members) == gate.MOST_TOGETHER:
@@ -45,14 +45,14 @@ def together(session: Session) -> tuple[bytes, list[int]]:
             pass  # merged without conflict, and is no Python any more
     if len(members) < gate.FEWEST_TOGETHER or state.equal(describe(current).digest):
         raise LabError(
-            f"there are not enough near misses that go together: {len(members)}, and it takes "
-            f"{gate.FEWEST_TOGETHER}, not tried before"
+            f"there are not enough untried near misses that can be combined: {len(members)}, and "
+            f"{gate.FEWEST_TOGETHER} are needed"
         )
     return current, members
 
 
 def ready(session: Session) -> list[int]:
-    """Those that would be tried together now; none while there are too few."""
+    """The near misses that would be tried together now; empty while there are too few."""
     try:
         return together(session)[1] if remembered(session.state) else []
     except LabError:

@@ -58,8 +58,8 @@ def refuse_if_not_ours(session: Session) -> None:
     """LabError while a night runs the experiments, or nothing is to be run."""
     if session.owned_by_night:
         raise LabError(
-            f"a night owns this session and runs the experiments: edit {TRAIN} and end your turn, and it is "
-            "run then. To run one by hand, end the night first: Ctrl-C where it runs"
+            f"a night is running this session, and runs the experiments. An agent edits {TRAIN} and ends its turn; "
+            "then the edit is run. To run one by hand, first end the night with Ctrl-C in its terminal"
         )
     refuse_if_held(session)
 
@@ -72,7 +72,7 @@ def refuse_if_held(session: Session) -> None:
 
 def said_of_held(why: str) -> str:
     """Why nothing is run, and what to do."""
-    return f"{SAID_OF_HELD[why]}: nothing is run until somebody says: python -m lab resume"
+    return f"{SAID_OF_HELD[why]}: nothing is run until you type: python -m lab resume"
 
 
 def sound_baseline(session: Session) -> None:
@@ -98,8 +98,8 @@ def head_of_best(session: Session) -> str:
     if head is None or repository.blob_of(head) != best.blob:
         if head and repository.blob_of(f"{head}^") == best.blob:
             raise LabError(
-                f"{TRAIN} was committed, which is for the lab to do. Take the commit back, leaving the file "
-                "as it is, and run again: git reset --soft HEAD^"
+                f"{TRAIN} was committed, which is for the lab to do. Undo the commit, which leaves the file as it "
+                "is, and run again: git reset --soft HEAD^"
             )
         raise LabError(
             f"{TRAIN} on the branch {session.branch} is not the best that this session kept. Put it back: "
@@ -156,14 +156,14 @@ def open_change(
     edited = describe(content).digest != best.digest
     if near_misses_together:
         if edited:
-            raise LabError(f"{TRAIN} has an edit of yours; run that first, or put it back: git checkout -- {TRAIN}")
+            raise LabError(f"{TRAIN} has an edit of yours. Run it first, or discard it: git checkout -- {TRAIN}")
         content, members = near_misses.together(session)
         message = message or "near misses together: " + "; ".join(
             f"{number} {state.experiments[number].description}" for number in members
         )
     else:
         if not edited:
-            raise LabError(f"{TRAIN} is not edited (comments and docstrings aside): there is nothing to run yet")
+            raise LabError(f"{TRAIN} has no edit except in comments and docstrings: there is nothing to run yet")
         if not (message or "").strip():
             raise LabError('say what was changed, and why: python -m lab run -m "..."')
     description = untrusted.plain(message or "")[:LONGEST_DESCRIPTION]
@@ -229,8 +229,8 @@ def await_verdict(
         if ended and not experiment.applied:
             refuse_if_held(session)
             raise LabError(
-                f"what was to carry out experiment {experiment.number} has ended: {last_words(session)}; "
-                "python -m lab wait tries again"
+                f"the process that ran experiment {experiment.number} has ended: {last_words(session)}. To try "
+                "again: python -m lab wait"
             )
         show()
         time.sleep(POLL)

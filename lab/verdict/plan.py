@@ -80,7 +80,7 @@ class Order:
 
 
 def orders(state: State) -> list[Order]:
-    """All that open experiments want of devices, the most urgent first."""
+    """The jobs of all open experiments, the most urgent first."""
     found = []
     for experiment in state.open:
         if experiment.decided is None:
@@ -149,15 +149,15 @@ def said_of_noise(state: State) -> str:
     noise = noise_of(state)
     disturbances = [run.disturbance for run in state.runs.values() if run.ok]
     said = (
-        f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain has to be about "
-        f"{gate.smallest_detectable(noise, account_of(state)):.6f} to be kept four times in five"
+        f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain of about "
+        f"{gate.smallest_detectable(noise, account_of(state)):.6f} is kept four times in five"
     )
     if max(disturbances, default=0.0) < WORTH_TELLING:
         return said
     longer = statistics.median(disturbances)
     return (
-        f"{said}; the machine was busy or hot and took {longer:.0%} longer for a run (median), "
-        f"which explains {noise.explained:.0%} of what equal runs differ by and is taken out"
+        f"{said}; the machine was busy or hot, so a run took {longer:.0%} longer (median). This explains "
+        f"{noise.explained:.0%} of the difference between equal runs, and is taken out"
     )
 
 
@@ -205,7 +205,7 @@ def _parent(experiment: Experiment, state: State) -> Experiment:
     """What an experiment is judged against. ValueError if that is nothing."""
     parent = state.parent_of(experiment)
     if parent is None:
-        raise ValueError(f"experiment {experiment.number} is judged against nothing")
+        raise ValueError(f"experiment {experiment.number} has nothing to be judged against")
     return parent
 
 
@@ -413,7 +413,7 @@ def _begun(state: State, blob: str) -> set[int | None]:
 
 
 def _with_weights(runs: list[Run]) -> list[Run]:
-    """Those whose weights were not lost with the device that had them."""
+    """The runs whose weights were not lost with their device."""
 
     def lost(run: Run) -> bool:
         return bool(run.scored and run.scored.problem and run.scored.problem.code == "weights_lost")

@@ -59,12 +59,12 @@ def sample(session: Session, prompt: str | None, count: int) -> events.Sampled:
     """
     best, baseline = session.state.best, session.state.baseline
     if best is None or session.state.oldest_open:
-        raise LabError("there is no model yet, or an experiment is under way: python -m lab status tells how it stands")
+        raise LabError("there is no model yet, or an experiment is under way: see python -m lab status")
     data = prepare.open_data(session.local.settings.get("AUTORESEARCH_DATA"))
     begin = data.held_out_rows[0, :1].tolist()  # of a document
     tokens = begin + data.tokenizer.encode_ordinary(prompt) if prompt else data.held_out_rows[0, :OF_HELD_OUT].tolist()
     if count < 1 or len(tokens) + count > prepare.MAX_SEQ_LEN:
-        raise LabError(f"prompt and answer have {len(tokens)} + {count} tokens; they may have {prepare.MAX_SEQ_LEN}")
+        raise LabError(f"prompt and answer have {len(tokens)} + {count} tokens; {prepare.MAX_SEQ_LEN} are allowed")
     texts = [data.tokenizer.decode(_written(session, "baseline", baseline, tokens, count))]
     if best is not baseline:
         texts.append(data.tokenizer.decode(_written(session, "best", best, tokens, count)))
@@ -83,7 +83,7 @@ def _written(session: Session, name: str, experiment: Experiment, tokens: list[i
     (asked.folder / TRAIN).write_bytes(session.repository.content(experiment.blob))
     weights = session.folder / f"{name}.safetensors"
     if not weights.is_file():
-        raise LabError(f"the weights of the {name} are not there: {weights}; a keep has to come first")
+        raise LabError(f"there are no weights of the {name} ({weights}) yet: an experiment has to be kept first")
     runner.clear(asked.folder, runner.OF_SCORE)
     exam = Writing(asked, weights, tokens, count)
     with exam:
@@ -96,7 +96,7 @@ def _written(session: Session, name: str, experiment: Experiment, tokens: list[i
 
 
 def after_night(session: Session) -> None:
-    """For the report: once for each best."""
+    """Makes a sample for the report, once for each best."""
     session.refresh()
     best, sampled = session.state.best, session.state.sampled
     if best and best is not session.state.baseline and (sampled is None or sampled.experiment != best.number):

@@ -64,7 +64,7 @@ class Screening:
     likely: frozenset[int] = frozenset()
 
     def next(self, begun: int) -> tuple[int, ...]:
-        """What the next run holds, if so many were begun; () is the bare parent."""
+        """The patches of the next run, after so many runs were begun; () is the parent alone."""
         dropped, suspects, sound = self._searched()
         if suspects:
             return suspects[: (len(suspects) + 1) // 2]
@@ -87,13 +87,13 @@ class Screening:
 
     @property
     def hopeless(self) -> bool:
-        """Whether so many patches make runs far worse that one change per run does better."""
+        """Whether many patches make runs far worse, so that it is better to try one change per run."""
         dropped, _, sound = self._searched()
         cleared = {patch for place in sound for patch in self.runs[place][0]}
         return len(dropped) >= CULPRITS and len(dropped) > MOST_BAD * len(dropped | cleared)
 
     def estimates(self) -> list[Interval]:
-        """Of each patch: the posterior mean of its effect, and the ends of its 90 % interval."""
+        """For each patch, the posterior mean of its effect and the ends of the 90 % interval."""
         samples = self._sampled(self._searched()[2], np.random.default_rng(self.count), LAST_SWEEPS)[BURN:]
         low, high = np.quantile(samples, (0.05, 0.95), axis=0)
         return [tuple(map(float, one)) for one in zip(samples.mean(0), low, high)]  # pyright: ignore

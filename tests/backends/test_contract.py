@@ -215,7 +215,7 @@ def test_peak_memory_and_synchronize(backend):
 @pytest.mark.parametrize(
     "methods, message",
     [
-        (["hidden", "logits", "forward"], "has two heads.*take forward out"),
+        (["hidden", "logits", "forward"], "has two heads.*remove forward"),
         (["hidden", "forward"], r"has no logits: .* logits\(hidden\) is the head"),
         (["forward"], "has no hidden and no logits"),
     ],
@@ -411,7 +411,7 @@ def test_a_batch_too_large_is_halved_said_and_carried_on(backend, monkeypatch, c
 
     monkeypatch.setattr(parts, "accumulate", too_large)
     parts.warm_up(x, y)
-    assert f"going on with {fits} at a time" in capsys.readouterr().out
+    assert f"continuing with {fits} at a time" in capsys.readouterr().out
     for name, weight in backend.weights(model).items():
         np.testing.assert_array_equal(weight, before[name])
     assert float(parts.backward(x, y, scale=0.5)) == pytest.approx(wanted, rel=1e-6)
@@ -470,7 +470,7 @@ def test_a_row_that_does_not_fit_is_an_error_that_says_what_to_do(backend, monke
         raise MemoryError("no room")
 
     monkeypatch.setattr(trainer, "accumulate", too_large)
-    with pytest.raises(MemoryError, match="not even one row of 12 tokens .*python -m calibration.* lower DEPTH"):
+    with pytest.raises(MemoryError, match="even for one row of 12 tokens.*python -m calibration.* lower DEPTH"):
         trainer.warm_up(*tiny.batch(rows=4))
 
 

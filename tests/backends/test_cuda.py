@@ -370,7 +370,7 @@ def test_a_hub_out_of_reach_is_a_line_and_no_error(small, kernels, capsys):
     kernels.builds.update(dict.fromkeys(hub.TRUSTED.values(), 1.0))
     kernels.reachable = False
     assert found(small, fetch=True)[0] == FIRST and kernels.asked[0][2] is True
-    assert capsys.readouterr().out.count("no kernels can be fetched (ConnectionError") == 1
+    assert capsys.readouterr().out.count("no kernels can be downloaded (ConnectionError") == 1
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_a_cuda_runtime_beside_it_is_loaded_first(process, library, monkeypatch)
         ),
         ("libtorch_cuda.so: cannot open shared object file: No such file or directory", "libtorch_cuda.so is not here"),
         ("/x/fa3.so: undefined symbol: _ZN3c104cuda9SetDeviceEi", "built for another PyTorch than .*undefined symbol"),
-        ("/x/fa3.so: file too short", "file too short. Take another build"),
+        ("/x/fa3.so: file too short", "file too short. Use another build"),
     ],
 )
 def test_a_library_that_can_not_be_loaded_is_an_error_that_says_why(small, library, package, fails, match):
@@ -489,7 +489,7 @@ def test_a_library_that_is_none(small, library, package):
 
 def test_two_that_register_the_same_operators_are_not_loaded_into_one_process(small, library):
     with registered("flash_attn_3"):
-        with pytest.raises(BackendError, match="another Flash Attention 3 is, in the same process"):
+        with pytest.raises(BackendError, match="another Flash Attention 3 is loaded in the same process"):
             found(small)
         with pytest.raises(flash3.Unavailable, match="another Flash Attention 3 is loaded"):
             local.from_interface()
@@ -528,14 +528,14 @@ def test_where_that_provider_is_gone_one_line_says_so(small, kernels, package, w
     package()
     provider, notes = found(small, calibrated=with_profile(wanted))
     assert provider is None and len(notes) == 1 and runtime.added_attention == {}
-    assert why in notes[0] and "going on without" in notes[0] and "python -m calibration" in notes[0]
+    assert why in notes[0] and "continuing without" in notes[0] and "python -m calibration" in notes[0]
 
 
 def test_a_library_that_is_named_and_not_used_is_not_read(small, package, monkeypatch, tmp_path):
     package()
     monkeypatch.setenv(local.VARIABLE, str(tmp_path / "gone.so"))
     provider, notes = found(small, calibrated=with_profile("flash_attn_interface"))
-    assert provider == "flash_attn_interface" and len(notes) == 1 and "is left alone" in notes[0]
+    assert provider == "flash_attn_interface" and len(notes) == 1 and "is ignored" in notes[0]
 
 
 def test_gradients_that_are_no_numbers_are_wrong(small, package, monkeypatch):
@@ -557,7 +557,7 @@ def test_another_library_than_the_profile_has(small, library):
 
 def test_a_library_that_the_profile_does_not_know_is_left_alone_and_said(small, library):
     provider, notes = found(small, calibrated=with_profile(None))
-    assert provider is None and len(notes) == 1 and "is left alone" in notes[0]
+    assert provider is None and len(notes) == 1 and "is ignored" in notes[0]
 
 
 # --- The backend ---
@@ -666,7 +666,7 @@ def test_a_driver_too_old_is_said_with_what_to_do(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(device, "nvidia_gpu", lambda: "NVIDIA H100")
     wanted = "built for CUDA 13.0, it says: The NVIDIA driver on your system is too old .found version 12020.*"
-    with pytest.raises(BackendError, match=f"NVIDIA H100 is here, but PyTorch .* cannot use it .{wanted}update the"):
+    with pytest.raises(BackendError, match=f"has NVIDIA H100, but PyTorch .* cannot use it .{wanted}update the"):
         backends.load(name)
     monkeypatch.setenv("AUTORESEARCH_DEVICE", "cuda")
     with pytest.raises(BackendError, match=f"has here only cpu .{wanted}"):

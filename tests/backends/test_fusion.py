@@ -116,7 +116,7 @@ def test_what_computes_something_else_is_something_else(old, new):
     [
         ("y = helper(self.inner(x))", "import random; y = helper(self.inner(x))", "contains Import"),
         ("y = helper(self.inner(x))", "self.kept = x; y = helper(self.inner(x))", r"touches self\.kept"),
-        ("y = helper(self.inner(x))", "y = sum(helper for helper in [x])", "'helper' means two things"),
+        ("y = helper(self.inner(x))", "y = sum(helper for helper in [x])", "'helper' has two meanings"),
         ("return ops.relu(x) * factor * SCALE", "return helper(x)", "helper calls itself"),
         ("POWER, SCALE = 2, 0.5", "POWER, SCALE = [2], 0.5", "what 'POWER' is can't be told"),
         ("* SCALE", "* MISSING", "'MISSING' is not there yet"),
@@ -473,7 +473,7 @@ def test_an_array_that_a_head_takes_from_elsewhere_is_refused():
     hidden = support.array(backend, np.ones((1, 2, WIDTH), np.float32))
     targets = support.array(backend, np.ones((1, 2), np.int64))
     model.kept = hidden
-    with pytest.raises(ValueError, match="kept is an array that the head or its loss takes from elsewhere"):
+    with pytest.raises(ValueError, match="kept is an array from outside the head and its loss"):
         backend.ops.mean_loss(model.biased, module.token_losses, hidden, targets)
     del model.kept
     scaled = lambda logits, targets: module.token_losses(logits, targets) * hidden[0, :, 0]  # noqa: E731

@@ -274,7 +274,7 @@ def test_a_batch_beyond_the_working_set_is_halved(mlx, monkeypatch, capsys):
     trainer.working_set = 5_000_000_000
     monkeypatch.setattr(mx, "get_peak_memory", lambda: next(peaks))
     trainer.warm_up(*tiny.batch(rows=8))
-    assert "8 rows at once do not fit" in (out := capsys.readouterr().out) and "going on with 2 at a time" in out
+    assert "8 rows at once do not fit" in (out := capsys.readouterr().out) and "continuing with 2 at a time" in out
     assert list(trainer.rows_at_once.values()) == [2]
     assert mlx.warmed_up == {"compiled": trainer.compiled, "captured": None, "rows_at_once": 2}
     trainer.working_set = 10_000_000_000

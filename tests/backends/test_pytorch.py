@@ -39,7 +39,9 @@ def put_nvidia_smi(folder, monkeypatch, script):
 
 def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch, without_cuda):
     put_nvidia_smi(tmp_path, monkeypatch, "echo NVIDIA GeForce RTX 3090")
-    with pytest.raises(BackendError, match="RTX 3090 is here, but PyTorch .* cannot use it.*AUTORESEARCH_DEVICE=cpu"):
+    with pytest.raises(
+        BackendError, match="has NVIDIA GeForce RTX 3090, but PyTorch .* cannot use it.*AUTORESEARCH_DEVICE=cpu"
+    ):
         device.pick()
     monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
     assert device.pick() == torch.device("cpu")
@@ -95,7 +97,7 @@ def test_wrong_and_failing_attention_is_not_chosen(backend, monkeypatch):
 @pytest.mark.parametrize("window", [None, 0, 5, 300])
 def test_every_implementation_agrees_with_the_definition(backend, monkeypatch, name, window):
     if name == "sdpa_causal" and window is not None:
-        pytest.skip("is_causal knows no window")
+        pytest.skip("is_causal supports no window")
     q, k, v = (torch.randn(2, 600, heads, 16) for heads in (4, 2, 2))
     found = attention.IMPLEMENTATIONS[name](q, k, v, window)
     assert torch.allclose(found, attention.reference(q, k, v, window), atol=1e-5)

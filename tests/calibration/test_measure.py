@@ -197,7 +197,7 @@ def test_another_program_on_the_device_is_seen_in_the_spread_and_said(device, mo
 
     monkeypatch.setattr(measure.Measurement, "_try", disturbed)
     warnings = measure.Measurement(measure.FULL).run()["warnings"]
-    assert any("train.py at depth" in text and "is another program using the device" in text for text in warnings)
+    assert any("train.py at depth" in text and "Is another program using the device" in text for text in warnings)
 
 
 def test_a_busy_machine_is_told(device, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_device_on_which_nothing_runs(device):
 def test_when_time_is_up_it_says_what_was_left_out(device, monkeypatch):
     monkeypatch.setattr(measure.Measurement, "spent", property(lambda self: 410.0 + 20 * len(device.tried)))
     found = measure.Measurement(measure.FULL).run()
-    assert len(found["trials"]) == 1 and "no time was left to try depth" in found["cut_short"]
+    assert len(found["trials"]) == 1 and "there was no time to try depth" in found["cut_short"]
 
 
 def test_a_precision_remembered_from_a_busier_hour_is_not_kept(device, monkeypatch):
@@ -234,7 +234,7 @@ def test_a_precision_remembered_from_a_busier_hour_is_not_kept(device, monkeypat
 
 def test_measurements_that_cannot_be_are_refused(device, monkeypatch):
     monkeypatch.setattr(measure.Measurement, "_bandwidth", lambda self: spread(float("inf")))
-    with pytest.raises(measure.CalibrationError, match="can't be true: bandwidth is .* --fresh"):
+    with pytest.raises(measure.CalibrationError, match="can't be right: bandwidth is .* --fresh"):
         measure.Measurement(measure.FULL).run()
 
 
@@ -341,7 +341,7 @@ def test_show_names_what_is_stale(device, capsys, monkeypatch):
     monkeypatch.setattr(backends, "identify", lambda: dataclasses.replace(HARDWARE, versions={"torch": "2.14"}))
     command.main(["show"])
     text = capsys.readouterr().out
-    assert "STALE: made with torch 2.13.0, here is 2.14" in text and "measured with another train.py" in text
+    assert "STALE: made with torch 2.13.0, here is 2.14" in text and "measured with a different train.py" in text
 
 
 def test_show_before_a_calibration(device):
@@ -364,7 +364,7 @@ def test_the_command_goes_on_after_an_interruption(device, capsys, monkeypatch):
         assert command.main([]) == 130
     assert "the same command continues from here" in capsys.readouterr().err
     assert command.main([]) == 0
-    assert "going on with an interrupted calibration" in capsys.readouterr().out
+    assert "continuing an interrupted calibration" in capsys.readouterr().out
 
 
 # --- the real train.py

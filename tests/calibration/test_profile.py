@@ -117,7 +117,9 @@ def test_a_file_that_is_no_profile(here, content):
 def test_a_profile_of_another_device(here, good):
     good["device"] = "nvidia-h200-141gb"
     write(here, good)
-    with pytest.raises(profile.ProfileError, match="is of nvidia-h200-141gb with sdpa, and this is nvidia-rtx-3090"):
+    with pytest.raises(
+        profile.ProfileError, match="was measured on nvidia-h200-141gb with sdpa, and this is nvidia-rtx-3090"
+    ):
         calibration.defaults()
 
 
@@ -143,7 +145,7 @@ def change(where, value):
         (change("settings.total_batch_size", 1000), "not a multiple"),
         (change("settings.window_pattern", "SSX"), "window_pattern is 'SSX'"),
         (change("settings.precision", "float8"), "precision is 'float8'"),
-        (change("settings.precision", "float16"), "no rate of products in float16"),
+        (change("settings.precision", "float16"), "no rate of matrix products in float16"),
         (change("settings.attention", {"full": "flex"}), "attention"),
         (change("settings.attention", None), "attention|NoneType"),
         (change("settings.colour", "red"), "colour"),
@@ -153,7 +155,7 @@ def change(where, value):
         (change("bandwidth.median", 1e99), "bandwidth is"),
         (change("trials.0.tokens_per_second.low", 0), "trials.0.tokens_per_second is"),
         (change("trials.0.spare", 1), "spare"),
-        (change("products.square", 0), "no rate of products"),
+        (change("products.square", 0), "no rate of matrix products"),
         (change("device", ""), "device is ''"),
         (change("versions", KeyError), "versions"),
         (change("train", None), "train is None"),
@@ -166,7 +168,7 @@ def change(where, value):
 def test_impossible_values(here, good, damage, complaint):
     damage(good)
     write(here, good)
-    with pytest.raises(profile.ProfileError, match=f"can't be true: .*({complaint})"):
+    with pytest.raises(profile.ProfileError, match=f"can't be right: .*({complaint})"):
         calibration.defaults()
 
 

@@ -147,7 +147,7 @@ def choose(tried: dict) -> dict[str, int]:
 
 
 def described(tried: dict) -> str:
-    """For a note: how each fared."""
+    """The result of each kernel, for a note."""
     chosen = choose(tried)
     return ", ".join(
         f"{name} {found}"

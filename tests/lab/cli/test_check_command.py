@@ -66,7 +66,7 @@ def test_what_an_agent_may_ask_for_in_its_turn(here, capsys, monkeypatch, comman
     monkeypatch.setenv("LAB_TURN", "an agent's")
     monkeypatch.setattr(program, "judges", lambda: None)
     assert program.main([command]) == int(not may)
-    assert ("a night runs the experiments" in capsys.readouterr().err) is not may
+    assert ("the night runs the experiments" in capsys.readouterr().err) is not may
 
 
 def test_the_skill_is_the_same_for_all_agents():

@@ -80,7 +80,7 @@ def test_other_files_are_named_when_an_experiment_begins(session, capsys, monkey
         (session.repository.path / name).write_bytes(edited(LOSS=0.9))
     commands.do_run(session, options(message="better", near_misses=False, again=False))
     found = capsys.readouterr()
-    assert "left alone: new.txt" in found.err and "experiment 1: KEEP" in found.out
+    assert "left as they are: new.txt" in found.err and "experiment 1: KEEP" in found.out
 
 
 def test_status_tells_best_noise_and_recent(session, capsys):
@@ -183,7 +183,7 @@ def test_near_misses_that_do_not_go_together_are_not_advertised(session, monkeyp
 
 
 def test_too_few_near_misses_are_said(session):
-    with pytest.raises(LabError, match="not enough near misses"):
+    with pytest.raises(LabError, match="not enough untried near misses"):
         attempt(session, near_misses_together=True)
 
 

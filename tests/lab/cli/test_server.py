@@ -66,7 +66,7 @@ def test_a_session_of_experiments(begun):
     while "running" in said:
         said = client.call("wait")
     assert "less" in said and "experiment 1" in said
-    assert "0 times, and not once" in client.call("propose", message="x", edits=[{"old": "ABSENT", "new": "MO"}])
+    assert "is in train.py 0 times" in client.call("propose", message="x", edits=[{"old": "ABSENT", "new": "MO"}])
     assert "less" in client.call("log") and "less" in client.call("log", number=1)
     assert client.call("status").startswith("session fake-1gb/night: 1 experiment")
     assert client.hang_up() == 0
@@ -94,7 +94,7 @@ def test_what_is_not_taken_is_put_back(begun, isolated_home):
     client.hang_up()
     client = Client(session.repository.path, isolated_home, LAB_TURN="an agent's")
     said = client.call("propose", message="x", edits=[{"old": "LEARNING = 0.9", "new": "LEARNING = 0.8"}])
-    assert "a night runs the experiments" in said
+    assert "the night runs the experiments" in said
     assert "LEARNING = 0.9" in (session.repository.path / "train.py").read_text()
     client.hang_up()
 
@@ -107,7 +107,7 @@ def test_what_is_not_taken_is_put_back(begun, isolated_home):
         ([], b"a c", ""),
         ([("x", "y")], b"a c", "edit 1 is in train.py 0 times"),
         ([("a", "cc"), ("c", "d")], b"a c", "edit 2 is in train.py 3 times"),
-        ([("", "y")], b"a c", "not once"),
+        ([("", "y")], b"a c", "has to be once"),
     ],
     ids=["one", "two", "none", "missing", "several", "empty"],
 )

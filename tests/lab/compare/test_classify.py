@@ -79,7 +79,7 @@ def test_without_noise_nothing_is_told():
 
 def test_the_same_way_and_too_little_is_neither():
     found, why, _ = classify.classify(effect(-0.010, 0.004, known=True), effect(-0.004, 0.001))
-    assert found == OPEN and why.startswith("the same way")
+    assert found == OPEN and why.startswith("the same direction")
 
 
 def test_less_than_half_that_may_be_the_other_way_is_said():

@@ -86,7 +86,7 @@ def test_words_join_where_there_is_nothing_else_and_are_said_to(ledgers):
     (pair,) = compared.agreements
     assert pair.joined == "words" and (pair.n, pair.same, pair.rho) == (2, 1, None)
     text = tables.text(compared)
-    assert "By its words: probably the same change" in text and text.count("unconfirmed") >= 4
+    assert "Matched by the description alone: perhaps the same change" in text and text.count("unconfirmed") >= 4
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_runs_of_another_budget_or_evaluator_are_left_out():
     builder = session().change(1, [1.1]).again(2, 1, [0.5], budget=1200.0).again(2, 1, [0.5], eval="other")
     effect = of(builder.again(2, 0, [0.5], budget=1200.0))
     assert effect.value == pytest.approx(0.1) and (effect.runs, effect.parent_runs) == (1, 3)
-    assert Analysis(builder.record()).notes == ["2 runs of 1200 s instead of 300 s are left out"]
+    assert Analysis(builder.record()).notes == ["2 runs of 1200 s, not 300 s, are left out"]
 
 
 def test_without_repeats_nothing_is_sure():

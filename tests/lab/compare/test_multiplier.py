@@ -79,7 +79,7 @@ def test_overfitted_times_are_left_out_and_that_is_said():
 
 
 def test_two_times_are_too_few_and_one_is_no_curve():
-    assert "takes 3" in curve({75.0: [1.4], 300.0: [1.2]}).why_not
+    assert "needs 3" in curve({75.0: [1.4], 300.0: [1.2]}).why_not
     assert multiplier.curve({300.0: [1.2]}, 300.0, {300.0: 0.001}, 5) is None
 
 

@@ -44,9 +44,9 @@ def hit_often(session, home, times, seed, experiments):
         time.sleep(rng.uniform(0.2, 2.0))
         if night.poll() is not None:
             said = night.communicate()[0]
-            if hits >= times and "as many as were wanted" in said:
+            if hits >= times and "as many as --max-experiments allows" in said:
                 break
-            if "as many as were wanted" in said:
+            if "as many as --max-experiments allows" in said:
                 experiments += 4
             night = begin(session, home, experiments, "cpu,cpu,cpu")
         elif hits < times:

@@ -130,7 +130,7 @@ def test_a_session_for_a_device_elsewhere_has_all_its_runs_made_there(project, i
     assert not Session(project.folder).state.runs  # it waits
     worker = join()
     said = night.communicate(timeout=120)[0]
-    assert "1 experiment, as many as were wanted" in said, said
+    assert "1 experiment, as many as --max-experiments allows" in said, said
     session = Session(project.folder)
     sound(session)
     check(session)
@@ -144,7 +144,7 @@ def test_a_session_for_a_device_elsewhere_has_all_its_runs_made_there(project, i
         [sys.executable, "-m", "lab", "leave"], cwd=project.judge, text=True, capture_output=True,
         env={**os.environ, "AUTORESEARCH_HOME": str(tmp_path / "other")},
     )  # fmt: skip
-    assert "given back: there-cpu" in left.stdout, left
+    assert "given back to this machine: there-cpu" in left.stdout, left
     assert "it was given back" in worker.communicate(timeout=20)[0] and worker.returncode == 0
 
 
@@ -153,7 +153,7 @@ def test_a_worker_may_have_another_python(project, isolated_home, join):
     worker = join(python=OTHER_PYTHON)
     night = begin(project, isolated_home, 3, "cpu")
     said = night.communicate(timeout=120)[0]
-    assert "3 experiments, as many as were wanted" in said, said
+    assert "3 experiments, as many as --max-experiments allows" in said, said
     runs = [run for run in Session(project.folder).state.runs.values() if run.worker == "there/cpu"]
     assert runs and all(run.ok for run in runs) and worker.poll() is None
     check(Session(project.folder))
@@ -195,7 +195,7 @@ def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, mon
     here.describe(tmp_path / "device.json")
     assert here.described(tmp_path / "device.json") == {"hardware": identity, "profile": known}
     storage.write_json(tmp_path / "other.json", {"hardware": {**identity, "slug": "x-1gb"}, "profile": known})
-    with pytest.raises(LabError, match="its profile is of another device"):
+    with pytest.raises(LabError, match="its profile was measured on another device"):
         here.described(tmp_path / "other.json")
 
 
@@ -205,7 +205,7 @@ def test_a_device_that_is_given_back_loses_its_run_to_another(project, isolated_
     until(lambda: any(r.worker == "there/cpu" and r.ended is None for r in Session(project.folder).state.runs.values()))
     worker.send_signal(signal.SIGTERM)
     said = night.communicate(timeout=120)[0]
-    assert "3 experiments, as many as were wanted" in said, said
+    assert "3 experiments, as many as --max-experiments allows" in said, said
     session = Session(project.folder)
     sound(session)
     check(session)
@@ -217,7 +217,7 @@ def test_a_device_that_is_given_back_loses_its_run_to_another(project, isolated_
     [
         ({"identity": {**IDENTITY, "slug": "other-2gb"}}, "this device is other-2gb, and the session is for fake-1gb"),
         ({"identity": {**IDENTITY, "versions": {"framework": "2.0"}}}, "framework 2.0 instead of 1.0"),
-        ({"own": profile(880.0)}, "makes 880 tokens/s where the session's device makes 1,000"),
+        ({"own": profile(880.0)}, "makes 880 tokens/s, and the session's device makes 1,000"),
         ({"own": profile(attention_provider="library")}, "attention comes from library here"),
         ({"own": profile(trials=[])}, "the sizes at which this device's speed was measured"),
         ({"unboxed": True}, "offers no sandbox"),
@@ -270,7 +270,7 @@ def test_an_address_has_a_port(project, tmp_path):
 
 def test_there_is_one_head(project, invited, isolated_home):
     with Pool(Session(project.folder)):
-        with pytest.raises(LabError, match="does another head run here"):
+        with pytest.raises(LabError, match="is another head running here"):
             with Pool(Session(project.folder)):
                 pass
     first = begin(project, isolated_home, 50, "cpu")
@@ -278,7 +278,7 @@ def test_there_is_one_head(project, invited, isolated_home):
     said = begin(project, isolated_home, 50, "cpu").communicate(timeout=60)[0]
     first.terminate()
     first.communicate(timeout=60)
-    assert "a night of this session goes on already" in said
+    assert "a night of this session is running already" in said
 
 
 def test_two_devices_of_one_name_are_not_both_taken(project, join):

@@ -188,7 +188,7 @@ def test_it_is_made_again_on_the_best_and_judged_against_it(night):
 def test_what_can_not_be_merged_ends_there_and_is_told(night):
     session, one = night([edited(LOSS=0.9), edited(LOSS=0.95)], ["a"], max_experiments=3)
     assert [e.status for e in session.state.experiments.values()] == ["keep", "keep", "superseded", "discard"]
-    assert any("experiment 2 was superseded" in line for line in one.view.lines)
+    assert any("experiment 2 was made on an earlier best" in line for line in one.view.lines)
     assert session.state.last.rebased is None and session.state.best.number == 1
     check(session)
 
@@ -256,7 +256,7 @@ def test_a_change_that_takes_two_devices_down_is_a_suspect(session):
         lost(session, change, worker)
     executor.supervise(session, Many(session))
     assert change.status == "crash" and not change.verdict.judged
-    assert change.verdict.said == "not judged: the devices a, b were lost while they ran it: does it bring them down?"
+    assert change.verdict.said == "not judged: the devices a, b were lost while they ran it: it may crash them"
     check(session)
 
 

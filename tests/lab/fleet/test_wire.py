@@ -238,7 +238,7 @@ def test_an_invitation_is_for_its_owner_alone(tmp_path, keys):
     made.write(path)
     assert path.stat().st_mode & 0o077 == 0 and invitation.Invitation.read(path) == made
     path.write_text("{}")
-    with pytest.raises(LabError, match="is no invitation"):
+    with pytest.raises(LabError, match="is not an invitation"):
         invitation.Invitation.read(path)
 
 

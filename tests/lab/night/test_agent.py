@@ -88,16 +88,16 @@ def everything(session: Session) -> dict:
         ("comments", "nothing", "changed only comments"),
         ("delete", "nothing", "deleted train.py"),
         ("folder", "nothing", "deleted train.py"),
-        ("link", "nothing", "or made a folder or a link of it"),
+        ("link", "nothing", "or replaced it by a folder or a link"),
         ("ask", "asked", 'nobody answers: "Shall I **go on?**"'),
         ("fail", "unserved", "exit status 1); its last lines say: Error: no credit left"),
         ("elsewhere", "elsewhere", "changed notes.txt, prepare.py, which has no effect"),
         ("unknown", "unserved", "exit status 2); its last lines say: error: unknown option"),
         ("late", "edited", "edited train.py: LOSS from 0.9"),
-        ("idle-limit", "unserved", "was not served; its last lines say: You've hit your usage limit"),
+        ("idle-limit", "unserved", "did not work; its last lines say: You've hit your usage limit"),
         ("binary", "edited", "edited train.py: among bytes"),
         ("no-such-agent --please", "failed", "did not find the command"),
-        ("nopython", "no python", "wrote what is no Python: train.py line 1"),
+        ("nopython", "no python", "wrote invalid Python: train.py line 1"),
     ],
 )
 def test_an_outcome(take, night, word, outcome, said):
@@ -127,7 +127,7 @@ def test_other_files_are_named_and_thrown_away(take, night):
     [
         ("hang", "hung", "reached its time limit of 2 s"),
         ("stubborn", "hung", "reached its time limit"),
-        ("nopython-hang", "hung", "wrote what is no Python"),
+        ("nopython-hang", "hung", "wrote invalid Python"),
         ("edit-hang", "edited", "it reached its time limit of 2 s"),
     ],
 )
@@ -292,8 +292,8 @@ def test_the_lab_can_be_read_within_a_turn(tmp_path, runner):
     commands = ("run -m x", "start other", "night", "resume")
     asked = "; ".join(f"python -m lab {command} && echo done" for command in commands)
     turn = agent.take_turn(session, f"{asked}; exit 1", PROMPT, log, 100.0)
-    assert turn.outcome == "failed" and "a night runs the experiments" in turn.said
-    assert log.read_text().count("a night runs the experiments") == len(commands) and "done" not in log.read_text()
+    assert turn.outcome == "failed" and "the night runs the experiments" in turn.said
+    assert log.read_text().count("the night runs the experiments") == len(commands) and "done" not in log.read_text()
     agent.discard(session)
 
 

@@ -150,7 +150,7 @@ def test_disk(sound):
     with open(sound.folder / "best.safetensors", "wb") as file:
         file.truncate(limits.LEAST_FREE)
     sound.disk.free = 3 * (limits.LEAST_FREE + limits.FLOOD) - 1
-    assert told(sound) == [("disk", "stop")] and "6.2 GB: make room" in limits.troubles(sound)[0].text
+    assert told(sound) == [("disk", "stop")] and "6.2 GB: free some space" in limits.troubles(sound)[0].text
     sound.disk.free += 1
     assert told(sound) == []
 
@@ -349,7 +349,7 @@ def test_where_nothing_keeps_it_awake_that_is_said(monkeypatch, unkept, missing)
     if missing:
         monkeypatch.setitem(sys.modules, "wakepy", None)
     with limits.awake() as line:
-        assert "switch that off" in line
+        assert "turn that off" in line
 
 
 def test_a_wakepy_that_raises_costs_nothing(monkeypatch):
@@ -408,7 +408,7 @@ def test_windows_is_kept_awake_around_wsl(wsl):
 def test_windows_that_refuses(wsl, answer):
     windows(wsl, answer)
     with limits.awake() as line:
-        assert "switch that off" in line
+        assert "turn that off" in line
 
 
 def test_windows_that_never_answers_is_not_waited_for(wsl, monkeypatch):
@@ -417,13 +417,13 @@ def test_windows_that_never_answers_is_not_waited_for(wsl, monkeypatch):
     monkeypatch.setattr(limits, "WINDOWS_STARTS", 0.5)
     monkeypatch.setattr(limits, "TO_END", 0.2)
     with limits.awake() as line:
-        assert "switch that off" in line
+        assert "turn that off" in line
     assert not alive(wsl)
 
 
 def test_wsl_without_windows_programs(wsl):
     with limits.awake() as line:
-        assert "switch that off" in line
+        assert "turn that off" in line
 
 
 def test_its_child_ends_with_a_night_that_is_killed(wsl):

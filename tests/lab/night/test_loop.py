@@ -99,7 +99,7 @@ def statuses(session):
 def test_a_night_runs_the_baseline_and_as_many_experiments_as_were_wanted(session, proposals):
     proposals.append(edited(LOSS=0.9))
     one = night(session)
-    assert one.run() == "3 experiments, as many as were wanted"
+    assert one.run() == "3 experiments, as many as --max-experiments allows"
     assert statuses(session) == [
         ("keep", "baseline"),
         ("keep", "proposal 1"),
@@ -203,7 +203,7 @@ def test_a_pause_that_comes_while_the_night_checks_stays(session, monkeypatch):
 def test_a_night_that_was_killed_as_it_ended_begins_nothing_more(session, proposals):
     night(session, max_experiments=0).run()
     session.hold("stopped", now=True)
-    assert "as many as were wanted" in night(session, max_experiments=0).run()
+    assert "as many as --max-experiments allows" in night(session, max_experiments=0).run()
     assert len(statuses(session)) == 1 and session.held is None
 
 
@@ -254,7 +254,7 @@ def test_a_busy_machine_is_told_once_and_not_waited_for(session, proposals, monk
     one = night(session, max_experiments=1)
     one.run()
     assert len(statuses(session)) == 2 and not any(phase.startswith("waiting") for phase in one.view.phases)
-    assert one.view.lines.count("another program uses the GPU: runs take longer, and learn the same") == 1
+    assert one.view.lines.count("another program uses the GPU: runs take longer, but train as much") == 1
 
 
 def test_a_trouble_that_stops_is_told(session, proposals, monkeypatch):
@@ -285,7 +285,10 @@ def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, pro
     one = night(session)
     with pytest.raises(LabError, match="the disk is full"):
         one.run()
-    assert len(starts) == 3 and "tried again: what runs the experiments has ended: the disk" in one.view.lines[0]
+    assert (
+        len(starts) == 3
+        and "tried again: the process that runs the experiments has ended: the disk" in one.view.lines[0]
+    )
 
 
 def test_a_baseline_that_fails_ends_the_night_with_what_to_do(tmp_path, session, proposals, monkeypatch):
@@ -304,7 +307,7 @@ def test_what_is_in_train_py_already_is_the_first_experiment(session, proposals)
     night(session, max_experiments=0).run()
     (session.repository.path / "train.py").write_bytes(edited(LOSS=0.8))
     night(session, max_experiments=1).run()
-    assert statuses(session)[1] == ("keep", "what was in train.py already")
+    assert statuses(session)[1] == ("keep", "the edit that train.py had already")
 
 
 def test_an_edit_that_a_killed_night_had_not_begun_keeps_its_description(session, proposals, monkeypatch):
@@ -365,7 +368,7 @@ def test_a_machine_on_which_everything_crashes_ends_the_night(session, proposals
     monkeypatch.setattr(loop, "FRUITLESS", 4)
     proposals += [edited(FAILS="crash", EXTRA=i) for i in range(9)]
     one = night(session, max_experiments=9)
-    assert "4 experiments in a row came to nothing" in one.run() and len(statuses(session)) == 5
+    assert "4 experiments in a row had no result" in one.run() and len(statuses(session)) == 5
     assert any("the last 3 experiments crashed" in line for line in one.view.lines)
 
 
@@ -398,7 +401,7 @@ def test_what_a_person_writes_while_experiments_run_is_the_next_one(session, pro
 
     monkeypatch.setattr(executor, "launch", launch)
     night(session, max_experiments=2).run()
-    assert statuses(session)[1:] == [("discard", "proposal 1"), ("keep", "what was in train.py already")]
+    assert statuses(session)[1:] == [("discard", "proposal 1"), ("keep", "the edit that train.py had already")]
     assert train.read_bytes() == edited(LOSS=0.8)
 
 
@@ -409,7 +412,7 @@ def test_a_view_that_fails_costs_the_picture_alone(session, proposals):
     one = night(session, max_experiments=1)
     one.view.update = broken
     one.run()
-    assert len(statuses(session)) == 2 and sum("the view has failed" in line for line in one.view.lines) == 1
+    assert len(statuses(session)) == 2 and sum("the display has failed" in line for line in one.view.lines) == 1
 
 
 def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals, monkeypatch):
@@ -505,7 +508,7 @@ def test_what_was_tried_before_is_not_run_again(session, proposals, tmp_path):
 
 def test_a_night_killed_during_a_turn_goes_on_with_another(session, proposals, turns, monkeypatch):
     night(session, max_experiments=0).run()
-    monkeypatch.setattr(agent, "recover", lambda session, log: "was interrupted; it had what it wrote put aside")
+    monkeypatch.setattr(agent, "recover", lambda session, log: "was interrupted; it left an edit that was not run")
     turns += [edited(LOSS=0.9)]
     one = night(Session(session.folder), agent="slow", max_experiments=1)
     one.run()

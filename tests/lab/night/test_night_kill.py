@@ -76,7 +76,7 @@ def undisturbed(session, home, experiments, agent) -> tuple[list[tuple], float]:
     """(what it came to, seconds of an experiment)."""
     begun = time.monotonic()
     said = start(session, home, experiments, agent).communicate(timeout=1800)[0]
-    assert "as many as were wanted" in said, said
+    assert "as many as --max-experiments allows" in said, said
     return came_to(session), (time.monotonic() - begun) / (experiments + 2)  # the baseline's runs, too
 
 
@@ -84,7 +84,7 @@ def killed_often(session, home, experiments, agent, seed, longest) -> tuple[list
     rng, landed = random.Random(seed), dict.fromkeys(WHO, 0)
     processes = Processes(session, home, rng)
     said = ""
-    while "as many as were wanted" not in said:  # it may have ended just before it was to be killed
+    while "as many as --max-experiments allows" not in said:  # it may have ended just before it was to be killed
         night = start(session, home, experiments, agent)
         try:
             said = night.communicate(timeout=rng.uniform(0, longest))[0]

@@ -138,18 +138,18 @@ def test_a_session_that_is_checked_out_is_gone_on_with(tmp_path, runner, monkeyp
     assert made.missing == ["baseline"] and made.session.folder == session.folder and made.tag == sessions.TAG
     supervise(session)
     made = planned(session.repository)
-    assert made.missing == [] and made.first == 0 and made.basis == "from the runs of its baseline"
-    assert "goes on" in told(session.repository)
+    assert made.missing == [] and made.first == 0 and made.basis == "measured on the runs of its baseline"
+    assert "continues, after" in told(session.repository)
 
 
 def test_it_does_not_begin_another_beside_a_session_unasked(tmp_path, runner, tree, data, calibrated, commands):
     made = planned(tree, tag="mine")
     plans.provide(made, options(), lambda text: None)
-    with pytest.raises(LabError, match="leave that out to go on with the session"):
+    with pytest.raises(LabError, match="leave --tag out to continue the session"):
         planned(tree, tag="other")
     branch = tree.branch()
     git(tree.path, "switch", "-q", "main")
-    with pytest.raises(LabError, match=f"git switch {branch}, and the same command goes on with it"):
+    with pytest.raises(LabError, match=f"git switch {branch}, then the same command"):
         planned(tree, tag="mine")
     assert planned(tree, tag="other").session is None
     elsewhere = sessions.repository(tmp_path / "elsewhere")
@@ -224,13 +224,13 @@ def test_a_session_is_asked_how_long_its_experiments_take(tmp_path, runner):
         session.log(ExperimentApplied(experiment=number, commit="c" * 40))
         at += 640 + 40 + 86_400 * (number == 2)  # a day's rest is no pause between two experiments
     made = planned(session.repository)
-    assert made.each == pytest.approx(680, abs=1) and made.basis == "from 4 of this session"
+    assert made.each == pytest.approx(680, abs=1) and made.basis == "measured on 4 of this session"
 
 
 def test_too_little_room_is_said(tree, data, calibrated, monkeypatch):
     monkeypatch.setattr(plans.shutil, "disk_usage", lambda path: Namespace(free=10**6))
     assert "NOT ENOUGH" in told(tree)
-    with pytest.raises(LabError, match="make room"):
+    with pytest.raises(LabError, match="free some space"):
         plans.provide(planned(tree), options(), print)
 
 
@@ -279,5 +279,5 @@ def test_the_commands_run_in_the_repository_and_their_output_is_seen(tmp_path, c
     (tmp_path / "prepare.py").write_text("import os, sys; print(sys.argv[1:], os.getcwd()); sys.exit('no' in sys.argv)")
     plans.carry_out(tmp_path, "prepare.py", "--dataset", "a b")
     assert f"['--dataset', 'a b'] {tmp_path}" in capfd.readouterr().out
-    with pytest.raises(LabError, match=r"python prepare.py no failed.*run the same again.*exit status 1"):
+    with pytest.raises(LabError, match=r"python prepare.py no failed.*run the same command again.*exit status 1"):
         plans.carry_out(tmp_path, "prepare.py", "no")

@@ -50,7 +50,7 @@ def test_it_says_all_there_is_to_say(searched, tried):
     assert f"best val_bpb 0.995000 (experiment {kept}); baseline {baseline:.6f}" in outside
     for line in ideas.requests(searched.state):
         assert f"\n- {line}" in outside
-    assert "a gain has to be about" in outside and "31 experiments so far, 1 kept, 30 discarded" in outside
+    assert "; a gain of about" in outside and "31 experiments so far, 1 kept, 30 discarded" in outside
 
 
 def test_what_an_edit_came_with_is_told(searched):
@@ -69,7 +69,7 @@ def test_turns_that_gave_nothing_are_told_until_one_gives_something(searched):
     lost = [turn("failed", f"failure {i}") for i in range(9)]
     told = [line for line in prompt.write(searched, "", lost).split("\n") if line.startswith("failed: ")]
     assert told == [f"failed: failure {i}" for i in range(6, 9)]
-    assert "# Your last" not in prompt.write(searched, "", [turn("edited"), turn("unserved", "was not served: 429")])
+    assert "# Your last" not in prompt.write(searched, "", [turn("edited"), turn("unserved", "did not work: 429")])
     text = prompt.write(
         searched,
         "",
@@ -151,7 +151,7 @@ def test_without_a_program_and_with_an_endless_train_py(searched, monkeypatch):
     content = searched.repository.content(searched.state.best.blob) + b"# more\n" * 30_000
     monkeypatch.setattr(searched.repository, "content", lambda blob: content)
     text = prompt.write(searched, PROGRAM, [])
-    assert "too many to be told here" in text and len(text.encode()) < prompt.MOST
+    assert "too many for this prompt" in text and len(text.encode()) < prompt.MOST
 
 
 def test_no_path_leads_out_of_the_repository(searched, runner):
@@ -159,7 +159,7 @@ def test_no_path_leads_out_of_the_repository(searched, runner):
     assert prompt.within(text) == 'File "train.py", line 3\n  File "torch/nn/a.py"'
     assert prompt.within("in /usr/lib/python3.11/asyncio/base.py") == "in .../asyncio/base.py"
     assert prompt.within("a/b/c and 3/4 and //x") == "a/b/c and 3/4 and //x"
-    saved = turn("no python", "wrote what is no Python: train.py line 1")
+    saved = turn("no python", "wrote invalid Python: train.py line 1")
     saved.saved = str(searched.folder / "turns" / "0001.train.py")
     outside = prompt.write(searched, PROGRAM, [saved]).replace(sys.executable, "")
     assert str(searched.folder) not in outside and not re.search(r"(?<![\w.`])/(?:\w+/)+", outside)
@@ -176,7 +176,7 @@ def test_how_much_of_the_noise_is_throughput(searched):
         if run.seed is not None and run.seed < 100 and run.result:
             del run.result["total_tokens_M"]
     assert prompt.of_throughput(state) == pytest.approx(1.0)
-    assert "100% of that noise goes with how many tokens" in prompt.write(searched, "", [])
+    assert "100% of that noise comes from the number of tokens" in prompt.write(searched, "", [])
 
 
 def test_what_is_running_is_told_between_fences(searched):

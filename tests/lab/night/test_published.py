@@ -185,7 +185,7 @@ def test_a_swap_that_fits_twice_is_refused():
         edit.apply("def f(x):\n    y = x + 1\n    return x + 1\n")
     with pytest.raises(NotHere, match="there is no f"):
         edit.apply("def g(x):\n    return x + 1\n")
-    with pytest.raises(NotHere, match="no Python"):
+    with pytest.raises(NotHere, match="not valid Python"):
         edits.read("@ f\n-x + 1\n+x +").apply("def f(x):\n    return x + 1\n")
 
 
@@ -195,7 +195,7 @@ def test_what_is_there_already_is_told_from_what_does_not_apply():
     after = edit.apply(before)
     with pytest.raises(Already):
         edit.apply(after)
-    with pytest.raises(NotHere, match="a part of it is there already") as caught:
+    with pytest.raises(NotHere, match="a part of it is in the file already") as caught:
         edit.apply(after.replace("2.0", "1.0"))
     assert caught.type is NotHere
     assert Step("LR", "1.0", "2.0") in edit.parts
@@ -216,15 +216,15 @@ def test_a_file_is_read():
     "old, new, match",
     [
         ("evidence: cpu | 300 | -0.01 bpb | said | https://somewhere\n", "", "no evidence"),
-        (" | https://somewhere", "", "evidence is DEVICE"),
-        ("-0.01 bpb", "0.01", "an effect is a number with its sign and unit"),
-        ("-0.01 bpb", "-0,01 bpb", "an effect is a number"),
+        (" | https://somewhere", "", "evidence has to be DEVICE"),
+        ("-0.01 bpb", "0.01", "an effect has to be a number with sign and unit"),
+        ("-0.01 bpb", "-0,01 bpb", "an effect has to be a number"),
         ("| 300 |", "| soon |", "seconds of training"),
-        ("time: holds", "time: maybe", "'time:' is one of"),
+        ("time: holds", "time: maybe", "'time:' has to be one of"),
         ("time: holds", "effect: large", "is neither 'time"),
         ("LR: 1.0 -> 2.0\n", "", "changes nothing"),
         ("LR: 1.0 -> 2.0", "LR: 1.0", "neither 'NAME: VALUE -> VALUE'"),
-        ("LR: 1.0 -> 2.0", "LR: f(x) -> 2.0", "is no value"),
+        ("LR: 1.0 -> 2.0", "LR: f(x) -> 2.0", "can't be set"),
         ("LR: 1.0 -> 2.0", "@ f\nx", "begins with none of"),
         ("LR: 1.0 -> 2.0", "@ f\n x", "nothing is replaced"),
     ],

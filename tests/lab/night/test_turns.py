@@ -66,7 +66,7 @@ def test_as_many_turns_go_on_as_were_asked_for(session, thinking):
     at_once, made, together = thinking
     together.append(threading.Barrier(3))
     one, why = night(session, agent="quick", agents=3, max_experiments=8)
-    assert why == "8 experiments, as many as were wanted" and max(at_once) == 3
+    assert why == "8 experiments, as many as --max-experiments allows" and max(at_once) == 3
     state = Session(session.folder).state
     assert len({e.digest for e in state.experiments.values()}) == 9
     assert [turn.experiment for turn in one.turns] == list(range(1, 9))
@@ -105,6 +105,6 @@ def test_a_turn_that_can_not_be_begun_is_tried_again_and_ends_the_night(session,
 
 def test_real_turns_leave_nothing_behind(session):
     one, why = night(session, agent=STUB, agents=2, max_experiments=3)
-    assert "as many as were wanted" in why and all(turn.outcome == "edited" for turn in one.turns)
+    assert "as many as --max-experiments allows" in why and all(turn.outcome == "edited" for turn in one.turns)
     assert not list(session.folder.glob("turn")) and not list(session.folder.glob("turn-*"))
     check(Session(session.folder))

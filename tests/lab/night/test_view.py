@@ -172,7 +172,7 @@ def test_it_shows_the_run_with_its_curve_and_the_best(session):
         "1 experiment, 0 kept",
         "1.0 an hour",
         "in 2 h 01 min",
-        "about 2 more to come",
+        "experiments left: about 2",
         "a faster start",
         "0.900000",
     ):

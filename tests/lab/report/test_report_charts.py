@@ -97,7 +97,7 @@ def test_time_adds_up():
     assert sum(shares.values()) == pytest.approx(analysis.hours)
     runs = sum(map(len, analysis.runs.values()))
     assert shares["training the changes"] == pytest.approx(runs * 300 / 3600)
-    assert shares["start, compilation and evaluation of runs"] == pytest.approx(runs * 40 / 3600)
+    assert shares["starting, compiling and evaluating runs"] == pytest.approx(runs * 40 / 3600)
     within = sum(hours for what, hours in shares.items() if not what.startswith("between runs"))
     assert within == pytest.approx(runs * 340 / 3600)
 
@@ -108,7 +108,7 @@ def test_runs_beside_others_and_confirmations_are_told_apart():
 
     analysis = session(4, then=more)
     shares = analysis.shares
-    assert shares["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
+    assert shares["training again: parents and further runs"] == pytest.approx(300 / 3600)
     confirmed = session(5, then=lambda builder: builder.confirm(9, 5, [1.1], [1.2], (0.1, 0.1, 0.1)))
     assert confirmed.shares["confirmations"] == pytest.approx(2 * 340 / 3600)
 
@@ -116,7 +116,7 @@ def test_runs_beside_others_and_confirmations_are_told_apart():
 def test_further_runs_of_an_experiment_are_in_the_time_too():
     analysis = session(4, then=lambda builder: builder.again(9, 4, [1.2]))
     shares = analysis.shares
-    assert shares["training again: parents beside them, further runs"] == pytest.approx(300 / 3600)
+    assert shares["training again: parents and further runs"] == pytest.approx(300 / 3600)
     assert sum(shares.values()) == pytest.approx(analysis.hours)
 
 

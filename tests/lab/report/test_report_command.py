@@ -58,7 +58,7 @@ def test_a_ledger_becomes_a_page_and_a_picture(ledger, tmp_path, monkeypatch, ca
 
 
 def test_page_and_picture_are_two_files(tmp_path):
-    with pytest.raises(LabError, match="two files"):
+    with pytest.raises(LabError, match="different files"):
         report.write([made_up(3).record], tmp_path / "r", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -70,7 +70,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path):
     assert page.read_text().count('id="s0-e') == 13
     for other in (tmp_path / "train.py", tmp_path / "photo.png"):
         other.write_bytes(b"mine")
-        with pytest.raises(LabError, match="no earlier report"):
+        with pytest.raises(LabError, match="not an earlier report"):
             report.write([made_up(3).record], *((other, None) if other.suffix == ".py" else (page, other)))
         assert other.read_bytes() == b"mine"
     assert page.read_text().count('id="s0-e') == 13  # nothing of a report that can't be written whole

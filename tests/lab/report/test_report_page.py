@@ -193,7 +193,7 @@ def test_a_disturbed_run_is_marked():
     analysis = session(3)
     analysis.runs[2][0].result.update(disturbance=0.42)
     (_, _, _, said), *_ = data_of(parsed(analysis))["sessions"]["s0"]["2"]["runs"]
-    assert said.endswith("42% longer by disturbance")
+    assert said.endswith("42% longer because of disturbance")
 
 
 def test_charts_lead_to_rows_without_a_script():
@@ -227,7 +227,7 @@ def bare(device="nvidia-h100-80gb"):
 
 def test_a_ledger_of_five_columns_leaves_out_what_it_does_not_know():
     found = parsed(bare())
-    assert "1.19 % better" in found.text and "nobody knows how far chance moves" in found.text
+    assert "1.19 % better" in found.text and "it is not known how far chance moves" in found.text
     assert "minutes " not in found.text and "tokens" not in " ".join(found.texts["th"])
     details = data_of(found)["sessions"]["s0"]["1"]
     assert details["diff"] is None and ["made from", "experiment 0"] in details["facts"]
@@ -260,7 +260,7 @@ def test_scores_of_different_evaluators_stand_in_different_tables():
         f"Measured by evaluator {12 * letter}, after 300 s of training" for letter in "ef"
     ]
     unknown = [bare(device=device) for device in ("nvidia-a", "nvidia-b")]
-    assert sum(text.startswith("Measured by what is not known") for text in parsed(*unknown).texts["caption"]) == 2
+    assert sum(text.startswith("Evaluator unknown") for text in parsed(*unknown).texts["caption"]) == 2
     same = [session(5, device=device) for device in ("cpu-a", "cpu-b")]
     assert sum(text.startswith("Measured by") for text in parsed(*same).texts["caption"]) == 1
 

@@ -72,7 +72,7 @@ def test_changes_time(refused, patch, reason):
 
 def test_a_clock_of_its_own(refused):
     own = "    class Mine(prepare.Clock):\n        finished = property(lambda self: self.steps > 9)\n"
-    refused({BEFORE_CLOCK: own + "    clock = Mine(backend, model, loader)\n"}, "Clock is not the one of prepare")
+    refused({BEFORE_CLOCK: own + "    clock = Mine(backend, model, loader)\n"}, "Clock is not prepare.Clock")
 
 
 def test_a_second_clock(refused):
@@ -92,8 +92,8 @@ def test_training_documents_around_the_loader(refused, code):
 
 
 @pytest.mark.parametrize("edits, reason", [
-    ({EVALUATION: HONEST + HONEST}, "evaluated before; a run is scored once"),
-    ({EVALUATION: HONEST + hushed(HONEST.strip())}, "evaluated before; a run is scored once"),
+    ({EVALUATION: HONEST + HONEST}, "evaluated already; a run is scored once"),
+    ({EVALUATION: HONEST + hushed(HONEST.strip())}, "evaluated already; a run is scored once"),
     ({EVALUATION: hushed("prepare.evaluate_bpb(backend, model, data)") + HONEST}, "without the run's clock"),
     ({EVALUATION: hushed("prepare.evaluate_bpb(backend, model, data, 'held_out')") + HONEST}, "without the run's"),
 ], ids=["twice", "twice, caught", "without the clock", "on held-out rows"])  # fmt: skip
@@ -102,8 +102,8 @@ def test_evaluates_twice(refused, edits, reason):
 
 
 @pytest.mark.parametrize("edits, reason", [
-    ({REPORT: "    clock.val_bpb = 0.1\n" + HONEST_REPORT}, "another score than the evaluator's"),
-    ({EVALUATION: "    clock.val_bpb, clock.val_rows = 0.1, 5\n"}, "another score than the evaluator's"),
+    ({REPORT: "    clock.val_bpb = 0.1\n" + HONEST_REPORT}, "the score that it reports is not the evaluator"),
+    ({EVALUATION: "    clock.val_bpb, clock.val_rows = 0.1, 5\n"}, "the score that it reports is not the evaluator"),
     ({EVALUATION: "    prepare.evaluate_bpb = lambda *_, **__: setattr(clock, 'val_bpb', 0.1)\n"
                   "    prepare.evaluate_bpb()\n"}, "another score|replaces prepare.evaluate_bpb"),
     ({REPORT: "    print('---')\n    print('val_bpb:          0.100000')\n"}, "ended without a result"),
@@ -248,17 +248,18 @@ SHADOW = "import sys, types\n    sys.modules['backends.ORDER'] = types.ModuleTyp
     ("clock.tick(type('Mine', (float,), {'__format__': lambda *_: 'ORDER'})('nan'))", "^the loss is nan at step"),
     ("os.rename('x', '../ORDER')", r"^it writes \.\.\. in its run's folder"),
     ("open('../result.json' + 'ORDER', 'w')", r"^it writes \.\.\. in its run's folder"),
-    ("open(prepare.home() / 'last' / 'ORDER', 'rb')", r"^it reads what another run left, \.\.\.: a run"),
-    ("open(prepare.home() / 'ORDER' / 'w.safetensors', 'rb')", r"^it reads what another run left, w.safetensors: "),
+    ("open(prepare.home() / 'last' / 'ORDER', 'rb')", r"^it reads \.\.\., which another run left: a run"),
+    ("open(prepare.home() / 'ORDER' / 'w.safetensors', 'rb')", r"^it reads w.safetensors, which another run left: "),
     ("open(prepare.home() / 'ORDER' / 'a b', 'w')", r"^it changes \.\.\., which belongs to the harness$"),
     ("open(data.folder / 'ORDER.npy', 'rb')", r"^it reads \.\.\. itself"),
-    ("backend.load(model, prepare.home() / 'ORDER' / 'x')", r"^it loads weights, x: a run|FileNotFound"),
+    ("backend.load(model, prepare.home() / 'ORDER' / 'x')", r"^it loads weights from x: a run|FileNotFound"),
     ("vars(prepare)['ORDER'] = 1", r"^it replaces prepare\.\.\.\.$"), (SHADOW, r"^it shadows \.\.\.$"),
     ("setattr(type(backend), 'ORDER', lambda: 0)", r"^it replaces Backend\.\.\.\.$"),
     ("clock.seconds = type('Mine', (float,), {'__format__': lambda *_: 'ORDER', '__str__': lambda _: 'ORDER'})(3)",
      r"^its clock allows \.\.\. s; the budget"),
-    ("GUARD.refuse('ORDER')", "not the judge's$"), ("GUARD.refuse({'code': 'ORDER', 'facts': {}})", "not the judge's$"),
-    ("GUARD.refuse({'code': 'replaces', 'facts': {'name': 'ORDER'}})", "not the judge's$"),
+    ("GUARD.refuse('ORDER')", "not one of the judge's$"),
+    ("GUARD.refuse({'code': 'ORDER', 'facts': {}})", "not one of the judge's$"),
+    ("GUARD.refuse({'code': 'replaces', 'facts': {'name': 'ORDER'}})", "not one of the judge's$"),
 ])  # fmt: skip
 def test_a_reason_gives_no_orders(request_for, code, reason):
     if "GUARD" in code:  # in the frame of child.train, wherever it is

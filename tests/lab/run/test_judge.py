@@ -133,12 +133,12 @@ def test_there_are_no_rows_in_memory(ran):
 
 def test_rows_that_are_asked_for_early_start_the_harnesss_watch(refused):
     early = "loader._source.release(); rows = [next(loader._source) for _ in range(99)]; time.sleep(3)"
-    refused(edits(early, BEFORE_CLOCK, CLOCK), "the harness counted [3-5]")
+    refused(edits(early, BEFORE_CLOCK, CLOCK), "the harness measured [3-5]")
 
 
 def test_weights_that_are_replaced_after_their_rows_are_known(refused):
     late = HONEST + "    import subprocess\n    subprocess.run('echo >> ../result.safetensors', shell=True)\n"
-    refused({EVALUATION: late}, "not those that it was scored with")
+    refused({EVALUATION: late}, "not the ones that were scored")
 
 
 def test_weights_that_are_not_the_models(ran, honest):
@@ -194,7 +194,7 @@ def test_saving_that_takes_long(refused, monkeypatch):
         "        table = table.setter(lambda self, t: self.__dict__.update(t=t))\n"
         "    slow = Slow(data.vocab_size)\n    slow.table, model = model.table, slow\n"
     )
-    refused({EVALUATION: slow + HONEST}, "to save its weights")
+    refused({EVALUATION: slow + HONEST}, "saving its weights")
 
 
 # ---- the probe ----
@@ -305,7 +305,7 @@ def test_covers_that_it_looks_ahead():
     places = np.random.default_rng().integers(0, 2047, 96)
     told = lambda: (places, said[np.arange(96), places])  # noqa: E731
     prepare.examine(Covers(), rows, np.ones(500, np.int32), 8, said=said)
-    with pytest.raises(prepare.Invalid, match="in another process"):
+    with pytest.raises(prepare.Invalid, match="in a fresh process"):
         prepare.compare_apart(Covers(), rows, 500, 8, *told())
     prepare.examine(Asked(lambda *_: False), rows, np.ones(500, np.int32), 8, said=said)
     prepare.compare_apart(Asked(lambda *_: False), rows, 500, 8, *told())

@@ -256,7 +256,7 @@ def left(code="replaces", **facts) -> dict:
 
 @pytest.mark.parametrize("reason, said", [
     (left(name="prepare.Clock.finished"), "it replaces prepare.Clock.finished"),
-    (left("batch_after_evaluation"), "a training batch was asked for after the evaluation"),
+    (left("batch_after_evaluation"), "it asked for a training batch after the evaluation"),
     (left("losses_shape", shape="(4, 2047)", expected="(4, 2048)"),
      "losses have shape (4, 2047), the targets (4, 2048)"),
     (left("diverged", loss="nan", step=3, limit=18.02), "the loss is nan at step 3; at most 18.0 is allowed"),

@@ -166,14 +166,14 @@ def test_what_keeps_a_sandbox_away_is_told(monkeypatch, tmp_path, setting, value
     monkeypatch.setattr(sandbox.sys, "platform", "linux")
     text = sandbox.describe(None)
     assert told in text and ("sysctl" in text) == told.startswith("sysctl")
-    with pytest.raises(LabError, match="Say --unsandboxed"):
+    with pytest.raises(LabError, match="add --unsandboxed"):
         sandbox.refuse_without(None, unsandboxed=False)
 
 
 def test_installing_bubblewrap_is_advised_only_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "NAMESPACES", tmp_path)
     monkeypatch.setattr(sandbox.sys, "platform", "linux")
-    for path, told in ((None, "Installing bubblewrap may help"), ("/usr/bin/bwrap", "is here and fails")):
+    for path, told in ((None, "Installing bubblewrap may help"), ("/usr/bin/bwrap", "is installed and fails")):
         monkeypatch.setattr(sandbox.shutil, "which", lambda name, path=path: path)
         assert told in sandbox.describe(None)
 

@@ -177,12 +177,14 @@ def test_a_process_ends_soon_and_nothing_of_it_is_left(request_for, scoring):
 
 def test_while_paused_the_commands_say_what_to_do(quick, capsys):
     begin(quick)
-    assert "nothing runs; experiment 1 is left as it is" in said(capsys, commands.do_pause, quick, after_run=False)
+    assert "nothing is running; experiment 1 is left as it is" in said(
+        capsys, commands.do_pause, quick, after_run=False
+    )
     for command in (commands.do_run, commands.do_confirm, commands.do_wait):
         with pytest.raises(LabError, match="paused.*lab resume"):
             command(quick, options(pairs=2, times=1))
     assert "paused" in said(capsys, commands.do_status, quick)
-    assert "lab wait goes on" not in said(capsys, commands.do_status, quick)
+    assert "was interrupted" not in said(capsys, commands.do_status, quick)
     assert json.loads(said(capsys, commands.do_status, quick, json=True))["held"] == {"why": "paused", "now": True}
 
 
@@ -196,16 +198,16 @@ def test_who_waits_is_told_of_the_pause(quick):
 def test_resume_launches_what_is_pending_unless_a_night_does(quick, capsys, monkeypatch):
     launched = []
     monkeypatch.setattr(commands, "launch", lambda session: launched.append(session.name))
-    assert "not paused: nothing is under way" in said(capsys, commands.do_resume, quick)
+    assert "not paused: nothing is running" in said(capsys, commands.do_resume, quick)
     quick.hold("paused", now=True)
-    assert "resumed: nothing is under way" in said(capsys, commands.do_resume, quick)
+    assert "resumed: nothing is running" in said(capsys, commands.do_resume, quick)
     begin(quick)
     quick.hold("paused", now=True)
     with Session(quick.folder).night_lock:
-        assert "the night goes on" in said(capsys, commands.do_resume, quick)
+        assert "the night continues" in said(capsys, commands.do_resume, quick)
     assert not launched and quick.held is None
     quick.hold("stopped", now=True)
-    assert "experiment 1 goes on" in said(capsys, commands.do_resume, quick)
+    assert "experiment 1 continues" in said(capsys, commands.do_resume, quick)
     assert launched == [quick.name] and quick.held is None
 
 
@@ -215,7 +217,7 @@ def test_a_pause_after_the_run_lets_it_go_on(quick, capsys):
         quick.start_run(quick.state.oldest_open, quick.state.oldest_open.blob, 1, 300.0)
         other = Session(quick.folder)
         text = said(capsys, commands.do_pause, other, after_run=True)
-    assert "is coming to its end" in text and "lab resume" in text and other.held == {"why": "paused", "now": False}
+    assert "is ending" in text and "lab resume" in text and other.held == {"why": "paused", "now": False}
 
 
 def test_a_pause_waits_until_the_run_has_ended(quick, runner, capsys, monkeypatch):
@@ -234,7 +236,7 @@ def test_a_pause_waits_until_the_run_has_ended(quick, runner, capsys, monkeypatc
     assert begun.wait(20)
     text = said(capsys, commands.do_pause, quick, after_run=False)
     supervisor.join(20)
-    assert "was ended, and is done again later. The device is free" in text
+    assert "was ended, and is repeated later. The device is free" in text
 
 
 def test_a_night_keeps_others_out(quick, capsys):
@@ -243,9 +245,9 @@ def test_a_night_keeps_others_out(quick, capsys):
         other = Session(quick.folder)
         assert quick.owned_by_night and other.owned_by_night
         for command in (commands.do_run, commands.do_confirm):
-            with pytest.raises(LabError, match="a night owns this session.*end your turn"):
+            with pytest.raises(LabError, match="a night is running this session.*ends its turn"):
                 command(other, options(pairs=2, times=1, message="m", near_misses=False, again=False))
-        assert "a night owns" in said(capsys, commands.do_status, other)
+        assert "a night is running" in said(capsys, commands.do_status, other)
         assert "nothing was running" in said(capsys, commands.do_pause, other, after_run=False)
     assert not quick.owned_by_night
 

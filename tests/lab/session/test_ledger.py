@@ -147,7 +147,7 @@ def test_a_ledger_that_is_locked_by_another_program_costs_nothing(session, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", locked)
         assert attempt(session, edited(LOSS=0.9)).status == "keep"
-    assert "close what has it open" in capsys.readouterr().err and session.ledger.read_bytes() == before
+    assert "close the program that has it open" in capsys.readouterr().err and session.ledger.read_bytes() == before
     assert session.write_ledger() is None
     assert session.ledger.read_bytes() == ledger.dumps(ledger.rows_of(session.state)) != before
 
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told(session, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert "make room" in session.write_ledger()
+        assert "free some space" in session.write_ledger()
     assert session.write_ledger() is None and session.ledger.exists()
     assert storage.disk_full(OSError(28, ""))
 

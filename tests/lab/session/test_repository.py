@@ -169,7 +169,7 @@ def test_locks_of_a_dead_git_are_removed(tree):
 
 
 def test_outside_a_repository_it_says_so(tmp_path):
-    with pytest.raises(LabError, match="as after a download as ZIP.*git init && git add"):
+    with pytest.raises(LabError, match="downloaded as ZIP.*git init && git add"):
         Repository(tmp_path)
 
 

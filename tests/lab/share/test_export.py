@@ -225,7 +225,7 @@ def test_an_export_that_fails_leaves_nothing(session, tmp_path, monkeypatch, end
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(storage.DataError, match="make room"):
+    with pytest.raises(storage.DataError, match="free some space"):
         export_session(session, tmp_path / "out" / f"x{ending}")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -264,12 +264,12 @@ def test_importing_again_changes_nothing_and_another_is_refused(session, sent, t
     elsewhere, said = tmp_path / "elsewhere", []
     there = imported(sent, elsewhere)
     assert imported(sent, elsewhere, say=said.append) == there
-    assert said == [f"{DEVICE}/{TAG} is there already"]
+    assert said == [f"{DEVICE}/{TAG} is imported already"]
     (session.folder / "runs" / "0004" / "rows.npz").unlink()
     other = export_session(session, tmp_path / "other")
-    refused(other, elsewhere, "holds something else under that name; remove it")
+    refused(other, elsewhere, "holds another session of that name. Remove it")
     (there / "SUMMARY.md").unlink()
-    refused(sent, elsewhere, "holds something else")
+    refused(sent, elsewhere, "holds another session")
 
 
 def test_only_a_bare_ledger_takes_a_device(sent, tmp_path):

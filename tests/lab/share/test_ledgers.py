@@ -43,7 +43,7 @@ def test_the_originals_ledger_becomes_a_session(tmp_path):
     assert record.profile is None and record.base is None and record.started.budget is None
     assert imported(source, elsewhere, "nvidia-h100-80gb") == there
     source.write_text(FIVE + "bbbb222\t1.2\t1\tkeep\tmore\n")
-    refused(source, elsewhere, "holds something else", "nvidia-h100-80gb")
+    refused(source, elsewhere, "holds another session", "nvidia-h100-80gb")
 
 
 def test_a_row_of_five_columns_is_an_experiment_on_the_best_before_it(tmp_path):
@@ -74,30 +74,32 @@ def test_what_of_a_ledger_can_not_be_read_is_told_and_kept(tmp_path):
     source, told = tmp_path / "r.tsv", []
     source.write_text(FIVE.split("\n", 1)[1] + "x\ty\n" * 7 + "aaaa")
     there = imported(source, tmp_path / "home", "a-1gb", told.append)
-    assert told[0] == "r.tsv does not name its columns; they are taken for commit val_bpb memory_gb status description"
+    assert (
+        told[0] == "r.tsv does not name its columns; they are taken to be commit val_bpb memory_gb status description"
+    )
     assert told[1] == "r.tsv, line 3, was set aside: it has 2 fields instead of 5: x y"
-    assert len(told) == 8 and told[-2] == "so were 3 more lines of r.tsv"
+    assert len(told) == 8 and told[-2] == "3 more lines of r.tsv were set aside, too"
     assert sources.read(there).notes == told  # they go along
 
 
 def test_a_ledger_has_to_have_a_device_that_can_name_a_folder(tmp_path):
     source = tmp_path / "r.tsv"
     source.write_text(FIVE)
-    refused(source, tmp_path / "home", "does not say which device .* --device nvidia-h100-80gb")
+    refused(source, tmp_path / "home", "does not name its device.* --device nvidia-h100-80gb")
     for device in ("../x", "a/b", ".", "..", "a..b", "/x", "a b", "é", "x.lock", "a" * 99):
-        refused(source, tmp_path / "home", "can't name a device", device)
+        refused(source, tmp_path / "home", "can't be the name of a device", device)
     assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(
     "content, match",
     [
-        (b"hello\n", "is no ledger.*session is a results"),
-        (b"", "holds no rows"),
-        (FIVE.encode()[:55], "holds no rows"),
-        (b"PK\x03\x04zip\n", "is no ledger"),
-        (b"\x1f\x8b but no archive", "no sound .tar.gz"),
-        (gzip.compress(b"text", mtime=0), "no sound .tar.gz"),
+        (b"hello\n", "is not a ledger.*session is a results"),
+        (b"", "has no rows"),
+        (FIVE.encode()[:55], "has no rows"),
+        (b"PK\x03\x04zip\n", "is not a ledger"),
+        (b"\x1f\x8b but no archive", "not a valid .tar.gz"),
+        (gzip.compress(b"text", mtime=0), "not a valid .tar.gz"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, match):
@@ -212,7 +214,7 @@ def test_unknown_columns_are_kept():
     ],
 )
 def test_what_is_no_ledger_is_refused(content):
-    with pytest.raises(Wrong, match="is no ledger"):
+    with pytest.raises(Wrong, match="is not a ledger"):
         parse(content, "r.tsv")
 
 
@@ -287,7 +289,7 @@ def test_the_ledger_of_another_program_is_read(tmp_path):
     told = " ".join(record.notes)
     assert "exp for commit, peak_mem_gb for memory_gb, tok_sec for tokens_per_second" in told
     assert "1 row of status baseline taken for keep; 1 row of status best taken for keep" in told
-    assert "1 row of status skip left out" in told and "taken for nvidia-rtx-5090" in told
+    assert "1 row of status skip left out" in told and "taken as nvidia-rtx-5090" in told
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
@@ -323,6 +325,6 @@ def test_a_ledger_of_only_crashes_is_imported_as_such(tmp_path):
 def test_a_ledger_without_a_status_or_rows_is_refused(tmp_path):
     path = tmp_path / "other.tsv"
     path.write_text(OTHER.split("\n")[0] + "\n")
-    refused(path, tmp_path / "home", "holds no rows", "a-1gb")
+    refused(path, tmp_path / "home", "has no rows", "a-1gb")
     path.write_text(OTHER.replace("\tstatus\t", "\tverdict\t"))
-    refused(path, tmp_path / "home", "is no ledger", "a-1gb")
+    refused(path, tmp_path / "home", "is not a ledger", "a-1gb")

@@ -67,7 +67,7 @@ def test_publishing_again_is_the_same_or_asks(session):
 
 def test_a_branch_of_somebody_else_is_not_replaced_unasked(session):
     git(session.repository.path, "branch", BRANCH, session.started.commit)
-    with pytest.raises(LabError, match="holds something else"):
+    with pytest.raises(LabError, match="differs from this session"):
         export.publish(session)
     assert session.repository.commit_of(BRANCH) == session.started.commit
 
@@ -120,8 +120,8 @@ def test_a_published_branch_is_replayed(session, tmp_path, capsys, monkeypatch):
     "entries, match",
     [
         ({"session/SUMMARY.md": ("120000", b"/etc/passwd")}, "SUMMARY.md' is not a plain file"),
-        ({"session/run.sh": ("100755", b"#!/bin/sh\n")}, "no part of an exported session"),
-        ({"session/deep/er.json": ("100644", b"{}")}, "no part of an exported session"),
+        ({"session/run.sh": ("100755", b"#!/bin/sh\n")}, "does not belong in an exported session"),
+        ({"session/deep/er.json": ("100644", b"{}")}, "does not belong in an exported session"),
         ({"session/SUMMARY.md": ("100644", b"changed")}, "SUMMARY.md is damaged"),
         ({"session/MANIFEST.json": ("100644", b"{}")}, "is not in MANIFEST"),
         ({"session/.gitattributes": ("100644", b"* filter=evil")}, ".gitattributes says something else"),

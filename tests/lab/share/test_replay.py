@@ -87,7 +87,7 @@ def test_each_is_judged_against_the_baseline_and_the_branch_stays(session, tmp_p
     )
     assert session.repository.commit_of(f"{good.commit}^") == head
     assert "experiment 1: KEEP, -0." in said and "experiment 2: DISCARD, +0.2" in said
-    assert f"its eval is {'f' * 12}, here it is {'e' * 12}: only effects compare" in said
+    assert f"its eval is {'f' * 12}, and here it is {'e' * 12}: effects can be compared" in said
 
 
 def test_rows_say_where_a_change_is_from(session, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_a_conflict_is_shown_and_not_forced(session, tmp_path, capsys):
         base=base,
     )
     said = replayed(session, source, capsys)
-    assert "does not apply" in said and "line 1 is here: A = 0.0" in said
+    assert "does not apply" in said and "line 1 here is: A = 0.0" in said
     assert "was there: A = 0.5" in said and "became there: A = 0.6" in said
     assert [session.repository.content(e.blob) for e in of(session)] == [with_(BASE, C=0.05)]
 
@@ -180,13 +180,13 @@ def test_what_is_here_already_or_no_python_is_said(session, tmp_path, capsys, mo
         base=base,
     )
     said = replayed(session, source, capsys)
-    assert "it changes comments or layout alone" in said and "does not apply" in said
+    assert "it changes only comments or layout" in said and "does not apply" in said
     same = foreign(tmp_path, (BASE.replace(b"A = 0.0", b"A = 0.0000001"), "keep", False), name="same")
     with monkeypatch.context() as patch:  # what is here is the same but for its layout
         patch.setattr(replay, "merged", lambda here, before, after: (here + b"# more\n", []))
-        assert "changes nothing: it is here already" in replayed(session, same, capsys)
+        assert "changes nothing: train.py here has it already" in replayed(session, same, capsys)
         patch.setattr(replay, "merged", lambda here, before, after: (here + b"A = ((\n", []))
-        assert "no Python" in replayed(session, same, capsys)
+        assert "invalid Python" in replayed(session, same, capsys)
     assert len(session.state.experiments) == 1
 
 
@@ -202,7 +202,7 @@ def test_line_ends_of_another_system_are_no_change(session, tmp_path, capsys):
     "make, match",
     [
         (lambda path: foreign(path), "kept no change"),
-        (lambda path: foreign(path, (with_(BASE, A=0.1), "discard", True)), "--all takes its near misses"),
+        (lambda path: foreign(path, (with_(BASE, A=0.1), "discard", True)), "--all tries its near misses"),
         (lambda path: str(path / "nothing.tar.gz"), "there is no session"),
         (
             lambda path: foreign(path, (with_(BASE, A=0.1), "keep", False), device=sessions.DEVICE),
@@ -219,7 +219,7 @@ def test_a_bare_ledger_is_refused(session, tmp_path, capsys):
     path = tmp_path / "h100.tsv"
     path.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\na\t1.0\t1.0\tkeep\tbaseline\n")
     sources.import_session(str(path), "nvidia-h100-80gb")
-    with pytest.raises(LabError, match="a bare ledger: .* nothing to replay"):
+    with pytest.raises(LabError, match="only a ledger: .* nothing to replay"):
         replayed(session, "nvidia-h100-80gb/h100", capsys)
 
 
@@ -336,7 +336,7 @@ def test_what_was_killed_between_verdict_and_further_runs_goes_on(session, tmp_p
             replayed(session, source, capsys, runs=4)
     again = Session(session.folder)
     assert again.state.oldest_open.judged.status == "keep"
-    assert "experiment 1 was interrupted, and comes first" in replayed(again, source, capsys, runs=4)
+    assert "experiment 1 was interrupted, and is finished first" in replayed(again, source, capsys, runs=4)
     first, second = of(again)
     effect = replay.effect(again, first)
     assert first.status == second.status == "keep" and (effect["runs"], effect["parent_runs"]) == (4, 4)
@@ -385,7 +385,7 @@ def test_a_session_that_is_held_or_owned_is_left_alone(session, tmp_path, capsys
         replayed(session, source, capsys)
     replayed(session, source, capsys, dry_run=True)
     session.release()
-    with session.night_lock, pytest.raises(LabError, match="a night owns"):
+    with session.night_lock, pytest.raises(LabError, match="a night is running"):
         replayed(session, source, capsys)
     with session.lock, pytest.raises(LabError, match="lab wait"):
         replayed(Session(session.folder), source, capsys)
@@ -412,7 +412,7 @@ def test_hostile_words_are_cleaned(session, tmp_path, capsys):
 def test_bad_numbers_are_refused(session, tmp_path, capsys):
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False))
     for values in ({"runs": 0}, {"runs": 1000}):
-        with pytest.raises(LabError, match="--runs is at least 1"):
+        with pytest.raises(LabError, match="--runs has to be from 1"):
             replayed(session, source, capsys, **values)
 
 

@@ -62,7 +62,7 @@ def test_the_parent_is_committed_and_the_change_confirmed_against_it_in_a_clone(
         found["stands"] and found["claimed"][0] == pytest.approx(0.1, abs=0.01) and found["found"] == (0.09, 0.07, 0.11)
     )
     assert found["session"] == "reproduce" and "the claim stands" in reproduce.told(found)
-    with pytest.raises(LabError, match="from before"):
+    with pytest.raises(LabError, match="from an earlier call"):
         reproduce.reproduce(record, 1, 2, print)
 
 

@@ -88,7 +88,7 @@ def test_devices_are_given_to_ledgers_in_order(tmp_path, sent):
     assert [record.started.device for record in records] == ["nvidia-h100-80gb", DEVICE, "apple-m4-16gb"]
     with pytest.raises(LabError, match="--device"):
         sources.read_all(names, ["nvidia-h100-80gb"])
-    with pytest.raises(LabError, match="is of none of these"):
+    with pytest.raises(LabError, match="belongs to none of these"):
         sources.read_all([names[1]], ["nvidia-h100-80gb"])
 
 

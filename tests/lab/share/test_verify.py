@@ -26,12 +26,12 @@ from lab.share import sources, verify
         ({"journal.jsonl": None}, "'journal.jsonl'.* is missing"),
         ({"MANIFEST.json": None}, "MANIFEST.json is missing"),
         ({"rows/0099.npz": b"x"}, "rows/0099.npz is not in MANIFEST"),
-        ({"MANIFEST.json": b"[]"}, "holds no object"),
-        ({"MANIFEST.json": b"{"}, "is no JSON"),
+        ({"MANIFEST.json": b"[]"}, "does not hold a JSON object"),
+        ({"MANIFEST.json": b"{"}, "is not JSON"),
         ({"MANIFEST.json": b"{}"}, "is not in MANIFEST"),
         ({"MANIFEST.json": b'{"train.py": 1}'}, "is not in MANIFEST"),
-        ({"MANIFEST.json": b"[" * 100_000}, "is no JSON"),
-        ({"MANIFEST.json": b"\xff\xfe"}, "is no JSON"),
+        ({"MANIFEST.json": b"[" * 100_000}, "is not JSON"),
+        ({"MANIFEST.json": b"\xff\xfe"}, "is not JSON"),
     ],
 )
 def test_files_have_to_be_what_the_manifest_says(sent, tmp_path, changes, match):
@@ -149,7 +149,7 @@ FIRST = {"event": "experiment", "number": 5, "kind": "change", "blob": "a" * 40,
         (lambda e: e[0].update(commit="--output=x"), "line 1"),
         (lambda e: e[0].update(time=-1), r"line 1 .*\$.time"),
         (lambda e: e[0].update(time=1e13), r"line 1 .*\$.time"),
-        (lambda e: e.pop(0), "does not begin with what the session rests on"),
+        (lambda e: e.pop(0), "does not begin with the start of the session"),
         (lambda e: e.append(e[0] | {"tag": "other"}), "contradicts itself"),
         # experiments
         (lambda e: e.append(FIRST), "was made from b+, which is not"),
@@ -175,7 +175,7 @@ FIRST = {"event": "experiment", "number": 5, "kind": "change", "blob": "a" * 40,
         (lambda e: of(e, "experiment", number=2).update(description="x" * 5000), "line [0-9]+"),
         (lambda e: e.remove(of(e, "decided", experiment=2)), "applies experiment 2, which it never decided"),
         # runs
-        (lambda e: of(e, "run", number=4).update(blob="a" * 40), "run 4 is of no train.py of experiment 1"),
+        (lambda e: of(e, "run", number=4).update(blob="a" * 40), "run 4 belongs to no train.py of experiment 1"),
         (lambda e: of(e, "ran", run=4)["result"].update(val_bpb="1"), "run 4 has val_bpb '1'"),
         (lambda e: of(e, "ran", run=4)["result"].update(num_steps=1.5), "run 4 has num_steps 1.5"),
         (lambda e: of(e, "ran", run=4)["result"].update(compiled=1), "run 4 has compiled 1"),
@@ -230,23 +230,23 @@ GOOD = diff(BASE, with_(BASE, A=0.1))
 @pytest.mark.parametrize(
     "text, match",
     [
-        (GOOD.replace("train.py", "prepare.py"), "of nothing else"),
+        (GOOD.replace("train.py", "prepare.py"), "and nothing else"),
         (GOOD.replace("b/train.py", "b/prepare.py"), "nothing else"),
         (GOOD.replace("a/train.py", "/dev/null"), "nothing else"),
         (GOOD.replace("a/train.py", "../train.py"), "nothing else"),
         (GOOD.replace("b/train.py", "b/train.py\tx"), "nothing else"),
-        (GOOD + GOOD.replace("train.py", "prepare.py"), "more than hunks"),
-        (GOOD + GOOD, "more than hunks"),
-        (GOOD + "diff --git a/prepare.py b/prepare.py\n", "more than hunks"),
+        (GOOD + GOOD.replace("train.py", "prepare.py"), "more than changes"),
+        (GOOD + GOOD, "more than changes"),
+        (GOOD + "diff --git a/prepare.py b/prepare.py\n", "more than changes"),
         ("\n" + GOOD, "nothing else"),
         ("diff --git a/train.py b/train.py\nold mode 100644\nnew mode 100755\n" + GOOD, "nothing else"),
         ("diff --git a/train.py b/x.py\nrename from train.py\nrename to x.py\n", "nothing else"),
         ("diff --git a/train.py b/train.py\nindex 1234567..89abcde 120000\n" + GOOD, "nothing else"),
         ("diff --git a/train.py b/train.py\nBinary files differ\n", "nothing else"),
-        (GOOD[:40], "cut short|more than hunks|another train.py"),
+        (GOOD[:40], "cut short|more than changes|another train.py"),
         (GOOD[:-9], "cut short"),
         (GOOD.replace("-1,4 +1,4", "-1,9 +1,9"), "cut short"),
-        (GOOD.replace("-1,4 +1,4", "-1,2 +1,2"), "more than hunks"),
+        (GOOD.replace("-1,4 +1,4", "-1,2 +1,2"), "more than changes"),
         (GOOD.replace(" B = 0.0", "B = 0.0"), "cut short"),
         (GOOD.replace("B = 0.0", "B = 0.1"), "does not fit the train.py"),
         (GOOD.replace("+A = 0.1", "+A = 0.2"), "its diff makes another train.py than was run"),
@@ -333,5 +333,5 @@ def test_arrays_that_unpack_to_too_much_are_refused(sent, tmp_path, monkeypatch)
 def test_losses_that_the_journal_does_not_name_are_refused(sent, tmp_path):
     other = (sent / "rows/0003.npz").read_bytes()
     refused(tampered(sent, **{"rows/0004.npz": other}), tmp_path / "elsewhere", "rows/0004.npz is not what the journal")
-    refused(tampered(sent, **{"rows/0077.npz": other}), tmp_path / "elsewhere", "is of no run that was scored|0004")
-    refused(tampered(sent, **{"rows/0004.npz": None}), tmp_path / "elsewhere", "rows/0077.npz is of no run that was")
+    refused(tampered(sent, **{"rows/0077.npz": other}), tmp_path / "elsewhere", "belongs to no run that|0004")
+    refused(tampered(sent, **{"rows/0004.npz": None}), tmp_path / "elsewhere", "rows/0077.npz belongs to no run")

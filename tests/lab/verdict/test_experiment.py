@@ -137,7 +137,7 @@ def test_an_equal_train_is_answered_from_the_ledger(session, runner):
 
 
 def test_the_best_itself_is_not_run(session):
-    with pytest.raises(LabError, match="not edited"):
+    with pytest.raises(LabError, match="has no edit"):
         attempt(session, TRAIN + b"# only a remark\n")
 
 
@@ -322,7 +322,7 @@ def test_a_run_with_attention_from_elsewhere_is_marked_and_not_judged(session, r
     found = attempt(session, edited(LOSS=0.9, ATTENTION="library sha256:0123456789ab"))
     assert found.status == "invalid" and not found.verdict.judged and len(runner.runs) == before + 1
     assert found.verdict.said.startswith(
-        "not judged: it ran with attention from library sha256:0123456789ab, its parent with that from the framework"
+        "not judged: its attention came from library sha256:0123456789ab, and that of its parent from the framework"
     )
     assert sessions.rows_of(session.ledger)[-1]["status"] == "invalid"
     assert account_of(session.state).staked == 0 and attempt(session, edited(LOSS=0.9)).status == "keep"

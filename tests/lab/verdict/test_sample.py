@@ -70,7 +70,7 @@ def test_both_continue_a_prompt(night, capsys):
     state = State(Journal(night.journal.path).events)
     assert (state.sampled.experiment, state.sampled.best, state.sampled.prompt) == (1, "a time", "Hello")
     shown = page.written([Analysis(Record(state))]).decode()
-    assert "What they write" in shown and "once &lt;b&gt;upon" in shown and "\x1b" not in shown
+    assert "What the models write" in shown and "once &lt;b&gt;upon" in shown and "\x1b" not in shown
     sessions.check(night)
 
 

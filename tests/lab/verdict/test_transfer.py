@@ -48,7 +48,7 @@ def test_the_best_and_the_baseline_are_run_in_turn_at_twice_the_depth(session, r
     assert [b"LOSS = 0.9" in content for content, _ in runs] == [True, False, False, True]
     assert found.verdict.confirmed and "the best at 2 times the depth" in found.verdict.said
     assert session.state.best is best and render.status_facts(session)["transfers"] == [found.verdict.said]
-    assert "CARRIES" in render.block(session, found)
+    assert "HOLDS" in render.block(session, found)
 
 
 def test_a_transfer_is_part_of_what_an_export_tells_and_checks(session):

@@ -110,7 +110,7 @@ def test_what_disturbance_did_to_the_noise_is_told(session):
     for run, disturbance in zip(runs, (0.0, 0.3, 0.6), strict=True):
         run.result.update(disturbance=disturbance, val_bpb=1 + 0.1 * disturbance)
     session.state.ended += 1  # as another run would: the noise is estimated again
-    assert "and took 30% longer for a run (median), which explains " in said_of_noise(session.state)
+    assert "so a run took 30% longer (median). This explains " in said_of_noise(session.state)
     assert noise_of(session.state).explained > 0.5
 
 
