@@ -75,7 +75,7 @@ class Scored(msgspec.Struct):
 @dataclass
 class Device:
     """What the head knows about a worker. `ready`: it may be given work. `gone`: when its connection ended, or None.
-    `run`: the run that it makes, or scores if `scores`. `answer`: to what it was asked about that, None if it was not."""
+    `run`: the run that it makes, or scores if `scores`. `answer`: to what it was asked about that, or None."""
 
     name: str
     ready: bool = False
