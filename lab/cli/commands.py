@@ -244,7 +244,7 @@ def do_log(session: Session, options) -> int:
     experiments = session.state.experiments
     if options.number is None:
         known = list(experiments.values())
-        facts = [render.facts(session, e) for e in known] if options.json else []
+        facts = [render.facts(e) for e in known] if options.json else []
         print(json.dumps(facts, indent=1) if options.json else render.table(known))
         return 0
     if options.number not in experiments:
@@ -436,7 +436,7 @@ def _bar(session: Session, experiment: Experiment):
 def tell(session: Session, options, experiment: Experiment) -> int:
     note = {"note": options.note} if getattr(options, "note", "") else {}
     if options.json:
-        print(json.dumps({**render.facts(session, experiment), **note}, indent=1))
+        print(json.dumps({**render.facts(experiment), **note}, indent=1))
     else:
         print(render.block(session, experiment), *note.values(), sep="\n")
     return 0

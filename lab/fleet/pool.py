@@ -75,7 +75,8 @@ class Scored(msgspec.Struct):
 @dataclass
 class Device:
     """What the head knows of a worker. `ready`: it may be given work. `gone`: since when it is not connected, or None.
-    `run`: what it makes, or scores if `scores`; `answer`: what it was asked of it, None until it can be asked (again)."""
+    `run`: what it makes, or scores if `scores`; `answer`: what it was asked of it, None until it can be asked (again).
+    """
 
     name: str
     ready: bool = False

@@ -184,7 +184,7 @@ def stake_of(experiment: Experiment, state: State) -> float:
 
 
 def _baseline(baseline: Experiment, state: State) -> Plan:
-    if failed := _failure(baseline, baseline.runs, state):
+    if failed := _failure(baseline, baseline.runs):
         return Plan(verdict=failed)
     sound = [run for run in baseline.runs if run.ok]
     if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(state.started.baseline_runs)]):
@@ -211,7 +211,7 @@ def _parent(experiment: Experiment, state: State) -> Experiment:
 
 def _change(change: Experiment, state: State) -> Plan:
     parent = _parent(change, state)
-    if failed := _failure(change, change.own_runs, state):
+    if failed := _failure(change, change.own_runs):
         return Plan(verdict=failed)
     failing = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
     if len(failing) >= TRIES:
@@ -274,7 +274,7 @@ def _shared(block: Experiment, state: State) -> Plan:
     from lab.verdict import shared  # here, because what only reads a session shall start fast
 
     parent = _parent(block, state)
-    if failed := _failure(block, [], state):
+    if failed := _failure(block, []):
         return Plan(verdict=failed)
     noise, edit = noise_of(state).sd, [edits.read(patch.edit) for patch in block.patches]
     begun = [run for run in block.runs if run.status != "lost"]
@@ -315,7 +315,7 @@ def _shared(block: Experiment, state: State) -> Plan:
 def _joint(joint: Experiment, state: State) -> Plan:
     """The best patches of a block as one, and the parent, on fresh seeds; one look at the end."""
     parent = _parent(joint, state)
-    if failed := _failure(joint, joint.runs, state):
+    if failed := _failure(joint, joint.runs):
         return Plan(verdict=failed)
     seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
     asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
@@ -341,7 +341,7 @@ def _further(change: Experiment, state: State) -> Plan:
         judged = Verdict(of.verdict.status, because("further_runs", of=of.number))
     if judged is None or parent is None:
         raise ValueError(f"experiment {change.number} has no verdict that further runs could leave as it is")
-    if not _failure(change, change.runs, state):
+    if not _failure(change, change.runs):
         seeds = [gate.seed(i) for i in range(change.min_runs)]
         jobs = [job for blob in (parent.blob, change.blob) for job in _missing(state, blob, seeds, Urgency.FURTHER)]
         if jobs or _under_way(change):
@@ -355,7 +355,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     """A train.py and its parent in turn, the best and the baseline mostly, on seeds that selected nothing; each run's
     weights are scored on held-out rows."""
     of = state.parent_of(confirmation) or state.baseline
-    if failed := _failure(confirmation, confirmation.runs, state):
+    if failed := _failure(confirmation, confirmation.runs):
         return Plan(verdict=failed)
     sound = _with_weights([run for run in confirmation.runs if run.ok])
     if unscored := tuple(run.number for run in sound if run.scored is None):
@@ -388,7 +388,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
 
 def _scale(scale: Experiment, state: State) -> Plan:
     """The baseline for other times, on new seeds, the times in turn: what a score is worth in time."""
-    if failed := _failure(scale, scale.runs, state):
+    if failed := _failure(scale, scale.runs):
         return Plan(verdict=failed)
     asked = {(run.budget, run.seed) for run in scale.runs if run.ok or run.ended is None}
     seeds = [CONFIRM_SEEDS + 100 * scale.number + round for round in range(scale.pairs)]
@@ -428,7 +428,7 @@ def _under_way(experiment: Experiment) -> bool:
 # --- Why runs are not believed ---
 
 
-def _failure(experiment: Experiment, runs: list[Run], state: State) -> Verdict | None:
+def _failure(experiment: Experiment, runs: list[Run]) -> Verdict | None:
     """The verdict on runs that failed or were interrupted too often, or on a lab that fails at it."""
     for run in experiment.runs:
         if run.reason and run.reason.code in ("other_attention", "other_conditions"):

@@ -122,7 +122,7 @@ def test_a_run_that_was_ended_is_done_again_with_its_seed_and_counts_for_nothing
     executor.supervise(quick)
     runs = quick.state.last.own_runs
     assert {run.seed for run in runs[: ended + 1]} == {runs[0].seed} and runs[ended].status == "ok"
-    assert quick.state.last.status == "keep" and len(render.facts(quick, quick.state.last)["runs"]) < len(runs)
+    assert quick.state.last.status == "keep" and len(render.facts(quick.state.last)["runs"]) < len(runs)
     check(quick)
     assert Session(quick.folder).state.last.verdict == quick.state.last.verdict
 
