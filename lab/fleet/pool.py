@@ -32,7 +32,7 @@ from lab.fleet.settings import STATUS
 from lab.fleet.wire import Hub, Lost, PIECE, Refused
 from lab.fleet.worker import archive_of, version
 from lab.reasons import Reason, because
-from lab.run import outcome, runner
+from lab.run import log as logs, outcome, processes, runner
 from lab.run.outcome import Outcome
 from lab.session import events
 from lab.session.session import Session
@@ -290,7 +290,7 @@ class Pool:
         if device.gone is None:
             device.gone = time.monotonic()
         started = self._started.get(name)
-        dead = started is not None and not _runs(started.process)
+        dead = started is not None and not processes.runs(started.process)
         return dead or bool(device.refused) or name in self.hub.left or time.monotonic() > device.gone + GRACE
 
     # --- Workers on this machine ---
@@ -298,11 +298,8 @@ class Pool:
     def _find_started(self) -> None:
         """Those that a head before this one has left."""
         for name in self.wanted:
-            with suppress(OSError, ValueError, KeyError, psutil.Error):
-                known = json.loads((self.folder / f"{_file(name)}.json").read_text())
-                process = psutil.Process(known["pid"])
-                if process.create_time() == known["created"]:
-                    self._started[name] = Started(process, self.folder / f"{_file(name)}.log")
+            if process := processes.noted(self.folder / f"{_file(name)}.json"):
+                self._started[name] = Started(process, self.folder / f"{_file(name)}.log")
 
     def _look_after_started(self) -> None:
         """Starts those that are not there."""
@@ -313,12 +310,12 @@ class Pool:
             raise LabError("no device can be used: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
         for name in self.wanted:
             started = self._started.get(name)
-            if name in refused or started and _runs(started.process):
+            if name in refused or started and processes.runs(started.process):
                 continue
             starts = started.starts + 1 if started else 1
             if starts > MOST_STARTS:
-                last = _last_line(started.log) if started else ""
-                raise LabError(f"the worker of {name} ends again and again: {last}")
+                last = logs.last_line(started.log) if started else ""
+                raise LabError(f"the worker of {name} ends again and again: {last or 'it says nothing'}")
             self._start(name, starts)
 
     def _start(self, name: str, starts: int) -> None:
@@ -333,9 +330,7 @@ class Pool:
                 command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie is left
-        with suppress(psutil.Error):
-            known = psutil.Process(process.pid)
-            storage.write_json(self.folder / f"{_file(name)}.json", {"pid": known.pid, "created": known.create_time()})
+        if known := processes.note(self.folder / f"{_file(name)}.json", process.pid):
             self._started[name] = Started(known, log, starts)
 
     # --- Orders ---
@@ -514,16 +509,5 @@ class Pool:
             storage.write_json(self.folder / STATUS, {"time": 0.0 if over else time.time(), "devices": rows})
 
 
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 def _file(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z.-]", "-", name)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it says nothing"

@@ -29,6 +29,7 @@ from backends import machine
 from lab.errors import LabError
 from lab.fleet.wire import PIECE
 from lab.reasons import Reason, because
+from lab.run import log
 from lab.session.locks import device_lock
 from lab.session.session import PASSED_ON, differing
 
@@ -114,7 +115,7 @@ class Worker:
         facts = {"hot": bool(identity.overheated() or heat.get("margin", 1) <= 0), **heat}
         for doing in list(self.doing.values()):
             if not doing.trained.done():
-                facts |= {"run": doing.number, "log": _end_of(doing.folder / "run.log", TAIL)}
+                facts |= {"run": doing.number, "log": log.tail(doing.folder / "run.log", TAIL)}
         return facts
 
     def welcomed(self, welcome: dict) -> None:
@@ -299,7 +300,7 @@ class Worker:
                     "result": made.result,
                     "seconds": made.seconds,
                     "traceback": made.traceback,
-                    "log": _end_of(doing.folder / "run.log", LOG_SENT),
+                    "log": log.tail(doing.folder / "run.log", LOG_SENT),
                 }
                 doing.trained.set_result(answer)
             except BaseException as error:
@@ -433,12 +434,3 @@ def _files(manifest: dict) -> dict[str, dict]:
     import dataset
 
     return dataset.known_files(manifest)
-
-
-def _end_of(path: Path, most: int) -> bytes:
-    with suppress(OSError):
-        if path.is_file():  # a pipe would be waited for
-            with open(path, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - most))
-                return file.read(most)
-    return b""

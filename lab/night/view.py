@@ -27,6 +27,7 @@ from rich.text import Text
 from lab import untrusted
 from lab.fleet import settings
 from lab.night.limits import Trouble
+from lab.run import log as logs
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment, Run, State
 from lab.untrusted import counted, one_line
@@ -92,13 +93,8 @@ def progress_of(log: Path) -> dict:
 
     A run may have printed anything: only lines that look like progress count, and of them only numbers.
     """
-    text, last, losses = "", {}, []
-    with suppress(OSError):
-        if log.is_file():  # a pipe would be waited for
-            with open(log, "rb") as file:
-                file.seek(max(0, log.stat().st_size - TAIL))
-                text = file.read(TAIL).decode("utf-8", errors="replace")
-    for line in text.split("\n"):
+    last, losses = {}, []
+    for line in logs.tail(log, TAIL).decode("utf-8", errors="replace").split("\n"):
         matches = {name: pattern.search(line[:LONGEST]) for name, pattern in PROGRESS.items()}
         values = {name: float(match[1].replace(",", "")) for name, match in matches.items() if match}
         if "step" in values and "loss" in values and values.get("percent", 0) <= 100:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 import storage
 from lab.errors import LabError
 from lab.reasons import because
+from lab.run import processes
 from lab.session import ledger
 from lab.session.events import Event, ExperimentOpened, RunEnded, RunStarted, SessionStarted
 from lab.session.journal import Journal
@@ -135,12 +135,7 @@ class Session:
     @property
     def starting(self) -> bool:
         """Whether the process that was launched last still runs: until it has the lock, nothing else tells."""
-        try:
-            known = json.loads((self.folder / SUPERVISOR).read_bytes())
-            process = psutil.Process(known["pid"])
-            return process.create_time() == known["created"] and process.status() != psutil.STATUS_ZOMBIE
-        except (OSError, ValueError, KeyError, psutil.Error):
-            return False
+        return processes.noted(self.folder / SUPERVISOR) is not None
 
     @property
     def owned_by_night(self) -> bool:

@@ -14,19 +14,18 @@ import statistics
 import subprocess
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import filelock
 import numpy as np
-import psutil
 
 import disturbance
 import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
-from lab.run import runner
+from lab.run import processes, runner
 from lab.run.guard import OWN
 from lab.run.outcome import Outcome
 from lab.session import events
@@ -58,9 +57,7 @@ def launch(session: Session) -> subprocess.Popen:
             start_new_session=os.name == "posix",
             creationflags=(subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS) if os.name == "nt" else 0,  # pyright: ignore
         )
-    with suppress(psutil.Error):  # it has ended already
-        known = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
-        storage.write_json(session.folder / SUPERVISOR, known)
+    processes.note(session.folder / SUPERVISOR, process.pid)
     return process
 
 

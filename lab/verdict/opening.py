@@ -18,7 +18,7 @@ from lab.genome.change import diff, identify
 from lab.genome.kinds import of_change
 from lab.genome.syntax import TRAIN, describe
 from lab.reasons import because, sentence
-from lab.run import runner
+from lab.run import log, runner
 from lab.session.events import ExperimentApplied, ExperimentDecided, Verdict
 from lab.session.locks import refuse_if_busy
 from lab.session.session import Session
@@ -239,6 +239,4 @@ def await_verdict(
 
 def last_words(session: Session) -> str:
     """The last line that the process which carries out experiments has left."""
-    log = session.folder / "supervisor.log"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it was killed"
+    return log.last_line(session.folder / "supervisor.log") or "it was killed"
