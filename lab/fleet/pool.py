@@ -342,12 +342,7 @@ class Pool:
             device.scores = True
             device.answer = self.hub.call(device.name, "score", number=order.score)
             return
-        job = order.job
-        assert job is not None
-        executor.reserve(session, order)
-        session.restore_judge()
-        session.write_ledger()
-        self._ask(device, executor.begin(session, order.experiment, job, device.name))
+        self._ask(device, executor.begin(session, order, device.name))
 
     def _ask(self, device: Device, run: Run) -> None:
         """Has a worker make a run, or asks for one that it makes already."""
@@ -414,18 +409,17 @@ class Pool:
             return
         made = msgspec.convert(answer, Made)
         result = outcome.sound(made.result or {})
-        reason, status = made.reason, made.status
+        told = Outcome(made.status, made.reason, result or None, made.seconds, made.traceback)
         (folder / "run.log").write_bytes(made.log)
-        if status == "ok":
+        if told.status == "ok":
             if lacks := [measure.name for measure in MEASURES if measure.needed and measure.name not in result]:
                 raise LabError(f"it tells nothing of {', '.join(lacks)}")
             device.tokens = result.get("tokens_per_second")
             wrong = executor.other_conditions(session, result) or executor.other_attention(session, result)
             if wrong:
                 self._refuse(device, str(wrong))
-                status, reason = "lost", because("device_differs", what=wrong)
-        told = Outcome(status, reason, result or None, made.seconds, made.traceback)
-        executor.ended(session, run, told, status, reason)
+                told.status, told.reason = "lost", because("device_differs", what=wrong)
+        executor.ended(session, run, told)
 
     def _fetch_weights(self, name: str, run: Run, size: int) -> None:
         with storage.atomic(self.session.run_folder(run.number) / "result.safetensors") as file:
@@ -443,8 +437,7 @@ class Pool:
         if device.scores:
             self.session.log(events.RunScored(run=run.number, problem=because("weights_lost")))
         elif run.ended is None:
-            made = Outcome("lost", because("device_differs", what=why))
-            executor.ended(self.session, run, made, made.status, made.reason)
+            executor.ended(self.session, run, Outcome("lost", because("device_differs", what=why)))
             self._refuse(device, why)
 
     def _refuse(self, device: Device, why: str) -> None:
@@ -456,8 +449,7 @@ class Pool:
         """The run of a device that was lost; it is made again elsewhere."""
         run, device.run = device.run, None
         if run and run.ended is None:
-            made = Outcome("lost", because("device_lost"))
-            executor.ended(self.session, run, made, made.status, made.reason)
+            executor.ended(self.session, run, Outcome("lost", because("device_lost")))
 
     def _drop(self, device: Device) -> None:
         """Has a worker forget runs that nothing is wanted of any more: also those that were given up."""

@@ -66,7 +66,7 @@ def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_
     pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive={})})  # pyright: ignore[reportAttributeAccessIssue]
     first, second = orders(session.state)[:2]
     assert first.job and second.job
-    run = executor.begin(session, first.experiment, first.job, "cpu")
+    run = executor.begin(session, first, "cpu")
     pool.devices["cpu"] = Device("cpu", ready=True)
     assert pool.makes(run) and not pool.begin([second])
     assert pool.devices["cpu"].run is run
