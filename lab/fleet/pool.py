@@ -8,6 +8,7 @@ killed at any moment: the next one asks the workers for what they have.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from lab.fleet.invitation import Invitation
 from lab.fleet.join import OVER
 from lab.fleet.settings import STATUS
 from lab.fleet.wire import Hub, Lost, PIECE, Refused
-from lab.fleet.worker import archive_of, version
+from lab.fleet.worker import ARCHIVE, archive_of, version
 from lab.reasons import Reason, because
 from lab.run import log as logs, outcome, processes, runner
 from lab.run.outcome import Outcome
@@ -237,15 +238,8 @@ class Pool:
             self.hub.stir.set()
 
     def _send(self, name: str, path: str) -> None:
-        if path == "judge.tar.gz":
-            content = self.archive
-            for offset in range(0, len(content), PIECE):
-                piece = content[offset : offset + PIECE]
-                last = offset + PIECE >= len(content)
-                self.hub.call(name, "put", path=path, offset=offset, content=piece, last=last).result()
-            return
-        with open(storage.home() / path, "rb") as file:
-            size, offset = os.fstat(file.fileno()).st_size, 0
+        with io.BytesIO(self.archive) if path == ARCHIVE else open(storage.home() / path, "rb") as file:
+            size, offset = file.seek(0, os.SEEK_END), file.seek(0)
             while offset < size or not offset:
                 piece = file.read(PIECE)
                 last = offset + len(piece) >= size
@@ -255,7 +249,6 @@ class Pool:
     def _facts(self) -> dict:
         """What a worker is told of the session."""
         session, started, local = self.session, self.session.started, self.session.local
-        folder = storage.home() / "data" / local.settings.get("AUTORESEARCH_DATA", started.dataset)
         machines_own = ("AUTORESEARCH_HOME", "AUTORESEARCH_PROFILE")
         return {
             "session": session.name,
@@ -264,8 +257,8 @@ class Pool:
             "versions": started.versions,
             "judge": local.judge,
             "archive": hashlib.sha256(self.archive).hexdigest(),
-            "dataset": folder.name,
-            "manifest": (folder / "manifest.json").read_text(encoding="utf-8"),
+            "dataset": session.dataset.name,
+            "manifest": (session.dataset / "manifest.json").read_text(encoding="utf-8"),
             "settings": {name: value for name, value in local.settings.items() if name not in machines_own},
             "profile": session.profile,
             "sandbox": started.sandbox,

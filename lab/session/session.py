@@ -113,6 +113,11 @@ class Session:
     def device_lock(self) -> Lock:
         return device_lock(self.started.device, self.local.gpu)
 
+    @property
+    def dataset(self) -> Path:
+        """The folder of its dataset."""
+        return storage.home() / "data" / self.local.settings.get("AUTORESEARCH_DATA", self.started.dataset)
+
     def log(self, event: Event) -> None:
         """Journals an event, and takes it into the state."""
         for new in self.journal.append(event):

@@ -7,7 +7,8 @@ from nights import begin, impatient, processes, state_of, until
 from sessions import check, make
 
 from lab.fleet.pool import Device, Pool
-from lab.session.session import Session
+from lab.fleet.worker import ARCHIVE, Worker, archive_of
+from lab.session.session import Session, fingerprints
 from lab.verdict import executor
 from lab.verdict.plan import orders
 
@@ -57,6 +58,20 @@ def test_a_head_that_is_killed_fetches_what_was_made_meanwhile(project, isolated
     session = Session(project.folder)
     check(session)
     assert all(run.ok for run in session.state.runs.values())  # none was lost
+
+
+def test_a_worker_restores_a_judge_that_was_fetched_for_an_earlier_head(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "prepare.py").write_text("BUDGET = 300\n")
+    pinned = fingerprints(tmp_path / "judge")
+    worker = Worker("cpu", "cpu", {}, None, local=True)
+    worker.facts = {"judge": pinned, "archive": "another, with the same files"}
+    worker.root.mkdir(parents=True)
+    (worker.root / ARCHIVE).write_bytes(archive_of(tmp_path / "judge", pinned))
+    assert worker._restore_judge() == ["prepare.py"] and worker._restore_judge() == []
+    (worker.judge / "prepare.py").write_text("BUDGET = 3000\n")
+    assert worker._restore_judge() == ["prepare.py"] and fingerprints(worker.judge) == pinned
 
 
 def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_path):
