@@ -322,7 +322,7 @@ class Night:
         there is none to open."""
         session, runs = self.session, shared.BLOCK
         if block := blocks.untested(session.state):
-            with exclusive(session, PATIENCE, self.view.say):
+            with self._alone():
                 blocks.open_joint(session, block)
             return True
         noise = noise_of(session.state).sd
@@ -336,7 +336,7 @@ class Night:
         patches = findings.patches(session) if long_enough else []
         if len(patches) < FEWEST_SHARED:
             return False
-        with exclusive(session, PATIENCE, self.view.say):
+        with self._alone():
             blocks.open_block(session, patches, runs)
         return True
 
