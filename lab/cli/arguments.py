@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
     )
     night("--agent", "called once for each experiment: gets a prompt on its input, and edits train.py", "COMMAND")
-    night("--agents", "let so many turns of the agent go on at once, beside what runs", **seeds)
+    night("--agents", "let so many turns of the agent go on at once, beside what runs", default=0, **seeds)
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
     text = "try what was found elsewhere first, as lab findings lists it (the default without an agent)"
     night("--findings", text, action=argparse.BooleanOptionalAction)

@@ -204,11 +204,17 @@ def _run(session: Session, candidate: Candidate, onto: Experiment, options) -> E
     with opening.exclusive(session, device=True):
         if session.state.open or options.stack and session.state.best is not onto:
             raise LabError("another command has begun an experiment meanwhile: python -m lab wait, then replay again")
-        facts = _further_runs(candidate.again) if candidate.again else _made(session, candidate, onto, options.stack)
-        experiment = session.open_experiment(**{"origin": candidate.origin} | facts, min_runs=options.runs)
+        experiment = opened(session, candidate, onto, options.runs, options.stack)
         process = executor.launch(session)
     opening.await_verdict(session, experiment, process)
     return experiment
+
+
+def opened(session: Session, candidate: Candidate, onto: Experiment, runs: int, stack: bool = False) -> Experiment:
+    """Journals a candidate as an experiment, or as further runs of one. With the lock held, or by a night that has
+    several devices; arguments as of `look`."""
+    facts = _further_runs(candidate.again) if candidate.again else _made(session, candidate, onto, stack)
+    return session.open_experiment(**{"origin": candidate.origin} | facts, min_runs=runs)
 
 
 def _further_runs(known: Experiment) -> dict:

@@ -177,19 +177,6 @@ def open_change(
     return None
 
 
-def open_replay(session: Session, content: bytes, description: str, more: dict) -> None:
-    """Journals a train.py that has a change of elsewhere as an experiment against the baseline, beside the branch.
-
-    Args:
-        more: facts of ExperimentOpened: kind, origin, min_runs.
-    """
-    repository, baseline = session.repository, session.state.baseline
-    if b"\r\n" in repository.content(baseline.blob):
-        content = content.replace(b"\n", b"\r\n")
-    facts = facts_of_change(session, baseline, content) | {"description": description, **more}
-    session.open_experiment(commit=repository.commit(baseline.commit, facts["blob"], description), **facts)
-
-
 def open_transfer(session: Session, best: Experiment, depth: float, times: float, pairs: int) -> None:
     """Journals the baseline and the best in another size, see genome/resize.py. LabError if they can't be resized."""
     from lab.genome.resize import resized  # here, as calibration's rules import much

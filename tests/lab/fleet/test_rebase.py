@@ -6,8 +6,8 @@ import time
 import pytest
 import sessions
 from nights import sound
-from sessions import check, edited
-from test_loop import Alive, Seen, options
+from sessions import Alive, check, edited
+from test_loop import Seen, options
 
 import storage
 from lab.cli import render

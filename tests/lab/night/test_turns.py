@@ -10,25 +10,19 @@ import pytest
 import sessions
 from nights import sound
 from sessions import check, edited
-from test_loop import Alive, Seen, options
+from test_loop import Seen, options
 
 from lab.errors import LabError
-from lab.night import agent, limits, loop
+from lab.night import agent, loop
 from lab.session.events import TurnTaken
 from lab.session.session import Session
-from lab.verdict import executor
 
 STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))}"
 
 
 @pytest.fixture
-def session(tmp_path, runner, monkeypatch):
-    session = sessions.make(tmp_path / "project")
-    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
-    monkeypatch.setattr(limits, "troubles", lambda session: [])
-    monkeypatch.setattr(loop, "POLL", 0.001)
-    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
-    return session
+def session(tmp_path, runner, at_once):
+    return sessions.make(tmp_path / "project")
 
 
 @pytest.fixture
