@@ -95,7 +95,7 @@ class Session:
     @property
     def budget(self) -> float:
         """Seconds of training of a run."""
-        return self.started.budget or 0.0
+        return self.state.budget
 
     @cached_property
     def repository(self) -> Repository:

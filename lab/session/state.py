@@ -166,6 +166,11 @@ class State:
     def name(self) -> str:
         return f"{self.started.device}/{self.started.tag}"
 
+    @property
+    def budget(self) -> float:
+        """Seconds of training of a run; 0 where a ledger does not tell."""
+        return self.started.budget or 0.0
+
     # --- Taking events ---
 
     def take(self, event: Event) -> None:
