@@ -86,7 +86,6 @@ class Device:
     run: Run | None = None
     answer: Future | None = None
     scores: bool = False
-    asked: Run | None = None  # the last run that it was asked for
     tokens: float | None = None  # per second, of its last run
 
     @property
@@ -331,7 +330,7 @@ class Pool:
     def _give(self, device: Device, order: Order) -> None:
         session = self.session
         if order.score is not None:
-            device.run = device.asked = session.state.runs[order.score]
+            device.run = session.state.runs[order.score]
             device.scores = True
             device.answer = self.hub.call(device.name, "score", number=order.score)
             return
@@ -340,7 +339,7 @@ class Pool:
     def _ask(self, device: Device, run: Run) -> None:
         """Has a worker make a run, or asks for one that it makes already."""
         asked = executor.request(self.session, run)
-        device.run, device.asked, device.scores = run, run, False
+        device.run, device.scores = run, False
         device.answer = self.hub.call(
             device.name,
             "run",
@@ -360,14 +359,15 @@ class Pool:
         if member is None and device.gone is None:
             device.gone, device.ready = time.monotonic(), False
         if device.answer and device.answer.done():
-            answer, device.answer = device.answer, None
+            answer, device.answer, run = device.answer, None, device.run
+            assert run is not None
             try:
-                self._take(device, answer.result())
+                self._take(device, run, answer.result())
             except Lost:
                 if device.scores:  # it is asked for again
                     device.run = None
             except (Exception, LabError) as error:
-                self._failed(device, str(error))
+                self._failed(device, run, str(error))
         if member and device.ready and device.answer is None:
             if device.run:  # one that the head before this one had begun, or from before the connection was lost
                 if device.run.number in member.hello["runs"]:
@@ -382,9 +382,8 @@ class Pool:
             with suppress(OSError, TypeError):
                 (self.session.run_folder(run.number) / "run.log").write_bytes(member.alive["log"])
 
-    def _take(self, device: Device, answer: dict) -> None:
-        session, run, scores = self.session, device.run, device.scores
-        assert run is not None
+    def _take(self, device: Device, run: Run, answer: dict) -> None:
+        session, scores = self.session, device.scores
         experiment, folder = session.state.experiments[run.experiment], session.run_folder(run.number)
         device.run = None
         if member := self.hub.members.get(device.name):
@@ -422,11 +421,9 @@ class Pool:
                     raise LabError("its weights are cut short")
                 file.write(piece["content"])
 
-    def _failed(self, device: Device, why: str) -> None:
+    def _failed(self, device: Device, run: Run, why: str) -> None:
         """A worker could not do what it was asked for, which is not the fault of what it was to run."""
-        run = device.asked
         device.run = None
-        assert run is not None
         if device.scores:
             self.session.log(events.RunScored(run=run.number, problem=because("weights_lost")))
         elif run.ended is None:
