@@ -14,7 +14,7 @@ from lab.compare.published import Finding
 from lab.errors import LabError
 from lab.genome import edits
 from lab.genome.merge import merged
-from lab.genome.syntax import describe
+from lab.genome.syntax import describe, text_of, with_ends_of
 from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
@@ -43,9 +43,7 @@ def tried(state: State) -> dict[str, Experiment]:
 
 def apply(finding: Finding, content: bytes) -> bytes:
     """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply."""
-    text = content.decode("utf-8-sig", "replace")
-    edited = finding.edit.apply(text.replace("\r\n", "\n"))
-    return (edited.replace("\n", "\r\n") if "\r\n" in text else edited).encode()
+    return with_ends_of(content, finding.edit.apply(text_of(content)).encode())
 
 
 def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], float] = float) -> Iterator[Idea]:

@@ -18,7 +18,7 @@ from lab import untrusted
 from lab.errors import LabError
 from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
-from lab.genome.syntax import describe, normalised
+from lab.genome.syntax import describe, normalised, with_ends_of
 from lab.session.record import Record
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment
@@ -230,9 +230,7 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
     head = opening.head_of_best(session) if stack else onto.commit
     if stack and describe(repository.train()).digest != onto.digest:
         raise LabError("train.py has an edit of yours; run that first, or put it back: git checkout -- train.py")
-    content = candidate.content or b""
-    if b"\r\n" in repository.content(onto.blob):
-        content = content.replace(b"\n", b"\r\n")
+    content = with_ends_of(repository.content(onto.blob), candidate.content or b"")
     facts = opening.facts_of_change(session, onto, content) | {"description": candidate.description}
     commit = repository.commit(head, facts["blob"], candidate.description)
     return facts | {"kind": "change" if stack else "replay", "commit": commit}
