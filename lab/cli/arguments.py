@@ -166,7 +166,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; ends the process for those that don't go together."""
     whole = parser()
     options = whole.parse_args(arguments)
-    for both in (("each", "stack"), ("agent", "proposer")):
+    for both in (("each", "stack"), ("agent", "proposer"), ("scale", "file")):
         if all(getattr(options, name, None) for name in both):
             whole.error(f"--{both[0]} and --{both[1]} don't go together: give one of them")
     if options.command == "night" and options.findings is None:
