@@ -175,12 +175,11 @@ def progress_facts(session: Session, experiment: Experiment) -> dict:
     done = sum(run.status not in (None, "lost") for run in experiment.runs)
     known = {"experiment": experiment.number, "status": "running", "runs_done": done}
     if now:
-        expected = (now.budget or session.budget) + (session.state.overhead() or 30)
         known |= {
             "run": now.number,
             "seed": now.seed,
             "of": "change" if now.blob == experiment.blob else "parent",
-            "seconds_left": round(max(1.0, now.time + expected - time.time())),
+            "seconds_left": round(max(1.0, session.state.end_of(now) - time.time())),
         }
     return known
 

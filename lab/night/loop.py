@@ -198,9 +198,8 @@ class Night:
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
-        budget = self.session.budget
-        took = [run.seconds for run in self.session.state.runs.values() if run.ok and run.budget == budget]
-        needed = LAST_MOMENT * (statistics.median(took) if took else budget)
+        took = self.session.state.took()
+        needed = LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
         if self.now.phase != THINKING and self.options.agent and self._agent_is_due():
             turns = [turn.seconds for turn in self.turns if turn.seconds]
             needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)

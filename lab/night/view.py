@@ -226,7 +226,6 @@ class View:
     def _of_run(self, experiment: Experiment, run: Run, progress: dict) -> list[str]:
         """A run under way in numbers."""
         budget, percent = run.budget or self.session.budget, progress.get("percent", 0.0)
-        ends = run.time + budget + (self.session.state.overhead() or 30.0)
         whose = "" if experiment.kind == "baseline" else "of its parent, "
         whose = "of the change, " if whose and run in experiment.own_runs else whose
         if experiment.kind == "shared":
@@ -234,7 +233,9 @@ class View:
         stands = "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else "starts"
         if progress and not percent:
             stands = f"step {progress['step']:.0f}"
-        left = max(budget * (1 - percent / 100), ends - time.time())  # the start may take as long as it likes
+        left = max(
+            budget * (1 - percent / 100), self.session.state.end_of(run) - time.time()
+        )  # the start may take as long as it likes
         parts = [f"run {run.number} ({whose}seed {run.seed})", stands, f"{lasting(left)} left"]
         parts += [f"loss {progress['loss']:.4g}"] if progress else []
         parts += [f"{progress['tok_per_s']:,.0f} tokens/s"] if progress.get("tok_per_s") else []

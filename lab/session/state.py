@@ -313,6 +313,14 @@ class State:
         took = [run.seconds - run.result["training_seconds"] for run in self.runs.values() if run.ok]
         return max(took, default=None)
 
+    def end_of(self, run: Run) -> float:
+        """When a run that is under way is likely to end, in seconds since the epoch."""
+        return run.time + (run.budget or self.budget) + (self.overhead() or 30.0)
+
+    def took(self) -> list[float]:
+        """Seconds that sound runs for the session's budget took, from start to end."""
+        return [run.seconds for run in self.runs.values() if run.ok and run.budget == self.budget]
+
 
 def _by_seed(runs: Iterable[Run]) -> dict[int, Run]:
     return {-run.number if run.seed is None else run.seed: run for run in runs if run.ok}

@@ -9,12 +9,11 @@ far, and what is kept moves the branch.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lab import untrusted
+from lab.compare import effects
 from lab.errors import LabError
 from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
@@ -242,12 +241,11 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
 def effect(session: Session, experiment: Experiment) -> dict | None:
     """How much it moved val_bpb, by all runs of it and of its parent, in bits per byte, with the 90 % interval; None if
     they have no scores."""
-    own, parent = (list(session.state.results(blob or "").values()) for blob in (experiment.blob, experiment.parent))
+    own, parent = (list(session.state.believed(blob or "").values()) for blob in (experiment.blob, experiment.parent))
     if not own or not parent or experiment.status not in ("keep", "discard"):
         return None
-    noise, value = noise_of(session.state), statistics.fmean(own) - statistics.fmean(parent)
-    half = gate.t_quantile(0.05, noise.df) * noise.sd * math.sqrt(1 / len(own) + 1 / len(parent))
-    return {"value": value, "low": value - half, "high": value + half, "runs": len(own), "parent_runs": len(parent)}
+    found = effects.between(own, parent, noise_of(session.state))
+    return {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
 
 
 def _told(session: Session, candidate: Candidate) -> str:

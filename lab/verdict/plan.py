@@ -102,7 +102,7 @@ def plan(experiment: Experiment, state: State) -> Plan:
     failed = _failure(experiment, runs)
     made = Plan(verdict=failed) if failed else of_kind(experiment, state)
     # A verdict waits for the runs of this experiment that other devices are making.
-    return Plan() if made.verdict and _under_way(experiment) else made
+    return Plan() if made.verdict and experiment.run_under_way else made
 
 
 # --- What every session's verdicts rest on ---
@@ -191,7 +191,7 @@ def _baseline(baseline: Experiment, state: State) -> Plan:
     sound = [run for run in baseline.runs if run.ok]
     if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(state.started.baseline_runs)]):
         return Plan(jobs)
-    if _under_way(baseline):
+    if baseline.run_under_way:
         return Plan()
     last = next(iter(_with_weights(sound)[::-1]), None)
     if last is None:
@@ -287,12 +287,12 @@ def _shared(block: Experiment, state: State) -> Plan:
     )
     plain = screening.plainly_good() if len(ended) % shared.BARE == shared.BARE - 1 else []
     if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain and not screening.hopeless:
-        if screening.searching and _under_way(block):
+        if screening.searching and block.run_under_way:
             return Plan()
         members = screening.next(len(begun))
         job = Job(parent.blob, SHARED_SEED + block.number, state.budget, Urgency.FIRST, patches=members)
         return Plan((job,))
-    if _under_way(block):
+    if block.run_under_way:
         return Plan()
     estimates = screening.estimates()
     chosen = screening.chosen(estimates)
@@ -316,7 +316,7 @@ def _joint(joint: Experiment, state: State) -> Plan:
     seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
     asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
     wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
-    if wanted or _under_way(joint):
+    if wanted or joint.run_under_way:
         stake = stake_of(joint, state) if joint.stake is None else None
         return Plan(tuple(Job(blob, seed, state.budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
     sound = [run for run in joint.runs if run.ok]
@@ -337,7 +337,7 @@ def _further(change: Experiment, state: State) -> Plan:
     if not _failure(change, change.runs):
         seeds = [gate.seed(i) for i in range(change.min_runs)]
         jobs = [job for blob in (parent.blob, change.blob) for job in _missing(state, blob, seeds, Urgency.FURTHER)]
-        if jobs or _under_way(change):
+        if jobs or change.run_under_way:
             return Plan(tuple(sorted(jobs, key=lambda job: job.seed)))
     means = [state.results(blob).values() for blob in (change.blob, parent.blob)]
     mean, parent_mean = (statistics.fmean(scores) if scores else None for scores in means)
@@ -360,7 +360,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     ]
     asked = {(run.blob, run.seed) for run in confirmation.runs if run in sound or run.ended is None}
     jobs = [Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in order if (blob, seed) not in asked]
-    if jobs or _under_way(confirmation):
+    if jobs or confirmation.run_under_way:
         return Plan(tuple(jobs))
     runs = {(run.blob, run.seed): run.scored for run in sound}
 
@@ -383,7 +383,7 @@ def _scale(scale: Experiment, state: State) -> Plan:
     seeds = [CONFIRM_SEEDS + 100 * scale.number + round for round in range(scale.pairs)]
     times = [share * state.budget for share in SCALES]
     wanted = [(time, seed) for seed in seeds for time in times if (time, seed) not in asked]
-    if wanted or _under_way(scale):
+    if wanted or scale.run_under_way:
         return Plan(tuple(Job(scale.blob, seed, time, Urgency.REPEAT) for time, seed in wanted))
     means = [statistics.fmean(run.bpb for run in scale.runs if run.ok and run.budget == time) for time in times]
     points = ", ".join(f"{mean:.6f} after {time:g} s" for time, mean in zip(times, means))
@@ -408,10 +408,6 @@ def _with_weights(runs: list[Run]) -> list[Run]:
         return bool(run.scored and run.scored.problem and run.scored.problem.code == "weights_lost")
 
     return [run for run in runs if not lost(run)]
-
-
-def _under_way(experiment: Experiment) -> bool:
-    return any(run.ended is None for run in experiment.runs)
 
 
 # --- Why runs are not believed ---
