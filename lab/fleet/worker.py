@@ -27,7 +27,6 @@ import msgspec
 
 import dataset
 import storage
-from backends import machine
 from calibration import identity
 from lab.errors import LabError
 from lab.fleet import here
@@ -287,8 +286,7 @@ class Worker:
     def _request(self, doing: Doing, **facts):
         known, settings = self.facts, {**self.facts["settings"]}
         if not self.local:  # the user's of this machine, and not of the head's
-            for name in (*(f"AUTORESEARCH_{name}" for name in PASSED_ON), *machine.CHOOSING_GPUS):
-                settings[name] = os.environ.get(name, "")
+            settings |= {name: os.environ.get(name, "") for name in PASSED_ON}
             settings["AUTORESEARCH_BACKEND"] = known["backend"]
         settings |= self.settings
         settings = {name: value for name, value in settings.items() if value} | {

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 import storage
+from backends import machine
 from lab.errors import LabError
 from lab.reasons import because
 from lab.run import processes
@@ -27,7 +28,8 @@ FORMAT = 2
 HOLD, SUPERVISOR, FLEET = "hold.json", "supervisor.json", "fleet.json"
 PREFIX = "autoresearch/"  # of branches: autoresearch/<device>/<tag>
 HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night; also codes of reasons
-PASSED_ON = ("BACKEND", "DEVICE", "FA3_LIBRARY")  # settings of the user's that stay as they were at the start
+# Settings of the user's that stay as they were at the start.
+PASSED_ON = (*(f"AUTORESEARCH_{name}" for name in ("BACKEND", "DEVICE", "FA3_LIBRARY")), *machine.CHOOSING_GPUS)
 BY_ITSELF = re.compile(r"\.DS_Store|\._.*|\.Spotlight-V100|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # of file managers
 
 
