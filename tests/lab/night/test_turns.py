@@ -27,21 +27,23 @@ def session(tmp_path, runner, at_once):
 
 @pytest.fixture
 def thinking(monkeypatch):
-    """In place of turns: each takes a moment and makes another edit. How many went on at once, and in which clones."""
-    at_once, clones, made, guard = [], [], [], threading.Lock()
+    """In place of turns: each makes another edit. The first ones go on until there are as many as may be; all end in
+    the order in which they began. How many went on at once, and the prompts."""
+    at_once, going, made, guard = [], [], [], threading.Lock()
 
     def take_turn(session, command, prompt, log, seconds, stop=lambda: False):
         with guard:
-            clones.append(session.turn.name)
             made.append(prompt)
-            number = len(made)
-            at_once.append(len(clones))
-        time.sleep(0.05)
+            going.append(number := len(made))
+            at_once.append(len(going))
+        most, deadline = int(prompt.rstrip(".\n").split(" of ")[-1]), time.monotonic() + 5
+        while (max(at_once) < most or number > min(going)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        blob = session.repository.store(edited(LOSS=1.0 + 0.01 * number))
         with guard:
-            clones.remove(session.turn.name)
+            going.remove(number)
         if command == "failing":
             raise LabError("git is in use")
-        blob = session.repository.store(edited(LOSS=1.0 + 0.01 * number))
         return TurnTaken(by="agent", outcome="edited", description=f"idea {number}", blob=blob)
 
     monkeypatch.setattr(agent, "take_turn", take_turn)
