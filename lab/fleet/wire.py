@@ -153,11 +153,6 @@ class Hub:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
-    def drop(self, name: str) -> None:
-        """Ends one connection."""
-        if member := self.members.get(name):
-            self._loop.call_soon_threadsafe(member.line.comm.abort)
-
     def _do(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 

@@ -111,8 +111,8 @@ class Worker:
     def alive(self) -> dict:
         """What it does now: the number of the run that it makes, and the end of its log; whether it is too hot."""
         self._seen = time.monotonic()
-        kind = "cuda" if self.device.startswith("cuda") else "cpu"
-        heat = identity.now(kind, self.settings.get("CUDA_VISIBLE_DEVICES", "")) if kind == "cuda" else {}
+        on_gpu = self.device.startswith("cuda")
+        heat = identity.now("cuda", self.settings.get("CUDA_VISIBLE_DEVICES", "")) if on_gpu else {}
         facts = {"hot": bool(identity.overheated() or heat.get("margin", 1) <= 0), **heat}
         for doing in list(self.doing.values()):
             if not doing.trained.done():
