@@ -33,7 +33,6 @@ from lab.fleet import here
 from lab.fleet.wire import PIECE
 from lab.reasons import Reason, because
 from lab.run import log, runner, sandbox
-from lab.run.outcome import Outcome
 from lab.session.locks import device_lock
 from lab.session.session import PASSED_ON, differing
 
@@ -265,21 +264,11 @@ class Worker:
                 doing.folder.mkdir(parents=True)
                 (doing.folder / "train.py").write_bytes(train)
                 doing.request = self._request(doing, **facts)
-                try:
-                    made = runner.run(doing.request)
-                except runner.Halted as halted:
-                    made = Outcome("lost", because(str(halted)))
+                made = runner.run(doing.request)
                 if changed := self._restore_judge():
                     made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
-                answer = {
-                    "status": made.status,
-                    "reason": msgspec.to_builtins(made.reason),
-                    "result": made.result,
-                    "seconds": made.seconds,
-                    "traceback": made.traceback,
-                    "log": log.tail(doing.folder / "run.log", LOG_SENT),
-                }
-                doing.trained.set_result(answer)
+                answer = vars(made) | {"reason": msgspec.to_builtins(made.reason)}
+                doing.trained.set_result(answer | {"log": log.tail(doing.folder / "run.log", LOG_SENT)})
             except BaseException as error:
                 doing.trained.set_exception(error if isinstance(error, LabError) else LabError(f"{error!r}"))
 

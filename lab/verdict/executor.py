@@ -184,10 +184,7 @@ def carry_out(session: Session, order: Order) -> None:
     """A guarded run, journalled before and after."""
     run = begin(session, order)
     before = _ledger(session)
-    try:
-        made = runner.run(request(session, run))
-    except runner.Halted as halted:
-        made = Outcome("lost", because(str(halted)))
+    made = runner.run(request(session, run))
     if changed := session.restore_judge():
         made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
     if _ledger(session) != before:
