@@ -46,13 +46,10 @@ def next_offer(session: Session, skipped: set[str]) -> replay.Candidate | None:
             changes = replay.candidates(record)
         except LabError:  # it has kept nothing yet, or is damaged: its own night says so
             continue
-        for candidate in changes:
-            if candidate.origin in tried | skipped:
-                continue
+        for candidate in (one for one in changes if one.origin not in tried | skipped):
             here = normalised(session.repository.content(state.baseline.blob))
             replay.look(session, candidate, state.baseline, here, False, RUNS)
-            if candidate.content is None:
-                skipped.add(candidate.origin)
-                continue
-            return candidate
+            if candidate.content is not None:
+                return candidate
+            skipped.add(candidate.origin)
     return None
