@@ -57,9 +57,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     best = session.repository.content(state.best.blob) if state.best else b""
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     for one in untried(session, MOST_TRIED):
-        gain = one.change.verdict.evidence.gain if one.change.verdict.evidence else 0.0
         made = functools.partial(merged, best, one.before, one.after)
-        found.append((gain, one.origin, one.description, lambda made=made: made()[0]))
+        found.append((one.change.gain or 0.0, one.origin, one.description, lambda made=made: made()[0]))
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
     screened = {origin.rpartition("/")[2] for origin in blocks.screened(state) if origin != first}
     known = {*tried(state), *screened, *(origin.rpartition("/")[2] for _, origin, *_ in found)}

@@ -115,8 +115,14 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
         return bool(self.decided and self.decided.evidence and self.decided.evidence.near_miss)
 
     @property
+    def gain(self) -> float | None:
+        """Bits per byte that it was better than its parent by; None where nothing was compared."""
+        evidence = self.decided and self.decided.evidence
+        return evidence.gain if evidence and evidence.error else None
+
+    @property
     def t(self) -> float | None:
-        """Standard errors that it was better than its parent by; None where nothing was compared."""
+        """The same in standard errors."""
         evidence = self.decided and self.decided.evidence
         return evidence.gain / evidence.error if evidence and evidence.error else None
 

@@ -281,12 +281,12 @@ def _conflicts(candidate: Candidate) -> list[str]:
 
 def _facts(session: Session, candidate: Candidate) -> dict:
     """A candidate for machines."""
-    done, evidence = candidate.done, candidate.change.verdict.evidence
+    done = candidate.done
     return {
         "number": candidate.change.number,
         "origin": candidate.origin,
         "description": candidate.description,
-        "gain_there": evidence.gain if evidence and evidence.error else None,
+        "gain_there": candidate.change.gain,
         "experiment": done and done.number,
         "status": done and done.status,
         "effect": done and effect(session, done),
