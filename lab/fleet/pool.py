@@ -122,17 +122,18 @@ class Pool:
         self.version, self.archive = version(session.local.judge), archive_of(session.judge, session.local.judge)
         self.facts = self._facts()
         path = self.folder / "address.json"
-        address = known.get("listen") or LOOPBACK
+        asked = address = known.get("listen") or LOOPBACK
         with suppress(OSError, ValueError):
             before = json.loads(path.read_text())
-            if before["asked"] == address:
+            if before["asked"] == asked:
                 address = before["address"]  # where workers look for it
         keys = invitation.keys(session, invitation.HEAD, invitation.AUTHORITY_DAYS)
         try:
             self.hub = Hub(address, keys, self._admit)
         except OSError as error:
             raise LabError(f"{address} can't be listened at ({error}): does another head run here?") from error
-        storage.write_json(path, {"asked": known.get("listen") or LOOPBACK, "address": self._listens(address)})
+        self.address = f"{address.rpartition(':')[0]}:{self.hub.address.rpartition(':')[2]}"  # with its port
+        storage.write_json(path, {"asked": asked, "address": self.address})
         self._find_started()
         return self
 
@@ -143,11 +144,6 @@ class Pool:
                     self.hub.call(name, "leave", why=OVER).result(timeout=TO_STOP)
         self.hub.close()
         self._tell(over=True)
-
-    def _listens(self, address: str) -> str:
-        """The address with its port."""
-        host, port = address.rpartition(":")[0], self.hub.address.rpartition(":")[2]
-        return f"{host}:{port}"
 
     # --- executor.Devices ---
 
@@ -311,10 +307,9 @@ class Pool:
             self._start(name, starts)
 
     def _start(self, name: str, starts: int) -> None:
-        address = json.loads((self.folder / "address.json").read_text())["address"]
         path, log = self.folder / f"{_file(name)}.invitation", self.folder / f"{_file(name)}.log"
         keys = invitation.keys(self.session, f"worker {name}")
-        Invitation(address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
+        Invitation(self.address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
         program = self.session.judge / "lab" / "__main__.py"
         command = [self.session.local.executable, str(program), "join", str(path), "--devices", name, "--local"]
         with open(log, "wb") as output:
