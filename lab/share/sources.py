@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import storage
@@ -114,15 +113,12 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     )
 
 
-def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def import_session(source: str, device: str | None = None, say: Callable[[str], None] = _on_stderr) -> Path:
-    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG.
+def import_session(source: str, device: str | None = None) -> Path:
+    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG. What was set aside is told on
+    standard error.
 
     Args:
-        source, device: as of `read`. say: is told what was set aside.
+        source, device: as of `read`.
 
     Raises:
         LabError: it is none, is damaged, holds what it must not, or another one is there; nothing was changed.
@@ -130,7 +126,7 @@ def import_session(source: str, device: str | None = None, say: Callable[[str], 
     files, record = find(source, device)
     files |= views(record)
     for note in record.notes:
-        say(note)
+        print(note, file=sys.stderr)
     target = storage.home() / "imported" / record.name
     if not target.exists():
         try:
@@ -147,5 +143,5 @@ def import_session(source: str, device: str | None = None, say: Callable[[str], 
             f"{target} holds something else under that name; remove it to import {source}, or rename a bare "
             "ledger's file"
         )
-    say(f"{record.name} is there already")
+    print(f"{record.name} is there already", file=sys.stderr)
     return target
