@@ -153,13 +153,13 @@ def products(tried: dict[str, dict[str, float] | str]) -> dict[str, float | str]
     return {name: found if isinstance(found, str) else found["product"] for name, found in tried.items()}
 
 
-def choose_precision(tried: dict[str, dict[str, float] | str], rate: str = "mlp") -> str:
+def choose_precision(tried: dict[str, dict[str, float] | str]) -> str:
     """The fastest, by its MLP (half precision pays there even where its products are no faster); see PRECISIONS."""
-    best = None
+    best, fastest = None, 0.0
     for name in PRECISIONS:
         found = tried.get(name, "not tried")
-        if not isinstance(found, str) and (best is None or found[rate] > CLEARLY * tried[best][rate]):
-            best = name
+        if not isinstance(found, str) and (best is None or found["mlp"] > CLEARLY * fastest):
+            best, fastest = name, found["mlp"]
     if best is None:
         raise BackendError(f"no precision gives correct matrix products on this device: {tried}")
     return best
@@ -269,9 +269,9 @@ def lasts(results: dict) -> bool:
     return "'out of memory'" not in str(results)
 
 
-def product_rates(bench: Bench, precision: str, n: int, repeats: int = 9, enough: float = 1.0) -> list[float]:
+def product_rates(bench: Bench, precision: str, n: int, repeats: int = 9) -> list[float]:
     """FLOP/s of (n, n) products, once for each repeat."""
-    return [2 * n**3 / took for took in seconds(bench.product(precision, n, n, n), repeats, enough=enough)]
+    return [2 * n**3 / took for took in seconds(bench.product(precision, n, n, n), repeats)]
 
 
 def speed(bench: Bench, calibrated) -> float | None:

@@ -99,6 +99,7 @@ class Measurement:
     Attributes:
         header: what the profile is of; results of an interrupted calibration with another header are not used.
         results: what was measured so far, with the header, as it is kept in the file `partial`.
+        backend, precision: what it measures, from `run` on.
     """
 
     def __init__(self, effort: Effort, progress: Callable[[str, float], None] = lambda *_: None, fresh: bool = False):
@@ -160,20 +161,18 @@ class Measurement:
         self.results["compiled"] = device.compiled
         self.step("free_memory", "free memory", left, self.backend.free_memory)
         tried = self.step("precisions", "precisions", left, lambda: bench.try_precisions(bench_, self.effort.repeats))
-        precision = bench.choose_precision(tried)
-        if precision != device.precision:  # what was remembered from a busier hour
-            self.backend = backends.load(precision=precision, compiled=compiled, fetch=True)
+        self.precision = bench.choose_precision(tried)
+        if self.precision != device.precision:  # what was remembered from a busier hour
+            self.backend = backends.load(precision=self.precision, compiled=compiled, fetch=True)
         self._settle_provider()
         try:
-            self.step(
-                "round", "matrix products, memory bandwidth, attention", left, lambda: self._round(tried, precision)
-            )
+            self.step("round", "matrix products, memory bandwidth, attention", left, self._round)
         except Exception as error:  # whatever a framework raises
             raise CalibrationError(
                 f"measuring this device failed: {bench.reason(bench_, error)}. If its memory is "
                 "full, close what uses it; then calibrate again"
             ) from error
-        return self._finish(self._trials(tried, precision))
+        return self._finish(self._trials())
 
     def _settle_provider(self) -> None:
         """Drops what an interrupted calibration measured with another provider of attention."""
@@ -189,43 +188,43 @@ class Measurement:
 
     # --- On the device, in this process ---
 
-    def _round(self, tried: dict, precision: str) -> dict:
+    def _round(self) -> dict:
         """One round of what this process measures."""
         measured = {
-            "products": self._products(tried, precision),
+            "products": self._products(),
             "bandwidth": self._bandwidth(),
-            "attention": (attention := self._attention(precision)),
+            "attention": (attention := self._attention()),
         }
         measured["rows"] = max(times["rows"] for times in attention["full"].values() if not isinstance(times, str))
         if best := rule.best_depth(self._known()):
-            measured["model_products"] = {label(best): self._model_products(precision, best)}
+            measured["model_products"] = {label(best): self._model_products(best)}
         self.backend.bench.forget()
         return measured
 
-    def _another_round(self, tried: dict, precision: str) -> None:
+    def _another_round(self) -> None:
         """What a later round adds; if it fails, the earlier ones stand."""
         try:
-            self.results["round"] = merged(self.results["round"], self._round(tried, precision))
+            self.results["round"] = merged(self.results["round"], self._round())
         except Exception as error:  # memory that something else has taken meanwhile
             self.progress(f"measuring once more failed: {bench.reason(self.backend.bench, error)}", 5.0)
         self._keep()
 
-    def _square(self, precision: str) -> int:
+    def _square(self) -> int:
         """The size of products that keeps the device busy."""
         if "round" in self.results:
             return self.results["round"]["products"]["square"]
         square = 512
         while square < LARGEST_SQUARE:
-            took = min(bench.seconds(self.backend.bench.product(precision, square, square, square), 2))
+            took = min(bench.seconds(self.backend.bench.product(self.precision, square, square, square), 2))
             if took > SQUARE_SECONDS / 4:
                 break
             square *= 2
         return square
 
-    def _products(self, tried: dict, precision: str) -> dict:
+    def _products(self) -> dict:
         """Rates of square products in each usable precision; a precision too slow for that size gets a smaller one."""
-        square, rates = self._square(precision), {}
-        for name, speeds in tried.items():
+        square, rates = self._square(), {}
+        for name, speeds in self.results["precisions"].items():
             if isinstance(speeds, str):  # why it can't be used
                 rates[name] = speeds
                 continue
@@ -238,9 +237,9 @@ class Measurement:
         size = min(COPIED, self.hardware.memory // 32)
         return spread([2 * size / took for took in bench.seconds(self.backend.bench.copy(size), self.effort.repeats)])
 
-    def _attention(self, precision: str) -> dict:
+    def _attention(self) -> dict:
         rows = self.results["round"]["rows"] if "round" in self.results else None
-        tried = bench.try_attention(self.backend.bench, precision, self.effort.repeats, forward=True, rows=rows)
+        tried = bench.try_attention(self.backend.bench, self.precision, self.effort.repeats, forward=True, rows=rows)
         return {
             kind: {
                 name: times
@@ -251,13 +250,13 @@ class Measurement:
             for kind, by_name in tried.items()
         }
 
-    def _model_products(self, precision: str, best: Completed) -> list[dict]:
+    def _model_products(self, best: Completed) -> list[dict]:
         """Rates of products at the shapes of the model's weights, for the tokens of a pass."""
         tokens, results = best.rows * prepare.MAX_SEQ_LEN, []
         for out, into in self.results["matrices"][str(best.depth)]:
             if out * into < SMALLEST_MATRIX:
                 continue
-            took = bench.seconds(self.backend.bench.product(precision, tokens, into, out), self.effort.repeats)
+            took = bench.seconds(self.backend.bench.product(self.precision, tokens, into, out), self.effort.repeats)
             results.append({"shape": [tokens, into, out], "rate": spread([2 * tokens * into * out / t for t in took])})
         return results
 
@@ -267,15 +266,15 @@ class Measurement:
         """The outcomes so far."""
         return profiles.trials(self.results) if "trials" in self.results else []
 
-    def _trials(self, tried: dict, precision: str) -> Completed:
+    def _trials(self) -> Completed:
         """Makes the trials that the rule asks for, and returns the best one.
 
         Raises:
             CalibrationError: train.py fails, or no trial fits.
         """
-        chosen, pattern = self.step("chosen", "attention", 1.0, lambda: self._chosen(precision))
+        chosen, pattern = self.step("chosen", "attention", 1.0, self._chosen)
         results = self.results
-        first = rule.start(results["round"]["products"]["rates"][precision]["median"], results["free_memory"])
+        first = rule.start(results["round"]["products"]["rates"][self.precision]["median"], results["free_memory"])
         results.setdefault("trials", [])
         results.setdefault("matrices", {})
         took = 30.0 if self.effort.compiled else 8.0
@@ -294,7 +293,7 @@ class Measurement:
             total = rule.total_batch(best.rate * prepare.TIME_BUDGET) if best else first[2]
             same = rule.at(known, depth)  # trials of one depth have one batch, so that rows are all that differs
             total = max(same[0].total_batch_size if same else total, rows * prepare.MAX_SEQ_LEN)
-            outcome, matrices = self._try(Trial(depth, rows, total, pattern, precision), chosen)
+            outcome, matrices = self._try(Trial(depth, rows, total, pattern, self.precision), chosen)
             if matrices:
                 results["matrices"][str(depth)] = matrices
             results["trials"].append(asdict(outcome))
@@ -302,17 +301,17 @@ class Measurement:
             if isinstance(outcome, Failed) and "memory" not in outcome.failed and "not done" not in outcome.failed:
                 self.partial.unlink(missing_ok=True)
                 raise CalibrationError(f"train.py does not run here: {outcome.failed}. Fix that, and calibrate again")
-            self._another_round(tried, precision)
+            self._another_round()
             took = time.monotonic() - start
         best = rule.best_depth(self._known())
         if not best:
             self.partial.unlink(missing_ok=True)  # what is free may be more the next time
             raise CalibrationError(rule.nothing_fits(self._known()))
         if label(best) not in results["round"].get("model_products", {}):  # killed before it was measured
-            self._another_round(tried, precision)
+            self._another_round()
         return best
 
-    def _chosen(self, precision: str) -> tuple[dict[str, str], str]:
+    def _chosen(self) -> tuple[dict[str, str], str]:
         """Attention and window pattern of the trials: settled before them, so that they compare."""
         attention = self.results["round"]["attention"]
         chosen = bench.choose_attention(rule.bests(attention), self.hardware.memory, self.results["compiled"])

@@ -37,18 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     from lab.session.session import Session, at
     from storage import Stop
 
+    do = getattr(commands, f"do_{options.command}")
     try:
         if options.command in ELSEWHERE:
-            return getattr(commands, f"do_{options.command}")(options)
+            return do(options)
         if options.command == "night" and not options.session:
             if not commands.before_night(options):
                 return 0
             if program := judges():  # of the session that was begun just now
                 return hand_over(program, [*arguments, f"--planned={options.planned}"])
         if options.command in ("check", "findings"):  # need no session
-            return getattr(commands, f"do_{options.command}")(options)
+            return do(options)
         session = Session(options.session) if options.session else at(Path.cwd())
-        return getattr(commands, f"do_{options.command}")(session, options)
+        return do(session, options)
     except BrokenPipeError:  # whoever reads it, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -10,12 +10,7 @@ from backends.interface import BackendError, Calibrated, Hardware
 HOPPER = 9, 0  # compute capability
 
 
-def open_backend(
-    precision: str | None = None,
-    compiled: bool | None = None,
-    calibrated: Calibrated | None = None,
-    fetch: bool = False,
-):
+def open_backend(precision: str | None, compiled: bool | None, calibrated: Calibrated | None, fetch: bool):
     """The backend on a Hopper GPU. Raises BackendError on anything else, and where PyTorch is missing or unusable."""
     backend = _backend()
     from backends.cuda import providers

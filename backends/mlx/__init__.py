@@ -8,12 +8,7 @@ import sys
 from backends.interface import Backend, BackendError, Calibrated, Hardware
 
 
-def open_backend(
-    precision: str | None = None,
-    compiled: bool | None = None,
-    calibrated: Calibrated | None = None,
-    fetch: bool = False,
-) -> Backend:
+def open_backend(precision: str | None, compiled: bool | None, calibrated: Calibrated | None, fetch: bool) -> Backend:
     """The MLX backend on this machine's GPU, or its CPU where there is none.
 
     Args:

@@ -19,9 +19,7 @@ class MlxBackend(interface.Backend):
 
     name = "mlx"
 
-    def __init__(
-        self, precision: str | None = None, compiled: bool | None = None, calibrated: interface.Calibrated | None = None
-    ):
+    def __init__(self, precision: str | None, compiled: bool | None, calibrated: interface.Calibrated | None):
         if precision not in (None, *benches.PRECISIONS):
             raise BackendError(f"unknown precision {precision!r}: choose one of {', '.join(benches.PRECISIONS)}")
         hardware = devices.identify()

@@ -73,9 +73,9 @@ def identify(name: str) -> interface.Hardware:
 
 def open_backend(
     name: str,
-    precision: str | None = None,
-    compiled: bool | None = None,
-    calibrated: interface.Calibrated | None = None,
+    precision: str | None,
+    compiled: bool | None,
+    calibrated: interface.Calibrated | None,
     further: Callable | None = None,
 ) -> PyTorchBackend:
     """Finds the device, takes what calibration found out about it, tries the rest (or remembers it), and sets `runtime`

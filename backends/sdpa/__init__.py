@@ -5,12 +5,7 @@ from __future__ import annotations
 from backends.interface import BackendError, Calibrated, Hardware
 
 
-def open_backend(
-    precision: str | None = None,
-    compiled: bool | None = None,
-    calibrated: Calibrated | None = None,
-    fetch: bool = False,
-):
+def open_backend(precision: str | None, compiled: bool | None, calibrated: Calibrated | None, fetch: bool):
     """The backend on this machine's best PyTorch device. Raises BackendError where PyTorch is missing or unusable."""
     return pytorch().open_backend("sdpa", precision, compiled, calibrated)
 

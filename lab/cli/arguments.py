@@ -126,7 +126,10 @@ def parser() -> argparse.ArgumentParser:
     )
     night("--agent", "command, called once for each experiment: gets a prompt on its input, edits train.py", "COMMAND")
     night(
-        "--agents", "run N turns of the agent at once, also while experiments run (default: one, in between)", **seeds
+        "--agents",
+        "run N turns of the agent at once, also while experiments run (default: one, in between)",
+        default=0,
+        **seeds,
     )
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
     text = "first try the findings that lab findings lists (the default without an agent)"
@@ -174,7 +177,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; ends the process for those that don't go together."""
     whole = parser()
     options = whole.parse_args(arguments)
-    for both in (("each", "stack"), ("agent", "proposer")):
+    for both in (("each", "stack"), ("agent", "proposer"), ("scale", "file")):
         if all(getattr(options, name, None) for name in both):
             whole.error(f"--{both[0]} and --{both[1]} don't go together: give one of them")
     if options.command == "night" and options.findings is None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -75,55 +76,31 @@ def do_run(session: Session, options) -> int:
 def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
         raise LabError("--pairs has to be at least 2, and --times above 0")
-    opening.refuse_if_not_ours(session)
-    with opening.exclusive(session, device=True):
-        state = session.state
-        if not state.open:
-            opening.sound_baseline(session)
-            best = opening.best_of(session)
-            if best is state.baseline and not options.scale and not options.file:
-                raise LabError("the baseline is still the best: there is nothing to confirm yet")
-            of, said, facts = best, best.description, {}
-            if options.file:
-                content = _content(options.file)
-                facts = opening.facts_of_change(session, state.baseline, content)
-                said = f"the train.py of {options.file.name}"
-            if options.scale:
-                of, said = state.baseline, "the baseline with other training times"
-            commit = of.here
-            if facts:
-                commit = session.repository.commit(state.baseline.here, facts["blob"], said)
-            session.open_experiment(
-                kind="scale" if options.scale else "confirm",
-                **{"blob": of.blob, "parent": state.baseline.blob, "onto": 0, "portable": of.portable, **facts},
-                pairs=options.pairs,
-                commit=commit,
-                budget=None if options.scale else session.budget * options.times,
-                description=said,
-            )
-        process = launch(session)
-    return follow(session, options, process)
 
+    def open_experiment() -> None:
+        if options.scale:
+            opening.open_scale(session, options.pairs)
+        else:
+            opening.open_confirmation(session, options.pairs, options.times, options.file)
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise LabError(f"{path} can't be read: {error}") from error
+    return _measure(session, options, open_experiment)
 
 
 def do_transfer(session: Session, options) -> int:
     """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size."""
     if options.pairs < 2 or options.times <= 0 or options.depth <= 0:
         raise LabError("--pairs has to be at least 2, and --depth and --times above 0")
+    sizes = options.depth, options.times, options.pairs
+    return _measure(session, options, lambda: opening.open_transfer(session, *sizes))
+
+
+def _measure(session: Session, options, open_experiment: Callable[[], None]) -> int:
+    """Opens an experiment that tries nothing new, unless one was interrupted, and follows what is open."""
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
-        state = session.state
-        if not state.open:
+        if not session.state.open:
             opening.sound_baseline(session)
-            if (best := opening.best_of(session)) is state.baseline:
-                raise LabError("the baseline is still the best: there is no change to test in a larger model yet")
-            opening.open_transfer(session, best, options.depth, options.times, options.pairs)
+            open_experiment()
         process = launch(session)
     return follow(session, options, process)
 
@@ -245,7 +222,7 @@ def do_log(session: Session, options) -> int:
     experiments = session.state.experiments
     if options.number is None:
         known = list(experiments.values())
-        facts = [render.facts(session, e) for e in known] if options.json else []
+        facts = [render.facts(e) for e in known] if options.json else []
         print(json.dumps(facts, indent=1) if options.json else render.table(known))
         return 0
     if options.number not in experiments:
@@ -439,7 +416,7 @@ def _bar(session: Session, experiment: Experiment):
 def tell(session: Session, options, experiment: Experiment) -> int:
     note = {"note": options.note} if getattr(options, "note", "") else {}
     if options.json:
-        print(json.dumps({**render.facts(session, experiment), **note}, indent=1))
+        print(json.dumps({**render.facts(experiment), **note}, indent=1))
     else:
         print(render.block(session, experiment), *note.values(), sep="\n")
     return 0

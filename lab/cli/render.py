@@ -59,7 +59,7 @@ def sampled(sampled: Sampled) -> str:
 # --- An experiment ---
 
 
-def facts(session: Session, experiment: Experiment) -> dict:
+def facts(experiment: Experiment) -> dict:
     """An experiment for machines."""
     verdict = experiment.decided
     known = {
@@ -110,7 +110,7 @@ def run_facts(run: Run, experiment: Experiment) -> dict:
 
 def block(session: Session, experiment: Experiment) -> str:
     """An experiment as numbers, verdict, and, after a crash, the end of its traceback."""
-    known, best = facts(session, experiment), session.state.best
+    known, best = facts(experiment), session.state.best
     said = experiment.status.upper()
     if "confirmed" in known:
         said = "CONFIRMED" if known["confirmed"] else "NOT CONFIRMED"
@@ -175,12 +175,11 @@ def progress_facts(session: Session, experiment: Experiment) -> dict:
     done = sum(run.status not in (None, "lost") for run in experiment.runs)
     known = {"experiment": experiment.number, "status": "running", "runs_done": done}
     if now:
-        expected = (now.budget or session.budget) + (session.state.overhead() or 30)
         known |= {
             "run": now.number,
             "seed": now.seed,
             "of": "change" if now.blob == experiment.blob else "parent",
-            "seconds_left": round(max(1.0, now.time + expected - time.time())),
+            "seconds_left": round(max(1.0, session.state.end_of(now) - time.time())),
         }
     return known
 

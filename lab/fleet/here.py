@@ -13,13 +13,13 @@ from pathlib import Path
 
 import storage
 from backends import machine
+from calibration import profile as profiles
 from lab.errors import LabError
 from lab.session import events
 
 PROJECT = Path(__file__).resolve().parents[2]
 BAND = 0.1  # share by which a device's tokens/s may differ from its tag's; or as much as its own measurements do
 TO_IDENTIFY, TO_CALIBRATE = 300.0, 1200.0  # seconds
-WITHOUT_EFFECT = ("python", "system")
 IDENTIFY = """import json, backends
 print(json.dumps(vars(backends.identify())))"""
 
@@ -89,7 +89,8 @@ def unlike(facts: dict, device: str, settings: dict[str, str]) -> str | None:
     others = [
         f"{name} {hardware['versions'].get(name)} instead of {facts['versions'].get(name)}"
         for name in sorted({*hardware["versions"], *facts["versions"]})
-        if name not in WITHOUT_EFFECT and str(hardware["versions"].get(name)) != str(facts["versions"].get(name))
+        if name not in profiles.WITHOUT_EFFECT
+        and str(hardware["versions"].get(name)) != str(facts["versions"].get(name))
     ]
     if others:
         return f"other versions are installed here: {', '.join(others)}"
@@ -112,8 +113,6 @@ def describe(path: Path) -> None:
 
 def described(path: Path) -> dict:
     """What `describe` has written. LabError if it is nothing of that kind."""
-    from calibration import profile as profiles
-
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         hardware, profile = known["hardware"], known["profile"]

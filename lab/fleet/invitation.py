@@ -15,6 +15,7 @@ from pathlib import Path
 import storage
 from lab.errors import LabError
 from lab.fleet.wire import Keys
+from lab.fleet.worker import data_digest, judge_digest
 from lab.session.session import Session
 
 FORMAT = 1
@@ -91,15 +92,10 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
     for text in filter(None, (address, listen)):
         if not text.rpartition(":")[0] or not text.rpartition(":")[2].isdigit():
             raise LabError(f"{text} has no port: give HOST:PORT")
-    folder = storage.home() / "data" / session.local.settings.get("AUTORESEARCH_DATA", session.started.dataset)
-    manifest = (folder / "manifest.json").read_text(encoding="utf-8")
-    Invitation(
-        f"tls://{address}",
-        session.name,
-        keys(session, "worker", days),
-        storage.digest_of(sorted(session.local.judge.items())),
-        storage.digest_of(manifest),
-    ).write(path)
+    manifest = (session.dataset / "manifest.json").read_text(encoding="utf-8")
+    own = keys(session, "worker", days)
+    digests = judge_digest(session.local.judge), data_digest(manifest)
+    Invitation(f"tls://{address}", session.name, own, *digests).write(path)
     return f"tls://{listen or '0.0.0.0:' + address.rpartition(':')[2]}"
 
 

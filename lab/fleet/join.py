@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from lab.fleet import here
 from lab.fleet.invitation import Invitation
 from lab.fleet.wire import serve
 from lab.fleet.worker import Worker
+from lab.run import processes
 
 PATIENCE = 60.0  # seconds for the head to answer for the first time
 GIVEN_BACK, OVER = "it was given back", "the night is over"  # why a worker leaves
@@ -45,8 +47,7 @@ def join(path: Path, asked: str, called: str | None, local: bool) -> int:
     worker = Worker(here.name_of(device, local, called), device, here.settings_of(device), expected, local)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _give_back(worker))
-    own = psutil.Process()
-    storage.write_json(worker.root / "worker.json", {"pid": own.pid, "created": own.create_time()})
+    processes.note(worker.root / "worker.json", os.getpid())
     print(f"{worker.name} works for {invitation.session} at {invitation.address}", flush=True)
     try:
         serve(invitation.address, invitation.keys, worker, PATIENCE)
@@ -69,10 +70,10 @@ def _each(path: Path, devices: list[str], called: str | None) -> int:
     more = ["--name", called] if called else []
     command = [sys.executable, str(PROGRAM), "join", str(path), *more, "--devices"]
     signal.signal(signal.SIGTERM, lambda *_: leave())
-    processes = [subprocess.Popen([*command, device]) for device in devices]
+    workers = [subprocess.Popen([*command, device]) for device in devices]
     while True:
         try:
-            return max(process.wait() for process in processes)
+            return max(worker.wait() for worker in workers)
         except KeyboardInterrupt:  # which they have got, too
             continue
 
@@ -81,12 +82,8 @@ def leave() -> list[str]:
     """Gives this machine's devices back: those who work for a head end. Gives their names."""
     found = []
     for path in sorted((storage.home() / "fleet").glob("*/worker.json")):
-        try:
-            known = json.loads(path.read_bytes())
-            process = psutil.Process(known["pid"])
-            if process.create_time() == known["created"]:
+        if process := processes.noted(path):
+            with suppress(psutil.Error):  # it has just ended
                 process.send_signal(signal.SIGTERM)
                 found.append(path.parent.name)
-        except (OSError, ValueError, KeyError, psutil.Error):
-            continue
     return found

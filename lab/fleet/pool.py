@@ -8,6 +8,7 @@ killed at any moment: the next one asks the workers for what they have.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -30,9 +31,9 @@ from lab.fleet.invitation import Invitation
 from lab.fleet.join import OVER
 from lab.fleet.settings import STATUS
 from lab.fleet.wire import Hub, Lost, PIECE, Refused
-from lab.fleet.worker import archive_of, version
+from lab.fleet.worker import ARCHIVE, archive_of, version
 from lab.reasons import Reason, because
-from lab.run import outcome, runner
+from lab.run import log as logs, outcome, processes, runner
 from lab.run.outcome import Outcome
 from lab.session import events
 from lab.session.session import Session
@@ -84,7 +85,6 @@ class Device:
     run: Run | None = None
     answer: Future | None = None
     scores: bool = False
-    asked: Run | None = None  # the last run that it was asked for
     tokens: float | None = None  # per second, of its last run
 
     @property
@@ -121,17 +121,18 @@ class Pool:
         self.version, self.archive = version(session.local.judge), archive_of(session.judge, session.local.judge)
         self.facts = self._facts()
         path = self.folder / "address.json"
-        address = known.get("listen") or LOOPBACK
+        asked = address = known.get("listen") or LOOPBACK
         with suppress(OSError, ValueError):
             before = json.loads(path.read_text())
-            if before["asked"] == address:
+            if before["asked"] == asked:
                 address = before["address"]  # where workers look for it
         keys = invitation.keys(session, invitation.HEAD, invitation.AUTHORITY_DAYS)
         try:
             self.hub = Hub(address, keys, self._admit)
         except OSError as error:
             raise LabError(f"can't listen at {address} ({error}): is another head running here?") from error
-        storage.write_json(path, {"asked": known.get("listen") or LOOPBACK, "address": self._listens(address)})
+        self.address = f"{address.rpartition(':')[0]}:{self.hub.address.rpartition(':')[2]}"  # with its port
+        storage.write_json(path, {"asked": asked, "address": self.address})
         self._find_started()
         return self
 
@@ -142,11 +143,6 @@ class Pool:
                     self.hub.call(name, "leave", why=OVER).result(timeout=TO_STOP)
         self.hub.close()
         self._tell(over=True)
-
-    def _listens(self, address: str) -> str:
-        """The address with its port."""
-        host, port = address.rpartition(":")[0], self.hub.address.rpartition(":")[2]
-        return f"{host}:{port}"
 
     # --- executor.Devices ---
 
@@ -236,15 +232,8 @@ class Pool:
             self.hub.stir.set()
 
     def _send(self, name: str, path: str) -> None:
-        if path == "judge.tar.gz":
-            content = self.archive
-            for offset in range(0, len(content), PIECE):
-                piece = content[offset : offset + PIECE]
-                last = offset + PIECE >= len(content)
-                self.hub.call(name, "put", path=path, offset=offset, content=piece, last=last).result()
-            return
-        with open(storage.home() / path, "rb") as file:
-            size, offset = os.fstat(file.fileno()).st_size, 0
+        with io.BytesIO(self.archive) if path == ARCHIVE else open(storage.home() / path, "rb") as file:
+            size, offset = file.seek(0, os.SEEK_END), file.seek(0)
             while offset < size or not offset:
                 piece = file.read(PIECE)
                 last = offset + len(piece) >= size
@@ -254,7 +243,6 @@ class Pool:
     def _facts(self) -> dict:
         """The facts of the session that a worker is told."""
         session, started, local = self.session, self.session.started, self.session.local
-        folder = storage.home() / "data" / local.settings.get("AUTORESEARCH_DATA", started.dataset)
         machines_own = ("AUTORESEARCH_HOME", "AUTORESEARCH_PROFILE")
         return {
             "session": session.name,
@@ -263,8 +251,8 @@ class Pool:
             "versions": started.versions,
             "judge": local.judge,
             "archive": hashlib.sha256(self.archive).hexdigest(),
-            "dataset": folder.name,
-            "manifest": (folder / "manifest.json").read_text(encoding="utf-8"),
+            "dataset": session.dataset.name,
+            "manifest": (session.dataset / "manifest.json").read_text(encoding="utf-8"),
             "settings": {name: value for name, value in local.settings.items() if name not in machines_own},
             "profile": session.profile,
             "sandbox": started.sandbox,
@@ -289,7 +277,7 @@ class Pool:
         if device.gone is None:
             device.gone = time.monotonic()
         started = self._started.get(name)
-        dead = started is not None and not _runs(started.process)
+        dead = started is not None and not processes.runs(started.process)
         return dead or bool(device.refused) or name in self.hub.left or time.monotonic() > device.gone + GRACE
 
     # --- Workers on this machine ---
@@ -297,11 +285,8 @@ class Pool:
     def _find_started(self) -> None:
         """Finds the workers of an earlier head."""
         for name in self.wanted:
-            with suppress(OSError, ValueError, KeyError, psutil.Error):
-                known = json.loads((self.folder / f"{_file(name)}.json").read_text())
-                process = psutil.Process(known["pid"])
-                if process.create_time() == known["created"]:
-                    self._started[name] = Started(process, self.folder / f"{_file(name)}.log")
+            if process := processes.noted(self.folder / f"{_file(name)}.json"):
+                self._started[name] = Started(process, self.folder / f"{_file(name)}.log")
 
     def _look_after_started(self) -> None:
         """Starts those that are not there."""
@@ -312,19 +297,18 @@ class Pool:
             raise LabError("no device can be used: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
         for name in self.wanted:
             started = self._started.get(name)
-            if name in refused or started and _runs(started.process):
+            if name in refused or started and processes.runs(started.process):
                 continue
             starts = started.starts + 1 if started else 1
             if starts > MOST_STARTS:
-                last = _last_line(started.log) if started else ""
-                raise LabError(f"the worker of {name} ends again and again: {last}")
+                last = logs.last_line(started.log) if started else ""
+                raise LabError(f"the worker of {name} ends again and again: {last or 'it says nothing'}")
             self._start(name, starts)
 
     def _start(self, name: str, starts: int) -> None:
-        address = json.loads((self.folder / "address.json").read_text())["address"]
         path, log = self.folder / f"{_file(name)}.invitation", self.folder / f"{_file(name)}.log"
         keys = invitation.keys(self.session, f"worker {name}")
-        Invitation(address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
+        Invitation(self.address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
         program = self.session.judge / "lab" / "__main__.py"
         command = [self.session.local.executable, str(program), "join", str(path), "--devices", name, "--local"]
         with open(log, "wb") as output:
@@ -332,9 +316,7 @@ class Pool:
                 command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie is left
-        with suppress(psutil.Error):
-            known = psutil.Process(process.pid)
-            storage.write_json(self.folder / f"{_file(name)}.json", {"pid": known.pid, "created": known.create_time()})
+        if known := processes.note(self.folder / f"{_file(name)}.json", process.pid):
             self._started[name] = Started(known, log, starts)
 
     # --- Orders ---
@@ -342,21 +324,16 @@ class Pool:
     def _give(self, device: Device, order: Order) -> None:
         session = self.session
         if order.score is not None:
-            device.run = device.asked = session.state.runs[order.score]
+            device.run = session.state.runs[order.score]
             device.scores = True
             device.answer = self.hub.call(device.name, "score", number=order.score)
             return
-        job = order.job
-        assert job is not None
-        executor.reserve(session, order)
-        session.restore_judge()
-        session.write_ledger()
-        self._ask(device, executor.begin(session, order.experiment, job, device.name))
+        self._ask(device, executor.begin(session, order, device.name))
 
     def _ask(self, device: Device, run: Run) -> None:
         """Has a worker make a run, or asks for one that it makes already."""
         asked = executor.request(self.session, run)
-        device.run, device.asked, device.scores = run, run, False
+        device.run, device.scores = run, False
         device.answer = self.hub.call(
             device.name,
             "run",
@@ -376,14 +353,15 @@ class Pool:
         if member is None and device.gone is None:
             device.gone, device.ready = time.monotonic(), False
         if device.answer and device.answer.done():
-            answer, device.answer = device.answer, None
+            answer, device.answer, run = device.answer, None, device.run
+            assert run is not None
             try:
-                self._take(device, answer.result())
+                self._take(device, run, answer.result())
             except Lost:
                 if device.scores:  # it is asked for again
                     device.run = None
             except (Exception, LabError) as error:
-                self._failed(device, str(error))
+                self._failed(device, run, str(error))
         if member and device.ready and device.answer is None:
             if device.run:  # one that the head before this one had begun, or from before the connection was lost
                 if device.run.number in member.hello["runs"]:
@@ -398,9 +376,8 @@ class Pool:
             with suppress(OSError, TypeError):
                 (self.session.run_folder(run.number) / "run.log").write_bytes(member.alive["log"])
 
-    def _take(self, device: Device, answer: dict) -> None:
-        session, run, scores = self.session, device.run, device.scores
-        assert run is not None
+    def _take(self, device: Device, run: Run, answer: dict) -> None:
+        session, scores = self.session, device.scores
         experiment, folder = session.state.experiments[run.experiment], session.run_folder(run.number)
         device.run = None
         if member := self.hub.members.get(device.name):
@@ -418,18 +395,17 @@ class Pool:
             return
         made = msgspec.convert(answer, Made)
         result = outcome.sound(made.result or {})
-        reason, status = made.reason, made.status
+        told = Outcome(made.status, made.reason, result or None, made.seconds, made.traceback)
         (folder / "run.log").write_bytes(made.log)
-        if status == "ok":
+        if told.status == "ok":
             if lacks := [measure.name for measure in MEASURES if measure.needed and measure.name not in result]:
                 raise LabError(f"it does not report {', '.join(lacks)}")
             device.tokens = result.get("tokens_per_second")
             wrong = executor.other_conditions(session, result) or executor.other_attention(session, result)
             if wrong:
                 self._refuse(device, str(wrong))
-                status, reason = "lost", because("device_differs", what=wrong)
-        told = Outcome(status, reason, result or None, made.seconds, made.traceback)
-        executor.ended(session, run, told, status, reason)
+                told.status, told.reason = "lost", because("device_differs", what=wrong)
+        executor.ended(session, run, told)
 
     def _fetch_weights(self, name: str, run: Run, size: int) -> None:
         with storage.atomic(self.session.run_folder(run.number) / "result.safetensors") as file:
@@ -439,16 +415,13 @@ class Pool:
                     raise LabError("its weights are cut short")
                 file.write(piece["content"])
 
-    def _failed(self, device: Device, why: str) -> None:
+    def _failed(self, device: Device, run: Run, why: str) -> None:
         """A worker could not do what it was asked for, which is not the fault of what it was to run."""
-        run = device.asked
         device.run = None
-        assert run is not None
         if device.scores:
             self.session.log(events.RunScored(run=run.number, problem=because("weights_lost")))
         elif run.ended is None:
-            made = Outcome("lost", because("device_differs", what=why))
-            executor.ended(self.session, run, made, made.status, made.reason)
+            executor.ended(self.session, run, Outcome("lost", because("device_differs", what=why)))
             self._refuse(device, why)
 
     def _refuse(self, device: Device, why: str) -> None:
@@ -460,8 +433,7 @@ class Pool:
         """The run of a device that was lost; it is made again elsewhere."""
         run, device.run = device.run, None
         if run and run.ended is None:
-            made = Outcome("lost", because("device_lost"))
-            executor.ended(self.session, run, made, made.status, made.reason)
+            executor.ended(self.session, run, Outcome("lost", because("device_lost")))
 
     def _drop(self, device: Device) -> None:
         """Has a worker forget runs that nothing is wanted of any more: also those that were given up."""
@@ -513,16 +485,5 @@ class Pool:
             storage.write_json(self.folder / STATUS, {"time": 0.0 if over else time.time(), "devices": rows})
 
 
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 def _file(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z.-]", "-", name)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it says nothing"

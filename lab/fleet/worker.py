@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import tarfile
@@ -24,11 +25,14 @@ from typing import Any
 import filelock
 import msgspec
 
+import dataset
 import storage
-from backends import machine
+from calibration import identity
 from lab.errors import LabError
+from lab.fleet import here
 from lab.fleet.wire import PIECE
 from lab.reasons import Reason, because
+from lab.run import log, runner, sandbox
 from lab.session.locks import device_lock
 from lab.session.session import PASSED_ON, differing
 
@@ -36,6 +40,7 @@ LOG_SENT = 2**20  # bytes of a run's log, its end
 TAIL = 4000  # bytes of the log of a run under way that go with a sign of life
 TO_TAKE = 10.0  # seconds for a device to be free
 ALONE = 600.0  # seconds without a head, after which a worker that a head has started ends
+ARCHIVE = "judge.tar.gz"  # its name on both ends
 CODE = ("lab", "backends", "calibration", "prepare.py", "dataset.py", "disturbance.py", "storage.py", "results.py")
 
 
@@ -91,8 +96,6 @@ class Worker:
     # --- What wire.serve asks for ---
 
     def hello(self) -> dict:
-        import platform
-
         return {
             "name": self.name,
             "device": self.device,
@@ -106,15 +109,13 @@ class Worker:
 
     def alive(self) -> dict:
         """What it does now: the number of the run that it makes, and the end of its log; whether it is too hot."""
-        from calibration import identity
-
         self._seen = time.monotonic()
-        kind = "cuda" if self.device.startswith("cuda") else "cpu"
-        heat = identity.now(kind, self.settings.get("CUDA_VISIBLE_DEVICES", "")) if kind == "cuda" else {}
+        on_gpu = self.device.startswith("cuda")
+        heat = identity.now("cuda", self.settings.get("CUDA_VISIBLE_DEVICES", "")) if on_gpu else {}
         facts = {"hot": bool(identity.overheated() or heat.get("margin", 1) <= 0), **heat}
         for doing in list(self.doing.values()):
             if not doing.trained.done():
-                facts |= {"run": doing.number, "log": _end_of(doing.folder / "run.log", TAIL)}
+                facts |= {"run": doing.number, "log": log.tail(doing.folder / "run.log", TAIL)}
         return facts
 
     def welcomed(self, welcome: dict) -> None:
@@ -144,35 +145,24 @@ class Worker:
             self._forget()
         self.session, self.facts = facts["session"], facts
         self._take_device(facts["device"])
-        if self.expected:
-            self._refuse_unexpected(facts, self.expected)
-        if not self.local:
-            self._refuse_others(facts)
-        missing = [] if self._judge_is_whole() else ["judge.tar.gz"]
+        digests = {"judge": judge_digest(facts["judge"]), "data": data_digest(facts["manifest"])}
+        for what, name in {"judge": "the judge", "data": "the dataset"}.items():
+            if self.expected and self.expected[what] != digests[what]:
+                raise LabError(f"{name} of this head is not the one that the invitation names")
+        if not self.local and (problem := here.unlike(facts, self.device, self.settings)):
+            raise LabError(problem)
+        missing = [ARCHIVE] if differing(self.judge, facts["judge"]) else []
         folder = storage.home() / "data" / facts["dataset"]
         manifest = json.loads(facts["manifest"])
         with suppress(OSError):
             if (folder / "manifest.json").read_text(encoding="utf-8") != facts["manifest"]:
                 if not self.local and any(folder.iterdir()):
                     raise LabError(f"{folder} is another dataset of that name: move it, or set AUTORESEARCH_HOME")
-        for name, known in {**_files(manifest), "manifest.json": None}.items():
+        for name, known in {**dataset.known_files(manifest), "manifest.json": None}.items():
             path = folder / name
             if not path.is_file() or known and path.stat().st_size != known["size"]:
                 missing.append(f"data/{facts['dataset']}/{name}")
         return {"missing": missing}
-
-    def _refuse_unexpected(self, facts: dict, expected: dict[str, str]) -> None:
-        for what, digest in {"judge": judge_digest(facts["judge"]), "data": data_digest(facts["manifest"])}.items():
-            if digest != expected[what]:
-                name = {"judge": "the judge", "data": "the dataset"}[what]
-                raise LabError(f"{name} of this head is not the one that the invitation names")
-
-    def _refuse_others(self, facts: dict) -> None:
-        """LabError where a run on this device could not be compared with the session's."""
-        from lab.fleet import here
-
-        if problem := here.unlike(facts, self.device, self.settings):
-            raise LabError(problem)
 
     def do_put(self, path: str, offset: int, content: bytes, last: bool) -> dict:
         """A piece of a file, which appears once it is whole."""
@@ -189,25 +179,21 @@ class Worker:
 
     def _path(self, path: str) -> Path:
         """The path for a file from the head. LabError if it belongs neither to the judge nor to the dataset."""
-        dataset = self.facts["dataset"]
-        names = {f"data/{dataset}/{name}" for name in (*_files(json.loads(self.facts["manifest"])), "manifest.json")}
-        if path in names and re.fullmatch(r"[\w.-]+", dataset) and ".." not in path:
+        of, files = self.facts["dataset"], dataset.known_files(json.loads(self.facts["manifest"]))
+        names = {f"data/{of}/{name}" for name in (*files, "manifest.json")}
+        if path in names and re.fullmatch(r"[\w.-]+", of) and ".." not in path:
             return storage.home() / path
-        if path == "judge.tar.gz":
+        if path == ARCHIVE:
             return self.root / path
         raise LabError(f"{path} is not a file that a worker accepts")
 
     def do_ready(self) -> dict:
         """Checks what was fetched, by sha256. LabError where something is not what the head says it is."""
-        import dataset
-
-        if not self._judge_is_whole():
-            archive = self.root / "judge.tar.gz"
+        archive = self.root / ARCHIVE
+        if differing(self.judge, self.facts["judge"]):
             if not archive.is_file() or storage.sha256(archive) != self.facts["archive"]:
                 raise LabError("the judge that was fetched is not the session's")
-            self._unpack()
-            if wrong := differing(self.judge, self.facts["judge"]):
-                raise LabError(f"the judge that was fetched is not the session's: {', '.join(wrong[:3])}")
+            self._restore_judge()
         folder = storage.home() / "data" / self.facts["dataset"]
         try:
             manifest = dataset.read_manifest(folder)
@@ -221,8 +207,6 @@ class Worker:
 
     def _sandbox(self) -> str | None:
         """The sandbox of runs here. LabError if there is none, and the head is elsewhere."""
-        from lab.run import sandbox
-
         if self.local:
             return self.facts["sandbox"]
         if (box := sandbox.probe()) is None:
@@ -233,26 +217,22 @@ class Worker:
     def judge(self) -> Path:
         return self.root / "judge"
 
-    def _judge_is_whole(self) -> bool:
-        return self.judge.is_dir() and not differing(self.judge, self.facts["judge"])
-
-    def _unpack(self) -> None:
-        from lab.run import runner
-
+    def _restore_judge(self) -> list[str]:
+        """Unpacks the judge where files of it are not as the head lists them, and names these. LabError if what was
+        fetched, for this session or for one with the same judge, is no better."""
+        pinned = self.facts["judge"]
+        if not (wrong := differing(self.judge, pinned)):
+            return []
         runner.remove(self.judge)
-        with tarfile.open(self.root / "judge.tar.gz") as archive:
+        with tarfile.open(self.root / ARCHIVE) as archive:
             for member in archive:  # files alone, which the head has listed by name
-                if member.isfile() and member.name in self.facts["judge"] and (content := archive.extractfile(member)):
+                if member.isfile() and member.name in pinned and (content := archive.extractfile(member)):
                     target = self.judge / member.name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(content.read())
                     target.chmod(0o755 if member.mode & 0o100 else 0o644)
-
-    def _restore_judge(self) -> list[str]:
-        if wrong := differing(self.judge, self.facts["judge"]) if self.judge.is_dir() else ["all"]:
-            self._unpack()
-            if still := differing(self.judge, self.facts["judge"]):
-                raise LabError(f"the judge can't be restored: {', '.join(still[:3])}")
+        if still := differing(self.judge, pinned):
+            raise LabError(f"the judge that was fetched is not the session's: {', '.join(still[:3])}")
         return wrong
 
     # --- Runs ---
@@ -277,9 +257,6 @@ class Worker:
         return doing.trained
 
     def _train(self, doing: Doing, train: bytes, facts: dict) -> None:
-        from lab.run import runner
-        from lab.run.outcome import Outcome
-
         with self._work:
             try:
                 self._restore_judge()
@@ -287,31 +264,18 @@ class Worker:
                 doing.folder.mkdir(parents=True)
                 (doing.folder / "train.py").write_bytes(train)
                 doing.request = self._request(doing, **facts)
-                try:
-                    made = runner.run(doing.request)
-                except runner.Halted as halted:
-                    made = Outcome("lost", because(str(halted)))
+                made = runner.run(doing.request)
                 if changed := self._restore_judge():
                     made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
-                answer = {
-                    "status": made.status,
-                    "reason": msgspec.to_builtins(made.reason),
-                    "result": made.result,
-                    "seconds": made.seconds,
-                    "traceback": made.traceback,
-                    "log": _end_of(doing.folder / "run.log", LOG_SENT),
-                }
-                doing.trained.set_result(answer)
+                answer = vars(made) | {"reason": msgspec.to_builtins(made.reason)}
+                doing.trained.set_result(answer | {"log": log.tail(doing.folder / "run.log", LOG_SENT)})
             except BaseException as error:
                 doing.trained.set_exception(error if isinstance(error, LabError) else LabError(f"{error!r}"))
 
     def _request(self, doing: Doing, **facts):
-        from lab.run import runner
-
         known, settings = self.facts, {**self.facts["settings"]}
         if not self.local:  # the user's of this machine, and not of the head's
-            for name in (*(f"AUTORESEARCH_{name}" for name in PASSED_ON), *machine.CHOOSING_GPUS):
-                settings[name] = os.environ.get(name, "")
+            settings |= {name: os.environ.get(name, "") for name in PASSED_ON}
             settings["AUTORESEARCH_BACKEND"] = known["backend"]
         settings |= self.settings
         settings = {name: value for name, value in settings.items() if value} | {
@@ -341,8 +305,6 @@ class Worker:
             return doing.scored
 
     def _score(self, doing: Doing, done: Future) -> None:
-        from lab.run import runner
-
         with self._work:
             try:
                 self._restore_judge()
@@ -372,7 +334,6 @@ class Worker:
 
     def do_drop(self, number: int) -> dict:
         """Ends a run if it lasts, and deletes all of it."""
-        from lab.run import runner
 
         def remove(doing: Doing) -> None:
             with self._work:
@@ -427,18 +388,3 @@ def archive_of(judge: Path, pinned: dict[str, str]) -> bytes:
         for name in sorted(pinned):
             archive.add(judge / name, name, recursive=False)
     return buffer.getvalue()
-
-
-def _files(manifest: dict) -> dict[str, dict]:
-    import dataset
-
-    return dataset.known_files(manifest)
-
-
-def _end_of(path: Path, most: int) -> bytes:
-    with suppress(OSError):
-        if path.is_file():  # a pipe would be waited for
-            with open(path, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - most))
-                return file.read(most)
-    return b""

@@ -69,7 +69,7 @@ def of_words(text: str) -> tuple[Subject, ...]:
     return (said[0] or said[1] or "other",)
 
 
-def summary(before: bytes, after: bytes, width: int = 200) -> str:
+def summary(before: bytes, after: bytes) -> str:
     """A change in a line: "MATRIX_LR 0.04 -> 0.05; edited Attention.forward". Nothing if only comments changed.
 
     Raises:
@@ -82,7 +82,7 @@ def summary(before: bytes, after: bytes, width: int = 200) -> str:
         else:
             groups["edited" if old and new else "new" if new else "removed"].append(name)
     said += [f"{what} {', '.join(names)}" for what, names in groups.items() if names]
-    return untrusted.one_line("; ".join(said), width)
+    return untrusted.one_line("; ".join(said))
 
 
 def _value(definition: Definition) -> str:

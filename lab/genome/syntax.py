@@ -50,6 +50,16 @@ def normalised(content: bytes) -> bytes:
     return content.replace(b"\r\n", b"\n")
 
 
+def text_of(content: bytes) -> str:
+    """A train.py as text, whatever its line ends."""
+    return normalised(content).decode("utf-8-sig", "replace")
+
+
+def with_ends_of(content: bytes, made: bytes) -> bytes:
+    """What was made of a train.py, normalised, with the line ends that this one has."""
+    return made.replace(b"\n", b"\r\n") if b"\r\n" in content else made
+
+
 @functools.lru_cache(maxsize=256)
 def describe(content: bytes) -> Source:
     """The facts of a train.py. LabError, with the line, if it is not valid Python."""

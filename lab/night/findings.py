@@ -14,7 +14,7 @@ from lab.compare.published import Finding
 from lab.errors import LabError
 from lab.genome import block, edits
 from lab.genome.merge import merged
-from lab.genome.syntax import describe
+from lab.genome.syntax import describe, text_of, with_ends_of
 from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
@@ -44,11 +44,10 @@ def tried(state: State) -> dict[str, Experiment]:
 def apply(finding: Finding, content: bytes, calibrated: dict) -> bytes:
     """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply, or leaves nothing
     to train where these are `defaults`."""
-    text = content.decode("utf-8-sig", "replace")
-    edited = finding.edit.apply(text.replace("\r\n", "\n"))
+    edited = finding.edit.apply(text_of(content))
     if name := block.too_small(edited, calibrated):
         raise edits.NotHere(f"{name} would be too small on this device")
-    return (edited.replace("\n", "\r\n") if "\r\n" in text else edited).encode()
+    return with_ends_of(content, edited.encode())
 
 
 def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], float] = float) -> Iterator[Idea]:
@@ -63,9 +62,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     for one in untried(session, MOST_TRIED):
-        gain = one.change.verdict.evidence.gain if one.change.verdict.evidence else 0.0
         made = functools.partial(merged, best, one.before, one.after)
-        found.append((gain, one.origin, one.description, lambda made=made: made()[0]))
+        found.append((one.change.gain or 0.0, one.origin, one.description, lambda made=made: made()[0]))
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
     screened = {origin.rpartition("/")[2] for origin in blocks.screened(state) if origin != first}
     known = {*tried(state), *screened, *(origin.rpartition("/")[2] for _, origin, *_ in found)}

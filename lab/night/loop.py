@@ -29,9 +29,10 @@ from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment
+from lab.share import replay
 from lab.untrusted import counted, one_line
 from lab.verdict import blocks, executor, near_misses, sample, shared
-from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_replay, sound_baseline
+from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
 from lab.verdict.plan import noise_of, orders
 
 POLL = 0.25  # seconds
@@ -55,7 +56,8 @@ class Night:
     """One night of a session.
 
     Args:
-        options: agent (a command, or None), findings (whether to try those first), turn_seconds, hours, until,
+        options: agent (a command, or None), agents (turns of it at once, beside what runs; 0 for one in between),
+            findings (whether to try those first), offers (the share of runs for replays), turn_seconds, hours, until,
             max_experiments, notify; planned (the deadline that was told, 0 for none; None if none was).
         view: shows the progress.
 
@@ -82,7 +84,7 @@ class Night:
                 deadline = limits.deadline(options.hours, options.until, datetime.now())
             began = NightBegan(time=time.time(), first=first, deadline=deadline, asked=limits.asked(options))
             self.journal.append(began)
-        self._turns = Turns(session, getattr(options, "agents", None) or 0)
+        self._turns = Turns(session, options.agents)
         self._skipped: set[str] = set()  # offers that don't apply here
         self._parent = ""  # blob of the best when what is proposed was begun
         self._process = None  # that runs the experiments
@@ -196,9 +198,8 @@ class Night:
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
-        budget = self.session.budget
-        took = [run.seconds for run in self.session.state.runs.values() if run.ok and run.budget == budget]
-        needed = LAST_MOMENT * (statistics.median(took) if took else budget)
+        took = self.session.state.took()
+        needed = LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
         if self.now.phase != THINKING and self.options.agent and self._agent_is_due():
             turns = [turn.seconds for turn in self.turns if turn.seconds]
             needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)
@@ -275,11 +276,13 @@ class Night:
 
     def _offer(self) -> bool:
         """Opens what a session on another device has kept, while that has had less than its share of the runs."""
-        session, share = self.session, getattr(self.options, "offers", offers.SHARE)
-        if not offers.room(session.state, share) or not (offer := offers.next_offer(session, self._skipped)):
+        session = self.session
+        if not offers.room(session.state, self.options.offers):
+            return False
+        if (offer := offers.next_offer(session, self._skipped)) is None:
             return False
         with self._alone():
-            open_replay(session, offer.content, offer.description, offer.facts)
+            replay.opened(session, offer, session.state.baseline, offers.RUNS)
         return True
 
     def _on_best(self, blob: str, parent: str) -> bytes | None:
@@ -322,7 +325,7 @@ class Night:
         there is none to open."""
         session, runs = self.session, shared.BLOCK
         if block := blocks.untested(session.state):
-            with exclusive(session, PATIENCE, self.view.say):
+            with self._alone():
                 blocks.open_joint(session, block)
             return True
         noise = noise_of(session.state).sd
@@ -336,7 +339,7 @@ class Night:
         patches = findings.patches(session) if long_enough else []
         if len(patches) < FEWEST_SHARED:
             return False
-        with exclusive(session, PATIENCE, self.view.say):
+        with self._alone():
             blocks.open_block(session, patches, runs)
         return True
 
@@ -578,9 +581,8 @@ def go(session: Session, options) -> int:
         lock = session.night_lock.acquire(timeout=1)  # on Windows, who looks whether it is held has it for a moment
     except filelock.Timeout:
         raise LabError("a night of this session is running already; python -m lab status shows it") from None
-    asked = getattr(options, "devices", None)
     kind = session.profile.get("machine", {}).get("kind", "")
-    settings.choose(session, here.devices(asked, kind) if asked else [])
+    settings.choose(session, here.devices(options.devices, kind) if options.devices else [])
     with lock, limits.awake(), View(session) as view, serve.served(session, options.page, view.say):
         night = Night(session, options, view)
         with signals(night):

@@ -5,8 +5,6 @@ So what holds on one device is tried on the others in the same night, beside the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import storage
 from lab.errors import LabError
 from lab.genome.syntax import normalised
@@ -14,17 +12,7 @@ from lab.session.session import Session
 from lab.session.state import State
 from lab.share import replay, sources
 
-SHARE = 0.1  # of a session's runs, unless --offers says otherwise
 RUNS = 2  # of an offered change and of the baseline, at least
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A train.py that has a change of elsewhere, to be judged against the baseline."""
-
-    content: bytes
-    description: str
-    facts: dict
 
 
 def room(state: State, share: float) -> bool:
@@ -34,8 +22,9 @@ def room(state: State, share: float) -> bool:
     return share > 0 and spent < share * (len(runs) + 1)
 
 
-def next_offer(session: Session, skipped: set[str]) -> Offer | None:
-    """The first change that another session has kept and this one has not tried; None if there is none.
+def next_offer(session: Session, skipped: set[str]) -> replay.Candidate | None:
+    """The first change that another session has kept and this one has not tried, made on the baseline; None if there is
+    none.
 
     Args:
         skipped: origins of what does not apply here, which are added to.
@@ -57,14 +46,10 @@ def next_offer(session: Session, skipped: set[str]) -> Offer | None:
             changes = replay.candidates(record)
         except LabError:  # it has kept nothing yet, or is damaged: its own night says so
             continue
-        for candidate in changes:
-            if candidate.origin in tried | skipped:
-                continue
+        for candidate in (one for one in changes if one.origin not in tried | skipped):
             here = normalised(session.repository.content(state.baseline.blob))
             replay.look(session, candidate, state.baseline, here, False, RUNS)
-            if candidate.content is None:
-                skipped.add(candidate.origin)
-                continue
-            facts = {"kind": "replay", "origin": candidate.origin, "min_runs": RUNS}
-            return Offer(candidate.content, candidate.description, facts)
+            if candidate.content is not None:
+                return candidate
+            skipped.add(candidate.origin)
     return None

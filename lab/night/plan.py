@@ -198,10 +198,10 @@ def has_profile(hardware, repository: Repository) -> bool:
 
 def duration(session: Session | None, by: str) -> tuple[float, float, str]:
     """(seconds of a run, seconds from an experiment to the next, where that is from)."""
-    state, budget = (session.state, session.budget) if session else (None, prepare.budget())
-    took = [run.seconds for run in state.runs.values() if run.ok and run.budget == budget] if state else []
-    run = statistics.fmean(took) if took else budget + OVERHEAD
-    starts = [e.runs[0].time for e in state.decided if e.kind not in BESIDE and e.runs] if state else []
+    took = session.state.took() if session else []
+    run = statistics.fmean(took) if took else (session.budget if session else prepare.budget()) + OVERHEAD
+    decided = session.state.decided if session else []
+    starts = [e.runs[0].time for e in decided if e.kind not in BESIDE and e.runs]
     if len(starts) > ENOUGH:  # the median: there are days between two nights
         each = statistics.median(later - earlier for earlier, later in zip(starts, starts[1:]))
         return run, each, f"measured on {len(starts)} of this session"

@@ -240,7 +240,7 @@ def _tried(state: State, most: int) -> str:
 
 def _row(experiment: Experiment, state: State) -> str:
     verdict, evidence = experiment.verdict, experiment.verdict.evidence
-    gain = f"{evidence.gain:+.6f} ({experiment.t:+.1f})" if evidence and experiment.t is not None else ""
+    gain = "" if experiment.gain is None else f"{experiment.gain:+.6f} ({experiment.t:+.1f})"
     what = "(on the baseline, to see if it helps here) " * (experiment.kind == "replay")
     parts = [what + one_line(experiment.description, WIDTH)]
     if evidence is None and experiment.kind != "baseline":
@@ -270,9 +270,9 @@ def _values(state: State, most: int) -> str:
     """The values that were tried of each variable of the block, and what each gained: the most tried variable first,
     and of each the values that came closest, the best first."""
     tried: dict[str, dict[str, str]] = {}
-    for e in sorted(ideas.changes(state), key=lambda e: e.verdict.evidence.gain if e.verdict.evidence else -math.inf):
+    for e in sorted(ideas.changes(state), key=lambda e: -math.inf if e.gain is None else e.gain):
         new = {name: value for mark, name, value in ASSIGNED.findall(e.diff) if mark == "+"}
-        gain = f"{e.verdict.evidence.gain:+.4f}" if e.verdict.evidence else e.status
+        gain = e.status if e.gain is None else f"{e.gain:+.4f}"
         for name, value in new.items():
             known = tried.setdefault(name, {})
             value = one_line(value, 60)
@@ -339,8 +339,7 @@ def _kept_elsewhere(session: Session, most: int) -> str:
         return ""
     texts = []
     for one in found:
-        gain = one.change.verdict.evidence.gain if one.change.verdict.evidence else 0.0
-        where = one.origin.split("/")[0]
+        gain, where = one.change.gain or 0.0, one.origin.split("/")[0]
         texts.append(
             f"on {where}, {gain:+.4f}: {one_line(one.description, WIDTH)}\n{_changed_lines(one.change.diff, 8)}"
         )

@@ -16,7 +16,7 @@ import numpy as np
 
 from lab.errors import LabError
 from lab.genome import block
-from lab.genome.syntax import describe
+from lab.genome.syntax import describe, text_of, with_ends_of
 from lab.night import findings
 from lab.night.sampler import Step, Trial, kind_of, prior, ranked
 from lab.session.session import Session
@@ -56,9 +56,9 @@ def propose(session: Session) -> Proposal:
         if arm == "finding":
             for idea in findings.ideas(session, least=-math.inf, drawn=lambda gain: rng.normal(gain, SPREAD)):
                 return Proposal(idea.content, idea.description + MARK, idea.origin)
-        elif change := _numbers(session, _text(best), rng):
+        elif change := _numbers(session, text_of(best), rng):
             edited, description = change
-            return Proposal((edited.replace("\n", "\r\n") if b"\r\n" in best else edited).encode(), description + MARK)
+            return Proposal(with_ends_of(best, edited.encode()), description + MARK)
     raise LabError(
         "the proposer has nothing left to propose: it can read no hyperparameter of train.py, or has tried all. Edit "
         "train.py, or give the night an agent (--agent COMMAND)"
@@ -87,10 +87,6 @@ def _reach(state: State) -> float:
             factor = NARROWER if plainly else MUCH_WIDER if e.status == "keep" else A_LITTLE_WIDER
             reach = min(max(reach * factor, REACH[0]), REACH[1])
     return reach
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 def _new(session: Session, text: str) -> bool:
@@ -145,7 +141,7 @@ def remembered(session: Session, text: str) -> list[Trial]:
     state = session.state
     decided = [e for e in state.decided if e.kind not in APART and e.verdict.judged]
     contents = session.repository.contents([e.blob for e in decided])
-    texts = {blob: _text(content) for blob, content in contents.items()}
+    texts = {blob: text_of(content) for blob, content in contents.items()}
     shifts = {block.structure(text): 0.0}
     for kept in reversed(state.kept):
         own, parent = block.structure(texts[kept.blob]), state.parent_of(kept)

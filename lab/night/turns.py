@@ -46,10 +46,6 @@ class Turns:
             return None
         return next(slot for slot in range(1, self.count + 1) if slot not in self._going)
 
-    @property
-    def going(self) -> bool:
-        return any(thread.is_alive() for thread in self._going.values())
-
     def begin(self, slot: int, command: str, prompt: str, log: Path, seconds: float) -> None:
         self.begun, there = self.begun + 1, self.clone_of(slot)
         parent = best_of(there).blob

@@ -27,6 +27,7 @@ from rich.text import Text
 from lab import untrusted
 from lab.fleet import settings
 from lab.night.limits import Trouble
+from lab.run import log as logs
 from lab.session.session import Session
 from lab.session.state import BESIDE, Experiment, Run, State
 from lab.untrusted import counted, one_line
@@ -92,13 +93,8 @@ def progress_of(log: Path) -> dict:
 
     A run may have printed anything: only lines that look like progress count, and of them only numbers.
     """
-    text, last, losses = "", {}, []
-    with suppress(OSError):
-        if log.is_file():  # a pipe would be waited for
-            with open(log, "rb") as file:
-                file.seek(max(0, log.stat().st_size - TAIL))
-                text = file.read(TAIL).decode("utf-8", errors="replace")
-    for line in text.split("\n"):
+    last, losses = {}, []
+    for line in logs.tail(log, TAIL).decode("utf-8", errors="replace").split("\n"):
         matches = {name: pattern.search(line[:LONGEST]) for name, pattern in PROGRESS.items()}
         values = {name: float(match[1].replace(",", "")) for name, match in matches.items() if match}
         if "step" in values and "loss" in values and values.get("percent", 0) <= 100:
@@ -230,7 +226,6 @@ class View:
     def _of_run(self, experiment: Experiment, run: Run, progress: dict) -> list[str]:
         """A run under way in numbers."""
         budget, percent = run.budget or self.session.budget, progress.get("percent", 0.0)
-        ends = run.time + budget + (self.session.state.overhead() or 30.0)
         whose = "" if experiment.kind == "baseline" else "of its parent, "
         whose = "of the change, " if whose and run in experiment.own_runs else whose
         if experiment.kind == "shared":
@@ -238,7 +233,9 @@ class View:
         stands = "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else "starts"
         if progress and not percent:
             stands = f"step {progress['step']:.0f}"
-        left = max(budget * (1 - percent / 100), ends - time.time())  # the start may take as long as it likes
+        left = max(
+            budget * (1 - percent / 100), self.session.state.end_of(run) - time.time()
+        )  # the start may take as long as it likes
         parts = [f"run {run.number} ({whose}seed {run.seed})", stands, f"{lasting(left)} left"]
         parts += [f"loss {progress['loss']:.4g}"] if progress else []
         parts += [f"{progress['tok_per_s']:,.0f} tokens/s"] if progress.get("tok_per_s") else []

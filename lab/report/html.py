@@ -27,9 +27,9 @@ def el(tag: str, *parts, **attributes) -> Element:
     return element
 
 
-def table(model: Table, class_: str = "stack") -> Element:
-    """A table, to be unfolded if it is long. On a narrow screen each row of class "stack" is a list; the roles keep it
-    a table for those who hear it."""
+def table(model: Table) -> Element:
+    """A table, to be unfolded if it is long. On a narrow screen each row is a list; the roles keep it a table for those
+    who hear it."""
     caption, body = typeset(model.caption), el("tbody", role="rowgroup")
     for first, *rest in model.rows:
         over = None if rest else len(model.heads)
@@ -39,7 +39,7 @@ def table(model: Table, class_: str = "stack") -> Element:
             row.append(el("td", *_entry(entry), role="cell", data_label=label, class_=figure))
         body.append(row)
     heads = el("tr", *(el("th", text, scope="col", role="columnheader") for text in model.heads), role="row")
-    whole = el("table", el("caption", caption), el("thead", heads, role="rowgroup"), body, class_=class_, role="table")
+    whole = el("table", el("caption", caption), el("thead", heads, role="rowgroup"), body, class_="stack", role="table")
     scroll = el("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
     if len(model.rows) <= LONG:
         return scroll

@@ -21,7 +21,6 @@ import runpy  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-import traceback  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -32,6 +31,7 @@ import prepare  # noqa: E402
 import storage  # noqa: E402
 from backends import interface  # noqa: E402
 from calibration.trial import Tokens  # noqa: E402
+from lab.run.child import print_error  # noqa: E402
 
 ROWS, EXAMINED = 2, 2  # of a batch that is trained on; that the evaluator asks about
 PROBED_ROWS = 4  # that it asks about with another ending
@@ -269,11 +269,8 @@ def inside(train: str, result: Path) -> int:
         if isinstance(error, storage.Stop) and not isinstance(error, prepare.Refusal):
             print(error)
             return NOT_HERE
-        frames = error.__traceback__
-        while frames and frames.tb_frame.f_code.co_filename != train:
-            frames = frames.tb_next  # what is printed begins where train.py does
         if not isinstance(error, prepare.Refusal):
-            traceback.print_exception(type(error), error, frames)
+            print_error(error)
         problem = f"{type(error).__name__}: {error}"
     reported = clocks[-1].reported if clocks else None
     num_params = reported["num_params"] if reported and not problem else None

@@ -65,14 +65,19 @@ def train(folder: Path, judge: Path, facts: dict) -> None:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except Exception as error:
-        frames = error.__traceback__
-        while frames and frames.tb_frame.f_code.co_filename != sys.argv[0]:
-            frames = frames.tb_next  # what is printed begins where train.py does
-        traceback.print_exception(type(error), error, frames)
+        print_error(error)
         raise SystemExit(1) from None
     finally:
         if reason := guard.problem(guard.backend):
             guard.refuse(reason)
+
+
+def print_error(error: BaseException) -> None:
+    """Prints an error as Python does, from where train.py, which is sys.argv[0], begins."""
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_code.co_filename != sys.argv[0]:
+        frames = frames.tb_next
+    traceback.print_exception(type(error), error, frames)
 
 
 # --- Scoring again ---

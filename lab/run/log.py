@@ -99,3 +99,18 @@ def read(path: Path) -> str:
         return path.read_bytes().decode("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def tail(path: Path, most: int) -> bytes:
+    """The last bytes of a file that may be growing, or nothing."""
+    with suppress(OSError):
+        if path.is_file():  # a pipe would be waited for
+            with open(path, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+                return file.read(most)
+    return b""
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something, or nothing."""
+    return (read(path).strip().splitlines() or [""])[-1]

@@ -33,7 +33,7 @@ class Outcome:
     """The outcome of a run.
 
     Attributes:
-        status: "ok", "crash" or "invalid". reason: why not "ok".
+        status: "ok", "crash" or "invalid"; "lost" if it says nothing of train.py. reason: why not "ok".
         result: what prepare.report measured, as far as it is of the type that results.MEASURES names and finite, and
             what train.py added to it that is a number or a word. Of a run that is not "ok" it has no val_bpb, may lack
             others, or be None.

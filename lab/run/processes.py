@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+import storage
 
 POLL = 0.05  # seconds
 UNENDABLE = 10.0  # seconds after which a process that was killed hangs in the kernel, and is given up
@@ -57,6 +61,24 @@ def _with_descendants(wanted: Callable[[psutil.Process], bool]) -> list[psutil.P
                 family |= {member.pid: member for member in tree(process.pid)}
     family.pop(os.getpid(), None)
     return list(family.values())
+
+
+def note(path: Path, pid: int) -> psutil.Process | None:
+    """Writes down a process, for `noted`; gives it. None, and no file, if it has ended already."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        storage.write_json(path, {"pid": pid, "created": process.create_time()})
+        return process
+
+
+def noted(path: Path) -> psutil.Process | None:
+    """The process that was written down there, if it still runs: a later one with its number is another."""
+    try:
+        known = json.loads(path.read_bytes())
+        process = psutil.Process(known["pid"])
+        return process if process.create_time() == known["created"] and runs(process) else None
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return None
 
 
 def runs(process: psutil.Process) -> bool:

@@ -124,19 +124,17 @@ class Halted(Exception):
 
 
 def run(request: Request) -> Outcome:
-    """Trains and evaluates.
-
-    Raises:
-        Halted: it was ended from outside.
-        LabError: it could not be begun, which is not train.py's fault.
-    """
+    """Trains and evaluates. LabError if it could not be begun, which is not train.py's fault."""
     clear(request.folder, RECORDS)
     told_of(request.folder).unlink(missing_ok=True)
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
     with Meter(request.gpu or None) as meter, Exam(request, weights, {"validation": "val"}, trains=True) as exam:
         log = request.folder / "run.log"
-        ended = execute(request, "train", log, exam, look=meter.look, AUTORESEARCH_RESULT=str(result))
+        try:
+            ended = execute(request, "train", log, exam, look=meter.look, AUTORESEARCH_RESULT=str(result))
+        except Halted as halted:
+            return Outcome("lost", because(str(halted)))
     if exam.told:
         save_arrays(told_of(request.folder), *exam.told)
     found = outcome.of_run(request, ended, exam)

@@ -93,12 +93,12 @@ def _damage(line: bytes, error: Exception) -> str:
     return f" is damaged ({error}); put back a copy of it, or import the session's export"
 
 
-def read_events(content: bytes, decoder: msgspec.json.Decoder = EVENTS) -> list:
+def read_events(content: bytes) -> list:
     """The events of a whole journal. LabError, with the line, if one is not an event."""
     events = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            events.append(decoder.decode(line))
+            events.append(EVENTS.decode(line))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise LabError(f"line {number}{_damage(line, error)}") from None
     return events

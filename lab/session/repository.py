@@ -109,9 +109,9 @@ class Repository:
     def commit_of(self, name: str) -> str | None:
         return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False) or None
 
-    def blob_of(self, commit: str, path: str = TRAIN) -> str | None:
-        """The id of a file's content in a commit."""
-        return self.git("rev-parse", "--verify", "--quiet", f"{commit}:{path}", check=False) or None
+    def blob_of(self, commit: str) -> str | None:
+        """The id of a commit's train.py."""
+        return self.git("rev-parse", "--verify", "--quiet", f"{commit}:{TRAIN}", check=False) or None
 
     def content(self, blob: str) -> bytes:
         """The content as git would check it out as train.py."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 import storage
+from backends import machine
 from lab.errors import LabError
 from lab.reasons import because
+from lab.run import processes
 from lab.session import ledger
 from lab.session.events import Event, ExperimentOpened, RunEnded, RunStarted, SessionStarted
 from lab.session.journal import Journal
@@ -27,7 +28,8 @@ FORMAT = 2
 HOLD, SUPERVISOR, FLEET = "hold.json", "supervisor.json", "fleet.json"
 PREFIX = "autoresearch/"  # of branches: autoresearch/<device>/<tag>
 HELD = ("paused", "stopped")  # by `lab pause`, by the end of a night; also codes of reasons
-PASSED_ON = ("BACKEND", "DEVICE", "FA3_LIBRARY")  # settings of the user's that stay as they were at the start
+# Settings of the user's that stay as they were at the start.
+PASSED_ON = (*(f"AUTORESEARCH_{name}" for name in ("BACKEND", "DEVICE", "FA3_LIBRARY")), *machine.CHOOSING_GPUS)
 BY_ITSELF = re.compile(r"\.DS_Store|\._.*|\.Spotlight-V100|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # of file managers
 
 
@@ -97,7 +99,7 @@ class Session:
     @property
     def budget(self) -> float:
         """Seconds of training of a run."""
-        return self.started.budget or 0.0
+        return self.state.budget
 
     @cached_property
     def repository(self) -> Repository:
@@ -114,6 +116,11 @@ class Session:
     @property
     def device_lock(self) -> Lock:
         return device_lock(self.started.device, self.local.gpu)
+
+    @property
+    def dataset(self) -> Path:
+        """The folder of its dataset."""
+        return storage.home() / "data" / self.local.settings.get("AUTORESEARCH_DATA", self.started.dataset)
 
     def log(self, event: Event) -> None:
         """Journals an event, and takes it into the state."""
@@ -137,12 +144,7 @@ class Session:
     @property
     def starting(self) -> bool:
         """Whether the process that was launched last still runs: until it has the lock, nothing else tells."""
-        try:
-            known = json.loads((self.folder / SUPERVISOR).read_bytes())
-            process = psutil.Process(known["pid"])
-            return process.create_time() == known["created"] and process.status() != psutil.STATUS_ZOMBIE
-        except (OSError, ValueError, KeyError, psutil.Error):
-            return False
+        return processes.noted(self.folder / SUPERVISOR) is not None
 
     @property
     def owned_by_night(self) -> bool:

@@ -80,8 +80,8 @@ def start(
         raise LabError(
             f"there is a branch {branch} already, without its session; delete or rename it, or choose another tag"
         )
-    passed_on = [*(f"AUTORESEARCH_{name}" for name in sessions.PASSED_ON), *machine.CHOOSING_GPUS]
-    settings = {name: os.environ[name] for name in passed_on if os.environ.get(name) and not described}
+    passed_on = () if described else sessions.PASSED_ON
+    settings = {name: os.environ[name] for name in passed_on if os.environ.get(name)}
     if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
         settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
     settings |= {

@@ -115,8 +115,14 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
         return bool(self.decided and self.decided.evidence and self.decided.evidence.near_miss)
 
     @property
+    def gain(self) -> float | None:
+        """Bits per byte that it was better than its parent by; None where nothing was compared."""
+        evidence = self.decided and self.decided.evidence
+        return evidence.gain if evidence and evidence.error else None
+
+    @property
     def t(self) -> float | None:
-        """Standard errors that it was better than its parent by; None where nothing was compared."""
+        """The same in standard errors."""
         evidence = self.decided and self.decided.evidence
         return evidence.gain / evidence.error if evidence and evidence.error else None
 
@@ -165,6 +171,11 @@ class State:
     @property
     def name(self) -> str:
         return f"{self.started.device}/{self.started.tag}"
+
+    @property
+    def budget(self) -> float:
+        """Seconds of training of a run; 0 where a ledger does not tell."""
+        return self.started.budget or 0.0
 
     # --- Taking events ---
 
@@ -307,6 +318,14 @@ class State:
         """The most seconds that a run took beside its training."""
         took = [run.seconds - run.result["training_seconds"] for run in self.runs.values() if run.ok]
         return max(took, default=None)
+
+    def end_of(self, run: Run) -> float:
+        """When a run that is under way is likely to end, in seconds since the epoch."""
+        return run.time + (run.budget or self.budget) + (self.overhead() or 30.0)
+
+    def took(self) -> list[float]:
+        """Seconds that sound runs for the session's budget took, from start to end."""
+        return [run.seconds for run in self.runs.values() if run.ok and run.budget == self.budget]
 
 
 def _by_seed(runs: Iterable[Run]) -> dict[int, Run]:

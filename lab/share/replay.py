@@ -9,16 +9,15 @@ far, and what is kept moves the branch.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lab import untrusted
+from lab.compare import effects
 from lab.errors import LabError
 from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
-from lab.genome.syntax import describe, normalised
+from lab.genome.syntax import describe, normalised, with_ends_of
 from lab.session.record import Record
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment
@@ -204,11 +203,17 @@ def _run(session: Session, candidate: Candidate, onto: Experiment, options) -> E
     with opening.exclusive(session, device=True):
         if session.state.open or options.stack and session.state.best is not onto:
             raise LabError("another command has begun an experiment meanwhile: python -m lab wait, then replay again")
-        facts = _further_runs(candidate.again) if candidate.again else _made(session, candidate, onto, options.stack)
-        experiment = session.open_experiment(**{"origin": candidate.origin} | facts, min_runs=options.runs)
+        experiment = opened(session, candidate, onto, options.runs, options.stack)
         process = executor.launch(session)
     opening.await_verdict(session, experiment, process)
     return experiment
+
+
+def opened(session: Session, candidate: Candidate, onto: Experiment, runs: int, stack: bool = False) -> Experiment:
+    """Journals a candidate as an experiment, or as further runs of one. With the lock held, or by a night that has
+    several devices; arguments as of `look`."""
+    facts = _further_runs(candidate.again) if candidate.again else _made(session, candidate, onto, stack)
+    return session.open_experiment(**{"origin": candidate.origin} | facts, min_runs=runs)
 
 
 def _further_runs(known: Experiment) -> dict:
@@ -224,9 +229,7 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
     head = opening.head_of_best(session) if stack else onto.commit
     if stack and describe(repository.train()).digest != onto.digest:
         raise LabError("train.py has an edit of yours. Run it first, or discard it: git checkout -- train.py")
-    content = candidate.content or b""
-    if b"\r\n" in repository.content(onto.blob):
-        content = content.replace(b"\n", b"\r\n")
+    content = with_ends_of(repository.content(onto.blob), candidate.content or b"")
     facts = opening.facts_of_change(session, onto, content) | {"description": candidate.description}
     commit = repository.commit(head, facts["blob"], candidate.description)
     return facts | {"kind": "change" if stack else "replay", "commit": commit}
@@ -238,12 +241,11 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
 def effect(session: Session, experiment: Experiment) -> dict | None:
     """How much it moved val_bpb, by all runs of it and of its parent, in bits per byte, with the 90 % interval; None if
     they have no scores."""
-    own, parent = (list(session.state.results(blob or "").values()) for blob in (experiment.blob, experiment.parent))
+    own, parent = (list(session.state.believed(blob or "").values()) for blob in (experiment.blob, experiment.parent))
     if not own or not parent or experiment.status not in ("keep", "discard"):
         return None
-    noise, value = noise_of(session.state), statistics.fmean(own) - statistics.fmean(parent)
-    half = gate.t_quantile(0.05, noise.df) * noise.sd * math.sqrt(1 / len(own) + 1 / len(parent))
-    return {"value": value, "low": value - half, "high": value + half, "runs": len(own), "parent_runs": len(parent)}
+    found = effects.between(own, parent, noise_of(session.state))
+    return {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
 
 
 def _told(session: Session, candidate: Candidate) -> str:
@@ -279,12 +281,12 @@ def _conflicts(candidate: Candidate) -> list[str]:
 
 def _facts(session: Session, candidate: Candidate) -> dict:
     """A candidate for machines."""
-    done, evidence = candidate.done, candidate.change.verdict.evidence
+    done = candidate.done
     return {
         "number": candidate.change.number,
         "origin": candidate.origin,
         "description": candidate.description,
-        "gain_there": evidence.gain if evidence and evidence.error else None,
+        "gain_there": candidate.change.gain,
         "experiment": done and done.number,
         "status": done and done.status,
         "effect": done and effect(session, done),

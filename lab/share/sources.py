@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import storage
@@ -115,15 +114,12 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     )
 
 
-def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def import_session(source: str, device: str | None = None, say: Callable[[str], None] = _on_stderr) -> Path:
-    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG.
+def import_session(source: str, device: str | None = None) -> Path:
+    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG. What was set aside is told on
+    standard error.
 
     Args:
-        source, device: as of `read`. say: is told what was set aside.
+        source, device: as of `read`.
 
     Raises:
         LabError: it is none, is damaged, holds what it must not, or another one is there; nothing was changed.
@@ -131,7 +127,7 @@ def import_session(source: str, device: str | None = None, say: Callable[[str], 
     files, record = find(source, device)
     files |= views(record)
     for note in record.notes:
-        say(note)
+        print(note, file=sys.stderr)
     target = storage.home() / "imported" / record.name
     if not target.exists():
         try:
@@ -148,5 +144,5 @@ def import_session(source: str, device: str | None = None, say: Callable[[str], 
             f"{target} holds another session of that name. Remove it to import {source}; if {source} is a ledger, "
             "you can rename its file instead"
         )
-    say(f"{record.name} is imported already")
+    print(f"{record.name} is imported already", file=sys.stderr)
     return target

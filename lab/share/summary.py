@@ -59,7 +59,7 @@ def summary(record: Record) -> str:
     lines += [f"\n## {REST}"] * bool(rest)
     for kind in kinds.KINDS:
         of_kind = [e for e in rest if _kind(e) == kind]
-        of_kind.sort(key=lambda e: -math.inf if (gain := _gain(e)) is None else gain, reverse=True)
+        of_kind.sort(key=lambda e: -math.inf if e.gain is None else e.gain, reverse=True)
         if of_kind:
             lines += [f"\n### {kind}: {len(of_kind)} of {sum(_kind(e) == kind for e in tried)}\n"]
             lines += map(_line, of_kind[:LISTED])
@@ -81,14 +81,8 @@ def _kind(experiment: Experiment) -> str:
     return experiment.kinds[0] if experiment.kinds else "other"
 
 
-def _gain(experiment: Experiment) -> float | None:
-    """The gain over its parent in bits per byte, as the verdict has it; None if nothing was compared."""
-    evidence = experiment.verdict.evidence
-    return evidence.gain if evidence and evidence.error else None
-
-
 def _change(experiment: Experiment) -> str:
-    return experiment.status if (gain := _gain(experiment)) is None else f"{-gain:+.6f}"
+    return experiment.status if experiment.gain is None else f"{-experiment.gain:+.6f}"
 
 
 def _row(experiment: Experiment) -> str:

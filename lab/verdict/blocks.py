@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from lab.errors import LabError
 from lab.genome import edits
 from lab.genome.edits import NotHere
+from lab.genome.syntax import text_of, with_ends_of
 from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import Experiment, State
@@ -16,7 +17,7 @@ from lab.verdict.plan import noise_of
 
 def made(content: bytes, patches: Sequence[Patch], places: Iterable[int]) -> tuple[bytes, list[int]]:
     """(train.py with patches, their places): those that can be made one after the other."""
-    text, held = content.decode("utf-8-sig", "replace").replace("\r\n", "\n"), {}
+    text, held = text_of(content), {}
     for place in places:
         edit = edits.read(patches[place].edit)
         if any(edit.meets(other) for other in held.values()):
@@ -26,7 +27,7 @@ def made(content: bytes, patches: Sequence[Patch], places: Iterable[int]) -> tup
         except NotHere:
             continue
         held[place] = edit
-    return (text.replace("\n", "\r\n") if b"\r\n" in content else text).encode(), list(held)
+    return with_ends_of(content, text.encode()), list(held)
 
 
 def screened(state: State) -> set[str]:

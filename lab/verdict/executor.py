@@ -14,19 +14,18 @@ import statistics
 import subprocess
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import filelock
 import numpy as np
-import psutil
 
 import disturbance
 import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
-from lab.run import runner
+from lab.run import processes, runner
 from lab.run.guard import OWN
 from lab.run.outcome import Outcome
 from lab.session import events
@@ -36,7 +35,7 @@ from lab.session.repository import TRAIN
 from lab.session.session import SUPERVISOR, Session
 from lab.session.state import BESIDE, Experiment, Run
 from lab.verdict import blocks
-from lab.verdict.plan import Job, Order, TRIES, orders, plan, scored_parent, stake_of
+from lab.verdict.plan import Order, TRIES, orders, plan, scored_parent, stake_of
 
 CONDITIONS = ("device", "backend", "eval", "data", "profile")  # of a run, that have to be the session's
 FIRST_TIMEOUT = 1200  # seconds beyond the longest training, before anything was measured
@@ -58,9 +57,7 @@ def launch(session: Session) -> subprocess.Popen:
             start_new_session=os.name == "posix",
             creationflags=(subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS) if os.name == "nt" else 0,  # pyright: ignore
         )
-    with suppress(psutil.Error):  # it has ended already
-        known = {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
-        storage.write_json(session.folder / SUPERVISOR, known)
+    processes.note(session.folder / SUPERVISOR, process.pid)
     return process
 
 
@@ -170,9 +167,8 @@ class Here:
     def begin(self, orders: list[Order]) -> bool:
         for order in orders[:1]:
             with blamed(self.session, order.experiment):
-                reserve(self.session, order)
                 if order.job:
-                    carry_out(self.session, order.experiment, order.job)
+                    carry_out(self.session, order)
                 elif order.score is not None:
                     score_again(self.session, order.experiment, self.session.state.runs[order.score])
         return bool(orders)
@@ -181,40 +177,27 @@ class Here:
         return False
 
 
-def reserve(session: Session, order: Order) -> None:
-    """Reserves what a test may stake, before it goes beyond one run."""
-    if order.stakes and order.experiment.stake is None:
-        stake = stake_of(order.experiment, session.state)
-        session.log(events.StakeReserved(experiment=order.experiment.number, stake=stake))
-
-
 # --- Runs ---
 
 
-def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
+def carry_out(session: Session, order: Order) -> None:
     """A guarded run, journalled before and after."""
-    session.restore_judge()
-    session.write_ledger()
+    run = begin(session, order)
     before = _ledger(session)
-    run = begin(session, experiment, job)
-    try:
-        outcome = runner.run(request(session, run))
-    except runner.Halted as halted:
-        outcome = Outcome("lost", because(str(halted)))
-    status, reason = outcome.status, outcome.reason
+    made = runner.run(request(session, run))
     if changed := session.restore_judge():
-        status, reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
+        made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
     if _ledger(session) != before:
         print(session.write_ledger())
         if session.started.sandbox is None:  # in a sandbox a run can't have done it
-            status, reason = "invalid", because("changed_ledger")
-    result = outcome.result or {}
-    elsewhere = other_conditions(session, result) if status == "ok" else None
-    if status == "ok" and (why := elsewhere or other_attention(session, result)):
-        status, reason = "invalid", why
-    ended(session, run, outcome, status, reason)
-    if experiment.kind == "shared":  # nobody asks for the weights of one of its runs
-        tidy(session, experiment, keep=False)
+            made.status, made.reason = "invalid", because("changed_ledger")
+    result = made.result or {}
+    elsewhere = other_conditions(session, result) if made.status == "ok" else None
+    if made.status == "ok" and (why := elsewhere or other_attention(session, result)):
+        made.status, made.reason = "invalid", why
+    ended(session, run, made)
+    if order.experiment.kind == "shared":  # nobody asks for the weights of one of its runs
+        tidy(session, order.experiment, keep=False)
     if elsewhere:
         raise LabError(
             f"{elsewhere}. Runs under different conditions can't be compared. Restore what was there when the "
@@ -222,8 +205,15 @@ def carry_out(session: Session, experiment: Experiment, job: Job) -> None:
         )
 
 
-def begin(session: Session, experiment: Experiment, job: Job, worker: str = "") -> Run:
-    """Journals that a run begins, and makes its folder with its train.py."""
+def begin(session: Session, order: Order, worker: str = "") -> Run:
+    """Journals that the run of an order begins, and makes its folder with its train.py. What its test may stake is
+    reserved first, once that goes beyond one run; judge and ledger are as they should be."""
+    experiment, job = order.experiment, order.job
+    assert job is not None
+    if order.stakes and experiment.stake is None:
+        session.log(events.StakeReserved(experiment=experiment.number, stake=stake_of(experiment, session.state)))
+    session.restore_judge()
+    session.write_ledger()
     blob, content, patches = job.blob, session.repository.content(job.blob), list(job.patches)
     if patches:
         content, patches = blocks.made(content, experiment.patches, patches)
@@ -236,11 +226,10 @@ def begin(session: Session, experiment: Experiment, job: Job, worker: str = "") 
     return run
 
 
-def ended(session: Session, run: Run, outcome: Outcome, status: str, reason: Reason | None) -> None:
-    """Journals how a run ended, whose files are in its folder: as its outcome says, but with this status."""
+def ended(session: Session, run: Run, made: Outcome) -> None:
+    """Journals how a run ended, whose files are in its folder."""
     sync_files(session.run_folder(run.number))
-    facts = {"result": outcome.result, "seconds": outcome.seconds, "traceback": outcome.traceback}
-    session.log(events.RunEnded(run=run.number, status=status, reason=reason, **facts))  # pyright: ignore
+    session.log(events.RunEnded(run=run.number, **vars(made)))  # pyright: ignore[reportArgumentType]
 
 
 def request(session: Session, run: Run) -> runner.Request:

@@ -243,21 +243,8 @@ def next_step(
     gain = _difference(candidate, parent, candidate, parent, correlation) - corrected
     extra = disturbed**2 * noise.slope_variance
     error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra)
-    t, half = gain / error, t_quantile(0.05, noise.df) * error
-    evidence = Evidence(
-        gain=gain,
-        error=error,
-        low=gain - half,
-        high=gain + half,
-        p=t_tail(t, noise.df),
-        level=level,
-        runs=runs,
-        parent_runs=parents,
-        corrected=corrected,
-        stake=stake if runs > 1 else 0.0,
-    )
-    direction = "better" if gain > 0 else "worse"
-    facts = {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": parents}
+    evidence, facts = _compared(gain, error, noise.df, level, runs, parents)
+    evidence = replace_evidence(evidence, corrected=corrected, stake=stake if runs > 1 else 0.0)
     common = candidate.keys() & parent.keys()
     if simpler and common and all(candidate[one] == parent[one] for one in common):
         equal = replace_evidence(evidence, simpler=True, stake=0.0)
@@ -282,7 +269,7 @@ def next_step(
         if odds > math.log(EQUAL) and _cheap(noise, outlook, allowed):
             going_on = going_on or runs < CHEAP
     if not going_on:
-        return Step("discard", reason, evidence=replace_evidence(evidence, near_miss=t >= NEAR))
+        return Step("discard", reason, evidence=replace_evidence(evidence, near_miss=gain / error >= NEAR))
     reason, evidence = because("worth_another_run", **facts), replace_evidence(evidence, stake=0.0)
     missing = [one for one in candidate if one not in parent]
     if missing or parents < outlook.wanted:
@@ -300,19 +287,22 @@ def joint_step(
     """The verdict on several changes as one, from as many fresh runs of them and of their parent as were planned: one
     look, at the level that the account gives. Arguments as of `next_step`."""
     stake = account.joint_stake if stake is None else stake
-    level, runs = stake, len(candidate)  # all of it: there is one look, and its runs are fresh
+    level, runs, parents = stake, len(candidate), len(parent)  # all of it: there is one look, and its runs are fresh
     gain = statistics.fmean(parent.values()) - statistics.fmean(candidate.values())
-    error = noise.sd * math.sqrt(1 / runs + 1 / len(parent))
-    t, half = gain / error, t_quantile(0.05, noise.df) * error
-    evidence = Evidence(
-        gain, error, gain - half, gain + half, t_tail(t, noise.df), level, runs, len(parent), stake=stake
-    )
-    direction = "better" if gain > 0 else "worse"
-    facts = {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": len(parent)}
+    evidence, facts = _compared(gain, noise.sd * math.sqrt(1 / runs + 1 / parents), noise.df, level, runs, parents)
+    evidence = replace_evidence(evidence, stake=stake)
     reason = because("tested", **facts, p=evidence.p, share=level)
     if evidence.p <= level:
         return Step("keep", reason, evidence=replace_evidence(evidence, better=True))
     return Step("discard", reason, evidence=evidence)
+
+
+def _compared(gain: float, error: float, df: int, level: float, runs: int, parents: int) -> tuple[Evidence, dict]:
+    """(what a comparison shows, which costs nothing yet; the facts that its reasons name)."""
+    t, half = gain / error, t_quantile(0.05, df) * error
+    evidence = Evidence(gain, error, gain - half, gain + half, t_tail(t, df), level, runs, parents)
+    direction = "better" if gain > 0 else "worse"
+    return evidence, {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": parents}
 
 
 def _next(scores: Mapping[int, float]) -> int:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import filelock
 
@@ -18,7 +19,7 @@ from lab.genome.change import diff, identify
 from lab.genome.kinds import of_change
 from lab.genome.syntax import TRAIN, describe
 from lab.reasons import because, sentence
-from lab.run import runner
+from lab.run import log, runner
 from lab.session.events import ExperimentApplied, ExperimentDecided, Verdict
 from lab.session.locks import refuse_if_busy
 from lab.session.session import Session
@@ -177,23 +178,44 @@ def open_change(
     return None
 
 
-def open_replay(session: Session, content: bytes, description: str, more: dict) -> None:
-    """Journals a train.py that has a change of elsewhere as an experiment against the baseline, beside the branch.
+def open_confirmation(session: Session, pairs: int, times: float, file: Path | None) -> None:
+    """Journals the best, or the train.py in a file, to be run against the baseline for `times` the budget. LabError if
+    the baseline is the best, or the file can't be read."""
+    repository, baseline, best = session.repository, session.state.baseline, best_of(session)
+    facts, said = _again(session, best), best.description
+    if file:
+        try:
+            facts = facts_of_change(session, baseline, file.read_bytes())
+        except OSError as error:
+            raise LabError(f"{file} can't be read: {error}") from error
+        said = f"the train.py of {file.name}"
+        facts["commit"] = repository.commit(baseline.here, facts["blob"], said)
+    elif best is baseline:
+        raise LabError("the baseline is still the best: there is nothing to confirm yet")
+    facts |= {"description": said, "pairs": pairs, "budget": session.budget * times}
+    session.open_experiment(kind="confirm", **facts)
 
-    Args:
-        more: facts of ExperimentOpened: kind, origin, min_runs.
-    """
-    repository, baseline = session.repository, session.state.baseline
-    if b"\r\n" in repository.content(baseline.blob):
-        content = content.replace(b"\n", b"\r\n")
-    facts = facts_of_change(session, baseline, content) | {"description": description, **more}
-    session.open_experiment(commit=repository.commit(baseline.commit, facts["blob"], description), **facts)
+
+def open_scale(session: Session, pairs: int) -> None:
+    """Journals the baseline, to be run for other times."""
+    facts = _again(session, session.state.baseline)
+    session.open_experiment(kind="scale", description="the baseline for other times", pairs=pairs, **facts)
 
 
-def open_transfer(session: Session, best: Experiment, depth: float, times: float, pairs: int) -> None:
-    """Journals the baseline and the best in another size, see genome/resize.py. LabError if they can't be resized."""
+def _again(session: Session, of: Experiment) -> dict:
+    """What an ExperimentOpened says of the train.py of another, which is run beside the baseline's."""
+    baseline = session.state.baseline
+    facts = {"blob": of.blob, "parent": baseline.blob, "onto": baseline.number}
+    return facts | {"portable": of.portable, "commit": of.here}
+
+
+def open_transfer(session: Session, depth: float, times: float, pairs: int) -> None:
+    """Journals the baseline and the best in another size, see genome/resize.py. LabError if they can't be resized, or
+    the baseline is the best."""
     from lab.genome.resize import resized  # here, as calibration's rules import much
 
+    if (best := best_of(session)) is session.state.baseline:
+        raise LabError("the baseline is still the best: there is nothing that could carry yet")
     state, repository = session.state, session.repository
     tokens = [run.result["total_tokens_M"] * 1e6 for run in state.baseline.runs if run.ok]
     size = [f"{depth:g} times the depth"] * (depth != 1) + [f"{times:g} times the budget"] * (times != 1)
@@ -239,6 +261,4 @@ def await_verdict(
 
 def last_words(session: Session) -> str:
     """The last line that the process which carries out experiments has left."""
-    log = session.folder / "supervisor.log"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it was killed"
+    return log.last_line(session.folder / "supervisor.log") or "it was killed"

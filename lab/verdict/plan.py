@@ -96,9 +96,13 @@ def plan(experiment: Experiment, state: State) -> Plan:
         return _further(experiment, state)
     kinds = {"baseline": _baseline, "confirm": _confirmation, "scale": _scale, "transfer": _confirmation}
     kinds |= {"shared": _shared, "joint": _joint}
-    made = kinds.get(experiment.kind, _change)(experiment, state)
+    of_kind = kinds.get(experiment.kind, _change)
+    # A parent that fails is a change's own matter, and a block goes on without what fails.
+    runs = experiment.own_runs if of_kind is _change else [] if of_kind is _shared else experiment.runs
+    failed = _failure(experiment, runs)
+    made = Plan(verdict=failed) if failed else of_kind(experiment, state)
     # A verdict waits for the runs of this experiment that other devices are making.
-    return Plan() if made.verdict and _under_way(experiment) else made
+    return Plan() if made.verdict and experiment.run_under_way else made
 
 
 # --- What every session's verdicts rest on ---
@@ -184,16 +188,14 @@ def stake_of(experiment: Experiment, state: State) -> float:
 
 
 def _baseline(baseline: Experiment, state: State) -> Plan:
-    if failed := _failure(baseline, baseline.runs, state):
-        return Plan(verdict=failed)
     sound = [run for run in baseline.runs if run.ok]
     if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(state.started.baseline_runs)]):
         return Plan(jobs)
-    if _under_way(baseline):
+    if baseline.run_under_way:
         return Plan()
     last = next(iter(_with_weights(sound)[::-1]), None)
     if last is None:
-        return Plan((Job(baseline.blob, gate.seed(len(sound)), state.started.budget or 0.0, Urgency.FIRST),))
+        return Plan((Job(baseline.blob, gate.seed(len(sound)), state.budget, Urgency.FIRST),))
     if last.scored is None:
         return Plan(score=(last.number,))
     if problem := disagreement(last) or _same_start(sound):
@@ -211,8 +213,6 @@ def _parent(experiment: Experiment, state: State) -> Experiment:
 
 def _change(change: Experiment, state: State) -> Plan:
     parent = _parent(change, state)
-    if failed := _failure(change, change.own_runs, state):
-        return Plan(verdict=failed)
     failing = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
     if len(failing) >= TRIES:
         return Plan(verdict=_unjudged("invalid", because("parent_fails", why=failing[-1].reason)))
@@ -238,7 +238,7 @@ def _change(change: Experiment, state: State) -> Plan:
             return Plan()
         reserve = stake_of(change, state) if sound and change.stake is None else None
         paired = tuple(seed for seed in others if seed not in own) if urgency is Urgency.REPEAT else ()
-        job = Job(blob, step.seed, state.started.budget or 0.0, urgency, others=paired)
+        job = Job(blob, step.seed, state.budget, urgency, others=paired)
         return Plan((job,), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
     if moved and state.best and step.action != "discard":
@@ -248,19 +248,19 @@ def _change(change: Experiment, state: State) -> Plan:
         return Plan(
             verdict=Verdict("superseded", because("moved", best=state.best.number), *means, evidence, judged=False)
         )
+    return _tested(change, state, step, means)
+
+
+def _tested(change: Experiment, state: State, step: gate.Step, means: tuple[float, float]) -> Plan:
+    """The verdict that a test came to; on what is better, once its weights were scored again."""
     if step.action == "discard":
         return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
-    return _kept(change, state, step, means)
-
-
-def _kept(change: Experiment, state: State, step: gate.Step, means: tuple[float, float]) -> Plan:
-    """The verdict on what is better, once its weights were scored again."""
     sound = [run for run in change.own_runs if run.ok]
     best = min(_with_weights(sound), key=lambda run: run.bpb, default=None)  # that a leak would have helped most
     if best is None:
         own = {run.seed for run in change.own_runs}
         seed = next(seed for seed in map(gate.seed, itertools.count()) if seed not in own)
-        return Plan((Job(change.blob, seed, state.started.budget or 0.0, Urgency.REPEAT),))
+        return Plan((Job(change.blob, seed, state.budget, Urgency.REPEAT),))
     if best.scored is None:
         return Plan(score=(best.number,))
     if problem := disagreement(best) or _not_held_out(best, state):
@@ -274,8 +274,6 @@ def _shared(block: Experiment, state: State) -> Plan:
     from lab.verdict import shared  # here, because what only reads a session shall start fast
 
     parent = _parent(block, state)
-    if failed := _failure(block, [], state):
-        return Plan(verdict=failed)
     noise, edit = noise_of(state).sd, [edits.read(patch.edit) for patch in block.patches]
     begun = [run for run in block.runs if run.status != "lost"]
     ended = [(tuple(run.patches), run.bpb if run.ok else None) for run in begun if run.ended]
@@ -289,12 +287,12 @@ def _shared(block: Experiment, state: State) -> Plan:
     )
     plain = screening.plainly_good() if len(ended) % shared.BARE == shared.BARE - 1 else []
     if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain and not screening.hopeless:
-        if screening.searching and _under_way(block):
+        if screening.searching and block.run_under_way:
             return Plan()
         members = screening.next(len(begun))
-        job = Job(parent.blob, SHARED_SEED + block.number, state.started.budget or 0.0, Urgency.FIRST, patches=members)
+        job = Job(parent.blob, SHARED_SEED + block.number, state.budget, Urgency.FIRST, patches=members)
         return Plan((job,))
-    if _under_way(block):
+    if block.run_under_way:
         return Plan()
     estimates = screening.estimates()
     chosen = screening.chosen(estimates)
@@ -315,22 +313,17 @@ def _shared(block: Experiment, state: State) -> Plan:
 def _joint(joint: Experiment, state: State) -> Plan:
     """The best patches of a block as one, and the parent, on fresh seeds; one look at the end."""
     parent = _parent(joint, state)
-    if failed := _failure(joint, joint.runs, state):
-        return Plan(verdict=failed)
     seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
     asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
     wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
-    if wanted or _under_way(joint):
-        budget = state.started.budget or 0.0
+    if wanted or joint.run_under_way:
         stake = stake_of(joint, state) if joint.stake is None else None
-        return Plan(tuple(Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
+        return Plan(tuple(Job(blob, seed, state.budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
     sound = [run for run in joint.runs if run.ok]
     own, others = ({run.seed or 0: run.bpb for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
     step = gate.joint_step(own, others, noise_of(state), account_of(state), joint.stake)
     means = statistics.fmean(own.values()), statistics.fmean(others.values())
-    if step.action == "discard":
-        return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
-    return _kept(joint, state, step, means)
+    return _tested(joint, state, step, means)
 
 
 def _further(change: Experiment, state: State) -> Plan:
@@ -341,10 +334,10 @@ def _further(change: Experiment, state: State) -> Plan:
         judged = Verdict(of.verdict.status, because("further_runs", of=of.number))
     if judged is None or parent is None:
         raise ValueError(f"experiment {change.number} has no verdict that further runs could leave as it is")
-    if not _failure(change, change.runs, state):
+    if not _failure(change, change.runs):
         seeds = [gate.seed(i) for i in range(change.min_runs)]
         jobs = [job for blob in (parent.blob, change.blob) for job in _missing(state, blob, seeds, Urgency.FURTHER)]
-        if jobs or _under_way(change):
+        if jobs or change.run_under_way:
             return Plan(tuple(sorted(jobs, key=lambda job: job.seed)))
     means = [state.results(blob).values() for blob in (change.blob, parent.blob)]
     mean, parent_mean = (statistics.fmean(scores) if scores else None for scores in means)
@@ -355,21 +348,19 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     """A train.py and its parent in turn, the best and the baseline mostly, on seeds that selected nothing; each run's
     weights are scored on held-out rows."""
     of = state.parent_of(confirmation) or state.baseline
-    if failed := _failure(confirmation, confirmation.runs, state):
-        return Plan(verdict=failed)
     sound = _with_weights([run for run in confirmation.runs if run.ok])
     if unscored := tuple(run.number for run in sound if run.scored is None):
         return Plan(score=unscored)
     if problem := next(filter(None, map(disagreement, sound)), None):
         return Plan(verdict=Verdict("invalid", problem))
-    budget, best, parent = confirmation.budget or state.started.budget or 0.0, confirmation.blob, of.blob
+    budget, best, parent = confirmation.budget or state.budget, confirmation.blob, of.blob
     seeds = [CONFIRM_SEEDS + 100 * confirmation.number + pair for pair in range(confirmation.pairs)]
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
     ]
     asked = {(run.blob, run.seed) for run in confirmation.runs if run in sound or run.ended is None}
     jobs = [Job(blob, seed, budget, Urgency.REPEAT) for blob, seed in order if (blob, seed) not in asked]
-    if jobs or _under_way(confirmation):
+    if jobs or confirmation.run_under_way:
         return Plan(tuple(jobs))
     runs = {(run.blob, run.seed): run.scored for run in sound}
 
@@ -388,13 +379,11 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
 
 def _scale(scale: Experiment, state: State) -> Plan:
     """The baseline for other times, on new seeds, the times in turn: what a score is worth in time."""
-    if failed := _failure(scale, scale.runs, state):
-        return Plan(verdict=failed)
     asked = {(run.budget, run.seed) for run in scale.runs if run.ok or run.ended is None}
     seeds = [CONFIRM_SEEDS + 100 * scale.number + round for round in range(scale.pairs)]
-    times = [share * (state.started.budget or 0.0) for share in SCALES]
+    times = [share * state.budget for share in SCALES]
     wanted = [(time, seed) for seed in seeds for time in times if (time, seed) not in asked]
-    if wanted or _under_way(scale):
+    if wanted or scale.run_under_way:
         return Plan(tuple(Job(scale.blob, seed, time, Urgency.REPEAT) for time, seed in wanted))
     means = [statistics.fmean(run.bpb for run in scale.runs if run.ok and run.budget == time) for time in times]
     points = ", ".join(f"{mean:.6f} after {time:g} s" for time, mean in zip(times, means))
@@ -404,7 +393,7 @@ def _scale(scale: Experiment, state: State) -> Plan:
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:
     """Jobs for the seeds that a train.py was not run on, and is not being run on."""
     known = _begun(state, blob) | state.results(blob).keys()
-    return tuple(Job(blob, seed, state.started.budget or 0.0, urgency) for seed in seeds if seed not in known)
+    return tuple(Job(blob, seed, state.budget, urgency) for seed in seeds if seed not in known)
 
 
 def _begun(state: State, blob: str) -> set[int | None]:
@@ -421,14 +410,10 @@ def _with_weights(runs: list[Run]) -> list[Run]:
     return [run for run in runs if not lost(run)]
 
 
-def _under_way(experiment: Experiment) -> bool:
-    return any(run.ended is None for run in experiment.runs)
-
-
 # --- Why runs are not believed ---
 
 
-def _failure(experiment: Experiment, runs: list[Run], state: State) -> Verdict | None:
+def _failure(experiment: Experiment, runs: list[Run]) -> Verdict | None:
     """The verdict on runs that failed or were interrupted too often, or on a lab that fails at it."""
     for run in experiment.runs:
         if run.reason and run.reason.code in ("other_attention", "other_conditions"):

@@ -123,9 +123,9 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def imported(source, elsewhere, device=None, say=print):
+def imported(source, elsewhere, device=None):
     with home(elsewhere):
-        return sources.import_session(str(source), device, say)
+        return sources.import_session(str(source), device)
 
 
 def refused(source, elsewhere, match, device=None):

@@ -48,7 +48,7 @@ def test_a_keep_is_told_in_numbers(session):
 
 def test_facts_are_the_same_for_machines(session):
     found = attempt(session, edited(LOSS=1.1))
-    facts = json.loads(json.dumps(render.facts(session, found)))
+    facts = json.loads(json.dumps(render.facts(found)))
     assert (facts["status"], facts["experiment"], len(facts["runs"])) == ("discard", 1, 1)
     assert facts["val_bpb"] == pytest.approx(1.1, abs=0.01) and facts["runs"][0]["memory_gb"] == 1.0
 
@@ -65,7 +65,7 @@ def test_what_a_run_prints_is_cleaned_and_fenced(session, runner, monkeypatch):
     found = attempt(session, edited(FAILS="crash"), message="tried " + HOSTILE)
     for text in (
         render.block(session, found),
-        json.dumps(render.facts(session, found), ensure_ascii=False),
+        json.dumps(render.facts(found), ensure_ascii=False),
         render.table([found]),
         render.status(session),
     ):

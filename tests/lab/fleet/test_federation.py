@@ -3,8 +3,8 @@
 import pytest
 import sessions
 from nights import sound
-from sessions import check, edited
-from test_loop import Alive, Seen, options
+from sessions import Alive, check, edited
+from test_loop import Seen, options
 
 from lab.compare import comparison
 from lab.compare.analysis import Analysis

@@ -7,7 +7,8 @@ from nights import begin, impatient, processes, state_of, until
 from sessions import check, make
 
 from lab.fleet.pool import Device, Pool
-from lab.session.session import Session
+from lab.fleet.worker import ARCHIVE, Worker, archive_of
+from lab.session.session import Session, fingerprints
 from lab.verdict import executor
 from lab.verdict.plan import orders
 
@@ -49,6 +50,20 @@ def test_two_devices_work_at_once_and_a_head_that_is_killed_fetches_what_they_ma
     until(lambda: not processes(project, "join"), 10)
 
 
+def test_a_worker_restores_a_judge_that_was_fetched_for_an_earlier_head(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "prepare.py").write_text("BUDGET = 300\n")
+    pinned = fingerprints(tmp_path / "judge")
+    worker = Worker("cpu", "cpu", {}, None, local=True)
+    worker.facts = {"judge": pinned, "archive": "another, with the same files"}
+    worker.root.mkdir(parents=True)
+    (worker.root / ARCHIVE).write_bytes(archive_of(tmp_path / "judge", pinned))
+    assert worker._restore_judge() == ["prepare.py"] and worker._restore_judge() == []
+    (worker.judge / "prepare.py").write_text("BUDGET = 3000\n")
+    assert worker._restore_judge() == ["prepare.py"] and fingerprints(worker.judge) == pinned
+
+
 def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_path):
     """The head before this one had begun it, and the worker has just come back."""
     session = make(tmp_path / "project")
@@ -56,7 +71,7 @@ def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_
     pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive={})})  # pyright: ignore[reportAttributeAccessIssue]
     first, second = orders(session.state)[:2]
     assert first.job and second.job
-    run = executor.begin(session, first.experiment, first.job, "cpu")
+    run = executor.begin(session, first, "cpu")
     pool.devices["cpu"] = Device("cpu", ready=True)
     assert pool.makes(run) and not pool.begin([second])
     assert pool.devices["cpu"].run is run

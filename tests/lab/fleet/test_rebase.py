@@ -6,8 +6,8 @@ import time
 import pytest
 import sessions
 from nights import sound
-from sessions import check, edited
-from test_loop import Alive, Seen, options
+from sessions import Alive, check, edited
+from test_loop import Seen, options
 
 import storage
 from lab.cli import render
@@ -50,12 +50,7 @@ class Many:
                 if order.score is not None:
                     executor.score_again(session, order.experiment, session.state.runs[order.score])
                     continue
-                executor.reserve(session, order)
-                job = order.job
-                run = self.busy[name] = session.start_run(order.experiment, job.blob, job.seed, job.budget, worker=name)
-                folder = session.run_folder(run.number)
-                folder.mkdir(parents=True)
-                (folder / "train.py").write_bytes(session.repository.content(job.blob))
+                self.busy[name] = executor.begin(session, order, name)
         return begun
 
     def wait(self):
@@ -64,8 +59,7 @@ class Many:
         if not self.busy:
             return False
         run = self.busy.pop(self.rng.choice(sorted(self.busy)))
-        made = runner.run(executor.request(self.session, run))
-        executor.ended(self.session, run, made, made.status, made.reason)
+        executor.ended(self.session, run, runner.run(executor.request(self.session, run)))
         return True
 
 
@@ -265,7 +259,7 @@ def test_where_the_weights_are_lost_another_run_is_made(session):
     change = opened(session, edited(LOSS=0.9))
     run = session.start_run(change, change.blob, 42, session.budget, worker="a")
     made = trained(session, run)
-    executor.ended(session, run, made, made.status, made.reason)
+    executor.ended(session, run, made)
     assert plan(change, session.state).score == (run.number,)
     session.log(RunScored(run=run.number, problem=because("weights_lost")))
     assert plan(change, session.state).jobs[0].seed == 43

@@ -3,8 +3,10 @@
 import pytest
 import sessions
 
+from lab.night import limits, loop
 from lab.reasons import because
 from lab.session.events import Evidence, ExperimentApplied, ExperimentDecided, RunEnded, Verdict
+from lab.verdict import executor
 from lab.verdict.executor import supervise
 from lab.verdict.opening import facts_of_change
 
@@ -25,6 +27,15 @@ WARMUP_RATIO = 0.0
 # Batches
 BATCH_SIZE = 8
 """
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """A night's experiments are carried out at once, in this process, and nothing is waited for."""
+    monkeypatch.setattr(executor, "launch", lambda session: sessions.Alive(session))
+    monkeypatch.setattr(limits, "troubles", lambda session: [])
+    monkeypatch.setattr(loop, "POLL", 0.001)
+    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from lab.cli import commands
 from lab.compare import comparison, published, tables
 from lab.compare.analysis import Analysis
 from lab.genome.edits import NotHere
+from lab.fleet import settings
 from lab.night import findings, loop, prompt
 from lab.session.session import Session
 from lab.share import sources
@@ -186,6 +187,14 @@ def test_on_a_noisy_device_findings_share_runs(many, monkeypatch):
     assert (first.kind, joint.kind, len(first.patches)) == ("shared", "joint", 10)
     assert joint.status == "keep" and {"v1", "v2"} <= {patch.origin.split("/")[1] for patch in joint.patches}
     assert findings.patches(many) == [] == list(findings.ideas(many))  # a block tells once
+
+
+def test_a_block_is_opened_beside_what_several_devices_run(many):
+    settings.choose(many, ["a", "b"])
+    night = loop.Night(Session(many.folder), options(findings=True, max_experiments=200), Seen())
+    with many.lock:  # the supervisor's, as long as the night lasts
+        assert night._open_block()
+    assert night.session.state.last.kind == "shared"
 
 
 @pytest.mark.parametrize("most, needed", [(1, 1000), (200, 20)], ids=["few experiments", "a short night"])

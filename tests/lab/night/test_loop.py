@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import sessions
-from sessions import edited
+from sessions import Alive, edited
 
 from lab.errors import LabError
 from lab.night import agent, limits, loop, notify, proposer
@@ -38,24 +38,9 @@ class Seen:
                 action()
 
 
-class Alive:
-    """In place of the process that carries an experiment out: it does so at once, in this process."""
-
-    def __init__(self, session):
-        executor.supervise(Session(session.folder))
-
-    def poll(self):
-        return 0
-
-
 @pytest.fixture
-def session(tmp_path, runner, monkeypatch):
-    session = sessions.make(tmp_path / "project")
-    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
-    monkeypatch.setattr(limits, "troubles", lambda session: [])
-    monkeypatch.setattr(loop, "POLL", 0.001)
-    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
-    return session
+def session(tmp_path, runner, at_once):
+    return sessions.make(tmp_path / "project")
 
 
 @pytest.fixture
@@ -76,7 +61,9 @@ def options(**values):
     return argparse.Namespace(
         **{
             "agent": None,
+            "agents": 0,
             "findings": False,
+            "offers": 0.1,
             "turn_seconds": 60.0,
             "hours": None,
             "until": None,

@@ -10,51 +10,44 @@ import pytest
 import sessions
 from nights import sound
 from sessions import check, edited
-from test_loop import Alive, Seen, options
+from test_loop import Seen, options
 
 from lab.errors import LabError
-from lab.night import agent, limits, loop
+from lab.night import agent, loop
 from lab.session.events import TurnTaken
 from lab.session.session import Session
-from lab.verdict import executor
 
 STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))}"
 
 
 @pytest.fixture
-def session(tmp_path, runner, monkeypatch):
-    session = sessions.make(tmp_path / "project")
-    monkeypatch.setattr(executor, "launch", lambda session: Alive(session))
-    monkeypatch.setattr(limits, "troubles", lambda session: [])
-    monkeypatch.setattr(loop, "POLL", 0.001)
-    monkeypatch.setattr(loop, "AGAIN_AFTER", (0.0, 0.0))
-    return session
+def session(tmp_path, runner, at_once):
+    return sessions.make(tmp_path / "project")
 
 
 @pytest.fixture
 def thinking(monkeypatch):
-    """In place of turns: each takes a moment and makes another edit. How many went on at once, and in which clones."""
-    at_once, clones, made, guard = [], [], [], threading.Lock()
-    together = []  # a barrier that the first turns wait at, if there is one
+    """In place of turns: each makes another edit. The first ones go on until there are as many as may be; all end in
+    the order in which they began. How many went on at once, and the prompts."""
+    at_once, going, made, guard = [], [], [], threading.Lock()
 
     def take_turn(session, command, prompt, log, seconds, stop=lambda: False):
         with guard:
-            clones.append(session.turn.name)
             made.append(prompt)
-            number = len(made)
-            at_once.append(len(clones))
-        if together and number <= together[0].parties:
-            together[0].wait(60)
-        time.sleep(0.05)
+            going.append(number := len(made))
+            at_once.append(len(going))
+        most, deadline = int(prompt.rstrip(".\n").split(" of ")[-1]), time.monotonic() + 5
+        while (max(at_once) < most or number > min(going)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        blob = session.repository.store(edited(LOSS=1.0 + 0.01 * number))
         with guard:
-            clones.remove(session.turn.name)
+            going.remove(number)
         if command == "failing":
             raise LabError("git is in use")
-        blob = session.repository.store(edited(LOSS=1.0 + 0.01 * number))
         return TurnTaken(by="agent", outcome="edited", description=f"idea {number}", blob=blob)
 
     monkeypatch.setattr(agent, "take_turn", take_turn)
-    return at_once, made, together
+    return at_once, made
 
 
 def night(session, **values):
@@ -63,8 +56,7 @@ def night(session, **values):
 
 
 def test_as_many_turns_go_on_as_were_asked_for(session, thinking):
-    at_once, made, together = thinking
-    together.append(threading.Barrier(3))
+    at_once, made = thinking
     one, why = night(session, agent="quick", agents=3, max_experiments=8)
     assert why == "8 experiments, as many as --max-experiments allows" and max(at_once) == 3
     state = Session(session.folder).state

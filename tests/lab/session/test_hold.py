@@ -18,6 +18,8 @@ from lab.verdict import executor, opening
 from lab.verdict.plan import MOST_LOST
 from lab.cli.arguments import parser
 from lab.errors import LabError
+from lab.reasons import because
+from lab.run.outcome import Outcome
 from lab.run.runner import Halted
 from lab.session.session import Session
 
@@ -43,6 +45,8 @@ def halting(session, monkeypatch, name, times=1):
         if left[0]:
             left[0] -= 1
             Session(session.folder).hold("paused", now=True)
+            if name == "run":
+                return Outcome("lost", because(request.ending()))
             raise Halted(request.ending())
         return real(request, *more)
 
@@ -122,7 +126,7 @@ def test_a_run_that_was_ended_is_done_again_with_its_seed_and_counts_for_nothing
     executor.supervise(quick)
     runs = quick.state.last.own_runs
     assert {run.seed for run in runs[: ended + 1]} == {runs[0].seed} and runs[ended].status == "ok"
-    assert quick.state.last.status == "keep" and len(render.facts(quick, quick.state.last)["runs"]) < len(runs)
+    assert quick.state.last.status == "keep" and len(render.facts(quick.state.last)["runs"]) < len(runs)
     check(quick)
     assert Session(quick.folder).state.last.verdict == quick.state.last.verdict
 
@@ -165,8 +169,11 @@ def test_a_process_ends_soon_and_nothing_of_it_is_left(request_for, scoring):
 
     asked = request_for({"LEARNING = 0.9": "time.sleep(20)\nLEARNING = 0.9"}, ending=ending)
     threading.Timer(1.0, lambda: reasons.append("stopped")).start()
-    with pytest.raises(Halted, match="^stopped$"):
-        runner.score(asked, asked.folder / "result.safetensors") if scoring else runner.run(asked)
+    if scoring:
+        with pytest.raises(Halted, match="^stopped$"):
+            runner.score(asked, asked.folder / "result.safetensors")
+    else:
+        assert runner.run(asked) == Outcome("lost", because("stopped"))
     assert begun[-1] - begun[0] < 15
     assert runner.end(asked.run_id) == 0
     assert scoring == (asked.folder / "result.safetensors").exists()
@@ -228,7 +235,7 @@ def test_a_pause_waits_until_the_run_has_ended(quick, runner, capsys, monkeypatc
         begun.set()
         while not (why := request.ending()):
             time.sleep(0.01)
-        raise Halted(why)
+        return Outcome("lost", because(why))
 
     monkeypatch.setattr("lab.run.runner.run", lasting)
     supervisor = threading.Thread(target=lambda: executor.supervise(Session(quick.folder)))

@@ -260,11 +260,11 @@ def test_losses_that_were_tidied_up_are_left_out(session, tmp_path):
 # --- Importing again ---
 
 
-def test_importing_again_changes_nothing_and_another_is_refused(session, sent, tmp_path):
-    elsewhere, said = tmp_path / "elsewhere", []
+def test_importing_again_changes_nothing_and_another_is_refused(session, sent, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
     there = imported(sent, elsewhere)
-    assert imported(sent, elsewhere, say=said.append) == there
-    assert said == [f"{DEVICE}/{TAG} is imported already"]
+    assert imported(sent, elsewhere) == there
+    assert capsys.readouterr().err == f"{DEVICE}/{TAG} is imported already\n"
     (session.folder / "runs" / "0004" / "rows.npz").unlink()
     other = export_session(session, tmp_path / "other")
     refused(other, elsewhere, "holds another session of that name. Remove it")

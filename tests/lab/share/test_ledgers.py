@@ -70,10 +70,11 @@ def test_a_sessions_own_ledger_is_refused_for_its_export(session, tmp_path):
     refused(session.ledger, tmp_path / "home", "of a session of this project; take its export", "a-1gb")
 
 
-def test_what_of_a_ledger_can_not_be_read_is_told_and_kept(tmp_path):
-    source, told = tmp_path / "r.tsv", []
+def test_what_of_a_ledger_can_not_be_read_is_told_and_kept(tmp_path, capsys):
+    source = tmp_path / "r.tsv"
     source.write_text(FIVE.split("\n", 1)[1] + "x\ty\n" * 7 + "aaaa")
-    there = imported(source, tmp_path / "home", "a-1gb", told.append)
+    there = imported(source, tmp_path / "home", "a-1gb")
+    told = capsys.readouterr().err.splitlines()
     assert (
         told[0] == "r.tsv does not name its columns; they are taken to be commit val_bpb memory_gb status description"
     )

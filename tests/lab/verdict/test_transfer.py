@@ -34,7 +34,7 @@ def session(tmp_path, runner, monkeypatch):
 
 def carried(session, pairs=2, **more):
     with session.lock:
-        opening.open_transfer(session, session.state.best, more.get("depth", 2), more.get("times", 1), pairs)
+        opening.open_transfer(session, more.get("depth", 2), more.get("times", 1), pairs)
     executor.supervise(session)
     return session.state.last
 
