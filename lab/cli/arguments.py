@@ -95,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     named = "DEVICE/TAG, a session's folder, an export, a branch, or the original's results.tsv"
     compare("sources", named, "SESSION", nargs="+")
     compare("--device", f"{of_ledger}; one for each of them, in order", "TAG", action="append", default=[])
+    compare("--kinds", "only tell which kinds of change paid, by sort of device", action="store_true")
+    compare("--svg", "also draw that, as a picture", "FILE", type=Path)
     report = command(
         "report", "write a session as one HTML file: what was tried, what was kept, and how sure that is", json=False
     )

@@ -297,7 +297,14 @@ def do_compare(options) -> int:
     from lab.share import sources
 
     compared = comparison.compare([Analysis(record) for record in sources.read_all(options.sources, options.device)])
-    print(json.dumps(compared.facts(), indent=1) if options.json else tables.text(compared))
+    if options.svg:
+        from lab.report import charts, page
+
+        if (chart := charts.kinds(compared.kinds, 720, 420)) is None:
+            raise LabError("no change was tried: there is nothing to draw, leave --svg out")
+        page.save({options.svg: (charts.picture(chart), charts.XML)})
+    text = tables.kinds_text if options.kinds else tables.text
+    print(json.dumps(compared.facts(), indent=1) if options.json else text(compared))
     return 0
 
 
