@@ -133,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
     night("--hours", "stop after so long", "H", type=float)
     night("--until", "stop at this time of day", "HH:MM")
     night("--max-experiments", "stop after so many", **seeds)
+    scale = "in the end, run the baseline for other times, as lab confirm --scale does; time is reserved for it"
+    night("--scale", scale, action="store_true")
     night("--notify", "called at a new best and at trouble: gets a line on its input, and as $LAB_MESSAGE", "COMMAND")
     page = "serve the report, to read, in the local network, at an address that is shown at the start"
     night("--page", page, "PORT", type=int, nargs="?", const=0)

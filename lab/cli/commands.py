@@ -79,29 +79,29 @@ def do_confirm(session: Session, options) -> int:
         state = session.state
         if not state.open:
             opening.sound_baseline(session)
-            best = opening.best_of(session)
-            if best is state.baseline and not options.scale and not options.file:
-                raise LabError("the baseline is still the best: there is nothing to confirm yet")
-            of, said, facts = best, best.description, {}
-            if options.file:
-                content = _content(options.file)
-                facts = opening.facts_of_change(session, state.baseline, content)
-                said = f"the train.py of {options.file.name}"
             if options.scale:
-                of, said = state.baseline, "the baseline for other times"
-            commit = of.here
-            if facts:
-                commit = session.repository.commit(state.baseline.here, facts["blob"], said)
-            session.open_experiment(
-                kind="scale" if options.scale else "confirm",
-                **{"blob": of.blob, "parent": state.baseline.blob, "onto": 0, "portable": of.portable, **facts},
-                pairs=options.pairs,
-                commit=commit,
-                budget=None if options.scale else session.budget * options.times,
-                description=said,
-            )
+                opening.open_scale(session, options.pairs)
+            else:
+                _open_confirmation(session, options)
         process = launch(session)
     return follow(session, options, process)
+
+
+def _open_confirmation(session: Session, options) -> None:
+    """Of the best, or of a file, against the baseline."""
+    state, best = session.state, opening.best_of(session)
+    if best is state.baseline and not options.file:
+        raise LabError("the baseline is still the best: there is nothing to confirm yet")
+    facts = {"blob": best.blob, "parent": state.baseline.blob, "onto": 0, "portable": best.portable}
+    commit, said = best.here, best.description
+    if options.file:
+        facts |= opening.facts_of_change(session, state.baseline, _content(options.file))
+        said = f"the train.py of {options.file.name}"
+        commit = session.repository.commit(state.baseline.here, facts["blob"], said)
+    budget = session.budget * options.times
+    session.open_experiment(
+        kind="confirm", pairs=options.pairs, commit=commit, budget=budget, description=said, **facts
+    )
 
 
 def _content(path: Path) -> bytes:

@@ -190,6 +190,14 @@ def open_replay(session: Session, content: bytes, description: str, more: dict) 
     session.open_experiment(commit=repository.commit(baseline.commit, facts["blob"], description), **facts)
 
 
+def open_scale(session: Session, pairs: int) -> None:
+    """Journals further runs of the baseline, `pairs` for each of other times than the session's."""
+    baseline = session.state.baseline
+    facts = {"blob": baseline.blob, "parent": baseline.blob, "onto": 0, "portable": baseline.portable}
+    said = "the baseline for other times"
+    session.open_experiment(kind="scale", pairs=pairs, commit=baseline.here, description=said, **facts)
+
+
 def open_transfer(session: Session, best: Experiment, depth: float, times: float, pairs: int) -> None:
     """Journals the baseline and the best in another size, see genome/resize.py. LabError if they can't be resized."""
     from lab.genome.resize import resized  # here, as calibration's rules import much
