@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     transfer("--depth", "multiply the depth by this (default 2; width follows)", "X", type=float, default=2)
     transfer("--times", "multiply the budget by this (default 1)", "X", type=float, default=1)
     transfer("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
+    each = "instead of the best, each kept change against what it was made on; lab status lists which carry"
+    transfer("--each", each, action="store_true")
 
     again = command("reproduce", "test a kept change in a clean clone: does the claim stand?")
     again("number", "of the experiment", "N", type=int)

@@ -112,7 +112,8 @@ def _content(path: Path) -> bytes:
 
 
 def do_transfer(session: Session, options) -> int:
-    """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size."""
+    """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size. With
+    --each two for each kept change: its parent, and the change."""
     if options.pairs < 2 or options.times <= 0 or options.depth <= 0:
         raise LabError("at least 2 pairs, and positive multiples of the depth and of the budget, please")
     opening.refuse_if_not_ours(session)
@@ -122,7 +123,8 @@ def do_transfer(session: Session, options) -> int:
             opening.sound_baseline(session)
             if (best := opening.best_of(session)) is state.baseline:
                 raise LabError("the baseline is still the best: there is nothing that could carry yet")
-            opening.open_transfer(session, best, options.depth, options.times, options.pairs)
+            for kept in [e for e in state.kept if e is not state.baseline] if options.each else [best]:
+                opening.open_transfer(session, kept, options.depth, options.times, options.pairs, options.each)
         process = launch(session)
     return follow(session, options, process)
 
