@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     transfer("--depth", "multiply the depth by this (default 2; width follows)", "X", type=float, default=2)
     transfer("--times", "multiply the budget by this (default 1)", "X", type=float, default=1)
     transfer("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
+    each = "instead of the best, each kept change against what it was made on; lab status lists which carry"
+    transfer("--each", each, action="store_true")
 
     again = command("reproduce", "test in a clean clone whether a change beats its parent")
     again("number", "number of the experiment", "N", type=int)
@@ -99,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
     named = "DEVICE/TAG, a session's folder, an export, a branch, or the original's results.tsv"
     compare("sources", named, "SESSION", nargs="+")
     compare("--device", f"{of_ledger}; one for each of them, in order", "TAG", action="append", default=[])
+    compare("--kinds", "only show which kinds of change paid, by sort of device", action="store_true")
+    compare("--svg", "also draw that, as a picture", "FILE", type=Path)
     report = command("report", "write one HTML page: what was tried, what was kept, and how sure that is", json=False)
     report("sources", "named as for compare (default: the session whose branch is checked out)", "SESSION", nargs="*")
     report("--device", "as for compare", "TAG", action="append", default=[])
@@ -138,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
     night("--hours", "stop after this many hours", "H", type=float)
     night("--until", "stop at this time of day", "HH:MM")
     night("--max-experiments", "stop after this many experiments", **seeds)
+    scale = "at the end, run the baseline with other training times, as lab confirm --scale does; reserves time for it"
+    night("--scale", scale, action="store_true")
     night(
         "--notify",
         "command, called at a new best, at trouble, at the end: gets a line on its input and in $LAB_MESSAGE",

@@ -87,10 +87,11 @@ def do_confirm(session: Session, options) -> int:
 
 
 def do_transfer(session: Session, options) -> int:
-    """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size."""
+    """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size. With
+    --each two for each kept change: its parent, and the change."""
     if options.pairs < 2 or options.times <= 0 or options.depth <= 0:
         raise LabError("--pairs has to be at least 2, and --depth and --times above 0")
-    sizes = options.depth, options.times, options.pairs
+    sizes = options.depth, options.times, options.pairs, options.each
     return _measure(session, options, lambda: opening.open_transfer(session, *sizes))
 
 
@@ -275,7 +276,14 @@ def do_compare(options) -> int:
     from lab.share import sources
 
     compared = comparison.compare([Analysis(record) for record in sources.read_all(options.sources, options.device)])
-    print(json.dumps(compared.facts(), indent=1) if options.json else tables.text(compared))
+    if options.svg:
+        from lab.report import charts, page
+
+        if (chart := charts.kinds(compared.kinds, 720, 420)) is None:
+            raise LabError("no change was tried: there is nothing to draw, leave --svg out")
+        page.save({options.svg: (charts.picture(chart), charts.XML)})
+    text = tables.kinds_text if options.kinds else tables.text
+    print(json.dumps(compared.facts(), indent=1) if options.json else text(compared))
     return 0
 
 

@@ -196,6 +196,15 @@ class Analysis:
     # --- The session as a whole ---
 
     @property
+    def gain_by_kind(self) -> dict[str, float]:
+        """What the kept changes of each kind gained, as a share of the baseline's val_bpb: together `relative`."""
+        gained: defaultdict[str, float] = defaultdict(float)
+        for before, after in zip(self.steps, self.steps[1:]):
+            by = (self.scores[before.number] - self.scores[after.number]) / self.scores[self.steps[0].number]
+            gained[kind_of(after) or "other"] += by
+        return dict(gained)
+
+    @property
     def only_replays(self) -> bool:
         """Whether all that it tried were others' changes, on its baseline."""
         return bool(self.tried) and all(experiment.kind == "replay" for experiment in self.tried)

@@ -27,6 +27,7 @@ from lab.session.state import Experiment
 from lab.untrusted import one_line
 
 SOURCE = "source"
+LISTS = "changes", "agreements", "kinds", "across"  # of a Comparison's facts
 # By what changes are taken for one, the surest first: by id or by what it repeats; probably the same, its lines in the
 # same definition beside other neighbours; or only its description says so.
 CHANGE, FAMILY, WORDS = JOINED = "change", "family", "words"
@@ -103,6 +104,28 @@ class Paid:
     rate: Interval = (0.0, 0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Across:
+    """Whether changes of a kind were kept more often than the other changes of the same sessions: the ratio of the odds
+    of being kept, with its 90 % interval, on each sort of device and on all; None where it can't be told."""
+
+    kind: str
+    by_sort: dict[str, Interval | None]
+    overall: Interval | None
+
+    @property
+    def told(self) -> str:
+        """One of "more often", "less often", "differs", "can't be told". The first two need an interval over all that
+        leaves out 1, the same way on each sort where it is known, and two of these."""
+        known = [ratio for ratio in self.by_sort.values() if ratio]
+        if any(low > 1 for _, low, _ in known) and any(high < 1 for *_, high in known):
+            return "differs"
+        ways = {ratio > 1 for ratio, *_ in known}
+        if self.overall is None or len(known) < 2 or len(ways) > 1 or self.overall[1] <= 1 <= self.overall[2]:
+            return "can't be told"
+        return "more often" if ways == {True} else "less often"
+
+
 @dataclass
 class Comparison:
     """All of it."""
@@ -112,6 +135,7 @@ class Comparison:
     changes: list[Shared]  # those of several places first
     agreements: list[Agreement]
     kinds: list[Paid]
+    across: list[Across]
     notes: list[str]
 
     @property
@@ -141,7 +165,7 @@ class Comparison:
     def facts(self) -> dict:
         """The comparison as JSON."""
         _ = self.published  # fills in their verdicts
-        lists = {name: [asdict(part) for part in getattr(self, name)] for name in ("changes", "agreements", "kinds")}
+        lists = {name: [asdict(part) for part in getattr(self, name)] for name in LISTS}
         sessions = [analysis.facts() for analysis in self.sessions]
         found = [
             {"name": one.finding.name, "change": one.change.key, "effects": {p: one.effect(p) for p in self.places}}
@@ -179,7 +203,7 @@ def compare(analyses: list[Analysis]) -> Comparison:
     places = list(dict.fromkeys(analysis.place for analysis in analyses))
     pairs = [(*pair, joined) for joined in JOINED for pair in combinations(places, 2)]
     agreements = [agreed for pair in pairs if (agreed := _agreement(changes, *pair))]
-    return Comparison(places, analyses, changes, agreements, paid(analyses), _notes(analyses))
+    return Comparison(places, analyses, changes, agreements, paid(analyses), across(analyses), _notes(analyses))
 
 
 def _name_places(analyses: list[Analysis]) -> None:
@@ -339,3 +363,26 @@ def paid(analyses: list[Analysis]) -> list[Paid]:
         for i, rate in zip(of_sort, rates):
             summaries[i] = replace(summaries[i], rate=rate)
     return sorted(summaries, key=lambda summary: KINDS.index(summary.kind))
+
+
+def across(analyses: list[Analysis]) -> list[Across]:
+    """How often each kind was kept relative to the others, session by session; empty for one sort of device."""
+    told: dict[str, dict[str, list[tuple[int, int, int, int]]]] = {}
+    scored = [analysis for analysis in analyses if analysis.scores]
+    for analysis in scored:
+        tried = Counter(kind_of(experiment) or "other" for experiment in analysis.tried)
+        kept = Counter(kind_of(experiment) or "other" for experiment in analysis.tried if experiment.status == "keep")
+        for kind, n in tried.items():
+            group = kept[kind], n, kept.total() - kept[kind], tried.total() - n
+            told.setdefault(kind, {}).setdefault(sort_of(analysis.started.device), []).append(group)
+    if len({sort_of(analysis.started.device) for analysis in scored}) < 2:
+        return []
+    return [
+        Across(
+            kind,
+            {sort: effects.odds_ratio(groups) for sort, groups in told[kind].items()},
+            effects.odds_ratio([group for groups in told[kind].values() for group in groups]),
+        )
+        for kind in KINDS
+        if kind in told
+    ]

@@ -212,6 +212,30 @@ def shrunken(counts: Sequence[tuple[int, int]]) -> list[tuple[float, float, floa
     return found
 
 
+def odds_ratio(tables: Sequence[tuple[int, int, int, int]]) -> tuple[float, float, float] | None:
+    """(ratio, low, high): the odds of success of some relative to those of others, the same in each of several groups,
+    with its 90 % interval (Mantel & Haenszel, JNCI 1959; the variance of Robins, Breslow & Greenland, Biometrics 1986).
+
+    Args:
+        tables: of each group (successes, trials, successes of the others, their trials).
+
+    Returns:
+        None where one side has no success, or no failure, beside the other's.
+    """
+    parts = []  # of each group: what speaks for it, what against it, and the share that agrees
+    for k, n, others_k, others_n in tables:
+        if total := n + others_n:
+            agree = (k + others_n - others_k) / total
+            parts.append((k * (others_n - others_k) / total, (n - k) * others_k / total, agree))
+    more, less = (math.fsum(part[i] for part in parts) for i in (0, 1))
+    if not more or not less:
+        return None
+    mixed = math.fsum(p * s + (1 - p) * r for r, s, p in parts)
+    variance = math.fsum(p * r for r, _, p in parts) / more**2 + math.fsum((1 - p) * s for _, s, p in parts) / less**2
+    middle, half = math.log(more / less), Z * math.sqrt((variance + mixed / (more * less)) / 2)
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float] | None:
     """(rho, low, high): correlation of ranks and its 90 % interval, by Fisher's z with the variance
     (1 + rho^2/2)/(n - 3) of Bonett & Wright, Psychometrika 2000. None with fewer than FEWEST_PAIRS, or where one side

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from lab.compare import classify, effects
 from lab.compare.comparison import CHANGE, FAMILY, SOURCE, WORDS, Agreement, Cell, Comparison, Paid, Shared
 from lab.compare.analysis import Analysis
 from lab.compare.effects import Effect
+from lab.genome.kinds import KINDS
+from lab.session.events import Interval
 from lab.untrusted import counted, one_line
 
 WIDTH = 100  # of a terminal
@@ -57,7 +60,7 @@ def sections(comparison: Comparison) -> list[Section]:
         Section("transfer", "What holds where", _transfer(comparison)),
         Section("published", "Which published findings hold", _published(comparison)),
         Section("agreement", "How far devices agree", _agreements(comparison.agreements)),
-        Section("paid", "Which kinds of change paid", [kinds_table(comparison.kinds)] if comparison.kinds else []),
+        Section("paid", "Which kinds of change paid", _paid(comparison)),
         Section("steps", "Scores against tokens and FLOPs", steps_tables(comparison.sessions)),
         Section("notes", "To keep in mind", [f"note: {one_line(note, 400)}" for note in comparison.notes]),
     ]
@@ -213,19 +216,85 @@ def _agreements(agreements: list[Agreement]) -> list[Table | str]:
     return [Table("Agreement, with 90 % intervals; noise lowers both figures", heads, rows)] if rows else []
 
 
+def _paid(comparison: Comparison) -> list[Table | str]:
+    """The kinds of change by sort of device: which paid where, on all of them, and what separates the sessions."""
+    if not comparison.kinds:
+        return []
+    tried = [(session, e) for session in comparison.sessions if session.scores for e in session.tried]
+    single = sum(len(session.judged[e.number]) == 1 for session, e in tried)
+    worded = sum(session.started.source == "ledger" for session, _ in tried)
+    scored = sum(e.number in session.scores for session, e in tried)
+    said = f"Of {counted(len(tried), 'experiment')} {scored} have a score, {single} of these from a single run, after "
+    said += "which what is kept may be chance"
+    said += f". What {worded} of them change is known from their descriptions alone" * bool(worded)
+    parts = [kinds_table(comparison.kinds), f"{said}."]
+    return [*parts, *_across(comparison), *_gains(comparison.sessions)]
+
+
 def kinds_table(summaries: list[Paid]) -> Table:
-    sorts = list(dict.fromkeys(summary.sort for summary in summaries))
-    rows = {summary.kind: dict.fromkeys(sorts, "-") for summary in summaries}
-    for summary in summaries:
-        crashed = f", {summary.crashed} crashed" if summary.crashed else ""
-        median = f", {summary.median:+.2f} %" if summary.median is not None else ""
-        rate = "; {:.0%} ({:.0%} to {:.0%})".format(*summary.rate)
-        rows[summary.kind][summary.sort] = f"{summary.kept} of {summary.tried}{rate}{crashed}{median}"
-    caption = (
-        "Kept of those tried; the rate drawn towards that of all kinds there, with its 90 % interval; and the median "
-        "step in per cent of the parent's val_bpb"
-    )
-    return Table(caption, ("kind", *sorts), [(kind, *entries.values()) for kind, entries in rows.items()])
+    sorts = dict.fromkeys(summary.sort for summary in summaries)
+    rows = [
+        (
+            sort,
+            one.kind,
+            f"{one.kept} of {one.tried}",
+            "{:.0%} ({:.0%} to {:.0%})".format(*one.rate),
+            str(one.crashed),
+            number(one.median, "+.2f"),
+        )
+        for sort in sorts
+        for one in summaries
+        if one.sort == sort
+    ]
+    caption = "By sort of device; the rate is drawn towards that of all kinds there, with its 90 % interval"
+    return Table(caption, ("device", "kind", "kept", "rate", "crashed", "median step, %"), rows)
+
+
+def _across(comparison: Comparison) -> list[Table | str]:
+    """Which kinds hold across sorts of device."""
+    if not comparison.across:
+        return []
+    sorts = list(dict.fromkeys(sort for one in comparison.across for sort in one.by_sort))
+    rows = [
+        (one.kind, *(_ratio(one.by_sort.get(sort)) for sort in sorts), _ratio(one.overall), one.told)
+        for one in comparison.across
+    ]
+    caption = "Odds of being kept, relative to the other changes of the same sessions, with 90 % intervals"
+    return [Table(caption, ("kind", *sorts, "all", "kept"), rows)]
+
+
+def _ratio(interval: Interval | None) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*interval) if interval else "-"
+
+
+def _gains(sessions: list[Analysis]) -> list[Table | str]:
+    """What each session gained by kind, those with the fewest steps first: what separates large from small."""
+    known = [session for session in sessions if session.baseline and session.best is not session.baseline]
+    if len(known) < 2:
+        return []
+    steps = {session.name: session.mean(session.baseline, "num_steps") for session in known}
+    known.sort(key=lambda session: steps[session.name] or math.inf)
+    kinds = [kind for kind in KINDS if any(kind in session.gain_by_kind for session in known)]
+    rows = []
+    for session in known:
+        tokens, params = (session.mean(session.baseline, name) for name in ("tokens", "num_params_M"))
+        per = tokens / 1e6 / params if tokens and params else None
+        best = session.mean(session.best, "num_steps")
+        sizes = number(steps[session.name], ".0f"), number(best, ".0f"), number(per, ".2g")
+        gains = (number(100 * session.gain_by_kind.get(kind, 0.0), ".2f") for kind in kinds)
+        rows.append((Place(session.place), session.started.tag, *sizes, *gains))
+    heads = "place", "session", "steps", "of the best", "tokens/param.", *kinds
+    caption = "What the kept changes of each kind gained, in per cent of the baseline's val_bpb"
+    parts: list[Table | str] = [Table(caption, heads, rows)]
+    told = [session for session in known if steps[session.name]]
+    with_steps = [steps[session.name] or 0.0 for session in told]
+    ranks = {kind: effects.spearman(with_steps, [s.gain_by_kind.get(kind, 0.0) for s in told]) for kind in kinds}
+    if shown := ["{} {:+.2f} ({:+.2f} to {:+.2f})".format(kind, *rho) for kind, rho in ranks.items() if rho]:
+        parts.append(
+            f"Rank correlation of these gains with the baseline's steps, over {len(told)} sessions, with 90 % "
+            f"intervals as if no two were of one device: {', '.join(shown)}."
+        )
+    return parts
 
 
 def steps_tables(sessions: list[Analysis]) -> list[Table | str]:
@@ -250,9 +319,16 @@ def number(value: float | None, form: str) -> str:
 # --- As text ---
 
 
-def text(comparison: Comparison) -> str:
-    """The comparison for a terminal of 100 columns."""
-    return _text([part for section in sections(comparison) for part in section.parts], _letters(comparison))
+def text(comparison: Comparison, only: Sequence[str] = ()) -> str:
+    """The comparison for a terminal of 100 columns. only: the names of the sections to show; by default all."""
+    shown = [section for section in sections(comparison) if not only or section.name in only]
+    return _text([part for section in shown for part in section.parts], _letters(comparison))
+
+
+def kinds_text(comparison: Comparison) -> str:
+    """The part of the text about kinds of change, with what its letters stand for."""
+    names = "\n".join(f"  {letter}: {place}" for place, letter in _letters(comparison).items())
+    return f"{names}\n\n{text(comparison, ['agreement', 'paid'])}"
 
 
 def transfer(comparison: Comparison) -> str:

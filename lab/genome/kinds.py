@@ -39,13 +39,16 @@ optimizer: lrs?|learning_rates?|betas?|muon|adamw?|sgd|lion|momentum|optimi[sz]e
 optimizer: ns_steps|newton_schulz
 """)
 WEAK = _rules("""
-schedule: progress|multiplier|iters|iterations
+schedule: progress|iters|iterations
 optimizer: rate|eps|epsilon|steps|update
 architecture: depth|width|dim|heads?|layers?|windows?|rope|ratio|vocab|embed|embedding|attn|attention|mlp|norm
 architecture: models?|architecture|network|ve|lambdas?|init|initiali[sz]ation|gates?|tying|tied|skip|residual|rotary
 architecture: activation|relu|gelu|swiglu|layernorm|rmsnorm|kv|parallel|pattern|hidden|channels
 """)
 LONGEST = 40  # characters of a value in a summary
+# In a description: a hyperparameter among its first words ("Reduce MATRIX_LR ..."), and what only gives reasons.
+NAMED = re.compile(r"(?:\S+ ){0,3}?([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)")
+REASONS = re.compile(r" [-\u2013\u2014] | \[GPU: ")
 
 
 def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
@@ -62,9 +65,11 @@ def of_change(before: bytes, after: bytes) -> tuple[Subject, ...]:
 
 
 def of_words(text: str) -> tuple[Subject, ...]:
-    """What a change is about, by its description alone: one of KINDS. Remarks in parentheses count for nothing, unless
-    there is nothing else."""
-    text = text.lower()
+    """What a change is about, by its description alone: one of KINDS. A hyperparameter that it begins with decides.
+    Else its words do, without those after a dash; remarks in parentheses count only where there is nothing else."""
+    if (found := NAMED.match(text)) and (kind := _named(found[1], STRONG + WEAK)):
+        return (kind,)
+    text = REASONS.split(text)[0].lower()
     said: list[Subject | None] = [_named(words, STRONG + WEAK) for words in (re.sub(r"\([^()]*\)", " ", text), text)]
     return (said[0] or said[1] or "other",)
 

@@ -32,8 +32,8 @@ from lab.session.state import BESIDE, Experiment
 from lab.share import replay
 from lab.untrusted import counted, one_line
 from lab.verdict import blocks, executor, near_misses, sample, shared
-from lab.verdict.opening import best_of, exclusive, last_words, open_change, sound_baseline
-from lab.verdict.plan import noise_of, orders
+from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_scale, sound_baseline
+from lab.verdict.plan import SCALES, noise_of, orders
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -43,6 +43,7 @@ AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried aga
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
+SCALE_RUNS = 3  # of the baseline for each other time
 SHORTEST_BLOCK, FEWEST_SHARED = 40, 8  # runs beside those of its test, and findings to share them
 PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
 THINKING = "the agent thinks"
@@ -50,6 +51,10 @@ THINKING = "the agent thinks"
 
 class Over(Exception):
     """The night ends; the message says why."""
+
+
+class Enough(Over):
+    """It ends because no other experiment is wanted, or there is no time for one."""
 
 
 class Night:
@@ -105,9 +110,13 @@ class Night:
         for path in self.session.folder.glob("turn-*"):
             self._turns.end_of(path)
         try:
-            while True:
-                self._between()
-                self._go_on()
+            try:
+                while True:
+                    self._between()
+                    self._go_on()
+            except Enough:
+                self._scale()
+                raise
         except (Over, storage.Stop, Exception) as error:
             why = str(error) if isinstance(error, Over) else self.stopping or one_line(f"trouble: {error}")
             self._end_what_runs()
@@ -173,7 +182,7 @@ class Night:
         if stop := next((trouble for trouble in now.troubles if trouble.action == "stop"), None):
             raise Over(stop.text)
         if not self.session.state.open and (why := self._enough()):
-            raise Over(why)
+            raise Enough(why)
 
     def _enough(self) -> str:
         """Why no more is begun; "" if something may be."""
@@ -203,7 +212,27 @@ class Night:
         if self.now.phase != THINKING and self.options.agent and self._agent_is_due():
             turns = [turn.seconds for turn in self.turns if turn.seconds]
             needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)
-        return needed
+        return needed + self._scale_takes()
+
+    def _scale_takes(self) -> float:
+        """Seconds for the baseline's runs for other times, if they are wanted and were not made yet."""
+        state = self.session.state
+        if not getattr(self.options, "scale", False) or any(e.kind == "scale" for e in state.experiments.values()):
+            return 0.0
+        runs = [run for run in state.baseline.runs if run.ok]
+        beside = statistics.median(max(0.0, run.seconds - self.session.budget) for run in runs) if runs else 0.0
+        return LAST_MOMENT * SCALE_RUNS * sum(share * self.session.budget + beside for share in SCALES)
+
+    def _scale(self) -> None:
+        """Runs the baseline for other times, so that effects can be told as factors of time; if there is time."""
+        takes, state = self._scale_takes(), self.session.state
+        if not takes or state.baseline.status != "keep":
+            return
+        if self.now.deadline and time.time() + takes > self.now.deadline:
+            return self.view.say("no time is left for --scale: python -m lab confirm --scale runs it")
+        with self._alone():
+            open_scale(self.session, SCALE_RUNS)
+        self._follow()
 
     # --- An experiment, from the proposal to the verdict ---
 

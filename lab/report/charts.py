@@ -22,6 +22,7 @@ from rich.cells import cell_len
 
 from lab.compare import effects
 from lab.compare.analysis import Analysis
+from lab.compare.comparison import Paid
 from lab.report.html import cleaned, el
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -40,6 +41,7 @@ SIGNS = {  # by kind of experiment: colour, matplotlib's marker, its size in pix
 LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above and below a step that are tried for it
 MOST_LINKS = 100  # marks that lead to a row without a script; from all others the script does
 SHARE = r"[01](\.\d+)?"  # of the steps of a run
+XML = b"<?xml"  # that an SVG file begins with
 MOST_NAMED = 12  # sessions in the legend of a picture
 
 rc("figure", facecolor="none", dpi=72)
@@ -209,6 +211,30 @@ def gains(analyses: list[Analysis], width: float, height: float, head: float = 0
     return chart
 
 
+def kinds(summaries: list[Paid], width: float, height: float) -> Chart | None:
+    """The rate at which changes of each kind were kept on each sort of device, drawn towards that of all kinds there,
+    with its 90 % interval. None without any."""
+    if not summaries:
+        return None
+    sorts, names = (list(dict.fromkeys(getattr(one, name) for one in summaries)) for name in ("sort", "kind"))
+    chart = _chart(width, height, "changes kept of those tried, %, with 90 % intervals")
+    for i, sort in enumerate(sorts):
+        hue = COLOURS[HUES[i % len(HUES)]]
+        rates = {one.kind: [100 * part for part in one.rate] for one in summaries if one.sort == sort}
+        xs = [names.index(kind) + 0.7 * ((i + 0.5) / len(sorts) - 0.5) for kind in rates]
+        middles, lows, highs = np.transpose(list(rates.values()))
+        chart.axes.vlines(xs, lows, highs, color=hue, linewidth=2.2)
+        chart.axes.plot(xs, middles, "o", color=hue, markersize=7, label=cleaned(sort))
+        for x, high, one in zip(xs, highs, (one for one in summaries if one.sort == sort)):
+            how = {"textcoords": "offset points", "ha": "center", "size": 0.75 * LETTER, "color": COLOURS["soft"]}
+            chart.axes.annotate(f"{one.kept}/{one.tried}", (x, high), (0, 4), **how)
+    chart.axes.set(ylim=(0, 118), xlim=(-0.5, len(names) - 0.5), xlabel="")
+    chart.axes.set_xticks(range(len(names)), names)
+    chart.axes.set_yticks(range(0, 101, 20))
+    chart.axes.legend(labelcolor=COLOURS["soft"], frameon=False, ncols=len(sorts), loc="upper right")
+    return chart
+
+
 def losses(analysis: Analysis, width: float, height: float) -> Chart | None:
     """Training loss by tokens of what was kept last, each a change of the one before. None without two of them."""
     drawn = {}
@@ -260,6 +286,11 @@ def card(analyses: list[Analysis], said: str) -> bytes | None:
 def png(chart: Chart, scale: float = 1.0) -> bytes:
     """The chart on the page's light paper, enlarged."""
     return _saved(chart, "png", facecolor=COLOURS["paper"], dpi=72 * scale)
+
+
+def picture(chart: Chart) -> bytes:
+    """The chart on the page's light paper, as an SVG file that is the same for the same figures."""
+    return _saved(chart, "svg", facecolor=COLOURS["paper"], metadata={"Date": None})
 
 
 def _saved(chart: Chart, form: str, **options) -> bytes:

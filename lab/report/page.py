@@ -55,17 +55,25 @@ def write(records: list[Record], page: Path, picture: Path | None = None, price:
         if (card := charts.card(analyses, subtitle(analyses))) is None:
             raise LabError("there is nothing to draw (no score yet, or only replays): leave --png out")
         files[picture] = card, PNG
+    save(files)
+    return list(files)
+
+
+def save(files: dict[Path, tuple[bytes, bytes]]) -> None:
+    """Writes files, each (its content, what files of its kind begin with). Raises LabError where something else is
+    there, DataError where it can't be written."""
     for path, (_, begins) in files.items():
         if path.is_dir():
             raise LabError(f"{path} is a folder; name a file in it")
         if path.exists():
             with open(path, "rb") as file:
                 if file.read(len(begins)) != begins:
-                    raise LabError(f"{path} exists, and is not an earlier report: remove it, or name another file")
+                    raise LabError(
+                        f"{path} exists, and was not written by this command: remove it, or name another file"
+                    )
     for path, (content, _) in files.items():
         with storage.atomic(path) as file:
             file.write(content)
-    return list(files)
 
 
 def written(analyses: list[Analysis], price: float | None = None) -> bytes:

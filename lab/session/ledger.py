@@ -116,10 +116,10 @@ def write(path: Path, state: State) -> str | None:
         return f"{path} could not be written ({error}); close the program that has it open. The next event writes it"
 
 
-def dumps(rows: list[dict]) -> bytes:
+def dumps(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> bytes:
     """A ledger's content: header and rows."""
-    lines = ["\t".join(map(escape, COLUMNS))]
-    lines += ["\t".join(_written(name, row.get(name)) for name in COLUMNS) for row in rows]
+    lines = ["\t".join(map(escape, columns))]
+    lines += ["\t".join(_written(name, row.get(name)) for name in columns) for row in rows]
     return "".join(line + "\n" for line in lines).encode(errors="replace")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 import storage
+from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.session import ledger
@@ -99,8 +100,15 @@ def files_of(session: Session) -> Files:
 
 
 def views(record: Record) -> Files:
-    """The files of an export that are made of its journal."""
-    return {"results.tsv": ledger.dumps(ledger.rows_of(record.state)), "SUMMARY.md": summary(record).encode()}
+    """The files of an export that are made of its journal. Where the baseline was run for other times, the ledger has a
+    column more: the effect of a change as a factor of time, on all runs of the session."""
+    rows, columns = ledger.rows_of(record.state), ledger.COLUMNS
+    if any(experiment.kind == "scale" for experiment in record.state.decided):
+        analysis, columns = Analysis(record), (*columns, "in_time")
+        for row in rows:
+            if row["kind"] != "parent" and (experiment := analysis.experiments.get(row["experiment"])):
+                row["in_time"] = str(analysis.times(experiment) or "")
+    return {"results.tsv": ledger.dumps(rows, columns), "SUMMARY.md": summary(record).encode()}
 
 
 def _cleaner(*known: Path | str) -> Callable:

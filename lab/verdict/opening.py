@@ -199,7 +199,7 @@ def open_confirmation(session: Session, pairs: int, times: float, file: Path | N
 def open_scale(session: Session, pairs: int) -> None:
     """Journals the baseline, to be run for other times."""
     facts = _again(session, session.state.baseline)
-    session.open_experiment(kind="scale", description="the baseline for other times", pairs=pairs, **facts)
+    session.open_experiment(kind="scale", description="the baseline with other training times", pairs=pairs, **facts)
 
 
 def _again(session: Session, of: Experiment) -> dict:
@@ -209,26 +209,34 @@ def _again(session: Session, of: Experiment) -> dict:
     return facts | {"portable": of.portable, "commit": of.here}
 
 
-def open_transfer(session: Session, depth: float, times: float, pairs: int) -> None:
-    """Journals the baseline and the best in another size, see genome/resize.py. LabError if they can't be resized, or
-    the baseline is the best."""
+def open_transfer(session: Session, depth: float, times: float, pairs: int, each: bool = False) -> None:
+    """Journals the baseline and the best in another size, see genome/resize.py; `each`: what each kept change was made
+    on, and the change, instead. LabError if they can't be resized, or the baseline is the best."""
+    state = session.state
+    if (best := best_of(session)) is state.baseline:
+        raise LabError("the baseline is still the best: there is no change to test in a larger model yet")
+    for kept in [e for e in state.kept if e is not state.baseline] if each else [best]:
+        _open_resized(session, kept, depth, times, pairs, each)
+
+
+def _open_resized(session: Session, of: Experiment, depth: float, times: float, pairs: int, alone: bool) -> None:
     from lab.genome.resize import resized  # here, as calibration's rules import much
 
-    if (best := best_of(session)) is session.state.baseline:
-        raise LabError("the baseline is still the best: there is nothing that could carry yet")
     state, repository = session.state, session.repository
     tokens = [run.result["total_tokens_M"] * 1e6 for run in state.baseline.runs if run.ok]
     size = [f"{depth:g} times the depth"] * (depth != 1) + [f"{times:g} times the budget"] * (times != 1)
-    said, onto, commit = f"the best at {' and '.join(size) or 'the same size'}", state.baseline, state.baseline.here
-    for of in (state.baseline, best):
-        content = resized(repository.content(of.blob), depth, statistics.fmean(tokens), times)
+    base = (alone and state.parent_of(of)) or state.baseline
+    name, parent = (f"change {of.number} alone", f"experiment {base.number}") if alone else ("the best", "the baseline")
+    said, onto, commit = f"{name} at {' and '.join(size) or 'the same size'}", base, base.here
+    for one in (base, of):
+        content = resized(repository.content(one.blob), depth, statistics.fmean(tokens), times)
         facts = facts_of_change(session, onto, content)
-        if of is state.baseline and facts["blob"] == of.blob:  # only the budget is another
+        if one is base and facts["blob"] == one.blob:  # only the budget is another
             continue
-        commit, what = repository.commit(commit, facts["blob"], said), said if of is best else "the baseline, resized"
-        more = {"pairs": pairs, "budget": session.budget * times} if of is best else {}
+        commit, what = repository.commit(commit, facts["blob"], said), said if one is of else f"{parent}, resized"
+        more = {"pairs": pairs, "budget": session.budget * times} if one is of else {}
         onto = session.open_experiment(kind="transfer", commit=commit, description=what, **more, **facts)
-        if of is state.baseline:
+        if one is base:
             session.log(ExperimentDecided(experiment=onto.number, verdict=Verdict("keep", because("resized"))))
             session.log(ExperimentApplied(experiment=onto.number, commit=commit))
 

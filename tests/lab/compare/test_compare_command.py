@@ -44,3 +44,16 @@ def test_what_is_missing_is_named(ledgers, capsys):
     assert "--device" in capsys.readouterr().err
     assert main.main(["compare", "nowhere"]) == 1
     assert "there is no session nowhere" in capsys.readouterr().err
+
+
+def test_the_kinds_alone_and_as_a_picture(ledgers, tmp_path, capsys):
+    command = ["compare", *ledgers, "--device", H100, "--device", M4, "--kinds", "--svg", "kinds.svg"]
+    assert main.main(command) == 0
+    text = capsys.readouterr().out
+    assert "Odds of being kept" in text and "By its words" not in text and "note:" not in text
+    drawn = (tmp_path / "kinds.svg").read_bytes()
+    assert all(word in drawn for word in (b"<svg", b"batch", b"schedule", b"apple", b"1/2"))
+    assert main.main(command) == 0 and (tmp_path / "kinds.svg").read_bytes() == drawn
+    (tmp_path / "kinds.svg").write_text("mine")
+    capsys.readouterr()
+    assert main.main(command) == 1 and "was not written by this command" in capsys.readouterr().err

@@ -337,3 +337,54 @@ def test_sessions_with_nothing_in_common_are_told_side_by_side_and_as_such():
         and "effects are compared, scores are not" in text
     )
     assert all(cell.times is None for change in compared.changes for cell in change.cells.values())
+
+
+def kept_of(device, tag, counts, **facts):
+    """A session in which so many of those tried of each kind were kept, each for 1 % of the baseline."""
+    builder, best, number = session(device, tag, **facts), 0, 0
+    for kind, (kept, tried) in counts.items():
+        for i in range(tried):
+            number += 1
+            score = 1 - 0.01 * (number if i < kept else 0)
+            builder.change(number, [score], "keep" if i < kept else "discard", onto=best, kinds=[kind])
+            best = number if i < kept else best
+    return analysed(builder)
+
+
+def test_a_kind_that_is_kept_more_often_on_each_sort_of_device_is_said_to_be():
+    counts = {"batch": (12, 14), "schedule": (4, 30)}
+    compared = compare([kept_of(H100, "a", counts), kept_of(CPU, "b", counts)])
+    told = {one.kind: one for one in compared.across}
+    assert (told["batch"].told, told["schedule"].told) == ("more often", "less often")
+    assert told["batch"].overall[0] == pytest.approx(12 * 26 / (2 * 4))
+    assert compare([kept_of(H100, "a", counts), kept_of("nvidia-a100-80gb", "b", counts)]).across == []
+
+
+def test_a_kind_that_is_kept_more_often_here_and_less_often_there_differs():
+    one, other = {"batch": (12, 14), "schedule": (4, 30)}, {"batch": (2, 30), "schedule": (12, 14)}
+    told = {each.kind: each.told for each in compare([kept_of(H100, "a", one), kept_of(CPU, "b", other)]).across}
+    assert told == {"batch": "differs", "schedule": "differs"}
+    few = {"batch": (1, 2), "schedule": (1, 3)}
+    compared = compare([kept_of(H100, "a", few), kept_of(CPU, "b", few)])
+    assert {each.told for each in compared.across} == {"can't be told"}
+
+
+def test_what_was_gained_by_kind_adds_up_and_stands_beside_the_steps():
+    sessions = [
+        kept_of(CPU, f"s{steps}", {"batch": (1, 1 + i), "optimizer": (1, 2)}, facts={"num_steps": steps, **size})
+        for i, (steps, size) in enumerate([(900, {}), (100, {"num_params_M": 0.25}), (300, {}), (500, {})])
+    ]
+    for analysis in sessions:
+        assert sum(analysis.gain_by_kind.values()) == pytest.approx(analysis.relative)
+    compared = compare(sessions)
+    (table,) = (part for part in tables._gains(compared.sessions) if not isinstance(part, str))
+    assert [row[1:4] for row in table.rows] == [(f"s{n}", str(n), str(n)) for n in (100, 300, 500, 900)]
+    assert [row[4] for row in table.rows] == ["4", "-", "-", "-"] and table.heads[5:] == ("optimizer", "batch")
+    text = tables.kinds_text(compared)
+    assert "over 4 sessions" in text and "batch" in text and "val_bpb against tokens" not in text
+
+
+def test_what_rests_on_single_runs_and_on_words_is_counted(ledgers):
+    (said, *_) = (part for part in tables._paid(compare(ledgers)) if isinstance(part, str))
+    assert "Of 9 experiments 8 have a score, 8 of these from a single run" in said
+    assert "What 9 of them change is known from their descriptions alone" in said

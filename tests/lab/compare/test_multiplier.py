@@ -8,6 +8,8 @@ from records import analysed, session
 
 from lab.compare import comparison, multiplier, tables
 from lab.compare.effects import Effect
+from lab.session.events import ExperimentApplied
+from lab.share import export
 
 TIMES = (75.0, 150.0, 300.0, 600.0)
 
@@ -110,6 +112,27 @@ def test_a_session_tells_its_changes_in_time_and_its_score_stays_as_it_was():
     assert found.facts()["gained_time"]["value"] == found.gained.value
     builder.confirm(3, 1, [power(360.0)] * 3, [1.2] * 3, gains=(0.01, 0.005, 0.015))
     assert analysed(builder).gained.value == pytest.approx(300 / 360, rel=0.02)
+
+
+def test_an_export_tells_it_in_its_ledger_on_rows_of_the_change_alone():
+    builder = session(base=(1.2, 1.2, 1.2), facts={"total_tokens_M": 100.0}).change(1, [power(400.0)] * 2, "keep")
+    builder.run(1, 1.2, of=0, seed=44)
+    first = export.views(builder.record())["results.tsv"].decode().splitlines()[0].split("\t")
+    assert "in_time" not in first
+    scaled(builder, 2, {t: [power(t)] * 2 for t in TIMES if t != 300.0})
+    for number in (0, 1, 2):
+        builder.take(ExperimentApplied(experiment=number, commit="c"))
+    heads, *rows = (line.split("\t") for line in export.views(builder.record())["results.tsv"].decode().splitlines())
+    told = {(row[heads.index("kind")], row[-1][:16]) for row in rows}
+    assert heads[-1] == "in_time" and ("change", "0.75 of the time") in told
+    assert {text for kind, text in told if kind != "change"} == {""}
+
+
+def test_a_session_whose_baseline_does_not_improve_says_why_it_tells_no_factors():
+    builder = session(base=(1.2, 1.2, 1.2)).change(1, [1.1] * 3, "keep")
+    found = analysed(scaled(builder, 2, {t: [1.2, 1.2001] for t in TIMES if t != 300.0}))
+    assert found.gained is None and found.times(found.experiments[1]) is None
+    assert "can't be told as factors of time: the baseline does not get better" in found.said_of_time
 
 
 def test_a_change_may_hold_in_one_unit_and_fade_in_the_other():

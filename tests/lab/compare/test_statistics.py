@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lab.compare.effects import ranks, shrunken, spearman, wilson
+from lab.compare.effects import odds_ratio, ranks, shrunken, spearman, wilson
 
 
 def test_wilson():
@@ -74,3 +74,36 @@ def test_drawn_rates_are_nearer_to_the_truth_than_raw_shares_and_their_intervals
         for p, (k, trials), (rate, low, high) in zip(truth, counts, shrunken(counts)):
             raw, drawn, held, n = raw + (k / trials - p) ** 2, drawn + (rate - p) ** 2, held + (low <= p <= high), n + 1
     assert drawn < 0.6 * raw and 0.85 < held / n < 0.95
+
+
+def test_the_odds_of_one_group_have_woolfs_interval():
+    ratio, low, high = odds_ratio([(10, 15, 5, 20)])
+    half = 1.6449 * math.sqrt(1 / 10 + 1 / 5 + 1 / 5 + 1 / 15)
+    assert ratio == pytest.approx(10 * 15 / (5 * 5))
+    assert (math.log(low), math.log(high)) == pytest.approx((math.log(ratio) - half, math.log(ratio) + half))
+
+
+def test_odds_are_compared_within_groups_and_not_across_them():
+    """Each group alone says 1; their sums do not."""
+    groups = [(8, 10, 80, 100), (10, 100, 1, 10)]
+    assert odds_ratio(groups)[0] == pytest.approx(1.0)
+    assert odds_ratio([tuple(map(sum, zip(*groups)))])[0] < 0.1
+    assert odds_ratio([(3, 3, 4, 4)]) is None and odds_ratio([(0, 5, 2, 9)]) is None and odds_ratio([]) is None
+
+
+def test_the_interval_of_odds_holds_the_truth():
+    rng, held, n = random.Random(5), 0, 400
+    for _ in range(n):
+        groups = []
+        for _ in range(6):
+            odds = math.exp(rng.gauss(-1.5, 0.7))
+            rates, trials = (
+                (1.7 * odds / (1 + 1.7 * odds), odds / (1 + odds)),
+                (rng.randint(5, 40), rng.randint(20, 80)),
+            )
+            groups.append(
+                [part for p, t in zip(rates, trials) for part in (sum(rng.random() < p for _ in range(t)), t)]
+            )
+        _, low, high = odds_ratio(groups)
+        held += low <= 1.7 <= high
+    assert 0.87 <= held / n <= 0.93

@@ -165,3 +165,18 @@ def test_a_summary_is_short_and_clean():
 )
 def test_what_words_alone_say(text, kind):
     assert kinds.of_words(text) == (kind,)
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("Halve TOTAL_BATCH_SIZE to get 2x more optimizer steps, which typically improves final val_bpb", "batch"),
+        ("Change WINDOW_PATTERN from SSSL to SLSL with optimized learning rates", "architecture"),
+        ("Reduce FINAL_LR_FRAC from 0.1 to 0.05: a gentler learning rate decay", "schedule"),
+        ("Add cosine LR schedule instead of linear warmdown - cosine decay is smoother", "schedule"),
+        ("Increase MLP hidden size multiplier from 4x to 4.75x for more capacity", "architecture"),
+        ("Increase the softcap [GPU: NVIDIA GeForce RTX 5070 Ti (16303MB VRAM)", "regularisation"),
+    ],
+)
+def test_reasons_given_beside_a_change_do_not_say_what_it_is(text, kind):
+    assert kinds.of_words(text) == (kind,)

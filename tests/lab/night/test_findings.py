@@ -61,7 +61,7 @@ def test_what_was_kept_elsewhere(searched, tried, tmp_path):
     found = findings.untried(searched)
     assert sorted(one.description for one in found) == ["from better", "from here"]
     text = prompt.write(searched, PROGRAM, [])
-    assert "# Kept elsewhere, not tried here" in text and "-WARMUP_RATIO = 0.0\n+WARMUP_RATIO = 0.1" in text
+    assert "# Kept in other sessions, not tried here" in text and "-WARMUP_RATIO = 0.0\n+WARMUP_RATIO = 0.1" in text
     tried("LOSS = 1.0", "LOSS = 0.9")  # now it was tried here
     assert [one.description for one in findings.untried(searched)] == ["from better"]
     tried("WARMUP_RATIO = 0.0", "WARMUP_RATIO = 0.2", "keep")  # and now that no longer applies

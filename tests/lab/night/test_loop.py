@@ -529,3 +529,37 @@ def test_the_checkout_follows_what_is_kept_and_nothing_else_touches_it(session, 
     one.run()
     assert list(dict.fromkeys(seen)) == [edited(), edited(LOSS=0.9)]
     assert sessions.git(session.repository.path, "status", "--porcelain") == ""
+
+
+def budgets(session):
+    return [run.budget for run in session.state.last.runs]
+
+
+def test_in_the_end_the_baseline_is_run_for_other_times_once(session, proposals):
+    assert night(session, max_experiments=2, scale=True).run() == "2 experiments, as many as were wanted"
+    session.refresh()
+    assert [e.kind for e in session.state.experiments.values()] == ["baseline", "change", "change", "scale"]
+    assert budgets(session) == [75.0, 150.0, 600.0] * 3 and session.state.last.status == "keep"
+    night(session, max_experiments=1, scale=True).run()
+    session.refresh()
+    assert [e.kind for e in session.state.experiments.values()][3:] == ["scale", "change"]
+
+
+def test_time_is_reserved_for_the_scale_and_without_enough_it_is_left_out(session, proposals, monkeypatch):
+    night(session, max_experiments=1).run()
+    session.refresh()
+    one = night(session, max_experiments=None, scale=True, hours=1.0)
+    assert 3 * 825 < one._scale_takes() < 2 * 3 * 825
+    clock = SimpleNamespace(**{**vars(time), "time": lambda: one.now.deadline - one._scale_takes() - 1})
+    monkeypatch.setattr(loop, "time", clock)
+    assert "not enough for another experiment" in one.run()
+    session.refresh()
+    assert session.state.last.kind == "scale" and budgets(session) == [75.0, 150.0, 600.0] * 3
+
+
+def test_a_night_with_too_little_time_for_the_scale_says_so(session, proposals):
+    night(session, max_experiments=1).run()
+    one = night(session, max_experiments=1, scale=True, hours=0.5)
+    one.run()
+    session.refresh()
+    assert session.state.last.kind != "scale" and any("no time is left for --scale" in s for s in one.view.lines)

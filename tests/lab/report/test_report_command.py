@@ -70,7 +70,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path):
     assert page.read_text().count('id="s0-e') == 13
     for other in (tmp_path / "train.py", tmp_path / "photo.png"):
         other.write_bytes(b"mine")
-        with pytest.raises(LabError, match="not an earlier report"):
+        with pytest.raises(LabError, match="was not written by this command"):
             report.write([made_up(3).record], *((other, None) if other.suffix == ".py" else (page, other)))
         assert other.read_bytes() == b"mine"
     assert page.read_text().count('id="s0-e') == 13  # nothing of a report that can't be written whole

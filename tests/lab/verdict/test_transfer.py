@@ -61,6 +61,25 @@ def test_a_transfer_is_part_of_what_an_export_tells_and_checks(session):
     assert f"transfer {found.number}: the best at 2 times the depth" in summary(record)
 
 
+def test_each_kept_change_is_run_against_what_it_was_made_on(session, runner, monkeypatch):
+    attempt(session, better(0.8).replace(b"NOISE", b"# a second change\nNOISE"))
+    assert [kept.number for kept in session.state.kept] == [0, 1, 2]
+    monkeypatch.setattr(commands, "launch", lambda session: None)
+    monkeypatch.setattr(commands, "follow", lambda *_: 0)
+    before = len(runner.runs)
+    commands.do_transfer(session, parsed(["transfer", "--each", "--pairs", "2"]))
+    executor.supervise(session)
+    losses = [float(content.split(b"LOSS = ")[1].split()[0]) for content, *_ in runner.runs[before:]]
+    assert sorted(losses) == [0.8, 0.8, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0]
+    assert all(b"round(2 * (2))" in content for content, *_ in runner.runs[before:])
+    carried = [e.verdict for e in session.state.decided if e.kind == "transfer" and e.pairs]
+    assert all(verdict.confirmed for verdict in carried) and len(carried) == 2
+    assert "change 1 alone at 2 times the depth" in carried[0].said and "change 2 alone" in carried[1].said
+    assert [verdict.gains["held_out_bpb"][0] for verdict in carried] == pytest.approx([0.1, 0.1], abs=0.01)
+    record = Record(session.state, session.repository.content(session.state.baseline.blob))
+    verify._check_trains(record)
+
+
 def test_with_four_times_the_budget_alone_nothing_else_is_changed(session, runner):
     before = len(runner.runs)
     carried(session, depth=1, times=4)
