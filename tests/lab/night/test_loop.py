@@ -536,7 +536,7 @@ def budgets(session):
 
 
 def test_in_the_end_the_baseline_is_run_for_other_times_once(session, proposals):
-    assert night(session, max_experiments=2, scale=True).run() == "2 experiments, as many as were wanted"
+    assert night(session, max_experiments=2, scale=True).run() == "2 experiments, as many as --max-experiments allows"
     session.refresh()
     assert [e.kind for e in session.state.experiments.values()] == ["baseline", "change", "change", "scale"]
     assert budgets(session) == [75.0, 150.0, 600.0] * 3 and session.state.last.status == "keep"

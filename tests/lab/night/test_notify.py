@@ -55,7 +55,7 @@ def test_nobody_waits_for_it(tmp_path):
 def test_a_failure_is_said_once_until_it_works_again(tmp_path):
     command = f"[ -e {tmp_path}/works ] || {{ echo starting; echo 'no such\x1b[31m host' >&2; exit 7; }}"
     first = sent(command)
-    assert len(first) == 1 and "exit status 7: no such host" in first[0] and "goes on" in first[0]
+    assert len(first) == 1 and "exit status 7: no such host" in first[0] and "the night continues" in first[0]
     assert sent(command) == []
     (tmp_path / "works").touch()
     assert sent(command) == []

@@ -105,7 +105,7 @@ def test_evaluates_twice(refused, edits, reason):
     ({REPORT: "    clock.val_bpb = 0.1\n" + HONEST_REPORT}, "the score that it reports is not the evaluator"),
     ({EVALUATION: "    clock.val_bpb, clock.val_rows = 0.1, 5\n"}, "the score that it reports is not the evaluator"),
     ({EVALUATION: "    prepare.evaluate_bpb = lambda *_, **__: setattr(clock, 'val_bpb', 0.1)\n"
-                  "    prepare.evaluate_bpb()\n"}, "another score|replaces prepare.evaluate_bpb"),
+                  "    prepare.evaluate_bpb()\n"}, "reports is not the evaluator|replaces prepare.evaluate_bpb"),
     ({REPORT: "    print('---')\n    print('val_bpb:          0.100000')\n"}, "ended without a result"),
     ({REPORT: "    open(os.environ['AUTORESEARCH_RESULT'], 'w').write('{}')\n"}, "writes result.json"),
     ({REPORT: "    prepare.write_json(prepare.result_path(), {'status': 'ok'})\n"}, "writes result.json"),

@@ -155,7 +155,7 @@ def test_weights_that_are_not_the_models(ran, honest):
 
 def test_another_dataset(refused):
     other = "    import shutil\n    data.eval_tag = 'x' * 12\n"
-    refused({EVALUATION: other + HONEST}, "another dataset than the session's, tiny: say prepare.open_data")
+    refused({EVALUATION: other + HONEST}, "another dataset than the session's, which is tiny: call prepare.open_data")
 
 
 # ---- time ----
