@@ -57,6 +57,7 @@ MARGIN, LOSSES = 0.0005, 0.001  # bits per byte: losses that a simplification mu
 WORSE, EQUAL = 0.05, 0.2  # chances that a simplification is kept that loses MARGIN, and that an equal one is not
 CHEAP = 8  # runs of a simplification that may be needed
 PRIOR_DF = 4  # repeats that the prior counts for at first
+FARTHEST = 0.01  # of the prior standard deviation: the least that it may be lowered to
 CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
 WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
 # What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
@@ -100,7 +101,9 @@ def pooled(
     """The noise: within-configuration variance over all repeats, and a prior worth `prior_df` degrees of freedom.
 
     The prior loses one of them for every two that are measured: it comes from other machines, may be wrong by a factor,
-    and is to be outvoted. One is left, so that the noise is never 0.
+    and is to be outvoted. One is left, so that the noise is never 0. A prior far too large would still drown nine runs
+    that are alike, so it is lowered to what the repeats allow: the upper 99 % bound of their standard deviation. At
+    the levels of this gate more is still asked of a change than by Student's test on the repeats alone.
 
     Scores are regressed on disturbances within configurations, with a prior of mean 0 for the slope (the conjugate
     normal-inverse-gamma model: Gelman et al., Bayesian Data Analysis, 3rd ed., 14.2). What that explains is no noise.
@@ -124,6 +127,8 @@ def pooled(
         products += sum((score - mean) * (d - centre) for score, d in zip(scores, covariates, strict=True))
         spread += sum((d - centre) ** 2 for d in covariates)
     prior_df = max(min(1, prior_df), prior_df - df // 2)
+    if df:
+        prior_sd = min(prior_sd, max(FARTHEST * prior_sd, math.sqrt(squares / _least_chi_squared(df))))
     slope = slope_variance = explained = 0.0
     if prior_slope > 0:
         slope_variance = 1 / (spread + (prior_sd / prior_slope) ** 2)
@@ -156,6 +161,12 @@ def shared(families: Iterable[tuple[Mapping[int, float], Sequence[Mapping[int, f
     if df < 5 or not squares > 0:
         return 0.0
     return min(0.95, max(0.0, products / squares - 1.65 / math.sqrt(df)))
+
+
+def _least_chi_squared(df: int) -> float:
+    """A bound from below of the 1 % quantile of chi-squared: of the incomplete gamma function's series the first term
+    without its exponential, which is too large a probability."""
+    return 2 * math.exp(2 / df * (math.log(0.01) + math.lgamma(df / 2 + 1)))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,22 @@ def test_repeats_outvote_a_wrong_prior():
     assert large.sd < 1.12 * right.sd and small.sd > 0.97 * right.sd
 
 
+def test_nine_runs_that_are_alike_are_not_drowned_by_a_prior():
+    """Of a session on two cores whose prior was 27 times too large: the first nine runs of the baseline."""
+    scores = [2.254736, 2.248193, 2.245726, 2.254560, 2.252976, 2.242998, 2.243084, 2.245785, 2.241770]
+    noise = gate.pooled([scores], prior_sd=0.135)
+    assert statistics.stdev(scores) < noise.sd < 1.3 * statistics.stdev(scores)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 4, 5, 9, 30, 200])
+def test_a_lowered_prior_asks_for_more_than_the_repeats_alone(runs):
+    rng = random.Random(runs)
+    scores = [rng.gauss(0, 1) for _ in range(runs)]
+    noise, alone = gate.pooled([scores], prior_sd=1e3), statistics.stdev(scores)
+    for level in (0.05, 0.01, 0.001) + (0.0003, 0.0001) * (runs > 2):
+        assert gate.t_quantile(level, noise.df) * noise.sd > gate.t_quantile(level, runs - 1) * alone
+
+
 def test_identical_repeats_are_not_taken_for_a_noise_of_zero():
     noise = gate.pooled([[1.0] * 3] * 10, SD)
     assert 0 < noise.sd < SD
