@@ -33,9 +33,9 @@ demo: .venv/installed
 		"commit. Make it one: git init && git add . && git commit -m start"; exit 1; }
 	@$(RUN) demo.py
 
-# Two files of tests at a time.
+# Three files of tests at a time, on two cores: many of them wait for processes.
 test: .venv/installed-test
-	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not slow" -n 3 --dist loadfile
 
 # Format and types.
 check: .venv/installed-test
