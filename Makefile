@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with Python, git and make:
 #   make demo   install, offline data, a quick calibration, a session with one experiment, its report
-#   make test   install, and the fast tests
+#   make test   install, and the fast tests; it ends with the twenty slowest
 # make check checks format and types; make test-slow runs all tests; make test-agents tries real coding agents.
 # UV=1 uses uv instead of venv and pip. PYTHON=... names the interpreter.
 
@@ -35,7 +35,7 @@ demo: .venv/installed
 
 # Three files of tests at a time, on two cores: many of them wait for processes.
 test: .venv/installed-test
-	$(RUN) -m pytest -m "not slow" -n 3 --dist loadfile
+	$(RUN) -m pytest -m "not slow" -n 3 --dist loadfile --durations=20
 
 # Format and types.
 check: .venv/installed-test
