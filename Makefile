@@ -35,7 +35,7 @@ demo: .venv/installed
 
 # Three files of tests at a time, on two cores: many of them wait for processes.
 test: .venv/installed-test
-	$(RUN) -m pytest -m "not slow" -n 3 --dist loadfile --durations=20
+	$(RUN) -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder --durations=20
 
 # Format and types.
 check: .venv/installed-test

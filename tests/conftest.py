@@ -13,6 +13,14 @@ import prepare  # noqa: E402
 from texts import sentences, write_files  # noqa: E402
 
 
+# Files whose tests mostly wait for processes: begun first, they do not keep one worker busy at the end.
+WAITING = ("fleet/", "test_night_kill", "test_kill", "test_hold", "test_install", "test_train.py", "test_kernels")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in WAITING))
+
+
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path, monkeypatch) -> Path:
     """No test sees the user's data, profile or settings."""
