@@ -38,8 +38,8 @@ def pick() -> torch.device:
         return torch.device(wanted)
     if available == ["cpu"] and (gpu := nvidia_gpu()):
         raise BackendError(
-            f"this machine has {gpu}, but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install the "
-            "build for your driver: pip install uv, then uv pip install --torch-backend=auto --reinstall-package "
+            f"this machine has a GPU ({gpu}), but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install "
+            "the build for your driver: pip install uv, then uv pip install --torch-backend=auto --reinstall-package "
             "torch torch; or update the driver. To run on the CPU instead, set AUTORESEARCH_DEVICE=cpu"
         )
     return torch.device(available[-1])
@@ -68,8 +68,8 @@ def nvidia_gpu() -> str | None:
         except (OSError, subprocess.TimeoutExpired):
             pass
     if any(GPUS_OF_THE_DRIVER.glob("*")):  # a container without the driver's tools, or tools of another version
-        return "An NVIDIA GPU"
-    return "An NVIDIA Jetson" if Path("/etc/nv_tegra_release").exists() else None
+        return "NVIDIA"
+    return "NVIDIA Jetson" if Path("/etc/nv_tegra_release").exists() else None
 
 
 def identify(device: torch.device) -> tuple[str, str, int]:

@@ -115,7 +115,7 @@ def test_what_computes_something_else_is_something_else(old, new):
     "old, new, why",
     [
         ("y = helper(self.inner(x))", "import random; y = helper(self.inner(x))", "contains Import"),
-        ("y = helper(self.inner(x))", "self.kept = x; y = helper(self.inner(x))", r"touches self\.kept"),
+        ("y = helper(self.inner(x))", "self.kept = x; y = helper(self.inner(x))", r"uses self\.kept"),
         ("y = helper(self.inner(x))", "y = sum(helper for helper in [x])", "'helper' has two meanings"),
         ("return ops.relu(x) * factor * SCALE", "return helper(x)", "helper calls itself"),
         ("POWER, SCALE = 2, 0.5", "POWER, SCALE = [2], 0.5", "what 'POWER' is can't be told"),
