@@ -23,6 +23,8 @@ from lab.verdict.plan import noise_of  # noqa: E402
 def main():
     folder = Path(sys.argv[1]).expanduser()
     session = Session(folder)
+    if session.state.best is None:
+        raise SystemExit(f"{folder} has no baseline yet: python -m lab wait")
     state, night = session.state, Journal(folder / "night.jsonl", NIGHT_EVENTS)
     tried = [e for e in state.decided if e.number and e.kind != "confirm"]
     print(
