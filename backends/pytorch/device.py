@@ -38,9 +38,10 @@ def pick() -> torch.device:
         return torch.device(wanted)
     if available == ["cpu"] and (gpu := nvidia_gpu()):
         raise BackendError(
-            f"this machine has a GPU ({gpu}), but PyTorch {torch.__version__} cannot use it ({without_cuda()}). Install "
-            "the build for your driver: pip install uv, then uv pip install --torch-backend=auto --reinstall-package "
-            "torch torch; or update the driver. To run on the CPU instead, set AUTORESEARCH_DEVICE=cpu"
+            f"this machine has a GPU ({gpu}), but PyTorch {torch.__version__} cannot use it ({without_cuda()}). "
+            "Install the build for your driver: pip install uv, then uv pip install --torch-backend=auto "
+            "--reinstall-package torch torch; or update the driver. To run on the CPU instead, set "
+            "AUTORESEARCH_DEVICE=cpu"
         )
     return torch.device(available[-1])
 

@@ -422,7 +422,9 @@ def test_a_sandbox_that_does_not_work_is_not_the_runs_fault(request_for, tmp_pat
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho bwrap: no permissions to make a new namespace\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(LabError, match="could not be started .bwrap.; .*run.log says why.*start a new session") as error:
+    with pytest.raises(
+        LabError, match="could not be started .bwrap.; .*run.log says why.*start a new session"
+    ) as error:
         runner.run(request_for(sandbox="bwrap"))
     assert "namespace" not in str(error.value), "what was printed is in the log, and nowhere else"
 
