@@ -127,9 +127,8 @@ def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None,
     base = statistics.fmean(run.bpb for run in others)
     value = statistics.fmean(run.bpb for run in own) - base
     if noise:
-        disturbed = statistics.fmean(run.disturbance for run in own) - statistics.fmean(
-            run.disturbance for run in others
-        )
+        busy, quiet = (statistics.fmean(run.disturbance for run in runs) for runs in (own, others))
+        disturbed = busy - quiet
         value -= noise.slope * disturbed
         error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others) + disturbed**2 * noise.slope_variance)
         facts |= {"error": error, "df": noise.df, "noise": noise.sd}

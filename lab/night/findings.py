@@ -161,7 +161,7 @@ def _kept(folder: Path, written: int) -> tuple[str, list[replay.Candidate]]:
 
 
 def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
-    """The kept change of another session that is likeliest to help here: from this device before its backend before
+    """The kept changes of other sessions that are likeliest to help here: from this device before its backend before
     others, the clearest first."""
     state, home, found = session.state, storage.home(), []
     known = {key for e in state.experiments.values() for key in (e.key, e.change) if key}

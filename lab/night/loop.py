@@ -154,7 +154,7 @@ class Night:
                 return "ending", "waiting for the current run"
             session.release("stopped")
         if session.repository.branch() != session.branch:  # its train.py is no edit
-            return "elsewhere", (f"waiting: {session.branch} is not checked out; git switch {session.branch}")
+            return "elsewhere", f"waiting: {session.branch} is not checked out; git switch {session.branch}"
         for trouble in self.now.troubles:
             if trouble.action == "wait":
                 return trouble.kind, f"waiting: {trouble.text}"
@@ -217,7 +217,7 @@ class Night:
     def _scale_takes(self) -> float:
         """Seconds for the baseline's runs for other times, if they are wanted and were not made yet."""
         state = self.session.state
-        if not getattr(self.options, "scale", False) or any(e.kind == "scale" for e in state.experiments.values()):
+        if not self.options.scale or any(e.kind == "scale" for e in state.experiments.values()):
             return 0.0
         runs = [run for run in state.baseline.runs if run.ok]
         beside = statistics.median(max(0.0, run.seconds - self.session.budget) for run in runs) if runs else 0.0

@@ -178,7 +178,7 @@ def in_short(analysis: Analysis) -> tuple[str, str]:
         return "No score yet", "No run has ended with a score."
     score = f"{analysis.scores[best.number]:.6f}"
     if analysis.baseline is None or analysis.gain is None or analysis.relative is None:
-        return score, ("val_bpb of the last kept change. The record has no baseline to compare it with.")
+        return score, "val_bpb of the last kept change. The record has no baseline to compare it with."
     if analysis.only_replays:
         told = f"Each of them was judged against the baseline, whose val_bpb is {score}."
         return f"{analysis.counts['keep']} of {tried} replayed changes help here", told

@@ -62,6 +62,7 @@ def options(**values):
         **{
             "agent": None,
             "agents": 0,
+            "scale": False,
             "findings": False,
             "offers": 0.1,
             "turn_seconds": 60.0,
