@@ -17,6 +17,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
+
 import terminal
 
 HERE = Path(__file__).resolve().parent
@@ -25,6 +27,7 @@ CLONE, LOG, REPORT = FOLDER / "clone", FOLDER / "log.txt", FOLDER / "report.html
 SETTINGS = {"TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_DATA": "stdlib", "AUTORESEARCH_BUDGET": "40"}
 CHANGE, BEFORE, AFTER = "a longer cooldown", "WARMDOWN_RATIO = 0.5", "WARMDOWN_RATIO = 0.7"
 WIDTH = 44  # columns of the picture
+BUSY = 20  # percent of the CPU in other programs that the demo tells of
 
 
 def main() -> int:
@@ -36,6 +39,9 @@ def main() -> int:
         "without\nand for 40 s with one change, and decides whether the change is kept. It takes about five "
         f"minutes. The log is\n{LOG}\n"
     )
+    busy_before = psutil.cpu_percent(interval=1.0)  # now and at the end nothing of the demo runs
+    if busy_before >= BUSY:
+        print(f"Other programs take {busy_before:.0f}% of the CPU, so it will take longer.\n")
     began, environment = time.time(), os.environ | SETTINGS
     tag = time.strftime("demo-%Y%m%d-%H%M%S")
     clone = "git clone --quiet . .demo/clone && git -C .demo/clone checkout --quiet -B demo"
@@ -61,7 +67,10 @@ def main() -> int:
     if not done:
         return 1
     print("", *picture(asked("log", environment), asked("status", environment)["noise"]["sd"]), sep="\n")
-    print(f"\nIt took {time.time() - began:.0f} s. The report, to open in a browser: {REPORT}")
+    took = time.time() - began
+    if (busy := max(busy_before, psutil.cpu_percent(interval=1.0))) >= BUSY:
+        print(f"\nThe machine was busy: other programs took up to {busy:.0f}% of its CPU, and everything took longer.")
+    print(f"\nIt took {took:.0f} s. The report, to open in a browser: {REPORT}")
     return 0
 
 

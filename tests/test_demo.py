@@ -46,6 +46,20 @@ def test_the_demo_needs_the_line_that_it_changes(tmp_path):
     assert not demo.edit(tmp_path / "train.py")
 
 
+@pytest.mark.parametrize("busy", [[90.0, 3.0], [3.0, 90.0], [3.0, 5.0]])
+def test_the_demo_says_when_the_machine_was_busy(monkeypatch, tmp_path, capsys, busy):
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
+    monkeypatch.setattr(demo, "step", lambda *_, **__: True)
+    monkeypatch.setattr(demo, "edit", lambda _: True)
+    monkeypatch.setattr(demo, "asked", lambda command, _: [] if command == "log" else {"noise": {"sd": 0.1}})
+    shares = iter(busy)
+    monkeypatch.setattr(demo.psutil, "cpu_percent", lambda interval: next(shares))
+    assert demo.main() == 0
+    said = capsys.readouterr().out
+    assert ("other programs took up to 90% of its CPU" in said) == (90.0 in busy)
+    assert ("so it will take longer" in said) == (busy[0] == 90.0)
+
+
 @pytest.mark.parametrize("folder, status", [("docs", 0), ("..", 1)])
 def test_the_console_command_finds_the_checkout(folder, status):
     outer = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
