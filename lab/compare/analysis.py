@@ -201,7 +201,7 @@ class Analysis:
         gained: defaultdict[str, float] = defaultdict(float)
         for before, after in zip(self.steps, self.steps[1:]):
             by = (self.scores[before.number] - self.scores[after.number]) / self.scores[self.steps[0].number]
-            gained[kind_of(after) or "other"] += by
+            gained[kind_of(after)] += by
         return dict(gained)
 
     @property
@@ -308,8 +308,8 @@ def chosen(experiment: Experiment) -> bool:
 
 
 def kind_of(experiment: Experiment) -> str:
-    """What most of a change is about, one of KINDS; "" if that is unknown."""
-    return next((kind for kind in experiment.kinds if kind in KINDS), "")
+    """What most of a change is about, one of KINDS; "other" where that is unknown."""
+    return next((kind for kind in experiment.kinds if kind in KINDS), "other")
 
 
 def _eval(run: Run) -> str:

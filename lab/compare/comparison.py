@@ -349,7 +349,7 @@ def paid(analyses: list[Analysis]) -> list[Paid]:
     groups: dict[tuple[str, str], list[Attempt]] = {}
     for analysis in (analysis for analysis in analyses if analysis.scores):
         for experiment in analysis.tried:
-            group = kind_of(experiment) or "other", sort_of(analysis.started.device)
+            group = kind_of(experiment), sort_of(analysis.started.device)
             groups.setdefault(group, []).append(Attempt(analysis, experiment))
     summaries = []
     for group, attempts in groups.items():
@@ -370,8 +370,8 @@ def across(analyses: list[Analysis]) -> list[Across]:
     told: dict[str, dict[str, list[tuple[int, int, int, int]]]] = {}
     scored = [analysis for analysis in analyses if analysis.scores]
     for analysis in scored:
-        tried = Counter(kind_of(experiment) or "other" for experiment in analysis.tried)
-        kept = Counter(kind_of(experiment) or "other" for experiment in analysis.tried if experiment.status == "keep")
+        tried = Counter(kind_of(experiment) for experiment in analysis.tried)
+        kept = Counter(kind_of(experiment) for experiment in analysis.tried if experiment.status == "keep")
         for kind, n in tried.items():
             group = kept[kind], n, kept.total() - kept[kind], tried.total() - n
             told.setdefault(kind, {}).setdefault(sort_of(analysis.started.device), []).append(group)

@@ -329,7 +329,7 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
         ("val_bpb", "n", shown([analysis.scores.get(e.number) for e in experiments], ".6f")),
         ("against parent", "n", shown(list(map(analysis.step, experiments)), "+.6f")),
         ("runs", "n few more", [str(len(analysis.judged[e.number]) or "–") for e in experiments]),
-        ("kind", "more", [kind_of(e) or "–" for e in experiments]),
+        ("kind", "more", [kind_of(e) for e in experiments]),
         ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),
         ("GB", "n few more", shown([analysis.mean(e, "memory") for e in experiments])),
         ("W", "n few more", shown([analysis.mean(e, "watts") for e in experiments])),
