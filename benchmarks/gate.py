@@ -163,6 +163,8 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
 
     for round in range(BASELINE_RUNS):
         run(parent, gate.seed(round))
+    while gate.doubted(list(parent.results.values()), noise()):
+        run(parent, gate.seed(len(parent.results)))
     while found["runs"] < setting.runs:
         found["experiments"] += 1
         number, simpler, planted = found["experiments"], False, False

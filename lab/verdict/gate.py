@@ -13,8 +13,8 @@ of what scores lower is no better; and to run everything many times leaves no ti
    Equal seeds are compared in pairs as far as the session shows that they share noise (`shared`). The parent's mean
    holds the runs that it was kept for, and is biased in its favour: that costs power, not validity.
 4. **The noise** is one standard deviation for the session, pooled over all that was repeated, with a prior that counts
-   like a few repeats and fades as real ones come. What the measured disturbance of the device explains is taken out,
-   and how well that is known widens the error (`pooled`).
+   like a few repeats and fades as real ones come; a baseline that contradicts it is run more often (`doubted`). What
+   the measured disturbance of the device explains is taken out, and how well that is known widens the error (`pooled`).
 5. **The level of a test comes from an account** of the false keeps to be expected: ALPHA in all, and ALPHA more for
    each keep after the first (alpha-investing: Foster & Stine, JRSS B 2008; in the form of LORD++: Ramdas et al.,
    NeurIPS 2017). Where nothing can be told from noise at most ALPHA of nights then hold a false keep; where much is
@@ -58,6 +58,7 @@ WORSE, EQUAL = 0.05, 0.2  # chances that a simplification is kept that loses MAR
 CHEAP = 8  # runs of a simplification that may be needed
 PRIOR_DF = 4  # repeats that the prior counts for at first
 FARTHEST = 0.01  # of the prior standard deviation: the least that it may be lowered to
+DOUBTED, MOST_BASELINE = 2.0, 6  # times what the baseline's runs show: a noise that asks for more of them, up to 6
 CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
 WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
 # What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
@@ -137,6 +138,15 @@ def pooled(
         squares -= products * slope
     sd = math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df))
     return Noise(sd, prior_df + df, slope, slope_variance, explained)
+
+
+def doubted(scores: Sequence[float], noise: Noise) -> bool:
+    """Whether a few more runs of the baseline pay, as it repeats so well that the noise is mostly the prior's.
+
+    Args:
+        scores: val_bpb of the baseline's runs. noise: pooled from them.
+    """
+    return 3 <= len(scores) < MOST_BASELINE and noise.sd > DOUBTED * statistics.stdev(scores)
 
 
 def shared(families: Iterable[tuple[Mapping[int, float], Sequence[Mapping[int, float]]]]) -> float:

@@ -188,8 +188,10 @@ def stake_of(experiment: Experiment, state: State) -> float:
 
 
 def _baseline(baseline: Experiment, state: State) -> Plan:
-    sound = [run for run in baseline.runs if run.ok]
-    if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(state.started.baseline_runs)]):
+    sound, wanted = [run for run in baseline.runs if run.ok], state.started.baseline_runs
+    if len(sound) >= wanted and gate.doubted([run.bpb for run in sound], noise_of(state)):
+        wanted = gate.MOST_BASELINE
+    if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(wanted)]):
         return Plan(jobs)
     if baseline.run_under_way:
         return Plan()

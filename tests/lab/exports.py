@@ -22,7 +22,7 @@ from lab.share import archive, export, replay, sources
 from lab.verdict import executor, opening
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = b"A = 0.0\nB = 0.0\nC = 0.0\n\n\n" + sessions.TRAIN + b"LOSS = LOSS - A - B - C\n"
+BASE = b"A = 0.0\nB = 0.0\nC = 0.0\n\n\n" + sessions.TRAIN + b"LOSS = LOSS - (A + B + C)\n"
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
 
 

@@ -219,7 +219,7 @@ class Runner:
         result = {
             "val_bpb": bpb - facts.get("LIES", 0),
             "training_seconds": request.budget,
-            "total_tokens_M": 280.0,
+            "total_tokens_M": 2800.0,
             "tokens_per_second": 1000.0,
             "disturbance": facts.get("DISTURBED", 0.0),
             "paused_seconds": 0.0,

@@ -72,14 +72,14 @@ def id_of(source, number):
 
 
 def test_each_is_judged_against_the_baseline_and_the_branch_stays(session, tmp_path, capsys):
-    second = with_(BASE, A=0.1, B=-0.2)
+    second = with_(BASE, A=0.1, B=-0.25)
     source = foreign(tmp_path, (with_(BASE, A=0.1), "keep", False), (second, "keep", False))
     head = session.repository.commit_of(session.branch)
     said = replayed(session, source, capsys)
     good, bad = of(session)
     assert (good.status, bad.status) == ("keep", "discard") and {good.onto, bad.onto} == {0}
     assert session.repository.content(good.blob) == with_(BASE, A=0.1)
-    assert session.repository.content(bad.blob) == with_(BASE, B=-0.2)  # without the one before it
+    assert session.repository.content(bad.blob) == with_(BASE, B=-0.25)  # without the one before it
     assert (
         session.repository.commit_of(session.branch) == head
         and session.state.best.number == 0
@@ -352,7 +352,7 @@ def test_a_replay_that_is_only_simpler_costs_nothing_of_what_may_be_lost(session
         return gate.Step("keep", because("simpler"), evidence=evidence) if candidate else found
 
     monkeypatch.setattr(gate, "next_step", simpler)
-    source = foreign(tmp_path, (BASE.replace(b"LOSS - A - B - C", b"LOSS - A - B"), "keep", False))
+    source = foreign(tmp_path, (BASE.replace(b"(A + B + C)", b"(A + B)"), "keep", False))
     replayed(session, source, capsys)
     assert of(session)[0].status == "keep" and account_of(session.state).loss == 0
     replayed(session, source, capsys, stack=True)

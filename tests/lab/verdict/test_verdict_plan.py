@@ -45,6 +45,18 @@ def test_the_baseline_wants_all_its_seeds_at_once_and_those_under_way_only_once(
     assert len(plan(state.baseline, state).jobs) == 3
 
 
+@pytest.mark.parametrize("apart, seeds", [(0.01, 0), (0.0001, 3)])
+def test_a_baseline_that_repeats_better_than_the_prior_says_gets_more_runs(tmp_path, apart, seeds):
+    state = sessions.make(tmp_path / "project").state
+    for i, job in enumerate(plan(state.baseline, state).jobs):
+        ran(state, 1 + i, 0, job, 1.0 + i * apart, total_tokens_M=2800.0)
+    wanted = plan(state.baseline, state)
+    assert [job.seed for job in wanted.jobs] == [gate.seed(3 + i) for i in range(seeds)]
+    for i, job in enumerate(wanted.jobs):
+        ran(state, 4 + i, 0, job, 1.0 + i * apart, total_tokens_M=2800.0)
+    assert plan(state.baseline, state).jobs == ()
+
+
 def test_planning_changes_nothing(session):
     opened(session.state, 1, "ab")
     before = [event for event in session.journal.events]
