@@ -264,7 +264,7 @@ def test_a_session_without_a_sandbox_invites_nobody(tmp_path, runner):
 
 
 def test_an_address_has_a_port(project, tmp_path):
-    with pytest.raises(LabError, match="has no port"):
+    with pytest.raises(LabError, match="need a port"):
         invitation.invite(project, tmp_path / "x", "host", None, 1.0)
 
 

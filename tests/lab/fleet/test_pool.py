@@ -1,13 +1,17 @@
 """Several devices of one machine work on one session."""
 
+import json
 import signal
 from types import SimpleNamespace
 
+import pytest
 from nights import begin, impatient, processes, state_of, until
 from sessions import check, make
 
 from lab.fleet.pool import Device, Pool
-from lab.fleet.worker import ARCHIVE, Worker, archive_of
+from lab.fleet.wire import Alive
+from lab.fleet.worker import ARCHIVE, Worker, archive_of, files_of
+from lab.errors import LabError
 from lab.session.session import Session, fingerprints
 from lab.verdict import executor
 from lab.verdict.plan import orders
@@ -68,10 +72,20 @@ def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_
     """The head before this one had begun it, and the worker has just come back."""
     session = make(tmp_path / "project")
     pool = Pool(session)
-    pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive={})})  # pyright: ignore[reportAttributeAccessIssue]
+    pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive=Alive())})  # pyright: ignore[reportAttributeAccessIssue]
     first, second = orders(session.state)[:2]
     assert first.job and second.job
     run = executor.begin(session, first, "cpu")
     pool.devices["cpu"] = Device("cpu", ready=True)
     assert pool.makes(run) and not pool.begin([second])
     assert pool.devices["cpu"].run is run
+
+
+@pytest.mark.parametrize("path", ["sessions/secret", "data/../secret", "/etc/hostname"])
+def test_a_worker_gets_no_other_files_than_the_session_s(tmp_path, path):
+    pool = Pool(make(tmp_path / "project"))
+    pool.archive, manifest = b"", json.dumps({"parts": {"a": {"files": {"train_0.npy": {}}}}})
+    pool.facts = {"dataset": "tiny", "manifest": manifest}
+    assert sorted(files_of(pool.facts)) == ["data/tiny/manifest.json", "data/tiny/train_0.npy"]
+    with pytest.raises(LabError, match="no file of the session"):
+        pool._send("cpu", path)
