@@ -202,9 +202,6 @@ class Pool:
             raise Refused(f"it has another version of the project; check out the session's first commit: {commit}")
         if hello.local and name not in self.wanted:
             raise Refused(f"{name} was not invited to this night")
-        there = self.hub.members.get(name)
-        if there and there.hello.token != hello.token:
-            raise Refused(f"there is a device named {name} already: give this one another name (--name)")
         return {"session": self.session.name}
 
     def _meet(self, name: str) -> None:

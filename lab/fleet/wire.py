@@ -294,13 +294,16 @@ class Hub:
         try:
             if hello is None:
                 raise Refused("it does not say what it is")
+            before = self.members.get(hello.name)
+            if before and before.hello.token != hello.token:
+                raise Refused(f"there is a device named {hello.name} already: give this one another name (--name)")
             welcome = self._admit(hello)
         except Refused as refusal:
             await line.write(Message(refused=str(refusal)))
             return await line.close()
-        await line.write(Message(welcome=welcome))
+        line.send(Message(welcome=welcome))
         member = Member(hello, line)
-        if before := self.members.get(hello.name):  # it comes back before it was missed
+        if before:  # it comes back before it was missed
             before.line.abort()
             self._leave(before)
         self.members[hello.name] = member
@@ -410,7 +413,10 @@ async def _talk(line: _Line, operations: Operations) -> None:
         except Exception as error:
             reply.problem = f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            await line.write(reply)
+            try:
+                await line.write(reply)
+            except (TypeError, ValueError, OverflowError) as error:  # MessagePack can't hold it
+                await line.write(Message(id=message.id, problem=f"its answer can't be sent: {error}"))
 
     try:
         while True:

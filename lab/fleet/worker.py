@@ -88,7 +88,7 @@ class Worker:
         self.leaving, self.session, self.facts = "", "", {}
         self.doing: dict[int, Doing] = {}
         self._lock: filelock.BaseFileLock | None = None
-        self._guard, self._work = threading.Lock(), threading.Lock()
+        self._guard, self._work, self._measuring = threading.Lock(), threading.Lock(), threading.Lock()
         self._seen, self._token = time.monotonic(), os.urandom(8).hex()
         self._version = version(sources(Path(__file__).resolve().parents[2]))
 
@@ -130,16 +130,17 @@ class Worker:
             facts: session, device, backend, versions, judge (sha256 by file), archive (sha256), dataset, manifest,
                 settings, profile, sandbox, memory_ceiling, unified.
         """
-        if facts["session"] != self.session:
-            self._forget()
-        self.session, self.facts = facts["session"], facts
-        self._take_device(facts["device"])
         digests = {"judge": judge_digest(facts["judge"]), "data": data_digest(facts["manifest"])}
         for what, name in {"judge": "the judge", "data": "the dataset"}.items():
             if self.expected and self.expected[what] != digests[what]:
                 raise LabError(f"{name} of this head is not the one that the invitation names")
-        if not self.local and (problem := here.unlike(facts, self.device, self.settings)):
-            raise LabError(problem)
+        if facts["session"] != self.session:
+            self._forget()
+        self.session, self.facts = facts["session"], facts
+        with self._measuring:  # the head asks again if the connection was lost meanwhile
+            self._take_device(facts["device"])
+            if not self.local and (problem := here.unlike(facts, self.device, self.settings)):
+                raise LabError(problem)
         missing = [ARCHIVE] if differing(self.judge, facts["judge"]) else []
         folder = storage.home() / "data" / facts["dataset"]
         with suppress(OSError):

@@ -47,6 +47,8 @@ class Echo:
             raise LabError("not here")
         if operation == "full":
             raise DataError("the disk is full")
+        if operation == "large":
+            return {"number": 2**64}
         if operation == "wait":
             time.sleep(60.0)
         if operation == "leave":
@@ -111,7 +113,7 @@ def test_what_is_asked_is_answered_and_a_mistake_is_told(hub, connect):
     assert answer == {"operation": "put", "content": content, "offset": 1, "names": ["x"], "nothing": None}
     with pytest.raises(LabError, match="ValueError: no"):
         hub.call("a", "fail").result(10)
-    for operation, why in {"refuse": "not here", "full": "the disk is full"}.items():
+    for operation, why in {"refuse": "not here", "full": "the disk is full", "large": "can't be sent"}.items():
         with pytest.raises(LabError, match=why):
             hub.call("a", operation).result(10)
     until(lambda: hub.members["a"].alive.hot)
@@ -185,6 +187,14 @@ def test_the_head_says_no_with_its_reason(keys, connect):
         assert isinstance(ended[0], Refused) and str(ended[0]) == "not today" and not hub.members
     finally:
         hub.close()
+
+
+def test_of_two_workers_of_one_name_the_first_stays(hub, dial):
+    first, second = dial(), dial()
+    first.sendall(packed(Message(hello=Hello("a", token="1"))))
+    until(lambda: "a" in hub.members)
+    second.sendall(packed(Message(hello=Hello("a", token="2"))))
+    assert b"give this one another name" in second.makefile("rb").read() and hub.members["a"].hello.token == "1"
 
 
 def refused(hub, connect, keys):
