@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 try:
@@ -71,12 +72,13 @@ def writing(path: Path):
 
 
 @contextmanager
-def atomic(path: Path):
-    """A binary file to write that appears at `path` complete or, on any failure, not at all (see `writing`)."""
+def atomic(path: Path, mode: int = 0o666):
+    """A binary file to write that appears at `path` complete or, on any failure, not at all (see `writing`). Its
+    permissions are `mode`, less the umask, from the beginning."""
     temporary = temporary_of(path)
     try:
         with writing(path):
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
                 yield file
                 file.flush()
                 sync(file.fileno())

@@ -305,7 +305,7 @@ def fleet(devices: list[dict]) -> str:
         tokens, heat = device["tokens_per_second"], device["heat"]
         hot = "too hot, " if heat.get("hot") else f"throttled by {heat['throttled']}, " if heat.get("throttled") else ""
         rate = f"{tokens:,.0f}" if tokens else "-"
-        lines.append(f"{device['name']:<16} {rate:>9}  {hot}{untrusted.one_line(device['doing'], 100)}")
+        lines.append(f"{device['name']:<16} {rate:>9}  {untrusted.one_line(hot + device['doing'], 100)}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import storage
 from lab.errors import LabError
-from lab.fleet.wire import Keys
+from lab.fleet.wire import Keys, host_and_port
 from lab.fleet.worker import data_digest, judge_digest
 from lab.session.session import Session
 
@@ -43,8 +43,7 @@ def keys(session: Session, name: str, days: float = DAYS) -> Keys:
 def write_secret(path: Path, content: dict) -> None:
     """A file that its owner alone can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.atomic(path) as file:
-        Path(file.name).chmod(0o600)
+    with storage.atomic(path, mode=0o600) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
@@ -85,13 +84,12 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
             addresses, and that port.
 
     Raises:
-        LabError: the session has no sandbox, or an address has no port.
+        LabError: the session has no sandbox, or an address is not HOST:PORT.
     """
     if session.started.sandbox is None:
         raise LabError("this session was begun with --unsandboxed: its runs may not be made on other machines")
     for text in filter(None, (address, listen)):
-        if not text.rpartition(":")[0] or not text.rpartition(":")[2].isdigit():
-            raise LabError(f"{text} has no port: give HOST:PORT")
+        host_and_port(f"tls://{text}")
     manifest = (session.dataset / "manifest.json").read_text(encoding="utf-8")
     own = keys(session, "worker", days)
     digests = judge_digest(session.local.judge), data_digest(manifest)

@@ -39,8 +39,6 @@ def join(path: Path, asked: str, called: str | None, local: bool) -> int:
     if len(devices) > 1:
         return _each(path, devices, called)
     device = devices[0]
-    if not local and not invitation.address.startswith("tls://"):
-        raise LabError(f"{invitation.address} is not encrypted: only a tls:// address can be joined")
     expected = {"judge": invitation.judge, "data": invitation.data} if invitation.judge and invitation.data else None
     if not local and expected is None:
         raise LabError(f"{path} does not name the judge and the dataset: it is for workers that the head starts itself")
@@ -53,6 +51,7 @@ def join(path: Path, asked: str, called: str | None, local: bool) -> int:
         serve(invitation.address, invitation.keys, worker, PATIENCE)
     finally:
         worker.do_stop("stopped")
+        processes.end(processes.below)  # also a calibration
         (worker.root / "worker.json").unlink(missing_ok=True)
     print(f"{worker.name} has left: {worker.leaving}", flush=True)
     return 0 if worker.leaving in (GIVEN_BACK, OVER) or local else 1

@@ -30,8 +30,8 @@ from lab.fleet import invitation, spread
 from lab.fleet.invitation import Invitation
 from lab.fleet.join import OVER
 from lab.fleet.settings import STATUS
-from lab.fleet.wire import Hub, Lost, PIECE, Refused
-from lab.fleet.worker import ARCHIVE, archive_of, version
+from lab.fleet.wire import Hello, Hub, Lost, Member, PIECE, Refused
+from lab.fleet.worker import ARCHIVE, archive_of, files_of, version
 from lab.reasons import Reason, because
 from lab.run import log as logs, outcome, processes, runner
 from lab.run.outcome import Outcome
@@ -75,10 +75,12 @@ class Scored(msgspec.Struct):
 
 @dataclass
 class Device:
-    """What the head knows about a worker. `ready`: it may be given work. `gone`: when its connection ended, or None.
-    `run`: the run that it makes, or scores if `scores`. `answer`: to what it was asked about that, or None."""
+    """What the head knows about a worker. `met`: the connection that it was last prepared for. `ready`: it may be given
+    work. `gone`: when its connection ended, or None. `run`: the run that it makes, or scores if `scores`. `answer`: to
+    what it was asked about that, or None."""
 
     name: str
+    met: Member | None = None
     ready: bool = False
     gone: float | None = None
     refused: str = ""
@@ -190,28 +192,24 @@ class Pool:
 
     # --- Workers come and go ---
 
-    def _admit(self, hello: dict) -> dict:
+    def _admit(self, hello: Hello) -> dict:
         """Called by the hub, in its thread: looks, and changes nothing."""
-        name = hello["name"]
+        name = hello.name
         if not NAME.fullmatch(name):
             raise Refused(f"{name!r} can't be the name of a device")
-        if hello.get("version") != self.version:
+        if hello.version != self.version:
             commit = self.session.local.commit[:12]
             raise Refused(f"it has another version of the project; check out the session's first commit: {commit}")
-        if hello.get("local") and name not in self.wanted:
+        if hello.local and name not in self.wanted:
             raise Refused(f"{name} was not invited to this night")
-        there = self.hub.members.get(name)
-        if there and there.hello.get("token") != hello.get("token"):
-            raise Refused(f"there is a device named {name} already: give this one another name (--name)")
         return {"session": self.session.name}
 
     def _meet(self, name: str) -> None:
         """Prepares a worker that has just connected, in a thread of its own."""
         member, device = self.hub.members.get(name), self.devices.setdefault(name, Device(name))
-        if member is None or member.hello.get("met"):
+        if member is None or member is device.met:
             return
-        member.hello |= {"met": True, "runs": set(member.hello["runs"])}
-        device.gone, device.ready, device.refused = None, False, ""
+        device.met, device.gone, device.ready, device.refused = member, None, False, ""
         threading.Thread(target=self._prepare, args=(device,), daemon=True).start()
 
     def _prepare(self, device: Device) -> None:
@@ -232,6 +230,8 @@ class Pool:
             self.hub.stir.set()
 
     def _send(self, name: str, path: str) -> None:
+        if path != ARCHIVE and path not in files_of(self.facts):
+            raise LabError(f"it asks for {path}, which is no file of the session")
         with io.BytesIO(self.archive) if path == ARCHIVE else open(storage.home() / path, "rb") as file:
             size, offset = file.seek(0, os.SEEK_END), file.seek(0)
             while offset < size or not offset:
@@ -263,7 +263,7 @@ class Pool:
 
     def _usable(self, device: Device) -> bool:
         member = self.hub.members.get(device.name)
-        if member is None or member.alive.get("hot") or member.alive.get("leaving"):
+        if member is None or member.alive.hot or member.alive.leaving:
             return False
         return device.ready and not device.refused
 
@@ -364,7 +364,7 @@ class Pool:
                 self._failed(device, run, str(error))
         if member and device.ready and device.answer is None:
             if device.run:  # one that the head before this one had begun, or from before the connection was lost
-                if device.run.number in member.hello["runs"]:
+                if device.run.number in member.hello.runs:
                     self._ask(device, device.run)
                 else:
                     self._give_up(device)
@@ -372,16 +372,16 @@ class Pool:
                 self._drop(device)
         if device.run and device.answer is None and self._is_lost(device.name):
             self._give_up(device)
-        if member and (run := device.run) and member.alive.get("run") == run.number:
-            with suppress(OSError, TypeError):
-                (self.session.run_folder(run.number) / "run.log").write_bytes(member.alive["log"])
+        if member and (run := device.run) and member.alive.run == run.number:
+            with suppress(OSError):
+                (self.session.run_folder(run.number) / "run.log").write_bytes(member.alive.log)
 
     def _take(self, device: Device, run: Run, answer: dict) -> None:
         session, scores = self.session, device.scores
         experiment, folder = session.state.experiments[run.experiment], session.run_folder(run.number)
         device.run = None
         if member := self.hub.members.get(device.name):
-            member.hello["runs"].add(run.number)
+            member.hello.runs.add(run.number)
         if experiment.applied if scores else run.ended:
             return  # it was given up, or another keep has superseded it while it was scored
         if scores:
@@ -440,11 +440,11 @@ class Pool:
         member, state = self.hub.members.get(device.name), self.session.state
         if member is None:
             return
-        for number in member.hello["runs"].copy():
+        for number in member.hello.runs.copy():
             run = state.runs.get(number)
             wanted = run and run.worker == device.name and run.status in (None, "ok")
             if run is None or not wanted or state.experiments[run.experiment].applied:
-                member.hello["runs"].remove(number)
+                member.hello.runs.remove(number)
                 self.hub.call(device.name, "drop", number=number)
 
     def _stop_all(self, held: dict) -> None:
@@ -478,7 +478,7 @@ class Pool:
                     "doing": device.refused and f"refused: {device.refused}" or doing,
                     "usable": self._usable(device),
                     "tokens_per_second": device.tokens,
-                    "heat": {k: v for k, v in (member.alive if member else {}).items() if k not in ("log", "run")},
+                    "heat": {"hot": member.alive.hot, **member.alive.heat} if member else {},
                 }
             )
         with suppress(storage.DataError):

@@ -2,8 +2,8 @@
 
 A worker connects to the head, keeps one connection, and connects again whenever it is lost: so only the head's port has
 to be reached. Over it the head calls operations of the worker, several at a time, and both say regularly that they are
-there. A message is its length in four bytes, the most significant first, and a dict as MessagePack; nothing in it is
-executed.
+there. A message is its length in four bytes, the most significant first, and a `Message` as MessagePack; nothing in it
+is executed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -31,7 +32,7 @@ SILENCE = 30.0  # seconds without one, after which the other end is given up
 CONNECT = 5.0  # seconds for a connection to be made
 LOOK = 0.2  # seconds between looks whether it is to leave
 AGAIN = 0.5  # seconds until that is tried again
-PIECE = 16 * 2**20  # bytes of a file in one message
+PIECE = 4 * 2**20  # bytes of a file in one message
 LONGEST = 4 * PIECE  # bytes of a message
 PART = 2**18  # bytes of it that are waited for at a time
 LENGTH = struct.Struct(">I")
@@ -43,6 +44,47 @@ class Refused(LabError):
 
 class Lost(Exception):
     """A worker was lost before it answered."""
+
+
+class Hello(msgspec.Struct):
+    """What a worker says of itself at first.
+
+    Attributes:
+        version: a digest of the code that makes runs. token: tells it from another worker of that name. local: a head
+            on its machine started it. runs: numbers of those that it makes or has made.
+    """
+
+    name: str
+    version: str = ""
+    token: str = ""
+    local: bool = False
+    runs: set[int] = set()
+
+
+class Alive(msgspec.Struct, omit_defaults=True):
+    """A sign of life. Of a worker also: why it does not come back; whether it is too hot, and other facts of its device
+    (calibration/identity.py); the run that it makes, and the end of its log."""
+
+    leaving: str = ""
+    hot: bool = False
+    heat: dict[str, bool | float | str | None] = {}
+    run: int | None = None
+    log: bytes = b""
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """A worker's `hello`, and what the head says to it: `welcome` or `refused`. `alive`, of both. A call: `id`, `do`,
+    `facts`; and what came of it: `id`, and `answer` or `problem`."""
+
+    hello: Hello | None = None
+    welcome: dict[str, Any] | None = None
+    refused: str | None = None
+    alive: Alive | None = None
+    id: int = 0
+    do: str = ""
+    facts: dict[str, Any] = {}
+    answer: dict[str, Any] | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,19 +115,23 @@ class _Line:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.reader, self.writer, self.heard, self._writing = reader, writer, time.monotonic(), asyncio.Lock()
 
-    async def write(self, message: dict) -> None:
+    def send(self, message: Message) -> None:
+        """Does not wait until it has gone."""
         content = msgspec.msgpack.encode(message)
+        self.writer.writelines([LENGTH.pack(len(content)), content])
+
+    async def write(self, message: Message) -> None:
         async with self._writing:
-            self.writer.writelines([LENGTH.pack(len(content)), content])
+            self.send(message)
             await self.writer.drain()
 
-    async def read(self) -> dict:
+    async def read(self) -> Message:
         (length,) = LENGTH.unpack(await self._exactly(LENGTH.size))
         if length > LONGEST:
             raise ConnectionError(f"a message of {length} bytes")
         try:
-            return msgspec.msgpack.decode(await self._exactly(length), type=dict)
-        except msgspec.DecodeError as error:
+            return msgspec.msgpack.decode(await self._exactly(length), type=Message)
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ConnectionError(f"what it received is not a message: {error}") from error
 
     async def _exactly(self, length: int) -> bytes:
@@ -99,29 +145,47 @@ class _Line:
         return bytes(content)
 
     async def close(self) -> None:
-        """Ends the connection once all that was written has gone."""
-        with suppress(OSError):
+        """Ends the connection once all that was written has gone, or if it does not go."""
+        with suppress(OSError, asyncio.TimeoutError):
             self.writer.close()
-            await self.writer.wait_closed()
+            await asyncio.wait_for(self.writer.wait_closed(), CONNECT)
+        self.abort()
 
     def abort(self) -> None:
         self.writer.transport.abort()
 
-    async def stay(self, facts: Callable[[], dict]) -> None:
+    async def stay(self, facts: Callable[[], Alive]) -> None:
         """Says regularly that this end is there; ends the connection once the other end has been silent for long."""
-        with suppress(OSError):
+        try:
             while time.monotonic() < self.heard + SILENCE:
-                await self.write({"alive": facts()})
+                self.send(Message(alive=facts()))  # not `write`: it would wait for a large message that does not go
                 await asyncio.sleep(ALIVE_EVERY)
-        self.abort()
+        finally:
+            self.abort()
 
 
-def _parts(address: str) -> tuple[str, int]:
-    """Host and port of "tls://HOST:PORT"; LabError for anything else."""
-    host, port = address.removeprefix("tls://").rpartition(":")[::2]
-    if not address.startswith("tls://") or not host or not port.isdigit():
-        raise LabError(f"{address} is no tls://HOST:PORT: connections are encrypted")
-    return host.strip("[]"), int(port)
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of "tls://HOST:PORT"; LabError for anything else."""
+    with suppress(ValueError):
+        known = urlsplit(address)
+        if known.scheme == "tls" and known.hostname and known.port is not None:
+            return known.hostname, known.port
+    raise LabError(f"{address} is not tls://HOST:PORT: connections are encrypted, and need a port")
+
+
+def begun(do: Callable[..., Any], *arguments: Any) -> Future:
+    """Calls it in a thread that the end of this process does not wait for."""
+    done: Future = Future()
+    done.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            done.set_result(do(*arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return done
 
 
 # --- The head's end ---
@@ -129,12 +193,11 @@ def _parts(address: str) -> tuple[str, int]:
 
 @dataclass
 class Member:
-    """A worker that is connected. `hello`: what it said of itself at first; `alive`: what it says now and then."""
+    """A worker that is connected. `alive`: what it said last."""
 
-    name: str
-    hello: dict
+    hello: Hello
     line: _Line
-    alive: dict = field(default_factory=dict)
+    alive: Alive = field(default_factory=Alive)
     waiting: dict[int, Future] = field(default_factory=dict)
 
 
@@ -142,8 +205,8 @@ class Hub:
     """The head's end: listens, knows who is connected, calls them.
 
     Args:
-        address: "tls://127.0.0.1:0", say. admit: called with what a worker says of itself ("name" at least); gives what
-            it is told, or raises Refused.
+        address: "tls://127.0.0.1:0", say. admit: called with what a worker says of itself; gives what it is told, or
+            raises Refused.
 
     Attributes:
         address: with the port that it listens at. members: by name. left: why those who said so do not come back.
@@ -153,26 +216,35 @@ class Hub:
         OSError: it can't listen there. LabError: the address is not one of tls://.
     """
 
-    def __init__(self, address: str, keys: Keys, admit: Callable[[dict], dict]):
-        where = _parts(address)
+    def __init__(self, address: str, keys: Keys, admit: Callable[[Hello], dict]):
+        where, context = host_and_port(address), keys.context(listening=True)
         self.members: dict[str, Member] = {}
         self.left: dict[str, str] = {}
         self.stir = threading.Event()
         self._admit, self._numbers = admit, itertools.count(1)
+        self._handlers: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
+        try:
+            listening = asyncio.start_server(self._connected, *where, ssl=context, ssl_handshake_timeout=CONNECT)
+            self._listener = self._loop.run_until_complete(listening)
+        except BaseException:
+            self._loop.close()
+            raise
+        self.address = "{}:{}".format(address.rpartition(":")[0], self._listener.sockets[0].getsockname()[1])
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
         self._thread.start()
-        self._handlers: set[asyncio.Task] = set()
-        listening = asyncio.start_server(self._connected, *where, ssl=keys.context(listening=True))
-        self._listener = self._do(listening).result()
-        self.address = "tls://{}:{}".format(where[0], self._listener.sockets[0].getsockname()[1])
 
     def call(self, name: str, operation: str, **facts) -> Future:
         """Has a worker do something. The answer is a dict; Lost if it is lost before, LabError if it says no."""
         answer: Future = Future()
         answer.add_done_callback(lambda _: self.stir.set())
         answer.set_running_or_notify_cancel()
-        self._do(self._call(name, operation, facts, answer))
+        calling = self._call(name, operation, facts, answer)
+        try:
+            asyncio.run_coroutine_threadsafe(calling, self._loop)
+        except RuntimeError:  # it is closed
+            calling.close()
+            answer.set_exception(Lost(name))
         return answer
 
     def close(self) -> None:
@@ -180,19 +252,18 @@ class Hub:
 
         async def close():
             self._listener.close()
-            for member in self.members.values():
-                member.line.abort()
+            for handler in self._handlers:
+                handler.cancel()
             if self._handlers:
                 await asyncio.wait(self._handlers, timeout=1.0)
+            await asyncio.sleep(0)  # what they have aborted is closed now
 
-        if not self._loop.is_running():
+        if self._loop.is_closed():
             return
-        self._do(close()).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-
-    def _do(self, coroutine) -> Future:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._thread.join()
+        self._loop.close()
 
     async def _call(self, name: str, operation: str, facts: dict, answer: Future) -> None:
         member, number = self.members.get(name), next(self._numbers)
@@ -200,7 +271,7 @@ class Hub:
             return answer.set_exception(Lost(name))
         member.waiting[number] = answer
         try:
-            await member.line.write({"id": number, "do": operation, "facts": facts})
+            await member.line.write(Message(id=number, do=operation, facts=facts))
         except Exception as error:  # OSError if it is lost
             if member.waiting.pop(number, None):
                 answer.set_exception(Lost(f"{name}: {error}"))
@@ -211,7 +282,7 @@ class Hub:
         self._handlers.add(task)
         line = _Line(reader, writer)
         try:
-            with suppress(OSError):
+            with suppress(OSError, asyncio.TimeoutError, asyncio.CancelledError):  # the last if the hub is closed
                 await self._attend(line)
         finally:
             line.abort()
@@ -219,43 +290,47 @@ class Hub:
 
     async def _attend(self, line: _Line) -> None:
         """Listens to a worker until it is lost."""
-        hello = (await line.read()).get("hello")
+        hello = (await asyncio.wait_for(line.read(), CONNECT)).hello
         try:
-            if not isinstance(hello, dict) or not isinstance(hello.get("name"), str):
+            if hello is None:
                 raise Refused("it does not say what it is")
+            before = self.members.get(hello.name)
+            if before and before.hello.token != hello.token:
+                raise Refused(f"there is a device named {hello.name} already: give this one another name (--name)")
             welcome = self._admit(hello)
         except Refused as refusal:
-            await line.write({"refused": str(refusal)})
+            await line.write(Message(refused=str(refusal)))
             return await line.close()
-        await line.write({"welcome": welcome})
-        member = Member(hello["name"], hello, line)
-        if before := self.members.get(member.name):  # it comes back before it was missed
+        line.send(Message(welcome=welcome))
+        member = Member(hello, line)
+        if before:  # it comes back before it was missed
             before.line.abort()
             self._leave(before)
-        self.members[member.name] = member
-        self.left.pop(member.name, None)
+        self.members[hello.name] = member
+        self.left.pop(hello.name, None)
         self.stir.set()
-        staying = asyncio.create_task(line.stay(dict))
+        staying = asyncio.create_task(line.stay(Alive))
         try:
             while True:
                 message = await line.read()
-                if "alive" in message:
-                    member.alive = message["alive"]
-                elif (answer := member.waiting.pop(message.get("id", 0), None)) and "answer" in message:
-                    answer.set_result(message["answer"])
+                if message.alive:
+                    member.alive = message.alive
+                elif (answer := member.waiting.pop(message.id, None)) and message.answer is not None:
+                    answer.set_result(message.answer)
                 elif answer:
-                    answer.set_exception(LabError(str(message.get("problem"))))
+                    answer.set_exception(LabError(message.problem))
         finally:
             staying.cancel()
             self._leave(member)
 
     def _leave(self, member: Member) -> None:
-        if self.members.get(member.name) is member:
-            del self.members[member.name]
-            if why := member.alive.get("leaving"):
-                self.left[member.name] = str(why)
+        name = member.hello.name
+        if self.members.get(name) is member:
+            del self.members[name]
+            if member.alive.leaving:
+                self.left[name] = member.alive.leaving
         while member.waiting:
-            member.waiting.popitem()[1].set_exception(Lost(member.name))
+            member.waiting.popitem()[1].set_exception(Lost(name))
         self.stir.set()
 
 
@@ -267,9 +342,9 @@ class Operations(Protocol):
 
     leaving: str  # why it does not come back, "" while it does; may be set at any moment
 
-    def hello(self) -> dict: ...
+    def hello(self) -> Hello: ...
 
-    def alive(self) -> dict: ...
+    def alive(self) -> Alive: ...
 
     def welcomed(self, welcome: dict) -> None: ...
 
@@ -293,19 +368,19 @@ def serve(address: str, keys: Keys, operations: Operations, patience: float = fl
 
 
 async def _serve(address: str, keys: Keys, operations: Operations, deadline: float) -> None:
-    (host, port), context, met = _parts(address), keys.context(listening=False), False
+    (host, port), context, met = host_and_port(address), keys.context(listening=False), False
     while not operations.leaving:
         problem = "it does not answer"
         try:
             connecting = asyncio.open_connection(host, port, ssl=context)
             line = _Line(*await asyncio.wait_for(connecting, CONNECT))
             try:
-                await line.write({"hello": operations.hello()})
+                await line.write(Message(hello=operations.hello()))
                 first = await asyncio.wait_for(line.read(), SILENCE)
-                if "refused" in first:
-                    raise Refused(first["refused"])
+                if first.welcome is None:
+                    raise Refused(first.refused or "it does not say whether this device is welcome")
                 met = True
-                operations.welcomed(first["welcome"])
+                operations.welcomed(first.welcome)
                 await _talk(line, operations)
             finally:
                 line.abort()
@@ -323,28 +398,30 @@ async def _talk(line: _Line, operations: Operations) -> None:
     async def leave() -> None:
         while not operations.leaving:
             await asyncio.sleep(LOOK)
-        with suppress(OSError):
-            await line.write({"alive": {"leaving": operations.leaving}})
+        line.send(Message(alive=Alive(leaving=operations.leaving)))
         await line.close()
 
     tasks = {asyncio.create_task(line.stay(operations.alive)), asyncio.create_task(leave())}
 
-    async def answer(message: dict) -> None:
-        reply: dict[str, Any] = {"id": message["id"]}
+    async def answer(message: Message) -> None:
+        reply = Message(id=message.id)
         try:
-            made = await asyncio.to_thread(operations.do, message["do"], message["facts"])
-            reply["answer"] = await asyncio.wrap_future(made) if isinstance(made, Future) else made
-        except LabError as error:  # a SystemExit
-            reply["problem"] = str(error)
+            made = await asyncio.wrap_future(begun(operations.do, message.do, message.facts))
+            reply.answer = await asyncio.wrap_future(made) if isinstance(made, Future) else made
+        except SystemExit as error:  # LabError and DataError
+            reply.problem = str(error)
         except Exception as error:
-            reply["problem"] = f"{type(error).__name__}: {error}"
+            reply.problem = f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            await line.write(reply)
+            try:
+                await line.write(reply)
+            except (TypeError, ValueError, OverflowError) as error:  # MessagePack can't hold it
+                await line.write(Message(id=message.id, problem=f"its answer can't be sent: {error}"))
 
     try:
         while True:
             message = await line.read()
-            if "do" in message:
+            if message.do:
                 tasks.add(task := asyncio.create_task(answer(message)))
                 task.add_done_callback(tasks.discard)
     finally:

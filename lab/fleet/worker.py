@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import re
 import shutil
 import tarfile
@@ -30,7 +29,7 @@ import storage
 from calibration import identity
 from lab.errors import LabError
 from lab.fleet import here
-from lab.fleet.wire import PIECE
+from lab.fleet.wire import Alive, Hello, PIECE, begun
 from lab.reasons import Reason, because
 from lab.run import log, runner, sandbox
 from lab.session.locks import device_lock
@@ -89,34 +88,24 @@ class Worker:
         self.leaving, self.session, self.facts = "", "", {}
         self.doing: dict[int, Doing] = {}
         self._lock: filelock.BaseFileLock | None = None
-        self._guard, self._work = threading.Lock(), threading.Lock()
+        self._guard, self._work, self._measuring = threading.Lock(), threading.Lock(), threading.Lock()
         self._seen, self._token = time.monotonic(), os.urandom(8).hex()
         self._version = version(sources(Path(__file__).resolve().parents[2]))
 
     # --- What wire.serve asks for ---
 
-    def hello(self) -> dict:
-        return {
-            "name": self.name,
-            "device": self.device,
-            "local": self.local,
-            "version": self._version,
-            "python": platform.python_version(),
-            "token": self._token,
-            "session": self.session,
-            "runs": list(self.doing),
-        }
+    def hello(self) -> Hello:
+        return Hello(self.name, self._version, self._token, self.local, set(self.doing))
 
-    def alive(self) -> dict:
-        """What it does now: the number of the run that it makes, and the end of its log; whether it is too hot."""
+    def alive(self) -> Alive:
         self._seen = time.monotonic()
         on_gpu = self.device.startswith("cuda")
         heat = identity.now("cuda", self.settings.get("CUDA_VISIBLE_DEVICES", "")) if on_gpu else {}
-        facts = {"hot": bool(identity.overheated() or heat.get("margin", 1) <= 0), **heat}
+        alive = Alive(hot=bool(identity.overheated() or heat.get("margin", 1) <= 0), heat=heat)
         for doing in list(self.doing.values()):
             if not doing.trained.done():
-                facts |= {"run": doing.number, "log": log.tail(doing.folder / "run.log", TAIL)}
-        return facts
+                alive.run, alive.log = doing.number, log.tail(doing.folder / "run.log", TAIL)
+        return alive
 
     def welcomed(self, welcome: dict) -> None:
         self._seen = time.monotonic()
@@ -124,7 +113,7 @@ class Worker:
             self._forget()
 
     def alone(self) -> None:
-        busy = any(not doing.trained.done() for doing in self.doing.values())
+        busy = any(not doing.trained.done() for doing in list(self.doing.values()))
         if self.local and not busy and time.monotonic() > self._seen + ALONE:
             self.leaving = "its head did not come back"
 
@@ -141,27 +130,27 @@ class Worker:
             facts: session, device, backend, versions, judge (sha256 by file), archive (sha256), dataset, manifest,
                 settings, profile, sandbox, memory_ceiling, unified.
         """
-        if facts["session"] != self.session:
-            self._forget()
-        self.session, self.facts = facts["session"], facts
-        self._take_device(facts["device"])
         digests = {"judge": judge_digest(facts["judge"]), "data": data_digest(facts["manifest"])}
         for what, name in {"judge": "the judge", "data": "the dataset"}.items():
             if self.expected and self.expected[what] != digests[what]:
                 raise LabError(f"{name} of this head is not the one that the invitation names")
-        if not self.local and (problem := here.unlike(facts, self.device, self.settings)):
-            raise LabError(problem)
+        if facts["session"] != self.session:
+            self._forget()
+        self.session, self.facts = facts["session"], facts
+        with self._measuring:  # the head asks again if the connection was lost meanwhile
+            self._take_device(facts["device"])
+            if not self.local and (problem := here.unlike(facts, self.device, self.settings)):
+                raise LabError(problem)
         missing = [ARCHIVE] if differing(self.judge, facts["judge"]) else []
         folder = storage.home() / "data" / facts["dataset"]
-        manifest = json.loads(facts["manifest"])
         with suppress(OSError):
             if (folder / "manifest.json").read_text(encoding="utf-8") != facts["manifest"]:
                 if not self.local and any(folder.iterdir()):
                     raise LabError(f"{folder} is another dataset of that name: move it, or set AUTORESEARCH_HOME")
-        for name, known in {**dataset.known_files(manifest), "manifest.json": None}.items():
-            path = folder / name
+        for name, known in files_of(facts).items():
+            path = storage.home() / name
             if not path.is_file() or known and path.stat().st_size != known["size"]:
-                missing.append(f"data/{facts['dataset']}/{name}")
+                missing.append(name)
         return {"missing": missing}
 
     def do_put(self, path: str, offset: int, content: bytes, last: bool) -> dict:
@@ -179,9 +168,8 @@ class Worker:
 
     def _path(self, path: str) -> Path:
         """The path for a file from the head. LabError if it belongs neither to the judge nor to the dataset."""
-        of, files = self.facts["dataset"], dataset.known_files(json.loads(self.facts["manifest"]))
-        names = {f"data/{of}/{name}" for name in (*files, "manifest.json")}
-        if path in names and re.fullmatch(r"[\w.-]+", of) and ".." not in path:
+        of = self.facts["dataset"]
+        if path in files_of(self.facts) and re.fullmatch(r"[\w.-]+", of) and ".." not in path:
             return storage.home() / path
         if path == ARCHIVE:
             return self.root / path
@@ -247,30 +235,23 @@ class Worker:
         with self._guard:
             if known := self.doing.get(number):
                 return known.trained
-            doing = Doing(number, self.root / "runs" / f"{number:04d}")
-            doing.trained.set_running_or_notify_cancel()
-            self.doing[number] = doing
-        for other in self.doing.values():  # one at a time: what the head does not wait for any more ends
-            if other is not doing:
-                other.ending = "stopped"
-        threading.Thread(target=self._train, args=(doing, train, facts), daemon=True).start()
+            self.do_stop("stopped")  # one at a time: what the head does not wait for any more ends
+            doing = self.doing[number] = Doing(number, self.root / "runs" / f"{number:04d}")
+            doing.trained = begun(self._train, doing, train, facts)
         return doing.trained
 
-    def _train(self, doing: Doing, train: bytes, facts: dict) -> None:
+    def _train(self, doing: Doing, train: bytes, facts: dict) -> dict:
         with self._work:
-            try:
-                self._restore_judge()
-                runner.remove(doing.folder)
-                doing.folder.mkdir(parents=True)
-                (doing.folder / "train.py").write_bytes(train)
-                doing.request = self._request(doing, **facts)
-                made = runner.run(doing.request)
-                if changed := self._restore_judge():
-                    made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
-                answer = vars(made) | {"reason": msgspec.to_builtins(made.reason)}
-                doing.trained.set_result(answer | {"log": log.tail(doing.folder / "run.log", LOG_SENT)})
-            except BaseException as error:
-                doing.trained.set_exception(error if isinstance(error, LabError) else LabError(f"{error!r}"))
+            self._restore_judge()
+            runner.remove(doing.folder)
+            doing.folder.mkdir(parents=True)
+            (doing.folder / "train.py").write_bytes(train)
+            doing.request = self._request(doing, **facts)
+            made = runner.run(doing.request)
+            if changed := self._restore_judge():
+                made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
+            answer = vars(made) | {"reason": msgspec.to_builtins(made.reason)}
+            return answer | {"log": log.tail(doing.folder / "run.log", LOG_SENT)}
 
     def _request(self, doing: Doing, **facts):
         known, settings = self.facts, {**self.facts["settings"]}
@@ -299,30 +280,26 @@ class Worker:
         doing = self._known(number)
         with self._guard:
             if doing.scored is None or doing.scored.done():
-                doing.scored, doing.ending = Future(), None
-                doing.scored.set_running_or_notify_cancel()
-                threading.Thread(target=self._score, args=(doing, doing.scored), daemon=True).start()
+                doing.ending = None
+                doing.scored = begun(self._score, doing)
             return doing.scored
 
-    def _score(self, doing: Doing, done: Future) -> None:
+    def _score(self, doing: Doing) -> dict:
         with self._work:
+            self._restore_judge()
+            weights = doing.folder / "result.safetensors"
             try:
-                self._restore_judge()
-                scores = runner.score(doing.request, doing.folder / "result.safetensors")
-                if isinstance(scores, Reason):
-                    return done.set_result({"problem": msgspec.to_builtins(scores)})
-                answer: dict[str, Any] = {"val_bpb": scores.val_bpb, "held_out_bpb": scores.held_out_bpb}
-                answer["rows"] = (doing.folder / "rows.npz").read_bytes()
-                answer["weights"] = (doing.folder / "result.safetensors").stat().st_size
-                done.set_result(answer)
+                scores = runner.score(doing.request, weights)
             except runner.Halted as halted:
-                done.set_result({"halted": str(halted)})
-            except BaseException as error:
-                done.set_exception(error if isinstance(error, LabError) else LabError(f"{error!r}"))
+                return {"halted": str(halted)}
+            if isinstance(scores, Reason):
+                return {"problem": msgspec.to_builtins(scores)}
+            rows = (doing.folder / "rows.npz").read_bytes()
+            return {**vars(scores), "rows": rows, "weights": weights.stat().st_size}
 
     def do_stop(self, why: str) -> dict:
         """Ends what is being done."""
-        for doing in self.doing.values():
+        for doing in list(self.doing.values()):
             doing.ending = why
         return {}
 
@@ -371,6 +348,16 @@ class Worker:
             except filelock.Timeout:
                 raise LabError("another session is training on this device") from None
             self._lock = lock
+
+
+def files_of(facts: dict) -> dict[str, dict | None]:
+    """The files of a session's dataset by their paths below the home: size and sha256; None for the manifest.
+
+    Args:
+        facts: as of Worker.do_prepare.
+    """
+    files = {**dataset.known_files(json.loads(facts["manifest"])), "manifest.json": None}
+    return {f"data/{facts['dataset']}/{name}": known for name, known in files.items()}
 
 
 def judge_digest(judge: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ from results import BY_NAME, MEASURES, REFUSALS
 
 LARGEST = 2**20  # bytes of a result
 LARGEST_NUMBER = 1e40
+LARGEST_INTEGER = 2**63 - 1  # MessagePack holds no more, in which a worker reports it
 NUMBERS = {int: (int,), float: (int, float)}  # types that a measure of a type may have
 MOST_EXTRA = 32  # facts that train.py added of its own
 NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
@@ -150,7 +151,8 @@ def plain(fact) -> bool:
     """Whether a fact that train.py may have chosen is a finite number or a word: it can give no orders."""
     if isinstance(fact, str):
         return bool(WORD.fullmatch(fact))
-    return isinstance(fact, (int, float)) and abs(fact) <= LARGEST_NUMBER
+    most = LARGEST_INTEGER if isinstance(fact, int) else LARGEST_NUMBER
+    return isinstance(fact, (int, float)) and abs(fact) <= most
 
 
 def positive(name: str, value) -> bool:

@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import suppress
 
+import psutil
 import pytest
 import sessions
 from nights import begin, processes, sound, until
@@ -212,6 +213,18 @@ def test_a_device_that_is_given_back_loses_its_run_to_another(project, isolated_
     assert sum(run.status == "lost" for run in session.state.runs.values()) <= 1
 
 
+def test_a_worker_that_is_given_back_while_it_is_measured_ends_with_what_measures_it(project, join):
+    def measuring():
+        return [child for child in psutil.Process(worker.pid).children() if "sleep(600)" in str(child.cmdline())]
+
+    with Pool(Session(project.folder)) as pool:
+        worker = join(identity="'''); import time; time.sleep(600); print('''")
+        until(lambda: pool.wait() and measuring(), 30)
+        (process,) = measuring()
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(10) == 0 and not process.is_running()
+
+
 @pytest.mark.parametrize(
     "facts, reason",
     [
@@ -264,7 +277,7 @@ def test_a_session_without_a_sandbox_invites_nobody(tmp_path, runner):
 
 
 def test_an_address_has_a_port(project, tmp_path):
-    with pytest.raises(LabError, match="has no port"):
+    with pytest.raises(LabError, match="need a port"):
         invitation.invite(project, tmp_path / "x", "host", None, 1.0)
 
 

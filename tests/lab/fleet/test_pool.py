@@ -1,13 +1,19 @@
 """Several devices of one machine work on one session."""
 
+import json
 import signal
+import time
 from types import SimpleNamespace
 
+import pytest
 from nights import begin, impatient, processes, state_of, until
 from sessions import check, make
 
+from lab.fleet import here
 from lab.fleet.pool import Device, Pool
-from lab.fleet.worker import ARCHIVE, Worker, archive_of
+from lab.fleet.wire import Alive, begun
+from lab.fleet.worker import ARCHIVE, Worker, archive_of, files_of
+from lab.errors import LabError
 from lab.session.session import Session, fingerprints
 from lab.verdict import executor
 from lab.verdict.plan import orders
@@ -68,10 +74,51 @@ def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_
     """The head before this one had begun it, and the worker has just come back."""
     session = make(tmp_path / "project")
     pool = Pool(session)
-    pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive={})})  # pyright: ignore[reportAttributeAccessIssue]
+    pool.hub = SimpleNamespace(members={"cpu": SimpleNamespace(alive=Alive())})  # pyright: ignore[reportAttributeAccessIssue]
     first, second = orders(session.state)[:2]
     assert first.job and second.job
     run = executor.begin(session, first, "cpu")
     pool.devices["cpu"] = Device("cpu", ready=True)
     assert pool.makes(run) and not pool.begin([second])
     assert pool.devices["cpu"].run is run
+
+
+def test_a_device_is_measured_once_at_a_time(tmp_path, monkeypatch):
+    """Its connection is lost while it is measured, and it is prepared again."""
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    measuring, most = [], []
+
+    def unlike(*_):
+        measuring.append(0)
+        most.append(len(measuring))
+        time.sleep(0.2)
+        measuring.pop()
+
+    monkeypatch.setattr(here, "unlike", unlike)
+    worker = Worker("there/cpu", "cpu", {}, None, local=False)
+    facts = {"session": "a", "device": "fake", "judge": {}, "manifest": '{"parts": {}}', "dataset": "tiny"}
+    asked = [begun(lambda: worker.do_prepare(**facts)) for _ in range(2)]
+    assert [each.result(10) for each in asked] == [{"missing": ["data/tiny/manifest.json"]}] * 2
+    assert most == [1, 1]
+
+
+def test_a_head_that_goes_on_after_a_refusal_has_nothing_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    worker = Worker("there/cpu", "cpu", {}, {"judge": "a", "data": "b"}, local=False)
+    facts = {"session": "a", "device": "fake", "judge": {}, "manifest": '{"parts": {}}', "dataset": "tiny"}
+    with pytest.raises(LabError, match="not the one that the invitation names"):
+        worker.do_prepare(**facts)
+    with pytest.raises(KeyError):
+        worker.do_put(ARCHIVE, 0, b"", True)
+    with pytest.raises(KeyError):
+        worker.do_run(1, b"").result(10)
+
+
+@pytest.mark.parametrize("path", ["sessions/secret", "data/../secret", "/etc/hostname"])
+def test_a_worker_gets_no_other_files_than_the_session_s(tmp_path, path):
+    pool = Pool(make(tmp_path / "project"))
+    pool.archive, manifest = b"", json.dumps({"parts": {"a": {"files": {"train_0.npy": {}}}}})
+    pool.facts = {"dataset": "tiny", "manifest": manifest}
+    assert sorted(files_of(pool.facts)) == ["data/tiny/manifest.json", "data/tiny/train_0.npy"]
+    with pytest.raises(LabError, match="no file of the session"):
+        pool._send("cpu", path)

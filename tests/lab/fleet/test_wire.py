@@ -1,16 +1,21 @@
 """The connection: who is let in, what crosses it, and what becomes of it when an end is lost."""
 
+import gc
+import json
+import os
 import socket
 import threading
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from lab.errors import LabError
 from lab.fleet import invitation, wire
-from lab.fleet.wire import Hub, Lost, Refused
+from lab.fleet.wire import Alive, Hello, Hub, Lost, Message, Refused
+from storage import DataError
 
 
 class Echo:
@@ -21,11 +26,11 @@ class Echo:
         self.long.set_running_or_notify_cancel()
 
     def hello(self):
-        return {"name": self.name}
+        return Hello(self.name)
 
     def alive(self):
         time.sleep(self.sleeps)  # its loop stands still
-        return {"hot": False}
+        return Alive(hot=True)
 
     def welcomed(self, welcome):
         self.welcome = welcome
@@ -40,6 +45,12 @@ class Echo:
             raise ValueError("no")
         if operation == "refuse":
             raise LabError("not here")
+        if operation == "full":
+            raise DataError("the disk is full")
+        if operation == "large":
+            return {"number": 2**64}
+        if operation == "wait":
+            time.sleep(60.0)
         if operation == "leave":
             self.leaving = "told to"
         return {"operation": operation, **facts}
@@ -102,9 +113,10 @@ def test_what_is_asked_is_answered_and_a_mistake_is_told(hub, connect):
     assert answer == {"operation": "put", "content": content, "offset": 1, "names": ["x"], "nothing": None}
     with pytest.raises(LabError, match="ValueError: no"):
         hub.call("a", "fail").result(10)
-    with pytest.raises(LabError, match="not here"):
-        hub.call("a", "refuse").result(10)
-    until(lambda: hub.members["a"].alive == {"hot": False})
+    for operation, why in {"refuse": "not here", "full": "the disk is full", "large": "can't be sent"}.items():
+        with pytest.raises(LabError, match=why):
+            hub.call("a", operation).result(10)
+    until(lambda: hub.members["a"].alive.hot)
 
 
 def test_while_it_works_it_answers(hub, connect):
@@ -177,6 +189,14 @@ def test_the_head_says_no_with_its_reason(keys, connect):
         hub.close()
 
 
+def test_of_two_workers_of_one_name_the_first_stays(hub, dial):
+    first, second = dial(), dial()
+    first.sendall(packed(Message(hello=Hello("a", token="1"))))
+    until(lambda: "a" in hub.members)
+    second.sendall(packed(Message(hello=Hello("a", token="2"))))
+    assert b"give this one another name" in second.makefile("rb").read() and hub.members["a"].hello.token == "1"
+
+
 def refused(hub, connect, keys):
     ended, thread = connect(hub.address, Echo(), keys, patience=1.0)
     thread.join(20)
@@ -232,41 +252,140 @@ def test_plain_tcp_is_refused(hub, connect, keys):
         Hub("tcp://127.0.0.1:0", keys[0], lambda hello: {})
 
 
-def test_an_invitation_is_for_its_owner_alone(tmp_path, keys):
+def test_an_invitation_is_for_its_owner_alone(tmp_path, keys, monkeypatch):
     path = tmp_path / "a.invitation"
     made = invitation.Invitation("tls://127.0.0.1:1", "fake/night", keys[1], "j", "d")
+    written, modes = json.dumps, []
+
+    def look(content, **options):  # the file that is to hold it is there already
+        modes.extend(file.stat().st_mode & 0o077 for file in tmp_path.glob("a.invitation*"))
+        return written(content, **options)
+
+    monkeypatch.setattr(invitation.json, "dumps", look)
+    before = os.umask(0)
     made.write(path)
+    os.umask(before)
     assert path.stat().st_mode & 0o077 == 0 and invitation.Invitation.read(path) == made
     path.write_text("{}")
     with pytest.raises(LabError, match="is not an invitation"):
         invitation.Invitation.read(path)
 
 
-def test_what_is_no_message_ends_the_connection(hub, keys):
-    """Too long, no MessagePack, or no dict: of somebody who holds an invitation."""
-    host, port = wire._parts(hub.address)
-    for content in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x01\x07"):
-        with socket.create_connection((host, port), timeout=10) as plain:
-            with keys[1].context(listening=False).wrap_socket(plain) as encrypted:
-                encrypted.sendall(content)
-                assert encrypted.recv(100) == b""
-    assert not hub.members
+@pytest.fixture
+def dial(hub, keys):
+    """dial(): a TLS connection of somebody who holds an invitation."""
+    made = []
+
+    def connection():
+        plain = socket.create_connection(wire.host_and_port(hub.address), timeout=10)
+        made.append(keys[1].context(listening=False).wrap_socket(plain))
+        return made[-1]
+
+    yield connection
+    for each in made:
+        each.close()
 
 
-def test_a_slow_line_is_no_silence(hub, keys, monkeypatch):
+def packed(content: object) -> bytes:
+    encoded = content if isinstance(content, bytes) else msgspec.msgpack.encode(content)
+    return wire.LENGTH.pack(len(encoded)) + encoded
+
+
+HOSTILE = {
+    "too-long": b"\xff\xff\xff\xff",
+    "no-messagepack": packed(b"\xc1"),
+    "no-message": packed(7),
+    "no-name": packed({"hello": {}}),
+    "runs": packed({"hello": {"name": "a", "runs": [[]]}}),
+    "deep": packed(b"\x81\xa6answer\x81\xa1x" + b"\x91" * 100_000 + b"\xc0"),
+    "alive": packed({"alive": 7}),
+    "hot": packed({"alive": {"hot": [1]}}),
+    "log": packed({"alive": {"run": 1, "log": None}}),
+    "heat": packed({"alive": {"heat": {"margin": b"1"}}}),
+    "id": packed({"id": [], "answer": {}}),
+    "answer": packed({"id": 1, "answer": 7}),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_message_ends_the_connection(hub, dial, content, caplog):
+    """At first, and later; and whoever waits for an answer hears of it."""
+    first, later = dial(), dial()
+    first.sendall(content)
+    assert first.recv(100) == b""
+    later.sendall(packed(Message(hello=Hello("a"))))
+    until(lambda: "a" in hub.members)
+    asked = hub.call("a", "long")
+    later.sendall(content)
+    with pytest.raises(Lost):
+        asked.result(5)
+    assert not hub.members and not caplog.records
+
+
+def test_who_connects_and_says_nothing_is_not_waited_for(hub, dial, monkeypatch):
+    monkeypatch.setattr(wire, "CONNECT", 0.3)
+    assert dial().recv(100) == b""
+
+
+def test_who_reads_nothing_is_given_up(hub, dial, monkeypatch):
+    """Also while large messages are on their way to it, which would wait for ever."""
+    monkeypatch.setattr(wire, "SILENCE", 1.0)
+    monkeypatch.setattr(wire, "ALIVE_EVERY", 0.1)
+    dial().sendall(packed(Message(hello=Hello("a"))))
+    until(lambda: "a" in hub.members)
+    for asked in [hub.call("a", "put", content=bytes(4 * wire.PIECE - 1000)) for _ in range(4)]:
+        with pytest.raises(Lost):
+            asked.result(5)
+
+
+def test_a_worker_leaves_though_it_works_or_its_head_hangs(keys, connect, monkeypatch):
+    monkeypatch.setattr(wire, "CONNECT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        worker = Echo()
+        _, thread = connect("tls://127.0.0.1:{}".format(listening.getsockname()[1]), worker)
+        with keys[0].context(listening=True).wrap_socket(listening.accept()[0], server_side=True) as head:
+            head.sendall(packed(Message(welcome={})) + packed(Message(id=1, do="wait")))
+            time.sleep(0.5)
+            worker.leaving = "it was given back"  # and the head neither reads nor answers
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_head_leaves_nothing_behind(keys, connect):
+    def left():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    before = left()
+    hub = Hub("tls://127.0.0.1:0", keys[0], lambda hello: {})
+    with pytest.raises(OSError):
+        Hub(hub.address, keys[0], lambda hello: {})
+    plain = socket.create_connection(wire.host_and_port(hub.address), timeout=10)
+    with keys[1].context(listening=False).wrap_socket(plain):
+        until(lambda: hub._handlers)
+        hub.close()
+    with pytest.raises(Lost):
+        hub.call("a", "put").result(1)
+    gc.collect()
+    assert left() == before
+
+
+@pytest.mark.parametrize("address", ["h:1", "tls://h", "tls://:1", "tls://h:x", "tls://h:65536", "tls://h:\u00b2"])
+def test_an_address_is_a_host_and_a_port(address):
+    with pytest.raises(LabError, match="is not tls://HOST:PORT"):
+        wire.host_and_port(address)
+    assert wire.host_and_port("tls://[::1]:8786") == ("::1", 8786)
+
+
+def test_a_slow_line_is_no_silence(hub, dial, monkeypatch):
     """A large message takes longer than the silence after which an end is given up."""
     monkeypatch.setattr(wire, "SILENCE", 0.5)
-    content = wire.msgspec.msgpack.encode({"alive": {"content": bytes(6 * wire.PART)}})
-    hello = wire.msgspec.msgpack.encode({"hello": {"name": "a"}})
-    with socket.create_connection(wire._parts(hub.address), timeout=10) as plain:
-        with keys[1].context(listening=False).wrap_socket(plain) as encrypted:
-            monkeypatch.setattr(wire, "ALIVE_EVERY", 0.1)
-            encrypted.sendall(wire.LENGTH.pack(len(hello)) + hello)
-            until(lambda: "a" in hub.members)
-            member = hub.members["a"]
-            encrypted.sendall(wire.LENGTH.pack(len(content)))
-            for offset in range(0, len(content), wire.PART):
-                time.sleep(0.2)
-                encrypted.sendall(content[offset : offset + wire.PART])
-            until(lambda: member.alive)
-            assert hub.members["a"] is member
+    monkeypatch.setattr(wire, "ALIVE_EVERY", 0.1)
+    content, encrypted = packed(Message(alive=Alive(hot=True, log=bytes(6 * wire.PART)))), dial()
+    encrypted.sendall(packed(Message(hello=Hello("a"))))
+    until(lambda: "a" in hub.members)
+    member = hub.members["a"]
+    for offset in range(0, len(content), wire.PART):
+        time.sleep(0.2)
+        encrypted.sendall(content[offset : offset + wire.PART])
+    until(lambda: member.alive.hot)
+    assert hub.members["a"] is member

@@ -233,6 +233,7 @@ def test_facts_that_nobody_knows_are_kept_if_they_are_plain():
         "list": [1],
         "nothing": None,
         "endless": math.inf,
+        "large": 2**63,
         "two words": 1,
         "reason": "x",
         "x" * 41: 1,
