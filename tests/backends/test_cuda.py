@@ -666,7 +666,9 @@ def test_a_driver_too_old_is_said_with_what_to_do(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(device, "nvidia_gpu", lambda: "NVIDIA H100")
     wanted = "built for CUDA 13.0, it says: The NVIDIA driver on your system is too old .found version 12020.*"
-    with pytest.raises(BackendError, match=f"has a GPU .NVIDIA H100., but PyTorch .* cannot use it .{wanted}update the"):
+    with pytest.raises(
+        BackendError, match=f"has a GPU .NVIDIA H100., but PyTorch .* cannot use it .{wanted}update the"
+    ):
         backends.load(name)
     monkeypatch.setenv("AUTORESEARCH_DEVICE", "cuda")
     with pytest.raises(BackendError, match=f"has here only cpu .{wanted}"):
