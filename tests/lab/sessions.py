@@ -1,12 +1,14 @@
 """Sessions without training: a small repository, and a runner that computes a score instead of a model."""
 
 import argparse
+import functools
 import hashlib
 import random
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,9 @@ import msgspec
 import numpy as np
 import pytest
 
+import backends
 import storage
+from calibration import profile, rule
 from lab.genome.syntax import describe
 from lab.reasons import Reason
 from lab.run import runner, sandbox
@@ -282,6 +286,7 @@ def drawn(seed) -> str:
     return hashlib.sha256(f"{seed}".encode()).hexdigest()[:48]
 
 
+@functools.cache
 def available() -> list:
     """The sandboxes that work here, as parameters; the others are skipped."""
     return [
@@ -293,6 +298,26 @@ def available() -> list:
         )
         for name in sandbox.NAMES
     ]
+
+
+def made_up_profile(backend: str) -> Path:
+    """A profile of this device in the test's home, so that a run has nothing to find out."""
+    hardware, spread = backends.identify(backend), {"median": 1e10, "low": 9e9, "high": 2e10, "n": 3}
+    kinds = {"sdpa": {"full": "sdpa_causal", "window": "sdpa_blocks"}, "mlx": {"full": "fused", "window": "fused"}}
+    path = storage.home() / "sessions" / "profile.json"
+    made = {
+        "format": profile.FORMAT,
+        "device": hardware.slug,
+        "backend": backend,
+        "made": "now",
+        "train": "x",
+        "versions": hardware.versions,
+        "products": {"square": 64, "rates": {"float32": spread}},
+        "trials": [],
+        "settings": {**asdict(rule.SAFE), "precision": "float32", "attention": kinds[backend]},
+    }
+    storage.write_json(path, made)
+    return path
 
 
 def rows_of(path) -> list[dict]:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from sessions import made_up_profile
 
 from lab.run import check, processes
 
@@ -58,11 +59,15 @@ def train(folder: Path, edits: dict[str, str]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> dict[str, str]:
-    """With a home for all: what was tried of the device stays."""
-    home = str(tmp_path_factory.mktemp("home"))
-    return {"AUTORESEARCH_BACKEND": "sdpa", "AUTORESEARCH_DEVICE": "cpu", "AUTORESEARCH_HOME": home}
+@pytest.fixture
+def settings(isolated_home) -> dict[str, str]:
+    """With a profile, as a session's: nothing of the device has to be tried."""
+    return {
+        "AUTORESEARCH_BACKEND": "sdpa",
+        "AUTORESEARCH_DEVICE": "cpu",
+        "AUTORESEARCH_HOME": str(isolated_home),
+        "AUTORESEARCH_PROFILE": str(made_up_profile("sdpa")),
+    }
 
 
 @pytest.fixture(autouse=True)

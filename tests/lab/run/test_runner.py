@@ -12,17 +12,13 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from sessions import ROOT, available
+from sessions import ROOT, available, made_up_profile
 
-import backends
-import storage
-from calibration import profile, rule
 from lab import reasons
 from lab.run import log as capture, outcome, runner
 from results import BY_NAME, REFUSALS
@@ -452,30 +448,6 @@ SMALL = {
 }
 
 
-def made_up_profile() -> Path:
-    """A profile of this device, so that a run has nothing to find out."""
-    hardware, spread = backends.identify(BACKEND), {"median": 1e10, "low": 9e9, "high": 2e10, "n": 3}
-    kinds = {"sdpa": {"full": "sdpa_causal", "window": "sdpa_blocks"}, "mlx": {"full": "fused", "window": "fused"}}[
-        BACKEND
-    ]
-    path = storage.home() / "sessions" / "profile.json"
-    storage.write_json(
-        path,
-        {
-            "format": profile.FORMAT,
-            "device": hardware.slug,
-            "backend": BACKEND,
-            "made": "now",
-            "train": "x",
-            "versions": hardware.versions,
-            "products": {"square": 64, "rates": {"float32": spread}},
-            "trials": [],
-            "settings": {**asdict(rule.SAFE), "precision": "float32", "attention": kinds},
-        },
-    )
-    return path
-
-
 @pytest.mark.parametrize(
     "sandbox", [None, *(pytest.param(*one.values, marks=[pytest.mark.slow, *one.marks]) for one in available())]
 )
@@ -494,7 +466,7 @@ def test_the_real_train_py(request_for, sandbox, monkeypatch):
         settings={
             "AUTORESEARCH_HOME": os.environ["AUTORESEARCH_HOME"],
             "AUTORESEARCH_BACKEND": BACKEND,
-            "AUTORESEARCH_PROFILE": str(made_up_profile()),
+            "AUTORESEARCH_PROFILE": str(made_up_profile(BACKEND)),
         },
     )
     found = runner.run(request)
