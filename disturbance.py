@@ -22,9 +22,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +43,24 @@ PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where p
 PULSE, PAUSE = 0.2, 1.0  # seconds between the pulse's beats; without one, it is a pause
 REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
 TASKS = Path("/proc/self/task")
+
+
+def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
+    """What the clock of a run compares with, for AUTORESEARCH_REFERENCE: medians, as how disturbed a single run was may
+    have been misjudged either way.
+
+    Args:
+        baseline: results of the session's baseline, which tell of the device. own: of the same train.py, which tell of
+            its steps.
+    """
+    steps: dict[str, list[float]] = {}
+    for result in own:
+        for kind, seconds in (result.get("step_seconds") or {}).items():
+            steps.setdefault(kind, []).append(seconds)
+    found: dict = {"steps": {kind: statistics.median(seconds) for kind, seconds in steps.items()}} if steps else {}
+    if probes := [result["probe_seconds"] for result in baseline if result.get("probe_seconds")]:
+        found["probe"] = statistics.median(probes)
+    return found
 
 
 class Meter:
@@ -178,8 +197,8 @@ class Witness:
 
         It is what the cores could have done for the run, over what they did: a run that keeps them busy itself is not
         disturbed, whatever its threads wait for. Nor is one that leaves them idle by itself: the slowdown is at most
-        what its threads were queued for, each of which may have held up all others. Without the queues (only Linux
-        tells them) other programs' processor time is the bound.
+        what its threads were queued for, each of which may have held up all others that were to run. Without the queues
+        (only Linux tells them) other programs' processor time is the bound.
         """
         wall, own, queued, other = since
         if not (wall > 0 and own > 0):
@@ -188,7 +207,8 @@ class Witness:
         if math.isnan(queued):
             bound = 1 / max(1 - other / (self._cores * wall), 0.05)
         else:
-            bound = 1 + self._cores * queued / own
+            threads = (own + queued) / wall  # that were to run: at work or queued, on average
+            bound = 1 + max(1.0, threads) * queued / own
         return max(1.0, min(by_cores, bound))
 
     def _counters(self) -> np.ndarray:

@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import disturbance
 from lab.verdict.gate import t_quantile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,13 +134,7 @@ def interval(values: list[float]) -> str:
 def reference(condition: str, of_side: dict[str, list[dict]]) -> dict:
     """What a session would hand on to a run."""
     unedited = [result for name, results in of_side.items() if name not in EDITS for result in results]
-    probes = [result["probe_seconds"] for result in of_side["quiet"] if result.get("probe_seconds")]
-    known = {"probe": statistics.median(probes)} if probes else {}
-    for result in of_side[condition] if condition in EDITS else unedited:
-        for kind, seconds in result.get("step_seconds", {}).items():
-            steps = known.setdefault("steps", {})
-            steps[kind] = min(seconds, steps.get(kind, seconds))
-    return known
+    return disturbance.reference(of_side["quiet"], of_side[condition] if condition in EDITS else unedited)
 
 
 def tell(side: str, of_side: dict[str, list[dict]]) -> None:

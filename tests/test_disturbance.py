@@ -113,6 +113,13 @@ def test_simulated_disturbance_changes_the_training_by_little(steps):
     assert done[1] == pytest.approx(done[0], rel=0.02)
 
 
+def test_runs_are_compared_with_the_median_of_those_before():
+    runs = [{"probe_seconds": probe, "step_seconds": {"a": step, "b": 1.0}} for step, probe in ((3, 1), (2, 5), (9, 2))]
+    assert disturbance.reference(runs, runs) == {"probe": 2, "steps": {"a": 3, "b": 1.0}}
+    assert disturbance.reference(runs[1:2], [{}]) == {"probe": 5}
+    assert disturbance.reference([{"probe_seconds": None}], [{"step_seconds": None}]) == {}
+
+
 # --- The witness ---
 
 
@@ -153,11 +160,12 @@ def told(monkeypatch, *counters):
     (10, 19.6, 0.1, 0, 1 + 0.1 / 19.6 * 2),  # alone
     (10, 13.3, 6.6, 0, 2 / 1.33),  # a program beside it: each has a fair share
     (10, 8, 12, 0, 2.5),  # three
+    (10, 7, 3, 0, 1 / 0.7),  # its only thread takes turns with another program
     (10, 10, 0, 0, 1),  # one of its threads works, beside another program or not: it is not held up
     (10, 5, 0, 0, 1),  # it sleeps
     (10, 20, 20, 0, 1),  # it has more threads than there are cores
     (10, 13.3, math.nan, 6.7, 2 / 1.33), (10, 10, math.nan, 0, 1), (10, 0, math.nan, 20, 1),
-], ids=["alone", "one", "three", "one thread", "asleep", "many threads", "told", "nobody", "no time"])  # fmt: skip
+], ids="alone one three turns thread asleep many told nobody never".split())  # fmt: skip
 def test_a_cpu_is_shared(witness, monkeypatch, wall, own, queued, others, slowdown):
     told(monkeypatch, *[np.zeros(4)] * 2, np.array([wall, own, queued, others]), np.zeros(4))
     one = witness(backend())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import traceback
@@ -276,17 +275,10 @@ def other_attention(session: Session, result: dict) -> Reason | None:
 
 
 def reference(session: Session, blob: str) -> dict:
-    """What the clock of a run compares with: the median of the baseline's runs for the device, and for the steps of
-    this train.py the quickest of its own runs. Quickest, for how disturbed they were may have been misjudged."""
-    sound = [run.result for run in session.state.runs_of(session.state.baseline.blob) if run.ok]
-    probes = [result["probe_seconds"] for result in sound if result.get("probe_seconds")]
-    found = {"probe": statistics.median(probes)} if probes else {}
-    for run in session.state.runs_of(blob):
-        if run.ok:
-            for kind, seconds in (run.result.get("step_seconds") or {}).items():
-                steps = found.setdefault("steps", {})
-                steps[kind] = min(seconds, steps.get(kind, seconds))
-    return found
+    """What the clock of a run of this train.py compares with; see disturbance.py."""
+    state = session.state
+    baseline, own = ([run.result for run in state.runs_of(one) if run.ok] for one in (state.baseline.blob, blob))
+    return disturbance.reference(baseline, own)
 
 
 # --- Scoring again ---
