@@ -7,7 +7,7 @@ wall where two witnesses agree that something else slowed it:
    run and did not; on a GPU a small product of fixed size is timed between steps. Work that a file does for its own
    reasons leaves both as they are.
 2. **The steps.** Steps with the same calls and shapes cost what they cost in the quietest quarter of this run, or what
-   they cost in an earlier run of the same file.
+   they cost in earlier runs of the same file.
 
 A window is charged its time over the smaller of the two slowdowns. A slowdown that only one of them sees is charged in
 full; so are steps of which nothing is known yet. At most half of the time is taken off. A second or more in which
