@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from exports import contents, imported
+from exports import ROOT, contents, imported
 from sessions import DEVICE, TAG, attempt
 from test_ledgers import ORIGINAL
 
@@ -43,6 +43,15 @@ def test_an_export_an_import_and_a_branch_tell_the_same(session, tmp_path, isola
     imported(target, isolated_home)
     shutil.rmtree(session.folder)  # where the session itself is not known
     assert told(sources.read(session.name)) == told(own)
+
+
+def test_the_example_in_the_documents_is_read():
+    folder = ROOT / "docs" / "example" / "session"
+    record = sources.read(folder)
+    best = record.state.best
+    assert best is not None and best.number > 0
+    assert f"{record.state.mean(best):.6f}" in (folder.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{record.state.mean(best):.6f}" in (folder.parent / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_session_at_work_is_read_as_far_as_it_has_come(session):
