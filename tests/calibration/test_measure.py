@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -203,7 +204,7 @@ def test_another_program_on_the_device_is_seen_in_the_spread_and_said(device, mo
 def test_a_busy_machine_is_told(device, monkeypatch):
     monkeypatch.setattr(disturbance, "others", lambda: 0.5 * (os.cpu_count() or 1) * time.monotonic())
     warnings = measure.Measurement(measure.FULL).run()["warnings"]
-    assert len(warnings) == 1 and warnings[0].startswith("other programs took 50% of the processors' time")
+    assert len(warnings) == 1 and re.match(r"other programs took [45]\d% of the processors' time", warnings[0])
 
 
 def test_memory_that_runs_out_leads_to_smaller_defaults(device):

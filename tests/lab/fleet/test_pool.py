@@ -43,7 +43,14 @@ def test_a_late_result_of_a_run_that_was_given_up_is_dropped(project, isolated_h
 
 def test_two_devices_work_at_once_and_a_head_that_is_killed_fetches_what_they_made_meanwhile(project, isolated_home):
     night = begin(project, isolated_home, 4, "cpu,cpu")
-    until(lambda: any(run.experiment and run.ended is None for run in state_of(project).runs.values()))
+
+    def all_have_begun() -> bool:
+        """Whether the workers have received what the journal says that they run."""
+        under_way = [run for run in state_of(project).runs.values() if run.ended is None]
+        begun = [any(isolated_home.glob(f"fleet/*/runs/{run.number:04d}/train.py")) for run in under_way]
+        return any(run.experiment for run in under_way) and all(begun)
+
+    until(all_have_begun)
     for head in processes(project, "supervise"):
         head.kill()
     said = night.communicate(timeout=200)[0]
