@@ -1,7 +1,9 @@
 """Fixtures for all tests: a home of their own, and a small prepared dataset."""
 
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,16 @@ def isolated_home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_home(tmp_path_factory) -> Path:
+def tiny_home(tmp_path_factory) -> Iterator[Path]:
     """An `AUTORESEARCH_HOME` whose current dataset is `tiny`: 300 generated text files, seconds to build."""
     root = tmp_path_factory.mktemp("tiny")
     write_files(root / "text", [sentences(i, 60 + i % 37) for i in range(300)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_HOME", str(root / "home"))
         assert corpus.main(["--dataset", str(root / "text"), "--name", "tiny"]) == 0
-    return root / "home"
+    yield root / "home"
+    # What one test leaves there, another finds: it would depend on their order.
+    assert os.listdir(root / "home") == ["data"], "a test has written to the home that all tests share"
 
 
 @pytest.fixture

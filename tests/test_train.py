@@ -43,8 +43,16 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_home):
+    """An `AUTORESEARCH_HOME` of these tests, where what a backend tried may be left for the next."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "data").symlink_to(tiny_home / "data")
+    return folder
+
+
 @pytest.fixture
-def train(tmp_path, tiny_home):
+def train(tmp_path, home):
     """train(edits, **environment) -> (finished process, the result written as JSON or None)."""
 
     def run(edits=None, **environment):
@@ -65,7 +73,7 @@ def train(tmp_path, tiny_home):
                 **clean,
                 "PYTHONPATH": python_path(),
                 "TORCH_COMPILE_DISABLE": "1",
-                "AUTORESEARCH_HOME": str(tiny_home),
+                "AUTORESEARCH_HOME": str(home),
                 "AUTORESEARCH_BACKEND": BACKEND,
                 "AUTORESEARCH_RESULT": str(result),
                 "AUTORESEARCH_BUDGET": "1",
