@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-WINDOW = 0.5  # seconds of training, at least, that are charged together
+WINDOW = 0.5, 2.0  # seconds of training, at least and at most, that are charged together
+WINDOWS = 150  # of a run that is long enough
 KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 MOST = 2.0  # times as long as undisturbed
@@ -43,6 +44,12 @@ PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where p
 PULSE, PAUSE = 0.2, 1.0  # seconds between the pulse's beats; without one, it is a pause
 REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
 TASKS = Path("/proc/self/task")
+
+
+def window(budget: float) -> float:
+    """Seconds of training, at least, that are charged together in a run of `budget` seconds. At the end of each the
+    device is waited for and idle until it has the next step, so a long run has longer ones."""
+    return min(max(budget / WINDOWS, WINDOW[0]), WINDOW[1])
 
 
 def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:

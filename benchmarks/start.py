@@ -59,8 +59,7 @@ def staged(options) -> dict:
     backends.load = loaded
     then(prepare, "open_data", "data")
     then(prepare.Clock, "stop", "training")
-    then(prepare, "probe", "probes of the model", before="rows")
-    then(prepare, "score", "evaluation")
+    then(prepare, "examine", "evaluation")
     os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"

@@ -179,7 +179,7 @@ def _flex(q, k, v, mask, modify=None):
     gqa = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # A modification takes shared memory, of which a Hopper has too little for the usual three stages (PyTorch 2.11).
-    options = {"num_stages": 2} if modify else None
+    options = None if modify is None else {"num_stages": 2}  # a function's truth can't be traced
     out = flex_attention(q, k, v, score_mod=modify, block_mask=mask, enable_gqa=gqa, kernel_options=options)
     return out.transpose(1, 2)
 
