@@ -155,7 +155,7 @@ def test_what_disturbance_explains_is_no_effect():
         builder.run(1, 1.05 - 0.02, disturbance=0.5)
     builder.decide(1, "discard", "not_worth_it")
     analysis = analysed(builder, SD, DF)
-    analysis.noise = gate.Noise(SD, DF, slope=0.1, slope_variance=4.0)
+    analysis.noise = gate.Noise(SD, DF, slopes=(0.1,), covariance=((4.0,),))
     effect = analysis.effect(analysis.experiments[1])
     assert effect.value == pytest.approx(-0.02)
     assert effect.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 2 + 0.5**2 * 4.0))

@@ -128,7 +128,7 @@ def test_what_disturbance_did_to_the_noise_is_told(session):
 
 def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(session):
     state, noise = session.state, noise_of(session.state)
-    assert noise.slope == 0 and noise.slope_variance > 0
+    assert noise.slopes[0] == 0 and noise.covariance[0][0] > 0
     opened(state, 1, "ab")
     opened(state, 2, "cd")
     score = state.mean(state.best) + 0.02
@@ -141,13 +141,13 @@ def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(ses
     for i in range(1, 8):  # further runs of the baseline's file, slower by up to a half
         job = Job(state.baseline.blob, gate.seed(9 + i), 300.0, Urgency.FURTHER)
         ran(state, 200 + i, 1, job, state.results(job.blob)[gate.seed(0)] + 0.1 * i / 14, disturbance=i / 14)
-    assert noise_of(state).slope == pytest.approx(0.1, rel=0.1)
+    assert noise_of(state).slopes[0] == pytest.approx(0.1, rel=0.1)
     opened(state, 3, "ef")
     (job,) = plan(state.experiments[3], state).jobs
     ran(state, 300, 3, job, score + 0.5, disturbance=0.5)
     corrected = plan(state.experiments[3], state).verdict.evidence.corrected
     mean = statistics.fmean(run.disturbance for run in state.believed(state.baseline.blob).values())
-    assert corrected == pytest.approx(noise_of(state).slope * (mean - 0.5))
+    assert corrected == pytest.approx(noise_of(state).slopes[0] * (mean - 0.5))
 
 
 def test_the_run_that_made_a_change_look_promising_is_no_repeat(session):
