@@ -66,10 +66,9 @@ FARTHEST = 0.01  # of the prior standard deviation: the least that it may be low
 DOUBTED, MOST_BASELINE = 2.0, 6  # times what the baseline's runs show: a noise that asks for more of them, up to 6
 CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
 WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
-DIFFER = (
-    1.0  # of the noise: prior standard deviation of what a device adds. Two H200s of one host were 2.7 of it apart,
-)
-# which is 1.9 times what two draws of it are; most devices of one kind were never compared.
+# What devices add has one of these standard deviations, in that of seeds, each with the same chance: a session's repeats
+# tell which. Two H200s of one host differed by 2.7, as two draws do whose standard deviation is 1.9.
+DIFFER = (0.3, 1.0, 3.0)
 MOST_DEVICES = 200  # of a session, that get a constant; a record from elsewhere may name thousands
 # What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
 REAL, SPREAD = 0.2, 2.0  # share of changes that do anything, and the standard deviation of their effects, in noise's
@@ -104,6 +103,7 @@ class Noise:
         sd: its standard deviation between seeds on one device, in bits per byte. df: degrees of freedom of that.
         slopes: bits per byte for a disturbance of 1, then what each of `devices` adds. Empty if nothing is known.
         covariance: how well they are known: a row for each, in units of sd squared.
+        differ: variance of what a device adds that was not compared yet, in units of sd squared.
         explained: share of what repeats differ by that disturbance explained, and that is no part of sd.
         shared: correlation between two train.py on one seed, at least.
     """
@@ -113,6 +113,7 @@ class Noise:
     slopes: tuple[float, ...] = ()
     covariance: tuple[tuple[float, ...], ...] = ()
     devices: tuple[str, ...] = ()
+    differ: float = statistics.fmean(each**2 for each in DIFFER)
     explained: float = 0.0
     shared: float = 0.0
 
@@ -125,7 +126,7 @@ class Noise:
         sums = [disturbed, *by_device.values()]  # devices that were not compared yet come last
         moved = [i for i, total in enumerate(sums[: len(self.slopes)]) if total]
         variance = sum(sums[i] * sums[j] * self.covariance[i][j] for i in moved for j in moved)
-        variance += DIFFER**2 * sum(total**2 for total in sums[len(self.devices) + 1 :])
+        variance += self.differ * sum(total**2 for total in sums[len(self.devices) + 1 :])
         of_disturbance = disturbed**2 * self.covariance[0][0] if self.slopes else 0.0
         return Explained(sum(sums[i] * self.slopes[i] for i in moved), of_disturbance, variance - of_disturbance)
 
@@ -146,12 +147,14 @@ def pooled(
 
     Scores are regressed on disturbance, and on which device made them, within configurations. The coefficients have
     normal priors with mean 0 (the conjugate normal-inverse-gamma model: Gelman et al., Bayesian Data Analysis, 3rd ed.,
-    14.2). What they explain is no noise. Where nothing was disturbed, on one device, all is as without it.
+    14.2). How much devices differ is not known: the posteriors for each of DIFFER are mixed by their likelihoods, and
+    have the mixture's mean and covariance. What conditions explain is no noise. Where nothing was disturbed, on one
+    device, all is as without them.
 
     Args:
         groups: val_bpb over seeds, for each train.py. prior_sd: above 0.
         conditions: of the same runs; without them nothing is explained.
-        prior_slope: the prior standard deviation of the slope over disturbance. That of a device is DIFFER noises.
+        prior_slope: the prior standard deviation of the slope over disturbance.
     """
     if not prior_sd > 0:
         raise ValueError(f"the prior standard deviation of val_bpb has to be above 0, not {prior_sd}")
@@ -184,16 +187,26 @@ def pooled(
                 rows[row, place[device]] = 1
         centred.append(rows - rows.mean(0))
     x = np.concatenate(centred)
-    # With coefficients in units of their priors, a prior of 0 is no special case.
-    scale = np.array([prior_slope / prior_sd, *[DIFFER] * len(devices)])
-    products = x.T @ np.array(residuals)
-    precision = np.eye(len(scale)) + scale[:, None] * (x.T @ x) * scale
-    covariance = scale[:, None] * np.linalg.inv(precision) * scale
-    slopes = covariance @ products
+    inner, products, total = x.T @ x, x.T @ np.array(residuals), prior_df + df
+    likelihoods, found = [], []
+    for differ in DIFFER if devices else DIFFER[:1]:
+        # With coefficients in units of their priors, a prior of 0 is no special case.
+        scale = np.array([prior_slope / prior_sd, *[differ] * len(devices)])
+        precision = np.eye(len(scale)) + scale[:, None] * inner * scale
+        covariance = scale[:, None] * np.linalg.inv(precision) * scale
+        slopes = covariance @ products
+        variance = (prior_df * prior_sd**2 + squares - float(products @ slopes)) / total
+        likelihoods.append(-np.linalg.slogdet(precision)[1] / 2 - total / 2 * math.log(variance))
+        found.append((slopes, variance, variance * covariance, variance * differ**2))
+    weights = np.exp(np.array(likelihoods) - max(likelihoods))
+    weights /= weights.sum()
+    slopes, variance, covariance, apart = (sum(w * each for w, each in zip(weights, column)) for column in zip(*found))
+    for weight, (its, *_) in zip(weights, found):
+        covariance += weight * np.outer(its - slopes, its - slopes)
     explained = float(products[0] * slopes[0]) / squares if squares else 0.0
-    squares -= float(products @ slopes)
-    sd = math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df))
-    return Noise(sd, prior_df + df, tuple(slopes.tolist()), tuple(map(tuple, covariance.tolist())), devices, explained)
+    rows = tuple(map(tuple, (covariance / variance).tolist()))
+    differ = apart / variance if devices else Noise.differ
+    return Noise(math.sqrt(variance), total, tuple(slopes.tolist()), rows, devices, float(differ), explained)
 
 
 def doubted(scores: Sequence[float], noise: Noise) -> bool:

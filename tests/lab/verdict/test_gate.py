@@ -552,9 +552,10 @@ def test_what_devices_add_comes_from_repeats_and_is_no_noise():
     assert noise.slopes[0] == 0 and noise.explained == 0  # nothing was disturbed
 
 
-def test_devices_and_disturbance_together_are_generalised_least_squares():
+def test_devices_and_disturbance_together_are_generalised_least_squares(monkeypatch):
     """What conditions explain is part of the covariance of scores then, and no coefficient is estimated. The groups are
     centred by a projection."""
+    monkeypatch.setattr(gate, "DIFFER", (1.5,))
     rng = random.Random(13)
     devices = [["a", "b", "c", "a"], ["b", "c"], ["a"], ["c", "c", "a"]]
     conditions = [[Conditions(rng.random(), device) for device in group] for group in devices]
@@ -569,7 +570,7 @@ def test_devices_and_disturbance_together_are_generalised_least_squares():
     for first, last in zip(starts[:-1], starts[1:]):
         centre[first:last, first:last] -= 1 / (last - first)
     x = centre @ x
-    prior = np.diag([(0.1 / SD) ** 2, *[gate.DIFFER**2] * 3])
+    prior = np.diag([(0.1 / SD) ** 2, *[1.5**2] * 3])
     weights = np.linalg.inv(np.eye(len(y)) + x @ prior @ x.T)
     assert noise.slopes == pytest.approx(prior @ x.T @ weights @ y, rel=1e-9, abs=1e-12)
     assert noise.sd == pytest.approx(math.sqrt((SD**2 + y @ weights @ y) / (1 + len(y) - 3)), rel=1e-9)
@@ -607,19 +608,37 @@ def test_runs_on_the_same_devices_differ_by_no_device_and_a_new_device_widens_th
     )
     assert known.evidence.corrected == pytest.approx(statistics.fmean(noise.slopes[1:]) - noise.slopes[2], rel=1e-6)
     assert noise.sd * math.sqrt(4 / 3) < known.evidence.error < noise.sd * math.sqrt(4 / 3 + 0.3)
-    assert new.evidence.error > noise.sd * math.sqrt(4 / 3 + gate.DIFFER**2)
+    assert new.evidence.error > noise.sd * math.sqrt(4 / 3 + noise.differ)
     joint = gate.joint_step(
         runs(3.0), PARENT, noise, Account(), conditions=({gate.seed(0): Conditions(device="b")}, parent)
     )
     assert (joint.evidence.gain, joint.evidence.error) == (known.evidence.gain, known.evidence.error)
 
 
+def test_how_much_devices_differ_is_learnt():
+    """Eight devices add constants of a tenth of the noise, 3 or 20 times it: what one is expected to add that was not
+    compared yet, and the noise, in which no constant is left."""
+    rng, devices = random.Random(15), [list("abcdefgh")] * 6
+    found = []
+    for differ in (0.1, 3.0, 20.0):
+        offsets = {name: differ * rng.gauss(0, SD) for name in "abcdefgh"}
+        groups = [on_devices(rng, group, 1 + i, offsets) for i, group in enumerate(devices)]
+        found.append(gate.pooled(groups, SD, conditions=list(map(of_devices, devices))))
+    small, larger, largest = (noise.differ for noise in found)
+    assert small < 0.5 < 1.5 < larger and largest == pytest.approx(max(gate.DIFFER) ** 2, rel=0.01)
+    assert found[0].sd == pytest.approx(SD, rel=0.2) and found[1].sd == pytest.approx(SD, rel=0.2)
+    assert found[2].sd < 4 * SD  # further apart than was thought possible: too much is taken for noise, not too little
+    only = gate.pooled([[1.0, 1.001]], SD, conditions=[of_devices("aa")])
+    assert small < only.differ == Noise(SD, 4).differ
+
+
 @pytest.mark.parametrize("known", [1, 8])
 def test_the_interval_of_a_change_on_another_device_than_its_parent_covers(known):
-    """Devices differ as the prior says. A change was run once, on a device that its parent was not run on."""
+    """Devices differ by one of DIFFER. A change was run once, on a device that its parent was not run on."""
     rng, held, narrower, count = random.Random(known), 0, [], 1000
     for _ in range(count):
-        offsets = {name: gate.DIFFER * rng.gauss(0, SD) for name in "abcd"}
+        differ = rng.choice(gate.DIFFER)
+        offsets = {name: differ * rng.gauss(0, SD) for name in "abcd"}
         devices = [["a", "b", "c"], *[["a", "d"], ["b", "c", "d"]] * known]
         groups = [on_devices(rng, group, 1.0, offsets) for group in devices]
         noise = gate.pooled(groups, SD, conditions=list(map(of_devices, devices)))
@@ -629,8 +648,9 @@ def test_the_interval_of_a_change_on_another_device_than_its_parent_covers(known
         held += evidence.low <= 2 * SD <= evidence.high
         alone = next_step({gate.seed(0): score}, parent, gate.pooled(groups, SD), Account()).evidence
         narrower.append(evidence.error / alone.error)
-    assert held / count == pytest.approx(0.9, abs=3 * math.sqrt(0.09 / count))
-    assert statistics.fmean(narrower) < (1.0 if known == 1 else 0.8)
+    # While little is known, a mixture's standard deviation is wider than it has to be.
+    assert 0.9 - 3 * math.sqrt(0.09 / count) <= held / count <= (0.95 if known == 1 else 0.93)
+    assert statistics.fmean(narrower) < (1.2 if known == 1 else 0.85)
 
 
 # --- Calibration, by simulation ---
