@@ -66,8 +66,8 @@ FARTHEST = 0.01  # of the prior standard deviation: the least that it may be low
 DOUBTED, MOST_BASELINE = 2.0, 6  # times what the baseline's runs show: a noise that asks for more of them, up to 6
 CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
 WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
-# What devices add has one of these standard deviations, in that of seeds, each with the same chance: a session's repeats
-# tell which. Two H200s of one host differed by 2.7, as two draws do whose standard deviation is 1.9.
+# What devices add has one of these standard deviations, in that of seeds, each with the same chance; a session's
+# repeats tell which. Two H200s of one host differed by 2.7, as two draws do whose standard deviation is 1.9.
 DIFFER = (0.3, 1.0, 3.0)
 MOST_DEVICES = 200  # of a session, that get a constant; a record from elsewhere may name thousands
 # What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
@@ -172,19 +172,11 @@ def pooled(
         prior_sd = min(prior_sd, max(FARTHEST * prior_sd, math.sqrt(squares / _least_chi_squared(df))))
     if conditions is None:
         return Noise(math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df)), prior_df + df)
-    devices = tuple(
-        sorted(device for device, _ in Counter(c.device for _, of in repeated for c in of).most_common(MOST_DEVICES))
-    )
-    if len(devices) < 2:
-        devices = ()
-    place = {device: 1 + i for i, device in enumerate(devices)}
+    used = Counter(device for _, of in repeated for _, device in of)
+    devices = tuple(sorted(device for device, _ in used.most_common(MOST_DEVICES))) if len(used) > 1 else ()
     centred = [np.zeros((0, 1 + len(devices)))]
     for _, of in repeated:
-        rows = np.zeros((len(of), 1 + len(devices)))
-        rows[:, 0] = [disturbance for disturbance, _ in of]
-        for row, (_, device) in enumerate(of):
-            if device in place:
-                rows[row, place[device]] = 1
+        rows = np.array([[disturbance, *(device == each for each in devices)] for disturbance, device in of], float)
         centred.append(rows - rows.mean(0))
     x = np.concatenate(centred)
     inner, products, total = x.T @ x, x.T @ np.array(residuals), prior_df + df
