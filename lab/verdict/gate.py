@@ -192,9 +192,9 @@ def pooled(
         found.append((slopes, variance, variance * covariance, variance * differ**2))
     weights = np.exp(np.array(likelihoods) - max(likelihoods))
     weights /= weights.sum()
-    slopes, variance, covariance, apart = (sum(w * each for w, each in zip(weights, column)) for column in zip(*found))
-    for weight, (its, *_) in zip(weights, found):
-        covariance += weight * np.outer(its - slopes, its - slopes)
+    slopes, variance, covariance, apart = (np.average(np.array(each), 0, weights) for each in zip(*found))
+    spread = np.array([each for each, *_ in found]) - slopes
+    covariance = covariance + (spread.T * weights) @ spread
     explained = float(products[0] * slopes[0]) / squares if squares else 0.0
     rows = tuple(map(tuple, (covariance / variance).tolist()))
     differ = apart / variance if devices else Noise.differ

@@ -334,7 +334,8 @@ def _joint(joint: Experiment, state: State) -> Plan:
     sound = [run for run in joint.runs if run.ok]
     own, others = ({run.seed or 0: run for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
     step = gate.joint_step(
-        *({seed: run.bpb for seed, run in runs.items()} for runs in (own, others)),
+        {seed: run.bpb for seed, run in own.items()},
+        {seed: run.bpb for seed, run in others.items()},
         noise_of(state),
         account_of(state),
         joint.stake,
