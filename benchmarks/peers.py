@@ -15,6 +15,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -79,6 +80,15 @@ def execute(name: str, source: str, **variables):
     vars(module).update(variables)
     exec(compile(source, filename, "exec"), vars(module))
     return module
+
+
+def patched(thing, by):
+    """A patch, to be started or entered: who looks a function, method or class up where it is defined finds `by`.
+
+    It takes the thing itself, as a name in a string could be that of a thing that is no longer there: of an attribute
+    the type check tells."""
+    *owners, name = thing.__qualname__.split(".")
+    return mock.patch.object(functools.reduce(getattr, owners, sys.modules[thing.__module__]), name, by)
 
 
 def run_apart(script: str, what: str, *arguments: str, env: dict | None = None) -> dict:

@@ -33,7 +33,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import add_options, check_options, execute, run_apart, run_parameter_golf, sized, trainer  # beside this
+from peers import (  # beside this file
+    add_options,
+    check_options,
+    execute,
+    patched,
+    run_apart,
+    run_parameter_golf,
+    sized,
+    trainer,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK = 989.5e12  # FLOP/s of an H100's bfloat16 products as its vendor has it
@@ -55,7 +64,7 @@ def run_ours(options) -> dict:
 
     if options.float32:
         backend = backends.load(precision="float32")
-        backends.load = lambda **_: backend
+        patched(backends.load, lambda **_: backend).start()
     result, evaluate_bpb, batch = {}, prepare.evaluate_bpb, options.our_device_batch or options.device_batch
 
     def finish(backend, model, data, clock, **how):
@@ -78,7 +87,8 @@ def run_ours(options) -> dict:
     def report(clock, flops_per_token, **_):
         result.update(flops_per_token=flops_per_token)
 
-    prepare.evaluate_bpb, prepare.report = finish, report
+    patched(evaluate_bpb, finish).start()
+    patched(prepare.report, report).start()
     os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"  # scoring saves the weights beside it
