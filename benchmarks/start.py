@@ -57,6 +57,7 @@ def staged(options) -> dict:
 
     patched(load, loaded).start()
     then(prepare.open_data, "data")
+    then(prepare.Clock.__init__, "check of the untrained model")
     then(prepare.Clock.stop, "training")
     then(prepare.examine, "evaluation")
     os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
