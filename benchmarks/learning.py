@@ -293,7 +293,8 @@ def main() -> int:
         sides = [run_side(side, options) for side in ([options.only] if options.only else ["ours", "theirs"])]
     if options.only:
         return 0
-    return int(not compare(*sides, options.limit))
+    ours, theirs = sides
+    return int(not compare(ours, theirs, options.limit))
 
 
 if __name__ == "__main__":

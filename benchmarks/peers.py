@@ -15,6 +15,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -71,7 +72,7 @@ def replaced(source: str, old: str, new: str) -> str:
     return source.replace(old, new)
 
 
-def execute(name: str, source: str, **variables):
+def execute(name: str, source: str, **variables) -> Any:
     """The source as an imported module, which finds `variables` set.
     It has to be registered: torch.compile looks a function's globals up by their module's name, and a backend reads the
     source of what it may have a kernel for."""
@@ -244,7 +245,7 @@ def flash_attention_3():
         assert causal and window_size[1] == 0
         return flash3(q, k, v, window_size[0] if window_size[0] < q.shape[1] - 1 else None)
 
-    module = types.ModuleType("fa3")
+    module: Any = types.ModuleType("fa3")
     module.flash_attn_func = flash_attn_func
     return module, name
 

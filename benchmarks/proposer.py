@@ -110,8 +110,11 @@ def prepared():
     backend, data = backends.load(calibrated=calibration.defaults().calibrated), prepare.open_data()
     rows = data.validation_rows[:, : prepare.MAX_SEQ_LEN].reshape(-1, LENGTH)[:ROWS]
     short = np.concatenate([rows, rows[:, -1:]], axis=1)
-    dataset.Data.validation_rows, data.eval_rows = property(lambda self: short), ROWS
-    data.packed = lambda: dataset.endless(data.batches)  # in this process, which has short rows
+    mock.patch.object(dataset.Data, "validation_rows", property(lambda self: short)).start()
+    data.eval_rows = ROWS
+    patched(
+        dataset.Data.packed, lambda self: dataset.endless(self.batches)
+    ).start()  # in this process, which has short rows
     prepare.MAX_SEQ_LEN, dataset.ROW = LENGTH, LENGTH + 1
     now, found = [0.0], ["crash", 0]
     prepare.time = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})

@@ -8,9 +8,9 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 # In one process, as most of the time goes into importing the frameworks.
 HELP = """
 import runpy, sys, traceback
-failed, names, before = [], sys.argv[1:], list(sys.path)
+failed, names = [], sys.argv[1:]
 for name in names:
-    sys.argv, sys.path[:] = [name, "--help"], before
+    sys.argv = [name, "--help"]
     try:
         runpy.run_path(name, run_name="__main__")
     except SystemExit as end:
