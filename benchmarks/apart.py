@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
+from peers import patched  # beside this file
 
 import backends
 import calibration
@@ -50,8 +50,8 @@ def open_train(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sizes = calibration.Defaults(4, 2, 2**13, "SSSL")
     with (
-        mock.patch.object(backends, "load", lambda **_: load(name, "float32", compiled=False)),
-        mock.patch.object(calibration, "defaults", lambda: sizes),
+        patched(backends.load, lambda **_: load(name, "float32", compiled=False)),
+        patched(calibration.defaults, lambda: sizes),
     ):
         spec.loader.exec_module(module)
     return module

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["AUTORESEARCH_DEVICE"] = "cpu"
@@ -49,6 +50,8 @@ LIMITS = {"initial weights": 0, **STEP_LIMITS, "state, same gradient": 1e-4, "va
 
 
 class Side:
+    backend_name: str
+
     def __init__(self, vocab_size: int):
         self.train = open_train(self.backend_name)
         self.backend, self.model = self.train.backend, self.train.GPT(self.train.DEPTH, vocab_size)
@@ -190,7 +193,7 @@ def main() -> int:
     print(
         f"depth {train.DEPTH}, width {train.model_width(train.DEPTH)}, {options.rows} x {prepare.MAX_SEQ_LEN} "
         f"tokens, data {data.name}, torch {torch.__version__} on {torch.get_num_threads()} threads, "
-        f"mlx {mx.__version__}"
+        f"mlx {version('mlx')}"
     )
 
     findings = [("initial weights", count, name) for name, count in initial_weights_apart(ours, theirs).items()]

@@ -31,6 +31,7 @@ from peers import (  # beside this file
     by_steps,
     check_options,
     execute,
+    patched,
     replaced,
     run_torch_source,
     torch_peak,
@@ -146,7 +147,7 @@ def run_ours(options, profile: Profile, steps: int) -> dict:
     backend = backends.load(
         precision="float32" if options.float32 else None, calibrated=calibration.defaults().calibrated
     )
-    backends.load = lambda **_: backend
+    patched(backends.load, lambda **_: backend).start()
     if options.without:
         from backends.pytorch import runtime
 
@@ -178,8 +179,10 @@ def run_ours(options, profile: Profile, steps: int) -> dict:
         found.update(gigabytes=backend.peak_memory() / 1e9, notes=backend.device.notes)
         clock.stop()
 
-    backend.Trainer, prepare.Clock = Trainer, Clock
-    prepare.evaluate_bpb, prepare.report = finish, lambda *_, **__: None
+    backend.Trainer = Trainer
+    patched(prepare.Clock, Clock).start()
+    patched(prepare.evaluate_bpb, finish).start()
+    patched(prepare.report, lambda *_, **__: None).start()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"
         execute("ours", with_constants(TRAIN.read_text(), options)).main()

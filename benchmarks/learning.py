@@ -4,7 +4,7 @@
     python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --fa3 --only theirs --out THEIRS_JSON (on a GPU of its own)
     python benchmarks/learning.py --only ours --out OURS_JSON                                      (on another)
     python benchmarks/learning.py --only plain --out PLAIN_JSON          (ours without kernels of its own)
-    python benchmarks/learning.py --compare OURS_JSON THEIRS_JSON
+    python benchmarks/learning.py --compare OURS_JSON... --against THEIRS_JSON...
     python benchmarks/learning.py --theirs ORIGINAL_TRAIN_PY --attention NANOCHAT_FLASH_ATTENTION_PY --float32 \\
         --depth 2 --device-batch 1 --total-batch 4096 --steps 4 --last 2 --seeds 1 2               (a try on a CPU)
 
@@ -12,7 +12,8 @@ Each seed draws our initial weights, which both start from (the original's embed
 keeps them); the data are those prepared last, by our loader. The schedule of both goes by steps instead of time. For
 the rest the original runs as it is written, compiled and under its autocast, with Flash Attention 3 from the library
 that ours finds, and ours as `python train.py` would. What is compared is the mean training loss of the last steps, over
-all tokens of each. Every run is a process of its own.
+all tokens of each. Every run is a process of its own. What is done is in --out after each run: SIGTERM or Ctrl-C ends
+the others, and files of several seeds are compared as one.
 
 AdamW's eps for the scalars is ours in both. With its own 1e-10 the original makes of rounding noise a first step of
 full size in x0_lambdas, whose gradient is zero there: by chance that cost it, on an H200 with seed 2, a loss of 9.48
@@ -24,8 +25,10 @@ sides of zero.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -34,12 +37,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 from peers import (  # beside this file
     add_options,
     by_steps,
     check_options,
     execute,
     our_name,
+    patched,
     replaced,
     run_apart,
     run_torch_source,
@@ -51,6 +56,7 @@ from seed_noise import TRAIN, StepClock
 import backends
 import prepare
 from lab.verdict import gate
+from storage import write_json
 
 OUR_EPS = 1e-4  # of AdamW for the scalars, in our train.py
 SAME = ("depth", "total_batch", "windows", "steps", "last", "float32")  # options that both sides have to share
@@ -60,14 +66,15 @@ def run_plain(options) -> dict:
     """Ours with plain operations instead of its kernels."""
     from backends.pytorch.kernels import trial
 
-    trial.choose, trial.known = lambda tried: {}, lambda variants: False
+    patched(trial.choose, lambda tried: {}).start()
+    patched(trial.known, lambda variants: False).start()
     return run_ours(options)
 
 
 def run_ours(options) -> dict:
     if options.float32:
         backend = backends.load(precision="float32")
-        backends.load = lambda **_: backend
+        patched(backends.load, lambda **_: backend).start()
     losses, seconds, found = [], [], {}
 
     class Clock(StepClock):
@@ -88,7 +95,9 @@ def run_ours(options) -> dict:
         )
         clock.stop()
 
-    prepare.Clock, prepare.evaluate_bpb, prepare.report = Clock, finish, lambda *_, **__: None
+    patched(prepare.Clock, Clock).start()
+    patched(prepare.evaluate_bpb, finish).start()
+    patched(prepare.report, lambda *_, **__: None).start()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(AUTORESEARCH_SEED=str(options.seed), AUTORESEARCH_RESULT=f"{folder}/result.json")
         execute("ours", with_constants(TRAIN.read_text(), options)).main()
@@ -132,16 +141,9 @@ def run_theirs(options) -> dict:
 
 def our_text(options):
     """Our train.py without a backend, for what it draws: theirs gets the device to itself."""
-    load, backends.load = (
-        backends.load,
-        lambda **_: SimpleNamespace(
-            nn=SimpleNamespace(Module=object), ops=SimpleNamespace(fusable=lambda function: function)
-        ),
-    )
-    try:
+    nothing = SimpleNamespace(nn=SimpleNamespace(Module=object), ops=SimpleNamespace(fusable=lambda function: function))
+    with patched(backends.load, lambda **_: nothing):
         return execute("ours", with_constants(TRAIN.read_text(), options))
-    finally:
-        backends.load = load
 
 
 def run_child(side: str, seed: int) -> dict:
@@ -156,15 +158,24 @@ def run_child(side: str, seed: int) -> dict:
 
 
 def run_side(side: str, options) -> dict:
-    """All its runs; what is done is written to --out after each."""
+    """All its runs; what is done is written to --out after each. A run that fails, or a signal, ends the others."""
     shown = {name: getattr(options, name) for name in SAME}
     found = {"side": side, "options": shown, "runs": {}}
     with ThreadPoolExecutor(options.together) as pool:
         asked = {pool.submit(run_child, side, seed): str(seed) for seed in options.seeds}
-        for run in as_completed(asked):
-            found["runs"][asked[run]] = run.result()
-            if options.out:
-                options.out.write_text(json.dumps(found))
+        try:
+            for run in as_completed(asked):
+                found["runs"][asked[run]] = run.result()
+                if options.out:
+                    write_json(options.out, found)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(run.done() for run in asked):  # one may just be started
+                for process in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                time.sleep(0.1)
+            raise
     return found
 
 
@@ -172,6 +183,18 @@ SIDES = {"ours": run_ours, "plain": run_plain, "theirs": run_theirs}
 
 
 # ---- Comparison ----
+
+
+def merged(paths: list[Path]) -> dict:
+    """One side of a comparison, from files with other seeds each."""
+    first, *others = (json.loads(path.read_text()) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        if (other["side"], other["options"]) != (first["side"], first["options"]):
+            raise SystemExit(f"{path} is not of the same runs as {paths[0]}")
+        if twice := first["runs"].keys() & other["runs"].keys():
+            raise SystemExit(f"{path} has seeds again: {', '.join(sorted(twice, key=int))}")
+        first["runs"] |= other["runs"]
+    return first
 
 
 def compare(ours: dict, theirs: dict, limit: float) -> bool:
@@ -183,6 +206,8 @@ def compare(ours: dict, theirs: dict, limit: float) -> bool:
     if ours["options"] != theirs["options"]:
         raise SystemExit(f"not the same runs: {ours['options']}, {theirs['options']}")
     last, seeds = ours["options"]["last"], sorted(ours["runs"].keys() & theirs["runs"].keys(), key=int)
+    if len(seeds) < 2:
+        raise SystemExit("an interval needs two seeds at least that both sides have")
     pairs = {seed: (ours["runs"][seed], theirs["runs"][seed]) for seed in seeds}
     sides = [ours["side"], theirs["side"]]
     differences = []
@@ -210,8 +235,6 @@ def compare(ours: dict, theirs: dict, limit: float) -> bool:
             for first in range(0, ours["options"]["steps"], last)
         )
     )
-    if len(differences) < 2:
-        raise SystemExit("an interval needs two seeds at least")
     mean, low, high = gate.interval(differences)
     within = -limit <= low and high <= limit
     print(
@@ -241,7 +264,8 @@ def parse_options():
     parser.add_argument("--only", choices=[*SIDES], help="run this side alone, and write it to --out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--together", type=int, default=1, help="runs at a time, which slows them")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OURS", "THEIRS"), help="two files written so")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="OURS", help="files written so")
+    parser.add_argument("--against", type=Path, nargs="+", metavar="THEIRS", help="those of the other side")
     parser.add_argument("--child", choices=[*SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(defaults=False)
@@ -251,6 +275,8 @@ def parse_options():
         parser.error("--theirs is missing: the original's train.py")
     if bool(options.only) != bool(options.out):
         parser.error("--only and --out go together")
+    if bool(options.compare) != bool(options.against):
+        parser.error("--compare and --against go together")
     return options
 
 
@@ -260,12 +286,15 @@ def main() -> int:
         print("\nRESULT", json.dumps(SIDES[options.child](options)))
         return 0
     if options.compare:
-        sides = [json.loads(path.read_text()) for path in options.compare]
+        sides = [merged(options.compare), merged(options.against)]
     else:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a shell has programs in its background ignore SIGINT
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         sides = [run_side(side, options) for side in ([options.only] if options.only else ["ours", "theirs"])]
     if options.only:
         return 0
-    return int(not compare(*sides, options.limit))
+    ours, theirs = sides
+    return int(not compare(ours, theirs, options.limit))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -51,7 +52,7 @@ def local(source: corpus.Source) -> corpus.Source:
 def original_batches(path: Path, folder: Path, tokenizer):
     """The original's (inputs, targets, epoch) on the CPU."""
     spec = importlib.util.spec_from_file_location("original_prepare", path)
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch = module.torch
     plain = lambda *args, pin_memory=False, device="cpu", **kw: torch.empty(*args, **kw)  # noqa: E731
@@ -63,9 +64,10 @@ def original_batches(path: Path, folder: Path, tokenizer):
 def our_batches(data, batch_size=BATCH):
     loader = prepare.Loader(data, batch_size)
     # Stands for a clock that admits everything: this measures the loader alone.
-    loader.clock = SimpleNamespace(
+    clock: Any = SimpleNamespace(
         stopped=None, in_step=False, elapsed=0.0, seconds=1e9, took=[], started=None, start=lambda: None
     )
+    loader.clock = clock
     return loader
 
 

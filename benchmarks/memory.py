@@ -23,7 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from peers import execute  # beside this file
+from peers import execute, patched  # beside this file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,9 +41,9 @@ def measure(depth: int, rows: int, precision: str) -> int:
     from backends.mlx import cross_entropy
 
     cross_entropy.SHARE_OF_MEMORY = 2**60
-    bench.choose_attention = lambda *_: {"full": "recomputed", "window": "recomputed"}
+    patched(bench.choose_attention, lambda *_: {"full": "recomputed", "window": "recomputed"}).start()
     backend = backends.load("mlx", precision, compiled=False)
-    backends.load = lambda **_: backend
+    patched(backends.load, lambda **_: backend).start()
     source, found = re.subn(r"(?m)^DEPTH = [^#\n]*", f"DEPTH = {depth} ", (ROOT / "train.py").read_text())
     assert found == 1
     train = execute("train", source)

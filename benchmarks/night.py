@@ -7,6 +7,7 @@ verdict, commit, ledger, proposal, start of the next supervisor. An agent's turn
 a busy device is, too.
 """
 
+import argparse
 import statistics
 import sys
 from collections import Counter
@@ -21,7 +22,9 @@ from lab.verdict.plan import noise_of  # noqa: E402
 
 
 def main():
-    folder = Path(sys.argv[1]).expanduser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the session")
+    folder = parser.parse_args().folder.expanduser()
     session = Session(folder)
     if session.state.best is None:
         raise SystemExit(f"{folder} has no baseline yet: python -m lab wait")

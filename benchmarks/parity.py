@@ -32,6 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest import mock
 
 os.environ["AUTORESEARCH_DEVICE"] = "cpu"
@@ -84,7 +85,8 @@ def load_train(path: Path, vocab_size: int) -> ModuleType:
 
     tree = ast.parse(source, str(path))
     tree.body = [node for node in tree.body if wanted(node)]
-    sys.modules["original_train"] = module = ModuleType("original_train")  # where its dataclass looks for itself
+    module: Any = ModuleType("original_train")
+    sys.modules["original_train"] = module  # where its dataclass looks for itself
     # What its imports and setup would have made:
     module.fa3 = SimpleNamespace(flash_attn_func=windowed_attention)
     module.MAX_SEQ_LEN, module.vocab_size = prepare.MAX_SEQ_LEN, vocab_size

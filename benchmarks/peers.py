@@ -15,6 +15,8 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,7 +72,7 @@ def replaced(source: str, old: str, new: str) -> str:
     return source.replace(old, new)
 
 
-def execute(name: str, source: str, **variables):
+def execute(name: str, source: str, **variables) -> Any:
     """The source as an imported module, which finds `variables` set.
     It has to be registered: torch.compile looks a function's globals up by their module's name, and a backend reads the
     source of what it may have a kernel for."""
@@ -79,6 +81,15 @@ def execute(name: str, source: str, **variables):
     vars(module).update(variables)
     exec(compile(source, filename, "exec"), vars(module))
     return module
+
+
+def patched(thing, by):
+    """A patch, to be started or entered: who looks a function, method or class up where it is defined finds `by`.
+
+    It takes the thing itself, as a name in a string could be that of a thing that is no longer there: of an attribute
+    the type check tells."""
+    *owners, name = thing.__qualname__.split(".")
+    return mock.patch.object(functools.reduce(getattr, owners, sys.modules[thing.__module__]), name, by)
 
 
 def run_apart(script: str, what: str, *arguments: str, env: dict | None = None) -> dict:
@@ -234,7 +245,7 @@ def flash_attention_3():
         assert causal and window_size[1] == 0
         return flash3(q, k, v, window_size[0] if window_size[0] < q.shape[1] - 1 else None)
 
-    module = types.ModuleType("fa3")
+    module: Any = types.ModuleType("fa3")
     module.flash_attn_func = flash_attn_func
     return module, name
 

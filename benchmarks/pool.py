@@ -81,7 +81,7 @@ class Test:
     change: Configuration
     effect: float
     stake: float | None = None
-    wants: "tuple[Configuration, int, bool] | None" = None
+    wants: tuple | None = None  # (Configuration, seed, whether it is urgent)
     seen: tuple = ()
 
 

@@ -105,12 +105,16 @@ def prepared():
     import calibration
     import dataset
     import prepare
+    from peers import patched  # beside this file
 
     backend, data = backends.load(calibrated=calibration.defaults().calibrated), prepare.open_data()
     rows = data.validation_rows[:, : prepare.MAX_SEQ_LEN].reshape(-1, LENGTH)[:ROWS]
     short = np.concatenate([rows, rows[:, -1:]], axis=1)
-    dataset.Data.validation_rows, data.eval_rows = property(lambda self: short), ROWS
-    data.packed = lambda: dataset.endless(data.batches)  # in this process, which has short rows
+    mock.patch.object(dataset.Data, "validation_rows", property(lambda self: short)).start()
+    data.eval_rows = ROWS
+    patched(
+        dataset.Data.packed, lambda self: dataset.endless(self.batches)
+    ).start()  # in this process, which has short rows
     prepare.MAX_SEQ_LEN, dataset.ROW = LENGTH, LENGTH + 1
     now, found = [0.0], ["crash", 0]
     prepare.time = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
@@ -130,7 +134,7 @@ def prepared():
             self.counted = self.loader.tokens
             return super().tick(loss)
 
-    prepare.Clock = Counting
+    patched(prepare.Clock, Counting).start()
 
     def evaluate(*arguments, clock, **options):
         found[:] = score(*arguments, clock=clock, **options), clock.steps
@@ -141,12 +145,12 @@ def prepared():
         sizes = calibration.Defaults(*SIZES)
         try:
             with (
-                mock.patch.object(backends, "load", lambda **_: backend),
+                patched(backends.load, lambda **_: backend),
                 open(os.devnull, "w") as sys.stdout,
-                mock.patch.object(prepare, "open_data", lambda: data),
-                mock.patch.object(prepare, "evaluate_bpb", evaluate),
-                mock.patch.object(prepare, "report", lambda *_, **__: None),
-                mock.patch.object(calibration, "defaults", lambda: sizes),
+                patched(prepare.open_data, lambda: data),
+                patched(prepare.evaluate_bpb, evaluate),
+                patched(prepare.report, lambda *_, **__: None),
+                patched(calibration.defaults, lambda: sizes),
             ):
                 exec(compile(text, "train.py", "exec"), vars(module))
                 module.main()

@@ -19,7 +19,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from peers import execute, run_apart, with_constants  # beside this file
+from peers import execute, patched, run_apart, with_constants  # beside this file
 
 import prepare
 from lab.verdict import gate
@@ -40,14 +40,15 @@ class StepClock(prepare.Clock):
 
 
 def run(options) -> dict:
-    prepare.Clock, StepClock.total = StepClock, options.steps
+    StepClock.total = options.steps
+    patched(prepare.Clock, StepClock).start()
     result, evaluate_bpb = {}, prepare.evaluate_bpb
 
     def evaluate(backend, *args, **kwargs):
         result.update(precision=backend.device.precision, val_bpb=evaluate_bpb(backend, *args, **kwargs))
 
-    prepare.evaluate_bpb = evaluate
-    prepare.report = lambda *_, **__: None
+    patched(evaluate_bpb, evaluate).start()
+    patched(prepare.report, lambda *_, **__: None).start()
     execute("train_here", with_constants(TRAIN.read_text(), options)).main()
     return result
 

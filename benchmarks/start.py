@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
-from peers import execute, run_apart  # beside this file
+from peers import execute, patched, run_apart  # beside this file
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -30,9 +30,8 @@ def staged(options) -> dict:
         stages[stage] = stages.get(stage, 0.0) + now - last
         last = now
 
-    def then(owner, name: str, stage: str, before: str | None = None) -> None:
+    def then(function, stage: str, before: str | None = None) -> None:
         """Has a function say when it was begun, if that ends a stage, and when it is done."""
-        function = getattr(owner, name)
 
         def timed(*arguments, **keywords):
             if before:
@@ -41,7 +40,7 @@ def staged(options) -> dict:
             done(stage)
             return result
 
-        setattr(owner, name, timed)
+        patched(function, timed).start()
 
     import backends
     import prepare
@@ -52,14 +51,15 @@ def staged(options) -> dict:
     def loaded(**how):
         backend = load(**how)
         done("framework, device, attention, kernels")
-        then(backend.Trainer, "warm_up", "compilation and warm-up", before="model, weights, optimizer")
-        then(backend, "save", "weights to disk")
+        then(backend.Trainer.warm_up, "compilation and warm-up", before="model, weights, optimizer")
+        then(type(backend).save, "weights to disk")
         return backend
 
-    backends.load = loaded
-    then(prepare, "open_data", "data")
-    then(prepare.Clock, "stop", "training")
-    then(prepare, "examine", "evaluation")
+    patched(load, loaded).start()
+    then(prepare.open_data, "data")
+    then(prepare.Clock.__init__, "check of the untrained model")
+    then(prepare.Clock.stop, "training")
+    then(prepare.examine, "evaluation")
     os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"

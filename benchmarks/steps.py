@@ -107,6 +107,8 @@ def main() -> None:
                 by_kind[kind_of(found[0])].append((found[1], score / before - 1, change.status == "keep"))
     print("kind", "tried", "helped", "step", "spread", "gain", "loss", sep="\t")
     for kind, steps in by_kind.items():
+        if not steps:
+            raise SystemExit(f"these ledgers have no step of kind {kind}: give more of them")
         helped = [one for one in steps if one[2]]
         rest = [effect for _, effect, kept in steps if not kept]
         figures = [len(steps), (len(helped) + 1) / (len(steps) + 5), weighted_median(helped or steps)]

@@ -53,7 +53,7 @@ def child(source: Path, calibrated: str) -> None:
     spec = importlib.util.spec_from_file_location("train_here", source)
     sys.modules["train_here"] = train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
-    backend, length, vocabulary = train.backend, train.prepare.MAX_SEQ_LEN, train.prepare.VOCAB_SIZE
+    backend, length, vocabulary = train.backend, train.prepare.MAX_SEQ_LEN, 8192
     frequencies = 1 / np.arange(1, vocabulary + 1)
     drawn = np.random.default_rng(0).choice(
         vocabulary, (2, 2, train.DEVICE_BATCH_SIZE, length), p=frequencies / frequencies.sum()

@@ -113,6 +113,11 @@ def test_simulated_disturbance_changes_the_training_by_little(steps):
     assert done[1] == pytest.approx(done[0], rel=0.02)
 
 
+@pytest.mark.parametrize("budget, seconds", [(5.0, 0.5), (150.0, 1.0), (300.0, 2.0), (3600.0, 2.0)])
+def test_long_runs_have_longer_windows(budget, seconds):
+    assert disturbance.window(budget) == seconds
+
+
 def test_runs_are_compared_with_the_median_of_those_before():
     runs = [{"probe_seconds": probe, "step_seconds": {"a": step, "b": 1.0}} for step, probe in ((3, 1), (2, 5), (9, 2))]
     assert disturbance.reference(runs, runs) == {"probe": 2, "steps": {"a": 3, "b": 1.0}}

@@ -32,7 +32,7 @@ from tests.backends.support import opened
 
 ROOT = Path(__file__).resolve().parents[1]
 EDITS = sorted(path.stem for path in (ROOT / "tests" / "edits").glob("*.patch"))
-ROWS, LENGTH, STEPS = 2, 64, 6
+ROWS, LENGTH, STEPS = 2, 64, 4
 PREFIXES = (1, 7, LENGTH)
 NOISE = 0.1  # standard deviation of what is added to the initial weights
 

@@ -34,11 +34,15 @@ class PyTorchBackend(interface.Backend):
     @torch.no_grad()
     def losses(self, model, tokens, targets):
         interface.check_head(model, nn.Module)
-        rows = [  # one by one: in float32 a batch's logits are large
-            torch.nn.functional.cross_entropy(model.logits(hidden).float(), row.long(), reduction="none")
-            for hidden, row in zip(model.hidden(to_device(tokens)), to_device(targets))
+        hidden, labels = model.hidden(to_device(tokens)), to_device(targets).long()
+        # Of one row at most: in float32 a batch's logits are large. On a CPU of as many tokens as stay near the cache.
+        size = max(1, runtime.logits_at_once // model.logits(hidden[0, :1]).shape[-1])
+        chunks = [
+            torch.nn.functional.cross_entropy(model.logits(some).float(), wanted, reduction="none")
+            for row, of_row in zip(hidden, labels)
+            for some, wanted in zip(row.split(size), of_row.split(size))
         ]
-        return torch.stack(rows).cpu().numpy()
+        return torch.cat(chunks).reshape(labels.shape).cpu().numpy()
 
     def weights(self, model):
         return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}

@@ -103,6 +103,15 @@ def test_every_implementation_agrees_with_the_definition(backend, monkeypatch, n
     assert torch.allclose(found, attention.reference(q, k, v, window), atol=1e-5)
 
 
+def test_losses_come_from_as_many_logits_at_once_as_suit_the_device(backend, monkeypatch):
+    model, (x, y) = tiny.build(backend), tiny.batch()
+    whole, asked, logits = backend.losses(model, x, y), [], model.logits
+    monkeypatch.setattr(runtime, "logits_at_once", 7 * tiny.VOCABULARY)
+    monkeypatch.setattr(model, "logits", lambda hidden: asked.append(len(hidden)) or logits(hidden))
+    torch.testing.assert_close(backend.losses(model, x, y), whole, rtol=1e-6, atol=1e-6)
+    assert max(asked) == 7 < x.shape[1]
+
+
 def test_random_numbers_of_a_new_pass_compile_nothing(backend):
     counter, passes = CompileCounter(), random.counter()
     drawn = torch.compile(lambda: random.uniform((3,), (4, 2)), backend=counter, fullgraph=True)
