@@ -68,7 +68,7 @@ CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H2
 WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
 # What devices add has one of these standard deviations, in that of seeds, each with the same chance; a session's
 # repeats tell which. Two H200s of one host differed by 2.7, as two draws do whose standard deviation is 1.9.
-DIFFER = (0.3, 1.0, 3.0)
+DIFFER = (0.0, 1.0, 3.0)
 MOST_DEVICES = 200  # of a session, that get a constant; a record from elsewhere may name thousands
 # What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
 REAL, SPREAD = 0.2, 2.0  # share of changes that do anything, and the standard deviation of their effects, in noise's

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from weakref import WeakKeyDictionary
@@ -18,7 +17,7 @@ from lab.genome import edits
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
 from lab.session.session import HELD
-from lab.session.state import Conditions, Experiment, Run, State
+from lab.session.state import Experiment, Run, State
 from lab.verdict import gate
 from results import apart
 
@@ -280,19 +279,19 @@ def _shared(block: Experiment, state: State) -> Plan:
 
     parent = _parent(block, state)
     known, edit = noise_of(state), [edits.read(patch.edit) for patch in block.patches]
-    noise, plain_runs = known.sd, _devices(state.believed(parent.blob)).values()
+    noise, plain_runs = known.sd, state.believed(parent.blob).values()
     begun = [run for run in block.runs if run.status != "lost"]
-    ended, between = [], []
+    ended, unsure = [], []
     for run in begun:
         if run.ended:
-            weighted = [(1.0, Conditions(device=run.worker)), *((-1 / len(plain_runs), of) for of in plain_runs)]
-            explained = known.explains(weighted)
-            ended.append((tuple(run.patches), run.bpb - explained.value if run.ok else None))
-            between.append(explained.between)
+            weighted = [(1.0, run), *((-1 / len(plain_runs), plain) for plain in plain_runs)]
+            moved, *variances = known.explains((weight, each.conditions) for weight, each in weighted)
+            ended.append((tuple(run.patches), run.bpb - moved if run.ok else None))
+            unsure.append(sum(variances))
     screening = shared.Screening(
         len(edit),
         ended,
-        noise * math.sqrt(1 + statistics.fmean(between or [0.0])),
+        noise * math.sqrt(1 + statistics.fmean(unsure or [0.0])),
         statistics.fmean(state.results(parent.blob).values()),
         clash=lambda one, other: edit[one].meets(edit[other]),
         likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
@@ -339,7 +338,7 @@ def _joint(joint: Experiment, state: State) -> Plan:
         noise_of(state),
         account_of(state),
         joint.stake,
-        conditions=(_devices(own), _devices(others)),
+        conditions=tuple({seed: run.conditions for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
     )
     means = statistics.fmean(run.bpb for run in own.values()), statistics.fmean(run.bpb for run in others.values())
     return _tested(joint, state, step, means)
@@ -407,11 +406,6 @@ def _scale(scale: Experiment, state: State) -> Plan:
     means = [statistics.fmean(run.bpb for run in scale.runs if run.ok and run.budget == time) for time in times]
     points = ", ".join(f"{mean:.6f} after {time:g} s" for time, mean in zip(times, means))
     return Plan(verdict=Verdict("keep", because("scaled", points=points)))
-
-
-def _devices(runs: Mapping[int, Run]) -> dict[int, Conditions]:
-    """Which device made each run. What findings that share runs are tested with is not corrected for disturbance."""
-    return {seed: Conditions(device=run.worker) for seed, run in runs.items()}
 
 
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:
