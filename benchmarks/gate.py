@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lab.session.state import Conditions
 from lab.verdict import gate
 
 BASELINE_RUNS = 3
@@ -104,12 +105,12 @@ class Setting:
 
 @dataclass
 class Configuration:
-    """A train.py: its true val_bpb, and what its runs gave and were disturbed by, by seed."""
+    """A train.py: its true val_bpb, and what its runs gave and their conditions, by seed."""
 
     true: float
     parent: "Configuration | None" = None
     results: dict = field(default_factory=dict)
-    disturbance: dict = field(default_factory=dict)
+    conditions: dict = field(default_factory=dict)
 
     def repeats(self) -> dict[int, float]:
         """As State.repeats has them: without the first run of a change."""
@@ -136,7 +137,7 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
             slowness = MOST_DISTURBED * rng.random()
         left = (1 - setting.corrected) * CURVE * slowness
         one.results[with_seed] = one.true + left + by_seed[with_seed - gate.seed(0)] + own * rng.standard_normal()
-        one.disturbance[with_seed] = slowness if setting.measured else 0.0
+        one.conditions[with_seed] = Conditions(slowness if setting.measured else 0.0)
         found["runs"] += 1
         if one.parent is None or len(one.results) > 2:
             known = None
@@ -146,11 +147,13 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         if known is None:
             repeated = [one for one in configurations if len(one.repeats()) > 1]
             scores = [list(one.repeats().values()) for one in repeated]
-            disturbed = [[one.disturbance[s] for s in one.repeats()] for one in repeated]
+            conditions = [[one.conditions[s] for s in one.repeats()] for one in repeated]
             slope = gate.WRONG * gate.CURVE if setting.disturbed else 0.0
-            known = gate.pooled(scores, setting.prior * setting.noise, setting.prior_df, disturbed, slope)
+            known = gate.pooled(scores, setting.prior * setting.noise, setting.prior_df, conditions, slope)
             left = {
-                id(one): {s: score - known.slope * one.disturbance[s] for s, score in one.repeats().items()}
+                id(one): {
+                    s: score - known.explains([(1.0, one.conditions[s])]).value for s, score in one.repeats().items()
+                }
                 for one in repeated
             }
             families: dict = {}
@@ -182,8 +185,8 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         change = Configuration(parent.true + effect, parent)
         configurations.append(change)
         while True:
-            disturbance = (change.disturbance, parent.disturbance)
-            step = gate.next_step(change.results, parent.results, noise(), account, simpler, disturbance=disturbance)
+            conditions = (change.conditions, parent.conditions)
+            step = gate.next_step(change.results, parent.results, noise(), account, simpler, conditions=conditions)
             if step.action == "run candidate":
                 run(change, step.seed)
             elif step.action == "run parent":

@@ -4,8 +4,8 @@
 
 No model is trained. As in benchmarks/gate.py, changes have effects, runs have normal noise, and `verdict/gate.py`
 decides. Here N devices work on one session for 100 runs each. Devices differ: each adds a constant of its own, normal
-with as large a standard deviation as seeds have (--differ). Changes are proposed without delay, whenever a device would
-wait. Rules:
+with as large a standard deviation as seeds have (--differ). The gate estimates these, as the lab does. Changes are
+proposed without delay, whenever a device would wait. Rules:
 
 - pool: what the lab does. A repeat is run with its parent's seed on its parent's device, a train.py is spread over
   devices, a promising change whose parent is no longer the best is made again on the best (a share CONFLICTS can't be).
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gate as single
 
+from lab.session.state import Conditions
 from lab.verdict import gate
 
 ROUNDS = 100  # runs of a device in a night
@@ -63,6 +64,10 @@ class Configuration:
     @property
     def under_way(self) -> set[int]:
         return self.on.keys() - self.results.keys()
+
+    @property
+    def conditions(self) -> dict[int, Conditions]:
+        return {with_seed: Conditions(device=str(device)) for with_seed, device in self.on.items()}
 
     def repeats(self) -> dict[int, float]:
         return dict(list(self.results.items())[self.parent is not None :])
@@ -187,7 +192,14 @@ class Night:
             configuration, with_seed, urgent = test.wants
             return None if with_seed in configuration.on else (test, configuration, with_seed, urgent)
         account = self.reserved()
-        step = gate.next_step(change.results, parent.results, self.noise(), account, stake=test.stake)
+        step = gate.next_step(
+            change.results,
+            parent.results,
+            self.noise(),
+            account,
+            stake=test.stake,
+            conditions=(change.conditions, parent.conditions),
+        )
         moved = parent is not self.best and change.results and step.action != "discard"
         if step.action.startswith("run") and not moved:
             configuration = change if step.action == "run candidate" else parent
@@ -222,8 +234,15 @@ class Night:
         if self.known is None:
             tests = [test.change for test in self.open if len(test.change.results) > 2]
             repeated = [one for one in self.configurations + tests if len(one.repeats()) > 1]
-            known = gate.pooled([list(one.repeats().values()) for one in repeated], NOISE)
-            scores, families = {id(one): one.repeats() for one in repeated}, {}
+            scores, families, conditions = {}, {}, [one.conditions for one in repeated]
+            known = gate.pooled(
+                [list(one.repeats().values()) for one in repeated],
+                NOISE,
+                conditions=[[of[s] for s in one.repeats()] for one, of in zip(repeated, conditions)],
+            )
+            offsets = [known.explains([(1.0, Conditions(device=str(i)))]).value for i in range(self.setting.devices)]
+            for one in repeated:
+                scores[id(one)] = {s: score - offsets[one.on[s]] for s, score in one.repeats().items()}
             for one in repeated:
                 if id(one.parent) in scores:
                     families.setdefault(id(one.parent), []).append(scores[id(one)])

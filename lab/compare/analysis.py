@@ -101,7 +101,7 @@ class Analysis:
         return gate.pooled(
             [[run.bpb for run in group] for group in groups],
             first.bpb * expected(tokens),
-            disturbances=[[run.disturbance for run in group] for group in groups],
+            conditions=[[run.conditions for run in group] for group in groups],
             prior_slope=gate.WRONG * gate.CURVE * first.bpb,
         )
 

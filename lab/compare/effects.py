@@ -122,15 +122,15 @@ class Effect:
 
 
 def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None, **facts) -> Effect:
-    """The effect between runs and others, each with a val_bpb; what the runs' disturbance explains is taken out, as the
+    """The effect between runs and others, each with a val_bpb; what the runs' conditions explain is taken out, as the
     verdict does. facts: fields of the Effect that runs don't give."""
     base = statistics.fmean(run.bpb for run in others)
     value = statistics.fmean(run.bpb for run in own) - base
     if noise:
-        busy, quiet = (statistics.fmean(run.disturbance for run in runs) for runs in (own, others))
-        disturbed = busy - quiet
-        value -= noise.slope * disturbed
-        error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others) + disturbed**2 * noise.slope_variance)
+        weights = (1 / len(own), own), (-1 / len(others), others)
+        moved, *variances = noise.explains((weight, run.conditions) for weight, runs in weights for run in runs)
+        value -= moved
+        error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others) + sum(variances))
         facts |= {"error": error, "df": noise.df, "noise": noise.sd}
     ratios = {name: _ratio(mean(own, name), mean(others, name)) for name in ("tokens", "flops")}
     return Effect(value, value / base, runs=len(own), parent_runs=len(others), **ratios, **facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from msgspec.structs import asdict
 
@@ -29,6 +30,14 @@ BASELINE = 0  # its number
 APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
 BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
+
+
+class Conditions(NamedTuple):
+    """What the score of a run may depend on, beside its train.py and its seed: how disturbed it was, and which device
+    made it ("" is the session's own)."""
+
+    disturbance: float = 0.0
+    device: str = ""
 
 
 class Run(RunStarted, tag="run", kw_only=True):
@@ -67,6 +76,10 @@ class Run(RunStarted, tag="run", kw_only=True):
     def disturbance(self) -> float:
         """How much slower its steps were than undisturbed ones, on average; 0 is quiet. The clock corrects it."""
         return self.result.get("disturbance") or 0.0
+
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions(self.disturbance, self.worker)
 
     @property
     def seconds(self) -> float:

@@ -14,7 +14,8 @@ of what scores lower is no better; and to run everything many times leaves no ti
    holds the runs that it was kept for, and is biased in its favour: that costs power, not validity.
 4. **The noise** is one standard deviation for the session, pooled over all that was repeated, with a prior that counts
    like a few repeats and fades as real ones come; a baseline that contradicts it is run more often (`doubted`). What
-   the measured disturbance of the device explains is taken out, and how well that is known widens the error (`pooled`).
+   the conditions of runs explain is taken out, and how well that is known widens the error (`pooled`): the measured
+   disturbance, and where several devices make the runs a constant that each of them adds.
 5. **The level of a test comes from an account** of the false keeps to be expected: ALPHA in all, and ALPHA more for
    each keep after the first (alpha-investing: Foster & Stine, JRSS B 2008; in the form of LORD++: Ramdas et al.,
    NeurIPS 2017). Where nothing can be told from noise at most ALPHA of nights then hold a false keep; where much is
@@ -36,14 +37,18 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 from msgspec.structs import replace as replace_evidence
 
 from lab.reasons import Reason, because
 from lab.session.events import Evidence
+from lab.session.state import Conditions
 
 LOOKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # runs of a change at which it may be kept; the last one ends its test
 MOST_PARENT = 12  # runs of a parent because many tests share them
@@ -61,6 +66,10 @@ FARTHEST = 0.01  # of the prior standard deviation: the least that it may be low
 DOUBTED, MOST_BASELINE = 2.0, 6  # times what the baseline's runs show: a noise that asks for more of them, up to 6
 CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
 WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
+# What devices add has one of these standard deviations, in that of seeds, each with the same chance; a session's
+# repeats tell which. Two H200s of one host differed by 2.7, as two draws do whose standard deviation is 1.9.
+DIFFER = (0.0, 1.0, 3.0)
+MOST_DEVICES = 200  # of a session, that get a constant; a record from elsewhere may name thousands
 # What changes are taken for when it is asked whether more runs pay; no verdict rests on it:
 REAL, SPREAD = 0.2, 2.0  # share of changes that do anything, and the standard deviation of their effects, in noise's
 LONG = 0.2  # what a further run costs before it is made, as most changes are given up on the way
@@ -73,30 +82,60 @@ def seed(round: int) -> int:
     return 42 + round
 
 
+class Explained(NamedTuple):
+    """What conditions explain of a weighted sum of scores.
+
+    Attributes:
+        value: bits per byte. variance: how well disturbance's part is known, in units of the noise's variance.
+        between: the same of the devices' part.
+    """
+
+    value: float
+    variance: float
+    between: float
+
+
 @dataclass(frozen=True)
 class Noise:
     """How val_bpb moves without a change.
 
     Attributes:
-        sd: its standard deviation between seeds, in bits per byte. df: degrees of freedom it is known with.
-        slope: bits per byte for a disturbance of 1. slope_variance: how well it is known, in units of sd squared.
+        sd: its standard deviation between seeds on one device, in bits per byte. df: degrees of freedom of that.
+        slopes: bits per byte for a disturbance of 1, then what each of `devices` adds. Empty if nothing is known.
+        covariance: how well they are known: a row for each, in units of sd squared.
+        differ: variance of what a device adds that was not compared yet, in units of sd squared.
         explained: share of what repeats differ by that disturbance explained, and that is no part of sd.
         shared: correlation between two train.py on one seed, at least.
     """
 
     sd: float
     df: int
-    slope: float = 0.0
-    slope_variance: float = 0.0
+    slopes: tuple[float, ...] = ()
+    covariance: tuple[tuple[float, ...], ...] = ()
+    devices: tuple[str, ...] = ()
+    differ: float = statistics.fmean(each**2 for each in DIFFER)
     explained: float = 0.0
     shared: float = 0.0
+
+    def explains(self, weighted: Iterable[tuple[float, Conditions]]) -> Explained:
+        """What the conditions of runs explain of a sum of their scores, each with a weight."""
+        disturbed, by_device = 0.0, dict.fromkeys(self.devices, 0.0)
+        for weight, (disturbance, device) in weighted:
+            disturbed += weight * disturbance
+            by_device[device] = by_device.get(device, 0.0) + weight
+        sums = [disturbed, *by_device.values()]  # devices that were not compared yet come last
+        moved = [i for i, total in enumerate(sums[: len(self.slopes)]) if total]
+        variance = sum(sums[i] * sums[j] * self.covariance[i][j] for i in moved for j in moved)
+        variance += self.differ * sum(total**2 for total in sums[len(self.devices) + 1 :])
+        of_disturbance = disturbed**2 * self.covariance[0][0] if self.slopes else 0.0
+        return Explained(sum(sums[i] * self.slopes[i] for i in moved), of_disturbance, variance - of_disturbance)
 
 
 def pooled(
     groups: Iterable[Sequence[float]],
     prior_sd: float,
     prior_df: int = PRIOR_DF,
-    disturbances: Iterable[Sequence[float]] | None = None,
+    conditions: Iterable[Sequence[Conditions]] | None = None,
     prior_slope: float = 0.0,
 ) -> Noise:
     """The noise: within-configuration variance over all repeats, and a prior worth `prior_df` degrees of freedom.
@@ -106,38 +145,60 @@ def pooled(
     that are alike, so it is lowered to what the repeats allow: the upper 99 % bound of their standard deviation. At
     the levels of this gate more is still asked of a change than by Student's test on the repeats alone.
 
-    Scores are regressed on disturbances within configurations, with a prior of mean 0 for the slope (the conjugate
-    normal-inverse-gamma model: Gelman et al., Bayesian Data Analysis, 3rd ed., 14.2). What that explains is no noise.
-    Where nothing was disturbed all is as without it.
+    Scores are regressed on disturbance, and on which device made them, within configurations. The coefficients have
+    normal priors with mean 0 (the conjugate normal-inverse-gamma model: Gelman et al., Bayesian Data Analysis, 3rd ed.,
+    14.2). How much devices differ is not known: the posteriors for each of DIFFER are mixed by their likelihoods, and
+    have the mixture's mean and covariance. What conditions explain is no noise. Where nothing was disturbed, on one
+    device, all is as without them.
 
     Args:
         groups: val_bpb over seeds, for each train.py. prior_sd: above 0.
-        disturbances: of the same runs; none by default. prior_slope: the prior standard deviation of the slope.
+        conditions: of the same runs; without them nothing is explained.
+        prior_slope: the prior standard deviation of the slope over disturbance.
     """
     if not prior_sd > 0:
         raise ValueError(f"the prior standard deviation of val_bpb has to be above 0, not {prior_sd}")
     groups = [list(group) for group in groups]
-    disturbed = [[0.0] * len(group) for group in groups] if disturbances is None else disturbances
-    df, squares, products, spread = 0, 0.0, 0.0, 0.0
-    for scores, covariates in zip(groups, disturbed, strict=True):
-        if len(scores) < 2:
-            continue
-        mean, centre = statistics.fmean(scores), statistics.fmean(covariates)
+    known = [[Conditions()] * len(group) for group in groups] if conditions is None else conditions
+    repeated = [(scores, of) for scores, of in zip(groups, known, strict=True) if len(scores) > 1]
+    df, squares, residuals = 0, 0.0, []
+    for scores, _ in repeated:
+        mean = statistics.fmean(scores)
         df += len(scores) - 1
         squares += sum((score - mean) ** 2 for score in scores)
-        products += sum((score - mean) * (d - centre) for score, d in zip(scores, covariates, strict=True))
-        spread += sum((d - centre) ** 2 for d in covariates)
+        residuals += [score - mean for score in scores]
     prior_df = max(min(1, prior_df), prior_df - df // 2)
     if df:
         prior_sd = min(prior_sd, max(FARTHEST * prior_sd, math.sqrt(squares / _least_chi_squared(df))))
-    slope = slope_variance = explained = 0.0
-    if prior_slope > 0:
-        slope_variance = 1 / (spread + (prior_sd / prior_slope) ** 2)
-        slope = products * slope_variance
-        explained = products * slope / squares if squares else 0.0
-        squares -= products * slope
-    sd = math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df))
-    return Noise(sd, prior_df + df, slope, slope_variance, explained)
+    if conditions is None:
+        return Noise(math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df)), prior_df + df)
+    used = Counter(device for _, of in repeated for _, device in of)
+    devices = tuple(sorted(device for device, _ in used.most_common(MOST_DEVICES))) if len(used) > 1 else ()
+    centred = [np.zeros((0, 1 + len(devices)))]
+    for _, of in repeated:
+        rows = np.array([[disturbance, *(device == each for each in devices)] for disturbance, device in of], float)
+        centred.append(rows - rows.mean(0))
+    x = np.concatenate(centred)
+    inner, products, total = x.T @ x, x.T @ np.array(residuals), prior_df + df
+    likelihoods, found = [], []
+    for differ in DIFFER if devices else DIFFER[:1]:
+        # With coefficients in units of their priors, a prior of 0 is no special case.
+        scale = np.array([prior_slope / prior_sd, *[differ] * len(devices)])
+        precision = np.eye(len(scale)) + scale[:, None] * inner * scale
+        covariance = scale[:, None] * np.linalg.inv(precision) * scale
+        slopes = covariance @ products
+        variance = (prior_df * prior_sd**2 + squares - float(products @ slopes)) / total
+        likelihoods.append(-np.linalg.slogdet(precision)[1] / 2 - total / 2 * math.log(variance))
+        found.append((slopes, variance, variance * covariance, variance * differ**2))
+    weights = np.exp(np.array(likelihoods) - max(likelihoods))
+    weights /= weights.sum()
+    slopes, variance, covariance, apart = (np.average(np.array(each), 0, weights) for each in zip(*found))
+    spread = np.array([each for each, *_ in found]) - slopes
+    covariance = covariance + (spread.T * weights) @ spread
+    explained = float(products[0] * slopes[0]) / squares if squares else 0.0
+    rows = tuple(map(tuple, (covariance / variance).tolist()))
+    differ = apart / variance if devices else Noise.differ
+    return Noise(math.sqrt(variance), total, tuple(slopes.tolist()), rows, devices, float(differ), explained)
 
 
 def doubted(scores: Sequence[float], noise: Noise) -> bool:
@@ -155,7 +216,7 @@ def shared(families: Iterable[tuple[Mapping[int, float], Sequence[Mapping[int, f
     once however many changes were run on it, as they may share what the parent doesn't.
 
     Args:
-        families: val_bpb by seed of a parent, and of each of its changes; disturbance taken out.
+        families: val_bpb by seed of a parent, and of each of its changes; what conditions explain taken out.
     """
     products, squares, df = 0.0, 0.0, 0
     for parent, changes in families:
@@ -239,7 +300,7 @@ def next_step(
     account: Account,
     simpler: bool = False,
     stake: float | None = None,
-    disturbance: tuple[Mapping[int, float], Mapping[int, float]] = ({}, {}),
+    conditions: tuple[Mapping[int, Conditions], Mapping[int, Conditions]] = ({}, {}),
 ) -> Step:
     """What the runs so far ask for. Bits per byte everywhere.
 
@@ -248,7 +309,7 @@ def next_step(
         noise, account: of the session so far.
         simpler: the candidate's syntax tree is smaller than its parent's.
         stake: what this test has reserved, once it has; the account's next one by default.
-        disturbance: of the candidate's runs and of the parent's, by seed; 0 where there is none.
+        conditions: of the candidate's runs and of the parent's, by seed; Conditions() where there are none.
     """
     if not candidate:
         return Step("run candidate", because("not_run"), seed=seed(0))
@@ -259,11 +320,9 @@ def next_step(
     stake = account.stake if stake is None else stake
     runs, parents, level = len(candidate), len(parent), LEVEL * stake
     correlation = noise.shared if candidate.keys() <= parent.keys() else 0.0
-    disturbed = _difference(*disturbance, candidate, parent, correlation)
-    corrected = noise.slope * disturbed
-    gain = _difference(candidate, parent, candidate, parent, correlation) - corrected
-    extra = disturbed**2 * noise.slope_variance
-    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra)
+    raw, (corrected, extra, between) = _difference(candidate, parent, correlation, conditions, noise)
+    gain = raw - corrected
+    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra + between)
     evidence, facts = _compared(gain, error, noise.df, level, runs, parents)
     evidence = replace_evidence(evidence, corrected=corrected, stake=stake if runs > 1 else 0.0)
     common = candidate.keys() & parent.keys()
@@ -275,7 +334,7 @@ def next_step(
     if share > 0 and evidence.p <= share:
         return Step("keep", tested, evidence=replace_evidence(evidence, better=True, stake=stake))
 
-    outlook = Outlook(runs, parents, max(runs + 1, min(MOST_PARENT, account.tests)), correlation, extra)
+    outlook = Outlook(runs, parents, max(runs + 1, min(MOST_PARENT, account.tests)), correlation, extra, between)
     reason, going_on = tested, False
     if runs < LOOKS[-1]:
         pays, asked = _worth(gain, error, noise, level, outlook), account.asks(noise, runs)
@@ -304,14 +363,16 @@ def joint_step(
     noise: Noise,
     account: Account,
     stake: float | None = None,
+    conditions: tuple[Mapping[int, Conditions], Mapping[int, Conditions]] = ({}, {}),
 ) -> Step:
     """The verdict on several changes as one, from as many fresh runs of them and of their parent as were planned: one
     look, at the level that the account gives. Arguments as of `next_step`."""
     stake = account.joint_stake if stake is None else stake
     level, runs, parents = stake, len(candidate), len(parent)  # all of it: there is one look, and its runs are fresh
-    gain = statistics.fmean(parent.values()) - statistics.fmean(candidate.values())
-    evidence, facts = _compared(gain, noise.sd * math.sqrt(1 / runs + 1 / parents), noise.df, level, runs, parents)
-    evidence = replace_evidence(evidence, stake=stake)
+    raw, (corrected, extra, between) = _difference(candidate, parent, 0.0, conditions, noise)
+    error = noise.sd * math.sqrt(1 / runs + 1 / parents + extra + between)
+    evidence, facts = _compared(raw - corrected, error, noise.df, level, runs, parents)
+    evidence = replace_evidence(evidence, corrected=corrected, stake=stake)
     reason = because("tested", **facts, p=evidence.p, share=level)
     if evidence.p <= level:
         return Step("keep", reason, evidence=replace_evidence(evidence, better=True))
@@ -332,19 +393,25 @@ def _next(scores: Mapping[int, float]) -> int:
 
 
 def _difference(
-    own: Mapping[int, float],
-    others: Mapping[int, float],
     candidate: Mapping[int, float],
     parent: Mapping[int, float],
     correlation: float,
-) -> float:
-    """The parent's mean minus the candidate's, of a figure by seed that is 0 where it is missing. With correlated seeds
-    the candidate's mean is corrected by how the parent did on the same seeds (a control variate)."""
-    theirs = statistics.fmean(others.get(one, 0.0) for one in parent)
-    ours = statistics.fmean(own.get(one, 0.0) for one in candidate)
+    conditions: tuple[Mapping[int, Conditions], Mapping[int, Conditions]],
+    noise: Noise,
+) -> tuple[float, Explained]:
+    """(the parent's mean minus the candidate's, what the runs' conditions explain of it). With correlated seeds the
+    candidate's mean is corrected by how the parent did on the same seeds (a control variate)."""
+    own, others = dict.fromkeys(candidate, -1 / len(candidate)), dict.fromkeys(parent, (1 - correlation) / len(parent))
     if correlation:
-        ours -= correlation * (statistics.fmean(others.get(one, 0.0) for one in candidate) - theirs)
-    return theirs - ours
+        for one in candidate:
+            others[one] += correlation / len(candidate)
+    weighted = [(own, candidate, conditions[0]), (others, parent, conditions[1])]
+    difference = math.fsum(weights[one] * scores[one] for weights, scores, _ in weighted for one in weights)
+    plain = Conditions()
+    explained = noise.explains(
+        (weight, of.get(one, plain)) for weights, _, of in weighted for one, weight in weights.items()
+    )
+    return difference, explained
 
 
 def _variance(runs: int, parents: int, correlation: float) -> float:
@@ -358,7 +425,9 @@ class Outlook:
 
     Attributes:
         runs, parents: made so far. wanted: of the parent, before the candidate's next run.
-        correlation: of equal seeds. extra: variance that more runs don't take away.
+        correlation: of equal seeds. extra: variance that more runs don't take away. between: variance because devices
+            differ. Further runs are taken to be pairs of both on one device, and the devices to become no better known:
+            so the difference of conditions that there is now gets less weight, and nothing is added to it.
     """
 
     runs: int
@@ -366,13 +435,19 @@ class Outlook:
     wanted: int
     correlation: float = 0.0
     extra: float = 0.0
+    between: float = 0.0
+
+    def variance(self, runs: int, parents: int) -> float:
+        """Of the gain, once there are so many runs."""
+        diluted = self.between * min(1.0, self.runs / runs) ** 2
+        return _variance(runs, parents, self.correlation) + self.extra + diluted
 
     def further(self) -> Iterable[tuple[int, int, float]]:
         """(runs, runs of the parent, variance of the gain then) for each look that is still to come."""
         for runs in LOOKS:
             if runs > self.runs:
                 parents = max(self.parents, self.wanted, runs)
-                yield runs, parents, _variance(runs, parents, self.correlation) + self.extra
+                yield runs, parents, self.variance(runs, parents)
 
 
 def _worth(gain: float, error: float, noise: Noise, level: float, outlook: Outlook) -> float:
@@ -412,7 +487,7 @@ def _equal(gain: float, error: float, df: int, margin: float) -> float:
 def _cheap(noise: Noise, outlook: Outlook, margin: float) -> bool:
     """Whether CHEAP runs would show that a change is equal, if it had just its parent's mean."""
     parents = max(outlook.parents, outlook.wanted, CHEAP)
-    error = noise.sd * math.sqrt(_variance(CHEAP, parents, outlook.correlation) + outlook.extra)
+    error = noise.sd * math.sqrt(outlook.variance(CHEAP, parents))
     return _equal(0.0, error, noise.df, margin) >= math.log(1 / WORSE)
 
 

@@ -7,6 +7,7 @@ came of it, and asks again. Runs that are under way count as asked for.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -129,13 +130,13 @@ def _noise_of(state: State) -> gate.Noise:
 
 def pooled(state: State, prior_sd: float, prior_slope: float = 0.0) -> gate.Noise:
     """The noise by the session's repeats, with a prior: its standard deviation, and that of the slope of val_bpb over
-    disturbance."""
+    disturbance. What devices differ by is estimated with it."""
     repeats = state.repeats(state.started.budget)
     groups = [[run.bpb for run in runs.values()] for runs in repeats.values()]
-    disturbances = [[run.disturbance for run in runs.values()] for runs in repeats.values()]
-    noise = gate.pooled(groups, prior_sd, disturbances=disturbances, prior_slope=prior_slope)
+    conditions = [[run.conditions for run in runs.values()] for runs in repeats.values()]
+    noise = gate.pooled(groups, prior_sd, conditions=conditions, prior_slope=prior_slope)
     scores = {
-        blob: {seed: run.bpb - noise.slope * run.disturbance for seed, run in runs.items()}
+        blob: {seed: run.bpb - noise.explains([(1.0, run.conditions)]).value for seed, run in runs.items()}
         for blob, runs in repeats.items()
     }
     families: dict[str, list[dict[int, float]]] = {}
@@ -153,7 +154,8 @@ def said_of_noise(state: State) -> str:
     noise = noise_of(state)
     disturbances = [run.disturbance for run in state.runs.values() if run.ok]
     said = (
-        f"{noise.sd:.6f} between seeds ({noise.df} degrees of freedom); a gain of about "
+        f"{noise.sd:.6f} between seeds{' on one device' if noise.devices else ''} "
+        f"({noise.df} degrees of freedom); a gain of about "
         f"{gate.smallest_detectable(noise, account_of(state)):.6f} is kept four times in five"
     )
     if max(disturbances, default=0.0) < WORTH_TELLING:
@@ -229,7 +231,7 @@ def _change(change: Experiment, state: State) -> Plan:
         account_of(state),
         simpler=change.complexity < parent.complexity,
         stake=change.stake,
-        disturbance=tuple({seed: run.disturbance for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
+        conditions=tuple({seed: run.conditions for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
     )
     moved = change.kind != "replay" and state.best is not None and state.best.blob != change.parent
     if step.seed is not None and not (moved and sound):
@@ -276,13 +278,20 @@ def _shared(block: Experiment, state: State) -> Plan:
     from lab.verdict import shared  # here, because what only reads a session shall start fast
 
     parent = _parent(block, state)
-    noise, edit = noise_of(state).sd, [edits.read(patch.edit) for patch in block.patches]
+    known, edit = noise_of(state), [edits.read(patch.edit) for patch in block.patches]
+    noise, plain_runs = known.sd, state.believed(parent.blob).values()
     begun = [run for run in block.runs if run.status != "lost"]
-    ended = [(tuple(run.patches), run.bpb if run.ok else None) for run in begun if run.ended]
+    ended, unsure = [], []
+    for run in begun:
+        if run.ended:
+            weighted = [(1.0, run), *((-1 / len(plain_runs), plain) for plain in plain_runs)]
+            moved, *variances = known.explains((weight, each.conditions) for weight, each in weighted)
+            ended.append((tuple(run.patches), run.bpb - moved if run.ok else None))
+            unsure.append(sum(variances))
     screening = shared.Screening(
         len(edit),
         ended,
-        noise,
+        noise * math.sqrt(1 + statistics.fmean(unsure or [0.0])),
         statistics.fmean(state.results(parent.blob).values()),
         clash=lambda one, other: edit[one].meets(edit[other]),
         likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
@@ -322,9 +331,16 @@ def _joint(joint: Experiment, state: State) -> Plan:
         stake = stake_of(joint, state) if joint.stake is None else None
         return Plan(tuple(Job(blob, seed, state.budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
     sound = [run for run in joint.runs if run.ok]
-    own, others = ({run.seed or 0: run.bpb for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
-    step = gate.joint_step(own, others, noise_of(state), account_of(state), joint.stake)
-    means = statistics.fmean(own.values()), statistics.fmean(others.values())
+    own, others = ({run.seed or 0: run for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
+    step = gate.joint_step(
+        {seed: run.bpb for seed, run in own.items()},
+        {seed: run.bpb for seed, run in others.items()},
+        noise_of(state),
+        account_of(state),
+        joint.stake,
+        conditions=tuple({seed: run.conditions for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
+    )
+    means = statistics.fmean(run.bpb for run in own.values()), statistics.fmean(run.bpb for run in others.values())
     return _tested(joint, state, step, means)
 
 

@@ -41,11 +41,12 @@ class Builder:
         onto = None if kind == "baseline" else onto
         self.take(ExperimentOpened(number=number, kind=kind, onto=onto, parent=parent, time=self.time, **facts))
 
-    def run(self, experiment, score, of=None, seed=None, budget=BUDGET, status="ok", seconds=None, **facts):
+    def run(self, experiment, score, of=None, seed=None, budget=BUDGET, status="ok", seconds=None, worker="", **facts):
         """A run for an experiment, of its train.py or of that of experiment `of`. score: None if it has none."""
         blob = self.state.experiments[experiment if of is None else of].blob
         number, seconds = self.state.next_run(), self.seconds if seconds is None else seconds
-        self.take(RunStarted(number=number, experiment=experiment, blob=blob, seed=seed, budget=budget, time=self.time))
+        started = {"blob": blob, "seed": seed, "budget": budget, "worker": worker, "time": self.time}
+        self.take(RunStarted(number=number, experiment=experiment, **started))
         result = None if score is None else {"val_bpb": score} | self.facts | facts
         self.take(RunEnded(run=number, status=status, result=result, seconds=seconds))
         self.time += seconds if self.time else 0.0

@@ -155,10 +155,26 @@ def test_what_disturbance_explains_is_no_effect():
         builder.run(1, 1.05 - 0.02, disturbance=0.5)
     builder.decide(1, "discard", "not_worth_it")
     analysis = analysed(builder, SD, DF)
-    analysis.noise = gate.Noise(SD, DF, slope=0.1, slope_variance=4.0)
+    analysis.noise = gate.Noise(SD, DF, slopes=(0.1,), covariance=((4.0,),))
     effect = analysis.effect(analysis.experiments[1])
     assert effect.value == pytest.approx(-0.02)
     assert effect.error == pytest.approx(SD * math.sqrt(1 / 2 + 1 / 2 + 0.5**2 * 4.0))
+
+
+def test_what_devices_differ_by_is_no_effect():
+    """A device costs 0.1. The baseline was run on it and on another one, the change on it alone."""
+    builder, rng = session(base=[]), random.Random(2)
+    for i in range(8):
+        builder.run(0, 1.0 + 0.1 * (i % 2) + rng.gauss(0, SD), seed=i, worker="ab"[i % 2])
+    builder.open(1)
+    for i in range(2):
+        builder.run(1, 1.1 - 0.02, seed=i, worker="b")
+    builder.decide(1, "discard", "not_worth_it")
+    analysis = Analysis(builder.record())
+    effect = analysis.effect(analysis.experiments[1])
+    assert analysis.noise.devices == ("a", "b")
+    assert effect.value == pytest.approx(-0.02, abs=0.03) and effect.low <= -0.02 <= effect.high
+    assert effect.value < 0.03 - 0.02 < 0.05 - 0.02  # as it would be without the device
 
 
 def test_watts_and_joules_by_tokens_are_of_runs_whose_energy_was_measured():

@@ -10,12 +10,12 @@ from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.genome import edits
 from lab.night import findings
-from lab.session.events import Patch
+from lab.session.events import Patch, RunEnded, RunStarted
 from lab.session.session import Session
 from lab.share import export, sources
 from lab.verdict import blocks, gate, opening, shared
 from lab.verdict.executor import supervise
-from lab.verdict.plan import account_of, plan
+from lab.verdict.plan import account_of, noise_of, plan
 
 NAMES = [f"V{i}" for i in range(12)]
 GAINS = {"V0": 0.03, "V1": 0.02, "V2": 0.02}  # what the patch of each variable gains; the others lose a little
@@ -106,6 +106,42 @@ def test_a_list_that_is_mostly_far_worse_is_given_up(tmp_path, runner):
     supervise(session)
     assert first.verdict.reason.code == "mostly_bad" and len(first.runs) < 30
     assert blocks.given_up(session.state) and blocks.screened(session.state) == set()
+
+
+def test_a_shared_run_on_another_device_is_screened_without_what_the_device_adds(tmp_path, runner, monkeypatch):
+    """A device adds 0.02, and the parent was mostly run on the session's own. A device that the parent was never run on
+    says less, so the noise of the block is larger; so does a disturbed run where the slope is not known."""
+    session = begun(tmp_path / "project", TRAIN.encode())
+    state, seen = session.state, []
+    score = state.mean(state.baseline)
+
+    def ran(experiment, seed, bpb, worker, disturbance=0.0, **facts):
+        number, facts = state.next_run(), {"blob": state.baseline.blob, "budget": 300.0} | facts
+        state.take(RunStarted(number=number, experiment=experiment, seed=seed, worker=worker, **facts))
+        state.take(RunEnded(run=number, status="ok", result={"val_bpb": bpb, "disturbance": disturbance}))
+
+    for i in range(8):
+        ran(0, 900 + i, score + (0.02 + 0.001 * i if i < 4 else 0.001 * (i - 4)), "slow" if i < 4 else "")
+    first = block(session)
+
+    make = shared.Screening
+    monkeypatch.setattr(shared, "Screening", lambda *args, **facts: seen.append(make(*args, **facts)) or seen[-1])
+    noise = noise_of(state)
+    plan(first, state)
+    ran(first.number, 1, score + 0.02, "slow", blob="a1", patches=[0])
+    plan(first, state)
+    ran(first.number, 1, score, "new", blob="a2", patches=[1])
+    plan(first, state)
+    (_, slow), _ = seen[2].runs
+    offset = noise.slopes[1 + noise.devices.index("slow")] - noise.slopes[1 + noise.devices.index("")]
+    share = sum(run.worker == "slow" for run in state.believed(state.baseline.blob).values()) / 11
+    assert offset == pytest.approx(0.02, abs=0.008)
+    assert slow == pytest.approx(score + 0.02 - offset * (1 - share), abs=1e-6)
+    assert seen[0].sd == noise.sd < seen[1].sd < seen[2].sd
+    ran(first.number, 2, score, "", disturbance=1.0, blob="a3", patches=[2])
+    plan(first, state)
+    unsure = [(one.sd / noise.sd) ** 2 - 1 for one in seen[2:]]  # means over two and three runs
+    assert 3 * unsure[1] - 2 * unsure[0] > 0.9 * noise.covariance[0][0] > 0
 
 
 def test_what_is_plainly_good_needs_no_company():

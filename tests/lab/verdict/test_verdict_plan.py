@@ -9,7 +9,7 @@ from sessions import attempt, edited
 
 from lab.cli import render
 from lab.reasons import because
-from lab.session.events import ExperimentOpened, RunEnded, RunStarted, StakeReserved
+from lab.session.events import ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, StakeReserved, Verdict
 from lab.session.journal import Journal
 from lab.session.state import State
 from lab.verdict import executor, gate
@@ -28,8 +28,10 @@ def opened(state: State, number: int, blob: str) -> None:
     state.take(ExperimentOpened(number=number, kind="change", blob=blob, parent=best.blob, onto=best.number))
 
 
-def ran(state: State, number: int, experiment: int, job, bpb: float, **facts) -> None:
-    state.take(RunStarted(number=number, experiment=experiment, blob=job.blob, seed=job.seed, budget=job.budget))
+def ran(state: State, number: int, experiment: int, job, bpb: float, worker: str = "", **facts) -> None:
+    state.take(
+        RunStarted(number=number, experiment=experiment, blob=job.blob, seed=job.seed, budget=job.budget, worker=worker)
+    )
     result = {"val_bpb": bpb, "training_seconds": 300.0, "initial_weights": sessions.drawn(job.seed)}
     result |= facts
     state.take(RunEnded(run=number, status="ok", result=result))
@@ -128,7 +130,7 @@ def test_what_disturbance_did_to_the_noise_is_told(session):
 
 def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(session):
     state, noise = session.state, noise_of(session.state)
-    assert noise.slope == 0 and noise.slope_variance > 0
+    assert noise.slopes[0] == 0 and noise.covariance[0][0] > 0
     opened(state, 1, "ab")
     opened(state, 2, "cd")
     score = state.mean(state.best) + 0.02
@@ -141,13 +143,35 @@ def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(ses
     for i in range(1, 8):  # further runs of the baseline's file, slower by up to a half
         job = Job(state.baseline.blob, gate.seed(9 + i), 300.0, Urgency.FURTHER)
         ran(state, 200 + i, 1, job, state.results(job.blob)[gate.seed(0)] + 0.1 * i / 14, disturbance=i / 14)
-    assert noise_of(state).slope == pytest.approx(0.1, rel=0.1)
+    assert noise_of(state).slopes[0] == pytest.approx(0.1, rel=0.1)
     opened(state, 3, "ef")
     (job,) = plan(state.experiments[3], state).jobs
     ran(state, 300, 3, job, score + 0.5, disturbance=0.5)
     corrected = plan(state.experiments[3], state).verdict.evidence.corrected
     mean = statistics.fmean(run.disturbance for run in state.believed(state.baseline.blob).values())
-    assert corrected == pytest.approx(noise_of(state).slope * (mean - 0.5))
+    assert corrected == pytest.approx(noise_of(state).slopes[0] * (mean - 0.5))
+
+
+def test_what_devices_differ_by_is_no_noise_and_no_gain(tmp_path):
+    """Of two devices one adds 0.02; a change that is worth nothing is run on the better one, its parent mostly on the
+    other."""
+    state, rng = sessions.make(tmp_path / "project").state, random.Random(1)
+    for i in range(16):
+        worker = "fast" if i % 4 == 0 else "slow"
+        job = Job(state.baseline.blob, gate.seed(i), 300.0, Urgency.FIRST)
+        score = 1.0 + 0.02 * (worker == "slow") + rng.gauss(0, 0.004)
+        ran(state, 1 + i, 0, job, score, worker, total_tokens_M=280.0)
+    state.take(ExperimentDecided(experiment=0, verdict=Verdict("keep", because("baseline"), 1.0)))
+    noise = noise_of(state)
+    assert noise.devices == ("fast", "slow") and 0.003 < noise.sd < 0.006
+    assert noise.slopes[2] - noise.slopes[1] == pytest.approx(0.02, abs=0.005)
+    assert f"{noise.sd:.6f} between seeds on one device (" in said_of_noise(state) and noise.explained < 0.05
+    opened(state, 1, "ab")
+    (job,) = plan(state.experiments[1], state).jobs
+    ran(state, 100, 1, job, 1.0, "fast")
+    verdict = plan(state.experiments[1], state).verdict
+    assert verdict.status == "discard" and verdict.evidence.corrected == pytest.approx(0.015, abs=0.004)
+    assert abs(verdict.evidence.gain) < 0.006 and verdict.mean == 1.0
 
 
 def test_the_run_that_made_a_change_look_promising_is_no_repeat(session):
