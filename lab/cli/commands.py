@@ -22,7 +22,7 @@ from lab.genome.syntax import TRAIN, beyond_the_surface, describe
 from lab.session.locks import refuse_if_busy
 from lab.session.repository import here
 from lab.session.session import PREFIX, Session, at
-from lab.session.state import Experiment
+from lab.session.state import APART, Experiment
 from lab.untrusted import counted
 from lab.verdict.executor import launch
 from lab.verdict import opening
@@ -99,9 +99,15 @@ def _measure(session: Session, options, open_experiment: Callable[[], None]) -> 
     """Opens an experiment that tries nothing new, unless one was interrupted, and follows what is open."""
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
-        if not session.state.open:
+        interrupted = session.state.oldest_open
+        if interrupted is None:
             opening.sound_baseline(session)
             open_experiment()
+        elif interrupted.kind not in APART:
+            options.note = (
+                f"experiment {interrupted.number} had been interrupted, and was finished first. Nothing else was run: "
+                "run the command again"
+            )
         process = launch(session)
     return follow(session, options, process)
 

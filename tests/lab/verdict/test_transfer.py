@@ -124,6 +124,21 @@ def test_a_file_is_confirmed_against_the_baseline(session, tmp_path, monkeypatch
     )
 
 
+def test_an_interrupted_experiment_is_finished_first_and_that_is_said(session, monkeypatch):
+    (session.repository.path / "train.py").write_bytes(better(0.8))
+    with opening.exclusive(session):
+        opening.open_change(session, "a better one", False, False)
+    monkeypatch.setattr(commands, "launch", lambda session: None)
+    monkeypatch.setattr(commands, "follow", lambda *_: 0)
+    options = parsed(["confirm", "--pairs", "2"])
+    commands.do_confirm(session, options)
+    assert "experiment 2 had been interrupted" in options.note and session.state.last.number == 2
+    executor.supervise(session)
+    again = parsed(["confirm", "--pairs", "2"])
+    commands.do_confirm(session, again)
+    assert session.state.last.kind == "confirm" and not hasattr(again, "note")
+
+
 @pytest.mark.parametrize(
     "gain, low, high, stands",
     [(0.1, 0.05, 0.15, True), (-0.1, -0.15, -0.05, False), (0.01, -0.02, 0.04, None)],
