@@ -161,6 +161,8 @@ def verdict(published: float, here: Effect | None) -> tuple[str, str]:
     if size <= 0:
         return classify.OPEN, "it was no gain where it was tried"
     share = f"{gain / size:+.0%} of the published effect"
+    if abs(gain) > 10 * size:
+        share = f"more than ten times the published effect{'' if gain > 0 else ', the other way'}"
     if t_tail(gain / here.error, here.df) <= classify.LEVEL / 2 and gain >= classify.HALF * size:
         return classify.HOLDS, share
     if here.biased:

@@ -147,6 +147,15 @@ def test_the_classes(effect, runs, verdict):
     assert published.verdict(-0.02, None)[0] == "can't be told"
 
 
+@pytest.mark.parametrize(
+    "effect, said", [(-0.01, "+50% of the"), (0.3, "ten times the published effect, the other way")]
+)
+def test_an_effect_is_told_as_a_share_of_the_published_one(effect, said):
+    from lab.compare.effects import Effect
+
+    assert said in published.verdict(-0.02, Effect(effect, 0.0, 0.0001, 20))[1]
+
+
 def test_the_prompt_names_those_that_suit(searched, library):
     text = prompt.write(searched, PROGRAM, [])
     assert "# Published elsewhere, not tried here" in text and "(findings/warm-up.txt, +0.00" in text
