@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from lab.genome import edits
 from lab.reasons import Reason, because
 from lab.session.events import Gains, Interval, Verdict
 from lab.session.session import HELD
-from lab.session.state import Experiment, Run, State
+from lab.session.state import Conditions, Experiment, Run, State
 from lab.verdict import gate
 from results import apart
 
@@ -224,14 +225,15 @@ def _change(change: Experiment, state: State) -> Plan:
     if problem := _same_start(sound):
         return Plan(verdict=Verdict("invalid", problem))
     own, others = {run.seed: run for run in sound if run.seed is not None}, state.believed(parent.blob)
+    (scores, of), (parents, of_parents) = map(_by_seed, (own, others))
     step = gate.next_step(
-        {seed: run.bpb for seed, run in own.items()},
-        {seed: run.bpb for seed, run in others.items()},
+        scores,
+        parents,
         noise_of(state),
         account_of(state),
         simpler=change.complexity < parent.complexity,
         stake=change.stake,
-        conditions=tuple({seed: run.conditions for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
+        conditions=(of, of_parents),
     )
     moved = change.kind != "replay" and state.best is not None and state.best.blob != change.parent
     if step.seed is not None and not (moved and sound):
@@ -332,15 +334,10 @@ def _joint(joint: Experiment, state: State) -> Plan:
         return Plan(tuple(Job(blob, seed, state.budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
     sound = [run for run in joint.runs if run.ok]
     own, others = ({run.seed or 0: run for run in sound if run.blob == blob} for blob in (joint.blob, parent.blob))
-    step = gate.joint_step(
-        {seed: run.bpb for seed, run in own.items()},
-        {seed: run.bpb for seed, run in others.items()},
-        noise_of(state),
-        account_of(state),
-        joint.stake,
-        conditions=tuple({seed: run.conditions for seed, run in runs.items()} for runs in (own, others)),  # pyright: ignore
-    )
-    means = statistics.fmean(run.bpb for run in own.values()), statistics.fmean(run.bpb for run in others.values())
+    (scores, of), (parents, of_parents) = map(_by_seed, (own, others))
+    noise, account = noise_of(state), account_of(state)
+    step = gate.joint_step(scores, parents, noise, account, joint.stake, conditions=(of, of_parents))
+    means = statistics.fmean(scores.values()), statistics.fmean(parents.values())
     return _tested(joint, state, step, means)
 
 
@@ -406,6 +403,11 @@ def _scale(scale: Experiment, state: State) -> Plan:
     means = [statistics.fmean(run.bpb for run in scale.runs if run.ok and run.budget == time) for time in times]
     points = ", ".join(f"{mean:.6f} after {time:g} s" for time, mean in zip(times, means))
     return Plan(verdict=Verdict("keep", because("scaled", points=points)))
+
+
+def _by_seed(runs: Mapping[int, Run]) -> tuple[dict[int, float], dict[int, Conditions]]:
+    """(val_bpb, conditions) of runs."""
+    return {seed: run.bpb for seed, run in runs.items()}, {seed: run.conditions for seed, run in runs.items()}
 
 
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:
