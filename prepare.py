@@ -203,7 +203,6 @@ class Clock:
         self.loss: float | None = None
         self.losses: list[float] = []  # of all steps
         self._unread: tuple[int, Any] | None = None
-        self._window_seconds = disturbance.window(self.seconds)
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         self.meter = disturbance.Meter(disturbance.REFERENCE.get("steps"))
         self.witness = disturbance.Witness(backend, disturbance.REFERENCE.get("probe"))
@@ -243,7 +242,7 @@ class Clock:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
         ending = self.elapsed + 2 * self.longest >= self.seconds
         at_once = isinstance(loss, numbers.Number) or self.loss is None or ending
-        window = time.perf_counter() - self._window >= self._window_seconds
+        window = time.perf_counter() - self._window >= disturbance.window(self.seconds)
         waits = at_once or self._unread is not None
         if not at_once:
             loss = self.backend.read_later(loss)

@@ -336,7 +336,7 @@ class Scalar:
 
 def test_waiting_for_the_device_is_training_and_probing_it_is_not(run, monkeypatch):
     backend, _, loader, clock = run
-    monkeypatch.setattr(clock, "_window_seconds", 0.0)  # each step is probed
+    monkeypatch.setattr(prepare.disturbance, "WINDOW", (0.0, 0.0))  # each step is probed
     monkeypatch.setattr(backend, "synchronize", lambda: time.sleep(0.03))  # a device that has a step to do
     monkeypatch.setattr(clock.witness, "read", lambda: time.sleep(0.2) or 1.0)
     for _ in range(3):

@@ -60,10 +60,7 @@ def do_run(session: Session, options) -> int:
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
         if interrupted := session.state.oldest_open:
-            options.note = (
-                f"experiment {interrupted.number} had been interrupted, and was finished first. Your {TRAIN} was not "
-                "run: run the command again"
-            )
+            options.note = _finished_first(interrupted, f"Your {TRAIN}")
         elif answer := opening.open_change(session, options.message, options.near_misses, options.again):
             options.note = "this was tried before, so the ledger answers; --again runs it all the same"
             return tell(session, options, answer)
@@ -71,6 +68,13 @@ def do_run(session: Session, options) -> int:
             print(f"not part of the experiment, and left as they are: {untrusted.listed(others)}", file=sys.stderr)
         process = launch(session)
     return follow(session, options, process)
+
+
+def _finished_first(interrupted: Experiment, left: str) -> str:
+    return (
+        f"experiment {interrupted.number} had been interrupted, and was finished first. {left} was not run: run the "
+        "command again"
+    )
 
 
 def do_confirm(session: Session, options) -> int:
@@ -104,10 +108,7 @@ def _measure(session: Session, options, open_experiment: Callable[[], None]) -> 
             opening.sound_baseline(session)
             open_experiment()
         elif interrupted.kind not in APART:
-            options.note = (
-                f"experiment {interrupted.number} had been interrupted, and was finished first. Nothing else was run: "
-                "run the command again"
-            )
+            options.note = _finished_first(interrupted, "What you asked for")
         process = launch(session)
     return follow(session, options, process)
 

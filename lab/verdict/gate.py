@@ -370,7 +370,7 @@ def joint_step(
     stake = account.joint_stake if stake is None else stake
     level, runs, parents = stake, len(candidate), len(parent)  # all of it: there is one look, and its runs are fresh
     raw, (corrected, extra, between) = _difference(candidate, parent, 0.0, conditions, noise)
-    error = noise.sd * math.sqrt(1 / runs + 1 / parents + extra + between)
+    error = noise.sd * math.sqrt(_variance(runs, parents, 0.0) + extra + between)
     evidence, facts = _compared(raw - corrected, error, noise.df, level, runs, parents)
     evidence = replace_evidence(evidence, corrected=corrected, stake=stake)
     reason = because("tested", **facts, p=evidence.p, share=level)
