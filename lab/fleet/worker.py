@@ -84,6 +84,7 @@ class Worker:
 
     def __init__(self, name: str, device: str, settings: dict[str, str], expected: dict[str, str] | None, local: bool):
         self.name, self.device, self.settings, self.expected, self.local = name, device, settings, expected, local
+        self.gpu = settings.get("CUDA_VISIBLE_DEVICES", "")  # its name; "" for another device
         self.root = storage.home().absolute() / "fleet" / re.sub(r"[^0-9A-Za-z.-]+", "-", name)
         self.leaving, self.session, self.facts = "", "", {}
         self.doing: dict[int, Doing] = {}
@@ -99,8 +100,7 @@ class Worker:
 
     def alive(self) -> Alive:
         self._seen = time.monotonic()
-        on_gpu = self.device.startswith("cuda")
-        heat = identity.now("cuda", self.settings.get("CUDA_VISIBLE_DEVICES", "")) if on_gpu else {}
+        heat = identity.now("cuda", self.gpu) if self.gpu else {}
         alive = Alive(hot=bool(identity.overheated() or heat.get("margin", 1) <= 0), heat=heat)
         for doing in list(self.doing.values()):
             if not doing.trained.done():
@@ -267,6 +267,7 @@ class Worker:
             judge=self.judge,
             folder=doing.folder,
             settings=settings,
+            gpu=self.gpu,
             memory_ceiling=known["memory_ceiling"],
             unified=known["unified"],
             sandbox=self._sandbox(),
@@ -341,8 +342,7 @@ class Worker:
     def _take_device(self, tag: str) -> None:
         """Has the device to itself from here on. LabError while another session trains on it."""
         if self._lock is None:
-            gpu = self.settings.get("CUDA_VISIBLE_DEVICES") or self.device.partition(":")[2]
-            lock = device_lock(tag, gpu)
+            lock = device_lock(tag, self.gpu or self.device.partition(":")[2])
             try:
                 lock.acquire(timeout=TO_TAKE)
             except filelock.Timeout:

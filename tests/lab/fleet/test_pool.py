@@ -14,6 +14,8 @@ from lab.fleet.pool import Device, Pool
 from lab.fleet.wire import Alive, begun
 from lab.fleet.worker import ARCHIVE, Worker, archive_of, files_of
 from lab.errors import LabError
+from lab.run import runner
+from lab.run.outcome import Outcome
 from lab.session.session import Session, fingerprints
 from lab.verdict import executor
 from lab.verdict.plan import orders
@@ -75,6 +77,17 @@ def test_a_worker_restores_a_judge_that_was_fetched_for_an_earlier_head(tmp_path
     assert worker._restore_judge() == ["prepare.py"] and worker._restore_judge() == []
     (worker.judge / "prepare.py").write_text("BUDGET = 3000\n")
     assert worker._restore_judge() == ["prepare.py"] and fingerprints(worker.judge) == pinned
+
+
+def test_a_run_names_its_gpu_and_so_its_energy_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    worker, requests = Worker("cuda:1", "cuda:1", {"CUDA_VISIBLE_DEVICES": "GPU-abc"}, None, local=True), []
+    worker.facts = {"settings": {}, "memory_ceiling": None, "unified": False, "protected": [], "sandbox": None}
+    monkeypatch.setattr(worker, "_restore_judge", list)
+    monkeypatch.setattr(runner, "run", lambda request: requests.append(request) or Outcome("lost"))
+    facts = dict(seed=42, budget=1.0, timeout=9.0, run_id="1", reference={}, keeps_caches=False)
+    assert worker.do_run(1, b"", **facts).result(10)["status"] == "lost"
+    assert requests[0].gpu == "GPU-abc" and requests[0].settings["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
 
 
 def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_path):
