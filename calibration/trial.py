@@ -25,6 +25,7 @@ from calibration.profile import TRAIN
 
 FEWEST, MOST = 3, 40  # steps that are timed; the first one more is not
 LONGEST = 20  # times the seconds asked for, when steps are slow
+STRETCHES = 5  # that the timed steps are divided into
 
 
 class Tokens:
@@ -72,6 +73,17 @@ class Clock(prepare.Clock):
         return counted >= MOST or counted >= FEWEST and self.elapsed >= self.enough or super().finished
 
 
+def rates(tokens: float, took: list[float]) -> list[float]:
+    """Tokens per second of consecutive stretches of steps. Not of each step: the clock waits for the step before, and
+    at a probe for all of them, so that where one step seems too long the next one seems too short.
+
+    Args:
+        tokens: of a step. took: seconds of each.
+    """
+    stretches = np.array_split(took, min(STRETCHES, len(took)))
+    return [float(tokens * len(stretch) / stretch.sum()) for stretch in stretches]
+
+
 def main(result: Path, seconds: float) -> None:
     noted = {}
     warm_up = interface.Trainer.warm_up
@@ -87,7 +99,7 @@ def main(result: Path, seconds: float) -> None:
         storage.write_json(
             result,
             {
-                "tokens_per_second": [tokens / took for took in clock.took[1:] or clock.took],
+                "tokens_per_second": rates(tokens, clock.took[1:] or clock.took),
                 "peak_memory": clock.backend.peak_memory(),
                 "num_params": num_params,
                 "flops_per_token": flops_per_token,

@@ -18,6 +18,7 @@ from backends import bench
 from backends.interface import Device, Hardware
 from calibration import __main__ as command
 from calibration import measure, profile, rule, show
+from calibration.trial import rates
 from tests.calibration.devices import GIB, M4, RTX_3090, spread
 
 HARDWARE = Hardware("sdpa", "NVIDIA GeForce RTX 3090", "nvidia-rtx-3090-24gb", "cuda", 24 * GIB, {"torch": "2.13.0"})
@@ -392,6 +393,13 @@ def test_a_trial_runs_the_real_train_py(real):
     assert trial.rate > 0 and trial.tokens_per_second["n"] >= 3 and trial.peak_memory > 2**27
     assert [8192, 128] in matrices and [512, 128] in matrices
     assert trial.num_params > 2e6 and trial.flops_per_token == 6 * (12 * 128**2 + 8192 * 128 + 32) + 12 * 128 * 2048
+
+
+def test_a_step_that_waited_for_the_one_before_makes_no_rate_of_its_own():
+    """40 steps of 0.1 s; at every fourth the clock waits for all that the device has, and the next is short."""
+    took = [0.17, 0.03, 0.1, 0.1] * 10
+    assert rates(1000, took) == pytest.approx([10_000] * 5)
+    assert rates(1000, [0.5, 1.0, 1.0]) == pytest.approx([2000, 1000, 1000])
 
 
 def test_a_trial_that_fails_says_why(real, monkeypatch, tmp_path):
