@@ -119,9 +119,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: dict) -> None:
-    with atomic(path) as file:
+def write_json(path: Path, content: dict, mode: int = 0o666) -> None:
+    with atomic(path, mode) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """The object that a file holds; None if there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def sha256(path: Path) -> str:

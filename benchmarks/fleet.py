@@ -70,7 +70,7 @@ def idle(session) -> None:
             pool.begin(orders(there.state)[:1])
             pool.wait()
         print(f"from the worker's start to its first run: {time.monotonic() - begun:.2f} s")
-        worker = psutil.Process(pool._started["cpu"].process.pid)
+        worker = psutil.Process(pool._started["cpu"].pid)
         while any(run.ended is None for run in there.state.runs.values()):
             pool.wait()
         before, begun = worker.cpu_times(), time.monotonic()

@@ -122,6 +122,12 @@ def _impossible_spread(part, where: str) -> str | None:
     return next((problem for name, inner in part if (problem := _impossible_spread(inner, f"{where}.{name}"))), None)
 
 
+def other_versions(before: dict, now: dict) -> list[str]:
+    """Names of what has another version, if that may matter for what a device can do."""
+    names = sorted({*before, *now} - WITHOUT_EFFECT)
+    return [name for name in names if str(before.get(name)) != str(now.get(name))]
+
+
 def stale(profile: dict, hardware: Hardware, train: str | None = None) -> list[str]:
     """What has changed since a profile was made, by name.
 
@@ -129,11 +135,8 @@ def stale(profile: dict, hardware: Hardware, train: str | None = None) -> list[s
         train: `baseline` of the train.py that a session starts from; None while experiments edit it.
     """
     before, now = profile["versions"], hardware.versions
-    reasons = [
-        f"made with {name} {before.get(name)}, here is {now.get(name)}"
-        for name in sorted({*before, *now})
-        if name not in WITHOUT_EFFECT and before.get(name) != now.get(name)
-    ]
+    others = other_versions(before, now)
+    reasons = [f"made with {name} {before.get(name)}, here is {now.get(name)}" for name in others]
     if train and profile["train"] != train:
         reasons.append(f"made for another train.py ({profile['train']}, here is {train})")
     return reasons

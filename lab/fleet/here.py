@@ -83,32 +83,25 @@ def unlike(facts: dict, device: str, settings: dict[str, str]) -> str | None:
         facts: of the session, as of Worker.do_prepare.
     """
     environment = {**os.environ, **settings, "AUTORESEARCH_BACKEND": facts["backend"]}
-    hardware = json.loads(_asked(environment, TO_IDENTIFY, "-c", IDENTIFY).splitlines()[-1])
+    hardware = _identified(environment)
     if hardware["slug"] != facts["device"]:
         return f"this device is {hardware['slug']}, and the session is for {facts['device']}"
-    others = [
-        f"{name} {hardware['versions'].get(name)} instead of {facts['versions'].get(name)}"
-        for name in sorted({*hardware["versions"], *facts["versions"]})
-        if name not in profiles.WITHOUT_EFFECT
-        and str(hardware["versions"].get(name)) != str(facts["versions"].get(name))
-    ]
-    if others:
-        return f"other versions are installed here: {', '.join(others)}"
-    if (own := _calibrated(hardware, environment)) is None:
-        return "this device could not be measured: python -m calibration says why"
-    if own.get("attention_provider") != facts["profile"].get("attention_provider"):
-        there = facts["profile"].get("attention_provider") or "the framework"
-        return f"attention comes from {own.get('attention_provider') or 'the framework'} here, and from {there} there"
-    return outside_of_band(own, facts["profile"])
+    own, wanted = hardware["versions"], facts["versions"]
+    if others := profiles.other_versions(own, wanted):
+        told = (f"{name} {own.get(name)} instead of {wanted.get(name)}" for name in others)
+        return f"other versions are installed here: {', '.join(told)}"
+    profile = _calibrated(hardware, environment)
+    here, there = (known.get("attention_provider") or "the framework" for known in (profile, facts["profile"]))
+    if here != there:
+        return f"attention comes from {here} here, and from {there} there"
+    return outside_of_band(profile, facts["profile"])
 
 
 def describe(path: Path) -> None:
     """Writes what a head elsewhere needs to begin a session for this device: what it is, and its calibration, which is
     made if it is not there. LabError if the device can't be used."""
-    hardware = json.loads(_asked(dict(os.environ), TO_IDENTIFY, "-c", IDENTIFY).splitlines()[-1])
-    if (profile := _calibrated(hardware, dict(os.environ))) is None:
-        raise LabError("this device could not be measured: python -m calibration says why")
-    storage.write_json(path, {"hardware": hardware, "profile": profile})
+    hardware = _identified(dict(os.environ))
+    storage.write_json(path, {"hardware": hardware, "profile": _calibrated(hardware, dict(os.environ))})
 
 
 def described(path: Path) -> dict:
@@ -129,13 +122,21 @@ def described(path: Path) -> dict:
         ) from None
 
 
-def _calibrated(hardware: dict, environment: dict[str, str]) -> dict | None:
-    """This machine's profile of a device; made if there is none of these versions."""
+def _identified(environment: dict[str, str]) -> dict:
+    """The device that runs would be on. LabError if it can't be used."""
+    return json.loads(_asked(environment, TO_IDENTIFY, "-c", IDENTIFY).splitlines()[-1])
+
+
+def _calibrated(hardware: dict, environment: dict[str, str]) -> dict:
+    """This machine's profile of a device; made if there is none of these versions. LabError if that can't be."""
     path = storage.home() / "profiles" / f"{hardware['slug']}-{hardware['backend']}.json"
-    if (own := _profile(path)) and own["versions"] == hardware["versions"]:
-        return own
-    _asked(environment, TO_CALIBRATE, "-m", "calibration")
-    return _profile(path)
+    profile = storage.read_json(path)
+    if profile is None or profile["versions"] != hardware["versions"]:
+        _asked(environment, TO_CALIBRATE, "-m", "calibration")
+        profile = storage.read_json(path)
+    if profile is None:
+        raise LabError("this device could not be measured: python -m calibration says why")
+    return profile
 
 
 def outside_of_band(own: dict, others: dict) -> str | None:
@@ -158,13 +159,6 @@ def outside_of_band(own: dict, others: dict) -> str | None:
     return (
         f"it makes {here:,.0f} tokens/s, and the session's device makes {there:,.0f}; they may differ by {allowed:.0%}"
     )
-
-
-def _profile(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _asked(environment: dict[str, str], seconds: float, *arguments: str) -> str:

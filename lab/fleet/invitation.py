@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import storage
 from lab.errors import LabError
 from lab.fleet.wire import Keys, host_and_port
-from lab.fleet.worker import data_digest, judge_digest
+from lab.fleet.worker import digests_of
 from lab.session.session import Session
 
 FORMAT = 1
 DAYS = 30.0  # that an invitation is good for
 AUTHORITY_DAYS = 3650.0
 HEAD = "head"
+SECRET = 0o600  # mode of a file that its owner alone can read
 
 
 def authority_of(session: Session) -> tuple[str, str]:
@@ -29,7 +30,7 @@ def authority_of(session: Session) -> tuple[str, str]:
     path = session.folder / "fleet" / "authority.json"
     if not path.exists():
         certificate, key = _signed(f"autoresearch {session.name}", AUTHORITY_DAYS, None)
-        write_secret(path, {"certificate": certificate, "key": key})
+        storage.write_json(path, {"certificate": certificate, "key": key}, mode=SECRET)
     known = json.loads(path.read_text())
     return known["certificate"], known["key"]
 
@@ -38,13 +39,6 @@ def keys(session: Session, name: str, days: float = DAYS) -> Keys:
     """A new certificate of the session's authority: for the head, if its name is that, else for a worker."""
     authority = authority_of(session)
     return Keys(authority[0], *_signed(name, days, authority))
-
-
-def write_secret(path: Path, content: dict) -> None:
-    """A file that its owner alone can read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.atomic(path, mode=0o600) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -59,8 +53,7 @@ class Invitation:
     data: str | None = None
 
     def write(self, path: Path) -> None:
-        content = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name != "keys"}}
-        write_secret(path, content | {"keys": vars(self.keys)})
+        storage.write_json(path, {"format": FORMAT, **asdict(self)}, mode=SECRET)
 
     @classmethod
     def read(cls, path: Path) -> Invitation:
@@ -91,9 +84,8 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
     for text in filter(None, (address, listen)):
         host_and_port(f"tls://{text}")
     manifest = (session.dataset / "manifest.json").read_text(encoding="utf-8")
-    own = keys(session, "worker", days)
-    digests = judge_digest(session.local.judge), data_digest(manifest)
-    Invitation(f"tls://{address}", session.name, own, *digests).write(path)
+    digests = digests_of(session.local.judge, manifest)
+    Invitation(f"tls://{address}", session.name, keys(session, "worker", days), **digests).write(path)
     return f"tls://{listen or '0.0.0.0:' + address.rpartition(':')[2]}"
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import subprocess
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,6 +49,7 @@ GRACE = 20.0  # seconds for a worker to come back, before its run is given up
 TO_STOP = 30.0  # seconds for a worker to end its run
 MOST_STARTS = 4  # of a worker on this machine, that never becomes ready
 NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,60}", re.ASCII)
+OF_REQUEST = "seed budget timeout run_id reference keeps_caches".split()  # what a worker is told of a runner.Request
 
 
 class Made(msgspec.Struct):
@@ -89,19 +90,6 @@ class Device:
     scores: bool = False
     tokens: float | None = None  # per second, of its last run
 
-    @property
-    def busy(self) -> bool:
-        return self.run is not None
-
-
-@dataclass
-class Started:
-    """A worker on this machine that this head has started, or found."""
-
-    process: psutil.Process
-    log: Path
-    starts: int = 0
-
 
 @dataclass
 class Pool:
@@ -112,7 +100,8 @@ class Pool:
 
     session: Session
     devices: dict[str, Device] = field(default_factory=dict)
-    _started: dict[str, Started] = field(default_factory=dict)
+    _started: dict[str, psutil.Process] = field(default_factory=dict)  # workers on this machine
+    _starts: Counter[str] = field(default_factory=Counter)  # of each of them, since it was ready
     _told: float = 0.0
     _stopping: float | None = None
 
@@ -122,12 +111,9 @@ class Pool:
         session.restore_judge()
         self.version, self.archive = version(session.local.judge), archive_of(session.judge, session.local.judge)
         self.facts = self._facts()
-        path = self.folder / "address.json"
-        asked = address = known.get("listen") or LOOPBACK
-        with suppress(OSError, ValueError):
-            before = json.loads(path.read_text())
-            if before["asked"] == asked:
-                address = before["address"]  # where workers look for it
+        path, asked = self.folder / "address.json", known.get("listen") or LOOPBACK
+        before = storage.read_json(path) or {}
+        address = before["address"] if before.get("asked") == asked else asked  # where workers look for it
         keys = invitation.keys(session, invitation.HEAD, invitation.AUTHORITY_DAYS)
         try:
             self.hub = Hub(address, keys, self._admit)
@@ -135,7 +121,8 @@ class Pool:
             raise LabError(f"can't listen at {address} ({error}): is another head running here?") from error
         self.address = f"{address.rpartition(':')[0]}:{self.hub.address.rpartition(':')[2]}"  # with its port
         storage.write_json(path, {"asked": asked, "address": self.address})
-        self._find_started()
+        found = {name: processes.noted(self._path(name, "json")) for name in self.wanted}  # an earlier head's
+        self._started = {name: process for name, process in found.items() if process}
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -163,7 +150,7 @@ class Pool:
             if order.score is not None and self._is_lost(state.runs[order.score].worker):
                 self.session.log(events.RunScored(run=order.score, problem=because("weights_lost")))
                 return True
-            free = [name for name in usable if not self.devices[name].busy]
+            free = [name for name in usable if self.devices[name].run is None]
             if found := spread.placed(order, state, free, usable):
                 with executor.blamed(self.session, order.experiment):
                     self._give(self.devices[found[0]], found[1])
@@ -185,7 +172,7 @@ class Pool:
         else:
             self._stopping = None
         self._tell()
-        busy = any(device.busy for device in self.devices.values())
+        busy = any(device.run for device in self.devices.values())
         if session.held:
             return busy
         return busy or night or bool(session.state.open)
@@ -219,9 +206,7 @@ class Pool:
             for path in missing:
                 self._send(name, path)
             self.hub.call(name, "ready").result()
-            device.ready = True
-            if name in self._started:
-                self._started[name].starts = 0
+            device.ready, self._starts[name] = True, 0
         except Lost:
             return
         except (Exception, LabError) as error:
@@ -242,22 +227,17 @@ class Pool:
 
     def _facts(self) -> dict:
         """The facts of the session that a worker is told."""
-        session, started, local = self.session, self.session.started, self.session.local
+        session, local = self.session, self.session.local
         machines_own = ("AUTORESEARCH_HOME", "AUTORESEARCH_PROFILE")
         return {
+            **{name: getattr(session.started, name) for name in ("device", "backend", "versions", "sandbox")},
+            **{name: getattr(local, name) for name in ("judge", "memory_ceiling", "unified")},
             "session": session.name,
-            "device": started.device,
-            "backend": started.backend,
-            "versions": started.versions,
-            "judge": local.judge,
             "archive": hashlib.sha256(self.archive).hexdigest(),
             "dataset": session.dataset.name,
             "manifest": (session.dataset / "manifest.json").read_text(encoding="utf-8"),
             "settings": {name: value for name, value in local.settings.items() if name not in machines_own},
             "profile": session.profile,
-            "sandbox": started.sandbox,
-            "memory_ceiling": local.memory_ceiling,
-            "unified": local.unified,
             "protected": [str(session.repository.path), str(session.folder)],
         }
 
@@ -276,17 +256,14 @@ class Pool:
             device = self.devices[name] = Device(name)
         if device.gone is None:
             device.gone = time.monotonic()
-        started = self._started.get(name)
-        dead = started is not None and not processes.runs(started.process)
+        dead = name in self._started and not processes.runs(self._started[name])
         return dead or bool(device.refused) or name in self.hub.left or time.monotonic() > device.gone + GRACE
 
     # --- Workers on this machine ---
 
-    def _find_started(self) -> None:
-        """Finds the workers of an earlier head."""
-        for name in self.wanted:
-            if process := processes.noted(self.folder / f"{_file(name)}.json"):
-                self._started[name] = Started(process, self.folder / f"{_file(name)}.log")
+    def _path(self, name: str, suffix: str) -> Path:
+        """A file about one of them."""
+        return self.folder / f"{re.sub(r'[^0-9A-Za-z.-]', '-', name)}.{suffix}"
 
     def _look_after_started(self) -> None:
         """Starts those that are not there."""
@@ -296,17 +273,16 @@ class Pool:
         if self.wanted and len(refused) == len(self.wanted) and not self.hub.members:
             raise LabError("no device can be used: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
         for name in self.wanted:
-            started = self._started.get(name)
-            if name in refused or started and processes.runs(started.process):
+            if name in refused or name in self._started and processes.runs(self._started[name]):
                 continue
-            starts = started.starts + 1 if started else 1
-            if starts > MOST_STARTS:
-                last = logs.last_line(started.log) if started else ""
-                raise LabError(f"the worker of {name} ends again and again: {last or 'it says nothing'}")
-            self._start(name, starts)
+            if self._starts[name] == MOST_STARTS:
+                last = logs.last_line(self._path(name, "log")) or "it says nothing"
+                raise LabError(f"the worker of {name} ends again and again: {last}")
+            self._starts[name] += 1
+            self._start(name)
 
-    def _start(self, name: str, starts: int) -> None:
-        path, log = self.folder / f"{_file(name)}.invitation", self.folder / f"{_file(name)}.log"
+    def _start(self, name: str) -> None:
+        path, log = self._path(name, "invitation"), self._path(name, "log")
         keys = invitation.keys(self.session, f"worker {name}")
         Invitation(self.address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
         program = self.session.judge / "lab" / "__main__.py"
@@ -316,8 +292,8 @@ class Pool:
                 command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie is left
-        if known := processes.note(self.folder / f"{_file(name)}.json", process.pid):
-            self._started[name] = Started(known, log, starts)
+        if known := processes.note(self._path(name, "json"), process.pid):
+            self._started[name] = known
 
     # --- Orders ---
 
@@ -332,20 +308,10 @@ class Pool:
 
     def _ask(self, device: Device, run: Run) -> None:
         """Has a worker make a run, or asks for one that it makes already."""
-        asked = executor.request(self.session, run)
+        request, train = executor.request(self.session, run), self.session.repository.content(run.blob)
+        facts = {name: getattr(request, name) for name in OF_REQUEST}
         device.run, device.scores = run, False
-        device.answer = self.hub.call(
-            device.name,
-            "run",
-            number=run.number,
-            train=self.session.repository.content(run.blob),
-            seed=asked.seed,
-            budget=asked.budget,
-            timeout=asked.timeout,
-            run_id=asked.run_id,
-            reference=asked.reference,
-            keeps_caches=asked.keeps_caches,
-        )
+        device.answer = self.hub.call(device.name, "run", number=run.number, train=train, **facts)
 
     def _look_at(self, device: Device) -> None:
         """Takes in what a device has answered; gives up the run of one that is lost."""
@@ -451,7 +417,7 @@ class Pool:
         if held["now"] and self._stopping is None:
             self._stopping = time.monotonic()
             for device in self.devices.values():
-                if device.busy:
+                if device.run:
                     self.hub.call(device.name, "stop", why=held["why"])
         if self._stopping and time.monotonic() > self._stopping + TO_STOP:
             raise LabError("some workers did not end their runs; the next night asks them for the results")
@@ -483,7 +449,3 @@ class Pool:
             )
         with suppress(storage.DataError):
             storage.write_json(self.folder / STATUS, {"time": 0.0 if over else time.time(), "devices": rows})
-
-
-def _file(name: str) -> str:
-    return re.sub(r"[^0-9A-Za-z.-]", "-", name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import storage
@@ -22,17 +21,13 @@ def choose(session: Session, devices: list[str]) -> None:
         (session.folder / FLEET).unlink(missing_ok=True)
 
 
-def listen(session: Session, address: str | None) -> None:
-    """Notes at which address workers of other machines are listened for; None ends that."""
-    known = {**(session.fleet or {"devices": []}), "listen": address}
-    storage.write_json(session.folder / FLEET, {name: value for name, value in known.items() if value is not None})
+def listen(session: Session, address: str) -> None:
+    """Notes at which address workers of other machines are listened for."""
+    storage.write_json(session.folder / FLEET, {**(session.fleet or {"devices": []}), "listen": address})
 
 
 def status(session: Session) -> list[dict]:
     """The devices, as the head has last told: name, doing, usable, tokens_per_second, heat. None if it is not at
     work."""
-    try:
-        known = json.loads((session.folder / "fleet" / STATUS).read_bytes())
-    except (OSError, ValueError):
-        return []
-    return known["devices"] if time.time() < known["time"] + STALE else []
+    known = storage.read_json(session.folder / "fleet" / STATUS)
+    return known["devices"] if known and time.time() < known["time"] + STALE else []

@@ -86,7 +86,7 @@ class Worker:
         self.name, self.device, self.settings, self.expected, self.local = name, device, settings, expected, local
         self.gpu = settings.get("CUDA_VISIBLE_DEVICES", "")  # its name; "" for another device
         self.root = storage.home().absolute() / "fleet" / re.sub(r"[^0-9A-Za-z.-]+", "-", name)
-        self.leaving, self.session, self.facts = "", "", {}
+        self.judge, self.leaving, self.session, self.facts = self.root / "judge", "", "", {}
         self.doing: dict[int, Doing] = {}
         self._lock: filelock.BaseFileLock | None = None
         self._guard, self._work, self._measuring = threading.Lock(), threading.Lock(), threading.Lock()
@@ -130,7 +130,7 @@ class Worker:
             facts: session, device, backend, versions, judge (sha256 by file), archive (sha256), dataset, manifest,
                 settings, profile, sandbox, memory_ceiling, unified.
         """
-        digests = {"judge": judge_digest(facts["judge"]), "data": data_digest(facts["manifest"])}
+        digests = digests_of(facts["judge"], facts["manifest"])
         for what, name in {"judge": "the judge", "data": "the dataset"}.items():
             if self.expected and self.expected[what] != digests[what]:
                 raise LabError(f"{name} of this head is not the one that the invitation names")
@@ -200,10 +200,6 @@ class Worker:
         if (box := sandbox.probe()) is None:
             raise LabError("this machine offers no sandbox, and runs for another machine need one (docs/sandbox.md)")
         return box
-
-    @property
-    def judge(self) -> Path:
-        return self.root / "judge"
 
     def _restore_judge(self) -> list[str]:
         """Unpacks the judge where files of it are not as the head lists them, and names these. LabError if what was
@@ -360,12 +356,9 @@ def files_of(facts: dict) -> dict[str, dict | None]:
     return {f"data/{facts['dataset']}/{name}": known for name, known in files.items()}
 
 
-def judge_digest(judge: dict[str, str]) -> str:
-    return storage.digest_of(sorted(judge.items()))
-
-
-def data_digest(manifest: str) -> str:
-    return storage.digest_of(manifest)
+def digests_of(judge: dict[str, str], manifest: str) -> dict[str, str]:
+    """What an invitation names of a session: digests of the judge's files, and of the dataset's manifest."""
+    return {"judge": storage.digest_of(sorted(judge.items())), "data": storage.digest_of(manifest)}
 
 
 def archive_of(judge: Path, pinned: dict[str, str]) -> bytes:

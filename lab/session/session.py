@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,7 @@ class Session:
     @property
     def fleet(self) -> dict[str, Any] | None:
         """What the night said of its devices (fleet/settings.py), where there are several; else None."""
-        try:
-            return json.loads((self.folder / FLEET).read_bytes())
-        except (OSError, ValueError):
-            return None
+        return storage.read_json(self.folder / FLEET)
 
     def ending(self) -> str | None:
         """Why a run under way is to end now, if it is: one of HELD."""
@@ -213,19 +210,11 @@ class Session:
         self.log(ExperimentOpened(number=number, **facts))
         return self.state.experiments[number]
 
-    def start_run(
-        self,
-        experiment: Experiment,
-        blob: str,
-        seed: int,
-        budget: float,
-        worker: str = "",
-        patches: Sequence[int] = (),
-    ) -> Run:
-        """Journals that a run begins. To be called with the lock held."""
+    def start_run(self, experiment: Experiment, blob: str, seed: int, budget: float, **more) -> Run:
+        """Journals that a run begins; more: facts of RunStarted. To be called with the lock held."""
         number = self.state.next_run()
-        facts = {"blob": blob, "seed": seed, "budget": budget, "worker": worker, "patches": list(patches)}
-        self.log(RunStarted(number=number, experiment=experiment.number, **facts))  # pyright: ignore[reportArgumentType]
+        started = RunStarted(number=number, experiment=experiment.number, blob=blob, seed=seed, budget=budget, **more)
+        self.log(started)
         return self.state.runs[number]
 
     # --- Resuming ---

@@ -217,7 +217,7 @@ def begin(session: Session, order: Order, worker: str = "") -> Run:
     if patches:
         content, patches = blocks.made(content, experiment.patches, patches)
         blob = session.repository.store(content)
-    run = session.start_run(experiment, blob, job.seed, job.budget, worker, patches)
+    run = session.start_run(experiment, blob, job.seed, job.budget, worker=worker, patches=patches)
     folder = session.run_folder(run.number)
     runner.remove(folder)
     folder.mkdir(parents=True)
