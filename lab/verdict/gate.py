@@ -1,36 +1,22 @@
-"""The statistics of the verdict: is a change better than its parent, or only luckier? docs/verdict.md says it in words.
+"""The statistics of the verdict: is a change better than its parent, or only luckier? docs/verdict.md has the rules,
+and the reasons for them. What they rest on:
 
-Runs of one train.py with different seeds don't score the same. Where that noise is as large as most gains, a quarter
-of what scores lower is no better; and to run everything many times leaves no time to try much. So:
+- **Looks** share a test's level equally (Bonferroni), so it is valid whenever it stops and however its looks depend on
+  each other. Those at few and at many runs lie as far apart as matters: more of them ask for more at each.
+- **The parent's mean** holds the runs that it was kept for, and is biased in its favour; that costs power alone.
+- **The noise** and what conditions explain are estimated with priors that fade as repeats come (`pooled`).
+- **The account** is alpha-investing (Foster & Stine, JRSS B 2008; in the form of LORD++: Ramdas et al., NeurIPS 2017).
+  Where nothing can be told from noise at most ALPHA of nights hold a false keep; where much is found the levels grow,
+  but at most ALPHA of keeps are false. The hopeless changes, which are most, cost nothing (after ADDIS: Tian & Ramdas,
+  NeurIPS 2019).
+- **Near misses** are tried together, as gains add up and noise doesn't.
+- **Simpler and no worse** is a sequential test of "equal" against "worse by MARGIN" (Wald, Sequential Analysis 1947,
+  with Student's t in place of the normal).
 
-1. **A change is run again only while that pays.** The gain to be expected of more runs, for each of them, has to be
-   above what a run of the session has earned so far (`_worth`). Where gains are found often one run decides nearly
-   everything; where they are not, patience grows. Giving up early can't add false keeps.
-2. **It is kept if Student's t says so at one of LOOKS**, by numbers of runs. Each look has the same share of the test's
-   level (Bonferroni), so the test is valid whenever it stops and however its looks depend on each other. Those at few
-   and at many runs lie as far apart as matters: more of them ask for more at each.
-3. **The parent is run beside it**, on the same seeds, at least as often, and more often the more tests share its mean.
-   Equal seeds are compared in pairs as far as the session shows that they share noise (`shared`). The parent's mean
-   holds the runs that it was kept for, and is biased in its favour: that costs power, not validity.
-4. **The noise** is one standard deviation for the session, pooled over all that was repeated, with a prior that counts
-   like a few repeats and fades as real ones come; a baseline that contradicts it is run more often (`doubted`). What
-   the conditions of runs explain is taken out, and how well that is known widens the error (`pooled`): the measured
-   disturbance, and where several devices make the runs a constant that each of them adds.
-5. **The level of a test comes from an account** of the false keeps to be expected: ALPHA in all, and ALPHA more for
-   each keep after the first (alpha-investing: Foster & Stine, JRSS B 2008; in the form of LORD++: Ramdas et al.,
-   NeurIPS 2017). Where nothing can be told from noise at most ALPHA of nights then hold a false keep; where much is
-   found the levels grow, but at most ALPHA of keeps are false. A test stakes a part of what is left, so it never runs
-   out. Only changes that are run again, or kept, stake anything; so the hopeless ones, which are most, cost nothing
-   (after ADDIS: Tian & Ramdas, NeurIPS 2019).
-6. **Near misses**, better by NEAR standard errors and not kept, are tried together: gains add up, noise doesn't.
-7. **Simpler and no worse** is kept too: with bit for bit the same score on a seed that the parent has, after one run;
-   else by a sequential test of "equal" against "worse by MARGIN", where that takes few runs (Wald, Sequential Analysis
-   1947, with Student's t in place of the normal). Losses that could not be excluded are added up, to LOSSES at most.
-
-The theorems behind 5 ask for independent tests, exact p-values and a charge for every change. Here tests share parents
-and an estimated noise, a look is repeated when the parent gets another run, and a change that ends after one run is not
-charged. That the bounds hold all the same, wrong priors and nights of nothing but worthless changes included, is
-simulated in benchmarks/gate.py.
+The theorems behind the account ask for independent tests, exact p-values and a charge for every change. Here tests
+share parents and an estimated noise, a look is repeated when the parent gets another run, and a change that ends after
+one run is not charged. That the bounds hold all the same, wrong priors and nights of nothing but worthless changes
+included, is simulated in benchmarks/gate.py.
 """
 
 from __future__ import annotations
@@ -75,6 +61,10 @@ REAL, SPREAD = 0.2, 2.0  # share of changes that do anything, and the standard d
 LONG = 0.2  # what a further run costs before it is made, as most changes are given up on the way
 ASKED = 0.75  # of what a run of the session has gained so far, that a further run of a change has to earn
 EARNS, START = 10.0, 10  # and EARNS / (runs + START)^2 of the noise, which is for a session that has kept nothing yet
+
+
+Scores = Mapping[int, float]  # val_bpb by seed
+Pair = tuple[Mapping[int, Conditions], Mapping[int, Conditions]]  # of the candidate's runs and the parent's, by seed
 
 
 def seed(round: int) -> int:
@@ -210,7 +200,7 @@ def doubted(scores: Sequence[float], noise: Noise) -> bool:
     return 3 <= len(scores) < MOST_BASELINE and noise.sd > DOUBTED * statistics.stdev(scores)
 
 
-def shared(families: Iterable[tuple[Mapping[int, float], Sequence[Mapping[int, float]]]]) -> float:
+def shared(families: Iterable[tuple[Scores, Sequence[Scores]]]) -> float:
     """The correlation of two train.py's scores on one seed: what it is at least, about one-sided at 95 %; 0 where few
     seeds tell, or none. It is the slope of changes over their parent, of scores centred within each pair; a seed counts
     once however many changes were run on it, as they may share what the parent doesn't.
@@ -294,13 +284,13 @@ class Step:
 
 
 def next_step(
-    candidate: Mapping[int, float],
-    parent: Mapping[int, float],
+    candidate: Scores,
+    parent: Scores,
     noise: Noise,
     account: Account,
     simpler: bool = False,
     stake: float | None = None,
-    conditions: tuple[Mapping[int, Conditions], Mapping[int, Conditions]] = ({}, {}),
+    conditions: Pair = ({}, {}),
 ) -> Step:
     """What the runs so far ask for. Bits per byte everywhere.
 
@@ -320,12 +310,9 @@ def next_step(
     stake = account.stake if stake is None else stake
     runs, parents, level = len(candidate), len(parent), LEVEL * stake
     correlation = noise.shared if candidate.keys() <= parent.keys() else 0.0
-    raw, (corrected, extra, between) = _difference(candidate, parent, correlation, conditions, noise)
-    gain = raw - corrected
-    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra + between)
-    evidence, facts = _compared(gain, error, noise.df, level, runs, parents)
-    evidence = replace_evidence(evidence, corrected=corrected, stake=stake if runs > 1 else 0.0)
-    common = candidate.keys() & parent.keys()
+    evidence, facts, extra, between = _compared(candidate, parent, noise, level, conditions, correlation)
+    evidence = replace_evidence(evidence, stake=stake if runs > 1 else 0.0)
+    gain, error, common = evidence.gain, evidence.error, candidate.keys() & parent.keys()
     if simpler and common and all(candidate[one] == parent[one] for one in common):
         equal = replace_evidence(evidence, simpler=True, stake=0.0)
         return Step("keep", because("simpler_and_equal", seeds=len(common)), evidence=equal)
@@ -358,33 +345,47 @@ def next_step(
 
 
 def joint_step(
-    candidate: Mapping[int, float],
-    parent: Mapping[int, float],
+    candidate: Scores,
+    parent: Scores,
     noise: Noise,
     account: Account,
     stake: float | None = None,
-    conditions: tuple[Mapping[int, Conditions], Mapping[int, Conditions]] = ({}, {}),
+    conditions: Pair = ({}, {}),
 ) -> Step:
     """The verdict on several changes as one, from as many fresh runs of them and of their parent as were planned: one
     look, at the level that the account gives. Arguments as of `next_step`."""
     stake = account.joint_stake if stake is None else stake
-    level, runs, parents = stake, len(candidate), len(parent)  # all of it: there is one look, and its runs are fresh
-    raw, (corrected, extra, between) = _difference(candidate, parent, 0.0, conditions, noise)
-    error = noise.sd * math.sqrt(_variance(runs, parents, 0.0) + extra + between)
-    evidence, facts = _compared(raw - corrected, error, noise.df, level, runs, parents)
-    evidence = replace_evidence(evidence, corrected=corrected, stake=stake)
+    level = stake  # all of it: there is one look, and its runs are fresh
+    evidence, facts, *_ = _compared(candidate, parent, noise, level, conditions)
+    better = evidence.p <= level
     reason = because("tested", **facts, p=evidence.p, share=level)
-    if evidence.p <= level:
-        return Step("keep", reason, evidence=replace_evidence(evidence, better=True))
-    return Step("discard", reason, evidence=evidence)
+    return Step("keep" if better else "discard", reason, None, replace_evidence(evidence, stake=stake, better=better))
 
 
-def _compared(gain: float, error: float, df: int, level: float, runs: int, parents: int) -> tuple[Evidence, dict]:
-    """(what a comparison shows, which costs nothing yet; the facts that its reasons name)."""
+def _compared(
+    candidate: Scores, parent: Scores, noise: Noise, level: float, conditions: Pair, correlation: float = 0.0
+) -> tuple[Evidence, dict, float, float]:
+    """(what a comparison shows, which costs nothing yet; the facts that its reasons name; of what its conditions
+    explain the `variance` and `between`). With correlated seeds the candidate's mean is corrected by how the parent did
+    on the same seeds (a control variate)."""
+    runs, parents, df = len(candidate), len(parent), noise.df
+    own, others = dict.fromkeys(candidate, -1 / runs), dict.fromkeys(parent, (1 - correlation) / parents)
+    if correlation:
+        for one in candidate:
+            others[one] += correlation / runs
+    weighted = [(own, candidate, conditions[0]), (others, parent, conditions[1])]
+    difference = math.fsum(weights[one] * scores[one] for weights, scores, _ in weighted for one in weights)
+    plain = Conditions()
+    corrected, extra, between = noise.explains(
+        (weight, of.get(one, plain)) for weights, _, of in weighted for one, weight in weights.items()
+    )
+    gain = difference - corrected
+    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra + between)
     t, half = gain / error, t_quantile(0.05, df) * error
-    evidence = Evidence(gain, error, gain - half, gain + half, t_tail(t, df), level, runs, parents)
+    evidence = Evidence(gain, error, gain - half, gain + half, t_tail(t, df), level, runs, parents, corrected)
     direction = "better" if gain > 0 else "worse"
-    return evidence, {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": parents}
+    facts = {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": parents}
+    return evidence, facts, extra, between
 
 
 def _next(scores: Mapping[int, float]) -> int:
@@ -392,30 +393,8 @@ def _next(scores: Mapping[int, float]) -> int:
     return next(one for one in map(seed, range(len(scores) + 1)) if one not in scores)
 
 
-def _difference(
-    candidate: Mapping[int, float],
-    parent: Mapping[int, float],
-    correlation: float,
-    conditions: tuple[Mapping[int, Conditions], Mapping[int, Conditions]],
-    noise: Noise,
-) -> tuple[float, Explained]:
-    """(the parent's mean minus the candidate's, what the runs' conditions explain of it). With correlated seeds the
-    candidate's mean is corrected by how the parent did on the same seeds (a control variate)."""
-    own, others = dict.fromkeys(candidate, -1 / len(candidate)), dict.fromkeys(parent, (1 - correlation) / len(parent))
-    if correlation:
-        for one in candidate:
-            others[one] += correlation / len(candidate)
-    weighted = [(own, candidate, conditions[0]), (others, parent, conditions[1])]
-    difference = math.fsum(weights[one] * scores[one] for weights, scores, _ in weighted for one in weights)
-    plain = Conditions()
-    explained = noise.explains(
-        (weight, of.get(one, plain)) for weights, _, of in weighted for one, weight in weights.items()
-    )
-    return difference, explained
-
-
 def _variance(runs: int, parents: int, correlation: float) -> float:
-    """The variance of that difference, in units of the noise's variance."""
+    """The variance of a gain, in units of the noise's variance."""
     return (1 - correlation**2) / runs + (1 - correlation) ** 2 / parents
 
 
