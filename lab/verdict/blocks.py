@@ -66,16 +66,9 @@ def open_block(session: Session, patches: Sequence[Patch], runs: int) -> Experim
     best = opening.best_of(session)
     opening.head_of_best(session)
     facts = {name: getattr(best, name) for name in "blob digest complexity portable".split()}
-    return session.open_experiment(
-        kind="shared",
-        parent=best.blob,
-        onto=best.number,
-        commit=best.here,
-        description=f"{len(patches)} findings in shared runs",
-        patches=list(patches),
-        pairs=runs,
-        **facts,
-    )
+    facts |= {"kind": "shared", "parent": best.blob, "onto": best.number, "commit": best.here}
+    said = f"{len(patches)} findings in shared runs"
+    return session.open_experiment(description=said, patches=list(patches), pairs=runs, **facts)
 
 
 def open_joint(session: Session, block: Experiment) -> Experiment:
@@ -88,16 +81,11 @@ def open_joint(session: Session, block: Experiment) -> Experiment:
         raise LabError(f"none of the patches of block {block.number} applies any more")
     patches = [block.patches[place] for place in held]
     names = ", ".join(patch.description.partition(":")[0] for patch in patches)
-    facts = opening.facts_of_change(session, best, content)
-    return session.open_experiment(
-        kind="joint",
-        commit=session.repository.commit(head, facts["blob"], names),
-        description=f"these {len(patches)} together: {names}"[: opening.LONGEST_DESCRIPTION],
-        members=[block.number],
-        patches=patches,
-        pairs=shared.tested(noise_of(state).sd),
-        **facts,
-    )
+    facts = opening.facts_of_change(session, best, content) | {"members": [block.number], "patches": patches}
+    facts |= {"pairs": shared.tested(noise_of(state).sd)}
+    facts["description"] = f"these {len(patches)} together: {names}"[: opening.LONGEST_DESCRIPTION]
+    commit = session.repository.commit(head, facts["blob"], names)
+    return session.open_experiment(kind="joint", commit=commit, **facts)
 
 
 def chosen_of(block: Experiment) -> list[str]:

@@ -115,18 +115,9 @@ def facts_of_change(session: Session, parent: Experiment, content: bytes) -> dic
     no Python."""
     source, before = describe(content), session.repository.content(parent.blob)
     change = identify(before, content)
-    return {
-        "blob": session.repository.store(content),
-        "parent": parent.blob,
-        "onto": parent.number,
-        "digest": source.digest,
-        "complexity": source.complexity,
-        "portable": source.portable,
-        "change": change.exact,
-        "family": change.family,
-        "kinds": list(of_change(before, content)),
-        "diff": diff(before, content),
-    }
+    facts = {"blob": session.repository.store(content), "parent": parent.blob, "onto": parent.number, **vars(source)}
+    facts |= {"change": change.exact, "family": change.family, "kinds": list(of_change(before, content))}
+    return facts | {"diff": diff(before, content)}
 
 
 def open_change(

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from lab.genome import edits
 from lab.reasons import Reason, because
-from lab.session.events import Gains, Interval, Verdict
+from lab.session.events import Evidence, Gains, Interval, Verdict
 from lab.session.session import HELD
 from lab.session.state import Conditions, Experiment, Run, State
 from lab.verdict import gate
@@ -248,13 +248,14 @@ def _change(change: Experiment, state: State) -> Plan:
         return Plan((job,), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
     if moved and state.best and step.action != "discard":
-        evidence = gate.replace_evidence(
-            step.evidence, better=False, simpler=False, loss=0.0, stake=change.stake or 0.0
-        )
-        return Plan(
-            verdict=Verdict("superseded", because("moved", best=state.best.number), *means, evidence, judged=False)
-        )
+        evidence, moved_to = _unkept(step.evidence, stake=change.stake or 0.0), because("moved", best=state.best.number)
+        return Plan(verdict=Verdict("superseded", moved_to, *means, evidence, judged=False))
     return _tested(change, state, step, means)
+
+
+def _unkept(evidence: Evidence, **more) -> Evidence:
+    """The evidence of what is not kept all the same."""
+    return gate.replace_evidence(evidence, better=False, simpler=False, loss=0.0, **more)
 
 
 def _tested(change: Experiment, state: State, step: gate.Step, means: tuple[float, float]) -> Plan:
@@ -270,8 +271,7 @@ def _tested(change: Experiment, state: State, step: gate.Step, means: tuple[floa
     if best.scored is None:
         return Plan(score=(best.number,))
     if problem := disagreement(best) or _not_held_out(best, state):
-        evidence = gate.replace_evidence(step.evidence, better=False, simpler=False, loss=0.0)
-        return Plan(verdict=Verdict("invalid", problem, *means, evidence))
+        return Plan(verdict=Verdict("invalid", problem, *means, _unkept(step.evidence)))
     return Plan(verdict=Verdict("keep", step.reason, *means, step.evidence))
 
 
