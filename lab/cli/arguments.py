@@ -40,13 +40,8 @@ def parser() -> argparse.ArgumentParser:
     start("tag", "name of the session, for example the date", "TAG")
     start(*unsandboxed, action="store_true")
     start("--baseline-runs", "runs of the baseline (default 3)", default=3, **seeds)
-    start(
-        "--for",
-        "for the device of another machine that lab join --describe FILE describes",
-        "FILE",
-        type=Path,
-        dest="of",
-    )
+    text = "for the device of another machine that lab join --describe FILE describes"
+    start("--for", text, "FILE", type=Path, dest="of")
 
     run = command("run", "run train.py as an experiment: judge it, keep or revert it, record it", wait=True)
     run("-m --message", "what was changed, and why", "TEXT")
@@ -87,11 +82,8 @@ def parser() -> argparse.ArgumentParser:
     command("mcp", "serve status, log, check, propose and wait to an agent over MCP (pip install .[mcp])", json=False)
     export = command("export", "write the session as a folder, or as a .tar.gz", json=False)
     export("target", None, type=Path, nargs="?")
-    export(
-        "--publish",
-        "make a branch exp/<device>/<tag> with the kept changes, and the export in session/",
-        action="store_true",
-    )
+    text = "make a branch exp/<device>/<tag> with the kept changes, and the export in session/"
+    export("--publish", text, action="store_true")
     export("--replace", "replace the branch of that name", action="store_true")
     bring = command("import", "read an exported session, or the original's results.tsv", json=False)
     bring("source", "a folder, an archive, a results.tsv or a published branch", "SOURCE")
@@ -115,26 +107,17 @@ def parser() -> argparse.ArgumentParser:
     replay("--all", "try its near misses, too", action="store_true")
     replay("--each", "try each on the baseline, without moving the branch (the default)", action="store_true")
     replay("--stack", "try them in order on the best so far; a kept one moves the branch", action="store_true")
-    replay(
-        "--runs",
-        "at least this many runs of change and baseline each (default 1); a later call with more adds runs",
-        default=1,
-        **seeds,
-    )
+    text = "at least this many runs of change and baseline each (default 1); a later call with more adds runs"
+    replay("--runs", text, default=1, **seeds)
     replay("--dry-run", "only show what would be run, and what does not apply here", action="store_true")
 
     command("findings", "list published findings: the evidence elsewhere, the verdict here")
 
-    night = command(
-        "night", "run one experiment after another, by an agent or by search, until it is stopped", json=False
-    )
+    text = "run one experiment after another, by an agent or by search, until it is stopped"
+    night = command("night", text, json=False)
     night("--agent", "command, called once for each experiment: gets a prompt on its input, edits train.py", "COMMAND")
-    night(
-        "--agents",
-        "run N turns of the agent at once, also while experiments run (default: one, in between)",
-        default=0,
-        **seeds,
-    )
+    text = "run N turns of the agent at once, also while experiments run (default: one, in between)"
+    night("--agents", text, default=0, **seeds)
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
     text = "first try the findings that lab findings lists (the default without an agent)"
     night("--findings", text, action=argparse.BooleanOptionalAction)
@@ -144,13 +127,10 @@ def parser() -> argparse.ArgumentParser:
     night("--max-experiments", "stop after this many experiments", **seeds)
     scale = "at the end, run the baseline with other training times, as lab confirm --scale does; reserves time for it"
     night("--scale", scale, action="store_true")
-    night(
-        "--notify",
-        "command, called at a new best, at trouble, at the end: gets a line on its input and in $LAB_MESSAGE",
-        "COMMAND",
-    )
-    page = "serve the report, read-only, in the local network; the address is shown at the start"
-    night("--page", page, "PORT", type=int, nargs="?", const=0)
+    text = "command, called at a new best, at trouble, at the end: gets a line on its input and in $LAB_MESSAGE"
+    night("--notify", text, "COMMAND")
+    text = "serve the report, read-only, in the local network; the address is shown at the start"
+    night("--page", text, "PORT", type=int, nargs="?", const=0)
     night("--tag", "name of the new session, if there is none yet (default: the date)")
     night("--dataset", "dataset of the new session (default: the one prepared last, or climbmix)", "NAME")
     night("--baseline-runs", "runs of its baseline (default 3)", default=3, **seeds)

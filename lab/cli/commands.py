@@ -24,8 +24,8 @@ from lab.session.repository import here
 from lab.session.session import PREFIX, Session, at
 from lab.session.state import APART, Experiment
 from lab.untrusted import counted
-from lab.verdict.executor import launch
 from lab.verdict import opening
+from lab.verdict.executor import launch, supervise
 
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
@@ -80,14 +80,10 @@ def _finished_first(interrupted: Experiment, left: str) -> str:
 def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
         raise LabError("--pairs has to be at least 2, and --times above 0")
-
-    def open_experiment() -> None:
-        if options.scale:
-            opening.open_scale(session, options.pairs)
-        else:
-            opening.open_confirmation(session, options.pairs, options.times, options.file)
-
-    return _measure(session, options, open_experiment)
+    if options.scale:
+        return _measure(session, options, lambda: opening.open_scale(session, options.pairs))
+    asked = options.pairs, options.times, options.file
+    return _measure(session, options, lambda: opening.open_confirmation(session, *asked))
 
 
 def do_transfer(session: Session, options) -> int:
@@ -326,8 +322,6 @@ def do_replay(session: Session, options) -> int:
 
 
 def do_supervise(session: Session, options) -> int:
-    from lab.verdict.executor import supervise
-
     if session.fleet is None:
         supervise(session)
     else:

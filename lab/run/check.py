@@ -21,6 +21,8 @@ import runpy  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from contextlib import AbstractContextManager  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -93,14 +95,9 @@ def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | 
     output = log.Log(reading, result.with_suffix(".log"))
     try:
         process = subprocess.Popen(
-            command,
-            cwd=result.parent,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=writing,
-            stderr=writing,
+            command, cwd=result.parent, env=environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing,
             start_new_session=True,
-        )
+        )  # fmt: skip
     finally:
         os.close(writing)
     try:
@@ -117,7 +114,7 @@ def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | 
 # --- Inside ---
 
 
-class Batches:
+class Batches(Iterator, AbstractContextManager):
     """Replaces prepare.Loader: a few rows of random tokens at a time."""
 
     epoch, waited = 1, 0.0
@@ -127,9 +124,6 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.data, self.batch_size, self.tokens, self.batches, self.rows = data, batch_size, 0, 0, 0
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         if self.clock is None:
@@ -143,14 +137,10 @@ class Batches:
     def first_rows(self):
         return self.data.some_rows(EXAMINED)
 
-    def close(self):
+    def close(self, *_) -> None:
         pass
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+    __exit__ = close
 
 
 class Data(Tokens):

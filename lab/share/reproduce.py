@@ -17,7 +17,7 @@ from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.session.events import Verdict
 from lab.session.record import Record
-from lab.session.repository import here
+from lab.session.repository import Repository, here
 from lab.share import sources
 from lab.untrusted import one_line
 
@@ -63,23 +63,12 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
         if done.returncode:
             raise LabError(f"{' '.join(command[:4])} failed, in {folder}: its message is above")
 
-    lab = sys.executable, "-m", "lab"
+    git, lab = ("git", "-c", "user.name=lab", "-c", "user.email=lab@localhost"), (sys.executable, "-m", "lab")
     say(f"a clean clone at {commit[:7]} in {folder}")
-    step("git", "clone", "--quiet", "--no-checkout", str(repository.path), str(folder))
-    step("git", "checkout", "--quiet", "-B", "reproduce", commit)
+    step(*git, "clone", "--quiet", "--no-checkout", str(repository.path), str(folder))
+    step(*git, "checkout", "--quiet", "-B", "reproduce", commit)
     (folder / TRAIN).write_bytes(before)
-    step(
-        "git",
-        "-c",
-        "user.name=lab",
-        "-c",
-        "user.email=lab@localhost",
-        "commit",
-        "--quiet",
-        "--allow-empty",
-        "-am",
-        "parent",
-    )
+    step(*git, "commit", "--quiet", "--allow-empty", "-am", "parent")
     say(f"the parent of experiment {number}, as a baseline")
     step(*lab, "start", tag, "--baseline-runs", "1", "--wait", "1e9", *["--unsandboxed"] * (not record.started.sandbox))
     change = folder.with_suffix(".py")
@@ -87,15 +76,9 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
     say(f"the change against it, {pairs} pairs of runs: {one_line(experiment.description, 80)}")
     step(*lab, "confirm", "--file", str(change), "--pairs", str(pairs), "--wait", "1e9")
     change.unlink()
-    branch = here_branch(folder)
+    branch = Repository(folder).some_branch()
     found = sources.read(branch).state.last
     return {"change": f"{record.name} #{number}", "session": branch, **compared(experiment.verdict, found.verdict)}
-
-
-def here_branch(folder) -> str:
-    """The branch that is checked out in a folder."""
-    asked = subprocess.run(["git", "symbolic-ref", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    return asked.stdout.strip()
 
 
 def compared(claimed: Verdict, found: Verdict) -> dict:
