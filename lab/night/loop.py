@@ -106,9 +106,7 @@ class Night:
         if text := agent.recover(self.session, self._turn_log()):  # a night was killed during its turn
             self.view.say(f"the agent {text}")
             self._journal(TurnTaken(by="agent", outcome="interrupted", said=text))
-        agent.discard(self.session)
-        for path in self.session.folder.glob("turn-*"):
-            self._turns.end_of(path)
+        self._turns.discard()
         try:
             try:
                 while True:

@@ -70,13 +70,14 @@ def write(session: Session, program: str, turns: list[TurnTaken], seconds: float
         ("tried", 0.4, lambda most: _tried(state, most)),
         ("diffs", 0.5, lambda most: _diffs(state, most)),
         ("values", 0.6, lambda most: _values(state, most)),
-        ("findings", 1.0, lambda most: _findings(session, most)),
+        ("published", 0.5, lambda most: _published(session, most)),
+        ("kept", 1.0, lambda most: _kept_elsewhere(session, most)),
     ]
     parts, left = dict(fixed), MOST - sum(_size(text) + 2 for text in fixed.values())
     for name, share, told in flexible:
         parts[name] = told(int(share * left))
         left -= _size(parts[name]) + 2
-    order = "rules turn standing running tried values diffs last own findings requests surface".split()
+    order = "rules turn standing running tried values diffs last own kept published requests surface".split()
     return "\n\n".join(parts[name] for name in order if parts[name]) + f"\n\n{_train(session)}\n"
 
 
@@ -309,17 +310,8 @@ def _changed_lines(diff: str, most: int) -> str:
     return "\n".join(shown + [f"... {len(rows) - most} more lines"] * (len(rows) > most))
 
 
-def _findings(session: Session, most: int) -> str:
-    """What other sessions kept, with its lines, and published findings, a line each: those not tried here."""
-    if most < 400:
-        return ""
-    told = _published(session, most // 2)
-    kept = _kept_elsewhere(session, most - _size(told))
-    return "\n\n".join(filter(None, (kept, told)))
-
-
 def _published(session: Session, most: int) -> str:
-    """Findings that apply to the best and promise something on this device."""
+    """Published findings that apply to the best, promise something on this device and were not tried, a line each."""
     lines = []
     with suppress(LabError, OSError):
         for idea in islice((idea for idea in findings.ideas(session) if idea.name), MOST_FINDINGS):
@@ -330,9 +322,7 @@ def _published(session: Session, most: int) -> str:
 
 
 def _kept_elsewhere(session: Session, most: int) -> str:
-    """What other sessions kept."""
-    if most < 400:
-        return ""
+    """What other sessions kept and was not tried here, with its lines."""
     try:
         found = findings.untried(session)
     except (LabError, OSError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import psutil
 
@@ -39,7 +41,7 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
     if port is None:
         yield []
         return
-    key, pages = secrets.token_urlsafe(16), Pages(session)
+    key = secrets.token_urlsafe(16)
 
     class Handler(BaseHTTPRequestHandler):
         timeout, server_version, sys_version = PATIENCE, "autoresearch", ""
@@ -47,7 +49,7 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
         def do_GET(self):
             known = secrets.compare_digest(self.path.encode(), f"/{key}/".encode())
             try:
-                content, status = (pages.current(), 200) if known else (b"", 404)
+                content, status = (report(session), 200) if known else (b"", 404)
             except Exception as error:  # the night goes on without
                 content, status = f"no report now: {error}".encode(), 503
             self.send_response(status)
@@ -88,22 +90,18 @@ class Server(HTTPServer):
         pass
 
 
-class Pages:
-    """The report, made anew when the journal has grown."""
+def report(session: Session) -> bytes:
+    """The page as the journal is now."""
+    return _written(session.folder, session.journal.path.stat().st_size)
 
-    def __init__(self, session: Session):
-        self.session, self._size, self._content = session, -1, b""
 
-    def current(self) -> bytes:
-        from lab.compare.analysis import Analysis
-        from lab.report import page
-        from lab.share import sources
+@functools.lru_cache(maxsize=1)
+def _written(folder: Path, size: int) -> bytes:
+    from lab.compare.analysis import Analysis
+    from lab.report import page
+    from lab.share import sources
 
-        size = self.session.journal.path.stat().st_size
-        if size != self._size:
-            self._content = page.written([Analysis(sources.read(self.session.name))])
-            self._size = size
-        return self._content
+    return page.written([Analysis(sources.read(folder))])
 
 
 def hosts() -> list[str]:

@@ -33,10 +33,10 @@ class Turns:
     _going: dict[int, threading.Thread] = field(default_factory=dict)
     _over: threading.Event = field(default_factory=threading.Event)
 
-    def clone_of(self, slot: int) -> Session:
-        """The session, with the clone of one of the turns as its own; that of the first is where a single one is."""
+    def at(self, clone: Path) -> Session:
+        """The session, with the clone of one of the turns as its own."""
         there = Session(self.session.folder)
-        there.turn = self.session.folder / ("turn" if slot == 1 else f"turn-{slot}")
+        there.turn = clone
         return there
 
     def free(self) -> int | None:
@@ -47,7 +47,8 @@ class Turns:
         return next(slot for slot in range(1, self.count + 1) if slot not in self._going)
 
     def begin(self, slot: int, command: str, prompt: str, log: Path, seconds: float) -> None:
-        self.begun, there = self.begun + 1, self.clone_of(slot)
+        folder = self.session.folder  # the first clone is where that of a single turn is
+        self.begun, there = self.begun + 1, self.at(folder / ("turn" if slot == 1 else f"turn-{slot}"))
         parent = best_of(there).blob
         text = prompt + (BESIDE.format(slot=slot, count=self.count) if self.count > 1 else "")
 
@@ -68,16 +69,14 @@ class Turns:
         self._going[slot] = threading.Thread(target=work, daemon=True)
         self._going[slot].start()
 
-    def end_of(self, clone: Path) -> None:
-        """Ends what a killed night has left of a turn, and deletes its clone."""
-        there = Session(self.session.folder)
-        there.turn = clone
-        agent.discard(there)
+    def discard(self) -> None:
+        """Ends what is left of turns, also of those of a killed night, and deletes their clones."""
+        for clone in (self.session.turn, *self.session.folder.glob("turn-*")):
+            agent.discard(self.at(clone))
 
     def end(self) -> None:
         """Ends running turns. Their edits are lost."""
         self._over.set()
         for thread in self._going.values():
             thread.join(agent.GRACE * 2)
-        for slot in range(1, self.count + 1):
-            agent.discard(self.clone_of(slot))
+        self.discard()

@@ -73,7 +73,7 @@ def test_who_hangs_up_or_says_nothing_holds_up_nobody_for_long(address, monkeypa
 
 
 def test_a_report_that_fails_ends_nothing(night, address, monkeypatch):
-    monkeypatch.setattr(serve.Pages, "current", lambda self: 1 / 0)
+    monkeypatch.setattr(serve, "report", lambda session: 1 / 0)
     assert asked(address)[0].status == 503
 
 
