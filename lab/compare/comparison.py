@@ -151,7 +151,8 @@ class Comparison:
         found = {c.key: Published(known[c.key], c) for c in self.changes if c.key in known}
         for analysis in self.sessions:
             for number, origin, effect in analysis.screened:
-                key, cell = origin.rpartition("/")[2], _screened(analysis, number, effect)
+                key = origin.rpartition("/")[2]
+                cell = Cell(effect, [f"{analysis.name} #{number} in shared runs"], analysis.name, "")
                 if key in known and key not in found:
                     title = known[key].title
                     found[key] = Published(known[key], Shared(key, title, "", CHANGE, "", {analysis.place: cell}))
@@ -315,11 +316,6 @@ def _source(attempts: list[Attempt]) -> Attempt | None:
         devices = {name.partition("/")[0] for name in named}
         return next(iter(there), None) or next((a for a in attempts if a.session.started.device in devices), None)
     return next((attempt for attempt in own if attempt.experiment.status == "keep"), own[0])
-
-
-def _screened(session: Analysis, number: int, effect: Effect) -> Cell:
-    """The effect of a patch in a block of shared runs."""
-    return Cell(effect, [f"{session.name} #{number} in shared runs"], session.name, "")
 
 
 def _cell(attempts: list[Attempt]) -> Cell:

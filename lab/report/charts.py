@@ -64,10 +64,9 @@ class Chart:
     figure: Figure
     axes: Axes
     key: str = ""  # that ids of the experiments' rows in the page begin with
-    spots: list[tuple[float, float, int]] = field(
-        default_factory=list
-    )  # (x, y, number), in pixels from the left and top
-    legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, sign, meaning) of what is drawn
+    # (x, y, number), in pixels from the left and top; (colour, sign, meaning) of what is drawn.
+    spots: list[tuple[float, float, int]] = field(default_factory=list)
+    legend: list[tuple[str, str, str]] = field(default_factory=list)
 
     def pixels(self, points) -> np.ndarray:
         """The places of values: (x, y) in pixels from the left and from the bottom."""

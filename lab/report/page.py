@@ -24,9 +24,8 @@ from lab.session.state import Experiment
 from lab.untrusted import counted, plain, visible
 from lab.verdict.plan import WORTH_TELLING
 
-Data = dict[
-    str, Any
-]  # {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}, for the script
+# For the script: {"sessions": {key: {number: details}}, "charts": {id: [key, x, y, number, ...]}}.
+Data = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 MARK, PNG = "<!doctype html>\n<!-- python -m lab report -->\n", b"\x89PNG\r\n\x1a\n"  # what files of ours begin with
 SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
