@@ -119,7 +119,6 @@ def _costs(sessions: list[Analysis]) -> Table:
 
 
 def _transfer(comparison: Comparison) -> list[Table | str]:
-    """The changes that more than one place has tried."""
     parts: list[Table | str] = []
     for joined, caption in CAPTIONS.items():
         changes = [change for change in comparison.shared if change.joined == joined]
@@ -232,20 +231,11 @@ def _paid(comparison: Comparison) -> list[Table | str]:
 
 
 def kinds_table(summaries: list[Paid]) -> Table:
-    sorts = dict.fromkeys(summary.sort for summary in summaries)
-    rows = [
-        (
-            sort,
-            one.kind,
-            f"{one.kept} of {one.tried}",
-            "{:.0%} ({:.0%} to {:.0%})".format(*one.rate),
-            str(one.crashed),
-            number(one.median, "+.2f"),
-        )
-        for sort in sorts
-        for one in summaries
-        if one.sort == sort
-    ]
+    sorts, rows = list(dict.fromkeys(summary.sort for summary in summaries)), []
+    for one in sorted(summaries, key=lambda summary: sorts.index(summary.sort)):
+        rate = "{:.0%} ({:.0%} to {:.0%})".format(*one.rate)
+        figures = f"{one.kept} of {one.tried}", rate, str(one.crashed), number(one.median, "+.2f")
+        rows.append((one.sort, one.kind, *figures))
     caption = "By sort of device; the rate is drawn towards that of all kinds there, with its 90 % interval"
     return Table(caption, ("device", "kind", "kept", "rate", "crashed", "median step, %"), rows)
 

@@ -233,9 +233,8 @@ class View:
         stands = "is scored" if percent >= 100 else f"{percent:.0f} %" if percent else "starts"
         if progress and not percent:
             stands = f"step {progress['step']:.0f}"
-        left = max(
-            budget * (1 - percent / 100), self.session.state.end_of(run) - time.time()
-        )  # the start may take as long as it likes
+        # The start may take as long as it likes.
+        left = max(budget * (1 - percent / 100), self.session.state.end_of(run) - time.time())
         parts = [f"run {run.number} ({whose}seed {run.seed})", stands, f"{lasting(left)} left"]
         parts += [f"loss {progress['loss']:.4g}"] if progress else []
         parts += [f"{progress['tok_per_s']:,.0f} tokens/s"] if progress.get("tok_per_s") else []

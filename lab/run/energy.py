@@ -66,7 +66,6 @@ class Meter:
             self._powers = _rails()
 
     def look(self) -> None:
-        """Takes a reading."""
         if self.broken or not (self._counters or self._powers):
             return
         now = time.monotonic()
@@ -107,9 +106,8 @@ class Meter:
 
 def _package(folder: Path) -> tuple[Read, float] | None:
     """The counter of a CPU's package; None for a part of one, which its package counts, and what can't be read."""
-    if not re.fullmatch(r"intel-rapl:\d+", folder.name) or not (machine.told(folder / "name") or "").startswith(
-        "package"
-    ):
+    name = machine.told(folder / "name") or ""
+    if not re.fullmatch(r"intel-rapl:\d+", folder.name) or not name.startswith("package"):
         return None
     counter, most = folder / "energy_uj", machine.told(folder / "max_energy_range_uj")
     if machine.told(counter) is None:

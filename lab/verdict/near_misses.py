@@ -13,13 +13,8 @@ from lab.verdict import gate
 def remembered(state: State) -> list[int]:
     """Numbers of the experiments to try together, the most convincing first: those not tried so before."""
     used = {number for experiment in state.experiments.values() for number in experiment.members}
-    return gate.together(
-        [
-            (e.number, e.verdict.evidence.gain, e.verdict.evidence.error)
-            for e in state.decided
-            if e.number not in used and e.near_miss and e.verdict.evidence
-        ]
-    )
+    left = {e.number: e.verdict.evidence for e in state.decided if e.number not in used and e.near_miss}
+    return gate.together([(number, found.gain, found.error) for number, found in left.items() if found])
 
 
 def together(session: Session) -> tuple[bytes, list[int]]:
