@@ -79,4 +79,5 @@ class Turns:
         self._over.set()
         for thread in self._going.values():
             thread.join(agent.GRACE * 2)
-        self.discard()
+        if self.count:  # the clone of a single turn is the next night's to look at, if an error left it
+            self.discard()
