@@ -445,6 +445,7 @@ def _worth(gain: float, error: float, noise: Noise, level: float, outlook: Outlo
     mean, variance = g * prior / total, now * prior / total  # of its effect, if it has one
     best = 0.0
     for runs, parents, then in outlook.further():
+        then = min(then, now)  # where pairs share noise, today's error may be the smaller one
         old = then / now  # weight that today's gain has then
         df = noise.df + runs - outlook.runs + parents - outlook.parents
         needed = math.sqrt(then * df * math.expm1((z * (8 * df + 3) / (8 * df + 1)) ** 2 / df))

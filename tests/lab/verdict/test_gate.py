@@ -379,6 +379,12 @@ def test_smallest_detectable_grows_with_noise_ignorance_and_poverty():
 # --- Calibration, by simulation ---
 
 
+def test_further_runs_are_weighed_where_today_s_error_is_smaller_than_theirs_would_be():
+    outlook = gate.Outlook(runs=3, parents=3, wanted=3)
+    worth = gate._worth(0.01, 0.001, gate.Noise(0.005, 8), 0.01, outlook)  # 3 runs each usually have 0.0041
+    assert 0 < worth <= 0.01
+
+
 def test_p_is_uniform_when_a_change_is_worth_nothing():
     """With the noise estimated from 5 degrees of freedom: a normal distribution's tail would be wrong by a factor."""
     rng, count = random.Random(5), 8_000
