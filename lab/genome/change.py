@@ -11,8 +11,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import itertools
 import re
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lab.errors import LabError
@@ -86,36 +88,51 @@ def patched(content: bytes, patch: str) -> bytes:
     Raises:
         LabError: it was made on another text, or is not a diff.
     """
-    if not (head := HEAD.match(patch)):
-        raise LabError(f"its patch has to change {TRAIN} and nothing else")
-    lines, rows = lines_of(content), deque(f"{row}\n" for row in patch[head.end() :].split("\n")[:-1])
-    result: list[bytes] = []
-    at = 0
-    while rows:
-        if not (hunk := HUNK.match(rows[0])):
-            raise LabError(f"its patch holds more than changes of {TRAIN}: {rows[0][:80]!r}")
-        rows.popleft()
-        start, length, new_length = int(hunk[1]), int(hunk[2] or 1), int(hunk[4] or 1)
-        start -= length > 0  # a hunk without old lines names the line before it
-        old: list[bytes] = []
-        new: list[bytes] = []
-        sides = {" ": (old, new), "-": (old,), "+": (new,)}
-        last: tuple[list[bytes], ...] = ()
-        while rows and (len(old) < length or len(new) < new_length or rows[0].startswith("\\")):
-            row = rows.popleft()
-            if row.startswith("\\"):  # the line before has no end
-                for side in last:
-                    side[-1] = side[-1].removesuffix(b"\n")
-                continue
-            last = sides.get(row[0], ())
-            for side in last:
-                side.append(row[1:].encode(errors="surrogateescape"))
-            if not last:
-                break
-        if (len(old), len(new)) != (length, new_length):
-            raise LabError("its patch is cut short: a hunk lacks lines")
-        if start < at or lines[start : start + length] != old:
+    lines, result, at = lines_of(content), [], 0
+    for start, rows in _hunks(patch):
+        old, new = ([line for mark, line in rows if mark in (" ", side)] for side in "-+")
+        if start < at or lines[start : start + len(old)] != old:
             raise LabError(f"its patch does not fit the {TRAIN} that it was made on, at line {start + 1}")
         result += lines[at:start] + new
-        at = start + length
+        at = start + len(old)
     return b"".join(result + lines[at:])
+
+
+def replaced(patch: str) -> list[tuple[int, int, list[bytes]]]:
+    """(first and end of the lines, from 0, and what stands in their place) of each place that a unified diff changes.
+    LabError if it is not a diff."""
+    places = []
+    for start, rows in _hunks(patch):
+        for is_context, group in itertools.groupby(rows, lambda row: row[0] == " "):
+            group = list(group)
+            end = start + sum(mark != "+" for mark, _ in group)
+            if not is_context:
+                places.append((start, end, [line for mark, line in group if mark == "+"]))
+            start = end
+    return places
+
+
+def _hunks(patch: str) -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
+    """(its first line, from 0; its rows, each a mark and a line) of each hunk of a unified diff."""
+    if not (head := HEAD.match(patch)):
+        raise LabError(f"its patch has to change {TRAIN} and nothing else")
+    left = deque(f"{row}\n" for row in patch[head.end() :].split("\n")[:-1])
+    while left:
+        if not (hunk := HUNK.match(left[0])):
+            raise LabError(f"its patch holds more than changes of {TRAIN}: {left[0][:80]!r}")
+        left.popleft()
+        start, lengths = int(hunk[1]), [int(hunk[2] or 1), int(hunk[4] or 1)]
+        rows, missing = [], list(lengths)
+        while left and (max(missing) > 0 or left[0].startswith("\\")):
+            mark, line = left[0][0], left[0][1:].encode(errors="surrogateescape")
+            if mark == "\\" and rows:  # the line before has no end
+                rows[-1] = rows[-1][0], rows[-1][1].removesuffix(b"\n")
+            elif mark in " -+":
+                rows.append((mark, line))
+                missing = [missing[0] - (mark != "+"), missing[1] - (mark != "-")]
+            else:
+                break
+            left.popleft()
+        if any(missing):
+            raise LabError("its patch is cut short: a hunk lacks lines")
+        yield start - (lengths[0] > 0), rows  # a hunk without old lines names the line before it

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from lab.errors import LabError
-from lab.genome.merge import merged
+from lab.genome.merge import merged_patch
 from lab.genome.syntax import describe
 from lab.session.session import Session
 from lab.session.state import State
@@ -26,13 +28,13 @@ def together(session: Session) -> tuple[bytes, list[int]]:
     state, repository = session.state, session.repository
     if state.best is None:
         raise LabError("there is no best yet on which near misses could be tried")
-    current, members = repository.content(state.best.blob), []
+    current, members, content_of = repository.content(state.best.blob), [], cache(repository.content)
     for number in remembered(state):
         if len(members) == gate.MOST_TOGETHER:
             break
         miss = state.experiments[number]
-        content, conflicts = merged(current, repository.content(miss.parent or ""), repository.content(miss.blob))
         try:
+            content, conflicts = merged_patch(current, content_of(miss.parent or ""), miss.diff)
             if not conflicts and content != current:
                 describe(content)
                 current, members = content, [*members, number]

@@ -1,13 +1,14 @@
 """A change made on another text: what does not touch the same lines goes together, and nothing is forced."""
 
+import itertools
 import random
 import subprocess
 
 import pytest
 
 from lab.errors import LabError
-from lab.genome.change import lines_of, patched
-from lab.genome.merge import merged
+from lab.genome.change import diff, lines_of, patched
+from lab.genome.merge import merged, merged_patch
 
 BASE = b"".join(b"line %d\n" % i for i in range(12))
 
@@ -85,13 +86,14 @@ def test_a_patch_of_another_text_is_refused(tmp_path):
     ],
 )
 def test_changes_of_other_lines_go_together(here, after):
-    found, conflicts = merged(edit(BASE, here), BASE, edit(BASE, after))
-    assert not conflicts and found == edit(BASE, here, after)
+    both = merged(edit(BASE, here), BASE, edit(BASE, after))
+    assert both == merged_patch(edit(BASE, here), BASE, diff(BASE, edit(BASE, after))) == (edit(BASE, here, after), [])
 
 
 def test_changes_of_the_same_lines_do_not():
     here, after = BASE.replace(b"line 3\n", b"mine\n"), BASE.replace(b"line 3\n", b"yours\n").replace(b"line 8", b"8")
-    found, (conflict,) = merged(here, BASE, after)
+    found, (conflict,) = both = merged(here, BASE, after)
+    assert both == merged_patch(here, BASE, diff(BASE, after))
     assert (conflict.line, conflict.here, conflict.before, conflict.after) == (
         4,
         [b"mine\n"],
@@ -139,3 +141,16 @@ def test_where_git_merges_this_merges_the_same(tmp_path):
             compared += 1
             assert found == git.stdout
     assert compared > 50
+
+
+def test_a_patch_is_merged_as_what_it_makes_of_its_text():
+    rng, fresh = random.Random(3), itertools.count()
+    before = b"".join(b"line %d\n" % i for i in range(36))
+    for _ in range(100):
+        here, after = lines_of(before), lines_of(before)
+        for lines in (here, after):
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.randrange(len(lines))
+                lines[at : at + rng.randrange(3)] = [b"new %d\n" % next(fresh) for _ in range(rng.randrange(1, 3))]
+        here, after = b"".join(here), b"".join(after)
+        assert merged_patch(here, before, diff(before, after)) == merged(here, before, after)
