@@ -80,10 +80,14 @@ def _finished_first(interrupted: Experiment, left: str) -> str:
 def do_confirm(session: Session, options) -> int:
     if options.pairs < 2 or options.times <= 0:
         raise LabError("--pairs has to be at least 2, and --times above 0")
-    if options.scale:
-        return _measure(session, options, lambda: opening.open_scale(session, options.pairs))
-    asked = options.pairs, options.times, options.file
-    return _measure(session, options, lambda: opening.open_confirmation(session, *asked))
+
+    def open_experiment() -> None:
+        if options.scale:
+            opening.open_scale(session, options.pairs)
+        else:
+            opening.open_confirmation(session, options.pairs, options.times, options.file)
+
+    return _measure(session, options, open_experiment)
 
 
 def do_transfer(session: Session, options) -> int:
