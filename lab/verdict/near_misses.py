@@ -6,7 +6,7 @@ from functools import cache
 
 from lab.errors import LabError
 from lab.genome.merge import merged_patch
-from lab.genome.syntax import describe
+from lab.genome.syntax import describe, parsed
 from lab.session.session import Session
 from lab.session.state import State
 from lab.verdict import gate
@@ -36,9 +36,9 @@ def together(session: Session) -> tuple[bytes, list[int]]:
         try:
             content, conflicts = merged_patch(current, content_of(miss.parent or ""), miss.diff)
             if not conflicts and content != current:
-                describe(content)
+                parsed(content.decode())
                 current, members = content, [*members, number]
-        except LabError:
+        except (LabError, SyntaxError, ValueError):
             pass  # merged without conflict, and is no Python any more
     if len(members) < gate.FEWEST_TOGETHER or state.equal(describe(current).digest):
         raise LabError(
