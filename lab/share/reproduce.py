@@ -63,12 +63,12 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
         if done.returncode:
             raise LabError(f"{' '.join(command[:4])} failed, in {folder}: its message is above")
 
-    git, lab = ("git", "-c", "user.name=lab", "-c", "user.email=lab@localhost"), (sys.executable, "-m", "lab")
+    lab, author = (sys.executable, "-m", "lab"), ("-c", "user.name=lab", "-c", "user.email=lab@localhost")
     say(f"a clean clone at {commit[:7]} in {folder}")
-    step(*git, "clone", "--quiet", "--no-checkout", str(repository.path), str(folder))
-    step(*git, "checkout", "--quiet", "-B", "reproduce", commit)
+    step("git", "clone", "--quiet", "--no-checkout", str(repository.path), str(folder))
+    step("git", "checkout", "--quiet", "-B", "reproduce", commit)
     (folder / TRAIN).write_bytes(before)
-    step(*git, "commit", "--quiet", "--allow-empty", "-am", "parent")
+    step("git", *author, "commit", "--quiet", "--allow-empty", "-am", "parent")
     say(f"the parent of experiment {number}, as a baseline")
     step(*lab, "start", tag, "--baseline-runs", "1", "--wait", "1e9", *["--unsandboxed"] * (not record.started.sandbox))
     change = folder.with_suffix(".py")
