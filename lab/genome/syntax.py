@@ -86,6 +86,15 @@ def beyond_the_surface(content: bytes) -> list:
         return []
 
 
+def is_python(content: bytes) -> bool:
+    """Whether a train.py is valid Python: `describe` says why not, and much more."""
+    try:
+        parsed(content.decode("utf-8-sig"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
 def parsed(text: str) -> ast.Module:
     """The syntax tree without docstrings."""
     tree = ast.parse(text, TRAIN)

@@ -6,7 +6,7 @@ from functools import cache
 
 from lab.errors import LabError
 from lab.genome.merge import merged_patch
-from lab.genome.syntax import describe, parsed
+from lab.genome.syntax import describe, is_python
 from lab.session.session import Session
 from lab.session.state import State
 from lab.verdict import gate
@@ -33,13 +33,13 @@ def together(session: Session) -> tuple[bytes, list[int]]:
         if len(members) == gate.MOST_TOGETHER:
             break
         miss = state.experiments[number]
+        parent = content_of(miss.parent or "")
         try:
-            content, conflicts = merged_patch(current, content_of(miss.parent or ""), miss.diff)
-            if not conflicts and content != current:
-                parsed(content.decode())
-                current, members = content, [*members, number]
-        except (LabError, SyntaxError, ValueError):
-            pass  # merged without conflict, and is no Python any more
+            content, conflicts = merged_patch(current, parent, miss.diff)
+        except LabError:  # no diff of this train.py
+            continue
+        if not conflicts and content != current and is_python(content):
+            current, members = content, [*members, number]
     if len(members) < gate.FEWEST_TOGETHER or state.equal(describe(current).digest):
         raise LabError(
             f"there are not enough untried near misses that can be combined: {len(members)}, and "
