@@ -23,7 +23,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPSILON)
-        y = (x.float() * scale).to(x.dtype)
+        y = x.float() * scale
+        if (
+            y.dtype != x.dtype
+        ):  # else the cast is y itself: compiled by PyTorch 2.11, a result made twice has no gradient
+            y = y.to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
