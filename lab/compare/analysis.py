@@ -147,11 +147,20 @@ class Analysis:
             return ""
         if curve.why_not:
             return f"effects can't be told as factors of time: {curve.why_not}"
-        points = ", ".join(f"{curve.points[t]:.6f} after {t:g} s" for t in curve.points)
-        if gained is None:
-            return f"the baseline has {points}"
         biased = "" if self.confirmed else ", not confirmed and so biased in its favour"
-        return f"the best reaches the baseline's score in {gained}{biased}; the baseline has {points}"
+        best = f"the best reaches the baseline's score in {gained}{biased}" if gained else ""
+        points = ", ".join(f"{curve.points[t]:.6f} after {t:g} s" for t in curve.points)
+        return "; ".join(filter(None, [best, self._said_of_file(curve), f"the baseline has {points}"]))
+
+    def _said_of_file(self, curve: Curve) -> str:
+        """What the last confirmation tells in time of a train.py that is not the best, but was given by hand."""
+        confirmation = self.confirmation
+        if not confirmation or self.best and confirmation.blob == self.best.blob or confirmation.budget != self.budget:
+            return ""
+        runs = [run for run in confirmation.runs if run.ok]
+        own, others = ([run for run in runs if (run.blob == confirmation.blob) == its] for its in (True, False))
+        times = curve.told(effects.between(own, others, self.noise)) if own and others else None
+        return f"{confirmation.description} reaches the baseline's score in {times}" if times else ""
 
     def mean(self, experiment: Experiment | None, name: str) -> float | None:
         """The mean of a figure of its runs, see effects.quantity."""
