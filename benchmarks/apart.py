@@ -59,11 +59,10 @@ def open_train(name: str) -> ModuleType:
 
 def pytorch_state(trainer) -> dict[str, dict]:
     """Each parameter's share of a PyTorch trainer's state: tensors that share its memory."""
-    names = {id(parameter): name for name, parameter in trainer._named.items()}
     return {
-        names[id(parameter)]: {key: value[i] if bucket.stack else value for key, value in bucket.state.items()}
+        name: {key: value[i] if bucket.stack else value for key, value in bucket.state.items()}
         for bucket in trainer._buckets
-        for i, parameter in enumerate(bucket.parameters)
+        for i, name in enumerate(bucket.gradients)
     }
 
 

@@ -55,8 +55,13 @@ def with_constants(source: str, options) -> str:
         "TOTAL_BATCH_SIZE": options.total_batch,
         "WINDOW_PATTERN": options.windows,
     }
+    return with_values(source, {name: repr(value) for name, value in values.items()})
+
+
+def with_values(source: str, values: dict[str, str]) -> str:
+    """The source with other values, given as Python, of its constants."""
     for name, value in values.items():
-        source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r} ", source)
+        source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value} ", source)
         assert found == 1, f"{name} is set {found} times"
     return source
 

@@ -138,7 +138,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def configure_compiler() -> None:
-    torch._dynamo.config.cache_size_limit = 256  # the optimizer's one step function is compiled once per rule and shape
+    torch._dynamo.config.cache_size_limit = 256  # a step of other shapes is compiled for each of them
+    torch._dynamo.config.automatic_dynamic_shapes = False  # only what is marked
     import torch._functorch.config as autograd
 
     # Without this a graph with an autograd.Function of ours is differentiated anew at each start, which takes longer

@@ -1,5 +1,7 @@
 """What this process computes on. Set once, by `open_backend`; read by `nn`, `ops` and the trainer."""
 
+from typing import Any
+
 import torch
 
 device = torch.device("cpu")
@@ -20,16 +22,20 @@ def has_kernel(name: str, x: torch.Tensor) -> bool:
     return name in kernels and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def maybe_compile(function, step=False):
-    """`function` compiled for fixed shapes where that works here, else as it is.
+def maybe_compile(function, step=False, backend: Any = "inductor", dynamic: bool | None = False):
+    """`function` compiled where that works here, else as it is.
 
     Args:
         step: it is part of a training step, which is repeated with arrays at the same places: see `stays`.
+        backend: PyTorch's compiler, or what stands between it and the graph of the function.
+        dynamic: False for fixed shapes, None for those marked as dynamic to be so.
     """
     if compiled and compiler:
         compiler.join()
     options = {"triton.cudagraphs": True} if step and captured else None
-    return torch.compile(function, dynamic=False, fullgraph=True, options=options) if compiled else function
+    if not compiled:
+        return function
+    return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend, options=options)
 
 
 def stays(tensor: torch.Tensor) -> None:

@@ -8,7 +8,9 @@ import torch
 from backends import bench, interface
 from backends.pytorch import device as devices
 from backends.pytorch import random, runtime
+from backends.pytorch.layers import compile_layers
 
+ALIGNED = 4  # float32 in 16 bytes, on which compiled kernels want arrays to begin
 RECORDED = 3  # a step is run, recorded, and then played back: that many until it runs as it will from then on
 
 
@@ -32,16 +34,20 @@ class Trainer(interface.Trainer):
                 for i, group in enumerate(optimizer)
                 for names in interface.updated_together(group, shapes)
             ]
+        # Stacks are updated in one graph, whose kernels are compiled at the same time, and in an order that does not
+        # depend on which layer has what. How many others there are does; what is compiled of one serves its like.
+        stacks = sorted((b for b in self._buckets if b.stack), key=lambda bucket: bucket.parameter.shape[1:])
+        self._together = [stacks] * bool(stacks) + [[bucket] for bucket in self._buckets if not bucket.stack]
         self.accumulated = {name: grad for bucket in self._buckets for name, grad in bucket.gradients.items()}
         self._hypers = _Hypers(optimizer)
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
         self._passes, self._has_gradients = random.counter(), False
-        for tensor in (*self._everything(), *(bucket.gradient for bucket in self._buckets)):
+        for tensor in (*self._everything(), *(each for bucket in self._buckets for each in bucket.arrays())):
             runtime.stays(tensor)
 
     def _prepare(self):
-        self._loss = runtime.maybe_compile(self._eager_loss, step=True)
-        self._apply = runtime.maybe_compile(_apply, step=True)
+        self._loss = runtime.maybe_compile(self._eager_loss, step=True, backend=compile_layers)
+        self._update = runtime.maybe_compile(_update, step=True, dynamic=None)
         self._transformed = runtime.maybe_compile(_transform, step=True)
 
     is_out_of_memory = staticmethod(runtime.is_out_of_memory)
@@ -68,17 +74,11 @@ class Trainer(interface.Trainer):
             gradients = [(tuple(b.gradients), b.stack, b.gradient) for b in self._buckets]
             self._transformed(self._transform, gradients, unscale)
             unscale = None
-        for bucket in self._buckets:
-            self._apply(
-                bucket.update,
-                bucket.stack,
-                bucket.parameters,
-                bucket.gradient,
-                bucket.state,
-                hypers[bucket.group],
-                unscale,
-                finite,
-            )
+        for buckets in self._together:
+            for bucket in buckets:
+                bucket.hold()
+            updates = [(b.update, b.parameter, b.gradient, b.state, hypers[b.group]) for b in buckets]
+            self._update(updates, unscale, finite)
         if self._scaler:
             self._scaler.adjust(finite)
         self._has_gradients = False
@@ -152,8 +152,8 @@ class Trainer(interface.Trainer):
         if not carrying:
             raise KeyError(f"no update rule carries {key!r} in its state")
         for bucket in carrying:
-            for parameter, value in zip(bucket.parameters, _parts(bucket.state[key], bucket.stack), strict=True):
-                parameter.copy_(value)
+            bucket.hold()
+            bucket.parameter.copy_(bucket.state[key])
 
     def _everything(self):
         """All that a step changes, in a fixed order."""
@@ -174,27 +174,46 @@ class _Bucket:
     """Parameters updated by one call of their group's rule: one alone, or several of a shape, stacked.
 
     Attributes:
+        parameter: what the rule updates. Where it is a stack, the parameters are views of it.
         gradient: what is accumulated, as the rule gets it. gradients: of it each parameter's part, by name.
     """
 
     def __init__(self, group_index, group, named):
-        self.group, self.parameters = group_index, list(named.values())
+        self.group, self._parameters = group_index, list(named.values())
         self.update, self.stack = group["update"], group["stack"]
-        parameter = torch.stack(self.parameters) if self.stack else self.parameters[0].detach()
-        self.gradient = torch.zeros_like(parameter)
+        self.parameter = self._parameters[0].detach()
+        if self.stack:
+            one = self.parameter.contiguous()
+            strides = -(-one.numel() // ALIGNED) * ALIGNED, *one.stride()
+            self.parameter = one.new_empty_strided((len(named), *one.shape), strides)
+        self.hold()
+        self.gradient = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
         self.gradients = dict(zip(named, _parts(self.gradient, self.stack)))
-        state = group["init"](parameter)
+        state = group["init"](self.parameter)
         self.state = {name: value.clone() for name, value in state.items()}  # it may be the parameter itself
+        if runtime.compiled and (self.stack or self.parameter.ndim == 1):
+            for array in (*self.arrays(), *self.state.values()):
+                if array.ndim and len(array) == len(self.parameter):  # one graph, whatever the number of layers is
+                    torch._dynamo.maybe_mark_dynamic(array, 0)
+
+    def arrays(self):
+        return self.parameter, self.gradient
+
+    def hold(self):
+        """Makes the parameters views of what is updated, with their values, where they are not: another trainer of the
+        same model may have taken them."""
+        for parameter, place in zip(self._parameters, _parts(self.parameter, self.stack)):
+            if parameter.data_ptr() != place.data_ptr():
+                place.copy_(parameter)
+                parameter.data = place
 
 
 class _Hypers:
     """The schedule's numbers where the kernels read them: a new value compiles and captures nothing anew."""
 
-    ALIGNED = 4  # float32 in 16 bytes, on which compiled kernels want arrays to begin
-
     def __init__(self, optimizer):
         keys = [(i, name) for i, group in enumerate(optimizer) for name in group["hyper"]]
-        self._values = torch.zeros((len(keys), self.ALIGNED), device=runtime.device)
+        self._values = torch.zeros((len(keys), ALIGNED), device=runtime.device)
         self._numbers = [{} for _ in optimizer]
         for (i, name), row in zip(keys, self._values):
             self._numbers[i][name] = row[0]
@@ -224,19 +243,22 @@ def _transform(transform, gradients, unscale):
         part.copy_(transformed[name])
 
 
-def _apply(update, stack, parameters, gradient, state, hyper, unscale, finite):
-    """Runs one update rule and writes its results in place, so that a compiled step needs no second copy."""
-    parameter = torch.stack(parameters) if stack else parameters[0]
-    grad = gradient if unscale is None else gradient * unscale
-    new_parameter, new_state = update(parameter, grad, state, hyper)
-    if finite is not None:  # an overflow in half precision: everything stays as it was
-        new_parameter = torch.where(finite, new_parameter, parameter)
-        new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}
-    for target, value in zip(parameters, _parts(new_parameter, stack)):
-        target.copy_(value)
-    for name, target in state.items():
-        target.copy_(new_state[name])
-    gradient.zero_()
+def _update(updates, unscale, finite):
+    """Runs update rules and writes their results in place, so that a compiled step needs no second copy.
+
+    Args:
+        updates: for each bucket the rule, and its parameter, gradient, state and hyper.
+    """
+    for update, parameter, gradient, state, hyper in updates:
+        grad = gradient if unscale is None else gradient * unscale
+        new_parameter, new_state = update(parameter, grad, state, hyper)
+        if finite is not None:  # an overflow in half precision: everything stays as it was
+            new_parameter = torch.where(finite, new_parameter, parameter)
+            new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}
+        parameter.copy_(new_parameter)
+        for name, target in state.items():
+            target.copy_(new_state[name])
+        gradient.zero_()
 
 
 class _LossScaler:

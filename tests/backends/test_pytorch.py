@@ -122,6 +122,31 @@ def test_random_numbers_of_a_new_pass_compile_nothing(backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_norm_has_the_gradient_of_the_plain_one(backend, dtype):
+    x, upstream = torch.randn(2, 3, 16, dtype=dtype, requires_grad=True), torch.randn(2, 3, 16, dtype=dtype)
+    compiled = torch.compile(backend.ops.rms_norm, backend="aot_eager", fullgraph=True)
+    found, wanted = (torch.autograd.grad(norm(x), x, upstream)[0] for norm in (compiled, backend.ops.rms_norm))
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_two_trainers_of_one_model_train_it_in_turn(backend):
+    """Parameters are views of what their trainer updates: the second one takes them, and the first has them back."""
+
+    def trained(trainers):
+        model = tiny.build(backend)
+        optimizer = [tiny.descent(list(backend.weights(model)), stack=True)]
+        made = [backend.Trainer(model, tiny.loss(backend), optimizer) for _ in range(trainers)]
+        for step in range(4):
+            one = made[step % trainers]
+            one.backward(*tiny.batch(seed=step), 1.0)
+            one.step(tiny.schedule(optimizer, 1.0))
+        return backend.weights(model)
+
+    alone, in_turn = trained(1), trained(2)
+    assert all((alone[name] == in_turn[name]).all() for name in alone)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "window, head, trained, flex",
