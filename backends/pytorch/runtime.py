@@ -7,6 +7,7 @@ import torch
 device = torch.device("cpu")
 dtype = torch.float32  # the compute precision; master weights are always float32
 compiled = False  # whether torch.compile works here and pays
+by_layer = True  # whether each kind of layer is compiled once, not all layers together
 captured = False  # whether what is compiled runs as CUDA graphs, whose kernels the host launches all at once
 recorded_memory = 0  # bytes at the peak of a step while its graphs were recorded
 compiler = None  # the thread that loads it

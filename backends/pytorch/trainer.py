@@ -46,7 +46,8 @@ class Trainer(interface.Trainer):
             runtime.stays(tensor)
 
     def _prepare(self):
-        self._loss = runtime.maybe_compile(self._eager_loss, step=True, backend=compile_layers)
+        backend = compile_layers if runtime.by_layer else "inductor"
+        self._loss = runtime.maybe_compile(self._eager_loss, step=True, backend=backend)
         self._update = runtime.maybe_compile(_update, step=True, dynamic=None)
         self._transformed = runtime.maybe_compile(_transform, step=True)
 
@@ -127,7 +128,9 @@ class Trainer(interface.Trainer):
         except Exception as error:
             if not runtime.compiled or runtime.is_out_of_memory(error):
                 raise
-            if runtime.captured:
+            if runtime.by_layer and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+                runtime.by_layer, without = False, "is compiled with all its layers at once, which takes longer"
+            elif runtime.captured:
                 runtime.captured, without = False, "is launched one kernel at a time, slower on a busy machine"
             else:
                 runtime.compiled, without = False, "does not compile and runs uncompiled, slower"

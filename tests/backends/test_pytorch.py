@@ -225,6 +225,28 @@ def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, c
     assert float(trained.backward(x, y)) > 0
 
 
+def test_layers_that_do_not_compile_apart_are_compiled_together(backend, monkeypatch, capsys):
+    def fails(module, inputs, options=None):
+        raise RuntimeError("not this graph")
+
+    compile_whole, backends_used = torch.compile, []
+
+    def compile_by_tracing(function, backend, options, **how):
+        backends_used.append(backend)
+        return compile_whole(function, backend="aot_eager" if backend == "inductor" else backend, **how)
+
+    monkeypatch.setattr(torch, "compile", compile_by_tracing)
+    monkeypatch.setattr(trainer, "compile_layers", fails)
+    for name in ("compiled", "by_layer"):
+        monkeypatch.setattr(runtime, name, True)
+    model = tiny.build(backend)
+    trained = trainer.Trainer(model, tiny.loss(backend), [tiny.descent(backend.weights(model))])
+    trained.warm_up(*tiny.batch())
+    assert "all its layers at once" in capsys.readouterr().out and runtime.compiled and not runtime.by_layer
+    assert backends_used[0] is fails
+    assert float(trained.backward(*tiny.batch())) > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_scalar_is_read_while_the_device_goes_on():
     x, done = torch.randn(8192, 8192, device="cuda"), torch.cuda.Event()
