@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class Stop(SystemExit):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.code = f"\n{type(self).__name__}: {reason}"  # Python prints this; a line of progress may be unfinished
+        with suppress(OSError, ValueError, AttributeError):  # it may be closed, or none
+            sys.stdout.flush()  # what was printed before comes first
 
 
 class DataError(Stop):

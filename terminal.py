@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import shlex
 import subprocess
 import sys
 import time
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 LAST_LINES = 15  # of a log, which are shown after a failure
@@ -45,6 +47,17 @@ def spell_what_is_missing() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook stands in for it
             stream.reconfigure(errors="spell")
+
+
+def printed(main: Callable[[], int | None]) -> int | None:
+    """The exit status of a command. Whoever reads its output, such as head, may have read enough before its end."""
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def step(title: str, command: list[str], log: Path, expected: float, **settings) -> int:

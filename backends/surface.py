@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import terminal
 from backends.operations import MODULES, NN, NOTES, OPERATIONS, OPS, OTHER_ARGUMENTS, OTHER_NAMES, TABLE, nearest
 
 FRAMEWORKS = set("cupy flax jax jaxlib keras mlx optax tensorflow tinygrad torch torchao torchvision triton".split())
@@ -346,4 +347,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.printed(lambda: main(sys.argv[1:])))

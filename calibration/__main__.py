@@ -92,4 +92,4 @@ def show_profile(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.printed(main))

@@ -50,9 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             return do(options)
         session = Session(options.session) if options.session else at(Path.cwd())
         return do(session, options)
-    except BrokenPipeError:  # whoever reads it, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # no error: see `terminal.printed`
+        raise
     except (Stop, OSError) as error:  # a full disk is one
         print(error, file=sys.stderr)
         return 1
@@ -89,4 +88,6 @@ def hand_over(program: Path, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import terminal
+
+    sys.exit(terminal.printed(main))

@@ -92,9 +92,17 @@ def steps(*deeds):
     return deed
 
 
+def flush(prompt):
+    sys.stdout.flush()
+
+
+def bytes_and_a_change(prompt):
+    sys.stdout.buffer.write(bytes(range(256)) * 2000 + b"\nCHANGE: among bytes\n")
+
+
 def leave(code):
     def deed(prompt):
-        sys.stdout.flush()
+        flush(prompt)
         sys.exit(code)
 
     return deed
@@ -117,9 +125,7 @@ DEEDS = {
     "nothing": lambda prompt: print("I read the code, and all is well."),
     "unknown": steps(lambda prompt: print("error: unknown option --yolo", file=sys.stderr), leave(2)),
     "late": steps(edit, lambda prompt: print("API Error: 429 rate limited"), leave(1)),
-    "binary": steps(
-        edit, lambda prompt: sys.stdout.buffer.write(bytes(range(256)) * 2000 + b"\nCHANGE: among bytes\n")
-    ),
+    "binary": steps(edit, flush, bytes_and_a_change),
     "idle-limit": lambda prompt: print("You've hit your usage limit. Try again at 3 am."),
     "ask": lambda prompt: print("I could change the rate.\nShall I **go on?**"),
     "comments": lambda prompt: TRAIN.write_text(TRAIN.read_text() + "# a remark\n"),
