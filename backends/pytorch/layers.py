@@ -15,7 +15,9 @@ import re
 import torch
 from torch import fx
 
-NUMBERED = re.compile(r"\d+\W*$")  # how the path of an item of a ModuleList ends
+OPERATORS = "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
+WRITING = {getattr(operator, f"i{name}") for name in OPERATORS} | {operator.setitem}  # x += y and its like, x[i] = y
+NUMBERED = re.compile(r"(?<!\w)\d+\W*$")  # how the path of an item of a ModuleList ends
 
 
 def compile_layers(module: fx.GraphModule, inputs: list, options: dict | None = None):
@@ -23,8 +25,10 @@ def compile_layers(module: fx.GraphModule, inputs: list, options: dict | None = 
     from torch._inductor.compile_fx import compile_fx
 
     _read_numbers_first(module.graph)
-    parts = _parts(module)
-    if len(parts) < 3 or not all(isinstance(_value(node), torch.Tensor) for part in parts for node in part.outputs):
+    parts = _cut(module)
+    arrays = all(isinstance(_value(node), torch.Tensor) for part in parts for node in part.outputs)
+    # What one part writes into an array of another's would have no gradient.
+    if len(parts) < 3 or not arrays or any(map(_writes, module.graph.nodes)):
         return compile_fx(module, inputs, config_patches=options)
     compiled = {}
     for part in parts:
@@ -39,6 +43,15 @@ def compile_layers(module: fx.GraphModule, inputs: list, options: dict | None = 
 def _value(node: fx.Node):
     """What it is while the graph is traced: a fake tensor, mostly."""
     return node.meta.get("example_value")
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether it changes an array in its place."""
+    if node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        return node.target in WRITING or bool(schema and schema.is_mutable)
+    name = str(node.target)
+    return node.op == "call_method" and (name == "__setitem__" or name.endswith("_") and not name.endswith("__"))
 
 
 def _read_numbers_first(graph: fx.Graph) -> None:
@@ -62,12 +75,16 @@ def _read_numbers_first(graph: fx.Graph) -> None:
 
 
 def _is_number(node: fx.Node) -> bool:
-    return node.target is operator.getitem and node.args[0].op == "placeholder" and isinstance(node.args[1], int)
+    """Whether it is one element of an argument of one axis, which is read outside of the parts."""
+    if node.target is not operator.getitem or node.args[0].op != "placeholder" or not isinstance(node.args[1], int):
+        return False
+    return _value(node.args[0]).ndim == 1
 
 
-def _parts(module: fx.GraphModule) -> list[_Part]:
+def _cut(module: fx.GraphModule) -> list[_Part]:
     """What is computed up to the end of each layer, and after the last one. What a layer does after its last inner
-    module is left to the next part: the compiler fuses a sum with what reads it, and a product is in memory anyway."""
+    module is left to the next part: the compiler fuses a sum with what reads it, and a product is in memory anyway.
+    With blocks of `x = x + mlp(x)` the parts are: up to mlp(x); the sum, and the next block up to its mlp(x); ..."""
     apart = ("placeholder", "output", "get_attr")
     nodes = [node for node in module.graph.nodes if node.op not in apart and not _is_number(node)]
     groups, group = [], []
@@ -118,7 +135,8 @@ class _Part:
         self.module = copy.module(tuple(outputs))
         self.examples = [_example(node) for node in self.inputs]
         self.kind = (*copy.texts(), *map(_signature, self.inputs, self.examples))
-        # With these the compiler takes it for a graph of Dynamo's, and knows which arguments are never moved.
+        # By these the compiler takes it for a graph of Dynamo's, and knows which arguments are never moved. PyTorch
+        # 2.13 looks for the first, 2.11 for the second.
         self.module.meta = {"dynamo_compile_id": "part", "dynamo_flat_name_to_original_fqn": {}}
         self.module._param_name_to_source = {}
 
@@ -127,7 +145,7 @@ class _Copy:
     """A graph made anew, node by node, without the names of the old one."""
 
     def __init__(self, whole: torch.nn.Module):
-        self._whole, self._graph, self._copies, self._attributes = whole, fx.Graph(), {}, {}
+        self._whole, self._graph, self._copies, self._attributes, self._inner = whole, fx.Graph(), {}, {}, []
 
     def placeholder(self, node: fx.Node) -> None:
         copy = self._copies[node] = self._graph.placeholder(f"argument{len(self._copies)}")
@@ -139,7 +157,12 @@ class _Copy:
         if node.op == "get_attr":
             value = operator.attrgetter(target)(self._whole)
             target = f"attribute{len(self._attributes)}"
-            self._attributes[target] = _renamed(value) if isinstance(value, fx.GraphModule) else value
+            if isinstance(value, fx.GraphModule):
+                value, texts = _renamed(value)
+                self._inner += texts
+            else:
+                self._inner.append(id(value))
+            self._attributes[target] = value
         copy = self._copies[node] = self._graph.create_node(node.op, target, *arguments)
         copy.meta = dict(node.meta)
         return copy
@@ -151,17 +174,13 @@ class _Copy:
         self._graph.output(fx.map_arg(outputs, self._copied))
         return fx.GraphModule(self._attributes, self._graph)
 
-    def texts(self):
-        """What is computed, and the attributes that it is computed with."""
-        yield self._graph.python_code("self").src
-        for value in self._attributes.values():
-            if isinstance(value, fx.GraphModule):
-                yield from (module.code for module in value.modules() if isinstance(module, fx.GraphModule))
-            else:
-                yield id(value)
+    def texts(self) -> list:
+        """What is computed, here and in inner graphs, and which constants it is computed with."""
+        return [self._graph.python_code("self").src, *self._inner]
 
 
-def _renamed(module: fx.GraphModule) -> fx.GraphModule:
+def _renamed(module: fx.GraphModule) -> tuple[fx.GraphModule, list]:
+    """A graph without its names, and its texts."""
     copy = _Copy(module)
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -171,7 +190,7 @@ def _renamed(module: fx.GraphModule) -> fx.GraphModule:
     (result,) = module.graph.find_nodes(op="output")
     renamed = copy.module(result.args[0])
     renamed.meta = dict(module.meta)
-    return renamed
+    return renamed, copy.texts()
 
 
 def _example(node: fx.Node):
@@ -212,7 +231,9 @@ class _Calls:
     def __call__(self, *inputs):
         values = dict(zip(self._inputs, inputs))
         for array, numbers in self._numbers.items():
-            apart = values[array].unbind()  # all at once, whose gradients are put together by one kernel
+            apart = values[array]
+            if 4 * len(numbers) > len(apart):  # all at once: their gradients are put together by one kernel
+                apart = apart.unbind()
             values.update((name, apart[index]) for name, index in numbers.items())
         for compiled, names, outputs, last in self._calls:
             results = compiled(*(values[name] for name in names))

@@ -34,10 +34,12 @@ class Trainer(interface.Trainer):
                 for i, group in enumerate(optimizer)
                 for names in interface.updated_together(group, shapes)
             ]
-        # Stacks are updated in one graph, whose kernels are compiled at the same time, and in an order that does not
-        # depend on which layer has what. How many others there are does; what is compiled of one serves its like.
+        # All stacks are updated in one graph, whose kernels are compiled at the same time. They are in the order of
+        # their shapes, which another depth does not change. Of the others there may be more or fewer then: each has a
+        # graph, which those of one rule and shape share.
         stacks = sorted((b for b in self._buckets if b.stack), key=lambda bucket: bucket.parameter.shape[1:])
-        self._together = [stacks] * bool(stacks) + [[bucket] for bucket in self._buckets if not bucket.stack]
+        others = [[bucket] for bucket in self._buckets if not bucket.stack]
+        self._together = [stacks, *others] if stacks else others
         self.accumulated = {name: grad for bucket in self._buckets for name, grad in bucket.gradients.items()}
         self._hypers = _Hypers(optimizer)
         self._scaler = _LossScaler() if runtime.dtype == torch.float16 else None
@@ -128,7 +130,7 @@ class Trainer(interface.Trainer):
         except Exception as error:
             if not runtime.compiled or runtime.is_out_of_memory(error):
                 raise
-            if runtime.by_layer and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            if runtime.by_layer and not isinstance(error, torch._dynamo.exc.Unsupported):
                 runtime.by_layer, without = False, "is compiled with all its layers at once, which takes longer"
             elif runtime.captured:
                 runtime.captured, without = False, "is launched one kernel at a time, slower on a busy machine"
@@ -253,9 +255,14 @@ def _update(updates, unscale, finite):
         updates: for each bucket the rule, and its parameter, gradient, state and hyper.
     """
     for update, parameter, gradient, state, hyper in updates:
-        grad = gradient if unscale is None else gradient * unscale
-        new_parameter, new_state = update(parameter, grad, state, hyper)
-        if finite is not None:  # an overflow in half precision: everything stays as it was
+        if finite is None:
+            new_parameter, new_state = update(parameter, gradient, state, hyper)
+            # A rule may keep what the parameter or another state was. Compiled, a copy that isn't needed is none.
+            new_state = {name: value.clone() for name, value in new_state.items()}
+        else:  # after an overflow in half precision everything stays as it was, also where a rule works in place
+            given = {name: value.clone() for name, value in state.items()}
+            grad = gradient if unscale is None else gradient * unscale
+            new_parameter, new_state = update(parameter.clone(), grad, given, hyper)
             new_parameter = torch.where(finite, new_parameter, parameter)
             new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}
         parameter.copy_(new_parameter)

@@ -153,11 +153,13 @@ class Analysis:
         return "; ".join(filter(None, [best, self._said_of_file(curve), f"the baseline has {points}"]))
 
     def _said_of_file(self, curve: Curve) -> str:
-        """What the last confirmation tells in time of a train.py that is not the best, but was given by hand."""
+        """What the last confirmation tells in time of a train.py that was not kept, but given by hand."""
         confirmation = self.confirmation
-        if not confirmation or self.best and confirmation.blob == self.best.blob or confirmation.budget != self.budget:
+        if not confirmation or confirmation.verdict.confirmed is None or confirmation.budget != self.budget:
             return ""
-        runs = [run for run in confirmation.runs if run.ok]
+        if confirmation.blob in {kept.blob for kept in self.state.kept}:
+            return ""
+        runs = [run for run in confirmation.runs if run.ok and _eval(run) == self.eval]
         own, others = ([run for run in runs if (run.blob == confirmation.blob) == its] for its in (True, False))
         times = curve.told(effects.between(own, others, self.noise)) if own and others else None
         return f"{confirmation.description} reaches the baseline's score in {times}" if times else ""

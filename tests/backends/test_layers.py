@@ -55,6 +55,30 @@ class Skipping(Model):
         return made[-1] * made[1]
 
 
+class Adding(Model):
+    """Adds in place to what an earlier layer made."""
+
+    def hidden(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x += block(x * 2).tanh()
+        return x
+
+
+class Rows(Model):
+    """Each layer reads a row of an array of two axes."""
+
+    def __init__(self, depth):
+        super().__init__(depth)
+        self.register_buffer("rows", torch.rand(depth, WIDTH))
+
+    def hidden(self, x):
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x * self.rows[i])
+        return x
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """compiled(model): the model as layers compile it, by tracing alone; the list gets each graph that is compiled."""
@@ -80,7 +104,7 @@ def gradients(function, model):
     return torch.autograd.grad(function(x), list(model.parameters()), allow_unused=True)
 
 
-@pytest.mark.parametrize("kind", [Model, Skipping])
+@pytest.mark.parametrize("kind", [Model, Skipping, Adding, Rows])
 def test_the_same_gradients_as_uncompiled(compiled, kind):
     model = kind(6)
     for _ in range(2):  # the second time what was compiled is only called
@@ -116,6 +140,13 @@ def test_what_differs_is_not_shared(compiled):
     found = gradients(function, model)
     assert len(graphs) == 5
     torch.testing.assert_close(found, gradients(model, model))
+
+
+def test_what_is_written_in_place_is_compiled_whole(compiled):
+    model = Adding(6)
+    function, graphs = compiled(model)
+    gradients(function, model)
+    assert len(graphs) == 1
 
 
 def test_parameters_that_lie_in_one_array_are_shared_too(compiled):

@@ -225,6 +225,32 @@ def test_a_graph_that_does_not_compile_trains_uncompiled(backend, monkeypatch, c
     assert float(trained.backward(x, y)) > 0
 
 
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_rule_may_keep_what_the_parameter_was(backend, stack):
+    """And exchange its states."""
+
+    def update(param, grad, state, hyper):
+        new = param - hyper["lr"] * grad + 0.5 * (param - state["before"])
+        return new, {"before": param, "this": state["that"], "that": state["this"]}
+
+    model = tiny.build(backend)
+    names = list(backend.weights(model))
+    rule = dict(init=lambda p: {"before": p, "this": p, "that": p + 1}, update=update, stack=stack, hyper={"lr": 0.1})
+    optimizer = [dict(rule, names=names)]
+    made, wanted, before = trainer.Trainer(model, tiny.loss(backend), optimizer), {}, backend.weights(model)
+    start = before
+    for step in range(3):
+        made.backward(*tiny.batch(seed=step), 1.0)
+        now, gradients = backend.weights(model), made.gradients()
+        wanted = {name: now[name] - 0.1 * gradients[name] + 0.5 * (now[name] - before[name]) for name in names}
+        made.step(tiny.schedule(optimizer, 1.0))
+        before = now
+        for name, weight in backend.weights(model).items():
+            torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=1e-5)
+    made.adopt("this")  # exchanged three times
+    assert all(abs(weight - start[name] - 1).max() < 1e-5 for name, weight in backend.weights(model).items())
+
+
 def test_layers_that_do_not_compile_apart_are_compiled_together(backend, monkeypatch, capsys):
     def fails(module, inputs, options=None):
         raise RuntimeError("not this graph")
