@@ -100,7 +100,8 @@ def test_shares():
 def test_stdlib_source_is_this_pythons():
     source = corpus.stdlib()
     documents = sum(len(batch) for batch in source.train[0].batches())
-    assert documents > 1000 and source.eval_rows == (128,)  # Debian's comes without its tests
+    complete = os.path.exists(f"{os.path.dirname(os.__file__)}/test/test_grammar.py")  # Debian's has no tests
+    assert documents > (3000 if complete else 1000) and source.eval_rows == (128,)
 
 
 def test_rerun_is_quick_and_changes_nothing(tmp_path, texts, capsys):

@@ -59,11 +59,11 @@ def _read_numbers_first(graph: fx.Graph) -> None:
     layer reads differs between layers, and is to stay out of them."""
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
         cast, index = node.args
-        if not (isinstance(index, int) and cast.op == "call_method" and cast.target == "to"):
+        if not (
+            isinstance(index, int) and cast.op == "call_method" and cast.target == "to" and _is_vector(cast.args[0])
+        ):
             continue
         array = cast.args[0]
-        if array.op != "placeholder" or _value(array).ndim != 1:
-            continue
         with graph.inserting_before(node):
             number = graph.call_function(operator.getitem, (array, index))
             again = graph.call_method("to", (number, *cast.args[1:]), cast.kwargs)
@@ -76,9 +76,12 @@ def _read_numbers_first(graph: fx.Graph) -> None:
 
 def _is_number(node: fx.Node) -> bool:
     """Whether it is one element of an argument of one axis, which is read outside of the parts."""
-    if node.target is not operator.getitem or node.args[0].op != "placeholder" or not isinstance(node.args[1], int):
-        return False
-    return _value(node.args[0]).ndim == 1
+    return node.target is operator.getitem and isinstance(node.args[1], int) and _is_vector(node.args[0])
+
+
+def _is_vector(node: fx.Node) -> bool:
+    """Whether it is an argument of one axis."""
+    return node.op == "placeholder" and _value(node).ndim == 1
 
 
 def _cut(module: fx.GraphModule) -> list[_Part]:
@@ -92,9 +95,8 @@ def _cut(module: fx.GraphModule) -> list[_Part]:
         members = list(members)
         inner = [i for i, node in enumerate(members) if layer and _modules(node)[-1] != layer]
         end = inner[-1] + 1 if inner else 0
-        group += members[:end]
         if inner:
-            groups.append(group)
+            groups.append(group + members[:end])
             group = []
         group += members[end:]
     groups.append(group)

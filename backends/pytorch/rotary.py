@@ -24,9 +24,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x):
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPSILON)
         y = x.float() * scale
-        if (
-            y.dtype != x.dtype
-        ):  # else the cast is y itself: compiled by PyTorch 2.11, a result made twice has no gradient
+        # A cast to its own type is y itself. Compiled by PyTorch 2.11, a result that is there twice has no gradient.
+        if y.dtype != x.dtype:
             y = y.to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y

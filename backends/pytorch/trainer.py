@@ -184,13 +184,13 @@ class _Bucket:
     """
 
     def __init__(self, group_index, group, named):
-        self.group, self._parameters = group_index, list(named.values())
-        self.update, self.stack = group["update"], group["stack"]
-        self.parameter = self._parameters[0].detach()
+        self.group, self.update, self.stack = group_index, group["update"], group["stack"]
+        self.parameter = next(iter(named.values())).detach()
         if self.stack:
             one = self.parameter.contiguous()
             strides = -(-one.numel() // ALIGNED) * ALIGNED, *one.stride()
             self.parameter = one.new_empty_strided((len(named), *one.shape), strides)
+        self._places = list(zip(named.values(), _parts(self.parameter, self.stack)))
         self.hold()
         self.gradient = torch.zeros_like(self.parameter, memory_format=torch.contiguous_format)
         self.gradients = dict(zip(named, _parts(self.gradient, self.stack)))
@@ -207,7 +207,7 @@ class _Bucket:
     def hold(self):
         """Makes the parameters views of what is updated, with their values, where they are not: another trainer of the
         same model may have taken them."""
-        for parameter, place in zip(self._parameters, _parts(self.parameter, self.stack)):
+        for parameter, place in self._places:
             if parameter.data_ptr() != place.data_ptr():
                 place.copy_(parameter)
                 parameter.data = place
@@ -255,14 +255,11 @@ def _update(updates, unscale, finite):
         updates: for each bucket the rule, and its parameter, gradient, state and hyper.
     """
     for update, parameter, gradient, state, hyper in updates:
-        if finite is None:
-            new_parameter, new_state = update(parameter, gradient, state, hyper)
-            # A rule may keep what the parameter or another state was. Compiled, a copy that isn't needed is none.
-            new_state = {name: value.clone() for name, value in new_state.items()}
-        else:  # after an overflow in half precision everything stays as it was, also where a rule works in place
-            given = {name: value.clone() for name, value in state.items()}
-            grad = gradient if unscale is None else gradient * unscale
-            new_parameter, new_state = update(parameter.clone(), grad, given, hyper)
+        grad = gradient if unscale is None else gradient * unscale
+        # A rule may keep, exchange or change in place what it is given. Compiled, a copy that isn't needed is not made.
+        given = {name: value.clone() for name, value in state.items()}
+        new_parameter, new_state = update(parameter.clone(), grad, given, hyper)
+        if finite is not None:  # an overflow in half precision: everything stays as it was
             new_parameter = torch.where(finite, new_parameter, parameter)
             new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}
         parameter.copy_(new_parameter)
