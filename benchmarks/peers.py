@@ -71,6 +71,12 @@ def sized(source: str, options) -> str:
     return source if options.defaults else with_constants(source, options)
 
 
+def seeded(source: str, options) -> str:
+    """The source of another trainer with the seed of the options where it has a number. (Ours and parameter-golf's read
+    theirs from the environment.)"""
+    return re.sub(r"(\b(?:manual_seed|random\.seed)\()\d+\)", rf"\g<1>{options.seed})", source)
+
+
 def replaced(source: str, old: str, new: str) -> str:
     if source.count(old) != 1:
         raise SystemExit(f"{old.strip()!r} is there {source.count(old)} times: not the version this benchmark knows")
@@ -165,7 +171,7 @@ def run_torch(options) -> dict:
         return measured.get("val_bpb", float("nan"))
 
     uncounted = 10 if torch.cuda.is_available() else 1
-    source = torch_source(options).replace("step > 10", f"step > {uncounted}")
+    source = seeded(torch_source(options), options).replace("step > 10", f"step > {uncounted}")
     theirs = run_torch_source(source, options, data, options.seconds, evaluate)
     counted, seconds = theirs.step - uncounted - 1, theirs.total_training_time
     return dict(
@@ -371,6 +377,7 @@ def run_parameter_golf(options) -> dict:
             ITERATIONS=10**9,
             MAX_WALLCLOCK_SECONDS=options.seconds,
             OUT_DIR=folder,
+            SEED=options.seed,
         )
         os.environ.update({name: str(value) for name, value in settings.items()})
         tokenizer = types.SimpleNamespace(vocab_size=lambda: data.vocab_size)
@@ -401,7 +408,7 @@ def run_parameter_golf(options) -> dict:
 
 
 def mlx_source(options) -> str:
-    source = options.theirs.read_text()
+    source = seeded(options.theirs.read_text(), options)
     return source.replace("mx.bfloat16", "mx.float32") if options.float32 else source
 
 

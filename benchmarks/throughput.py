@@ -90,7 +90,7 @@ def run_ours(options) -> dict:
 
     patched(evaluate_bpb, finish).start()
     patched(prepare.report, report).start()
-    os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
+    os.environ.update(AUTORESEARCH_BUDGET=str(options.seconds), AUTORESEARCH_SEED=str(options.seed))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"  # scoring saves the weights beside it
         sizes = argparse.Namespace(**{**vars(options), "device_batch": batch})
@@ -125,6 +125,7 @@ def parse_options():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--patch", type=Path, help="applied to our train.py before it runs")
     parser.add_argument("--score", action="store_true", help="also the val_bpb of the final weights")
+    parser.add_argument("--seed", type=int, default=42, help="of the initial weights of both (default 42)")
     parser.add_argument("--only", choices=["ours", "theirs"], help="run this side alone")
     parser.add_argument("--child", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
