@@ -1,5 +1,6 @@
 """Training time in seconds of the undisturbed device: what is charged, and what two witnesses have to agree on."""
 
+import itertools
 import math
 import os
 import signal
@@ -185,6 +186,17 @@ def test_a_cpu_that_clocks_lower_is_slower(witness, monkeypatch, before, now, sl
     one = witness(backend(), before)
     one.read()
     assert one.read() == pytest.approx(slowdown, rel=0.01) and one.usual_probe == pytest.approx(now)
+
+
+def test_what_a_host_takes_from_a_virtual_machine_is_no_slower_clock(monkeypatch):
+    now, works = [0.0], itertools.count()
+
+    def work(_):
+        now[0] += 4e-3 if next(works) == 8 * disturbance.TRIES else 1e-5  # in the second probe a stop of 4 ms
+
+    monkeypatch.setattr(disturbance, "np", SimpleNamespace(**{**vars(np), "tanh": work}))
+    monkeypatch.setattr(disturbance.time, "thread_time", lambda: now[0])
+    assert [Witness._cpu_probe() for _ in range(9)] == [pytest.approx(8e-5)] * 9
 
 
 def test_a_gpu_is_probed(witness, monkeypatch):
