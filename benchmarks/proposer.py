@@ -1,13 +1,14 @@
 """Does the built-in proposer find more than random search does? Whole nights, simulated on recorded trials.
 
     python benchmarks/proposer.py [--pairs 40] [--experiments 60] [--first 1000]
-    python benchmarks/proposer.py --record MINUTES      # more of them, on the dataset prepared last
+    python benchmarks/proposer.py --record MINUTES [--trials FILE] [--together 8 --gpus 2]    # on the dataset in use
 
 Recorded are short trials of train.py with configurations drawn at random from its block: an eighth of them everywhere
-within the bounds (of the first ones a quarter), the others in one to eight variables; rows of 256 tokens. Time is
-counted, not measured, so that other work on the machine doesn't matter: so much for each floating-point operation, and
-for each parameter updated. In the table's first trials (clock: "processor") it was 6 s of processor time instead; they
-only say how much better or worse than the default, under the same clock, another configuration is.
+within the bounds (of the first ones a quarter), the others in one to eight variables; on a CPU with rows of 256 tokens.
+Time is counted, not measured, so that other work on the machine, other trials too, doesn't matter: so much for each
+floating-point operation, and for each parameter updated. In the first trials of recorded_trials.tsv (clock:
+"processor") it was 6 s of processor time instead; they only say how much better or worse than the default, under the
+same clock, another configuration is.
 
 A Gaussian process through the trials stands for training: its mean is a configuration's true score, to which a run adds
 normal noise with the standard deviation between recorded seeds. The verdict is the lab's: gate.next_step asks for runs,
@@ -23,15 +24,19 @@ end.
 import argparse
 import csv
 import itertools
+import json
 import math
-import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -56,10 +61,25 @@ from lab.verdict.plan import pooled
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).with_name("recorded_trials.tsv")
-SIZES = (2, 8, 2048, "SL")  # calibrated defaults of a recorded trial: depth, rows, tokens per step, windows
-LENGTH, ROWS = 256, 64  # tokens of a row, and how many are scored
-BUDGET = 7.0  # seconds, counted
-RATE, UPDATE = 2e11, 2e-8  # operations per second, and seconds per parameter and step: one core's
+
+
+class Counted(NamedTuple):
+    """A recorded trial: calibrated defaults (depth, rows, tokens per step, windows), tokens of a row and how many rows
+    are scored; the budget in counted seconds, operations in a second, seconds per parameter and step."""
+
+    sizes: tuple[int, int, int, str]
+    length: int
+    rows: int
+    budget: float
+    rate: float
+    update: float
+
+
+COUNTED = {
+    "cpu": Counted((2, 8, 2048, "SL"), 256, 64, 7.0, 2e11, 2e-8),  # one core's
+    "cuda": Counted((4, 16, 2**15, "L"), 2048, 64, 7.0, 8e13, 3e-11),
+}
+LONGEST = 300  # seconds of a trial, by the wall
 BASELINE_RUNS = 3
 STEPS = 3  # variables that change at once, at most
 FAR_WORSE = 1.05  # times the default's score
@@ -69,54 +89,83 @@ ARMS = ("proposer", "random search", "random steps")
 # --- Recording ---
 
 
-def record(minutes: float) -> None:
-    """Trains and scores configurations drawn at random, one after another, and appends them to RECORDED. Every eighth
-    is the default with another seed; of some others a second seed is tried, too: from these the noise is known."""
+def record(options) -> None:
+    """Trains and scores configurations drawn at random, some of them at once, and appends them to the file. Every
+    eighth is the default with another seed; of some others a second seed is tried, too: from these the noise is known.
+    """
     text = (ROOT / "train.py").read_text(encoding="utf-8")
-    variables, began = block.read(text), time.monotonic()
-    trial, fork = prepared(), multiprocessing.get_context("fork")
-    new = not RECORDED.exists()
-    number = 0 if new else len(RECORDED.read_text().splitlines()) - 1
-    with open(RECORDED, "a", newline="") as file:
+    variables, end = block.read(text), time.monotonic() + 60 * options.record
+    new = not options.trials.exists()
+    first = 0 if new else len(options.trials.read_text().splitlines()) - 1
+    with open(options.trials, "a", newline="") as file, ThreadPoolExecutor(options.together) as pool:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         if new:
             out.writerow(["clock", "val_bpb", "steps", "seed", *(variable.name for variable in variables)])
-        while time.monotonic() - began < 60 * minutes:
-            rng = np.random.default_rng(number)
-            changed = [0, len(variables), *[int(rng.integers(1, 9))] * 6][number % 8]
-            values = {
-                variables[i].name: drawn(variables[i], rng) for i in rng.choice(len(variables), changed, replace=False)
-            }
-            for seed in (number, number + 1000) if number % 4 == 2 else (number,):
-                receive, send = fork.Pipe(False)
-                process = fork.Process(target=trial, args=(block.write(text, values), seed, send))
-                process.start()
-                bpb, steps = receive.recv() if receive.poll(120) else ("crash", 0)
-                process.kill()
-                process.join()
+        under_way, numbers = {}, itertools.count(first)
+        while under_way or time.monotonic() < end:
+            while len(under_way) < options.together and time.monotonic() < end:
+                number = next(numbers)
+                rng = np.random.default_rng(number)
+                changed = [0, len(variables), *[int(rng.integers(1, 9))] * 6][number % 8]
+                chosen = rng.choice(len(variables), changed, replace=False)
+                values = {variables[i].name: drawn(variables[i], rng) for i in chosen}
+                for seed in (number, number + 1000) if number % 4 == 2 else (number,):
+                    under_way[pool.submit(trial, block.write(text, values), seed, number % options.gpus)] = seed, values
+            for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                (bpb, steps), (seed, values) = done.result(), under_way.pop(done)
                 out.writerow(["counted", bpb, steps, seed, *(values.get(one.name, one.value) for one in variables)])
                 file.flush()
-            number += 1
 
 
-def prepared():
-    """A function that trains a train.py in a process of its own: (source, seed, where to send (val_bpb, steps))."""
+def trial(source: str, seed: int, gpu: int) -> tuple[float | str, int]:
+    """(val_bpb, steps) of a train.py, in a process of its own; ("crash", 0) if it can't be trained: a result, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        train = Path(folder, "train.py")
+        train.write_text(source, encoding="utf-8")
+        environment = {
+            **os.environ,
+            "AUTORESEARCH_SEED": str(seed),
+            "AUTORESEARCH_RESULT": f"{folder}/result.json",
+            "CUDA_VISIBLE_DEVICES": str(gpu),
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", train],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
+                timeout=LONGEST,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return "crash", 0
+    if done.returncode or "RESULT" not in done.stdout:
+        return "crash", 0
+    bpb, steps = json.loads(done.stdout.rsplit("RESULT", 1)[1])
+    return bpb, steps
+
+
+def train_counted(train: Path) -> tuple[float, int]:
+    """(val_bpb, steps) of a train.py whose time is counted. This process is of no other use then."""
     import backends
     import calibration
     import dataset
+    import disturbance
     import prepare
-    from peers import patched  # beside this file
+    from peers import execute, patched  # beside this file
 
     backend, data = backends.load(calibrated=calibration.defaults().calibrated), prepare.open_data()
-    rows = data.validation_rows[:, : prepare.MAX_SEQ_LEN].reshape(-1, LENGTH)[:ROWS]
+    how = COUNTED[backend.device.kind]
+    rows = data.validation_rows[:, : prepare.MAX_SEQ_LEN].reshape(-1, how.length)[: how.rows]
     short = np.concatenate([rows, rows[:, -1:]], axis=1)
     mock.patch.object(dataset.Data, "validation_rows", property(lambda self: short)).start()
-    data.eval_rows = ROWS
+    data.eval_rows = how.rows
     patched(
         dataset.Data.packed, lambda self: dataset.endless(self.batches)
     ).start()  # in this process, which has short rows
-    prepare.MAX_SEQ_LEN, dataset.ROW = LENGTH, LENGTH + 1
-    now, found = [0.0], ["crash", 0]
+    prepare.MAX_SEQ_LEN, dataset.ROW = how.length, how.length + 1
+    now, found = [0.0], {}
     prepare.time = SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
     score = prepare.evaluate_bpb
 
@@ -125,39 +174,28 @@ def prepared():
 
         def __init__(self, backend, model, loader):
             shapes = backend.shapes(model)
-            self.per_token = sys.modules["train_here"].flops_per_token(model, shapes) / RATE
-            self.per_step, self.counted = UPDATE * sum(map(math.prod, shapes.values())), 0
-            super().__init__(backend, model, loader)
+            self.per_token = sys.modules["train_here"].flops_per_token(model, shapes) / how.rate
+            self.per_step, self.counted = how.update * sum(map(math.prod, shapes.values())), 0
+            super().__init__(backend, model, loader, how.budget)
 
         def tick(self, loss):
             now[0] += self.per_step + (self.loader.tokens - self.counted) * self.per_token
             self.counted = self.loader.tokens
             return super().tick(loss)
 
-    patched(prepare.Clock, Counting).start()
-
     def evaluate(*arguments, clock, **options):
-        found[:] = score(*arguments, clock=clock, **options), clock.steps
+        found.update(bpb=score(*arguments, clock=clock, **options), steps=clock.steps)
+        return found["bpb"]
 
-    def trial(text, seed, send):
-        os.environ.update(AUTORESEARCH_SEED=str(seed), AUTORESEARCH_BUDGET=str(BUDGET))
-        module = sys.modules["train_here"] = ModuleType("train_here")
-        sizes = calibration.Defaults(*SIZES)
-        try:
-            with (
-                patched(backends.load, lambda **_: backend),
-                open(os.devnull, "w") as sys.stdout,
-                patched(prepare.open_data, lambda: data),
-                patched(prepare.evaluate_bpb, evaluate),
-                patched(prepare.report, lambda *_, **__: None),
-                patched(calibration.defaults, lambda: sizes),
-            ):
-                exec(compile(text, "train.py", "exec"), vars(module))
-                module.main()
-        finally:  # a configuration that can't be trained is a result, too
-            send.send(found)
-
-    return trial
+    patched(prepare.Clock, Counting).start()
+    patched(disturbance.Witness.read, lambda self: 1.0).start()  # counted time is disturbed by nothing
+    patched(backends.load, lambda **_: backend).start()
+    patched(prepare.open_data, lambda: data).start()
+    patched(prepare.evaluate_bpb, evaluate).start()
+    patched(prepare.report, lambda *_, **__: None).start()
+    patched(calibration.defaults, lambda: calibration.Defaults(*how.sizes)).start()
+    execute("train_here", train.read_text(encoding="utf-8")).main()
+    return found["bpb"], found["steps"]
 
 
 def drawn(variable: block.Variable, rng):
@@ -341,7 +379,11 @@ def sign_test(wins: int, losses: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=float, metavar="MINUTES")
+    parser.add_argument("--record", type=float, metavar="MINUTES", help="begin trials for so long")
+    parser.add_argument("--trials", type=Path, default=RECORDED, metavar="FILE", help="recorded ones, or to be")
+    parser.add_argument("--together", type=int, default=1, help="trials at once, while recording")
+    parser.add_argument("--gpus", type=int, default=1, help="that they share")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--experiments", type=int, default=60)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
@@ -355,11 +397,14 @@ def main() -> None:
         help="of the surrogate, instead of the one that predicts best",
     )
     options = parser.parse_args()
+    if options.child:
+        print("\nRESULT", json.dumps(train_counted(options.child)))
+        return None
     if options.record:
-        return record(options.record)
+        return record(options)
     text = (ROOT / "train.py").read_text(encoding="utf-8")
     text = text[: text.index("\ndef ")]  # the block is all that the surrogate knows of
-    surrogate = Surrogate(RECORDED, block.read(text), options.kernel)
+    surrogate = Surrogate(options.trials, block.read(text), options.kernel)
     start = surrogate.true(text)
     print(
         f"{surrogate.trials} trials of {len(surrogate.y)} configurations; held-out R2 {surrogate.r2:.3f}, kernel "
