@@ -27,22 +27,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import corpus  # noqa: E402
 import prepare  # noqa: E402
+import sources  # noqa: E402
 
 SHARDS, BATCH = 3, 16
 
 
 def write_shards(folder: Path) -> None:
-    documents = list(chain.from_iterable(corpus.stdlib().train[0].batches()))
+    documents = list(chain.from_iterable(sources.stdlib().train[0].batches()))
     folder.mkdir(parents=True)
     held, rest = documents[:600], documents[600:]
     parts = [rest[i::SHARDS] for i in range(SHARDS)]
-    names = [*range(SHARDS), corpus.CLIMBMIX_LAST]
+    names = [*range(SHARDS), sources.CLIMBMIX_LAST]
     for name, part, group in zip(names, [*parts, held], (1000, 333, 1024, 200), strict=True):
         table = pyarrow.table({"text": part})
         pyarrow.parquet.write_table(table, folder / f"shard_{name:05d}.parquet", row_group_size=group)
 
 
-def local(source: corpus.Source) -> corpus.Source:
+def local(source: sources.Source) -> sources.Source:
     """The source without its downloads: the files are there."""
     here = lambda documents: documents._replace(download=None)  # noqa: E731
     train, validation = list(map(here, source.train)), here(source.validation)
@@ -87,9 +88,9 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         os.environ["AUTORESEARCH_HOME"] = home
-        folder = corpus.downloaded(corpus.CLIMBMIX, "any").parent
+        folder = sources.downloaded(sources.CLIMBMIX, "any").parent
         write_shards(folder)
-        corpus.build(local(corpus.climbmix(SHARDS)))
+        corpus.build(local(sources.climbmix(SHARDS)))
         data = prepare.open_data()
         theirs, ours = original_batches(options.original, folder, data.tokenizer), our_batches(data)
         for i in range(options.batches):

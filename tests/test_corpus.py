@@ -15,6 +15,7 @@ from texts import prepared, sentences, write_files
 import corpus
 import dataset
 import prepare
+import sources
 from storage import DataError
 
 ROOT = os.path.dirname(corpus.__file__)
@@ -83,22 +84,22 @@ def test_suffixes_and_excluded_folders(tmp_path, texts, capsys):
 
 def test_long_files_are_cut_at_line_ends():
     text = sentences(1, 1000)
-    parts = list(corpus.pieces(text))
+    parts = list(sources.pieces(text))
     assert "".join(parts) == text and len(parts) > 5
     assert all(part.endswith("\n") and 6000 <= len(part) < 6200 for part in parts[:-1])
-    assert list(corpus.pieces("a" * 20_000)) == ["a" * 20_000] and list(corpus.pieces("")) == []
+    assert list(sources.pieces("a" * 20_000)) == ["a" * 20_000] and list(sources.pieces("")) == []
 
 
 def test_shares():
-    assert corpus.shares([]) == (0, 0) and corpus.shares([9]) == (1, 1) and corpus.shares([9, 9]) == (1, 2)
-    assert corpus.shares([10] * 100) == (20, 40), "20 % of a small set"
-    assert corpus.shares([1000] * 400) == (50, 100), "50 kB of a larger one"
-    assert corpus.shares([1000] * 4000) == (200, 400), "5 % of a large one"
-    assert corpus.shares([900_000, 1, 1, 200_000, 5]) == (1, 4)
+    assert sources.shares([]) == (0, 0) and sources.shares([9]) == (1, 1) and sources.shares([9, 9]) == (1, 2)
+    assert sources.shares([10] * 100) == (20, 40), "20 % of a small set"
+    assert sources.shares([1000] * 400) == (50, 100), "50 kB of a larger one"
+    assert sources.shares([1000] * 4000) == (200, 400), "5 % of a large one"
+    assert sources.shares([900_000, 1, 1, 200_000, 5]) == (1, 4)
 
 
 def test_stdlib_source_is_this_pythons():
-    source = corpus.stdlib()
+    source = sources.stdlib()
     documents = sum(len(batch) for batch in source.train[0].batches())
     complete = os.path.exists(f"{os.path.dirname(os.__file__)}/test/test_grammar.py")  # Debian's has no tests
     assert documents > (3000 if complete else 1000) and source.eval_rows == (128,)
@@ -125,7 +126,7 @@ def test_eval_rows_and_full(tmp_path, texts):
     folder = write_files(tmp_path / "a", texts)
     part, full = prepared("--dataset", folder), prepared("--dataset", folder, "--full")
     assert part.eval_rows == full.eval_rows == min(len(part.validation_rows), len(part.held_out_rows))
-    source = corpus.own_files([str(folder)], corpus.SUFFIXES, "a")._replace(eval_rows=(10**6, 1))
+    source = sources.own_files([str(folder)], sources.SUFFIXES, "a")._replace(eval_rows=(10**6, 1))
     first, second = corpus.build(source), corpus.build(source, full=True)
     assert first["eval_rows"] == 1 < second["eval_rows"] and first["eval_tag"] != second["eval_tag"]
     assert first["data_tag"] == second["data_tag"]
@@ -151,13 +152,13 @@ def test_parquet_keeps_documents_and_row_groups(tmp_path, texts):
     assert batches.sum() == len(lengths) == len(train) and batches.max() <= 37 and lengths.sum() == len(tokens)
     specials = (tokens >= data.bos).sum()
     assert specials == len(train), "special tokens written in a text must stay text"
-    kept = corpus.parquet_source("x", "x", [path]).train[0].batches()
+    kept = sources.parquet_source("x", "x", [path]).train[0].batches()
     assert [text for batch in kept for text in batch] == train
 
 
 def test_parquet_copies_stay_on_one_side(tmp_path, texts):
     path = write_parquet(tmp_path / "own.parquet", texts * 3)
-    source = corpus.own_files([str(path)], [], None)
+    source = sources.own_files([str(path)], [], None)
     sides = [
         {text for batch in side.batches() for text in batch}
         for side in (source.train[0], source.validation, source.held_out)
@@ -167,8 +168,8 @@ def test_parquet_copies_stay_on_one_side(tmp_path, texts):
 
 def test_parquet_refill_batches_never_cross_row_groups(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [str(i) for i in range(700)], group=300)
-    assert [len(b) for b in corpus.read_parquet(path)] == [128, 128, 44, 128, 128, 44, 100]
-    inside = [text for batch in corpus.read_parquet(path, lambda rows: (250, rows - 50)) for text in batch]
+    assert [len(b) for b in sources.read_parquet(path)] == [128, 128, 44, 128, 128, 44, 100]
+    inside = [text for batch in sources.read_parquet(path, lambda rows: (250, rows - 50)) for text in batch]
     assert inside == [str(i) for i in range(250, 650)]
 
 
@@ -176,7 +177,7 @@ def test_parquet_with_invalid_utf8_and_surrogates(tmp_path):
     documents = [b"fine", b"\xff\xfe bad", "a\ud800b".encode("utf-8", "surrogatepass")]
     column = pa.Array.from_buffers(pa.string(), 3, pa.array(documents, pa.binary()).buffers())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    (batch,) = corpus.read_parquet(tmp_path / "a.parquet")
+    (batch,) = sources.read_parquet(tmp_path / "a.parquet")
     assert batch[0] == "fine" and "\ufffd" in batch[1] and "\ufffd" in batch[2]
     assert not any("\ud800" <= c <= "\udfff" for text in batch for c in text)
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from texts import sentences
 
-import corpus
 import prepare
+import sources
 import storage
 
 ROOT = os.path.dirname(prepare.__file__)
@@ -144,7 +144,7 @@ def test_climbmix_and_more_shards_later(prepared, hub, capsys):
 
 
 def test_tinystories_ranges():
-    source = corpus.tinystories()
+    source = sources.tinystories()
     assert {documents.download for documents in (*source.train, source.validation, source.held_out)} == {
         ("karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet")
     }
@@ -176,7 +176,7 @@ def test_busy_for_ever(prepared, hub):
 @pytest.mark.parametrize("cause", [False, True])
 def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, isolated_home, cause):
     calls = []
-    monkeypatch.setattr(corpus.time, "sleep", calls.append)
+    monkeypatch.setattr(sources.time, "sleep", calls.append)
 
     def download():
         calls.append("download")
@@ -184,7 +184,7 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, isolated_home, cause):
         raise RuntimeError("xet failed") from full if cause else full
 
     with pytest.raises(storage.DataError, match="no space for shard.*free some space") as caught:
-        corpus.retrying(download, "shard")
+        sources.retrying(download, "shard")
     assert calls == ["download"] and str(isolated_home) in str(caught.value) and "hub" not in str(caught.value)
 
 
@@ -200,14 +200,14 @@ def test_cut_connection_resumes(prepared, hub):
     assert not hub.failures["shard_00000.parquet"]
     ranges = [r[2] for r in hub.requests if r[:2] == ("GET", "shard_00000.parquet")]
     assert ranges[0] is None and any(r and not r.startswith("bytes=0-") for r in ranges[1:]), ranges
-    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
+    path = sources.downloaded(sources.CLIMBMIX, "shard_00000.parquet")
     assert path.read_bytes() == hub.files["shard_00000.parquet"]
 
 
 def test_wrong_hash_is_deleted(prepared, hub):
     hub.hashes = {"shard_00000.parquet": "ab" * 32}
     status, output = prepared("--num-shards", "1")
-    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
+    path = sources.downloaded(sources.CLIMBMIX, "shard_00000.parquet")
     assert status == 1 and "sha256" in output and "deleted" in output and not path.exists()
     hub.hashes = {}
     status, output = prepared("--num-shards", "1")
@@ -215,7 +215,7 @@ def test_wrong_hash_is_deleted(prepared, hub):
 
 
 def test_half_downloaded_shard_is_fetched_again(prepared, hub):
-    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
+    path = sources.downloaded(sources.CLIMBMIX, "shard_00000.parquet")
     path.parent.mkdir(parents=True)
     path.write_bytes(hub.files["shard_00000.parquet"][:5000])
     status, output = prepared("--num-shards", "1")
@@ -224,7 +224,7 @@ def test_half_downloaded_shard_is_fetched_again(prepared, hub):
 
 
 def test_shard_with_a_flipped_byte_is_fetched_again(prepared, hub):
-    path = corpus.downloaded(corpus.CLIMBMIX, "shard_00000.parquet")
+    path = sources.downloaded(sources.CLIMBMIX, "shard_00000.parquet")
     path.parent.mkdir(parents=True)
     raw = bytearray(hub.files["shard_00000.parquet"])
     raw[len(raw) // 2] ^= 1
@@ -235,7 +235,7 @@ def test_shard_with_a_flipped_byte_is_fetched_again(prepared, hub):
 
 def test_shards_at_hand_are_used_offline(prepared, hub, shards):
     for name in ("shard_00000.parquet", "shard_06542.parquet"):
-        path = corpus.downloaded(corpus.CLIMBMIX, name)
+        path = sources.downloaded(sources.CLIMBMIX, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(shards[name])
     status, output = prepared("--num-shards", "1", endpoint="http://127.0.0.1:9")
