@@ -38,8 +38,8 @@ KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 MOST = 2.0  # times as long as undisturbed
 BAND = 0.05  # of the probe, that is chance
-PROBES = 20  # whose mean is compared; on a GPU, whose probes scatter little, the last LATEST alone, too
-LATEST = 2
+PROBES = 20  # whose mean, but for the largest, is compared
+LATEST = 2  # that are compared alone, too, on a GPU, whose probes scatter little
 TRIES = 3  # of the work that is a probe, on a CPU
 PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where programs take turns
 PULSE, PAUSE = 0.2, 1.0  # seconds between the pulse's beats; without one, it is a pause
@@ -180,9 +180,12 @@ class Witness:
         return float(np.mean(sorted(self.probes)[: max(1, len(self.probes) // 4)])) if self.probes else None
 
     def _slower(self, number: int) -> float:
-        """The last probes over those undisturbed."""
+        """The last probes over those undisturbed. Of more than LATEST the largest is left out: it may have met a stop
+        of the host, which would count in each window until it is forgotten."""
         usual = self.given or self.usual_probe
-        return float(np.mean(self.probes[-number:])) / usual if self.probes and usual else 1.0
+        last = sorted(self.probes[-number:])
+        last = last[:-1] if len(last) > LATEST else last
+        return float(np.mean(last)) / usual if last and usual else 1.0
 
     def stop(self) -> None:
         """Ends the pulse."""

@@ -209,6 +209,14 @@ def test_a_gpu_is_probed(witness, monkeypatch):
     assert last == pytest.approx(5) and one.usual_probe == pytest.approx(0.002)
 
 
+def test_one_slow_probe_of_a_gpu_is_forgotten_at_once(witness, monkeypatch):
+    device = backend("cuda", [0.002, 0.002, 0.05] + [0.002] * 20)
+    monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
+    one = witness(device, 0.002)
+    told = [one.read() for _ in range(23)]
+    assert [index for index, slower in enumerate(told) if slower != pytest.approx(1)] == [2, 3] and min(told[2:4]) > 5
+
+
 def test_a_probe_that_fails_tells_nothing(witness, monkeypatch):
     device = backend("cuda")
     monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
