@@ -107,7 +107,10 @@ def _measure(session: Session, options, open_experiment: Callable[[], None]) -> 
         if interrupted is None:
             opening.sound_baseline(session)
             open_experiment()
-        elif interrupted.kind not in APART:
+        elif interrupted.kind in APART:
+            said = f"experiment {interrupted.number} ({interrupted.kind}) had been interrupted, and was finished"
+            options.note = f"{said}. If you asked for something else, run the command again"
+        else:
             options.note = _finished_first(interrupted, "What you asked for")
         process = launch(session)
     return follow(session, options, process)

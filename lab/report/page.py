@@ -28,7 +28,7 @@ from lab.verdict.plan import WORTH_TELLING
 Data = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 MARK, PNG = "<!doctype html>\n<!-- python -m lab report -->\n", b"\x89PNG\r\n\x1a\n"  # what files of ours begin with
-SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid"}
+SAID = {"keep": "kept", "discard": "discarded", "crash": "crashed", "invalid": "invalid", "superseded": "superseded"}
 TOKENS_TOLD = (
     "A run ends by the clock. A change that only makes it faster moves along the others' slope; one that "
     "learns more from each token lies below it."

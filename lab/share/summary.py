@@ -19,7 +19,7 @@ def summary(record: Record) -> str:
     """The summary as Markdown."""
     state, started = record.state, record.started
     decided = [e for e in state.experiments.values() if e.decided]
-    tried = [e for e in decided if e.kind not in ("baseline", *MEASURING)]
+    tried = [e for e in decided if e.kind not in ("baseline", *MEASURING) and e.status != "superseded"]
     kept = [e for e in state.kept if e.number]
     near = [e for e in tried if e.near_miss and e.status == "discard"]
     replayed = [e for e in tried if e.kind == "replay"]
@@ -27,7 +27,8 @@ def summary(record: Record) -> str:
     rest = [e for e in tried if e.number not in listed]
     counts = Counter(e.status for e in tried)
     runs = Counter(run.status for run in state.runs.values() if run.status)
-    confirmations = [e.verdict.said for e in decided if e.kind == "confirm"]
+    blobs = {e.blob for e in kept}
+    confirmations = [e.verdict.said for e in decided if e.kind == "confirm" and e.blob in blobs]
     facts = {
         "device": started.device,
         "backend": started.backend,

@@ -179,6 +179,8 @@ def open_confirmation(session: Session, pairs: int, times: float, file: Path | N
             facts = facts_of_change(session, baseline, file.read_bytes())
         except OSError as error:
             raise LabError(f"{file} can't be read: {error}") from error
+        if facts["digest"] == baseline.digest:
+            raise LabError(f"{file} is the baseline's {TRAIN}, comments left aside: there is nothing to compare")
         said = f"the train.py of {file.name}"
         facts["commit"] = repository.commit(baseline.here, facts["blob"], said)
     elif best is baseline:

@@ -6,6 +6,7 @@ from sessions import attempt
 
 from lab.cli import commands, render
 from lab.cli.arguments import parsed
+from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.session.record import Record
 from lab.share import verify
@@ -118,6 +119,12 @@ def test_a_file_is_confirmed_against_the_baseline(session, tmp_path, monkeypatch
     executor.supervise(session)
     found = session.state.last
     assert found.verdict.confirmed and found.verdict.gains["held_out_bpb"][0] == pytest.approx(0.2, abs=0.01)
+    analysis = Analysis(Record(session.state, session.repository.content(session.state.baseline.blob)))
+    assert analysis.confirmation is None and analysis.confirmed is None  # of the best nothing was measured
+    path.write_bytes(b"# only a comment\n" + session.repository.content(session.state.baseline.blob))
+    with pytest.raises(LabError, match="other.py is the baseline's train.py, comments left aside"):
+        commands.do_confirm(session, parsed(["confirm", "--file", str(path)]))
+    path.write_bytes(better(0.8))
     assert (
         Record(session.state, session.repository.content(session.state.baseline.blob)).train(found.number)
         == path.read_bytes()
@@ -137,6 +144,12 @@ def test_an_interrupted_experiment_is_finished_first_and_that_is_said(session, m
     again = parsed(["confirm", "--pairs", "2"])
     commands.do_confirm(session, again)
     assert session.state.last.kind == "confirm" and not hasattr(again, "note")
+    other = parsed(["confirm", "--times", "4"])
+    commands.do_confirm(session, other)
+    assert other.note == (
+        f"experiment {session.state.last.number} (confirm) had been interrupted, and was finished. If you asked for "
+        "something else, run the command again"
+    )
 
 
 @pytest.mark.parametrize(
