@@ -63,7 +63,7 @@ TEXTS: dict[str, str] = {
     "parent {parent_runs}): p = {p:.2g}, a keep needs at most {share:.2g}",
     "simpler": "simpler, and {amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors; runs: "
     "{runs}, of its parent {parent_runs}): a loss above {loss:.6f} is excluded, {allowed:.6f} is allowed",
-    "moved": "the best has changed since it was made: it is made again on experiment {best}",
+    "moved": "the best has changed since it was made: if it can be merged, it is made again on experiment {best}",
     "simpler_and_equal": "simpler, and its score is exactly its parent's (seeds compared: {seeds})",
     "not_worth_it": "{amount:.6f} bits per byte {direction} than its parent ({t:.1f} standard errors; runs: {runs}, "
     "of its parent {parent_runs}). Another run is not worth it: expected gain {pays:.6f}, needed {asked:.6f}",

@@ -28,7 +28,7 @@ from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
 from lab.session.session import Session
-from lab.session.state import BESIDE, Experiment
+from lab.session.state import APART, BESIDE, Experiment
 from lab.share import replay
 from lab.untrusted import counted, one_line
 from lab.verdict import blocks, executor, near_misses, sample, shared
@@ -94,7 +94,7 @@ class Night:
         self._parent = ""  # blob of the best when what is proposed was begun
         self._process = None  # that runs the experiments
         self._heard = len(session.state.done)  # verdicts that were told
-        self._apart: set[int] = set()  # superseded experiments that can't be made again on the best
+        self._apart: set[int] = set()  # experiments that can't be made again, or tested, on the best
         self.now = Now(began.time, began.first, began.deadline, options.max_experiments)
         if last:
             self.now.by = last.by
@@ -266,39 +266,41 @@ class Night:
             if self._rebase() or self._offer():
                 return
             if (content := self._edit_of_a_person()) is not None:
-                return self._open(f"the edit that {TRAIN} had already", content)
+                self._open(f"the edit that {TRAIN} had already", content)
+                return
             if near_misses.ready(self.session):
-                return self._open(None)
+                self._open(None)
+                return
             if self.options.findings and self._open_block():
                 return
             if not (self.options.findings and self._take_finding()):
-                if self.options.agent and (self._agent_is_due() or self._turns.ended) or not self._ask_proposer():
+                due = self.options.agent and (self._agent_is_due() or self._turns.ended)
+                if due or not self._ask_proposer():
                     if not self._turns.count:
                         self._ask_agent()
-                    elif not self._take_turn():
+                    elif not self._take_turn(resting=not due):
                         return
         if turn := self._unopened:
             if content := self._on_best(turn.blob, turn.parent):
                 self._open(turn.description, content, {"origin": turn.origin})
             else:
-                self.view.say(f"not run, as the best has changed the same lines meanwhile: {turn.description}")
+                self.view.say(f"not run, as it can't be merged with the best, or is part of it: {turn.description}")
             self._unopened = None
 
     def _rebase(self) -> bool:
-        """Makes a superseded change again on the best. Returns whether there was one. If both changed
-        the same lines, it is dropped."""
-        state = self.session.state
+        """Makes a superseded change again on the best. Returns whether there was one. It is dropped if both changed
+        the same lines, or it is part of the best."""
+        state, kept = self.session.state, "kind members origin pairs patches".split()
         again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
         for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
-            more = {"rebased": old.number, "kind": old.kind, "members": old.members, "origin": old.origin}
-            try:
-                if content := self._on_best(old.blob, old.parent or ""):
-                    self._open(old.description, content, more)
+            said = f"experiment {old.number} was made on an earlier best, and can't be merged with the best"
+            if content := self._on_best(old.blob, old.parent or ""):
+                more = {"rebased": old.number} | {name: getattr(old, name) for name in kept}
+                if (equal := self._open(old.description, content, more)) is None:
                     return True
-            except LabError:  # it is no Python any more, or the best already
-                pass
+                said = f"experiment {old.number} would be equal to experiment {equal.number} now"
             self._apart.add(old.number)
-            self.view.say(f"experiment {old.number} was made on an earlier best, and can't be merged with the best")
+            self.view.say(f"{said}: it is not made again")
         return False
 
     def _offer(self) -> bool:
@@ -313,8 +315,8 @@ class Night:
         return True
 
     def _on_best(self, blob: str, parent: str) -> bytes | None:
-        """A train.py that was made on another one, made on the best; None if both changed the same lines, or git has
-        let go of one."""
+        """A train.py that was made on another one, made on the best; None if both changed the same lines, the result
+        is no Python or the best itself, or git has let go of one."""
         best = best_of(self.session).blob
         known = self.session.repository.contents([blob, parent or best, best])
         if len(known) < len({blob, parent or best, best}):
@@ -322,7 +324,10 @@ class Night:
         if parent in ("", best):
             return known[blob]
         made, conflicts = merged(known[best], known[parent], known[blob])
-        return None if conflicts else made
+        try:
+            return None if conflicts or describe(made).digest == best_of(self.session).digest else made
+        except LabError:
+            return None
 
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
@@ -351,10 +356,13 @@ class Night:
         """On a noisy device: a block of shared runs of findings, or the test of what the last one chose. False where
         there is none to open."""
         session, runs = self.session, shared.BLOCK
-        if block := blocks.untested(session.state):
+        block = blocks.untested(session.state)
+        if block and block.number not in self._apart:
             with self._alone():
-                blocks.open_joint(session, block)
-            return True
+                if blocks.open_joint(session, block):
+                    return True
+            self._apart.add(block.number)
+            self.view.say(f"none of the findings that block {block.number} chose applies to the best any more")
         noise = noise_of(session.state).sd
         if noise < shared.QUIET or blocks.given_up(session.state) or blocks.plainly_good(session.state):
             return False
@@ -408,18 +416,19 @@ class Night:
             program = (self.session.repository.path / "program.md").read_text(encoding="utf-8", errors="replace")
         return prompt.write(self.session, program, self.turns, self.options.turn_seconds)
 
-    def _think(self) -> None:
-        """Has agents begin turns beside what runs, as many at once as were asked for."""
+    def _think(self, resting: bool = False) -> None:
+        """Has agents begin turns beside what runs, as many at once as were asked for; also if the agent is `resting`,
+        where nothing else is left."""
         turns, state = self._turns, self.session.state
-        while state.best and state.best.applied and (slot := turns.free()) and self._agent_is_due():
+        while state.best and state.best.applied and (slot := turns.free()) and (resting or self._agent_is_due()):
             log = self._turn_log()
             log = log.with_name(f"{log.stem}-{turns.begun + 1}.log")
             turns.begin(slot, self.options.agent, self._prompt(), log, self.options.turn_seconds)
 
-    def _take_turn(self) -> bool:
+    def _take_turn(self, resting: bool) -> bool:
         """Takes what an agent has made meanwhile; False if none is done, after a moment."""
         self.now.by = "agent"
-        self._think()
+        self._think(resting)
         if self._turns.troubles:
             raise self._turns.troubles.pop()
         if not self._turns.ended:
@@ -471,13 +480,17 @@ class Night:
         self.journal.append(turn)
         self.turns.append(turn)
 
-    def _open(self, description: str | None, content: bytes | None = None, more: dict | None = None) -> None:
-        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it."""
+    def _open(
+        self, description: str | None, content: bytes | None = None, more: dict | None = None
+    ) -> Experiment | None:
+        """Journals a train.py as an experiment, or without one the near misses together; `_follow` runs it. Returns
+        what it is equal to, if it is not run therefore."""
         session, together = self.session, content is None
         with self._alone():
             equal = open_change(session, description, near_misses_together=together, content=content, more=more)
         if equal:
             self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
+        return equal
 
     @contextmanager
     def _alone(self):
@@ -530,7 +543,8 @@ class Night:
         if verdict.mean is not None and verdict.parent_mean is not None:
             score += f" ({verdict.mean - verdict.parent_mean:+.6f})"
         line = f"{experiment.number:4d}  {verdict.status:<8}{score}  {what}"
-        self.view.say(line if verdict.status in ("keep", "discard") else f"{line}: {verdict.said}")
+        plain = verdict.status in ("keep", "discard") and experiment.kind not in ("shared", *APART)
+        self.view.say(line if plain else f"{line}: {verdict.said}")
         if verdict.status == "keep" and experiment.kind not in BESIDE:
             self._notify(f"new best{score}: {what}")
         decided = self.session.state.decided
@@ -615,9 +629,9 @@ def go(session: Session, options) -> int:
         with signals(night):
             try:
                 night.run()
-                with exclusive(session):
-                    sample.after_night(session)
+                sample.after_night(session)
             except KeyboardInterrupt:
                 view.say("ended at once")
-    print("To continue: python -m lab night. To test the best against the baseline: python -m lab confirm")
+    confirm = " To test the best against the baseline: python -m lab confirm"
+    print("To continue: python -m lab night." + confirm * (session.state.best is not session.state.baseline))
     return 0

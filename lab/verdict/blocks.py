@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lab.errors import LabError
 from lab.genome import edits
 from lab.genome.edits import NotHere
 from lab.genome.syntax import text_of, with_ends_of
@@ -31,18 +30,15 @@ def made(content: bytes, patches: Sequence[Patch], places: Iterable[int]) -> tup
 
 
 def screened(state: State) -> set[str]:
-    """Origins of what some block has tried, or is trying."""
-    blocks = [e for e in state.experiments.values() if e.kind == "shared" and not _in_vain(e)]
-    return {patch.origin for e in blocks for patch in e.patches}
+    """Origins of what some block has tried to its end, or is trying."""
+    blocks = [e for e in state.experiments.values() if e.kind == "shared"]
+    done = [e for e in blocks if e.decided is None or e.decided.reason.code in ("screened", "screened_in_vain")]
+    return {patch.origin for e in done for patch in e.patches}
 
 
 def given_up(state: State) -> bool:
     """Whether shared runs turned out not to suit this list on this device."""
-    return any(e.kind == "shared" and _in_vain(e) for e in state.decided)
-
-
-def _in_vain(block: Experiment) -> bool:
-    return block.decided is not None and block.decided.reason.code == "mostly_bad"
+    return any(e.kind == "shared" and e.verdict.reason.code == "mostly_bad" for e in state.decided)
 
 
 def plainly_good(state: State) -> str:
@@ -54,11 +50,11 @@ def plainly_good(state: State) -> str:
 
 
 def untested(state: State) -> Experiment | None:
-    """The block whose best patches are to be tested together now: the last one, made on what is still the best."""
+    """The block whose best patches are to be tested together now: the last one."""
     tested = {number for e in state.experiments.values() if e.kind == "joint" for number in e.members}
     blocks = [e for e in state.decided if e.kind == "shared" and e.verdict.reason.code == "screened"]
     last = blocks[-1] if blocks else None
-    return last if last and last.number not in tested and state.best and last.onto == state.best.number else None
+    return last if last and last.number not in tested else None
 
 
 def open_block(session: Session, patches: Sequence[Patch], runs: int) -> Experiment:
@@ -71,14 +67,14 @@ def open_block(session: Session, patches: Sequence[Patch], runs: int) -> Experim
     return session.open_experiment(description=said, patches=list(patches), pairs=runs, **facts)
 
 
-def open_joint(session: Session, block: Experiment) -> Experiment:
-    """Journals the best patches of a block as one change, to be tested. With the lock held. LabError if they can't be
-    made on the best any more."""
+def open_joint(session: Session, block: Experiment) -> Experiment | None:
+    """Journals the best patches of a block as one change, to be tested. With the lock held. None if they can't be made
+    on the best any more."""
     state, best, head = session.state, opening.best_of(session), opening.head_of_best(session)
     chosen = [place for place, patch in enumerate(block.patches) if patch.origin in chosen_of(block)]
     content, held = made(session.repository.content(best.blob), block.patches, chosen)
     if not held:
-        raise LabError(f"none of the patches of block {block.number} applies any more")
+        return None
     patches = [block.patches[place] for place in held]
     names = ", ".join(patch.description.partition(":")[0] for patch in patches)
     facts = opening.facts_of_change(session, best, content) | {"members": [block.number], "patches": patches}

@@ -235,7 +235,7 @@ def _change(change: Experiment, state: State) -> Plan:
         stake=change.stake,
         conditions=(of, of_parents),
     )
-    moved = change.kind != "replay" and state.best is not None and state.best.blob != change.parent
+    moved = change.kind != "replay" and _moved(change, state)
     if step.seed is not None and not (moved and sound):
         blob, urgency = parent.blob, Urgency.PARENT
         if step.action == "run candidate":
@@ -247,10 +247,21 @@ def _change(change: Experiment, state: State) -> Plan:
         job = Job(blob, step.seed, state.budget, urgency, others=paired)
         return Plan((job,), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
-    if moved and state.best and step.action != "discard":
-        evidence, moved_to = _unkept(step.evidence, stake=change.stake or 0.0), because("moved", best=state.best.number)
-        return Plan(verdict=Verdict("superseded", moved_to, *means, evidence, judged=False))
+    if moved and step.action != "discard":
+        return _superseded(state, *means, _unkept(step.evidence, stake=change.stake or 0.0))
     return _tested(change, state, step, means)
+
+
+def _moved(change: Experiment, state: State) -> bool:
+    """Whether another change was kept since it was made."""
+    return state.best is not None and state.best.blob != change.parent
+
+
+def _superseded(state: State, *tested) -> Plan:
+    """The verdict on a change that was not made on what is now the best. tested: means and evidence, if any."""
+    assert state.best
+    reason = because("moved", best=state.best.number)
+    return Plan(verdict=Verdict("superseded", reason, *tested, judged=False))
 
 
 def _unkept(evidence: Evidence, **more) -> Evidence:
@@ -298,7 +309,9 @@ def _shared(block: Experiment, state: State) -> Plan:
         clash=lambda one, other: edit[one].meets(edit[other]),
         likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
     )
-    plain = screening.plainly_good() if len(ended) % shared.BARE == shared.BARE - 1 else []
+    # Looked at before each run of the parent alone; runs of other devices that end meanwhile change nothing.
+    looked = replace(screening, runs=ended[: max(0, len(ended) - (len(ended) + 1) % shared.BARE)])
+    plain = looked.plainly_good() if looked.runs else []
     if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain and not screening.hopeless:
         if screening.searching and block.run_under_way:
             return Plan()
@@ -329,6 +342,11 @@ def _joint(joint: Experiment, state: State) -> Plan:
     seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
     asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
     wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
+    moved = _moved(joint, state)
+    if joint.run_under_way and moved:
+        return Plan()
+    if moved and wanted:
+        return _superseded(state)
     if wanted or joint.run_under_way:
         stake = stake_of(joint, state) if joint.stake is None else None
         return Plan(tuple(Job(blob, seed, state.budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
@@ -338,6 +356,8 @@ def _joint(joint: Experiment, state: State) -> Plan:
     noise, account = noise_of(state), account_of(state)
     step = gate.joint_step(scores, parents, noise, account, joint.stake, conditions=(of, of_parents))
     means = statistics.fmean(scores.values()), statistics.fmean(parents.values())
+    if moved and step.action != "discard":
+        return _superseded(state, *means, _unkept(step.evidence, stake=joint.stake or 0.0))
     return _tested(joint, state, step, means)
 
 

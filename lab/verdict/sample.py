@@ -18,6 +18,7 @@ from lab.session import events
 from lab.session.session import Session
 from lab.session.state import Experiment
 from lab.verdict import executor
+from lab.verdict.opening import exclusive
 
 TEMPERATURE, SEED = 0.8, 0
 OF_HELD_OUT = 32  # tokens of the prompt, where none is given
@@ -52,14 +53,14 @@ class Writing(Exam):
 
 
 def sample(session: Session, prompt: str | None, count: int) -> events.Sampled:
-    """Lets both write, and journals it. LabError if one of them can't.
+    """Lets both write, and journals it. With the lock held. LabError if one of them can't.
 
     Args:
         prompt: a text; None takes the beginning of the held-out rows. count: tokens to be written.
     """
     best, baseline = session.state.best, session.state.baseline
-    if best is None or session.state.oldest_open:
-        raise LabError("there is no model yet, or an experiment is under way: see python -m lab status")
+    if best is None:
+        raise LabError("there is no model yet: python -m lab status shows how far the baseline is")
     data = prepare.open_data(session.local.settings.get("AUTORESEARCH_DATA"))
     begin = data.held_out_rows[0, :1].tolist()  # of a document
     tokens = begin + data.tokenizer.encode_ordinary(prompt) if prompt else data.held_out_rows[0, :OF_HELD_OUT].tolist()
@@ -101,6 +102,7 @@ def after_night(session: Session) -> None:
     best, sampled = session.state.best, session.state.sampled
     if best and best is not session.state.baseline and (sampled is None or sampled.experiment != best.number):
         try:
-            sample(session, None, 96)
+            with exclusive(session, device=True):
+                sample(session, None, 96)
         except (storage.Stop, runner.Halted) as error:
             print(f"no sample of what the best writes: {error}", file=sys.stderr)

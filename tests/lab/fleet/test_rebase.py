@@ -11,13 +11,17 @@ from test_loop import Seen, options
 
 import storage
 from lab.cli import render
+from lab.compare.analysis import Analysis
 from lab.fleet import settings, spread
 from lab.night import limits, loop, proposer
 from lab.reasons import because
+from lab.report import page
 from lab.run import runner
 from lab.session.events import RunEnded, RunScored
 from lab.session.journal import Journal
 from lab.session.session import Session
+from lab.share import sources
+from lab.share.summary import summary
 from lab.verdict import executor, opening
 from lab.verdict.plan import orders, plan
 
@@ -166,7 +170,7 @@ def night(session, monkeypatch):
     return run
 
 
-def test_it_is_made_again_on_the_best_and_judged_against_it(night):
+def test_it_is_made_again_on_the_best_and_judged_against_it(night, tmp_path):
     content = [edited(LOSS=0.9), edited() + b"LOSS = LOSS - 0.05\n"]
     session, _ = night(content, ["a"], max_experiments=3)
     again = session.state.experiments[3]
@@ -177,6 +181,11 @@ def test_it_is_made_again_on_the_best_and_judged_against_it(night):
     assert "made on           a" in render.block(session, again)
     sound(session)
     check(session)
+    record = sources.of_session(session)
+    assert [e.number for e in Analysis(record).tried] == [1, 3]  # what was not judged is not tried
+    assert "changes tried: 2; better: 2" in summary(record) and "What did not help" not in summary(record)
+    (path,) = page.write([record], tmp_path / "report.html")
+    assert "superseded" in path.read_text() and "2 experiments: 2 kept" in path.read_text()
 
 
 def test_what_can_not_be_merged_ends_there_and_is_told(night):
@@ -185,6 +194,32 @@ def test_what_can_not_be_merged_ends_there_and_is_told(night):
     assert any("experiment 2 was made on an earlier best" in line for line in one.view.lines)
     assert session.state.last.rebased is None and session.state.best.number == 1
     check(session)
+
+
+def test_one_of_two_equal_ones_is_made_again(session):
+    more = b"LOSS = min(LOSS, 0.95)\n"  # does nothing on the best
+    for content in (edited(LOSS=0.9), edited() + more, edited(LOSS=0.9) + more):  # the last holds both
+        opened(session, content)
+    executor.supervise(session, Many(session, ["a"]))
+    one = loop.Night(session, options(), Seen())
+    assert one._rebase() and session.state.last.rebased == 2
+    executor.supervise(session, Many(session, ["a"]))
+    assert [e.status for e in session.state.experiments.values()] == ["keep", "keep", *["superseded"] * 2, "discard"]
+    assert not one._rebase() and session.state.last.number == 4
+    assert "experiment 3 would be equal to experiment 4 now: it is not made again" in one.view.lines
+    check(session)
+
+
+@pytest.mark.parametrize("other, why", [
+    (edited(LOSS=0.9), "the best itself"), (edited(LOSS=0.8), "the same line"),
+    (edited() + b"if True:\n", "no Python"), (edited() + b"LOSS = LOSS - 0.05\n", ""),
+])  # fmt: skip
+def test_what_was_made_on_an_earlier_best_is_merged_if_it_can_be(session, other, why):
+    opened(session, edited(LOSS=0.9))
+    executor.supervise(session, Many(session, ["a"]))
+    one = loop.Night(session, options(), Seen())
+    blob = session.repository.store(other)
+    assert bool(one._on_best(blob, session.state.baseline.blob)) is not bool(why)
 
 
 def test_a_night_keeps_devices_supplied_and_proposes_nothing_twice(night):

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import sessions
 from exports import begun
+from test_loop import Seen, options
+from test_rebase import Many
 
 from lab.compare import comparison, published
 from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.genome import edits
-from lab.night import findings
+from lab.night import findings, loop
 from lab.session.events import Patch, RunEnded, RunStarted
 from lab.session.session import Session
 from lab.share import export, sources
@@ -195,6 +197,29 @@ def test_a_block_and_its_test(noisy, tmp_path):
     assert record.train(joint.number) == noisy.repository.content(joint.blob)
 
 
+def test_what_a_block_chose_is_tested_on_what_is_the_best_by_then(noisy):
+    """Before its test another change is kept, and during the test, on many devices, one more."""
+    first = block(noisy)
+    supervise(noisy)
+    sessions.attempt(noisy, noisy.repository.train() + b"LOSS = LOSS - 0.2\n")
+    assert noisy.state.last.status == "keep" and blocks.untested(noisy.state) is first
+    with opening.exclusive(noisy):
+        opening.open_change(noisy, "better", content=noisy.repository.train() + b"LOSS = LOSS - 0.3\n")
+        joint = blocks.open_joint(noisy, first)
+    supervise(noisy, Many(noisy, [f"device {n}" for n in range(60)]))
+    best = noisy.state.best
+    assert best.description == "better" and joint.status == "superseded" and not joint.verdict.judged
+    night = loop.Night(noisy, options(), Seen())
+    assert night._rebase() and not night._rebase()
+    supervise(noisy)
+    again = noisy.state.last
+    assert (again.kind, again.rebased, again.pairs) == ("joint", joint.number, joint.pairs)
+    assert again.patches == joint.patches and again.onto == best.number and again.status == "keep"
+    assert b"V0 = 0.5" in noisy.repository.train() and b"- 0.3" in noisy.repository.train()
+    assert blocks.untested(noisy.state) is None
+    sessions.check(noisy)
+
+
 def test_nothing_is_kept_where_nothing_helps(tmp_path, runner):
     session = sessions.make(tmp_path / "project", TRAIN.replace("0.03", "-0.002").replace("0.02", "-0.002").encode())
     supervise(session)
@@ -246,6 +271,7 @@ def test_a_patch_that_is_plainly_good_goes_on_alone(tmp_path, runner):
     supervise(session)
     assert first.verdict.reason.code == "plainly_good" and "v0 is plainly better" in first.verdict.said
     assert blocks.plainly_good(session.state) == first.patches[0].origin and len(first.runs) < 100
+    assert not blocks.screened(session.state)  # the others are in the next block
 
 
 def test_the_list_and_the_comparison_have_its_estimates(noisy, monkeypatch, tmp_path):
