@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 WAIT = 100.0  # seconds: shells of agents have time limits
@@ -166,6 +167,12 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     for both in (("each", "stack"), ("agent", "proposer"), ("scale", "file")):
         if all(getattr(options, name, None) for name in both):
             whole.error(f"--{both[0]} and --{both[1]} don't go together: give one of them")
-    if options.command == "night" and options.findings is None:
-        options.findings = options.agent is None
+    if options.command == "night":
+        if options.agents and not options.agent:
+            whole.error("--agents is for an agent: give --agent COMMAND, too")
+        for name, low, high in (("agents", 0, math.inf), ("turn_seconds", 0.1, math.inf), ("offers", 0, 1)):
+            if not low <= getattr(options, name) <= high:
+                limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                whole.error(f"--{name.replace('_', '-')} has to be {limit}, not {getattr(options, name):g}")
+        options.findings = options.agent is None if options.findings is None else options.findings
     return options

@@ -54,7 +54,7 @@ class Said:
 
 def said(text: str) -> Said:
     text = re.sub(r"\([^()]*\)", " ", text)
-    numbers = [_number(match) for match in NUMBER.finditer(text)]
+    numbers = [number for match in NUMBER.finditer(text) if (number := _number(match)) is not None]
     text = re.sub(r"[^a-z0-9]+", " ", NUMBER.sub(" ", text).lower()).strip()
     for phrase, word in PHRASES.items():
         text = re.sub(rf"\b{phrase}\b", word, text)
@@ -65,8 +65,14 @@ def said(text: str) -> Said:
     return Said(frozenset(words) - UP - DOWN - EMPTY, way, numbers[-1] if numbers else None)
 
 
-def _number(match: re.Match) -> float:
-    value = float(match[1]) ** int(match[2]) if match[2] and int(match[2]) < 64 else float(match[1])
+def _number(match: re.Match) -> float | None:
+    """None if it is too large for a float."""
+    try:
+        value = float(match[1]) ** int(match[2]) if match[2] and int(match[2]) < 64 else float(match[1])
+    except OverflowError:
+        return None
+    if not math.isfinite(value):
+        return None
     unit = (match[3] or "").lower()
     value *= {"%": 0.01, "k": 1e3, "m": 1e6}.get(unit, 1)
     if unit in ("k", "m"):  # 524K is 2^19

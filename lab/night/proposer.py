@@ -82,7 +82,7 @@ def _reach(state: State) -> float:
     that was plainly worse."""
     reach = 1.0
     for e in state.decided:
-        if e.kind == "change" and not e.origin:
+        if e.kind == "change" and not e.origin and e.verdict.judged:
             plainly = e.status not in ("keep", "discard") or (e.t or 0.0) < PLAINLY
             factor = NARROWER if plainly else MUCH_WIDER if e.status == "keep" else A_LITTLE_WIDER
             reach = min(max(reach * factor, REACH[0]), REACH[1])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+import storage
 from lab.errors import LabError
 from lab.session.session import Session
 
@@ -50,7 +51,7 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
             known = secrets.compare_digest(self.path.encode(), f"/{key}/".encode())
             try:
                 content, status = (report(session), 200) if known else (b"", 404)
-            except Exception as error:  # the night goes on without
+            except (storage.Stop, Exception) as error:  # the night goes on without
                 content, status = f"no report now: {error}".encode(), 503
             self.send_response(status)
             for name, value in (HEADERS if known else {}).items():

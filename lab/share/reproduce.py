@@ -54,7 +54,10 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
     tag = f"reproduce-{record.started.tag}"[:40] + f"-{number}"
     folder = storage.home() / "reproduced" / record.started.device / tag
     if folder.exists():
-        raise LabError(f"{folder} exists from an earlier call. To do it again, remove it and the session {tag}")
+        sessions = storage.home() / "sessions" / "*" / tag
+        raise LabError(
+            f"{folder} exists from an earlier call. To do it again, remove it and {sessions}, if there is one"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     commit = session.local.commit if session else repository.git("rev-parse", "HEAD")
 

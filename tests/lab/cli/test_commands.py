@@ -13,7 +13,7 @@ from sessions import attempt, edited
 
 from lab.cli import commands, render
 from lab.verdict import executor, near_misses as near, opening
-from lab.cli.arguments import parser
+from lab.cli.arguments import parsed, parser
 from lab.errors import LabError
 from lab.session.locks import refuse_if_busy
 from lab.session.session import Session
@@ -26,6 +26,20 @@ def session(tmp_path, runner):
     session = sessions.make(tmp_path / "project")
     executor.supervise(session)
     return session
+
+
+@pytest.mark.parametrize("given, said", [
+    ("--agents 3", "give --agent COMMAND, too"),
+    ("--agent x --agents -1", "--agents has to be at least 0, not -1"),
+    ("--agent x --turn-seconds -5", "--turn-seconds has to be at least 0.1, not -5"),
+    ("--offers 7", "--offers has to be from 0 to 1, not 7"),
+    ("--agent x --proposer", "--agent and --proposer don't go together"),
+])  # fmt: skip
+def test_options_of_a_night_that_make_no_sense(given, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed(["night", *given.split()])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert parsed(["night", "--agent", "x", "--agents", "2", "--turn-seconds", "5", "--offers", "1"]).agents == 2
 
 
 class AtOnce:

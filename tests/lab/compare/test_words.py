@@ -53,3 +53,8 @@ def test_each_is_matched_once_with_its_best():
 def test_numbers_that_are_no_powers_of_two_stay():
     assert said("RoPE base 10K to 200K").value == 200_000
     assert said("batch 524K to 262K").value == 262_144
+
+
+@pytest.mark.parametrize("text", ["batch 10000000000^63", "batch 1e999k", "batch 1e999"])
+def test_numbers_that_are_too_large_are_none(text):
+    assert said(text).value is None and "batch" in said(text).words

@@ -172,14 +172,15 @@ def test_first_steps_stay_near_home(ours, monkeypatch):
 
 def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
     def decided(t, status="discard", origin=""):
-        return SimpleNamespace(kind="change", status=status, t=t, origin=origin)
+        verdict = SimpleNamespace(judged=status != "superseded")
+        return SimpleNamespace(kind="change", status=status, t=t, origin=origin, verdict=verdict)
 
     def reach(*experiments):
         return proposer._reach(SimpleNamespace(decided=experiments))
 
     assert reach() == 1.0 < reach(decided(0.5)) < reach(decided(3.0, "keep"))
     assert reach(decided(-9.0)) == reach(decided(None, "crash")) < 1.0
-    assert reach(decided(-9.0, origin="published/x/00")) == 1.0
+    assert reach(decided(-9.0, origin="published/x/00")) == reach(decided(2.0, "superseded")) == 1.0
     assert reach(*[decided(-9.0)] * 9) == proposer.REACH[0] and reach(*[decided(0.0)] * 99) == proposer.REACH[1]
 
 

@@ -48,6 +48,17 @@ def test_the_report_as_it_is_now(night, address):
     assert answer.status == 200 and content == b""
 
 
+def test_what_can_not_be_shown_now_is_shown_later(night, address, monkeypatch):
+    def broken(session):
+        raise LabError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "report", broken)
+        answer, content = asked(address)
+    assert answer.status == 503 and content == b"no report now: the disk is full"
+    assert asked(address)[0].status == 200
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/report.html", "/../journal.jsonl", "/{}", "/{}/journal.jsonl", "/{}/?x", "//", "/é/"]
 )
