@@ -198,7 +198,7 @@ class Trainer(abc.ABC):
             print(f"{rows} rows at once do not fit into the memory: continuing with {fewer} at a time", flush=True)
             rows = fewer
         self.rows_at_once[x.shape] = rows
-        fewer = rows if rows < len(x) else None
+        fewer = min((rows for shape, rows in self.rows_at_once.items() if rows < shape[0]), default=None)
         WARMED_UP.update(compiled=self.compiled, captured=self.captured, rows_at_once=fewer)
 
     @abc.abstractmethod

@@ -125,6 +125,8 @@ def take(name: str, load: Callable[[], flash3.Kernels]) -> str | None:
     except BackendError:  # of a library that somebody asked for
         raise
     except ModuleNotFoundError as error:
+        if not error.name:
+            return benches.first_line(error)
         return "not installed" if name.startswith(error.name) else f"needs {error.name}"
     except flash3.Unavailable as error:
         return str(error)

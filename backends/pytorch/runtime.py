@@ -9,7 +9,8 @@ dtype = torch.float32  # the compute precision; master weights are always float3
 compiled = False  # whether torch.compile works here and pays
 by_layer = True  # whether each kind of layer is compiled once, not all layers together
 captured = False  # whether what is compiled runs as CUDA graphs, whose kernels the host launches all at once
-recorded_memory = 0  # bytes at the peak of a step while its graphs were recorded
+recorded_memory = 0  # bytes at the peak of a step while its graphs were recorded, of the shape that needs most
+_skipped = 0  # graphs that PyTorch had left uncaptured before this trainer was made
 compiler = None  # the thread that loads it
 attention = {"full": "sdpa_mask", "window": "sdpa_mask"}  # which implementation, by kind of window
 added_attention = {}  # further implementations by name, which a backend brings
@@ -45,10 +46,20 @@ def stays(tensor: torch.Tensor) -> None:
         torch._dynamo.mark_static_address(tensor)
 
 
+def begin_recording() -> None:
+    """Forgets what was recorded, and what was not, for an earlier trainer."""
+    global recorded_memory, _skipped
+    recorded_memory, _skipped = 0, _skips()
+
+
 def not_captured() -> str:
-    """Why some of what was compiled so far runs without CUDA graphs; empty if all is captured."""
-    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    return f"PyTorch left {skipped} of their graphs uncaptured" if skipped else ""
+    """Why some of what was compiled for this trainer runs without CUDA graphs; empty if all is captured."""
+    skipped = _skips() - _skipped
+    return f"PyTorch left {skipped} of their graphs uncaptured" if skipped > 0 else ""
+
+
+def _skips() -> int:
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ class Trainer(interface.Trainer):
     def __init__(self, model, loss, optimizer, transform=None):
         super().__init__(model, loss, optimizer, transform)
         self.model = model
+        runtime.begin_recording()
         self._named = dict(model.named_parameters())
         interface.check_optimizer(optimizer, list(self._named))
         self._eager_loss, self._transform, self._optimizer = loss, transform, optimizer
@@ -99,7 +100,8 @@ class Trainer(interface.Trainer):
                 self._clear()
             # What a graph's kernels use is not counted when they run, only while it is recorded.
             copies = sum(value.nbytes for value in kept)
-            runtime.recorded_memory = devices.peak_memory(runtime.device) - copies if runtime.captured else 0
+            recorded = devices.peak_memory(runtime.device) - copies if runtime.captured else 0
+            runtime.recorded_memory = max(runtime.recorded_memory, recorded)  # of another shape's
         finally:
             self._clear()
             with torch.no_grad():
@@ -132,8 +134,9 @@ class Trainer(interface.Trainer):
                 raise
             if runtime.by_layer and not isinstance(error, torch._dynamo.exc.Unsupported):
                 runtime.by_layer, without = False, "is compiled with all its layers at once, which takes longer"
-            elif runtime.captured:
-                runtime.captured, without = False, "is launched one kernel at a time, slower on a busy machine"
+            elif runtime.captured:  # which may have been why it failed before, too
+                runtime.captured, runtime.by_layer = False, True
+                without = "is launched one kernel at a time, slower on a busy machine"
             else:
                 runtime.compiled, without = False, "does not compile and runs uncompiled, slower"
                 runtime.attention = runtime.uncompiled_attention
