@@ -136,11 +136,11 @@ def patches(session: Session) -> list[Patch]:
     state, device = session.state, session.started.device
     if state.best is None:
         return []
-    best, known = session.repository.content(state.best.blob), blocks.screened(state)
+    best, known, done = session.repository.content(state.best.blob), blocks.screened(state), tried(state)
     found = []
     for finding in published.library():
         gain = finding.expected(device, session.budget)
-        if gain < LIKELY or finding.origin in known or finding.key in tried(state):
+        if gain < LIKELY or finding.origin in known or finding.key in done:
             continue
         try:
             apply(finding, best, session.profile["settings"])

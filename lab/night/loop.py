@@ -63,7 +63,8 @@ class Night:
     Args:
         options: agent (a command, or None), agents (turns of it at once, beside what runs; 0 for one in between),
             findings (whether to try those first), offers (the share of runs for replays), turn_seconds, hours, until,
-            max_experiments, notify; planned (the deadline that was told, 0 for none; None if none was).
+            max_experiments, notify, scale (whether to run the baseline for other times at the end); planned (the
+            deadline that was told, 0 for none; None if none was).
         view: shows the progress.
 
     Attributes:

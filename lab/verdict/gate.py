@@ -242,9 +242,14 @@ class Account:
     runs: int = 0  # of changes that are decided
 
     @property
+    def left(self) -> float:
+        """False keeps to be expected that may still be staked."""
+        return max(0.0, ALPHA * max(1, self.keeps) - self.staked)
+
+    @property
     def stake(self) -> float:
         """What the next test that is run again may stake. However many are open, something is left."""
-        return max(0.0, ALPHA * max(1, self.keeps) - self.staked) / (self.tests + STAKE)
+        return self.left / (self.tests + STAKE)
 
     @property
     def level(self) -> float:
@@ -254,7 +259,7 @@ class Account:
     @property
     def joint_stake(self) -> float:
         """The stake of the test of a block, in which many changes were screened: it replaces many tests."""
-        return JOINT * max(0.0, ALPHA * max(1, self.keeps) - self.staked)
+        return JOINT * self.left
 
     def after(self, evidence: Evidence) -> Account:
         """The account after a verdict."""
