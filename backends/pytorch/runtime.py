@@ -49,7 +49,7 @@ def stays(tensor: torch.Tensor) -> None:
 def begin_recording() -> None:
     """Forgets what was recorded, and what was not, for an earlier trainer."""
     global recorded_memory, _skipped
-    recorded_memory, _skipped = 0, _skips()
+    recorded_memory, _skipped = 0, _skips() if captured else 0  # elsewhere nothing imports the compiler for it
 
 
 def not_captured() -> str:

@@ -101,7 +101,7 @@ class Trainer(interface.Trainer):
             # What a graph's kernels use is not counted when they run, only while it is recorded.
             copies = sum(value.nbytes for value in kept)
             recorded = devices.peak_memory(runtime.device) - copies if runtime.captured else 0
-            runtime.recorded_memory = max(runtime.recorded_memory, recorded)  # of another shape's
+            runtime.recorded_memory = max(runtime.recorded_memory, recorded)  # another shape may need more
         finally:
             self._clear()
             with torch.no_grad():
