@@ -67,19 +67,17 @@ def said(text: str) -> Said:
 
 def _number(match: re.Match) -> float | None:
     """None if it is too large for a float."""
+    unit = (match[3] or "").lower()
     try:
         value = float(match[1]) ** int(match[2]) if match[2] and int(match[2]) < 64 else float(match[1])
+        value *= {"%": 0.01, "k": 1e3, "m": 1e6}.get(unit, 1)
+        if unit in ("k", "m"):  # 524K is 2^19
+            power = 2.0 ** round(math.log2(value)) if value else 0.0
+            if abs(power - value) <= 0.05 * value and value >= 2**15:
+                return power
     except OverflowError:
         return None
-    if not math.isfinite(value):
-        return None
-    unit = (match[3] or "").lower()
-    value *= {"%": 0.01, "k": 1e3, "m": 1e6}.get(unit, 1)
-    if unit in ("k", "m"):  # 524K is 2^19
-        power = 2.0 ** round(math.log2(value)) if value else 0.0
-        if abs(power - value) <= 0.05 * value and value >= 2**15:
-            return power
-    return value
+    return value if math.isfinite(value) else None
 
 
 def likeness(one: Said, other: Said) -> float:

@@ -55,6 +55,8 @@ def test_numbers_that_are_no_powers_of_two_stay():
     assert said("batch 524K to 262K").value == 262_144
 
 
-@pytest.mark.parametrize("text", ["batch 10000000000^63", "batch 1e999k", "batch 1e999"])
+@pytest.mark.parametrize(
+    "text", ["batch 10000000000^63", "batch 1e999k", "batch 1e999", "batch 1e307k", "batch 1.79e305k"]
+)
 def test_numbers_that_are_too_large_are_none(text):
     assert said(text).value is None and "batch" in said(text).words
