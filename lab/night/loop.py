@@ -21,7 +21,7 @@ import storage
 from lab.errors import LabError
 from lab.fleet import here, settings, spread
 from lab.genome.merge import merged
-from lab.genome.syntax import TRAIN, describe
+from lab.genome.syntax import TRAIN, describe, is_python
 from lab.night import agent, findings, limits, notify, offers, prompt, proposer, serve
 from lab.night.turns import Turns
 from lab.night.view import Now, View
@@ -318,17 +318,14 @@ class Night:
     def _on_best(self, blob: str, parent: str) -> bytes | None:
         """A train.py that was made on another one, made on the best; None if both changed the same lines, the result
         is no Python or the best itself, or git has let go of one."""
-        best = best_of(self.session).blob
-        known = self.session.repository.contents([blob, parent or best, best])
-        if len(known) < len({blob, parent or best, best}):
+        best = best_of(self.session)
+        known = self.session.repository.contents([blob, parent or best.blob, best.blob])
+        if len(known) < len({blob, parent or best.blob, best.blob}):
             return None
-        if parent in ("", best):
+        if parent in ("", best.blob):
             return known[blob]
-        made, conflicts = merged(known[best], known[parent], known[blob])
-        try:
-            return None if conflicts or describe(made).digest == best_of(self.session).digest else made
-        except LabError:
-            return None
+        made, conflicts = merged(known[best.blob], known[parent], known[blob])
+        return made if not conflicts and is_python(made) and describe(made).digest != best.digest else None
 
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""

@@ -6,6 +6,7 @@ came of it, and asks again. Runs that are under way count as asked for.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -310,8 +311,8 @@ def _shared(block: Experiment, state: State) -> Plan:
         likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
     )
     # Looked at before each run of the parent alone; runs of other devices that end meanwhile change nothing.
-    looked = replace(screening, runs=ended[: max(0, len(ended) - (len(ended) + 1) % shared.BARE)])
-    plain = looked.plainly_good() if looked.runs else []
+    looked = ended[: max(0, len(ended) - (len(ended) + 1) % shared.BARE)]
+    plain = _plainly_good(replace(screening, runs=tuple(looked), clash=shared.Screening.clash)) if looked else ()
     if len(begun) < block.pairs - 2 * shared.tested(noise) and not plain and not screening.hopeless:
         if screening.searching and block.run_under_way:
             return Plan()
@@ -336,6 +337,11 @@ def _shared(block: Experiment, state: State) -> Plan:
     return Plan(verdict=Verdict("discard", reason, effects=effects))
 
 
+@functools.lru_cache(maxsize=8)  # a pool of devices plans several times a second
+def _plainly_good(screening) -> tuple[int, ...]:
+    return tuple(screening.plainly_good())
+
+
 def _joint(joint: Experiment, state: State) -> Plan:
     """The best patches of a block as one, and the parent, on fresh seeds; one look at the end."""
     parent = _parent(joint, state)
@@ -343,10 +349,8 @@ def _joint(joint: Experiment, state: State) -> Plan:
     asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
     wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
     moved = _moved(joint, state)
-    if joint.run_under_way and moved:
-        return Plan()
-    if moved and wanted:
-        return _superseded(state)
+    if wanted and moved:
+        return Plan() if joint.run_under_way else _superseded(state)
     if wanted or joint.run_under_way:
         stake = stake_of(joint, state) if joint.stake is None else None
         return Plan(tuple(Job(blob, seed, state.budget, Urgency.REPEAT) for blob, seed in wanted), stake=stake)
