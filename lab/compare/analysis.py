@@ -32,9 +32,7 @@ class Analysis:
         # What is decided, by number, the baseline first; confirmations and further runs are left out.
         decided = sorted(self.state.decided, key=lambda experiment: experiment.number)
         self.experiments = {e.number: e for e in decided if e.kind not in MEASURING}
-        # What is superseded was not judged; if it is made again, that counts.
-        judged = [experiment for experiment in self.experiments.values() if experiment.status != "superseded"]
-        self.tried = [experiment for experiment in judged if experiment.number != BASELINE]
+        self.tried = self.state.tried
         self.counts = Counter(experiment.status for experiment in self.tried)
         # By experiment, all runs of its train.py that have a score, for whatever experiment they were made.
         self.runs: dict[int, list[Run]] = {number: [] for number in self.experiments}
@@ -156,7 +154,7 @@ class Analysis:
 
     def _said_of_file(self, curve: Curve) -> str:
         """What the last confirmation tells in time of a train.py that was not kept, but given by hand."""
-        confirmation = self._last_confirmation(of_kept=False)
+        confirmation = next(reversed(self.state.confirmations(of_kept=False)), None)
         if not confirmation or confirmation.verdict.confirmed is None or confirmation.budget != self.budget:
             return ""
         runs = [run for run in confirmation.runs if run.ok and _eval(run) == self.eval]
@@ -223,12 +221,7 @@ class Analysis:
     @cached_property
     def confirmation(self) -> Experiment | None:
         """The last one that is decided of something that was kept."""
-        return self._last_confirmation(of_kept=True)
-
-    def _last_confirmation(self, of_kept: bool) -> Experiment | None:
-        kept = {experiment.blob for experiment in self.state.kept}
-        all_of_them = (e for e in reversed(self.state.decided) if e.kind == "confirm")
-        return next((e for e in all_of_them if (e.blob in kept) == of_kept), None)
+        return next(reversed(self.state.confirmations()), None)
 
     @property
     def kept_since(self) -> bool:

@@ -278,6 +278,18 @@ class State:
     def baseline(self) -> Experiment:
         return self.experiments[BASELINE]
 
+    @property
+    def tried(self) -> list[Experiment]:
+        """The changes that are decided, by number, without what is superseded: that was not judged, and if it is made
+        again, that counts."""
+        decided = sorted(self.decided, key=lambda e: e.number)
+        return [e for e in decided if e.number and e.kind not in MEASURING and e.status != "superseded"]
+
+    def confirmations(self, of_kept: bool = True) -> list[Experiment]:
+        """Those that are decided: of something that was kept, or of a train.py that was given by hand."""
+        kept = {experiment.blob for experiment in self.kept}
+        return [e for e in self.decided if e.kind == "confirm" and (e.blob in kept) == of_kept]
+
     def parent_of(self, experiment: Experiment) -> Experiment | None:
         """The experiment that it is judged against."""
         return None if experiment.onto is None else self.experiments[experiment.onto]

@@ -9,7 +9,7 @@ from collections import Counter
 
 from lab.genome import kinds
 from lab.session.record import Record
-from lab.session.state import MEASURING, Experiment
+from lab.session.state import Experiment
 
 UNCONFIRMED = "none was made. The scores that a change was kept for are biased in its favour"
 LISTED = 40  # changes of a kind that were not kept; the rest is counted
@@ -19,7 +19,7 @@ def summary(record: Record) -> str:
     """The summary as Markdown."""
     state, started = record.state, record.started
     decided = [e for e in state.experiments.values() if e.decided]
-    tried = [e for e in decided if e.kind not in ("baseline", *MEASURING) and e.status != "superseded"]
+    tried = state.tried
     kept = [e for e in state.kept if e.number]
     near = [e for e in tried if e.near_miss and e.status == "discard"]
     replayed = [e for e in tried if e.kind == "replay"]
@@ -27,8 +27,7 @@ def summary(record: Record) -> str:
     rest = [e for e in tried if e.number not in listed]
     counts = Counter(e.status for e in tried)
     runs = Counter(run.status for run in state.runs.values() if run.status)
-    blobs = {e.blob for e in kept}
-    confirmations = [e.verdict.said for e in decided if e.kind == "confirm" and e.blob in blobs]
+    confirmations = [e.verdict.said for e in state.confirmations()]
     facts = {
         "device": started.device,
         "backend": started.backend,
