@@ -12,7 +12,12 @@ def squared_relu_mlp(x, w_in, w_out):
     """relu(x @ w_in.T)^2 @ w_out.T (So et al. 2021, arXiv:2109.08668) for x (..., C), w_in (F, C) and w_out (C', F)."""
     if not runtime.has_kernel("mlp", x) or any(size % 8 for size in (*w_in.shape, *w_out.shape)):
         return F.linear(F.relu(F.linear(x, w_in)).square(), w_out)
-    return _SquaredReluMLP.apply(x.reshape(-1, x.shape[-1]), w_in, w_out).reshape(*x.shape[:-1], w_out.shape[0])
+    return _product(x.reshape(-1, x.shape[-1]), w_in, w_out).reshape(*x.shape[:-1], w_out.shape[0])
+
+
+@runtime.one_node
+def _product(x, w_in, w_out):
+    return _SquaredReluMLP.apply(x, w_in, w_out)
 
 
 class _SquaredReluMLP(torch.autograd.Function):

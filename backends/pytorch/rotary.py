@@ -13,8 +13,13 @@ EPSILON = 2.0**-23  # float32's machine epsilon, in every precision
 def rms_norm(x):
     """x / sqrt(mean(x^2, last axis) + 2^-23), accumulated in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     if torch.compiler.is_compiling():
-        return _RMSNorm.apply(x)
+        return _normed(x)
     return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)  # one kernel, where there is no compiler to make one
+
+
+@runtime.one_node
+def _normed(x):
+    return _RMSNorm.apply(x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -40,7 +45,12 @@ class _RMSNorm(torch.autograd.Function):
 
 def rope(x, base):
     """Rotary position embedding of x (B, T, H, D); position on axis 1, halves split."""
-    return _Rotate.apply(x, *_rotation(x.shape[1], x.shape[3] // 2, base))
+    return _rotated(x, *_rotation(x.shape[1], x.shape[3] // 2, base))
+
+
+@runtime.one_node
+def _rotated(x, cosines, sines):
+    return _Rotate.apply(x, cosines, sines)
 
 
 class _Rotate(torch.autograd.Function):
@@ -88,13 +98,18 @@ def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
     batch, length, _ = x.shape
     if runtime.has_kernel("projection", x) and head_dim & (head_dim - 1) == 0 and x.shape[-1] % 8 == 0:
         widths = [w.shape[0] for w in (w_q, w_k, w_v)]
-        parts = _RotaryProjection.apply(
+        parts = _projected(
             x.reshape(batch * length, -1), torch.cat([w_q, w_k, w_v]), *_rotation(length, head_dim // 2, base), widths
         )
         return tuple(part.reshape(batch, length, -1, head_dim) for part in parts)
     # One product would be no faster here: its gradients would have to be copied together.
     q, k, v = (F.linear(x, w).reshape(batch, length, -1, head_dim) for w in (w_q, w_k, w_v))
     return rms_norm(rope(q, base)), rms_norm(rope(k, base)), v
+
+
+@runtime.one_node
+def _projected(x, weight, cosines, sines, widths):
+    return _RotaryProjection.apply(x, weight, cosines, sines, widths)
 
 
 class _RotaryProjection(torch.autograd.Function):

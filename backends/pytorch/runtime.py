@@ -1,5 +1,7 @@
 """What this process computes on. Set once, by `open_backend`; read by `nn`, `ops` and the trainer."""
 
+import hashlib
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ added_attention = {}  # further implementations by name, which a backend brings
 uncompiled_attention = attention  # the same, for when a step turns out not to compile
 kernels = frozenset()  # which of our Triton kernels: "mlp", "projection", "cross_entropy"
 logits_at_once = 2**21  # of the cross-entropy's chunks, in float32
+_one_node = {}  # by name, functions that the tracer does not look into, with the text of their modules
+CACHED = "unsafe_marked_cacheable_functions"  # the compiler's option for such functions
 
 
 def has_kernel(name: str, x: torch.Tensor) -> bool:
@@ -32,12 +36,29 @@ def maybe_compile(function, step=False, backend: Any = "inductor", dynamic: bool
         backend: PyTorch's compiler, or what stands between it and the graph of the function.
         dynamic: False for fixed shapes, None for those marked as dynamic to be so.
     """
-    if compiled and compiler:
-        compiler.join()
-    options = {"triton.cudagraphs": True} if step and captured else None
     if not compiled:
         return function
+    if compiler:
+        compiler.join()
+    options: dict[str, Any] = {"triton.cudagraphs": step and captured}
+    if hasattr(torch._inductor.config, CACHED):  # an older PyTorch caches nothing that has such a node
+        options[CACHED] = {}
+        for name, (opaque, text) in _one_node.items():
+            torch._dynamo.allow_in_graph(opaque)
+            options[CACHED][name] = hashlib.sha256(text.encode()).hexdigest()
     return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend, options=options)
+
+
+def one_node(function):
+    """Has the tracer put this function into its graph as one node: to look into an `autograd.Function` takes 50 ms for
+    each layer, at each start. The compiler looks into it, when it compiles.
+
+    Args:
+        function: what it computes depends on its arguments and on the text of its module alone. By these the compiler's
+            cache knows it.
+    """
+    _one_node[f"{function.__module__}.{function.__name__}"] = function, inspect.getsource(inspect.getmodule(function))
+    return function
 
 
 def stays(tensor: torch.Tensor) -> None:

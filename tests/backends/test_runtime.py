@@ -1,0 +1,55 @@
+"""A gradient of our own is one node for the tracer, and the compiler's cache knows it by the text of its module."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch._dynamo.utils import counters  # noqa: E402
+
+from backends.pytorch import rotary, runtime  # noqa: E402
+
+if not hasattr(torch._inductor.config, runtime.CACHED):
+    pytest.skip("this PyTorch caches no function of a project's own", allow_module_level=True)
+
+
+@pytest.fixture
+def norm(monkeypatch, tmp_path):
+    """norm(x): the RMS norm of x compiled anew, its gradient, and how often the compiler's cache had it."""
+    monkeypatch.setattr(runtime, "compiled", True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def norm(x):
+        torch._dynamo.reset()
+        counters.clear()
+        y = runtime.maybe_compile(lambda x: rotary.rms_norm(x) * 2)(x)
+        (gradient,) = torch.autograd.grad(y.square().sum() + y[..., 0].sum(), [x])
+        return y, gradient, counters["aot_autograd"]["autograd_cache_hit"]
+
+    yield norm
+    torch._dynamo.reset()
+
+
+def test_has_the_gradient_of_plain_operations(norm):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    wanted = torch.nn.functional.rms_norm(x, (8,), eps=rotary.EPSILON) * 2
+    (gradient,) = torch.autograd.grad(wanted.square().sum() + wanted[..., 0].sum(), [x])
+    torch.testing.assert_close(norm(x)[:2], (wanted, gradient))
+
+
+def test_is_one_node(norm):
+    graphs = []
+
+    def backend(graph, inputs, options=None):
+        graphs.append(graph)
+        return graph
+
+    runtime.maybe_compile(rotary.rms_norm, backend=backend)(torch.ones(3, 8).requires_grad_())
+    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"] == [rotary._normed]
+
+
+def test_is_found_again_until_its_module_is_another(norm, monkeypatch):
+    x = torch.randn(3, 8).requires_grad_()
+    assert [norm(x)[2], norm(x)[2]] == [0, 1]
+    name = "backends.pytorch.rotary._normed"
+    monkeypatch.setitem(runtime._one_node, name, (rotary._normed, runtime._one_node[name][1] + "\n# edited"))
+    assert norm(x)[2] == 0
