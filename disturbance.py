@@ -156,12 +156,25 @@ class Witness:
         self._synchronize, self._work = backend.synchronize, None if self.is_cpu else _device_work(backend)
         self._before = np.full(4, np.nan)
         self._cores = _cores()
-        self._ended = threading.Event()
+        self._beating, self._ended = threading.Lock(), threading.Event()
+        self._beat = self._used = 0.0  # when it was last known to run, and the processor time that it had had
 
     def start(self) -> None:
         """Begins to measure."""
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+        self._beat, self._used = time.perf_counter(), time.process_time()
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         self.read()
+
+    def now(self) -> float:
+        """Seconds on a clock that stands still in a pause: a gap between two beats without processor time. Work that
+        holds Python's lock leaves some."""
+        with self._beating:
+            now, used = time.perf_counter(), time.process_time()
+            gap = now - self._beat - PULSE
+            if gap > PAUSE and used - self._used < 0.1 * gap:
+                self.paused += gap
+            self._beat, self._used = now, used
+            return now - self.paused
 
     def read(self) -> float:
         """How many times as long as undisturbed the device takes, since the last time this was asked. Takes a probe;
@@ -191,15 +204,9 @@ class Witness:
         """Ends the pulse."""
         self._ended.set()
 
-    def _beat(self) -> None:
-        """Finds pauses: gaps between its beats without processor time. Work that holds Python's lock leaves some."""
-        last, used = time.perf_counter(), time.process_time()
+    def _pulse(self) -> None:
         while not self._ended.wait(PULSE):
-            now, uses = time.perf_counter(), time.process_time()
-            gap = now - last - PULSE
-            if gap > PAUSE and uses - used < 0.1 * gap:
-                self.paused += gap
-            last, used = now, uses
+            self.now()
 
     # --- A CPU: processor time that the run's threads did not get ---
 

@@ -198,7 +198,7 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()
         self.stopped: float | None = None
-        self.ticked = self._last = self._window = self._paused = 0.0
+        self.ticked = self._last = self._window = 0.0  # ticked: by the witness's clock
         self.steps, self.longest, self.in_step, self.took = 0, 0.0, False, []
         self.loss: float | None = None
         self.losses: list[float] = []  # of all steps
@@ -222,8 +222,8 @@ class Clock:
         if self.started is None:
             self.backend.step_kind()  # of the warm-up
             self.witness.start()
-            self.started = self.ticked = self._window = time.perf_counter()
-            self._paused = self.witness.paused
+            self.started = self._window = time.perf_counter()
+            self.ticked = self.witness.now()
         self.in_step = True
 
     def tick(self, loss) -> float:
@@ -255,7 +255,7 @@ class Clock:
         kind = self.backend.step_kind()
         sys.audit("autoresearch.tick", self, kind, seconds, witnessed)
         self.meter.add(kind, seconds, witnessed)
-        self.ticked, self._paused = time.perf_counter(), self.witness.paused
+        self.ticked = self.witness.now()  # a probe is no training time
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
         self.took.append(seconds)
@@ -267,7 +267,7 @@ class Clock:
 
     def _since_tick(self) -> float:
         """Seconds since the last tick, without pauses."""
-        return time.perf_counter() - self.ticked - (self.witness.paused - self._paused)
+        return self.witness.now() - self.ticked
 
     def _read(self) -> None:
         """Waits for the loss that has not been read yet, if there is one, and checks it."""

@@ -269,6 +269,20 @@ def test_standing_still_is_a_pause(tmp_path):
         assert float(process.stdout.readline()) == pytest.approx(2.5, abs=0.7)
 
 
+def test_a_pause_is_taken_off_the_step_that_it_ended_in(witness, monkeypatch):
+    """By whoever looks first: the pulse may come only after the step's end."""
+    monkeypatch.setattr(disturbance.Witness, "_pulse", lambda self: None)
+    clock, stood_still = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + stood_still[0])
+    one = witness(backend())
+    one.start()
+    begun = one.now()
+    stood_still[0] = 100.0
+    ended = one.now()
+    assert 0 <= ended - begun <= disturbance.PULSE + 1 and one.paused == pytest.approx(100, abs=1)
+    assert 0 <= one.now() - ended < 1
+
+
 def test_work_that_holds_pythons_lock_is_no_pause():
     code = PAUSED.format(seconds=2, work="sorted(range(20_000_000))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
