@@ -23,6 +23,7 @@ from lab.fleet import here, settings, spread
 from lab.genome.merge import merged
 from lab.genome.syntax import TRAIN, describe, is_python
 from lab.night import agent, findings, limits, notify, offers, prompt, proposer, serve
+from lab.night.plan import SCALE_RUNS, scale_takes
 from lab.night.turns import Turns
 from lab.night.view import Now, View
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
@@ -33,7 +34,7 @@ from lab.share import replay
 from lab.untrusted import counted, one_line
 from lab.verdict import blocks, executor, near_misses, sample, shared
 from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_scale, sound_baseline
-from lab.verdict.plan import SCALES, noise_of, orders
+from lab.verdict.plan import noise_of, orders
 
 POLL = 0.25  # seconds
 LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
@@ -43,7 +44,6 @@ AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried aga
 LAST_MOMENT = 1.2  # of a run's time has to be left for an experiment to begin
 GUESSED_TURN = 120.0  # seconds of an agent's
 FRUITLESS = 10  # experiments in a row that crashed or could not be judged, after which something is wrong here
-SCALE_RUNS = 3  # of the baseline for each other time
 SHORTEST_BLOCK, FEWEST_SHARED = 40, 8  # runs beside those of its test, and findings to share them
 PATIENCE = 30.0  # seconds for a supervisor to end, and for another command to be done with the session
 THINKING = "the agent thinks"
@@ -214,13 +214,8 @@ class Night:
         return needed + self._scale_takes()
 
     def _scale_takes(self) -> float:
-        """Seconds for the baseline's runs for other times, if they are wanted and were not made yet."""
-        state = self.session.state
-        if not self.options.scale or any(e.kind == "scale" for e in state.experiments.values()):
-            return 0.0
-        runs = [run for run in state.baseline.runs if run.ok]
-        beside = statistics.median(max(0.0, run.seconds - self.session.budget) for run in runs) if runs else 0.0
-        return LAST_MOMENT * SCALE_RUNS * sum(share * self.session.budget + beside for share in SCALES)
+        """Seconds to be left for the baseline's runs for other times, if they are wanted and were not made yet."""
+        return LAST_MOMENT * scale_takes(self.session) if self.options.scale else 0.0
 
     def _scale(self) -> None:
         """Runs the baseline for other times, so that effects can be told as factors of time; if there is time."""

@@ -31,6 +31,7 @@ from lab.session.session import PREFIX, Session, at, folder_of
 from lab.session.start import checked_profile, identified, start
 from lab.session.state import BESIDE
 from lab.untrusted import counted
+from lab.verdict.plan import SCALES
 
 DEFAULT = "climbmix"  # what prepare.py makes when it is not told
 # Gigabytes, about: to download, and prepared on the disk with what was downloaded. climbmix has eleven files of 0.1 GB
@@ -38,6 +39,7 @@ DEFAULT = "climbmix"  # what prepare.py makes when it is not told
 SIZES = {"climbmix": (1.1, 2.4), "tinystories": (0.7, 1.8), "stdlib": (0.0, 0.02)}
 CALIBRATION = 600.0  # seconds, at most; says `python -m calibration --help`
 RUNS_EACH = 1.3  # per experiment of the proposer, in simulated nights (benchmarks/README.md)
+SCALE_RUNS = 3  # of the baseline for each other time
 OVERHEAD = 60.0  # seconds of a run beside its training: a guess for a device on which nothing was run yet
 TURN = {"agent": 120.0, "proposer": 3.0}  # seconds between experiments: a guess for an agent
 ENOUGH = 3  # experiments of a session, from which on it is asked and not the guesses
@@ -53,7 +55,8 @@ class Plan:
         missing: of "data", "calibration", "session", "baseline", in the order in which they are made.
         dataset: its name or path. prepares: arguments of Python that make it, where it is missing.
         download, disk: gigabytes that this takes. free: gigabytes that there are.
-        each: seconds of an experiment. basis: where that is from. first: seconds until the first one can begin.
+        each: seconds of an experiment. basis: where that is from. first: seconds until the first one can begin. last:
+            seconds for the baseline's runs for other times, at the end.
         deadline: seconds as of time.time(), or None. most: experiments that are wanted, or None. box: the sandbox, or
             None. findings: whether what was found elsewhere comes first.
     """
@@ -73,6 +76,7 @@ class Plan:
     each: float = 0.0
     basis: str = ""
     first: float = 0.0
+    last: float = 0.0
     box: str | None = None
     findings: bool = False
 
@@ -81,7 +85,7 @@ class Plan:
         """How many there is time for; None without a limit."""
         fit = [] if self.most is None else [self.most]
         if self.deadline is not None:
-            fit.append(max(0, int((self.deadline - time.time() - self.first) // self.each)))
+            fit.append(max(0, int((self.deadline - time.time() - self.first - self.last) // self.each)))
         return min(fit, default=None)
 
 
@@ -89,7 +93,7 @@ def plan(path: Path, options) -> Plan:
     """What a night in the repository at `path` would do. Nothing is changed.
 
     Args:
-        options: tag, agent, findings, hours, until, max_experiments, unsandboxed, dataset, baseline_runs.
+        options: tag, agent, findings, hours, until, max_experiments, unsandboxed, dataset, baseline_runs, scale.
 
     Raises:
         LabError: it can't begin; the message says what to do first.
@@ -116,6 +120,7 @@ def plan(path: Path, options) -> Plan:
         made.missing = [*["data"] * bool(made.prepares), *["calibration"] * (not calibrated), "session", "baseline"]
     run, made.each, made.basis = duration(session, by)
     made.first = CALIBRATION * ("calibration" in made.missing) + runs * run * ("baseline" in made.missing)
+    made.last = scale_takes(session) if options.scale else 0.0
     if "data" in made.missing:
         made.download, made.disk = SIZES.get(made.dataset, (0.0, 0.0))
     made.disk += DISK[0] + DISK[1] * (100 if made.experiments is None else made.experiments)
@@ -210,6 +215,16 @@ def duration(session: Session | None, by: str) -> tuple[float, float, str]:
     return run, RUNS_EACH * run + TURN[by], basis + guess
 
 
+def scale_takes(session: Session | None) -> float:
+    """Seconds for the baseline's runs for other times; 0 once they were made."""
+    budget, beside = session.budget if session else prepare.budget(), [OVERHEAD]
+    if session:
+        if any(experiment.kind == "scale" for experiment in session.state.experiments.values()):
+            return 0.0
+        beside = [max(0.0, run.seconds - budget) for run in session.state.baseline.runs if run.ok] or beside
+    return SCALE_RUNS * sum(share * budget + statistics.median(beside) for share in SCALES)
+
+
 # --- Telling ---
 
 
@@ -240,6 +255,7 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
     return [
         *lines,
         each + many,
+        *[f"at the end: the baseline for other times, about {lasting(plan.last)}"] * (plan.last > 0),
         f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free{room}",
         f"changes are proposed by the {plan.by}" + ", after the published findings" * plan.findings,
         f"sandbox: {plan.box}" if plan.box else sandbox.describe(None),

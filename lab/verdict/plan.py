@@ -176,6 +176,8 @@ def account_of(state: State) -> gate.Account:
         if evidence := experiment.verdict.evidence:
             beside = experiment.kind == "replay"  # it costs the branch nothing
             account = account.after(gate.replace_evidence(evidence, loss=0.0) if beside else evidence)
+        elif experiment.stake is not None:  # looked at, and then it crashed
+            account = account.reserving(experiment.stake)
     for experiment in state.open:
         if experiment.stake is not None and experiment.decided is None:
             account = account.reserving(experiment.stake)

@@ -34,7 +34,7 @@ HARDWARE = Hardware(
 
 def options(**changes):
     named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset"))
-    return Namespace(**named | {"baseline_runs": 3, "unsandboxed": False, "findings": False} | changes)
+    return Namespace(**named | {"baseline_runs": 3, "unsandboxed": False, "findings": False, "scale": False} | changes)
 
 
 @pytest.fixture
@@ -93,6 +93,14 @@ def test_where_there_is_nothing_everything_is_missing_and_nothing_is_done(tree):
     text = "\n".join(plans.tell(made))
     assert "1.1 GB to download" in text and "a guess" in text and "bwrap" in text and "mains" in text
     assert files(tree) == before
+
+
+def test_the_baseline_for_other_times_takes_its_part_of_the_night(tree, data, calibrated):
+    without, made = planned(tree, hours=8), planned(tree, hours=8, scale=True)
+    assert made.last == 3 * ((0.25 + 0.5 + 2) * 300 + 3 * plans.OVERHEAD)
+    assert without.experiments - made.experiments == pytest.approx(made.last / made.each, abs=1)
+    assert "at the end: the baseline for other times, about" in "\n".join(plans.tell(made))
+    assert "other times" not in "\n".join(plans.tell(without))
 
 
 def test_what_is_there_is_not_missing(tree, data, calibrated):

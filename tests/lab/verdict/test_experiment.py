@@ -6,6 +6,7 @@ import pytest
 import sessions
 from sessions import TRAIN, attempt, edited, git
 
+from lab.cli import render
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN as FILE
 from lab.reasons import because
@@ -296,6 +297,7 @@ def test_confirmations_at_another_budget_are_no_results(session):
     before = noise_of(session.state), state.results(state.best.blob)
     confirm(session, pairs=2)
     assert (noise_of(session.state), state.results(state.best.blob)) == before
+    assert f"\nconfirmation: runs of {session.state.last.budget:g} s: " in render.status(session)
 
 
 def test_a_seed_of_its_own_is_no_way_to_be_kept(session):

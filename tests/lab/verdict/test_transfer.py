@@ -121,6 +121,7 @@ def test_a_file_is_confirmed_against_the_baseline(session, tmp_path, monkeypatch
     assert found.verdict.confirmed and found.verdict.gains["held_out_bpb"][0] == pytest.approx(0.2, abs=0.01)
     analysis = Analysis(Record(session.state, session.repository.content(session.state.baseline.blob)))
     assert analysis.confirmation is None and analysis.confirmed is None  # of the best nothing was measured
+    assert "\nconfirmation: the train.py of other.py: " in render.status(session)
     path.write_bytes(b"# only a comment\n" + session.repository.content(session.state.baseline.blob))
     with pytest.raises(LabError, match="other.py is the baseline's train.py, comments left aside"):
         commands.do_confirm(session, parsed(["confirm", "--file", str(path)]))

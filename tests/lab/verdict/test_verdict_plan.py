@@ -96,6 +96,19 @@ def test_many_open_tests_reserve_their_stakes_and_never_overdraw(session):
     assert account_of(state).stake > 0
 
 
+def test_a_test_that_crashes_after_it_was_looked_at_has_spent_its_stake(session):
+    state = session.state
+    opened(state, 1, "ab")
+    (job,) = plan(state.experiments[1], state).jobs
+    ran(state, 100, 1, job, 0.99)
+    wanted = plan(state.experiments[1], state)
+    assert wanted.stake
+    state.take(StakeReserved(experiment=1, stake=wanted.stake))
+    while_open = account_of(state)
+    state.take(ExperimentDecided(experiment=1, verdict=Verdict("crash", because("interrupted", times=3))))
+    assert account_of(state) == while_open and while_open.staked >= wanted.stake > 0
+
+
 def test_a_verdict_frees_what_was_reserved_as_if_it_had_been_alone(session):
     attempt(session, edited(LOSS=0.9985))
     known = session.state.last
