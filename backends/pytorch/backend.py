@@ -108,7 +108,7 @@ def open_backend(
     bench.forget()  # another process may need the memory
     chosen, note = _choose_kernels(key, calibrated)
     notes += [note, compiler]
-    runtime.compiler = devices.load_compiler() if runtime.compiled else None
+    runtime.compiler = devices.load_compiler(runtime.device) if runtime.compiled else None
     speed = calibrated and benches.speed(bench, calibrated)
     bench.forget()
     device = interface.Device(

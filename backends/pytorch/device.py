@@ -148,13 +148,17 @@ def configure_compiler() -> None:
         autograd.autograd_cache_allow_custom_autograd_functions = True
 
 
-def load_compiler() -> threading.Thread:
+def load_compiler(device: torch.device) -> threading.Thread:
     """Imports the compiler, whose modules take a second, beside what waits for the GPU, for the disk or in numpy. To be
     joined before anything is compiled."""
 
     def load():
         try:
             importlib.import_module("torch._inductor.compile_fx")
+            if (
+                device.type == "cuda"
+            ):  # until its helpers run, which takes seconds, it compiles one kernel after the other
+                importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
         except Exception:  # whoever compiles is told
             pass
 

@@ -1,4 +1,4 @@
-"""A gradient of our own is one node for the tracer, and the compiler's cache knows it by the text of its module."""
+"""What the compiler is told: a gradient of our own is one node, which its cache knows by the text of its module."""
 
 import pytest
 
@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from torch._dynamo.utils import counters  # noqa: E402
 
-from backends.pytorch import rotary, runtime  # noqa: E402
+from backends.pytorch import device, rotary, runtime  # noqa: E402
 
 if not hasattr(torch._inductor.config, runtime.CACHED):
     pytest.skip("this PyTorch caches no function of a project's own", allow_module_level=True)
@@ -53,3 +53,11 @@ def test_is_found_again_until_its_module_is_another(norm, monkeypatch):
     name = "backends.pytorch.rotary._normed"
     monkeypatch.setitem(runtime._one_node, name, (rotary._normed, runtime._one_node[name][1] + "\n# edited"))
     assert norm(x)[2] == 0
+
+
+@pytest.mark.parametrize("kind, calls", [("cuda", 1), ("cpu", 0)])
+def test_the_compilers_helpers_are_started_early_for_a_gpu(kind, calls, monkeypatch):
+    warmed = []
+    monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: warmed.append(kind))
+    device.load_compiler(torch.device(kind)).join()
+    assert len(warmed) == calls
