@@ -150,7 +150,7 @@ class Analysis:
         biased = "" if self.confirmed else ", not confirmed and so biased in its favour"
         best = f"the best reaches the baseline's score in {gained}{biased}" if gained else ""
         points = ", ".join(f"{curve.points[t]:.6f} after {t:g} s" for t in curve.points)
-        return "; ".join(filter(None, [best, self._said_of_file(curve), f"the baseline has {points}"]))
+        return "; ".join(filter(None, [best, self._said_of_file(curve), f"the baseline has {points}", curve.remark]))
 
     def _said_of_file(self, curve: Curve) -> str:
         """What the last confirmation tells in time of a train.py that was not kept, but given by hand."""

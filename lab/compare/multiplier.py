@@ -11,23 +11,31 @@ A train.py that scores what the baseline would score after time t' is told as T 
 factor of time, as curves of one shape do, it reaches the baseline's score in that share of the time; to run it for so
 long confirms it. The interval inverts a test of each factor: the sum of squares over the curve's points and the effect,
 least over a, b and k, against the squared quantile of Student's t (profile likelihood; for k fixed this is Fieller's
-interval, JRSS B 1954). Beyond the times that were run nothing is extrapolated: there a factor is only bounded.
+interval, JRSS B 1954). Where the points lie further from the curve than their noise says, all errors are taken to be as
+much larger (Birge, Phys. Rev. 1932). Beyond the times that were run nothing is extrapolated: there a factor is only
+bounded.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lab.compare.effects import TAIL, Effect
 from lab.verdict.gate import t_quantile, t_tail
 
-FEWEST = 3  # times of training that a curve takes: it has three parameters
+PARAMETERS = FEWEST = 3  # of a curve, and the times of training that it takes
 SHAPES = [k / 10 for k in range(-5, 26)]  # of k: from learning that speeds up to learning that is all but over
+REACH, FITS = (
+    40.0,
+    60,
+)  # squares above the least up to which k is looked at (an interval's, with one degree), in so many
 LEVEL = 0.05  # at which a score that rises with time is told from chance
 HALVINGS = 30
+TINY = 1e-9  # k below which rounding hides that it is not zero
+STEP = SHAPES[1] - SHAPES[0]
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,12 @@ class _Fit:
     squares: float
 
     def phi(self, x: float) -> float:
-        return -math.expm1(-self.k * x) / self.k if self.k else x
+        return -math.expm1(-self.k * x) / self.k if abs(self.k) > TINY else x
 
     def at(self, score: float) -> float | None:
         """Log of the time, relative to T, at which the curve has a score; None if it never has."""
         y = (self.a - score) / self.b
-        if not self.k:
+        if abs(self.k) <= TINY:
             return y
         return -math.log1p(-self.k * y) / self.k if self.k * y < 1 else None
 
@@ -88,7 +96,8 @@ class Curve:
         points: mean scores by seconds, and runs: how many each is of. budget: T.
         why_not: why it is no unit of measurement; "" if it is. Then `fits` has the curve for each k.
         noise: standard deviation of a run, by seconds. df: degrees of freedom of that.
-        times: those that were fitted. Scores that rise with time are left out, and said in `remark`.
+        times: those that were fitted. What comes after a score that rises with time is left out.
+        remark: what people should know of the fit; "" if there is nothing.
     """
 
     points: dict[float, float]
@@ -111,6 +120,13 @@ class Curve:
         fit = self.best
         return {t: self.points[t] - fit.a + fit.b * fit.phi(math.log(t / self.budget)) for t in self.times}
 
+    @property
+    def misfit(self) -> float:
+        """By what the variances are multiplied: 1 unless the points scatter about the curve by more than chance."""
+        free = len(self.times) - PARAMETERS
+        larger = self.best.squares / free if free else 0.0
+        return larger if larger > t_quantile(LEVEL / 2, self.df) ** 2 else 1.0
+
     def told(self, effect: Effect) -> Times | None:
         """An effect as a factor of time; None if its parent is beyond the times that were run."""
         fit, (first, last) = self.best, (math.log(t / self.budget) for t in (self.times[0], self.times[-1]))
@@ -132,25 +148,22 @@ class Curve:
 
         score = fit.a - fit.b * fit.phi(start) + effect.value
         found = fit.at(score)
-        point = ends[1] + 1 if found is None else found - start
+        # Where the curve never comes to it: it ends above the score, or (k < 0) it began below.
+        point = found - start if found is not None else ends[1] + 1 if fit.k > 0 else ends[0] - 1
         bounded = "fast" if point > ends[1] else "slow" if point < ends[0] else ""
+        beyond_measured = {"fast": score <= self.points[self.times[-1]], "slow": score >= self.points[self.times[0]]}
+        bounded = bounded if beyond_measured.get(bounded) else ""  # the baseline's own runs know better than the curve
         x = min(ends[1], max(ends[0], point))
         if effect.error is None:
             return Times(math.exp(-x), bounded=bounded)
-        limit = fit.squares + t_quantile(TAIL, min(effect.df, self.df)) ** 2
+        limit = fit.squares + self.misfit * t_quantile(TAIL, min(effect.df, self.df)) ** 2
         edges, beyond = [], []
         for end, name, other in ((ends[1], "fast", ends[0]), (ends[0], "slow", ends[1])):
             if squares(end) <= limit:
-                edges.append(end)
                 beyond.append(name)
-            else:
-                inside, outside = (x, end) if squares(x) <= limit else (other, end)
-                if squares(inside) > limit:  # all of the interval is beyond one end
-                    inside = outside = x
-                for _ in range(HALVINGS):
-                    middle = (inside + outside) / 2
-                    inside, outside = (middle, outside) if squares(middle) <= limit else (inside, middle)
-                edges.append(inside)
+            inside = x if squares(x) <= limit else other
+            # Else all of the interval is beyond one end.
+            edges.append(_last(inside, end, lambda place: squares(place) <= limit) if squares(inside) <= limit else x)
         low, high = (math.exp(-edge) for edge in edges)
         return Times(
             math.exp(-x), low, high, bounded, tuple(beyond), None if bounded else self._log(effect, fit, start, x)
@@ -161,7 +174,7 @@ class Curve:
         slope = fit.b * math.exp(-fit.k * (start + x))
         along = fit.phi(start + x) - fit.phi(start)
         per = 1 / slope  # log time for a bit per byte here
-        error = per * math.sqrt((effect.error or 0.0) ** 2 + along**2 * fit.variance)
+        error = per * math.sqrt((effect.error or 0.0) ** 2 + self.misfit * along**2 * fit.variance)
         facts = {name: getattr(effect, name) for name in ("runs", "parent_runs", "biased", "known", "picked")}
         return Effect(-x, 0.0, error, min(effect.df, self.df), noise=per * effect.noise, **facts)
 
@@ -188,9 +201,9 @@ def curve(
         return math.sqrt(noise[one] ** 2 / runs[one] + noise[other] ** 2 / runs[other])
 
     times = list(points)
-    best = min(times, key=lambda t: points[t])
-    for later in times[times.index(best) + 1 :]:
-        if t_tail((points[later] - points[best]) / error(later, best), df) <= LEVEL:
+    for i, later in enumerate(times):
+        best = min(times[: i + 1], key=lambda t: points[t])
+        if later != best and t_tail((points[later] - points[best]) / error(later, best), df) <= LEVEL:
             found.remark = f"the baseline gets worse from {best:g} to {later:g} s of training"
             times = times[: times.index(best) + 1]
             break
@@ -204,8 +217,45 @@ def curve(
     if found.why_not:
         return found
     found.times = times
-    found.fits = [fit for k in SHAPES if (fit := _fitted(k, found)).b > 0]
+    found.fits = _fits(found)
+    if not found.fits or t_tail(found.best.b / math.sqrt(found.best.variance * found.misfit), df) > LEVEL:
+        found.fits = []
+        found.why_not = "the baseline does not get better with time, by a curve through all of its times"
+        return found
+    if found.misfit > 1:
+        most = max(map(abs, found.residuals.values()))
+        found.remark = f"its scores lie up to {most:.4f} off any such curve, which widens the intervals" + (
+            f"; {found.remark}" * bool(found.remark)
+        )
     return found
+
+
+def _fits(found: Curve) -> list[_Fit]:
+    """The curves for all k that an interval may reach, so close together that what is between them does not matter."""
+    coarse = [fit for k in SHAPES if (fit := _fitted(k, found)).b > 0]
+    if not coarse:
+        return []
+    near = min(coarse, key=lambda fit: fit.squares)
+    low, high = max(SHAPES[0], near.k - STEP), min(SHAPES[-1], near.k + STEP)
+    for _ in range(HALVINGS):  # towards the least squares
+        one, other = (low + (high - low) * part for part in (0.4, 0.6))
+        lower = _fitted(one, found).squares <= _fitted(other, found).squares
+        low, high = (low, other) if lower else (one, high)
+    best = _fitted((low + high) / 2, found)
+    limit = best.squares + REACH * max(1.0, best.squares)
+    low, high = (_last(best.k, end, lambda k: _fitted(k, found).squares <= limit) for end in (SHAPES[0], SHAPES[-1]))
+    shapes = [best.k, *(low + (high - low) * i / FITS for i in range(FITS + 1))]
+    return [fit for k in shapes if (fit := _fitted(k, found)).b > 0]
+
+
+def _last(inside: float, outside: float, holds: Callable[[float], bool]) -> float:
+    """How far one can go towards `outside` from where something holds."""
+    if holds(outside):
+        return outside
+    for _ in range(HALVINGS):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
 
 
 def _fitted(k: float, found: Curve) -> _Fit:

@@ -61,6 +61,30 @@ def test_an_effect_below_what_the_baseline_ever_comes_to_is_bounded():
     assert exact().told(Effect(-0.5, 0.0, 0.0005, 10)).bounded == "fast"
 
 
+def test_a_score_worse_than_a_baseline_that_speeds_up_ever_had_is_slow_and_not_fast():
+    found = curve({75.0: [1.300], 150.0: [1.268], 300.0: [1.230], 600.0: [1.185]})
+    assert found.best.k < 0
+    for worse in (0.2, 0.5, 3.0):
+        assert str(found.told(Effect(worse, 0.0, 0.001, 10))) == "more than 4.00 of the time"
+    assert found.told(Effect(-0.2, 0.0, 0.001, 10)).bounded == "fast"
+
+
+def test_what_the_baselines_own_runs_reached_is_no_bound():
+    """The curve lies above the last point; a score between both was reached by a run of that time."""
+    found = curve({75.0: [1.4], 150.0: [1.25], 300.0: [1.24], 600.0: [1.1]})
+    curves_end = found.points[600.0] - found.residuals[600.0]
+    effect = Effect((curves_end + found.points[600.0]) / 2 - found.best.a, 0.0, 0.001, 10)
+    told = found.told(effect)
+    assert found.points[600.0] < curves_end and not told.bounded and 0.5 <= told.value < 0.6
+
+
+def test_points_off_the_curve_widen_the_interval_and_that_is_said():
+    wavy = curve({75.0: [1.4], 150.0: [1.25], 300.0: [1.24], 600.0: [1.1]})
+    assert wavy.misfit > 100 and wavy.remark.startswith("its scores lie up to 0.0") and exact().misfit == 1
+    one, other = (each.told(Effect(-0.01, 0.0, 0.001, 10)) for each in (wavy, exact()))
+    assert one.high / one.low > 3 * other.high / other.low
+
+
 def test_without_repeats_there_is_no_interval():
     told = exact().told(Effect(power(400.0) - power(300.0), 0.0))
     assert told.low is None and told.effect is None and str(told) == "0.75 of the time"
@@ -70,6 +94,13 @@ def test_a_baseline_that_does_not_improve_with_time_is_no_unit():
     found = curve({t: [1.2, 1.2001] for t in TIMES})
     assert "does not get better with time" in found.why_not and not found.fits
     assert curve({t: [1.2 + t / 1e4] for t in TIMES}).why_not
+    # Twice as long it is better by more than chance, but no curve through all of them falls.
+    assert curve({75.0: [1.2] * 3, 150.0: [1.2] * 3, 300.0: [1.2003] * 30, 600.0: [1.199] * 3}, noise=0.0003).why_not
+
+
+def test_a_time_worse_than_an_earlier_one_ends_the_curve_whatever_comes_after():
+    assert "from 150 to 300 s" in curve({75.0: [1.3], 150.0: [1.2], 300.0: [1.25], 600.0: [1.19]}).why_not
+    assert "from 75 to 150 s" in curve({75.0: [1.2], 150.0: [1.25], 300.0: [1.25], 600.0: [1.19]}).why_not
 
 
 def test_overfitted_times_are_left_out_and_that_is_said():
@@ -163,10 +194,11 @@ def test_a_change_may_hold_in_one_unit_and_fade_in_the_other():
 
 
 @pytest.mark.slow
-def test_intervals_cover_what_they_say():
+@pytest.mark.parametrize("noise", [0.01, 0.0003])
+def test_intervals_cover_what_they_say(noise):
     rng, hits, n = random.Random(7), 0, 600
     for _ in range(n):
-        noise, k, factor = 0.01, rng.uniform(0.2, 1.0), math.exp(rng.uniform(math.log(0.6), math.log(1.6)))
+        k, factor = rng.uniform(0.2, 1.0), math.exp(rng.uniform(math.log(0.6), math.log(1.6)))
         df = 12
         sd = noise * math.sqrt(sum(rng.gauss(0, 1) ** 2 for _ in range(df)) / df)
         scores = {t: [power(t, k=k) + rng.gauss(0, noise) for _ in range(3)] for t in TIMES}
