@@ -1,6 +1,7 @@
 """One command for a sceptic: a change of a session, alone, against its parent, in a clean clone with new seeds.
 
-The clone is of this repository at the commit that the session began with if it is this machine's own, else as it is.
+The clone is of the session's repository at the commit that it began with if it is this machine's own, else of the
+repository that this is called in, as it is.
 Its train.py becomes the change's parent, as the session's diffs make it, and the baseline of a session; the change is
 then confirmed against it: in turn, on seeds that selected nothing, each run's weights scored on held-out rows.
 """
@@ -8,6 +9,7 @@ then confirmed against it: in turn, on seeds that selected nothing, each run's w
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from lab.session.record import Record
 from lab.session.repository import Repository, here
 from lab.share import sources
 from lab.untrusted import one_line
+from lab.verdict.gate import MARGIN
 
 HELD = "held_out_bpb"
 
@@ -32,7 +35,7 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
 
     Returns:
         The claim, the gain now, each (gain, low, high) in bits per byte, above 0 is better, and whether it "stands":
-        True, False, or None where the runs don't tell.
+        True, False, or None where the runs don't tell, or nothing was claimed.
 
     Raises:
         LabError: there is no such change, or it can't be run here.
@@ -60,6 +63,7 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     commit = session.local.commit if session else repository.git("rev-parse", "HEAD")
+    cloned = session.local.repository if session else str(repository.path)
 
     def step(*command: str) -> None:
         done = subprocess.run(command, cwd=folder if folder.exists() else None, env=environment, stdout=subprocess.PIPE)
@@ -68,8 +72,12 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
 
     lab, author = (sys.executable, "-m", "lab"), ("-c", "user.name=lab", "-c", "user.email=lab@localhost")
     say(f"a clean clone at {commit[:7]} in {folder}")
-    step("git", "clone", "--quiet", "--no-checkout", str(repository.path), str(folder))
-    step("git", "checkout", "--quiet", "-B", "reproduce", commit)
+    try:
+        step("git", "clone", "--quiet", "--no-checkout", cloned, str(folder))
+        step("git", "checkout", "--quiet", "-B", "reproduce", commit)
+    except LabError:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing was run there
+        raise
     (folder / TRAIN).write_bytes(before)
     step("git", *author, "commit", "--quiet", "--allow-empty", "-am", "parent")
     say(f"the parent of experiment {number}, as a baseline")
@@ -85,23 +93,29 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
 
 
 def compared(claimed: Verdict, found: Verdict) -> dict:
-    """What was claimed, what was found, and whether that stands."""
+    """What was claimed, what was found, and whether that stands: that a change is better, or that one that was kept as
+    simpler loses less than the gate's margin."""
     evidence = claimed.evidence
     claim = (evidence.gain, evidence.low, evidence.high) if evidence and evidence.error else None
-    gain = found.gains and found.gains[HELD]
-    sign = -1 if claim and claim[0] < 0 else 1
-    ends = sorted(sign * end for end in gain[1:]) if gain else (0.0, 0.0)
-    stands = True if ends[0] > 0 else False if ends[1] < 0 else None
-    return {"claimed": claim, "found": gain, "stands": stands, "why": "" if gain else found.said}
+    gain, stands, why = found.gains and found.gains[HELD], None, ""
+    if claimed.status != "keep":
+        why = "it was not kept, so nothing was claimed of it"
+    elif gain:
+        least = -MARGIN if evidence and evidence.simpler else 0.0
+        stands = True if gain[1] > least else False if gain[2] < least else None
+    return {"claimed": claim, "found": gain, "stands": stands, "why": why if gain else found.said}
 
 
 def told(found: dict) -> str:
     """The result in words."""
     words = {True: "stands", False: "does not stand: it goes the other way", None: "can't be told from these runs"}
     lines = [f"{found['change']}: the claim {words[found['stands']]}"]
+    if found["found"] and found["why"]:
+        lines = [f"{found['change']}: {found['why']}"]
     for name in ("claimed", "found"):
         if found[name]:
+            was = "estimated" if name == "claimed" and found["why"] else name
             lines.append(
-                "  {:<8} {:+.6f} bits per byte better (90 % interval {:+.6f} to {:+.6f})".format(name, *found[name])
+                "  {:<9} {:+.6f} bits per byte better (90 % interval {:+.6f} to {:+.6f})".format(was, *found[name])
             )
-    return "\n".join([*lines, *([f"  why: {found['why']}"] if found["why"] else [])])
+    return "\n".join([*lines, *([f"  why: {found['why']}"] if found["why"] and not found["found"] else [])])

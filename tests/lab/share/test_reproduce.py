@@ -9,7 +9,7 @@ from sessions import attempt, edited
 
 from lab.errors import LabError
 from lab.reasons import because
-from lab.session.events import ExperimentDecided, ExperimentOpened, Verdict
+from lab.session.events import Evidence, ExperimentDecided, ExperimentOpened, Verdict
 from lab.session.record import Record
 from lab.share import reproduce, sources
 from lab.verdict import executor
@@ -73,3 +73,51 @@ def test_an_experiment_that_changes_nothing_is_refused(record):
     state.take(ExperimentDecided(experiment=2, verdict=Verdict("discard", because("not_run"))))
     with pytest.raises(LabError, match="changes nothing"):
         reproduce.reproduce(record, 2, 2, print)
+
+
+BETTER, SIMPLER = (
+    Evidence(gain=0.01, error=0.001, better=True),
+    Evidence(gain=-1e-4, error=1e-4, simpler=True),
+)
+
+
+@pytest.mark.parametrize(
+    "status, evidence, found, stands",
+    [
+        ("keep", BETTER, (0.01, 0.008, 0.012), True),
+        ("keep", BETTER, (0.0, -0.002, 0.002), None),
+        ("keep", BETTER, (-0.01, -0.012, -0.008), False),
+        ("keep", SIMPLER, (-1e-4, -3e-4, 1e-4), True),
+        ("keep", SIMPLER, (0.01, 0.008, 0.012), True),
+        ("keep", SIMPLER, (-4e-4, -8e-4, 1e-5), None),
+        ("keep", SIMPLER, (-0.01, -0.012, -0.008), False),
+        ("discard", Evidence(gain=-1e-4, error=0.02), (0.01, 0.008, 0.012), None),
+        ("crash", None, (0.1, 0.05, 0.15), None),
+    ],
+)
+def test_what_was_claimed_is_what_is_tested(status, evidence, found, stands):
+    gains = dict.fromkeys(("val_bpb", "held_out_bpb"), found)
+    claimed = Verdict(status, because("baseline"), evidence=evidence)
+    compared = reproduce.compared(claimed, Verdict("keep", because("baseline"), gains=gains))
+    assert compared["stands"] is stands
+    told = reproduce.told({"change": "x #1", **compared})
+    assert ("nothing was claimed" in told) == (status != "keep") and f"found     {found[0]:+.6f}" in told
+
+
+def test_a_clone_that_fails_is_removed_and_it_is_the_sessions_repository_that_is_cloned(record, tmp_path, monkeypatch):
+    """Called in another clone, which may not have the commit that the session began with."""
+    own, cloned, run = sources.own(record.name), [], subprocess.run
+    elsewhere = sessions.repository(tmp_path / "elsewhere")
+    monkeypatch.chdir(elsewhere.path)
+
+    def step(command, **more):
+        if command[1] != "clone":
+            return run(command, **more)
+        cloned.append(command)
+        return SimpleNamespace(returncode=128)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", step)
+    for _ in range(2):  # a folder that is left would stop the second call
+        with pytest.raises(LabError, match="git clone --quiet --no-checkout failed"):
+            reproduce.reproduce(record, 1, 2, lambda line: None)
+    assert own and cloned[0][4] == own.local.repository != str(elsewhere.path)
