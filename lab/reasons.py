@@ -79,7 +79,7 @@ TEXTS: dict[str, str] = {
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
     "compared": "{what}: on held-out rows and {pairs} new seeds {gain:+.6f} bits per byte better than what it is "
     "compared with (90 % interval {low:+.6f} to {high:+.6f})",
-    "resized": "the baseline in another size",
+    "resized": "in another size, for what is compared with it; it is not judged",
     "scaled": "the baseline with other training times: {points}",
     "same_start": "it starts from (nearly) the same weights with every AUTORESEARCH_SEED, so a gain could not be "
     "told from chance. Draw the initial weights from SEED, as train.py did; fixed values are fine for some",

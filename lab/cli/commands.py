@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import subprocess
 import sys
 import time
@@ -78,8 +79,8 @@ def _finished_first(interrupted: Experiment, left: str) -> str:
 
 
 def do_confirm(session: Session, options) -> int:
-    if options.pairs < 2 or options.times <= 0:
-        raise LabError("--pairs has to be at least 2, and --times above 0")
+    if options.pairs < 2 or not 0 < options.times < math.inf:
+        raise LabError("--pairs has to be at least 2, and --times a number above 0")
 
     def open_experiment() -> None:
         if options.scale:
@@ -93,8 +94,12 @@ def do_confirm(session: Session, options) -> int:
 def do_transfer(session: Session, options) -> int:
     """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size. With
     --each two for each kept change: its parent, and the change."""
-    if options.pairs < 2 or options.times <= 0 or options.depth <= 0:
-        raise LabError("--pairs has to be at least 2, and --depth and --times above 0")
+    if options.pairs < 2 or not (0 < options.times < math.inf and 0 < options.depth < math.inf):
+        raise LabError("--pairs has to be at least 2, and --depth and --times numbers above 0")
+    if options.depth == options.times == 1:
+        raise LabError(
+            "with --depth 1 and --times 1 nothing is another size: python -m lab confirm tests the best as it is"
+        )
     sizes = options.depth, options.times, options.pairs, options.each
     return _measure(session, options, lambda: opening.open_transfer(session, *sizes))
 

@@ -12,7 +12,7 @@ from lab import untrusted
 from lab.session.events import Sampled
 from lab.session.record import Record
 from lab.session.session import Session
-from lab.session.state import Experiment, Run, State
+from lab.session.state import APART, Experiment, Run, State
 from lab.untrusted import counted
 from lab.verdict import gate, near_misses
 from lab.verdict.opening import said_of_held
@@ -216,7 +216,8 @@ def status_facts(session: Session) -> dict:
     }
     tried = [e.status for e in state.decided if e.kind in ("change", "near misses", "joint")]
     known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid", "superseded")}
-    crashed = itertools.takewhile(lambda e: e.status == "crash", reversed(state.decided))
+    judged = (e for e in reversed(state.decided) if e.kind not in APART)
+    crashed = itertools.takewhile(lambda e: e.status == "crash", judged)
     known["crashes_in_a_row"] = sum(1 for _ in crashed)
     if experiment := state.oldest_open:
         known["running"] = progress_facts(session, experiment) | {"supervised": session.supervised}
@@ -240,7 +241,7 @@ def status_facts(session: Session) -> dict:
     if confirmed := [e for e in state.decided if e.kind == "confirm"]:
         known["confirmation"] = said_of_confirmation(confirmed[-1], state)
     if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
-        known["transfers"] = [e.verdict.said for e in carried]
+        known["transfers"] = [e.came_to for e in carried]
     if any(e.kind == "scale" for e in state.decided):
         from lab.compare.analysis import Analysis  # here, as few sessions have one
 

@@ -8,6 +8,7 @@ of the tokens that the time buys, the rows of a pass by the memory that a row ta
 from __future__ import annotations
 
 import ast
+import math
 
 from calibration import rule
 from lab.errors import LabError
@@ -26,16 +27,22 @@ def resized(content: bytes, depth: float, tokens: float, times: float = 1.0) -> 
         LabError: it does not set these sizes once each, at its top level.
     """
     batch = rule.total_batch(tokens * times / depth**3) / rule.total_batch(tokens)
-    factors = {"DEPTH": depth, "TOTAL_BATCH_SIZE": batch, "DEVICE_BATCH_SIZE": min(1.0, 1 / depth**2)}
+    rows = 2.0 ** math.floor(
+        min(0.0, -2 * math.log2(depth))
+    )  # which divides the total batch, as long as both are powers
+    factors = {"DEPTH": depth, "TOTAL_BATCH_SIZE": batch, "DEVICE_BATCH_SIZE": rows}
     lines, found = content.splitlines(keepends=True), {name: [] for name in factors}
     for node in ast.parse(content).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in factors:
-            found[node.targets[0].id].append(node.value)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for name in (target.id for target in targets if isinstance(target, ast.Name) and target.id in factors):
+            found[name].append(node.value)
     for name, values in found.items():
         if len(values) != 1:
             raise LabError(f"train.py sets {name} {len(values)} times at its top level: its size can't be changed")
-    edits = sorted(((values[0], name) for name, values in found.items()), key=lambda edit: -edit[0].lineno)
-    for value, name in edits:
+    edits = sorted(
+        ((values[0], name) for name, values in found.items()), key=lambda edit: (edit[0].lineno, edit[0].col_offset)
+    )
+    for value, name in reversed(edits):
         if factors[name] == 1:
             continue
         first, last = value.lineno - 1, (value.end_lineno or value.lineno) - 1

@@ -230,7 +230,7 @@ def _headline(analysis: Analysis, price: float | None) -> Element:
         parts.append(el("p", f"{time_told[:1].upper()}{time_told[1:]}."))
     for experiment in analysis.state.decided:
         if experiment.kind == "transfer" and experiment.pairs:
-            parts.append(el("p", f"Transfer: {cleaned(experiment.verdict.said, 400)}."))
+            parts.append(el("p", f"Transfer: {cleaned(experiment.came_to, 400)}."))
     return el("section", *parts, el("p", chance), el("p", "; ".join(facts) + "."), *notes, aria_label="In short")
 
 

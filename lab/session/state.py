@@ -114,6 +114,11 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
         return self.decided
 
     @property
+    def came_to(self) -> str:
+        """The verdict of a confirmation or transfer in words. A failure does not say by itself of what it is."""
+        return self.verdict.said if self.verdict.gains else f"{self.description}: {self.verdict.said}"
+
+    @property
     def own_runs(self) -> list[Run]:
         """The runs of its own train.py, not those of its parent's."""
         return [run for run in self.runs if run.blob == self.blob]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import subprocess
@@ -204,34 +205,40 @@ def _again(session: Session, of: Experiment) -> dict:
 
 def open_transfer(session: Session, depth: float, times: float, pairs: int, each: bool = False) -> None:
     """Journals the baseline and the best in another size, see genome/resize.py; `each`: what each kept change was made
-    on, and the change, instead. LabError if they can't be resized, or the baseline is the best."""
+    on, and the change, instead. LabError if one can't be resized, or the baseline is the best; then nothing is journaled.
+    """
+    from lab.genome.resize import resized  # here, as calibration's rules import much
+
     state = session.state
     if (best := best_of(session)) is state.baseline:
         raise LabError("the baseline is still the best: there is no change to test in a larger model yet")
-    for kept in [e for e in state.kept if e is not state.baseline] if each else [best]:
-        _open_resized(session, kept, depth, times, pairs, each)
-
-
-def _open_resized(session: Session, of: Experiment, depth: float, times: float, pairs: int, alone: bool) -> None:
-    from lab.genome.resize import resized  # here, as calibration's rules import much
-
-    state, repository = session.state, session.repository
-    tokens = [run.result["total_tokens_M"] * 1e6 for run in state.baseline.runs if run.ok]
+    tokens = statistics.fmean(run.result["total_tokens_M"] * 1e6 for run in state.baseline.runs if run.ok)
+    kept = [e for e in state.kept if e is not state.baseline] if each else [best]
+    pairings = [((each and state.parent_of(one)) or state.baseline, one) for one in kept]
+    contents = {}
+    for one in itertools.chain(*pairings):
+        try:
+            contents[one.number] = resized(session.repository.content(one.blob), depth, tokens, times)
+        except LabError as error:
+            raise LabError(f"experiment {one.number} can't be run in another size: {error}") from error
     size = [f"{depth:g} times the depth"] * (depth != 1) + [f"{times:g} times the budget"] * (times != 1)
-    base = (alone and state.parent_of(of)) or state.baseline
-    name, parent = (f"change {of.number} alone", f"experiment {base.number}") if alone else ("the best", "the baseline")
-    said, onto, commit = f"{name} at {' and '.join(size) or 'the same size'}", base, base.here
-    for one in (base, of):
-        content = resized(repository.content(one.blob), depth, statistics.fmean(tokens), times)
-        facts = facts_of_change(session, onto, content)
-        if one is base and facts["blob"] == one.blob:  # only the budget is another
-            continue
-        commit, what = repository.commit(commit, facts["blob"], said), said if one is of else f"{parent}, resized"
-        more = {"pairs": pairs, "budget": session.budget * times} if one is of else {}
-        onto = session.open_experiment(kind="transfer", commit=commit, description=what, **more, **facts)
-        if one is base:
+    for base, one in pairings:
+        name, parent = (
+            (f"change {one.number} alone", f"experiment {base.number}") if each else ("the best", "the baseline")
+        )
+        said, onto, commit = f"{name} at {' and '.join(size)}", base, base.here
+        facts = facts_of_change(session, base, contents[base.number])
+        if facts["blob"] != base.blob:  # else only the budget is another
+            commit = session.repository.commit(commit, facts["blob"], said)
+            onto = session.open_experiment(kind="transfer", commit=commit, description=f"{parent}, resized", **facts)
             session.log(ExperimentDecided(experiment=onto.number, verdict=Verdict("keep", because("resized"))))
             session.log(ExperimentApplied(experiment=onto.number, commit=commit))
+        facts = facts_of_change(session, onto, contents[one.number]) | {
+            "budget": session.budget * times,
+            "pairs": pairs,
+        }
+        commit = session.repository.commit(commit, facts["blob"], said)
+        session.open_experiment(kind="transfer", commit=commit, description=said, **facts)
 
 
 def await_verdict(

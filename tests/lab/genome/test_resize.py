@@ -28,13 +28,26 @@ def test_more_time_alone_changes_the_batch_alone():
     assert resized(SMALL, 1, 3e8) == SMALL
 
 
+@pytest.mark.parametrize("depth", [1.25, 1.5, 3])
+def test_rows_divide_the_total_batch_at_any_depth(depth):
+    deeper, total, rows = sizes(resized(SMALL, depth, 3e8))
+    assert deeper == 4 * depth and total % (rows * 2048) == 0 and rows <= 16 / depth**2
+
+
+def test_sizes_on_one_line_keep_their_places():
+    one_line = b"DEPTH = 4; DEVICE_BATCH_SIZE = 16; TOTAL_BATCH_SIZE = 2**17\n"
+    assert sizes(resized(one_line, 2, 3e8)) == sizes(resized(SMALL, 2, 3e8))
+
+
 def test_the_projects_own_train_py_can_be_resized():
     content = resized((ROOT / "train.py").read_bytes(), 2, 1e7)
     assert b"DEPTH = max(1, round(2 * (defaults.depth)))" in content
     compile(content, "train.py", "exec")
 
 
-@pytest.mark.parametrize("content", [b"X = 1\n", SMALL + b"DEPTH = 5\n"])
+@pytest.mark.parametrize(
+    "content", [b"X = 1\n", SMALL + b"DEPTH = 5\n", SMALL + b"DEPTH += 5\n", SMALL + b"X = DEPTH = 5\n"]
+)
 def test_a_train_py_that_does_not_set_its_sizes_once_is_refused(content):
     with pytest.raises(LabError, match="DEPTH"):
         resized(content, 2, 3e8)

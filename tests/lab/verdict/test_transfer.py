@@ -101,6 +101,24 @@ def test_twice_the_depth_that_does_not_fit_is_said_and_judges_nothing(session, m
     best, found = session.state.best, carried(session)
     assert found.status == "crash" and "out of memory" in found.verdict.said and len(found.runs) == 1
     assert session.state.best is best and found.verdict.confirmed is None
+    assert "transfer: the best at 2 times the depth: killed by SIGKILL" in render.status(session)
+    carried(session)
+    assert "experiments crashed" not in render.status(session)  # of changes none did
+
+
+def test_one_change_that_cannot_be_resized_stops_all_before_anything_is_journaled(session):
+    attempt(session, better(0.8) + b"DEPTH = 2\n")
+    assert [kept.number for kept in session.state.kept] == [0, 1, 2]
+    events = len(session.journal.events)
+    with session.lock, pytest.raises(LabError, match="experiment 2 can't be run in another size.*DEPTH 2 times"):
+        opening.open_transfer(session, 2, 1, 2, each=True)
+    assert len(session.journal.events) == events and session.state.oldest_open is None
+
+
+@pytest.mark.parametrize("sizes", [("--depth", "nan"), ("--times", "inf"), ("--depth", "1"), ("--depth", "-2")])
+def test_sizes_that_make_no_sense_are_refused(session, sizes):
+    with pytest.raises(LabError, match="--depth"):
+        commands.do_transfer(session, parsed(["transfer", *sizes]))
 
 
 def test_a_baseline_that_is_still_the_best_has_nothing_that_could_carry(tmp_path, runner, monkeypatch):
