@@ -124,6 +124,8 @@ def _measure(session: Session, options, open_experiment: Callable[[], None]) -> 
 def do_reproduce(options) -> int:
     from lab.share import reproduce, sources
 
+    if Path(options.of or "").suffix == ".tsv":
+        raise LabError(f"{options.of} says in words what was changed: --of takes a session, or an export of one")
     record = sources.read(options.of or _checked_out())
     found = reproduce.reproduce(record, options.number, options.pairs, lambda line: print(line, flush=True))
     print(json.dumps(found, indent=1) if options.json else reproduce.told(found))
@@ -303,6 +305,8 @@ def do_compare(options) -> int:
 
 
 def do_report(options) -> int:
+    if options.price is not None and not 0 <= options.price < math.inf:
+        raise LabError("--price has to be a number, 0 or above: what a kWh costs")
     gc.disable()  # this process is short, and makes many small objects: collecting takes a fifth of its time
     try:
         from lab.report import page

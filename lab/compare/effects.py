@@ -49,7 +49,7 @@ def quantity(run: Run, name: str) -> float | None:
         return _scaled(quantity(run, "total_tokens_M"), 1e6)
     if name == "memory":
         return _scaled(quantity(run, "peak_vram_mb"), 1 / 1024)
-    if name == "watts" and "joules" in run.result:  # some ledgers have watts, or joules for a token
+    if name == "watts" and "watts" not in run.result:  # some ledgers have them
         joules, seconds = quantity(run, "joules"), quantity(run, "training_seconds")
         longer = (
             (1 + max(0.0, run.disturbance)) * seconds + (quantity(run, "paused_seconds") or 0.0) if seconds else None

@@ -19,7 +19,8 @@ from backends import machine
 
 POWERCAP, HWMON = Path("/sys/class/powercap"), Path("/sys/class/hwmon")
 GAP = 5.0  # seconds without a reading, over which nothing is told
-MOST = 20_000.0  # watts: more is no reading
+MOST = 3000.0  # watts of a GPU or a CPU's package: more is no reading, and a counter that seems to wrap was reset
+UPDATE = 0.2  # seconds, within which a counter tells what it counted
 Read = Callable[[], float]  # joules, or watts
 
 
@@ -83,7 +84,7 @@ class Meter:
                 steps = [step + wraps if step < 0 else step for step, (_, wraps) in zip(steps, self._counters)]
             else:
                 steps = [(now - before) * (values[0] + self._last[0]) / 2]
-            if min(steps) < 0 or sum(steps) > MOST * (now - before + 1):
+            if min(steps) < 0 or max(steps) > MOST * (now - before + UPDATE):
                 self.broken = True
                 return
             self.readings.append((now, joules + sum(steps)))

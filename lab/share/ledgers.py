@@ -30,8 +30,11 @@ COLUMNS = {"exp": "commit", "experiment_id": "commit", "peak_mem_gb": "memory_gb
 NEEDED = ("val_bpb", "status", "description")
 KEPT = ("baseline", "best")  # statuses of other programs that mean keep
 LEFT_OUT = ("skip",)  # ... and that no run was made
-MEASURED = {"tok_sec": "tokens_per_second", "mfu": "mfu_percent", "steps": "num_steps"}  # and kept as they are:
-ENERGY = ("watts", "joules_per_token", "total_energy_joules")
+MEASURED = {  # by their names here
+    "tok_sec": "tokens_per_second", "mfu": "mfu_percent", "steps": "num_steps", "total_energy_joules": "joules",
+    "watts": "watts", "joules_per_token": "joules_per_token",
+}  # fmt: skip
+NOTHING = ("", "-", "--", "nan", "na", "n/a", "none", "null")  # words for no score, in the row of a run that failed
 OTHER_METRIC = re.compile(r"(val|valid|validation|test|eval)?_?(loss|ppl|perplexity|acc|accuracy|score|bpc|metric)")
 SHOWN = 5  # damaged lines
 TEXT, LONGEST_DESCRIPTION = 4000, 500  # characters
@@ -104,22 +107,24 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # of PowerShell's `>` and Excel's Unicode text
         content = content.decode("utf-16", errors="replace").encode()
     *lines, tail = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    rows, notes, aside = [], [], []
+    rows, notes, aside, unread = [], [], [], Counter()
     columns, commas = (), False
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            fields = [untrusted.one_line(field, TEXT) for field in line.decode().split("\t")]
-            if not columns and "status" in fields and "description" in fields:
-                columns, found = _columns(fields, name)
-                commas = _has_commas([line.decode(errors="replace").split("\t") for line in lines[number:]], columns)
-                notes += found + [f"the numbers of {name} have commas for decimal points"] * commas
-                continue
+            fields = [untrusted.one_line(field, TEXT) for field in _fields(line.decode())]
             if not columns:
-                columns = ORIGINAL
-                notes = [f"{name} does not name its columns; they are taken to be {' '.join(columns)}"]
-            rows.append(_row(columns, fields, commas))
+                named = "status" in fields and "description" in fields
+                columns, found = _columns(fields, name) if named else (ORIGINAL, [])
+                if not named:
+                    found = [f"{name} does not name its columns; they are taken to be {' '.join(columns)}"]
+                texts = [_fields(each.decode(errors="replace")) for each in lines[number - (not named) :]]
+                commas = _has_commas(texts, columns)
+                notes += found + [f"the numbers of {name} have commas for decimal points"] * commas
+                if named:
+                    continue
+            rows.append(_row(columns, fields, commas, unread))
         except Wrong:
             raise
         except ValueError as error:  # UnicodeDecodeError is one
@@ -131,8 +136,11 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
     if not rows:
         raise Wrong(
             f"it is not a ledger, or has no rows. A row is {', '.join(ORIGINAL)}, separated by tabs. A session is a "
-            "results.tsv, or a folder or .tar.gz from lab export"
+            "results.tsv, or a folder or .tar.gz from lab export" + "".join(f"\n{note}" for note in aside[:1])
         )
+    if unread:
+        figures = ", ".join(f"{column} in {untrusted.counted(n, 'row')}" for column, n in unread.items())
+        notes.append(f"{name}: these are no numbers that fit their columns, and are left out: {figures}")
     rows = _statuses(rows, name, notes)
     notes += _unknown(name, Counter(row["status"] for row in rows if row["status"] not in STATUSES))
     if len(aside) > SHOWN:
@@ -157,23 +165,41 @@ def _columns(fields: list[str], name: str) -> tuple[list[str], list[str]]:
     return columns, [f"{name}: these columns were used: {', '.join(taken)}"] * bool(taken)
 
 
-def _has_commas(rows: list[list[str]], columns: list[str]) -> bool:
-    """Whether scores are written with commas for decimal points, all of them."""
+def _fields(line: str) -> list[str]:
+    """The fields of a row. Excel puts quotes around one that has a comma or a quote."""
+    fields = line.rstrip("\r").split("\t")
+    quoted = re.compile(r'"(.*)"', re.DOTALL)
+    return [found[1].replace('""', '"') if (found := quoted.fullmatch(field)) else field for field in fields]
+
+
+def _has_commas(rows: list[list[str]], columns: Sequence[str]) -> bool:
+    """Whether scores are written with commas for decimal points: more of them than with points."""
     place = columns.index("val_bpb")
-    scores = [row[place].strip() for row in rows if len(row) > place and row[place].strip(" 0")]
-    return bool(scores) and all(re.fullmatch(r"\d+,\d+", score) for score in scores)
+    scores = [row[place].strip() for row in rows if len(row) > place]
+    commas, points = (
+        sum(bool(re.fullmatch(rf"\d+{mark}\d+", s)) for s in scores if s.strip(" 0,.")) for mark in (",", r"\.")
+    )
+    return commas > points
 
 
 def _statuses(rows: list[dict], name: str, notes: list[str]) -> list[dict]:
-    """Rows with the statuses of other programs in ours; those in which nothing was run are left out, if any is left."""
+    """Rows with the statuses of other programs in ours. Left out are those in which nothing was run, and those of a
+    baseline that was run before. What failed before the baseline had a score comes after it."""
     kept = Counter(row["status"] for row in rows if row["status"] in KEPT)
-    skipped = [row for row in rows if row["status"] in LEFT_OUT and row["val_bpb"] is None]
     if not kept:  # a program that has neither knows no skip either
         return rows
+    skipped = [row for row in rows if row["status"] in LEFT_OUT and row["val_bpb"] is None]
+    first, *again = [row for row in rows if row["status"] == "baseline" and row["val_bpb"]] or [None]
     told = [f"{untrusted.counted(n, 'row')} of status {status} taken for keep" for status, n in kept.items()]
     told += [f"{untrusted.counted(len(skipped), 'row')} of status skip left out: nothing was run"] * bool(skipped)
+    told += [f"{untrusted.counted(len(again), 'row')} of these baselines left out, as there was one before"] * bool(
+        again
+    )
     notes.append(f"{name}: {'; '.join(told)}")
-    return [row | {"status": "keep" if row["status"] in KEPT else row["status"]} for row in rows if row not in skipped]
+    out = {id(row) for row in (*skipped, *again)}
+    if first and not any(row["val_bpb"] for row in rows[: rows.index(first)]):
+        rows = [first, *(row for row in rows if row is not first)]
+    return [row | {"status": "keep" if row["status"] in KEPT else row["status"]} for row in rows if id(row) not in out]
 
 
 def _unknown(name: str, statuses: Counter[str]) -> list[str]:
@@ -186,16 +212,26 @@ def _unknown(name: str, statuses: Counter[str]) -> list[str]:
     ]
 
 
-def _row(columns: Sequence[str], fields: list[str], commas: bool = False) -> dict:
+def _row(columns: Sequence[str], fields: list[str], commas: bool, unread: Counter[str]) -> dict:
+    """A row by column. ValueError if its score can't be read; other columns that can't be are counted in `unread`."""
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
     texts = dict(zip(columns, fields)) | {name: "" for name in ("commit", "memory_gb") if name not in columns}
     row: dict = {**texts}
 
     def number(name: str, most: float = MOST) -> float | None:
-        return _number(name, texts[name].replace(",", ".") if commas else texts[name], most)
+        text = texts[name].replace(",", ".") if commas else texts[name]
+        try:
+            return _number(name, "" if text.lower() in NOTHING and name != "val_bpb" else text, most)
+        except ValueError:
+            if name == "val_bpb":
+                raise
+            unread[name] += 1
+            return None
 
-    measured = {MEASURED.get(name, name): number(name, MOST_MEASURED) for name in (*MEASURED, *ENERGY) if name in row}
+    if row["status"] in ("crash", *LEFT_OUT) and texts["val_bpb"].lower() in NOTHING:
+        texts["val_bpb"] = ""
+    measured = {new: number(old, MOST_MEASURED) for old, new in MEASURED.items() if old in row}
     if steps := measured.get("num_steps"):
         measured["num_steps"] = int(steps)
     row |= {name: number(name) for name in ("val_bpb", "memory_gb")}

@@ -205,8 +205,7 @@ def _again(session: Session, of: Experiment) -> dict:
 
 def open_transfer(session: Session, depth: float, times: float, pairs: int, each: bool = False) -> None:
     """Journals the baseline and the best in another size, see genome/resize.py; `each`: what each kept change was made
-    on, and the change, instead. LabError if one can't be resized, or the baseline is the best; then nothing is journaled.
-    """
+    on, and the change, instead. LabError, with nothing journaled, if the baseline is the best or can't be resized."""
     from lab.genome.resize import resized  # here, as calibration's rules import much
 
     state = session.state

@@ -53,6 +53,20 @@ class AtOnce:
         return 0
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["report", "--price", "nan"], "--price has to be a number"),
+        (["report", "--price", "-1"], "--price has to be a number"),
+        (["reproduce", "1", "--of", "x.tsv"], "says in words what was changed"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given, said):
+    options = parsed(given)
+    with pytest.raises(LabError, match=said):
+        getattr(commands, f"do_{options.command}")(options)
+
+
 def test_a_keep_is_told_in_numbers(session):
     found = attempt(session, edited(LOSS=0.9))
     text = render.block(session, found)

@@ -66,6 +66,14 @@ def test_a_counter_that_is_reset_tells_nothing(tmp_path, clock):
     assert meter.broken and meter.joules(102.0, 103.0) is None
 
 
+def test_a_counter_that_is_reset_near_its_end_has_not_wrapped(tmp_path, clock):
+    counter = package(tmp_path, most=262_143_328_850)
+    counter.write_text("250000000000")
+    with Meter() as meter:
+        readings(meter, clock, counter, [250_100_000_000, 5_000_000, 105_000_000])
+    assert meter.broken and meter.joules(100.0, 103.0) is None
+
+
 def test_a_counter_that_leaps_tells_nothing(tmp_path, clock):
     counter = package(tmp_path)
     with Meter() as meter:

@@ -5,6 +5,7 @@ import gzip
 import pytest
 from exports import contents, imported, refused
 
+from lab.compare.analysis import Analysis
 from lab.session import ledger
 from lab.share import archive, sources
 from lab.share.archive import Wrong
@@ -128,8 +129,8 @@ def test_what_is_not_there_is_refused(tmp_path):
         ({"memory_gb": "0.0"}, 3),
         ({"val_bpb": "-1"}, 0),
         ({"val_bpb": "1e308"}, 0),
-        ({"memory_gb": "-5"}, 0),
-        ({"memory_gb": "1e308"}, 0),
+        ({"memory_gb": "-5"}, 3),
+        ({"memory_gb": "1e308"}, 3),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -304,6 +305,54 @@ def test_commas_for_decimal_points_are_read_and_told(tmp_path):
     assert any("commas for decimal points" in note for note in record.notes)
     mixed = other(tmp_path, OTHER.replace("1.078907", "1,078907"))
     assert mixed.state.best.number == 0 and any("set aside: val_bpb is '1,078907'" in note for note in mixed.notes)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("0,000000\t0,0", "nan\t-"), ("1,078907", "1"), ("1,088927\t5,9", '"1,088927"\t"5,9"')]
+)
+def test_commas_are_read_whatever_single_fields_say(tmp_path, old, new):
+    record = other(tmp_path, OTHER.replace(".", ",").replace(old, new))
+    assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
+    assert record.state.runs[1].bpb == 1.088927 and record.state.runs[1].result["peak_vram_mb"] == 5.9 * 1024
+
+
+def test_commas_are_read_without_a_header(tmp_path):
+    rows, notes = parse(FIVE.split("\n", 1)[1].replace(".", ",").encode(), "r.tsv")
+    assert rows[0]["val_bpb"] == 1.25 and any("commas" in note for note in notes)
+
+
+@pytest.mark.parametrize("old, new, column", [("5.9", "5.9 GB", "memory_gb"), ("17.1", "17.1%", "mfu")])
+def test_a_figure_that_cant_be_read_costs_no_row(tmp_path, old, new, column):
+    record = other(tmp_path, OTHER.replace(f"\t{old}\t", f"\t{new}\t"))
+    assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
+    assert any(f"left out: {column} in 2 rows" in note for note in record.notes)
+
+
+def test_a_refused_ledger_says_what_is_wrong_with_its_first_row(tmp_path):
+    with pytest.raises(Wrong, match="line 1, was set aside: val_bpb is 'one'"):
+        parse(b"a\tone\t1.0\tkeep\tx\n", "r.tsv")
+
+
+def test_a_second_baseline_is_no_change(tmp_path):
+    lines = OTHER.rstrip("\n").split("\n")
+    again = lines[1].replace("exp0", "exp9").replace("1.088927", "1.090000")
+    record = other(tmp_path, "\n".join([*lines, again, ""]))
+    assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
+    assert record.state.best.number == 2 and any("1 row of these baselines left out" in note for note in record.notes)
+
+
+def test_a_baseline_that_crashed_first_is_still_the_baseline(tmp_path):
+    lines = OTHER.rstrip("\n").split("\n")
+    record = other(tmp_path, "\n".join([lines[0], lines[2], lines[1], lines[4], ""]))
+    assert record.state.baseline.description == "baseline" and record.state.baseline.status == "keep"
+    assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
+
+
+def test_the_energy_of_another_programs_runs_counts(tmp_path):
+    text = OTHER.replace("\tjoules_per_token\n", "\tjoules_per_token\ttotal_energy_joules\n")
+    lines = [line + "\t152580.5" * (0 < i and bool(line)) for i, line in enumerate(text.split("\n"))]
+    analysis = Analysis(other(tmp_path, "\n".join(lines)))
+    assert "kWh" in analysis.said_of_energy(0.3)
 
 
 @pytest.mark.parametrize("metric", ["val_loss", "accuracy", "perplexity"])
