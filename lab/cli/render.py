@@ -12,7 +12,7 @@ from lab import untrusted
 from lab.session.events import Sampled
 from lab.session.record import Record
 from lab.session.session import Session
-from lab.session.state import APART, Experiment, Run, State
+from lab.session.state import APART, Experiment, Run
 from lab.untrusted import counted
 from lab.verdict import gate, near_misses
 from lab.verdict.opening import said_of_held
@@ -239,7 +239,8 @@ def status_facts(session: Session) -> dict:
     if replayed := sum(e.kind == "replay" for e in state.decided):
         known["replayed"] = replayed
     if confirmed := [e for e in state.decided if e.kind == "confirm"]:
-        known["confirmation"] = said_of_confirmation(confirmed[-1], state)
+        beside = "" if (last := confirmed[-1]).budget == state.budget else f"in runs of {last.budget:g} s, "
+        known["confirmation"] = beside + last.came_to
     if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
         known["transfers"] = [e.came_to for e in carried]
     if any(e.kind == "scale" for e in state.decided):
@@ -258,14 +259,6 @@ def status_facts(session: Session) -> dict:
         for e in list(state.experiments.values())[-RECENT:]
     ]
     return msgspec.to_builtins(known)
-
-
-def said_of_confirmation(experiment: Experiment, state: State) -> str:
-    """What it came to, after what it was of, unless that is the best at the session's budget."""
-    what = [] if experiment in state.confirmations() else [untrusted.one_line(experiment.description)]
-    if experiment.budget != state.budget:
-        what.append(f"runs of {experiment.budget:g} s")
-    return ": ".join([", ".join(what)] * bool(what) + [experiment.verdict.said])
 
 
 def status(session: Session) -> str:

@@ -297,7 +297,7 @@ def test_confirmations_at_another_budget_are_no_results(session):
     before = noise_of(session.state), state.results(state.best.blob)
     confirm(session, pairs=2)
     assert (noise_of(session.state), state.results(state.best.blob)) == before
-    assert f"\nconfirmation: runs of {session.state.last.budget:g} s: " in render.status(session)
+    assert f"\nconfirmation: in runs of {session.state.last.budget:g} s, " in render.status(session)
 
 
 def test_a_seed_of_its_own_is_no_way_to_be_kept(session):
