@@ -35,7 +35,7 @@ def resized(content: bytes, depth: float, tokens: float, times: float = 1.0) -> 
     for node in ast.parse(content).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for name in (target.id for target in targets if isinstance(target, ast.Name) and target.id in factors):
-            found[name].append(node.value)
+            found[name].append(getattr(node, "value", None))
     for name, values in found.items():
         if len(values) != 1:
             raise LabError(f"train.py sets {name} {len(values)} times at its top level: its size can't be changed")

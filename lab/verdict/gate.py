@@ -76,13 +76,11 @@ class Explained(NamedTuple):
     """What conditions explain of a weighted sum of scores.
 
     Attributes:
-        value: bits per byte. variance: how well disturbance's part is known, in units of the noise's variance.
-        between: the same of the devices' part.
+        value: bits per byte. variance: how well that is known, in units of the noise's variance.
     """
 
     value: float
     variance: float
-    between: float
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ class Noise:
         moved = [i for i, total in enumerate(sums[: len(self.slopes)]) if total]
         variance = sum(sums[i] * sums[j] * self.covariance[i][j] for i in moved for j in moved)
         variance += self.differ * sum(total**2 for total in sums[len(self.devices) + 1 :])
-        of_disturbance = disturbed**2 * self.covariance[0][0] if self.slopes else 0.0
-        return Explained(sum(sums[i] * self.slopes[i] for i in moved), of_disturbance, variance - of_disturbance)
+        return Explained(sum(sums[i] * self.slopes[i] for i in moved), variance)
 
 
 def pooled(
@@ -315,7 +312,7 @@ def next_step(
     stake = account.stake if stake is None else stake
     runs, parents, level = len(candidate), len(parent), LEVEL * stake
     correlation = noise.shared if candidate.keys() <= parent.keys() else 0.0
-    evidence, facts, extra, between = _compared(candidate, parent, noise, level, conditions, correlation)
+    evidence, facts, apart = _compared(candidate, parent, noise, level, conditions, correlation)
     evidence = replace_evidence(evidence, stake=stake if runs > 1 else 0.0)
     gain, error, common = evidence.gain, evidence.error, candidate.keys() & parent.keys()
     if simpler and common and all(candidate[one] == parent[one] for one in common):
@@ -326,7 +323,7 @@ def next_step(
     if share > 0 and evidence.p <= share:
         return Step("keep", tested, evidence=replace_evidence(evidence, better=True, stake=stake))
 
-    outlook = Outlook(runs, parents, max(runs + 1, min(MOST_PARENT, account.tests)), correlation, extra, between)
+    outlook = Outlook(runs, parents, max(runs + 1, min(MOST_PARENT, account.tests)), correlation, apart)
     reason, going_on = tested, False
     if runs < LOOKS[-1]:
         pays, asked = _worth(gain, error, noise, level, outlook), account.asks(noise, runs)
@@ -361,7 +358,7 @@ def joint_step(
     look, at the level that the account gives. Arguments as of `next_step`."""
     stake = account.joint_stake if stake is None else stake
     level = stake  # all of it: there is one look, and its runs are fresh
-    evidence, facts, *_ = _compared(candidate, parent, noise, level, conditions)
+    evidence, facts, _ = _compared(candidate, parent, noise, level, conditions)
     better = evidence.p <= level
     reason = because("tested", **facts, p=evidence.p, share=level)
     return Step("keep" if better else "discard", reason, None, replace_evidence(evidence, stake=stake, better=better))
@@ -369,9 +366,9 @@ def joint_step(
 
 def _compared(
     candidate: Scores, parent: Scores, noise: Noise, level: float, conditions: Pair, correlation: float = 0.0
-) -> tuple[Evidence, dict, float, float]:
-    """(what a comparison shows, which costs nothing yet; the facts that its reasons name; of what its conditions
-    explain the `variance` and `between`). With correlated seeds the candidate's mean is corrected by how the parent did
+) -> tuple[Evidence, dict, float]:
+    """(what a comparison shows, which costs nothing yet; the facts that its reasons name; the variance of what its
+    conditions explain). With correlated seeds the candidate's mean is corrected by how the parent did
     on the same seeds (a control variate)."""
     runs, parents, df = len(candidate), len(parent), noise.df
     own, others = dict.fromkeys(candidate, -1 / runs), dict.fromkeys(parent, (1 - correlation) / parents)
@@ -381,16 +378,16 @@ def _compared(
     weighted = [(own, candidate, conditions[0]), (others, parent, conditions[1])]
     difference = math.fsum(weights[one] * scores[one] for weights, scores, _ in weighted for one in weights)
     plain = Conditions()
-    corrected, extra, between = noise.explains(
+    corrected, apart = noise.explains(
         (weight, of.get(one, plain)) for weights, _, of in weighted for one, weight in weights.items()
     )
     gain = difference - corrected
-    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + extra + between)
+    error = noise.sd * math.sqrt(_variance(runs, parents, correlation) + apart)
     t, half = gain / error, t_quantile(0.05, df) * error
     evidence = Evidence(gain, error, gain - half, gain + half, t_tail(t, df), level, runs, parents, corrected)
     direction = "better" if gain > 0 else "worse"
     facts = {"amount": abs(gain), "direction": direction, "t": abs(t), "runs": runs, "parent_runs": parents}
-    return evidence, facts, extra, between
+    return evidence, facts, apart
 
 
 def _next(scores: Mapping[int, float]) -> int:
@@ -409,22 +406,20 @@ class Outlook:
 
     Attributes:
         runs, parents: made so far. wanted: of the parent, before the candidate's next run.
-        correlation: of equal seeds. extra: variance that more runs don't take away. between: variance because devices
-            differ. Further runs are taken to be pairs of both on one device, and the devices to become no better known:
-            so the difference of conditions that there is now gets less weight, and nothing is added to it.
+        correlation: of equal seeds. apart: variance because both were run under different conditions (a busy machine,
+            another device). Further runs are taken to be pairs of both under the same, and what conditions do to become
+            no better known: so the difference that there is now gets less weight, and nothing is added to it.
     """
 
     runs: int
     parents: int
     wanted: int
     correlation: float = 0.0
-    extra: float = 0.0
-    between: float = 0.0
+    apart: float = 0.0
 
     def variance(self, runs: int, parents: int) -> float:
         """Of the gain, once there are so many runs."""
-        diluted = self.between * min(1.0, self.runs / runs) ** 2
-        return _variance(runs, parents, self.correlation) + self.extra + diluted
+        return _variance(runs, parents, self.correlation) + self.apart * min(1.0, self.runs / runs) ** 2
 
     def further(self) -> Iterable[tuple[int, int, float]]:
         """(runs, runs of the parent, variance of the gain then) for each look that is still to come."""

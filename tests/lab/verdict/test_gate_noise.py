@@ -185,7 +185,7 @@ def test_what_devices_add_comes_from_repeats_and_is_no_noise():
     assert noise.sd == pytest.approx(SD, rel=0.15) and gate.pooled(groups, SD).sd > 1.8 * SD
     for device, other in (("a", "b"), ("b", "c")):
         found = noise.explains([(1.0, Conditions(device=device)), (-1.0, Conditions(device=other))])
-        error = noise.sd * math.sqrt(found.between)
+        error = noise.sd * math.sqrt(found.variance)
         assert abs(found.value - (OFFSETS[device] - OFFSETS[other])) < 2.5 * error < 0.8 * SD
     assert noise.slopes[0] == 0 and noise.explained == 0  # nothing was disturbed
 
