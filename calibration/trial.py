@@ -3,7 +3,7 @@
     python -m calibration.trial RESULT.json SECONDS
 
 `AUTORESEARCH_PROFILE` names the sizes to try. Around train.py stand random tokens instead of a dataset, a clock that
-notes each step and stops early, and no evaluation.
+stops early, and no evaluation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import storage
 from backends import interface
 from calibration.profile import TRAIN
 
-FEWEST, MOST = 3, 40  # steps that are timed; the first one more is not
+FEWEST, MOST = 3, 40  # steps that are timed
+UNTIMED = 2  # steps before: the first may still compile, and no tick waits for the second
 LONGEST = 20  # times the seconds asked for, when steps are slow
 STRETCHES = 5  # that the timed steps are divided into
 
@@ -55,21 +56,20 @@ class Tokens:
 
 
 class Clock(prepare.Clock):
-    """Notes each step's seconds; ends after a few seconds of them."""
+    """Ends after a few seconds of steps."""
 
     def __init__(self, backend, model, loader, seconds: float):
         super().__init__(backend, model, loader, LONGEST * seconds)
-        self.enough, self.took, self.parent = seconds, [], os.getppid()
+        self.enough, self.parent = seconds, os.getppid()
 
     def tick(self, loss):
         if os.getppid() != self.parent:  # the calibration was killed; the next one must not be disturbed
             raise SystemExit("the calibration that started this trial has ended")
-        self.took.append(super().tick(loss))
-        return self.took[-1]
+        return super().tick(loss)
 
     @property
     def finished(self):
-        counted = len(self.took) - 1
+        counted = len(self.took) - UNTIMED
         return counted >= MOST or counted >= FEWEST and self.elapsed >= self.enough or super().finished
 
 
@@ -99,7 +99,7 @@ def main(result: Path, seconds: float) -> None:
         storage.write_json(
             result,
             {
-                "tokens_per_second": rates(tokens, clock.took[1:] or clock.took),
+                "tokens_per_second": rates(tokens, clock.took[UNTIMED:] or clock.took),
                 "peak_memory": clock.backend.peak_memory(),
                 "num_params": num_params,
                 "flops_per_token": flops_per_token,
