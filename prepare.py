@@ -49,7 +49,7 @@ BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
 LATE = 2.0  # seconds that a training may end late, beside its last step: the host may be busy
 PROBED = 0.05  # part of the scored batches that is asked again with another ending
 PROBED_ROWS = 16  # are asked so at least: of one or two, chance could ask all for random tokens
-MASS_ROWS, MASS_TOKENS = 4, 256  # whose whole distributions are looked at
+MASS_ROWS, MASS_TOKENS = 4, 512  # whose whole distributions are looked at
 EXAM = "AUTORESEARCH_EXAM"  # descriptor of the harness's end, which scores a guarded run
 TURN = "LAB_TURN"  # set while a night's agent has its turn
 
