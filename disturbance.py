@@ -153,11 +153,15 @@ class Witness:
     def __init__(self, backend, probe: float | None = None):
         self.is_cpu = backend.device.kind == "cpu"
         self.given, self.probes, self.paused = probe, [], 0.0
-        self._synchronize, self._work = backend.synchronize, None if self.is_cpu else _device_work(backend)
+        self._synchronize, self._work = backend.synchronize, None
+        if not self.is_cpu:
+            with suppress(Exception):  # as there is no memory left for it: then nothing is witnessed
+                self._work = _device_work(backend)
         self._before = np.full(4, np.nan)
         self._cores = _cores()
         self._beating, self._ended = threading.Lock(), threading.Event()
-        self._beat = self._used = 0.0  # when it was last known to run, and the processor time that it had had
+        self._beat: float | None = None  # when it was last known to run
+        self._used = 0.0  # processor time that it had had by then
 
     def start(self) -> None:
         """Begins to measure."""
@@ -167,13 +171,14 @@ class Witness:
 
     def now(self) -> float:
         """Seconds on a clock that stands still in a pause: a gap between two beats without processor time. Work that
-        holds Python's lock leaves some."""
+        holds Python's lock leaves some. Before `start` there are no pauses."""
         with self._beating:
             now, used = time.perf_counter(), time.process_time()
-            gap = now - self._beat - PULSE
-            if gap > PAUSE and used - self._used < 0.1 * gap:
-                self.paused += gap
-            self._beat, self._used = now, used
+            if self._beat is not None:
+                gap = now - self._beat - PULSE
+                if gap > PAUSE and used - self._used < 0.1 * gap:
+                    self.paused += gap
+                self._beat, self._used = now, used
             return now - self.paused
 
     def read(self) -> float:

@@ -85,9 +85,10 @@ class Guard:
         self.busy = threading.local()
         self.clock = self.backend = self.score = None
         self.now, self.require_time = time.perf_counter, prepare.require_time
-        self.started: float | None = None  # times by `now`
+        self.find_pauses = disturbance.Witness.now
+        self.started: float | None = None  # times by `_awake`
         self.stopped: float | None = None
-        self.meter, self.ticked, self.paused = disturbance.Meter(disturbance.REFERENCE.get("steps")), 0.0, 0.0
+        self.meter, self.ticked = disturbance.Meter(disturbance.REFERENCE.get("steps")), 0.0
         self.took, self.done = [], 0.0  # seconds of each step by the wall; when the last was done
         self.begun = None  # when the step under way was, in seconds of training
         self.unmetered = 0.0  # seconds by the wall that the clock's meter was not told of
@@ -250,8 +251,7 @@ class Guard:
         if clock is not self.clock:
             self._deny("batch_by_other_clock")
         if self.started is None:
-            self.started = self.ticked = self.done = self.now()
-            self.paused = clock.witness.paused
+            self.started = self.ticked = self.done = self._awake()
         self._under_way()
 
     def _backward(self) -> None:
@@ -276,15 +276,15 @@ class Guard:
     def _tick(self, clock, kind, seconds, witnessed) -> None:
         if clock is not self.clock or not self._announced("tick"):
             return
-        now = self.now()
+        now = self._awake()
         if self.started is not None:
-            self.unmetered += now - self.ticked - (clock.witness.paused - self.paused) - seconds
+            self.unmetered += now - self.ticked - seconds
             if witnessed is not None:
                 self.unmetered -= min(clock.witness.probes[-1], PROBED) if clock.witness.probes else 0.0
             if self.unmetered > TOLERANCE[0] + TOLERANCE[1] * (now - self.started):
                 self._deny("clock_behind", told=number(seconds), elapsed=now - self.ticked)
             self.meter.add(kind, seconds, witnessed)
-        self.ticked, self.paused = now, clock.witness.paused
+        self.ticked = now
         if self.begun is not None:
             self._done()
 
@@ -294,7 +294,7 @@ class Guard:
             self.begun = self._elapsed()
 
     def _done(self) -> None:
-        now = self.now()
+        now = self._awake()
         self.took.append(now - self.done)
         self.done, self.begun = now, None
 
@@ -302,8 +302,16 @@ class Guard:
         """Seconds of training, as the clock tells them, by the guard's own watch."""
         if self.started is None:
             return 0.0
-        paused = self.clock.witness.paused - self.paused if self.clock else 0.0
-        return self.meter.elapsed + ((self.stopped or self.now()) - self.ticked - paused) / self.meter.slowdown
+        return self.meter.elapsed + ((self.stopped or self._awake()) - self.ticked) / self.meter.slowdown
+
+    def _awake(self) -> float:
+        """Seconds by the guard's own watch, without the pauses that the clock's witness found."""
+        while self.clock:
+            now = self.now()
+            self.find_pauses(self.clock.witness)
+            if self.now() - now < disturbance.PAUSE:  # else one began between these readings
+                return now - self.clock.witness.paused
+        return self.now()
 
     def _in_time(self) -> None:
         """The time by the guard's own clock, even if the run's clock was changed."""
@@ -318,7 +326,7 @@ class Guard:
         if clock is None or clock is not self.clock:
             self._deny("evaluates_without_clock")
         self._in_time()
-        self.stopped = self.stopped or self.now()
+        self.stopped = self.stopped or self._awake()
         self.backend = backend
         self._sound()
 
