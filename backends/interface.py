@@ -33,6 +33,9 @@ all the state that a model has: what else it keeps is lost between training and 
 A parameter that the loss doesn't use has a gradient of zero, and is updated with it. `transform(gradients)` gets all
 accumulated gradients at once, float32 by name, before they are applied, and gives back as many of the same shapes: to
 clip them by their common norm, say.
+
+These functions may read Python values that change between steps, as a window that a schedule widens. Where steps are
+compiled, that is once more for each value; what changes at every step belongs into `hyper`.
 """
 
 from __future__ import annotations
@@ -418,6 +421,18 @@ def check_transformed(given: dict, transformed: dict) -> None:
             f"transform(gradients) has to give back every gradient in its shape; {wrong[0]} has "
             f"{found.get(wrong[0], 'none')}, not {wanted.get(wrong[0], 'expected at all')}"
         )
+
+
+def check_updated(parameter, state: dict, updated, new_state: dict) -> None:
+    """Raises ValueError unless an update rule gave back arrays of the shapes that it got, and all of its state."""
+    if sorted(new_state) != sorted(state):
+        raise ValueError(f"an update rule gave back the state {sorted(new_state)}; its init made {sorted(state)}")
+    pairs = {"the parameter": (parameter, updated), **{name: (state[name], new_state[name]) for name in state}}
+    for name, (before, after) in pairs.items():
+        if tuple(after.shape) != tuple(before.shape):
+            raise ValueError(
+                f"an update rule gave back {name} in the shape {tuple(after.shape)}, not {tuple(before.shape)}"
+            )
 
 
 def check_step(optimizer: list[dict], schedule: list[dict[str, float]], has_gradients: bool) -> None:

@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from backends import interface
+from backends import bench, interface
 from backends.mlx import random
+from backends.mlx.compiled import Compiled, Values
 from backends.mlx.device import is_out_of_memory
 from backends.mlx.nn import named_parameters, substituted
 
@@ -30,9 +31,11 @@ class Trainer(interface.Trainer):
         self._parameters = named_parameters(model)
         interface.check_optimizer(optimizer, list(self._parameters))
         self._optimizer = optimizer
+        self._compiled: list[Compiled] = []
         self._units = [unit for i, group in enumerate(optimizer) for unit in self._split(i, group)]
-        self._transform = transform and self._maybe_compile(_transformer(transform))
-        self._differentiate = self._maybe_compile(_differentiator(model, loss, self._parameters))
+        self._transform = transform and self._maybe_compile(_transformer(transform), Values([transform]))
+        values = Values([loss], model)
+        self._differentiate = self._maybe_compile(_differentiator(model, loss, self._parameters), values)
         self._loss_scale = LossScale() if model.precision == mx.float16 else None
         self._gradients: dict[str, mx.array] = {}  # of the scaled loss
         self._passes = 0  # made so far: what random numbers are drawn by
@@ -84,10 +87,17 @@ class Trainer(interface.Trainer):
         mx.clear_cache()
         mx.reset_peak_memory()
         try:
-            for _ in range(2):  # from the second on, gradients are held beside a pass
-                self.accumulate(x, y, 0.5)
-            self.step([group["hyper"] for group in self._optimizer])
-            mx.eval(self._everything())
+            try:
+                self._once(x, y)
+            except ValueError as error:
+                if not self.compiled or "function transformations" not in str(error):
+                    raise
+                print(f"this step does not compile and runs uncompiled, slower: {bench.first_line(error)}", flush=True)
+                self.compiled = False
+                for each in self._compiled:
+                    each.on = False
+                self._gradients, self._in_flight = {}, None
+                self._once(x, y)
         except Exception:
             mx.synchronize()  # work that was queued before it failed must not run later, over other arrays' memory
             raise
@@ -101,6 +111,12 @@ class Trainer(interface.Trainer):
                 self._loss_scale.state = loss_scale
         self._check_working_set(len(x))
         mx.reset_peak_memory()  # what is reported is the training's
+
+    def _once(self, x, y) -> None:
+        for _ in range(2):  # from the second on, gradients are held beside a pass
+            self.accumulate(x, y, 0.5)
+        self.step([group["hyper"] for group in self._optimizer])
+        mx.eval(self._everything())
 
     def _check_working_set(self, rows: int) -> None:
         """A Mac's GPU shares its memory with everything else: what is too large for it doesn't fail, but swaps."""
@@ -129,8 +145,9 @@ class Trainer(interface.Trainer):
             for name, value in zip(unit.names, values, strict=True):
                 self._parameters[name].value = value
 
-    def _maybe_compile(self, function):
-        return mx.compile(function) if self.compiled else function
+    def _maybe_compile(self, function, reads: Values) -> Compiled:
+        self._compiled.append(Compiled(function, reads, self.compiled))
+        return self._compiled[-1]
 
     def _masters(self) -> dict[str, mx.array]:
         return {name: parameter.value for name, parameter in self._parameters.items()}
@@ -141,7 +158,7 @@ class Trainer(interface.Trainer):
     def _split(self, index: int, group: dict) -> list[Unit]:
         """A group as units: one for each shape when stacked, else one for each parameter."""
         shapes = {name: parameter.value.shape for name, parameter in self._parameters.items()}
-        update = self._maybe_compile(_updater(group["update"], group["stack"]))
+        update = self._maybe_compile(_updater(group["update"], group["stack"]), Values([group["update"]]))
         units = []
         for names in interface.updated_together(group, shapes):
             masters = [self._parameters[name].value for name in names]
@@ -197,11 +214,11 @@ def _updater(rule, stack: bool):
     """f(params, grads, state, hyper) -> params, state. With a loss scale and `finite`, not finite changes nothing."""
 
     def update(params, grads, state, hyper):
-        if not stack:
-            param, state = rule(params[0], grads[0], state, hyper)
-            return [param], state
-        param, state = rule(mx.stack(params), mx.stack(grads), state, hyper)
-        return [param[i] for i in range(len(params))], state
+        # A rule may change in place what it is given: what others hold is another object.
+        param, grad = (mx.stack(each) if stack else mx.array(each[0]) for each in (params, grads))
+        new, new_state = rule(param, grad, tree_map(mx.array, state), hyper)
+        interface.check_updated(grads[0] if not stack else grad, state, new, new_state)
+        return (list(new) if stack else [new]), new_state
 
     def guarded(params, grads, state, hyper, loss_scale=None, finite=None):
         if finite is None:

@@ -138,7 +138,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def configure_compiler() -> None:
-    torch._dynamo.config.cache_size_limit = 256  # a step of other shapes is compiled for each of them
+    torch._dynamo.config.cache_size_limit = 64  # a step of other shapes is compiled for each of them
     torch._dynamo.config.automatic_dynamic_shapes = False  # only what is marked
     import torch._functorch.config as autograd
 

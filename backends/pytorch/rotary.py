@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rope(x, base):
     """Rotary position embedding of x (B, T, H, D); position on axis 1, halves split."""
-    return _rotated(x, *_rotation(x.shape[1], x.shape[3] // 2, base))
+    return _rotated(x, *_rotation(x.shape[1], x.shape[3] // 2, base, x.dtype))
 
 
 @runtime.one_node
@@ -76,13 +76,13 @@ def _rotate(x, cosines, sines):
 _tables = {}
 
 
-def _rotation(length: int, half: int, base: float):
-    """cos and sin, each (length, 1, half), in the compute precision; made once, outside the compiled graph."""
-    key = length, half, base, runtime.dtype, runtime.device
+def _rotation(length: int, half: int, base: float, dtype: torch.dtype):
+    """cos and sin, each (length, 1, half); made once, outside the compiled graph."""
+    key = length, half, base, dtype, runtime.device
     if key not in _tables:
         frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequencies
-        _tables[key] = tuple(t.to(runtime.dtype).to(runtime.device) for t in (angles.cos(), angles.sin()))
+        _tables[key] = tuple(t.to(dtype).to(runtime.device) for t in (angles.cos(), angles.sin()))
     return _tables[key]
 
 
@@ -99,7 +99,10 @@ def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):
     if runtime.has_kernel("projection", x) and head_dim & (head_dim - 1) == 0 and x.shape[-1] % 8 == 0:
         widths = [w.shape[0] for w in (w_q, w_k, w_v)]
         parts = _projected(
-            x.reshape(batch * length, -1), torch.cat([w_q, w_k, w_v]), *_rotation(length, head_dim // 2, base), widths
+            x.reshape(batch * length, -1),
+            torch.cat([w_q, w_k, w_v]),
+            *_rotation(length, head_dim // 2, base, x.dtype),
+            widths,
         )
         return tuple(part.reshape(batch, length, -1, head_dim) for part in parts)
     # One product would be no faster here: its gradients would have to be copied together.

@@ -58,7 +58,7 @@ class Trainer(interface.Trainer):
 
     def accumulate(self, x, y, scale):
         with random.drawing(self._passes):
-            loss = self._loss(self.model, to_device(x), to_device(y))
+            loss = self._run("_loss", self.model, to_device(x), to_device(y))
             scaled = loss * scale * self._scaler.scale if self._scaler else loss * scale
             fresh = torch.autograd.grad(scaled, list(self._named.values()), allow_unused=True)
         used = [(self.accumulated[name], grad) for name, grad in zip(self._named, fresh) if grad is not None]
@@ -76,16 +76,31 @@ class Trainer(interface.Trainer):
             unscale, finite = self._scaler.inspect([bucket.gradient for bucket in self._buckets])
         if self._transform:
             gradients = [(tuple(b.gradients), b.stack, b.gradient) for b in self._buckets]
-            self._transformed(self._transform, gradients, unscale)
+            self._run("_transformed", self._transform, gradients, unscale)
             unscale = None
         for buckets in self._together:
             for bucket in buckets:
                 bucket.hold()
             updates = [(b.update, b.parameter, b.gradient, b.state, hypers[b.group]) for b in buckets]
-            self._update(updates, unscale, finite)
+            self._run("_update", updates, unscale, finite)
         if self._scaler:
             self._scaler.adjust(finite)
         self._has_gradients = False
+
+    def _run(self, name, *arguments):
+        """Calls what is compiled. What would be compiled again and again is not, from then on."""
+        try:
+            return getattr(self, name)(*arguments)
+        except Exception as error:
+            if not (runtime.compiled and type(error).__name__ == "FailOnRecompileLimitHit"):
+                raise
+        print("a step reads Python values that change all the time: it runs uncompiled, slower", flush=True)
+        self._leave_uncompiled()
+        return getattr(self, name)(*arguments)
+
+    def _leave_uncompiled(self):
+        runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
+        self._prepare()
 
     def rehearse(self, x, y):
         if runtime.device.type == "cuda":
@@ -94,6 +109,7 @@ class Trainer(interface.Trainer):
         with torch.no_grad(), random.drawing(self._passes):
             self._eager_loss(self.model, to_device(x[:1]), to_device(y[:1]))
         kept = [tensor.detach().clone() for tensor in self._everything()]
+        held = [bucket.gradient.clone() for bucket in self._buckets] if self._has_gradients else []
         devices.forget_peak_memory(runtime.device)
         try:
             while not self._works(x, y):  # each time by the next simpler way
@@ -107,6 +123,9 @@ class Trainer(interface.Trainer):
             with torch.no_grad():
                 for tensor, value in zip(self._everything(), kept):
                     tensor.copy_(value)
+                for bucket, value in zip(self._buckets, held):
+                    bucket.gradient.copy_(value)
+            self._has_gradients = bool(held)
             devices.forget_peak_memory(runtime.device)  # what is reported is the training's
 
     @property
@@ -138,8 +157,8 @@ class Trainer(interface.Trainer):
                 runtime.captured, runtime.by_layer = False, True
                 without = "is launched one kernel at a time, slower on a busy machine"
             else:
-                runtime.compiled, without = False, "does not compile and runs uncompiled, slower"
-                runtime.attention = runtime.uncompiled_attention
+                self._leave_uncompiled()
+                without = "does not compile and runs uncompiled, slower"
             print(f"this step {without}: {bench.first_line(error)}")
             self._prepare()
             return False
@@ -247,8 +266,10 @@ def _transform(transform, gradients, unscale):
     given = parts if unscale is None else {name: part * unscale for name, part in parts.items()}
     transformed = transform(dict(given))
     interface.check_transformed(given, transformed)
-    for name, part in parts.items():
-        part.copy_(transformed[name])
+    # What is given back may be another parameter's gradient: nothing is written before all of it is read.
+    changed = {name: transformed[name].clone() for name, part in parts.items() if transformed[name] is not part}
+    for name, value in changed.items():
+        parts[name].copy_(value)
 
 
 def _update(updates, unscale, finite):
@@ -262,6 +283,7 @@ def _update(updates, unscale, finite):
         # A rule may keep, exchange or change in place what it is given. Compiled, a copy that isn't needed is not made.
         given = {name: value.clone() for name, value in state.items()}
         new_parameter, new_state = update(parameter.clone(), grad, given, hyper)
+        interface.check_updated(parameter, state, new_parameter, new_state)
         if finite is not None:  # an overflow in half precision: everything stays as it was
             new_parameter = torch.where(finite, new_parameter, parameter)
             new_state = {name: torch.where(finite, value, state[name]) for name, value in new_state.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 
@@ -484,9 +486,9 @@ def test_an_error_in_warm_up_is_not_taken_for_memory(backend):
         np.testing.assert_array_equal(weight, before[name])
 
 
-def compilations(name: str, calls: list) -> int:
+def compilations(name: str, calls: deque) -> int:
     """How often a function that appends to `calls` was compiled. MLX runs its Python only when tracing it; PyTorch
-    replays such effects at every call, and counts its graphs."""
+    replays such effects at every call, and counts its graphs. (A list would be a value that changes.)"""
     if name == "mlx":
         return len(calls)
     from torch._dynamo.utils import counters
@@ -497,7 +499,7 @@ def compilations(name: str, calls: list) -> int:
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_rates_change_without_recompiling(name):
     support.needs_compiler()
-    backend, calls = support.opened(name, "float32", compiled=True), []
+    backend, calls = support.opened(name, "float32", compiled=True), deque()
     before = compilations(name, calls)
 
     def update(param, grad, state, hyper):

@@ -420,6 +420,13 @@ def test_rope_keeps_far_positions(low, normal, precision):
     )
 
 
+def test_rope_of_float32_is_float32_whatever_the_precision(low, normal):
+    backend = low("bfloat16")
+    x = backend.ops.float32(support.array(backend, normal(1, 40, 2, 8)))
+    wanted = REFERENCE.rope(support.numpy(backend, x).astype(np.float64), 10000.0)
+    np.testing.assert_allclose(support.numpy(backend, backend.ops.rope(x, 10000.0)), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 37, 130])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 0, 1, "half", "long"])
