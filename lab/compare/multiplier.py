@@ -11,9 +11,9 @@ A train.py that scores what the baseline would score after time t' is told as T 
 factor of time, as curves of one shape do, it reaches the baseline's score in that share of the time; to run it for so
 long confirms it. The interval inverts a test of each factor: the sum of squares over the curve's points and the effect,
 least over a, b and k, against the squared quantile of Student's t (profile likelihood; for k fixed this is Fieller's
-interval, JRSS B 1954). Where the points lie further from the curve than their noise says, all errors are taken to be as
-much larger (Birge, Phys. Rev. 1932). Beyond the times that were run nothing is extrapolated: there a factor is only
-bounded.
+interval, JRSS B 1954). Times that do not lie on one curve with those nearer to T are left out; if three still do not,
+all errors are taken to be as much larger (Birge, Phys. Rev. 1932). Beyond the times that were run nothing is
+extrapolated: there a factor is only bounded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REACH, FITS = (
     40.0,
     60,
 )  # squares above the least up to which k is looked at (an interval's, with one degree), in so many
-LEVEL = 0.05  # at which a score that rises with time is told from chance
+LEVEL, MISFIT = 0.05, 0.01  # at which a score that rises with time, or lies off the curve, is told from chance
 HALVINGS = 30
 TINY = 1e-9  # k below which rounding hides that it is not zero
 STEP = SHAPES[1] - SHAPES[0]
@@ -123,9 +123,8 @@ class Curve:
     @property
     def misfit(self) -> float:
         """By what the variances are multiplied: 1 unless the points scatter about the curve by more than chance."""
-        free = len(self.times) - PARAMETERS
-        larger = self.best.squares / free if free else 0.0
-        return larger if larger > t_quantile(LEVEL / 2, self.df) ** 2 else 1.0
+        larger = self.best.squares / max(1, len(self.times) - PARAMETERS)
+        return larger if larger > t_quantile(MISFIT / 2, self.df) ** 2 else 1.0
 
     def told(self, effect: Effect) -> Times | None:
         """An effect as a factor of time; None if its parent is beyond the times that were run."""
@@ -218,15 +217,19 @@ def curve(
         return found
     found.times = times
     found.fits = _fits(found)
+    while found.fits and found.misfit > 1 and len(found.times) > FEWEST:
+        far = max(found.times, key=lambda t: abs(math.log(t / budget)))
+        found.times = [t for t in found.times if t != far]
+        found.fits = _fits(found)
+    if left_out := [f"{t:g}" for t in times if t not in found.times]:
+        said = f"{', '.join(left_out)} s are left out, as they lie on no curve with the others"
+        found.remark = "; ".join(filter(None, [said, found.remark]))
     if not found.fits or t_tail(found.best.b / math.sqrt(found.best.variance * found.misfit), df) > LEVEL:
         found.fits = []
         found.why_not = "the baseline does not get better with time, by a curve through all of its times"
-        return found
-    if found.misfit > 1:
+    elif found.misfit > 1:
         most = max(map(abs, found.residuals.values()))
-        found.remark = f"its scores lie up to {most:.4f} off any such curve, which widens the intervals" + (
-            f"; {found.remark}" * bool(found.remark)
-        )
+        found.remark = f"its scores lie up to {most:.4f} off any such curve, which widens the intervals"
     return found
 
 

@@ -257,6 +257,8 @@ def execute(
     code = process.returncode
     if child.LINUX and code > child.LEFT_RUNNING:
         left, code = left + code - child.LEFT_RUNNING, 0
+    if output.flooded and not problem:  # also if it has ended by itself
+        problem = because("flooded", most=FLOOD // 2**20)
     if left and not problem:
         problem = because("left_processes", count=left)
     return Ended(128 - code if code > 128 else code, seconds, set_by, problem, paused)
@@ -277,7 +279,7 @@ def watch(
         if why := request.ending():
             raise Halted(why)
         if output.flooded:
-            return because("flooded", most=FLOOD // 2**20), paused
+            return None, paused  # `execute` says so
         look_on()
         now = time.monotonic()
         gap, before = now - before, now

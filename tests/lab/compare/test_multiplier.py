@@ -122,6 +122,13 @@ def test_residuals_are_those_of_the_curve():
     assert max(map(abs, wavy.residuals.values())) > 0.005
 
 
+def test_a_time_that_lies_on_no_curve_with_the_others_is_left_out_the_farthest_first():
+    far = {18.75: 1.41, 75.0: power(75.0), 150.0: power(150.0), 300.0: power(300.0), 600.0: power(600.0)}
+    found = curve({t: [score] * 3 for t, score in far.items()})
+    assert found.times == [*TIMES] and found.misfit == 1 and found.remark.startswith("18.75 s are left out")
+    assert found.told(effect_of(0.81)).value == pytest.approx(0.81, rel=0.01)
+
+
 def scaled(builder, number, points):
     """A session whose baseline was run for other times, too."""
     builder.open(number, "scale", blob=builder.state.baseline.blob, pairs=2)
