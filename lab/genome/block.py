@@ -37,6 +37,7 @@ SIZES = re.compile(r"(^|_)(DIM|CHANNELS|SIZE|WINDOW|WIDTH)$")
 PATTERNS = ("L", "SL", "SSL", "SSSL")
 FACTOR = 10.0  # from a value to its bounds
 LEAST = {"DEPTH": 1, "TOTAL_BATCH_SIZE": MAX_SEQ_LEN}  # with less nothing can be trained
+MOST = 1e15  # of a value
 NEAR_ONE = 1e-4  # how near a decay may come to 1
 
 
@@ -87,10 +88,12 @@ class Variable:
         low, high = self._scaled(self.low), self._scaled(self.high)
         x = self._unscaled(low + min(max(place, 0.0), 1.0) * (high - low))
         if self.kind == "size":
-            return 2 ** round(math.log2(x))
+            return 2 ** round(math.log2(max(x, 1)))
         if self.whole:
             return round(x) if abs(x) < 100 else int(float(f"{x:.2g}"))
-        return round(1 - float(f"{1 - x:.2g}"), 6) if self.kind == "decay" else float(f"{x:.2g}")
+        if self.kind == "decay":
+            return min(round(1 - float(f"{1 - x:.2g}"), 6), 1 - 2 * NEAR_ONE)  # nearer to 1 it is no variable any more
+        return float(f"{x:.2g}")
 
     def wider(self, *values) -> Variable:
         """The variable with bounds that include these values; without values, with wider bounds, if possible."""
@@ -222,7 +225,7 @@ def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError):
         return None
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < MOST:
         return None
     if DECAYS.search(name.split("[")[0]) and 1 - NEAR_ONE <= value < 1:
         return None
@@ -235,6 +238,8 @@ def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable
             return None
         scale = stated["scale"] or made.scale
         if not low < high or scale == "log" and low <= 0:
+            return None
+        if scale == "log" and value <= 0 and made.kind != "decay":  # zero has no place there
             return None
         kind = "number" if made.kind == "part" or stated["scale"] and made.kind == "decay" else made.kind
         made = replace(made, kind=kind, low=low, high=high, scale=scale, stated=True)

@@ -47,13 +47,16 @@ class Step:
             if new.value == here.value:
                 raise Already(f"{self.name} is {new.value}")
             return block.write(source, {self.name: new.value})
-        if "choice" in (old.kind, new.kind) or {old.text, new.text} != {here.text}:
+        kinds = {variable.kind for variable in (old, new, here)} if here.text else set()
+        if "choice" in (old.kind, new.kind) or {old.text, new.text} != {here.text} or len(kinds) > 1:
             raise NotHere(f"{self.name} is written differently here: {here.written(here.value)}")
         before, after, now = (float(variable.value) for variable in (old, new, here))
         if (now - after) * (after - before) >= 0:
             raise Already(f"{self.name} is {here.written(here.value)}")
         value = new.value
         if here.value != old.value:
+            if here.scale == "log" and here.kind != "decay" and min(before, after) <= 0:
+                raise NotHere(f"{self.name} has a logarithmic range here, where zero has no place")
             value = here.at(here.place(here.value) + here.place(new.value) - here.place(old.value))
             if value == here.value:
                 raise NotHere(f"{self.name} can't go further than {here.written(value)}")
@@ -75,10 +78,11 @@ class Swap:
         known = definitions(source.encode()).get(self.definition)
         if known is None:
             raise NotHere(f"there is no {self.definition}")
-        lines = source.splitlines(keepends=True)
+        lines = source.split("\n")
+        lines[:-1] = [line + "\n" for line in lines[:-1]]  # as ast counts them: str.splitlines knows more ends
         first, last = min(known.lines) - 1, max(known.lines)
         text = "".join(lines[first:last])
-        if self.new in text if self.old in self.new else f"\n{self.new}\n" in f"\n{text}":
+        if self.new in text if self.old in self.new else self.new and f"\n{self.new}\n" in f"\n{text}":
             raise Already(f"{self.definition} has it")
         if (times := text.count(self.old)) != 1:
             where = "is not in" if not times else f"is {times} times in"

@@ -59,6 +59,8 @@ def _made(here: bytes, before: bytes, changes: Iterable[tuple[int, int, list[byt
         else:
             edits.append((first + moved, end + moved, new))
     for start, stop, new in reversed(edits):
+        if start and new and not lines[start - 1].endswith(b"\n"):  # the file's last line has no end here
+            lines[start - 1] += b"\n"
         lines[start:stop] = new
     return b"".join(lines), conflicts
 

@@ -81,6 +81,12 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
             yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
 
 
+def plainly_good(session: Session) -> Idea | None:
+    """What a block of shared runs found to need no company, as long as it applies and was not tried."""
+    first = session.state.best and blocks.plainly_good(session.state)
+    return next((idea for idea in ideas(session) if idea.origin == first), None) if first else None
+
+
 @dataclass(frozen=True)
 class Row:
     """A published finding for a list. `here`: what became of it in a session; `effect`: (value, low, high) there."""
@@ -143,10 +149,11 @@ def patches(session: Session) -> list[Patch]:
         if gain < LIKELY or finding.origin in known or finding.key in done:
             continue
         try:
-            apply(finding, best, session.profile["settings"])
+            content = apply(finding, best, session.profile["settings"])
         except edits.NotHere:
             continue
-        found.append(Patch(finding.origin, finding.title, finding.edit.text, gain))
+        if not state.equal(describe(content).digest):
+            found.append(Patch(finding.origin, finding.title, finding.edit.text, gain))
     return sorted(found, key=lambda patch: -patch.gain)
 
 

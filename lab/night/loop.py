@@ -357,7 +357,7 @@ class Night:
             self._apart.add(block.number)
             self.view.say(f"none of the findings that block {block.number} chose applies to the best any more")
         noise = noise_of(session.state).sd
-        if noise < shared.QUIET or blocks.given_up(session.state) or blocks.plainly_good(session.state):
+        if noise < shared.QUIET or blocks.given_up(session.state) or findings.plainly_good(session):
             return False
         if (most := self.options.max_experiments) is not None:  # who wants few experiments wants no more runs
             runs = min(runs, self.now.first + most - 1 - session.state.last.number)
@@ -375,10 +375,8 @@ class Night:
         """False where nothing is left of what was found elsewhere and promises something here."""
         self.now.by = "findings"
         self._show("looking for a change")
-        ideas = findings.ideas(self.session)
-        if first := blocks.plainly_good(self.session.state):
-            ideas = sorted(ideas, key=lambda idea: idea.origin != first)
-        if (idea := next(iter(ideas), None)) is None:
+        idea = findings.plainly_good(self.session) or next(findings.ideas(self.session), None)
+        if idea is None:
             return False
         turn = TurnTaken(by="findings", outcome="edited", description=idea.description, origin=idea.origin)
         turn.blob = self.session.repository.store(idea.content)

@@ -337,11 +337,18 @@ def next_step(
             return Step("keep", reason, evidence=replace_evidence(evidence, simpler=True, loss=loss))
         if odds > math.log(EQUAL) and _cheap(noise, outlook, allowed):
             going_on = going_on or runs < CHEAP
-    if not going_on:
+    missing = [one for one in candidate if one not in parent]
+    # The last look is not to be lost because the parent has other seeds than the candidate.
+    late = bool(missing) and runs == LOOKS[-1] and level > 0
+    # All of the parent's runs met other conditions than there are now: one more tells what they do, for later tests, too.
+    by_chance = _variance(runs, parents, correlation)
+    outdated = (
+        runs == 1 and parents < MOST_PARENT and apart > by_chance and gain > NEAR * noise.sd * math.sqrt(by_chance)
+    )
+    if not (going_on or late or outdated):
         return Step("discard", reason, evidence=replace_evidence(evidence, near_miss=gain / error >= NEAR))
     reason, evidence = because("worth_another_run", **facts), replace_evidence(evidence, stake=0.0)
-    missing = [one for one in candidate if one not in parent]
-    if missing or parents < outlook.wanted:
+    if missing or parents < outlook.wanted or not going_on:
         return Step("run parent", reason, missing[0] if missing else _next(parent), evidence)
     return Step("run candidate", reason, _next(candidate), evidence)
 

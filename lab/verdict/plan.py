@@ -31,7 +31,7 @@ SUSPECT = 2  # devices that are lost while they run an experiment
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
 WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
 SHARED_SEED = 50_000  # from here on: of blocks, and of their tests
-CONFIRM_SEEDS = 100_000  # from here on: never used to select anything
+CONFIRM_SEEDS = 10_000_000  # from here on: never used to select anything
 SCALES = 0.25, 0.5, 2.0  # of the budget, that the baseline is run for beside it
 
 
@@ -101,7 +101,7 @@ def plan(experiment: Experiment, state: State) -> Plan:
     kinds |= {"shared": _shared, "joint": _joint}
     of_kind = kinds.get(experiment.kind, _change)
     # A parent that fails is a change's own matter, and a block goes on without what fails.
-    runs = experiment.own_runs if of_kind is _change else [] if of_kind is _shared else experiment.runs
+    runs = experiment.own_runs if of_kind in (_change, _joint) else [] if of_kind is _shared else experiment.runs
     failed = _failure(experiment, runs)
     made = Plan(verdict=failed) if failed else of_kind(experiment, state)
     # A verdict waits for the runs of this experiment that other devices are making.
@@ -219,11 +219,16 @@ def _parent(experiment: Experiment, state: State) -> Experiment:
     return parent
 
 
+def _parent_fails(experiment: Experiment) -> Verdict | None:
+    """The verdict on an experiment whose parent failed too often beside it."""
+    failing = [run for run in experiment.runs if run.blob == experiment.parent and run.status in FAILED]
+    return _unjudged("invalid", because("parent_fails", why=failing[-1].reason)) if len(failing) >= TRIES else None
+
+
 def _change(change: Experiment, state: State) -> Plan:
     parent = _parent(change, state)
-    failing = [run for run in change.runs if run.blob == change.parent and run.status in FAILED]
-    if len(failing) >= TRIES:
-        return Plan(verdict=_unjudged("invalid", because("parent_fails", why=failing[-1].reason)))
+    if failed := _parent_fails(change):
+        return Plan(verdict=failed)
     sound = [run for run in change.own_runs if run.ok]
     if problem := _same_start(sound):
         return Plan(verdict=Verdict("invalid", problem))
@@ -347,6 +352,8 @@ def _plainly_good(screening) -> tuple[int, ...]:
 def _joint(joint: Experiment, state: State) -> Plan:
     """The best patches of a block as one, and the parent, on fresh seeds; one look at the end."""
     parent = _parent(joint, state)
+    if failed := _parent_fails(joint):
+        return Plan(verdict=failed)
     seeds = [SHARED_SEED + 1000 * joint.number + place for place in range(joint.pairs)]
     asked = {(run.blob, run.seed) for run in joint.runs if run.ok or run.ended is None}
     wanted = [(blob, seed) for seed in seeds for blob in (joint.blob, parent.blob) if (blob, seed) not in asked]
