@@ -88,7 +88,8 @@ def atomic(path: Path, mode: int = 0o666):
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it would hide why nothing could be written
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_of(path: Path) -> Path:

@@ -28,6 +28,7 @@ from lab.untrusted import counted
 from lab.verdict import opening
 from lab.verdict.executor import launch, supervise
 
+MOST_DAYS = 3650  # that an invitation holds
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
 
 
@@ -353,6 +354,8 @@ def do_supervise(session: Session, options) -> int:
 def do_invite(session: Session, options) -> int:
     from lab.fleet import invitation, settings
 
+    if not 0 < options.days <= MOST_DAYS:
+        raise LabError(f"--days has to be a number above 0, and at most {MOST_DAYS}")
     listen = invitation.invite(session, options.target, options.address, options.listen, options.days)
     settings.listen(session, listen)
     print(

@@ -63,7 +63,7 @@ class Invitation:
             if known.pop("format") != FORMAT:
                 raise LabError(f"{path} was made by another version of this project")
             return cls(**known | {"keys": Keys(**known["keys"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LabError(
                 f"{path} is not an invitation ({error}); make one on the head: python -m lab invite"
             ) from error

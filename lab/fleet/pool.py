@@ -58,7 +58,7 @@ class Made(msgspec.Struct):
     status: events.RunStatus
     reason: Reason | None
     result: dict | None
-    seconds: float
+    seconds: Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
     traceback: Annotated[str, msgspec.Meta(max_length=20_000)]
     log: bytes
 

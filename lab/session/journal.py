@@ -47,25 +47,33 @@ class Journal:
         events = []
         for place, line in enumerate(lines):
             try:
-                events.append(self.decoder.decode(line))
+                event = self.decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if not any(map(kind_of, lines[place:])):  # cut short
                     break
-                number = len(self.events) + place + 1
-                raise LabError(f"{self.path}, line {number}{_damage(line, error)}") from error
+                raise LabError(f"{self.path}, line {len(self.events) + 1}{_damage(line, error)}") from error
             self._read += len(line)
-        self.events += events
+            self.events.append(event)
+            events.append(event)
         return events
 
     def append(self, event: Event) -> list:
-        """Returns once the event is on disk: the events since the last look, this one last."""
+        """Returns once the event is on disk: the events since the last look, this one last. LabError, with nothing
+        written, if it could not be read again, or the journal is shorter than it was."""
         with Lock(f"{self.path}.lock", timeout=PATIENCE, poll_interval=0.005):
             new = self.refresh()
             event.time = event.time or time.time()
+            line = msgspec.json.encode(event) + b"\n"
+            try:
+                self.decoder.decode(line)
+            except msgspec.DecodeError as error:
+                raise LabError(f"an event does not fit the journal and is not written: {error}") from error
             created = not self.path.exists()
             with open(self.path, "ab") as file:
+                if file.tell() < self._read:
+                    raise LabError(f"{self.path} is shorter than it was: another copy was put in its place. Try again")
                 file.truncate(self._read)  # what was cut short
-                file.write(msgspec.json.encode(event) + b"\n")
+                file.write(line)
                 file.flush()
                 sync(file.fileno())
             if created:

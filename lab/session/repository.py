@@ -70,9 +70,9 @@ class Repository:
         if arguments[0] == "commit-tree":
             environment = self._identity() | environment
         environment |= {"GIT_OPTIONAL_LOCKS": "0", **(more or {})}  # a look changes nothing, the index neither
-        settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
-        command = ["git", "-C", str(self.path), *settings, *arguments]
         try:  # In a session of its own: Ctrl-C is for who called it.
+            settings = [part for setting in (*SETTINGS, durable()) for part in ("-c", setting)]
+            command = ["git", "-C", str(self.path), *settings, *arguments]
             return subprocess.run(command, input=content, env=environment, capture_output=True, start_new_session=True)
         except FileNotFoundError as error:
             raise LabError("git was not found; install it") from error
@@ -90,7 +90,8 @@ class Repository:
 
     def branch(self) -> str | None:
         """The branch that is checked out; None if HEAD is detached."""
-        return self.git("symbolic-ref", "--quiet", "--short", "HEAD", check=False) or None
+        # Not --short: where a tag has the branch's name that would be "heads/NAME".
+        return self.git("symbolic-ref", "--quiet", "HEAD", check=False).removeprefix("refs/heads/") or None
 
     def some_branch(self) -> str:
         """The branch that is checked out. LabError if HEAD is detached."""
@@ -158,13 +159,14 @@ class Repository:
         """Files other than train.py that differ from what is committed, or are new, or are ignored; a folder without
         any other file stands for what is in it, with a slash."""
         more = ["--ignored"] * ignored
-        entries = self.git("status", "--porcelain", "-z", "--no-renames", *more).split("\0")
+        entries = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=normal", *more).split("\0")
         return [entry[3:] for entry in entries if entry and entry[3:] != TRAIN]
 
     def clone(self, folder: Path, branch: str) -> None:
         """A repository of its own in a folder that is not there yet, with this branch checked out, all refs of this one
         and its objects, which are shared. It has no remote: what git does in it moves nothing here."""
-        self.git("clone", "--quiet", "--shared", "--mirror", "--template=", str(self.path), str(folder / ".git"))
+        options = "--quiet", "--shared", "--mirror", "--template=", "--origin", "origin"
+        self.git("clone", *options, str(self.path), str(folder / ".git"))
         for command in (
             ("config", "--remove-section", "remote.origin"),
             ("config", "core.bare", "false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -61,7 +62,10 @@ def start(
     repository.refuse_uncommitted()
     describe(repository.train())
 
-    hardware = Hardware(**described["hardware"]) if described else identified()
+    try:
+        hardware = Hardware(**described["hardware"]) if described else identified()
+    except TypeError as error:
+        raise LabError(f"the description of the device is of another version of this project: {error}") from error
     folder, branch = sessions.folder_of(f"{hardware.slug}/{tag}"), f"{PREFIX}{hardware.slug}/{tag}"
     if (folder / "session.json").exists():
         raise LabError(f"there is a session {tag} already: to continue it: git switch {branch}; or choose another tag")
@@ -109,6 +113,9 @@ def start(
     )
     facts = {"blob": repository.blob_of(commit) or "", "commit": commit, **vars(describe(repository.train()))}
     baseline = ExperimentOpened(number=BASELINE, kind="baseline", description="baseline", **facts)
+    free = profile.get("free_memory")
+    if not isinstance(free, (int, float)) or not 0 < free < math.inf:
+        raise LabError(f"the profile says {free!r} of free_memory: calibrate again with python -m calibration")
     with device_lock(hardware.slug, f"start-{tag}"):  # two commands with one tag
         if (folder / "session.json").exists():
             raise LabError(f"session {tag} was started by another command just now")
@@ -126,7 +133,7 @@ def start(
             gpu=gpu,
             executable=sys.executable,
             settings=settings,
-            memory_ceiling=int(rule.SHARE_OF_MEMORY * profile["free_memory"]),
+            memory_ceiling=int(rule.SHARE_OF_MEMORY * free),
             unified=hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
             judge=sessions.fingerprints(folder / "judge"),
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 import storage
 from lab.session.journal import sync_files
 from lab.session.repository import Repository
+from lab.session.session import BY_ITSELF
 
 Files = dict[str, bytes]
 
@@ -145,6 +146,8 @@ def _in_folder(source: Path) -> Files:
     sizes, files = {}, {}
     for path in [*source.glob("*"), *source.glob(f"{ROWS}/*")]:
         name, status = path.relative_to(source).as_posix(), path.lstat()
+        if BY_ITSELF.fullmatch(path.name):
+            continue
         if name == ROWS and stat.S_ISDIR(status.st_mode):
             continue
         if not stat.S_ISREG(status.st_mode):

@@ -108,6 +108,8 @@ def _check_run(state: State, run: Run) -> None:
     experiment = state.experiments[run.experiment]
     if run.blob not in (experiment.blob, experiment.parent) and experiment.kind != "shared":
         raise Wrong(f"run {run.number} belongs to no train.py of experiment {run.experiment}")
+    if any(not 0 <= place < len(experiment.patches) for place in run.patches or ()):
+        raise Wrong(f"run {run.number} holds a patch that experiment {run.experiment} does not have")
     for name, value in run.result.items():
         measure = BY_NAME.get(name)
         if measure is None or value is None:  # what this version does not know is kept as it is

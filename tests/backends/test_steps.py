@@ -58,6 +58,55 @@ def test_python_values_that_change_between_steps_count(name, compiled):
         assert list(backend.weights(model)["a"]) == [wanted] * 2
 
 
+class Config:
+    """As a train.py may have one, for its model or for all of it."""
+
+    share = 1.0
+
+    def __init__(self):
+        self.factor, self.many = 1.0, [1.0] * 100
+
+    @property
+    def both(self):
+        return self.factor * self.many[90]
+
+    def __call__(self, x):
+        return x * self.both * Config.share * HELD["number"] * sum(f(1.0) for f in HELD["functions"])
+
+
+HELD = {"number": np.float32(1), "functions": [lambda x: x * SCALE]}
+SCALE = 1.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_values_of_objects_classes_and_what_they_call_count_too(name, compiled, monkeypatch):
+    if compiled:
+        support.needs_compiler()
+    backend, config = support.opened(name, "float32", compiled), Config()
+    model = support.holder(backend, a=np.zeros(2))
+    trainer = backend.Trainer(model, lambda m, x, y: config(backend.ops.sum(m.a)), [tiny.descent(["a"])])
+    monkeypatch.setattr(Config, "share", 1.0)
+    monkeypatch.setitem(HELD, "number", np.float32(1))
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    changes = [
+        lambda: None,
+        lambda: setattr(config, "factor", 2.0),
+        lambda: config.many.__setitem__(90, 3.0),
+        lambda: setattr(Config, "share", 5.0),
+        lambda: HELD.__setitem__("number", np.float32(7)),
+        lambda: globals().__setitem__("SCALE", 11.0),
+    ]
+    wanted = [1, 2, 6, 30, 210, 2310]
+    for change, factor in zip(changes, wanted, strict=True):
+        change()
+        trainer.backward(support.TOKENS, support.TOKENS)
+        trainer.step([{"lr": 0.0}])
+        trainer.backward(support.TOKENS, support.TOKENS)
+        assert list(trainer.gradients()["a"]) == [float(factor)] * 2, factor
+        trainer.step([{"lr": 0.0}])
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_values_that_change_all_the_time_are_right_too(name, compiled, monkeypatch):

@@ -55,6 +55,17 @@ def test_a_zero_has_no_place_on_a_logarithmic_scale():
     assert block.read("ADAM_BETAS = (0.9, 0.99999)\n") == block.read("ADAM_BETAS = (0.9, 1.0)\n")[:1]
 
 
+@pytest.mark.parametrize("line", ["WARM_RATIO = 0.0  # [0.001 .. 0.5, log]", f"BIG = {10**400}", "BIG = -1e15"])
+def test_what_has_no_place_is_no_variable(line):
+    assert block.read(f"{line}\n") == ()
+
+
+def test_what_is_written_can_be_read_again():
+    size, decay = only("HEAD_DIM = 128  # [0 .. 256, linear]\n"), only("MOMENTUM = 0.95  # [0.5 .. 1.0]\n")
+    assert size.at(0.0) == 1
+    assert block.read(f"MOMENTUM = {decay.at(1.0)}  # [0.5 .. 1.0]\n")
+
+
 @pytest.mark.parametrize(
     "line, low, high, scale",
     [

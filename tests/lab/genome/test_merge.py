@@ -154,3 +154,8 @@ def test_a_patch_is_merged_as_what_it_makes_of_its_text():
                 lines[at : at + rng.randrange(3)] = [b"new %d\n" % next(fresh) for _ in range(rng.randrange(1, 3))]
         here, after = b"".join(here), b"".join(after)
         assert merged_patch(here, before, diff(before, after)) == merged(here, before, after)
+
+
+def test_a_last_line_without_an_end_is_not_glued_to_what_comes_after_it():
+    made, conflicts = merged(b"a = 1\nb = 2", b"a = 1\nb = 2\n", b"a = 1\nb = 2\nc = 3\n")
+    assert made == b"a = 1\nb = 2\nc = 3\n" and not conflicts

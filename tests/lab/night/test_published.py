@@ -164,6 +164,9 @@ def test_other_sizes_start_as_they_should(rows, name, backend):
         ("MATRIX_LR: 0.04 -> 0.03", "MATRIX_LR = 0.04 * 2", NotHere),
         ("DEPTH: defaults.depth -> defaults.depth + 1", "DEPTH = 8", NotHere),
         ("MATRIX_LR: 0.04 -> 0.03", "OTHER = 1", NotHere),
+        ("DEPTH: defaults.depth -> defaults.depth - 2", "DEPTH = defaults.depth * 2", NotHere),
+        ("BATCH: defaults.batch -> defaults.batch // 2", "BATCH = defaults.batch + 1024", NotHere),
+        ("WARM_RATIO: 0.0 -> 0.1", "WARM_RATIO = 0.01  # [0.001 .. 0.5, log]", NotHere),
         ('PATTERN: defaults.window_pattern -> "L"', 'PATTERN = "L"', Already),
         ('PATTERN: defaults.window_pattern -> "L"', 'PATTERN = "SL"', 'PATTERN = "L"'),
     ],
@@ -187,6 +190,14 @@ def test_a_swap_that_fits_twice_is_refused():
         edit.apply("def g(x):\n    return x + 1\n")
     with pytest.raises(NotHere, match="not valid Python"):
         edits.read("@ f\n-x + 1\n+x +").apply("def f(x):\n    return x + 1\n")
+
+
+def test_a_swap_that_only_takes_away_and_lines_that_python_does_not_see():
+    edit = edits.read("@ f\n-    x += 1\n-")
+    with_blank = "def f(x):\n    x += 1\n\n    return x\n"
+    assert "x += 1" not in edit.apply(with_blank)
+    swap = edits.read("@ f\n-return 2\n+return 3")
+    assert "return 3" in swap.apply("def g():\n    return '\x0c'\n\n\ndef f():\n    return 2\n")
 
 
 def test_what_is_there_already_is_told_from_what_does_not_apply():

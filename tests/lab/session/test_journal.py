@@ -187,3 +187,24 @@ def test_a_writer_that_is_killed_holds_nothing_and_what_it_told_is_there(path):
             break
     assert numbers(Journal(path))[: last + 1] == list(range(last + 1))
     Journal(path).append(failed(10**6))
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf")])
+def test_what_could_not_be_read_again_is_not_written(path, seconds):
+    """A worker's report may say anything."""
+    journal = Journal(path)
+    journal.append(START)
+    with pytest.raises(LabError, match="does not fit the journal"):
+        journal.append(RunEnded(run=1, status="lost", seconds=seconds))
+    assert journal.append(OPENED) == [OPENED] and Journal(path).events == [START, OPENED]
+
+
+def test_a_journal_that_became_shorter_is_left_as_it_is(path):
+    journal = Journal(path)
+    journal.append(START)
+    copy = path.read_bytes()
+    journal.append(OPENED)
+    path.write_bytes(copy)
+    with pytest.raises(LabError, match="shorter than it was"):
+        journal.append(failed(1))
+    assert path.read_bytes() == copy

@@ -289,3 +289,25 @@ def test_the_interval_of_a_change_on_another_device_than_its_parent_covers(known
     # While little is known, a mixture's standard deviation is wider than it has to be.
     assert 0.9 - 3 * math.sqrt(0.09 / count) <= held / count <= (0.95 if known == 1 else 0.93)
     assert statistics.fmean(narrower) < (1.2 if known == 1 else 0.85)
+
+
+def test_a_change_that_met_other_conditions_than_all_of_its_parents_runs_has_the_parent_run_again():
+    """A baseline of a busy machine, and then a quiet night."""
+    noise = Noise(SD, 40, slopes=(0.1,), covariance=((400.0,),))
+    busy = ({}, dict.fromkeys(PARENT, Conditions(0.3)))
+    corrected = {seed: score + 0.03 for seed, score in PARENT.items()}
+    asked = next_step(runs(5.0), corrected, noise, Account(), conditions=busy)
+    assert asked.action == "run parent" and asked.seed == gate.seed(3)
+    assert next_step(runs(-5.0), corrected, noise, Account(), conditions=busy).action == "discard"
+    again = busy[1] | {gate.seed(i): Conditions() for i in range(3, gate.MOST_PARENT)}
+    many = corrected | {seed: 1.0 for seed in again if seed not in corrected}
+    assert next_step(runs(0.0), many, noise, Account(), conditions=({}, again)).action == "discard"
+
+
+def test_the_last_look_is_not_lost_by_a_seed_that_the_parent_lacks():
+    last = gate.LOOKS[-1]
+    candidate = {gate.seed(i): 1.0 - 2 * SD for i in range(last)}
+    parent = {gate.seed(i): 1.0 for i in range(last - 1)} | {50_001: 1.0}
+    asked = next_step(candidate, parent, Noise(SD, 40), Account())
+    assert (asked.action, asked.seed) == ("run parent", gate.seed(last - 1))
+    assert next_step(candidate, parent | {asked.seed: 1.0}, Noise(SD, 40), Account()).action == "keep"

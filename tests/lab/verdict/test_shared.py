@@ -12,6 +12,7 @@ from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.genome import edits
 from lab.night import findings, loop
+from lab.reasons import because
 from lab.session.events import Patch, RunEnded, RunStarted
 from lab.session.session import Session
 from lab.share import export, sources
@@ -230,6 +231,25 @@ def test_nothing_is_kept_where_nothing_helps(tmp_path, runner):
             blocks.open_joint(session, first)
         supervise(session)
     assert session.state.best.number == 0
+
+
+def test_a_parent_that_crashes_once_ends_no_test_of_a_block(noisy, runner, monkeypatch):
+    first = block(noisy)
+    supervise(noisy)
+    with opening.exclusive(noisy):
+        joint = blocks.open_joint(noisy, first)
+    parent, run, crashed = noisy.repository.content(noisy.state.baseline.blob), runner.run, []
+
+    def once(request, **more):
+        if (request.folder / "train.py").read_bytes() == parent and not crashed:
+            crashed.append(1)
+            reason = because("killed_for_memory", signal="SIGKILL")
+            return sessions.SimpleNamespace(status="crash", reason=reason, result=None, seconds=1.0, traceback="")
+        return run(request, **more)
+
+    monkeypatch.setattr("lab.run.runner.run", once)
+    supervise(noisy)
+    assert crashed and joint.status == "keep" and noisy.state.best is joint
 
 
 def test_a_run_that_was_lost_is_made_again(noisy):
