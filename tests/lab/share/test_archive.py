@@ -18,7 +18,6 @@ from lab.share.export import export_session
     "name",
     [
         "extra.txt",
-        ".DS_Store",
         "sitecustomize.py",
         "patches/0001-a.patch",
         "rows/1.npz",
@@ -30,6 +29,12 @@ from lab.share.export import export_session
 )
 def test_files_that_are_no_part_of_an_export_are_refused(sent, tmp_path, name):
     refused(tampered(sent, **{name: b"x"}), tmp_path / "elsewhere", "does not belong in an exported|not a plain file")
+
+
+def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(sent, tmp_path):
+    (sent / ".DS_Store").write_bytes(b"x")
+    there = imported(sent, tmp_path / "elsewhere")
+    assert not (there / ".DS_Store").exists() and (there / "SUMMARY.md").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes")
