@@ -27,9 +27,7 @@ def resized(content: bytes, depth: float, tokens: float, times: float = 1.0) -> 
         LabError: it does not set these sizes once each, at its top level.
     """
     batch = rule.total_batch(tokens * times / depth**3) / rule.total_batch(tokens)
-    rows = 2.0 ** math.floor(
-        min(0.0, -2 * math.log2(depth))
-    )  # which divides the total batch, as long as both are powers
+    rows = 2.0 ** math.floor(min(0.0, -2 * math.log2(depth)))  # a power of two still divides the total batch
     factors = {"DEPTH": depth, "TOTAL_BATCH_SIZE": batch, "DEVICE_BATCH_SIZE": rows}
     lines, found = content.splitlines(keepends=True), {name: [] for name in factors}
     for node in ast.parse(content).body:
@@ -39,10 +37,8 @@ def resized(content: bytes, depth: float, tokens: float, times: float = 1.0) -> 
     for name, values in found.items():
         if len(values) != 1:
             raise LabError(f"train.py sets {name} {len(values)} times at its top level: its size can't be changed")
-    edits = sorted(
-        ((values[0], name) for name, values in found.items()), key=lambda edit: (edit[0].lineno, edit[0].col_offset)
-    )
-    for value, name in reversed(edits):
+    edits = [(values[0], name) for name, values in found.items()]
+    for value, name in sorted(edits, key=lambda edit: (edit[0].lineno, edit[0].col_offset), reverse=True):
         if factors[name] == 1:
             continue
         first, last = value.lineno - 1, (value.end_lineno or value.lineno) - 1
