@@ -35,7 +35,7 @@ accumulated gradients at once, float32 by name, before they are applied, and giv
 clip them by their common norm, say.
 
 These functions may read Python values that change between steps, as a window that a schedule widens. Where steps are
-compiled, that is once more for each value; what changes at every step belongs into `hyper`.
+compiled, that is once more for each value; what changes at every step belongs in `hyper`.
 """
 
 from __future__ import annotations
@@ -421,6 +421,9 @@ def check_transformed(given: dict, transformed: dict) -> None:
             f"transform(gradients) has to give back every gradient in its shape; {wrong[0]} has "
             f"{found.get(wrong[0], 'none')}, not {wanted.get(wrong[0], 'expected at all')}"
         )
+
+
+CHANGING = "a step reads Python values that change all the time: it runs uncompiled, slower"  # what a run prints then
 
 
 def check_updated(parameter, state: dict, updated, new_state: dict) -> None:

@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 import mlx.core as mx
 import numpy as np
 
+from backends import interface
+from backends.mlx.nn import modules
+
 MOST = 8  # times that a function is compiled for other values, after which it runs uncompiled
 DEEPEST, LONGEST = 4, 1000  # of lists within lists; of a list, which is longer known by its length alone
 PLAIN = (bool, int, float, str, bytes, type(None))
@@ -41,7 +44,7 @@ class Compiled:
         values = self.reads()
         if values not in self._by_values:
             if len(self._by_values) == MOST:
-                print("a step reads Python values that change all the time: it runs uncompiled, slower", flush=True)
+                print(interface.CHANGING, flush=True)
                 self.on = False
                 return self.function(*arguments)
             # By a function of its own: MLX keeps what it compiled by the function's identity.
@@ -58,13 +61,16 @@ class Values:
         self._own: set[str] = set()  # modules of these functions: `train.py`, mostly
         for function in functions:
             self._find(function)
-        for module in _modules(model):
+        for module in self._modules():
             self._find_in(module)
 
     def __call__(self) -> tuple:
         variables = (self._frozen(of.get(name)) for of, name in self._variables.values())
-        attributes = (self._frozen(_attributes(module)) for module in _modules(self._model))
+        attributes = (self._frozen(_attributes(module)) for module in self._modules())
         return (*variables, *map(self._frozen, map(_content, self._cells.values())), *attributes)
+
+    def _modules(self) -> Iterator:
+        return modules(self._model) if self._model is not None else iter(())
 
     def _find(self, found) -> None:
         """Notes what a function reads, or the functions of a class do."""
@@ -122,13 +128,6 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _names(inner)
-
-
-def _modules(model) -> Iterator:
-    if model is not None:
-        yield model
-        for child in vars(model).get("_modules", {}).values():
-            yield from _modules(child)
 
 
 def _attributes(module) -> dict:

@@ -187,17 +187,18 @@ def captured(*functions) -> str | None:
             if isinstance(cell.cell_contents, mx.array):
                 return name
         owner = getattr(function, "__self__", None)
-        for module in _modules(owner) if isinstance(owner, Module) else ():
+        for module in modules(owner) if isinstance(owner, Module) else ():
             for name, value in vars(module).items():
                 if isinstance(value, mx.array):
                     return name
     return None
 
 
-def _modules(module: Module):
+def modules(module: Module):
+    """A module and all that are below it."""
     yield module
     for child in module._modules.values():
-        yield from _modules(child)
+        yield from modules(child)
 
 
 def is_linear(layer) -> bool:

@@ -87,17 +87,7 @@ class Trainer(interface.Trainer):
         mx.clear_cache()
         mx.reset_peak_memory()
         try:
-            try:
-                self._once(x, y)
-            except ValueError as error:
-                if not self.compiled or "function transformations" not in str(error):
-                    raise
-                print(f"this step does not compile and runs uncompiled, slower: {bench.first_line(error)}", flush=True)
-                self.compiled = False
-                for each in self._compiled:
-                    each.on = False
-                self._gradients, self._in_flight = {}, None
-                self._once(x, y)
+            self._once_if_need_be_uncompiled(x, y)
         except Exception:
             mx.synchronize()  # work that was queued before it failed must not run later, over other arrays' memory
             raise
@@ -111,6 +101,19 @@ class Trainer(interface.Trainer):
                 self._loss_scale.state = loss_scale
         self._check_working_set(len(x))
         mx.reset_peak_memory()  # what is reported is the training's
+
+    def _once_if_need_be_uncompiled(self, x, y) -> None:
+        try:
+            self._once(x, y)
+        except ValueError as error:
+            if not self.compiled or "function transformations" not in str(error):
+                raise
+            print(f"this step does not compile and runs uncompiled, slower: {bench.first_line(error)}", flush=True)
+            self.compiled = False
+            for each in self._compiled:
+                each.on = False
+            self._gradients, self._in_flight = {}, None
+            self._once(x, y)
 
     def _once(self, x, y) -> None:
         for _ in range(2):  # from the second on, gradients are held beside a pass
@@ -217,7 +220,7 @@ def _updater(rule, stack: bool):
         # A rule may change in place what it is given: what others hold is another object.
         param, grad = (mx.stack(each) if stack else mx.array(each[0]) for each in (params, grads))
         new, new_state = rule(param, grad, tree_map(mx.array, state), hyper)
-        interface.check_updated(grads[0] if not stack else grad, state, new, new_state)
+        interface.check_updated(grad, state, new, new_state)
         return (list(new) if stack else [new]), new_state
 
     def guarded(params, grads, state, hyper, loss_scale=None, finite=None):

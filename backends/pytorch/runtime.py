@@ -19,7 +19,7 @@ added_attention = {}  # further implementations by name, which a backend brings
 uncompiled_attention = attention  # the same, for when a step turns out not to compile
 kernels = frozenset()  # which of our Triton kernels: "mlp", "projection", "cross_entropy"
 logits_at_once = 2**21  # of the cross-entropy's chunks, in float32
-_one_node = {}  # by name, functions that the tracer does not look into, with the text of their modules
+_one_node = {}  # by name, functions that the tracer does not look into, with a digest of their modules' text
 CACHED = "unsafe_marked_cacheable_functions"  # the compiler's option for such functions
 
 
@@ -42,11 +42,16 @@ def maybe_compile(function, step=False, backend: Any = "inductor", dynamic: bool
         compiler.join()
     options: dict[str, Any] = {"triton.cudagraphs": step and captured}
     if hasattr(torch._inductor.config, CACHED):  # an older PyTorch caches nothing that has such a node
-        options[CACHED] = {}
-        for name, (opaque, text) in _one_node.items():
+        for opaque, _ in _one_node.values():
             torch._dynamo.allow_in_graph(opaque)
-            options[CACHED][name] = hashlib.sha256(text.encode()).hexdigest()
+        options[CACHED] = {name: digest for name, (_, digest) in _one_node.items()}
     return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend, options=options)
+
+
+def leave_uncompiled() -> None:
+    """From now on nothing is compiled in this process."""
+    global compiled, attention
+    compiled, attention = False, uncompiled_attention
 
 
 def one_node(function):
@@ -57,7 +62,8 @@ def one_node(function):
         function: what it computes depends on its arguments and on the text of its module alone. By these the compiler's
             cache knows it.
     """
-    _one_node[f"{function.__module__}.{function.__name__}"] = function, inspect.getsource(inspect.getmodule(function))
+    digest = hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()
+    _one_node[f"{function.__module__}.{function.__name__}"] = function, digest
     return function
 
 

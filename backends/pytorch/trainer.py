@@ -94,13 +94,10 @@ class Trainer(interface.Trainer):
         except Exception as error:
             if not (runtime.compiled and type(error).__name__ == "FailOnRecompileLimitHit"):
                 raise
-        print("a step reads Python values that change all the time: it runs uncompiled, slower", flush=True)
-        self._leave_uncompiled()
-        return getattr(self, name)(*arguments)
-
-    def _leave_uncompiled(self):
-        runtime.compiled, runtime.attention = False, runtime.uncompiled_attention
+        print(interface.CHANGING, flush=True)
+        runtime.leave_uncompiled()
         self._prepare()
+        return getattr(self, name)(*arguments)
 
     def rehearse(self, x, y):
         if runtime.device.type == "cuda":
@@ -157,7 +154,7 @@ class Trainer(interface.Trainer):
                 runtime.captured, runtime.by_layer = False, True
                 without = "is launched one kernel at a time, slower on a busy machine"
             else:
-                self._leave_uncompiled()
+                runtime.leave_uncompiled()
                 without = "does not compile and runs uncompiled, slower"
             print(f"this step {without}: {bench.first_line(error)}")
             self._prepare()

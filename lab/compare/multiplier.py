@@ -28,10 +28,8 @@ from lab.verdict.gate import t_quantile, t_tail
 
 PARAMETERS = FEWEST = 3  # of a curve, and the times of training that it takes
 SHAPES = [k / 10 for k in range(-5, 26)]  # of k: from learning that speeds up to learning that is all but over
-REACH, FITS = (
-    40.0,
-    60,
-)  # squares above the least up to which k is looked at (an interval's, with one degree), in so many
+REACH = 40.0  # above the least squares, up to which k is looked at: as far as an interval with one degree of freedom
+FITS = 60  # steps in which it is
 LEVEL, MISFIT = 0.05, 0.01  # at which a score that rises with time, or lies off the curve, is told from chance
 HALVINGS = 30
 TINY = 1e-9  # k below which rounding hides that it is not zero

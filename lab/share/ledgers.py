@@ -192,9 +192,8 @@ def _statuses(rows: list[dict], name: str, notes: list[str]) -> list[dict]:
     first, *again = [row for row in rows if row["status"] == "baseline" and row["val_bpb"]] or [None]
     told = [f"{untrusted.counted(n, 'row')} of status {status} taken for keep" for status, n in kept.items()]
     told += [f"{untrusted.counted(len(skipped), 'row')} of status skip left out: nothing was run"] * bool(skipped)
-    told += [f"{untrusted.counted(len(again), 'row')} of these baselines left out, as there was one before"] * bool(
-        again
-    )
+    if again:
+        told.append(f"{untrusted.counted(len(again), 'row')} of these baselines left out, as there was one before")
     notes.append(f"{name}: {'; '.join(told)}")
     out = {id(row) for row in (*skipped, *again)}
     if first and not any(row["val_bpb"] for row in rows[: rows.index(first)]):
