@@ -146,7 +146,12 @@ class Trainer(interface.Trainer):
                 print(f"parts of this step are launched one kernel at a time, slower on a busy machine: {why}")
             return True
         except Exception as error:
-            if not runtime.compiled or runtime.is_out_of_memory(error):
+            if not runtime.compiled:
+                raise
+            # PyTorch 2.11 takes a recording that failed for one that ended: it could not record another after it. What
+            # was compiled is on disk; the memory of its graphs is free again.
+            torch.compiler.reset()
+            if runtime.is_out_of_memory(error):
                 raise
             if runtime.by_layer and not isinstance(error, torch._dynamo.exc.Unsupported):
                 runtime.by_layer, without = False, "is compiled with all its layers at once, which takes longer"
