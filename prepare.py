@@ -211,6 +211,8 @@ class Clock:
             self.initial_weights = sketch(backend.weights(model))
             values = Answers(backend, model, FIRST_ROWS).losses(*inputs_and_targets(loader.first_rows()))
             require_untrained(values, loader.data.vocab_size)
+        if examiner := tell("untrained"):
+            examiner.recv_bytes()  # until it has kept what was compiled
         loader.clock = self
         gc.collect()
         gc.freeze()  # what exists by now stays: going through it again would stall a step by half a second

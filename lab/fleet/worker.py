@@ -226,7 +226,7 @@ class Worker:
         log.
 
         Args:
-            facts: seed, budget, timeout, run_id, reference, keeps_caches: as of runner.Request.
+            facts: seed, budget, timeout, run_id, reference, keeps_caches, lineage: as of runner.Request.
         """
         with self._guard:
             if known := self.doing.get(number):
@@ -333,7 +333,8 @@ class Worker:
         """Another session: what is here of the last one goes."""
         for number in list(self.doing):
             self.do_drop(number)
-        shutil.rmtree(self.root / "runs", ignore_errors=True)  # also what a worker that was killed has left
+        for name in ("runs", "compiled"):
+            shutil.rmtree(self.root / name, ignore_errors=True)  # also what a worker that was killed has left
 
     def _take_device(self, tag: str) -> None:
         """Has the device to itself from here on. LabError while another session trains on it."""

@@ -43,7 +43,7 @@ SCALE_RUNS = 3  # of the baseline for each other time
 OVERHEAD = 60.0  # seconds of a run beside its training: a guess for a device on which nothing was run yet
 TURN = {"agent": 120.0, "proposer": 3.0}  # seconds between experiments: a guess for an agent
 ENOUGH = 3  # experiments of a session, from which on it is asked and not the guesses
-DISK = 0.5, 0.02  # gigabytes, guesses: of the weights that are kept, and of an experiment's logs and compilers' caches
+DISK = 0.7, 0.02  # gigabytes, guesses: of the weights and compiled code that are kept, and of an experiment's logs
 
 
 @dataclass

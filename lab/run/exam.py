@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class Exam:
         parts: of the dataset, that are scored: "validation" and then "held_out", with the keys of their scores.
         trains: it gets training rows.
         told: `self.told` of the run that saved these weights, if there is one.
+        untrained: called once, when the run is ready to train and has not begun to. It waits meanwhile.
 
     Attributes:
         scores: bits per byte by part. rows: "val_nats" and so on, float64 (rows,).
@@ -70,7 +72,7 @@ class Exam:
         begun, stopped, saved: times by time.monotonic, when it took its first batch, stopped training, had saved.
     """
 
-    def __init__(self, request, weights: Path, parts: dict[str, str], trains: bool, told=None):
+    def __init__(self, request, weights: Path, parts: dict[str, str], trains: bool, told=None, untrained=None):
         if os.name != "posix":
             raise LabError("guarded runs need Linux or macOS. On Windows use WSL 2, or run python train.py by itself")
         try:
@@ -78,6 +80,7 @@ class Exam:
         except storage.DataError as error:
             raise LabError(f"{error}") from error
         self.weights, self.parts, self.trains, self.told = weights, parts, trains, told
+        self.untrained = untrained
         self.scores, self.rows, self.reason, self.digest = {}, {}, None, ""
         self.begun = self.stopped = self.saved = None
         ours, run = socket.socketpair()
@@ -121,6 +124,9 @@ class Exam:
                 told = json.loads(self._run.recv_bytes(1000))
                 if told["event"] == "weights":
                     break
+                if told["event"] == "untrained":
+                    self._ready()
+                    continue
                 self.stopped = self.stopped or time.monotonic()
             self.saved, self.digest = time.monotonic(), storage.sha256(self.weights)
             size = min(max(int(told["batch_size"]), 1), LARGEST_BATCH)
@@ -131,6 +137,14 @@ class Exam:
             bpb = next(iter(self.scores.values()), None)
             done = {"ask": "done", "refused": self.reason, "bpb": bpb, "rows": self.data.eval_rows}
             self._run.send_bytes(json.dumps(done).encode())
+
+    def _ready(self) -> None:
+        """The run says that it has not trained yet. Once it has had a batch, that is not believed."""
+        if self.untrained and self._packer and self._packer.stderr:
+            if not select.select([self._packer.stderr], [], [], 0)[0]:
+                self.untrained()
+        self.untrained = None
+        self._run.send_bytes(b"{}")
 
     def _score(self, batch_size: int) -> None:
         """All parts in one examination: what is asked again is chosen from all rows."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
@@ -42,6 +43,7 @@ LOOK_EVERY = 1.0  # seconds between looks at its memory, and whether it stands s
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
+MOST_COMPILED = 4  # files whose compiled code is kept: each has tens of megabytes on a GPU
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
 
 # Settings that a run inherits, by name or by how it begins.
@@ -60,7 +62,7 @@ class Request:
 
     Attributes:
         judge: the folder whose prepare.py, backends/ and lab/ it runs with.
-        folder: the run's own; holds train.py, and gets everything else.
+        folder: the run's own, in one of all runs; holds train.py, and gets everything else.
         seed: of the initial weights. budget: seconds of training. timeout: seconds for everything.
         run_id: marks every process of the run.
         settings: AUTORESEARCH_* variables by their full names; AUTORESEARCH_HOME has to be among them.
@@ -70,6 +72,8 @@ class Request:
         unified: device memory is the machine's own, so that what the run's processes hold counts too.
         sandbox: one of sandbox.NAMES, or None.
         keeps_caches: what compilers make stays for later runs, which else work on a copy of what such runs have left.
+        lineage: names of its train.py and of the one that it was made from. Later runs of the file, and of what is made
+            from it, begin with what this run compiles before it trains.
         protected: folders that the run has nothing to write in, its own excepted.
         ending: asked while it lasts; the code of a reason to end it that is not its fault, or None.
     """
@@ -87,6 +91,7 @@ class Request:
     unified: bool = False
     sandbox: str | None = None
     keeps_caches: bool = False
+    lineage: Sequence[str] = ()
     protected: Sequence[Path] = ()
     ending: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
@@ -102,6 +107,11 @@ class Request:
     @property
     def cache(self) -> Path:
         return self.kept_cache if self.keeps_caches else self.folder.absolute() / "cache"
+
+    @property
+    def compiled(self) -> list[Path]:
+        """Where it is kept what runs of each of its lineage compiled before they trained."""
+        return [self.folder.absolute().parent.with_name("compiled") / name for name in self.lineage]
 
     @property
     def cache_seen(self) -> Path:
@@ -129,7 +139,10 @@ def run(request: Request) -> Outcome:
     told_of(request.folder).unlink(missing_ok=True)
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
-    with Meter(request.gpu or None) as meter, Exam(request, weights, {"validation": "val"}, trains=True) as exam:
+    with (
+        Meter(request.gpu or None) as meter,
+        Exam(request, weights, {"validation": "val"}, trains=True, untrained=partial(keep_compiled, request)) as exam,
+    ):
         log = request.folder / "run.log"
         try:
             ended = execute(request, "train", log, exam, look=meter.look, AUTORESEARCH_RESULT=str(result))
@@ -346,12 +359,29 @@ def end(run_id: str, home: Path | None = None, patience: float = 0.0) -> int:
 
 def fill_cache(request: Request) -> None:
     """Copies what compilers have kept to a run's own cache, unless it would serve only where it was made."""
-    kept = request.kept_cache
     request.cache.mkdir(parents=True, exist_ok=True)
-    if request.keeps_caches or not kept.is_dir():
+    source = next(filter(Path.is_dir, [*request.compiled, request.kept_cache]), None)
+    if request.keeps_caches or source is None:
         return
-    if request.cache_seen == kept or not any(kept.glob("triton*")):
-        shutil.copytree(kept, request.cache, symlinks=True, dirs_exist_ok=True)
+    if request.cache_seen == request.kept_cache or not any(source.glob("triton*")):
+        shutil.copytree(source, request.cache, symlinks=True, dirs_exist_ok=True)
+        os.utime(source)
+
+
+def keep_compiled(request: Request) -> None:
+    """Keeps what a run has compiled by now for later ones of its file. No weights are in it, as nothing was trained."""
+    if request.keeps_caches or not request.compiled or (kept := request.compiled[0]).is_dir():
+        return
+    unfinished = kept.with_suffix(".part")
+    remove(unfinished)
+    try:
+        shutil.copytree(request.cache, unfinished, symlinks=True)
+        unfinished.rename(kept)
+        os.utime(kept)
+    except OSError:  # the run is free to fill its cache with what can't be copied
+        remove(unfinished)
+    for old in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-MOST_COMPILED]:
+        remove(old)
 
 
 def environment(request: Request, temporary: Path) -> dict[str, str]:

@@ -248,6 +248,7 @@ def request(session: Session, run: Run) -> runner.Request:
         memory_ceiling=local.memory_ceiling,
         unified=local.unified,
         keeps_caches=run.blob == session.state.baseline.blob,
+        lineage=list(filter(None, (run.blob, session.state.experiments[run.experiment].parent))),
         sandbox=session.started.sandbox,
         protected=[session.repository.path, session.folder],
         ending=session.ending,

@@ -189,8 +189,8 @@ def test_saving_that_takes_long(refused, monkeypatch):
 
     monkeypatch.setattr(exam, "PATIENCE", 1.0)
     slow = (
-        "    class Slow(fake_backend.Table):\n        @property\n        def table(self):\n"
-        "            time.sleep(2.5 * bool(clock.stopped))\n            return self.t\n"
+        "    class Slow(fake_backend.Table):\n        times = [2.5]\n        @property\n        def table(self):\n"
+        "            time.sleep(self.times.pop() if clock.stopped and self.times else 0)\n            return self.t\n"
         "        table = table.setter(lambda self, t: self.__dict__.update(t=t))\n"
         "    slow = Slow(data.vocab_size)\n    slow.table, model = model.table, slow\n"
     )
@@ -389,6 +389,39 @@ def test_what_the_baseline_compiles_is_kept(ran, isolated_home):
     leave = "(prepare.Path(os.environ['AUTORESEARCH_CACHE']) / 'kernel').write_text('x')"
     assert ran(edits(leave), keeps_caches=True)[0].status == "ok"
     assert (isolated_home / "cache" / "kernel").exists()
+
+
+@pytest.mark.parametrize("sandbox", [None, *available()])
+def test_what_a_file_compiles_before_it_trains_is_kept_for_it(ran, sandbox, isolated_home):
+    cache, place = isolated_home / "cache", "    cache = prepare.Path(os.environ['AUTORESEARCH_CACHE'])\n"
+    cache.mkdir()
+    (cache / "by calibration").write_text("kept")
+    said = "    print('there:', *sorted(path.name for path in cache.iterdir() if path.is_file()))\n"
+    compiles = {BEFORE_CLOCK: place + said + "    (cache / 'kernel').write_text('x')\n" + CLOCK}
+    leaves = edits("(cache / 'weights').write_text('x')")
+    assert "there: by calibration\n" in ran(compiles | leaves, number=1, lineage=["a" * 40], sandbox=sandbox)[1]
+    kept = {2: ("ab", "by calibration kernel"), 3: ("ca", "by calibration kernel"), 4: ("d", "by calibration")}
+    for number, (lineage, there) in kept.items():
+        outcome, log = ran(compiles | leaves, number=number, lineage=[40 * name for name in lineage], sandbox=sandbox)
+        assert outcome.status == "ok" and f"there: {there}\n" in log, log
+    assert [path.name for path in cache.iterdir() if path.is_file()] == ["by calibration"]
+
+
+def test_what_few_files_have_compiled_is_kept(request_for):
+    for number in range(1, 7):
+        request = request_for(number=number, lineage=[f"{number}" * 40])
+        runner.clear(request.folder, runner.RECORDS)
+        runner.keep_compiled(request)
+        assert request.compiled[0].is_dir()
+    assert len(list(request.compiled[0].parent.iterdir())) == runner.MOST_COMPILED
+
+
+def test_a_cache_that_cannot_be_copied(request_for):
+    request = request_for(lineage=["a" * 40])
+    runner.clear(request.folder, runner.RECORDS)
+    os.mkfifo(request.cache / "pipe")
+    runner.keep_compiled(request)
+    assert not list(request.compiled[0].parent.iterdir())
 
 
 @pytest.mark.parametrize("code, name", [

@@ -43,7 +43,9 @@ def test_the_timeout_is_measured(tmp_path, runner):
     session = sessions.make(tmp_path / "project")
 
     def timeout(budget):
-        return executor.request(session, SimpleNamespace(number=1, seed=1, budget=budget, blob="")).timeout
+        return executor.request(
+            session, SimpleNamespace(number=1, experiment=0, seed=1, budget=budget, blob="")
+        ).timeout
 
     assert timeout(300) > 1000  # nothing is known yet
     executor.supervise(session)
