@@ -399,18 +399,19 @@ def do_fleet(session: Session, options) -> int:
 
 
 def follow(session: Session, options, process: subprocess.Popen | None = None) -> int:
-    """Waits for the open experiment, at most as long as the options say, and tells how it stands."""
+    """Waits for the experiments that are open, at most as long as the options say, and tells how each stands."""
     session.refresh()
-    experiment = session.state.oldest_open
-    if experiment is None:  # it was as good as done
-        return tell(session, options, session.state.last)
-    with _bar(session, experiment) as show:
-        done = opening.await_verdict(session, experiment, process, options.wait, show)
-    if not done:
-        known = render.progress_facts(session, experiment)
-        print(json.dumps(known) if options.json else render.progress(session, experiment))
-        return 0
-    return tell(session, options, experiment)
+    end, told, opened = time.monotonic() + options.wait, None, session.state.open
+    # What was decided when it was opened is the base of a transfer, of which there is nothing to tell.
+    for experiment in [each for each in opened if each.decided is None] or opened:
+        with _bar(session, experiment) as show:
+            done = opening.await_verdict(session, experiment, process, end - time.monotonic(), show)
+        if not done:
+            known = render.progress_facts(session, experiment)
+            print(json.dumps(known) if options.json else render.progress(session, experiment))
+            return 0
+        told = tell(session, options, experiment)
+    return tell(session, options, session.state.last) if told is None else told  # it was as good as done
 
 
 @contextmanager
