@@ -57,7 +57,7 @@ def modified(q, k, v, window, softcap, bias, documents):
     bias = None if bias is None else bias.float()  # its gradient is a sum over many scores
     if runtime.compiled and q.is_cuda and takes("flex", q) and not (bias is not None and bias.requires_grad):
         mask = _block_mask(q.shape[1], window, q.device)
-        if torch.compiler.is_compiling():
+        if mask is not None and torch.compiler.is_compiling():
             return _flex(q, k, v, mask, _modification(softcap, bias, documents))
     outputs = []
     for start in range(0, q.shape[1], BLOCK):
@@ -164,12 +164,14 @@ def varlen(q, k, v, window):
 def flex(q, k, v, window):
     """FlexAttention (arXiv:2412.05496) with a block mask: fast only inside a compiled graph.
 
-    Outside one (evaluation, and the eager pass of `warm_up` that makes the block masks, which can't be made while a
-    graph is traced) its scores would be T x T in float32; a masked product gives the same.
+    Outside one (evaluation, and the eager pass of `warm_up` that makes the block masks) its scores would be T x T in
+    float32; a masked product gives the same. So do blocks, for a window that comes up while a graph is traced.
     """
     if not runtime.compiled:
         raise NotImplementedError("FlexAttention without a compiler computes T x T scores")
     mask = _block_mask(q.shape[1], window, q.device)
+    if mask is None:
+        return sdpa_blocks(q, k, v, window)
     return _flex(q, k, v, mask) if torch.compiler.is_compiling() else sdpa_mask(q, k, v, window)
 
 
@@ -198,15 +200,16 @@ _block_masks = {}
 
 
 def _block_mask(length, window, device):
+    """None where there is none yet and a graph is traced, which can't make one."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch, head, i, j):
         return (j <= i) if window is None else (j <= i) & (i - j <= window)
 
     key = length, window, device
-    if key not in _block_masks:
+    if key not in _block_masks and not torch.compiler.is_compiling():
         _block_masks[key] = create_block_mask(visible, None, None, length, length, device=device)
-    return _block_masks[key]
+    return _block_masks.get(key)
 
 
 _distances_made = {}
@@ -216,11 +219,11 @@ def _distances(start, stop, first, columns, device):
     """For each c = j - i of m keys in [first, stop) and n queries in [start, stop), both counted from 0, which of the
     `columns` of a bias by distance belongs to it: (n + m,), where c below zero counts from the end."""
     key = start, stop, first, columns, device
-    if key not in _distances_made:
-        queries, keys = stop - start, stop - first
-        c = torch.cat([torch.arange(keys, device=device), torch.arange(-queries, 0, device=device)])
-        _distances_made[key] = (start - first - c).clamp(0, columns - 1)
-    return _distances_made[key]
+    if key in _distances_made:
+        return _distances_made[key]
+    queries, keys = stop - start, stop - first
+    c = torch.cat([torch.arange(keys, device=device), torch.arange(-queries, 0, device=device)])
+    return runtime.kept(_distances_made, key, (start - first - c).clamp(0, columns - 1))
 
 
 _masks = {}
@@ -229,10 +232,10 @@ _masks = {}
 def _visible(start, stop, first, window, device):
     """Which keys of [first, stop) the queries of [start, stop) see: boolean (queries, keys)."""
     key = start, stop, first, window, device
-    if key not in _masks:
-        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)
-        _masks[key] = (j <= i) if window is None else (j <= i) & (i - j <= window)
-    return _masks[key]
+    if key in _masks:
+        return _masks[key]
+    i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)
+    return runtime.kept(_masks, key, (j <= i) if window is None else (j <= i) & (i - j <= window))
 
 
 def _heads_first(q, k, v):

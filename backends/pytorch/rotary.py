@@ -77,13 +77,15 @@ _tables = {}
 
 
 def _rotation(length: int, half: int, base: float, dtype: torch.dtype):
-    """cos and sin, each (length, 1, half); made once, outside the compiled graph."""
+    """cos and sin, each (length, 1, half)."""
     key = length, half, base, dtype, runtime.device
-    if key not in _tables:
-        frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.arange(length, dtype=torch.float64)[:, None, None] * frequencies
-        _tables[key] = tuple(t.to(dtype).to(runtime.device) for t in (angles.cos(), angles.sin()))
-    return _tables[key]
+    if key in _tables:
+        return _tables[key]
+    # A graph with an array of the host's can't be recorded; and not every device has float64.
+    device = runtime.device if torch.compiler.is_compiling() and runtime.device.type == "cuda" else "cpu"
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None, None] * frequencies
+    return runtime.kept(_tables, key, tuple(t.to(dtype).to(runtime.device) for t in (angles.cos(), angles.sin())))
 
 
 def rotary_qkv(x, w_q, w_k, w_v, head_dim, base):

@@ -67,6 +67,14 @@ def one_node(function):
     return function
 
 
+def kept(tables: dict, key, value):
+    """`value`, kept as tables[key]. What is made while a graph is traced is the graph's, which makes it again in each
+    step, and is not: where graphs are recorded, the next step overwrites it."""
+    if not torch.compiler.is_compiling():
+        tables[key] = value
+    return value
+
+
 def stays(tensor: torch.Tensor) -> None:
     """Says that this array is never replaced by another: a captured step reads and writes it where it is."""
     if captured:

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter  # noqa: E402
 
 from backends import bench, trials  # noqa: E402
 from backends.interface import BackendError  # noqa: E402
-from backends.pytorch import attention, device, random, runtime, trainer  # noqa: E402
+from backends.pytorch import attention, device, random, rotary, runtime, trainer  # noqa: E402
 from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends import tiny  # noqa: E402
 from tests.backends.reference import uniform  # noqa: E402
@@ -145,6 +145,25 @@ def test_two_trainers_of_one_model_train_it_in_turn(backend):
 
     alone, in_turn = trained(1), trained(2)
     assert all((alone[name] == in_turn[name]).all() for name in alone)
+
+
+def test_what_a_graph_makes_is_not_kept(backend, monkeypatch):
+    """A recorded step would overwrite it: of a window, a length or a base that comes up in the middle of a training."""
+    monkeypatch.setattr(attention, "_masks", {})
+    monkeypatch.setattr(attention, "_distances_made", {})
+    monkeypatch.setattr(rotary, "_tables", {})
+    x, bias = torch.randn(2, 80, 4, 32), torch.randn(4, 20)
+
+    def call(x):
+        q = backend.ops.rope(x, 1234)
+        return attention.sdpa_blocks(q, x, x, 30) + attention.modified(q, x, x, 30, None, bias, None)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = compiled(x)
+    assert not (attention._masks or attention._distances_made or rotary._tables)
+    torch.testing.assert_close(found, call(x))
+    assert attention._masks and attention._distances_made and rotary._tables
+    torch.testing.assert_close(compiled(x), found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
