@@ -14,7 +14,7 @@ from lab.compare.effects import Effect, quantity
 from lab.compare.multiplier import Curve, Times
 from lab.genome.kinds import KINDS
 from lab.session.record import Record
-from lab.session.state import APART, BASELINE, MEASURING, Experiment, Run
+from lab.session.state import APART, BASELINE, MEASURING, Experiment, Run, by_seed
 from lab.verdict import gate
 
 FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
@@ -41,7 +41,7 @@ class Analysis:
                 owner = self._owner(run)
                 if owner in self.runs:
                     self.runs[owner].append(run)
-        usual = {number: [run for run in runs if self._usual(run)] for number, runs in self.runs.items()}
+        usual = {number: list(by_seed(filter(self._usual, runs)).values()) for number, runs in self.runs.items()}
         # The tag of what most of these were measured by; "" if that is unknown.
         tags = Counter(_eval(run) for runs in usual.values() for run in runs)
         self.eval = tags.most_common(1)[0][0] if tags else self.started.eval
@@ -89,8 +89,8 @@ class Analysis:
         """The noise of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
         from calibration.noise import expected  # here, as the rest of calibration is large
 
-        groups = [
-            [run for run in runs if run.budget == self.budget][number != BASELINE :]  # see State.repeats
+        groups = [  # as of State.repeats
+            list(by_seed(run for run in runs if run.budget == self.budget).values())[number != BASELINE :]
             for number, runs in self.runs.items()
             if self.experiments[number].status != "invalid"
         ]
@@ -198,8 +198,13 @@ class Analysis:
         found, mean = [], self.scores.get(BASELINE, 1.0)
         for block in self.state.decided:
             for origin, (value, low, high) in (block.verdict.effects or {}).items():
-                error = (high - low) / (2 * effects.Z)
-                found.append((block.number, origin, Effect(value, value / mean, error, len(block.runs), known=True)))
+                if block.runs and low < high:  # a record from elsewhere may say anything
+                    error, relative = (
+                        (high - low) / (2 * effects.Z),
+                        value / self.scores.get(block.onto or BASELINE, mean),
+                    )
+                    effect = Effect(value, relative, error, len(block.runs), low, high, known=True)
+                    found.append((block.number, origin, effect))
         return found
 
     # --- The session as a whole ---

@@ -68,8 +68,8 @@ class Published:
     finding: Finding
     change: Shared
 
-    def effect(self, place: str) -> float:
-        """The published effect for the device of a place; below 0 is better."""
+    def effect(self, place: str) -> float | None:
+        """The published effect for the device of a place; below 0 is better. None where no number was published."""
         return self.finding.effect(place.partition(" ")[0])
 
 
@@ -140,15 +140,17 @@ class Comparison:
 
     @property
     def shared(self) -> list[Shared]:
-        """The changes that more than one place has tried, published findings left out."""
+        """The changes that more than one place has tried, published findings left out, but not what only resembles
+        one."""
         known = {one.change.key for one in self.published}
-        return [change for change in self.changes if len(change.cells) > 1 and change.key not in known]
+        several = (change for change in self.changes if len(change.cells) > 1)
+        return [change for change in several if change.joined != CHANGE or change.key not in known]
 
     @cached_property
     def published(self) -> list[Published]:
         """The published findings that some place has tried, with a verdict in each cell."""
         known = {finding.key: finding for finding in published.library()}
-        found = {c.key: Published(known[c.key], c) for c in self.changes if c.key in known}
+        found = {c.key: Published(known[c.key], c) for c in self.changes if c.key in known and c.joined == CHANGE}
         for analysis in self.sessions:
             for number, origin, effect in analysis.screened:
                 key = origin.rpartition("/")[2]

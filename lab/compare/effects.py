@@ -23,7 +23,7 @@ import math
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lab.session.state import Run
@@ -90,8 +90,8 @@ class Effect:
     relative: float  # to its parent's val_bpb
     error: float | None = None  # standard error; None in a ledger without repeats
     df: int = 0  # degrees of freedom of that
-    low: float | None = field(init=False, default=None)  # Student's 90 % interval, made of these
-    high: float | None = field(init=False, default=None)
+    low: float | None = None  # its 90 % interval; Student's, made of these, unless another is given
+    high: float | None = None
     noise: float = 0.0  # standard deviation of a run
     runs: int = 1  # that it rests on
     parent_runs: int = 1
@@ -103,7 +103,7 @@ class Effect:
     parent_bpb: float | None = None  # val_bpb of its parent; None if that is the baseline
 
     def __post_init__(self):
-        if self.error is not None:
+        if self.error is not None and self.low is None:
             half = gate.t_quantile(TAIL, self.df) * self.error
             object.__setattr__(self, "low", self.value - half)
             object.__setattr__(self, "high", self.value + half)

@@ -42,7 +42,8 @@ ALIKE, APART, DOUBT = 3.0, 1.0, 1.0  # weights: evidence of this sort of device,
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a change did in one place. `effect`: as written; `size`: in bits per byte, about."""
+    """What a change did in one place. `effect`: as written. In bits per byte, about: `size`, for a word a guess;
+    `measured`."""
 
     device: str
     budget: float | None
@@ -51,9 +52,15 @@ class Evidence:
     source: str
 
     @property
-    def size(self) -> float:
+    def measured(self) -> float | None:
+        """None where it is told by a word."""
         found = EFFECT.fullmatch(self.effect)
-        return float(found["size"]) * UNITS[found["unit"]] if found else WORDS[self.effect]
+        return float(found["size"]) * UNITS[found["unit"]] if found else None
+
+    @property
+    def size(self) -> float:
+        measured = self.measured
+        return WORDS[self.effect] if measured is None else measured
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,12 @@ class Finding:
             weight += alike
         return total / weight
 
-    def effect(self, device: str = "") -> float:
-        """Its effect as published, in bits per byte: the mean over sessions, of such a device if there are any."""
-        sessions = self._sessions()
+    def effect(self, device: str = "") -> float | None:
+        """Its effect as published, in bits per byte: the mean over sessions, of such a device if there are any. None
+        where none of them told a number."""
+        sessions = [told for told in self._sessions() if all(one.measured is not None for one in told)]
         alike = [told for told in sessions if sort_of(told[0].device) == sort_of(device)]
-        return statistics.fmean(sum(one.size for one in told) for told in alike or sessions)
+        return statistics.fmean(sum(one.size for one in told) for told in alike or sessions) if sessions else None
 
     def _sessions(self) -> list[list[Evidence]]:
         """Its evidence by session: what was kept there step by step adds up."""
@@ -152,11 +160,13 @@ def _evidence(text: str) -> Evidence:
     return Evidence(device, None if budget == "-" else float(budget), effect, said, source)
 
 
-def verdict(published: float, here: Effect | None) -> tuple[str, str]:
+def verdict(published: float | None, here: Effect | None) -> tuple[str, str]:
     """(one of classify.CLASSES, why) of a finding's effect here, as classify.classify has them; the published one is
     taken for exact. That a parent was chosen for its scores makes a change look worse, so only "holds" stands then."""
     if here is None or here.error is None:
         return classify.OPEN, "nothing was repeated here"
+    if published is None:
+        return classify.OPEN, "no number was published"
     gain, size = -here.value, -published
     if size <= 0:
         return classify.OPEN, "it was no gain where it was tried"

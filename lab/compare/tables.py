@@ -149,7 +149,9 @@ def _published(comparison: Comparison) -> list[Table | str]:
         rows.append((one_line(one.finding.title, WIDTH - 20),))
         for place, cell in one.change.cells.items():
             effect = _shown(cell.effect) if cell.effect else "no score"
-            why = [f"published {one.effect(place):+.5f}", cell.why if cell.effect else ", ".join(cell.tried)]
+            told = one.effect(place)
+            why = [f"published {told:+.5f}"] if told is not None else []
+            why.append(cell.why if cell.effect else ", ".join(cell.tried))
             rows.append((Place(place), Tag(cell.verdict), effect, "; ".join(why)))
     caption = "Published findings: their effect here in bits per byte (below 0 is better), with its 90 % interval"
     return [Table(caption, ("place", "verdict", "effect", "remarks"), rows)] if rows else []

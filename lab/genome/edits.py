@@ -63,7 +63,10 @@ class Step:
         return block.write(source, {self.name: value})
 
     def meets(self, other: Step | Swap) -> bool:
-        return isinstance(other, Step) and other.name == self.name
+        """Whether both write one variable."""
+        if isinstance(other, Swap):
+            return other.definition == self.name.partition("[")[0]
+        return other.name == self.name
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ class Swap:
 
     def meets(self, other: Step | Swap) -> bool:
         """Whether one removes what the other needs."""
-        if not isinstance(other, Swap) or other.definition != self.definition:
+        if isinstance(other, Step):
+            return other.meets(self)
+        if other.definition != self.definition:
             return False
         return any(
             gone in line or line in gone

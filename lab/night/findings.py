@@ -22,7 +22,8 @@ from lab.share import replay, sources
 from lab.verdict import blocks
 
 LIKELY = 0.0001  # bits per byte: expected of what is tried before the search begins
-MOST_TRIED = 20  # candidates of other sessions that are looked at, the likeliest first
+MOST_TRIED = 20  # changes of other sessions that are weighed, the likeliest first
+MOST_MERGED = 500  # that are merged for them: some conflict with the best, or are in it already
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
             found += [(near, one.change.t or 0.0, one) for one in kept if one.change.key not in known]
     found.sort(key=lambda one: one[:2], reverse=True)
     best, chosen, seen = session.repository.content(state.best.blob) if state.best else b"", [], set()
-    for *_, one in found[:MOST_TRIED]:
+    for *_, one in found[:MOST_MERGED]:
         content, conflicts = merged(best, one.before, one.after)
         try:
             digest = describe(content).digest

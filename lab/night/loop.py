@@ -206,12 +206,16 @@ class Night:
 
     def _needed(self) -> float:
         """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
-        took = self.session.state.took()
-        needed = LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
+        needed = self._run_takes()
         if self.now.phase != THINKING and self.options.agent and self._agent_is_due():
             turns = [turn.seconds for turn in self.turns if turn.seconds]
             needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)
         return needed + self._scale_takes()
+
+    def _run_takes(self) -> float:
+        """Seconds from the begin of a run to its verdict."""
+        took = self.session.state.took()
+        return LAST_MOMENT * (statistics.median(took) if took else self.session.budget)
 
     def _scale_takes(self) -> float:
         """Seconds to be left for the baseline's runs for other times, if they are wanted and were not made yet."""
@@ -362,7 +366,8 @@ class Night:
         if (most := self.options.max_experiments) is not None:  # who wants few experiments wants no more runs
             runs = min(runs, self.now.first + most - 1 - session.state.last.number)
         if self.now.deadline:
-            runs = min(runs, int((self.now.deadline - time.time()) / self._needed()))
+            left = self.now.deadline - time.time() - self._scale_takes()
+            runs = min(runs, int(left / self._run_takes()))
         long_enough = runs >= SHORTEST_BLOCK + 2 * shared.tested(noise)
         patches = findings.patches(session) if long_enough else []
         if len(patches) < FEWEST_SHARED:

@@ -70,7 +70,8 @@ def _arms(state: State, rng: np.random.Generator) -> list[str]:
     drawn = {}
     for arm, (better, worse) in HELPED.items():
         for e in state.decided:
-            if e.kind in ("change", "near misses") and bool(e.origin) == (arm == "finding"):
+            ours = e.kind in ("change", "near misses") and e.verdict.judged
+            if ours and bool(e.origin) == (arm == "finding"):
                 good = e.status == "keep" or (e.t or 0.0) > BETTER
                 better, worse = better + good, worse + (not good)
         drawn[arm] = rng.beta(better, worse)

@@ -310,7 +310,7 @@ class State:
 
     def believed(self, blob: str) -> dict[int, Run]:
         """The runs that `results` is of."""
-        return _by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind not in APART)
+        return by_seed(run for run in self.runs_of(blob) if self.experiments[run.experiment].kind not in APART)
 
     def mean(self, experiment: Experiment) -> float | None:
         """val_bpb over the runs of its train.py; None without any."""
@@ -328,7 +328,7 @@ class State:
 
         found = {}
         for blob, runs in self._by_blob.items():
-            known = list(_by_seed(filter(counts, runs)).items())
+            known = list(by_seed(filter(counts, runs)).items())
             found[blob] = dict(known if blob == self.baseline.blob else known[1:])
         return {blob: runs for blob, runs in found.items() if len(runs) > 1}
 
@@ -358,7 +358,9 @@ class State:
         return [run.seconds for run in self.runs.values() if run.ok and run.budget == self.budget]
 
 
-def _by_seed(runs: Iterable[Run]) -> dict[int, Run]:
+def by_seed(runs: Iterable[Run]) -> dict[int, Run]:
+    """The runs of a file that ended well, of each seed the last: another one tells nothing of chance. A run whose seed
+    is unknown counts by itself."""
     return {-run.number if run.seed is None else run.seed: run for run in runs if run.ok}
 
 

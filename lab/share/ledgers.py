@@ -22,6 +22,7 @@ from lab.session.events import Event, Verdict
 from lab.session.ledger import ORIGINAL
 from lab.share.archive import Wrong
 
+NVIDIA = re.compile(r"(nvidia|tesla|geforce|quadro|rtx|gtx|titan)\b", re.I)  # how its GPUs' names begin
 LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows: a night has some hundred rows
 MOST, MOST_MEASURED = 1e6, 1e12  # of a score and of gigabytes; of what else is measured
 NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
@@ -55,7 +56,10 @@ def events_of(source: Path, device: str | None) -> Iterator[Event]:
     rows, notes = parse(content, source.name)
     named = sorted({row["gpu_name"] for row in rows if row.get("gpu_name")})
     if not device and len(named) == 1:
-        device = "-".join(re.findall(r"[a-z0-9]+", named[0].lower().replace("geforce", "")))[:60]
+        words = re.findall(r"[a-z0-9]+", re.sub("geforce|tesla", "", named[0].lower()))
+        if words[:1] != ["nvidia"] and NVIDIA.match(named[0]):  # as older drivers name it
+            words.insert(0, "nvidia")
+        device = "-".join(words)[:60]
         notes.append(f"{source.name} names its device, {named[0]}; it is taken as {device}")
     if not device:
         raise LabError(f"{source} does not name its device; name it, such as: --device nvidia-h100-80gb")

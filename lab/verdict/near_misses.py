@@ -40,11 +40,13 @@ def together(session: Session) -> tuple[bytes, list[int]]:
             continue
         if not conflicts and content != current and is_python(content):
             current, members = content, [*members, number]
-    if len(members) < gate.FEWEST_TOGETHER or state.equal(describe(current).digest):
+    if len(members) < gate.FEWEST_TOGETHER:
         raise LabError(
             f"there are not enough untried near misses that can be combined: {len(members)}, and "
             f"{gate.FEWEST_TOGETHER} are needed"
         )
+    if equal := state.equal(describe(current).digest):
+        raise LabError(f"together the near misses are equal to experiment {equal.number}: there is nothing new to try")
     return current, members
 
 

@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 from records import EVAL, Builder, analysed, session
 
-from lab.compare import tables
+from lab.compare import published, tables
 from lab.compare.analysis import Analysis, sort_of
-from lab.compare.comparison import compare
+from lab.compare.comparison import CHANGE, compare
 from lab.errors import LabError
+from lab.reasons import because
+from lab.session.events import Patch
 
 H100, CPU, M4 = "nvidia-h100-80gb", "cpu-amd-epyc-2c-24gb", "apple-m4-16gb"
 A, B = f"{1:016x}", f"{2:016x}"
@@ -219,6 +221,45 @@ def test_the_noise_is_what_the_session_estimates():
 
     builder = session(base=[1.0, 1.01, 0.99]).change(1, [0.9, 0.93, 0.94], "keep").change(2, [0.5, 0.1], "invalid")
     assert Analysis(builder.record()).noise == noise_of(builder.state)
+
+
+def test_of_runs_of_one_seed_the_last_counts():
+    """Shared runs hold the bare parent again and again, on one seed."""
+    once = session(base=[1.0, 1.01, 0.99]).again(2, 0, [1.0, 1.02]).change(1, [1.0, 1.01, 0.99])
+    again = session(base=[1.0, 1.01, 0.99]).again(2, 0, [1.5, 1.02]).change(1, [1.0, 1.01, 0.99])
+    for i in range(12):
+        again.again(2, 0, [1.5 - 0.001 * i], seed=50)
+    again.again(2, 0, [1.0], seed=50)
+    wanted, found = Analysis(once.record()), Analysis(again.record())
+    assert found.noise == wanted.noise and found.scores == wanted.scores and len(found.runs[0]) == 18
+    assert found.effect(found.experiments[1]) == wanted.effect(wanted.experiments[1])
+
+
+def test_what_only_resembles_a_finding_is_no_trial_of_it():
+    half = next(finding for finding in published.library() if finding.name == "half-batch")
+    tried = [
+        session(device, "n").change(1, [0.9] * 3, origin=half.origin, description=half.title) for device in (CPU, M4)
+    ]
+    words = [("baseline", 1.0, "keep"), ("halve total batch size", 0.9, "keep")]
+    compared = compare([*map(analysed, tried), analysed(ledger(H100, words), None)])
+    assert [list(one.change.cells) for one in compared.published] == [[CPU, M4]]
+    assert all(change.joined != CHANGE for change in compared.shared)
+
+
+def test_a_block_is_told_as_it_was_estimated():
+    half = next(finding for finding in published.library() if finding.name == "half-batch")
+
+    def screened(*effect, runs=1):
+        block = session(CPU)
+        block.open(1, "shared", patches=[Patch(half.origin, half.title, half.edit.text, 0.1)], pairs=60)
+        for seed in range(runs):
+            block.run(1, 1.0, of=0, seed=200 + seed)
+        block.decide(1, "discard", because("screened_in_vain", runs=runs, patches=1), effects={half.origin: effect})
+        return compare([analysed(block)]).published
+
+    ((_, cell),) = screened(-0.0043, -0.0162, 0.0017)[0].change.cells.items()
+    assert (cell.effect.value, cell.effect.low, cell.effect.high) == (-0.0043, -0.0162, 0.0017)
+    assert screened(-0.004, -0.004, -0.004) == screened(-0.004, -0.006, -0.002, runs=0) == []
 
 
 def test_a_session_without_a_score():

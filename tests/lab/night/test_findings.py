@@ -1,6 +1,7 @@
 """What was found elsewhere is tried where it was not tried here and applies; what became of it is told."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import sessions
@@ -145,6 +146,7 @@ def test_the_classes(effect, runs, verdict):
     assert published.verdict(-0.02, Effect(effect, 0.0, error, 20))[0] == verdict
     assert published.verdict(-0.02, Effect(effect, 0.0, error, 20, biased=True))[0] in ("holds", "can't be told")
     assert published.verdict(-0.02, None)[0] == "can't be told"
+    assert published.verdict(None, Effect(effect, 0.0, error, 20)) == ("can't be told", "no number was published")
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,38 @@ def test_a_block_is_opened_beside_what_several_devices_run(many):
 @pytest.mark.parametrize("most, needed", [(1, 1000), (200, 20)], ids=["few experiments", "a short night"])
 def test_without_the_runs_for_a_block_they_come_one_by_one(many, monkeypatch, most, needed):
     night = loop.Night(many, options(findings=True, max_experiments=most), Seen())
-    night.now.deadline = loop.time.time() + needed * night._needed()
+    night.now.deadline = loop.time.time() + needed * night._run_takes()
     monkeypatch.setattr(loop.Night, "_enough", lambda self: "seen" if self.session.state.last.number else "")
     night.run()
     assert [e.kind for e in Session(many.folder).state.experiments.values()] == ["baseline", "change"]
+
+
+def test_a_block_takes_the_time_that_is_left_after_what_is_reserved(many, monkeypatch):
+    night = loop.Night(many, options(findings=True, max_experiments=500), Seen())
+    monkeypatch.setattr(loop.shared, "BLOCK", 150)
+    monkeypatch.setattr(night, "_scale_takes", lambda: 1000.0)
+    monkeypatch.setattr(night, "_run_takes", lambda: 100.0)
+    night.now.deadline = loop.time.time() + 1000.0 + 120.5 * 100.0
+    assert night._open_block() and night.session.state.last.pairs == 120
+
+
+def test_those_that_conflict_hide_no_others(searched, tmp_path, monkeypatch):
+    best = searched.repository.content(searched.state.best.blob)
+    _, *rest = best.splitlines(keepends=True)
+
+    def candidate(name, before, after, t):
+        change = SimpleNamespace(t=t, key=name)
+        return SimpleNamespace(change=change, before=before, after=after)
+
+    other = b"# other\n" + b"".join(rest)
+    conflicts = [candidate(f"c{i}", other, b"# %d\n" % i + b"".join(rest), 9.0) for i in range(40)]
+    applies = candidate("applies", best, best + b"LATER = 1\n", 1.0)
+    monkeypatch.setattr(findings, "_kept", lambda *_: ("sdpa", [*conflicts, applies]))
+    monkeypatch.setattr(findings.storage, "home", lambda: tmp_path / "home")
+    journal = tmp_path / "home" / "sessions" / "cpu" / "x" / "journal.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.touch()
+    assert [one.change.key for one in findings.untried(searched, 20)] == ["applies"]
 
 
 def test_a_finding_that_leaves_nothing_to_train_is_no_idea(searched):

@@ -181,6 +181,9 @@ def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
     assert reach() == 1.0 < reach(decided(0.5)) < reach(decided(3.0, "keep"))
     assert reach(decided(-9.0)) == reach(decided(None, "crash")) < 1.0
     assert reach(decided(-9.0, origin="published/x/00")) == reach(decided(2.0, "superseded")) == 1.0
+    seen = SimpleNamespace(beta=lambda better, worse: better + worse)  # of what was superseded nothing is known
+    arms = [proposer._arms(SimpleNamespace(decided=tried), seen) for tried in ([], [decided(1.0, "superseded")] * 99)]
+    assert arms[0] == arms[1]
     assert reach(*[decided(-9.0)] * 9) == proposer.REACH[0] and reach(*[decided(0.0)] * 99) == proposer.REACH[1]
 
 

@@ -97,7 +97,15 @@ def test_many_go_together(one, other):
     assert all(surface.check(source) == [] for source in both) and not LIBRARY[one].edit.meets(LIBRARY[other].edit)
 
 
-@pytest.mark.parametrize("one, other", [("half-batch", "quarter-batch"), ("gelu", "swiglu"), ("parallel", "mlp-scale")])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("half-batch", "quarter-batch"),
+        ("gelu", "swiglu"),
+        ("parallel", "mlp-scale"),
+        ("short-window", "longer-short-window"),
+    ],
+)
 def test_two_in_conflict(one, other):
     assert LIBRARY[one].edit.meets(LIBRARY[other].edit) and LIBRARY[other].edit.meets(LIBRARY[one].edit)
 

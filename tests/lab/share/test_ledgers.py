@@ -294,6 +294,13 @@ def test_the_ledger_of_another_program_is_read(tmp_path):
     assert "1 row of status skip left out" in told and "taken as nvidia-rtx-5090" in told
 
 
+@pytest.mark.parametrize(
+    "gpu, device", [("Tesla T4", "nvidia-t4"), ("GeForce RTX 3090", "nvidia-rtx-3090"), ("AMD MI300X", "amd-mi300x")]
+)
+def test_names_that_older_drivers_give_name_the_same_device(tmp_path, gpu, device):
+    assert other(tmp_path, OTHER.replace("NVIDIA GeForce RTX 5090", gpu)).started.device == device
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
 def test_it_is_read_in_the_encodings_of_windows(tmp_path, encoding):
     assert other(tmp_path, OTHER.encode(encoding)).state.best.number == 2
