@@ -103,7 +103,12 @@ def open_data(name: str | None = None) -> Data:
     """The dataset that a run trains on and is scored by; see `dataset.open_data`.
 
     A run begins here, so an older result where `AUTORESEARCH_RESULT` points is removed: a run that crashes leaves none.
+    Stop if its budget can't be read, before anything is compiled.
     """
+    try:
+        budget()
+    except ValueError as error:
+        raise Stop(str(error)) from None
     terminal.spell_what_is_missing()
     if (result := result_path()) and result.is_file():
         result.unlink()
@@ -161,8 +166,8 @@ class Loader(Iterator, AbstractContextManager):
         self._ahead.append(self._thread.submit(self._batch))
         self.waited += time.perf_counter() - asked
         self.batches += 1
-        self.rows += self.batch_size
-        self.tokens += self.batch_size * MAX_SEQ_LEN
+        self.rows += len(x)
+        self.tokens += len(x) * MAX_SEQ_LEN
         clock.start()
         return x, y
 
@@ -238,7 +243,7 @@ class Clock:
                 end, lest a step too many be begun.
 
         Raises:
-            Diverged: a loss is not finite, or above twice chance (first steps are above chance by little).
+            Diverged: see `require_loss`.
         """
         if self.started is None:
             raise RuntimeError("clock.tick() before the first batch: take it from the loader, train, then tick")
@@ -278,9 +283,7 @@ class Clock:
         (step, loss), self._unread = self._unread, None
         self.loss = float(loss)
         with recorded(self):
-            limit = 2 * math.log(self.loader.data.vocab_size)
-            if not (math.isfinite(self.loss) and self.loss <= limit):
-                raise Diverged("diverged", loss=self.loss, step=step, limit=limit)
+            require_loss(self.loss, step, self.losses, self.loader.data.vocab_size)
         self.losses.append(self.loss)
 
     @property
@@ -364,6 +367,7 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
     here: its time stops, and the weights are saved before anything can go wrong, beside `AUTORESEARCH_RESULT` with
     suffix .safetensors, else as last/weights.safetensors. It is scored over the standard rows, the default.
     Raises Invalid if the model or run must not be scored, DataError if rows are missing or weights can't be saved."""
+    batch_size = max(1, int(batch_size))
     with recorded(clock):
         sys.audit("autoresearch.evaluate", clock, backend)
         if clock is not None:
@@ -593,6 +597,15 @@ def compare_apart(
     require_finite(told)
     # Another process may compile other kernels, and ask for other batches at once: single tokens scatter.
     require_equal(said[chosen], told, "answers_apart", mean_allowed=0.02, worst_allowed=0.5)
+
+
+def require_loss(loss: float, step: int, before: list[float], vocab_size: int) -> None:
+    """Diverged if a loss is not finite, or above twice chance, which first steps are above by little. One that begins
+    above that is taken for a sum of several, at most eight, and may be twice as high as it began."""
+    chance, first = math.log(vocab_size), before[0] if before else loss
+    limit = 2 * (min(first, 8 * chance) if first > 2 * chance else chance)
+    if not (math.isfinite(loss) and loss <= limit):
+        raise Diverged("diverged", loss=loss, step=step, limit=limit)
 
 
 def require_untrained(values: np.ndarray, vocab_size: int) -> None:

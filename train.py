@@ -36,7 +36,7 @@ VALUE_GATE_CHANNELS = 32  # channels of the residual stream that gate the value 
 # Batches
 TOTAL_BATCH_SIZE = defaults.total_batch_size  # tokens per optimizer step
 # Rows of MAX_SEQ_LEN tokens per forward and backward pass.
-DEVICE_BATCH_SIZE = min(defaults.device_batch_size, TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
+DEVICE_BATCH_SIZE = max(1, min(defaults.device_batch_size, TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN))
 
 # Optimizer
 MATRIX_LR = 0.04  # Muon, every matrix but embeddings and head

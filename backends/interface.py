@@ -44,6 +44,7 @@ import abc
 import gc
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,6 +259,7 @@ class Backend(abc.ABC):
     Trainer: type[Trainer]
     device: Device
     bench: Bench
+    _at_start: int | None = None  # compilations until the first `step_kind`
 
     @property
     def warmed_up(self) -> dict:
@@ -266,13 +268,21 @@ class Backend(abc.ABC):
         than a batch. All are None before `Trainer.warm_up`."""
         return {"compiled": None, "captured": None, "rows_at_once": None} | WARMED_UP
 
-    @staticmethod
-    def step_kind() -> str:
+    def step_kind(self) -> str:
         """What trainers were asked for since the last time this was: steps of one kind cost the same. For example
-        "4.16x2048+1.step" for four batches and an update."""
-        kind = "+".join(f"{count}.{call}" for call, count in sorted(CALLS.items()))
+        "4.16x2048+1.step" for four batches and an update. What was compiled since the first time, which ends the
+        warm-up, makes another kind: a window that a schedule widens costs more."""
+        compiled = self.compilations()
+        if self._at_start is None:
+            self._at_start = compiled
+        kinds = [f"{count}.{call}" for call, count in sorted(CALLS.items())]
+        kinds += [f"{compiled - self._at_start}.compiled"] * (compiled > self._at_start)
         CALLS.clear()
-        return kind
+        return "+".join(kinds)
+
+    def compilations(self) -> int:
+        """How often something was compiled in this process; 0 where nothing is."""
+        return 0
 
     @abc.abstractmethod
     def logits(self, model, tokens: np.ndarray) -> np.ndarray:
@@ -397,6 +407,8 @@ def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
     for i, group in enumerate(optimizer):
         if missing := {"names", "init", "update", "stack", "hyper"} - group.keys():
             raise ValueError(f"optimizer group {i} lacks {sorted(missing)}")
+        if not isinstance(group["names"], (list, tuple)):
+            raise ValueError(f"the names of optimizer group {i} are no list: write [...] around them")
     grouped = [name for group in optimizer for name in group["names"]]
     problems = [
         f"{name} is in no group: in optimizer_groups of train.py, write it into the names of the one whose rule is to "
@@ -411,6 +423,35 @@ def check_optimizer(optimizer: list[dict], names: list[str]) -> None:
     ]
     if problems:
         raise ValueError("optimizer groups do not match the model: " + "; ".join(problems))
+
+
+def check_registered(modules: Iterable, parameters: Iterable, kinds: tuple[type, ...], inner: set[str]) -> None:
+    """Raises ValueError where a module holds another, or a parameter, only in a plain list, tuple or dict: it would
+    not be trained.
+
+    Args:
+        modules: all of a model that are registered. parameters: the same. kinds: classes of both.
+        inner: names of a module's attributes that are the framework's own.
+    """
+    modules = list(modules)
+    known = {id(each) for each in (*modules, *parameters)}
+
+    def first_unknown(value):
+        if isinstance(value, kinds):
+            return None if id(value) in known else value
+        if isinstance(value, (list, tuple, dict)):
+            each = value.values() if isinstance(value, dict) else value
+            return next((found for one in each if (found := first_unknown(one)) is not None), None)
+        return None
+
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in inner and (found := first_unknown(value)) is not None:
+                raise ValueError(
+                    f"{type(module).__name__}.{name} holds a {type(found).__name__} in a plain {type(value).__name__}, "
+                    "where it would not be trained: use nn.ModuleList or nn.ModuleDict for modules, and an attribute "
+                    "for each nn.Parameter"
+                )
 
 
 def check_transformed(given: dict, transformed: dict) -> None:

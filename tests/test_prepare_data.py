@@ -162,6 +162,8 @@ def test_budget_must_be_positive(monkeypatch, text):
     monkeypatch.setenv("AUTORESEARCH_BUDGET", text)
     with pytest.raises(ValueError, match="AUTORESEARCH_BUDGET"):
         prepare.budget()
+    with pytest.raises(storage.Stop, match="AUTORESEARCH_BUDGET"):
+        prepare.open_data()
 
 
 def test_budget(monkeypatch):

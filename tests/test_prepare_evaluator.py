@@ -325,6 +325,28 @@ def test_divergence(run, tiny_data, result, loss):
     assert recorded["reason"] == {"code": "diverged", "facts": facts}
 
 
+def test_a_sum_of_losses_may_be_as_high_as_it_begins(run, tiny_data):
+    chance = math.log(tiny_data.vocab_size)
+    next(run[2])
+    run[3].tick(3.1 * chance)
+    run[3].tick(6.1 * chance)
+    with pytest.raises(Diverged, match=f"at step 3; at most {6.2 * chance:.1f}"):
+        run[3].tick(6.3 * chance)
+
+
+def test_a_loss_that_begins_beyond_all_measure(run, tiny_data):
+    next(run[2])
+    with pytest.raises(Diverged, match="at step 1"):
+        run[3].tick(17 * math.log(tiny_data.vocab_size))
+
+
+def test_no_rows_at_once_are_one(run, tiny_data):
+    backend, model, loader, clock = run
+    next(loader)
+    clock.tick(5.0)
+    assert math.isfinite(evaluate_bpb(backend, model, tiny_data, batch_size=0, clock=clock))
+
+
 class Scalar:
     """A scalar of a device, which counts how often it was waited for."""
 

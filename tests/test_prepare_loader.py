@@ -151,6 +151,15 @@ def test_batches_and_counters(tiny_data):
     assert not np.shares_memory(seen[0][0], seen[1][0])
 
 
+def test_what_was_handed_out_is_counted_if_the_batch_size_changes(tiny_data):
+    with Loader(tiny_data, 2) as loader:
+        loader.clock, handed = FakeClock(), 0
+        for batch_size in (2, 4, 1, 1):
+            loader.batch_size = batch_size
+            handed += len(next(loader)[0])
+        assert loader.rows == handed and loader.tokens == handed * prepare.MAX_SEQ_LEN
+
+
 def test_same_rows_whatever_the_batch_size(tiny_data):
     def rows(batch_size):
         with Loader(tiny_data, batch_size) as loader:

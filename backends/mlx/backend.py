@@ -11,6 +11,7 @@ from backends.interface import BackendError
 from backends.mlx import device as devices
 from backends.mlx import nn, ops
 from backends.mlx.bench import Bench
+from backends.mlx.compiled import Compiled
 from backends.mlx.trainer import Trainer, compiling_pays
 
 
@@ -87,6 +88,9 @@ class MlxBackend(interface.Backend):
         interface.check_weights(self.shapes(model), weights)
         for name, parameter in nn.named_parameters(model).items():
             parameter.value = mx.array(np.asarray(weights[name], dtype=np.float32))
+
+    def compilations(self) -> int:
+        return Compiled.made
 
     def synchronize(self) -> None:
         mx.synchronize()

@@ -31,8 +31,10 @@ class Compiled:
         reads: tells which plain values the function reads at present.
 
     Attributes:
-        on: whether it is compiled.
+        on: whether it is compiled. made: how often anything was, in this process.
     """
+
+    made = 0
 
     def __init__(self, function: Callable, reads: Callable[[], tuple], on: bool):
         self.function, self.reads, self.on = function, reads, on
@@ -48,6 +50,7 @@ class Compiled:
                 self.on = False
                 return self.function(*arguments)
             # By a function of its own: MLX keeps what it compiled by the function's identity.
+            Compiled.made += 1
             self._by_values[values] = mx.compile(lambda *given: self.function(*given))
         return self._by_values[values](*arguments)
 

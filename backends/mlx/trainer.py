@@ -16,7 +16,7 @@ from backends import bench, interface
 from backends.mlx import random
 from backends.mlx.compiled import Compiled, Values
 from backends.mlx.device import is_out_of_memory
-from backends.mlx.nn import named_parameters, substituted
+from backends.mlx.nn import Module, Parameter, modules, named_parameters, substituted
 
 
 class Trainer(interface.Trainer):
@@ -29,6 +29,8 @@ class Trainer(interface.Trainer):
     def __init__(self, model, loss, optimizer: list[dict], transform=None):
         super().__init__(model, loss, optimizer, transform)
         self._parameters = named_parameters(model)
+        own = modules(model), self._parameters.values(), (Module, Parameter)
+        interface.check_registered(*own, inner={"_modules", "_parameters"})
         interface.check_optimizer(optimizer, list(self._parameters))
         self._optimizer = optimizer
         self._compiled: list[Compiled] = []

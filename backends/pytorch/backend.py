@@ -57,6 +57,9 @@ class PyTorchBackend(interface.Backend):
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], np.float32, order="C")))
 
+    def compilations(self):
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if runtime.compiled else 0
+
     def synchronize(self):
         devices.synchronize(runtime.device)
 

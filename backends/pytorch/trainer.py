@@ -25,6 +25,8 @@ class Trainer(interface.Trainer):
         self.model = model
         runtime.begin_recording()
         self._named = dict(model.named_parameters())
+        own = model.modules(), model.parameters(), (torch.nn.Module, torch.nn.Parameter)
+        interface.check_registered(*own, inner=set(vars(torch.nn.Module())))
         interface.check_optimizer(optimizer, list(self._named))
         self._eager_loss, self._transform, self._optimizer = loss, transform, optimizer
         self._prepare()

@@ -161,7 +161,8 @@ class Steps:
         self.backend, self.model, self.loader, self.data = backend, model, loader, loader.data
         self.seconds = prepare.budget() if seconds is None else seconds
         self.steps, self.loss, self.started, self.stopped = 0, None, None, None
-        self.evaluated = False
+        self.evaluated, self.in_step, self.longest = False, False, 1.0
+        self.took, self.losses = [], []
         self.reported: dict | None = None
         tokens, targets = dataset.inputs_and_targets(loader.first_rows())
         prepare.require_untrained(self._answers().losses(tokens, targets), self.data.vocab_size)
@@ -184,9 +185,9 @@ class Steps:
 
     def tick(self, loss) -> float:
         self.loss, self.steps = float(loss), self.steps + 1
-        limit = 2 * math.log(self.data.vocab_size)
-        if not math.isfinite(self.loss) or self.loss > limit:
-            raise prepare.Diverged("diverged", loss=self.loss, step=self.steps, limit=limit)
+        prepare.require_loss(self.loss, self.steps, self.losses, self.data.vocab_size)
+        self.losses.append(self.loss)
+        self.took.append(1.0)
         return 1.0
 
     def stop(self) -> None:

@@ -533,6 +533,7 @@ def test_rates_change_without_recompiling(name):
         (lambda groups: groups[0]["names"].append("wpe.weight"), r"wpe\.weight is not a parameter"),
         (lambda groups: groups[1]["names"].append("wte.weight"), r"wte\.weight is in two groups: take it out"),
         (lambda groups: groups[1].pop("init"), r"group 1 lacks \['init'\]"),
+        (lambda groups: groups[1].update(names=iter(["scale"])), "the names of optimizer group 1 are no list"),
     ],
 )
 def test_optimizer_errors(backend, change, message):
@@ -540,6 +541,45 @@ def test_optimizer_errors(backend, change, message):
     change(optimizer)
     with pytest.raises(ValueError, match=message):
         tiny.trainer(backend, tiny.build(backend), optimizer)
+
+
+@pytest.mark.parametrize("hide", [list, tuple, lambda layers: {"first": [layers[0]], "then": layers[1:]}])
+def test_layers_that_would_not_be_trained_are_refused(backend, hide):
+    nn = backend.nn
+
+    class Model(nn.Module):
+        def __init__(self, hide):
+            super().__init__()
+            layers = [nn.Linear(2, 2) for _ in range(3)]
+            self.layers = nn.ModuleList(layers)
+            self.order = layers[::-1]  # registered above
+            self.more = hide([nn.Linear(2, 2) for _ in range(2)]) if hide else None
+
+    def made(hide):
+        model = Model(hide)
+        names = [f"layers.{i}.weight" for i in range(3)]
+        return backend.Trainer(model, lambda m, x, y: backend.ops.sum(m.layers[0].weight), [tiny.descent(names)])
+
+    made(None)
+    with pytest.raises(ValueError, match="Model.more holds a Linear in a plain .*: use nn.ModuleList"):
+        made(hide)
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_a_step_that_is_compiled_anew_is_of_another_kind(name):
+    support.needs_compiler()
+    backend, share = support.opened(name, "float32", compiled=True), [1.0]
+    model = support.holder(backend, a=np.ones(2))
+    trainer = backend.Trainer(model, lambda m, x, y: share[0] * backend.ops.sum(m.a), [tiny.descent(["a"])])
+    trainer.warm_up(support.TOKENS, support.TOKENS)
+    backend._at_start = None
+    backend.step_kind()  # as the clock does when it starts
+    kinds = []
+    for share[0] in (1.0, 1.0, 2.0, 2.0):
+        trainer.backward(support.TOKENS, support.TOKENS)
+        trainer.step([{"lr": 0.0}])
+        kinds.append(backend.step_kind())
+    assert kinds[0] == kinds[1] == "1.1x1+1.step" and kinds[2] == kinds[3] != kinds[0]
 
 
 def clipped(backend, most):

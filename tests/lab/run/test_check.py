@@ -29,6 +29,15 @@ BROKEN = {
         {"return x + self.mlp(ops.rms_norm(x))": "return x + self.mlp(ops.rms_norm(x + ops.roll(x, 1, axis=0)))"},
         "neighbours|looks ahead|sees its targets",
     ),
+    "layers in a plain list": (
+        {"self.blocks = nn.ModuleList(": "self.blocks = list("},
+        "holds a Block in a plain list",
+    ),
+    "names that can be read once": ({"dict(names=matrices,": "dict(names=(n for n in matrices),"}, "no list"),
+    "fewer tokens than a row has": (
+        {"TOTAL_BATCH_SIZE = defaults.total_batch_size": "TOTAL_BATCH_SIZE = 1024"},
+        "1024",
+    ),
     "a batch that can't be divided": (
         {"TOTAL_BATCH_SIZE = defaults.total_batch_size": "TOTAL_BATCH_SIZE = 10000"},
         "TOTAL_BATCH_SIZE",
