@@ -119,7 +119,8 @@ class Exam:
                 self.begun = float(noted.splitlines()[0])
 
     def _examine(self) -> None:
-        with suppress(EOFError, OSError, ValueError, KeyError, TypeError):  # it has ended, or says what it should not
+        # It has ended, or says what it should not. So that it waits for no answer, the connection is closed then.
+        with self._run, suppress(EOFError, OSError, ValueError, KeyError, TypeError):
             while True:
                 told = json.loads(self._run.recv_bytes(1000))
                 if told["event"] == "weights":
@@ -140,10 +141,10 @@ class Exam:
 
     def _ready(self) -> None:
         """The run says that it has not trained yet. Once it has had a batch, that is not believed."""
-        if self.untrained and self._packer and self._packer.stderr:
+        untrained, self.untrained = self.untrained, None
+        if untrained and self._packer and self._packer.stderr:
             if not select.select([self._packer.stderr], [], [], 0)[0]:
-                self.untrained()
-        self.untrained = None
+                untrained()
         self._run.send_bytes(b"{}")
 
     def _score(self, batch_size: int) -> None:

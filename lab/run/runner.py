@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import site
+import stat
 import sys
 import tempfile
 import time
@@ -43,7 +44,8 @@ LOOK_EVERY = 1.0  # seconds between looks at its memory, and whether it stands s
 PATH_LIMIT = 60  # characters of TMPDIR: sockets in it have 108, and some libraries use most of them for their names
 OF_SCORE = ("rows.npz", "score.json", "score.log", guard.MARK, child.BEGUN)
 RECORDS = ("run.log", "result.json", "result.safetensors", *OF_SCORE)
-MOST_COMPILED = 4  # files whose compiled code is kept: each has tens of megabytes on a GPU
+MOST_COMPILED, MOST_COPIED = 4, 2**29  # files whose compiled code is kept, and bytes of one: usually tens of megabytes
+UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK if os.name == "posix" else 0
 WRAPPERS = ("bwrap", "unshare", "sh", "dash", "bash", "sandbox-exec")  # what stands between here and the run
 
 # Settings that a run inherits, by name or by how it begins.
@@ -370,18 +372,35 @@ def fill_cache(request: Request) -> None:
 
 def keep_compiled(request: Request) -> None:
     """Keeps what a run has compiled by now for later ones of its file. No weights are in it, as nothing was trained."""
-    if request.keeps_caches or not request.compiled or (kept := request.compiled[0]).is_dir():
+    if request.keeps_caches or not request.compiled or not sandbox.mounts_folders(request.sandbox):
         return
+    kept = request.compiled[0]
     unfinished = kept.with_suffix(".part")
-    remove(unfinished)
-    try:
-        shutil.copytree(request.cache, unfinished, symlinks=True)
+    with suppress(OSError):  # the disk may be full, and a run do with its cache what it likes
+        if kept.is_dir():
+            return
+        remove(unfinished)
+        copied = 0
+        for place, _, files, descriptor in os.fwalk(request.cache):  # which follows no link, as they are changed, too
+            there = unfinished / os.path.relpath(place, request.cache)
+            there.mkdir(parents=True)
+            for name in files:
+                if (copied := copied + copy_file(name, descriptor, there / name)) > MOST_COPIED:
+                    return remove(unfinished)
         unfinished.rename(kept)
         os.utime(kept)
-    except OSError:  # the run is free to fill its cache with what can't be copied
-        remove(unfinished)
-    for old in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-MOST_COMPILED]:
-        remove(old)
+        for old in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-MOST_COMPILED]:
+            remove(old)
+
+
+def copy_file(name: str, folder: int, target: Path) -> int:
+    """Copies a file of an open folder, and gives its size; nothing of what is no ordinary file."""
+    with suppress(OSError), open(os.open(name, UNFOLLOWED, dir_fd=folder), "rb") as source:
+        if stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            with target.open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+                return copy.tell()
+    return 0
 
 
 def environment(request: Request, temporary: Path) -> dict[str, str]:

@@ -400,28 +400,73 @@ def test_what_a_file_compiles_before_it_trains_is_kept_for_it(ran, sandbox, isol
     compiles = {BEFORE_CLOCK: place + said + "    (cache / 'kernel').write_text('x')\n" + CLOCK}
     leaves = edits("(cache / 'weights').write_text('x')")
     assert "there: by calibration\n" in ran(compiles | leaves, number=1, lineage=["a" * 40], sandbox=sandbox)[1]
-    kept = {2: ("ab", "by calibration kernel"), 3: ("ca", "by calibration kernel"), 4: ("d", "by calibration")}
+    more = " kernel" if mounts_folders(sandbox) else ""  # elsewhere a link in its place would be followed
+    kept = {2: ("ab", f"by calibration{more}"), 3: ("ca", f"by calibration{more}"), 4: ("d", "by calibration")}
     for number, (lineage, there) in kept.items():
         outcome, log = ran(compiles | leaves, number=number, lineage=[40 * name for name in lineage], sandbox=sandbox)
         assert outcome.status == "ok" and f"there: {there}\n" in log, log
     assert [path.name for path in cache.iterdir() if path.is_file()] == ["by calibration"]
 
 
-def test_what_few_files_have_compiled_is_kept(request_for):
-    for number in range(1, 7):
-        request = request_for(number=number, lineage=[f"{number}" * 40])
+@pytest.fixture
+def compiled(request_for, monkeypatch):
+    """compiled(number, blob) -> Request of a run that is ready to train."""
+
+    def make(number=1, blob="a"):
+        monkeypatch.setattr(runner.sandbox, "mounts_folders", lambda _: True)
+        request = request_for(number=number, lineage=[blob * 40])
         runner.clear(request.folder, runner.RECORDS)
+        (request.cache / "kernel").write_text("x")
+        return request
+
+    return make
+
+
+def test_what_few_files_have_compiled_is_kept(compiled):
+    for number in range(1, 7):
+        request = compiled(number, f"{number}")
         runner.keep_compiled(request)
-        assert request.compiled[0].is_dir()
+        assert (request.compiled[0] / "kernel").read_text() == "x"
     assert len(list(request.compiled[0].parent.iterdir())) == runner.MOST_COMPILED
 
 
-def test_a_cache_that_cannot_be_copied(request_for):
-    request = request_for(lineage=["a" * 40])
-    runner.clear(request.folder, runner.RECORDS)
+def test_only_folders_and_files_of_a_cache_are_kept(compiled, tmp_path):
+    """Links may lead to what the run is not to see."""
+    request = compiled()
+    (tmp_path / "rows").write_text("secret")
     os.mkfifo(request.cache / "pipe")
+    (request.cache / "linked").symlink_to(tmp_path / "rows")
+    (request.cache / "folder").symlink_to(tmp_path)
     runner.keep_compiled(request)
-    assert not list(request.compiled[0].parent.iterdir())
+    assert [path.name for path in request.compiled[0].rglob("*")] == ["kernel"]
+
+
+def test_a_link_in_the_place_of_the_cache_is_not_followed(compiled, tmp_path):
+    request = compiled()
+    (tmp_path / "rows").write_text("secret")
+    request.cache.rename(request.folder / "moved")
+    request.cache.symlink_to(tmp_path)
+    runner.keep_compiled(request)
+    assert not any(path.name == "rows" for path in request.compiled[0].parent.rglob("*"))
+
+
+@pytest.mark.parametrize("most", [0, 2**29])
+def test_what_cannot_be_kept_costs_no_run(compiled, monkeypatch, most):
+    request = compiled()
+    monkeypatch.setattr(runner, "MOST_COPIED", most)
+    if most:  # a disk that is full
+        request.compiled[0].parent.write_text("a file")
+    runner.keep_compiled(request)
+    assert not request.compiled[0].exists()
+
+
+def test_a_harness_that_fails_leaves_no_run_waiting(ran, monkeypatch):
+    def fails(_):
+        raise OSError
+
+    monkeypatch.setattr(runner, "keep_compiled", fails)
+    outcome, log = ran({})
+    assert outcome.seconds < 20 and outcome.status == "crash", (outcome, log)
 
 
 @pytest.mark.parametrize("code, name", [
