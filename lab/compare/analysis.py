@@ -276,7 +276,7 @@ class Analysis:
         every = [run for runs in self.runs.values() for run in runs]
         lengths = Counter(run.budget for run in every if not self._usual(run) and not self.confirms(run))
         notes = [f"{n} runs of {length:g} s, not {self.budget:g} s, are left out" for length, n in lengths.items()]
-        return list(dict.fromkeys([*self.record.notes, *self.started.notes, *notes]))
+        return list(dict.fromkeys([*self.started.notes, *notes]))
 
     def facts(self) -> dict:
         """val_bpb and the means of the runs' figures, for the baseline and for the best, as JSON."""

@@ -19,14 +19,10 @@ class Record:
     Attributes:
         state: what its journal adds up to.
         base: the train.py that it began with; None where only a ledger is known.
-        profile: the device's calibration, None if unknown.
-        notes: what a reader should know, a line each.
     """
 
     state: State
     base: bytes | None = None
-    profile: dict | None = None
-    notes: list[str] = field(default_factory=list)
     _trains: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     @property

@@ -6,7 +6,6 @@ Everything is only read, and no lock is taken, also while a night is at work on 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -77,14 +76,12 @@ def own(source: str) -> Session | None:
 
 
 def of_session(session: Session) -> Record:
-    """A session of this machine, as far as it has come. LabError if its first train.py or its profile is gone."""
+    """A session of this machine, as far as it has come. LabError if its first train.py is gone."""
     session.refresh()
     try:
-        base = (session.judge / "train.py").read_bytes()
-        profile = json.loads((session.folder / "profile.json").read_bytes())
-    except (OSError, ValueError) as error:
+        return Record(session.state, (session.judge / "train.py").read_bytes())
+    except OSError as error:
         raise LabError(f"session {session.folder} is damaged: {error}") from error
-    return Record(session.state, base, profile, list(session.started.notes))
 
 
 # --- From elsewhere ---
@@ -126,7 +123,7 @@ def import_session(source: str, device: str | None = None) -> Path:
     """
     files, record = find(source, device)
     files |= views(record)
-    for note in record.notes:
+    for note in record.started.notes:
         print(note, file=sys.stderr)
     target = storage.home() / "imported" / record.name
     if not target.exists():

@@ -51,7 +51,7 @@ def summary(record: Record) -> str:
         "One file, train.py, was changed again and again; each time it was trained for a fixed time, and kept if "
         "validation bits per byte (val_bpb) fell by more than chance explains.\n",
         *(f"- {name}: {cell(text)}" for name, text in facts.items() if text),
-        *(f"- note: {cell(note)}" for note in record.notes),
+        *(f"- note: {cell(note)}" for note in started.notes),
     ]
     for heading, group in ((KEPT, kept), (NEAR, near), (REPLAYED, replayed)):
         if group:

@@ -44,7 +44,7 @@ def verified(files: Files) -> Record:
         raise Wrong("journal.jsonl is missing")
     try:
         state = State(_events(files["journal.jsonl"]))
-        record = Record(state, files.get("train.py"), notes=list(state.started.notes))
+        record = Record(state, files.get("train.py"))
         if BASELINE not in state.experiments:
             raise Wrong("it has no baseline")
         for experiment in state.experiments.values():
@@ -55,7 +55,7 @@ def verified(files: Files) -> Record:
     except (Wrong, LabError, RecursionError) as error:
         raise Wrong(f"journal.jsonl: {error}") from None
     if "profile.json" in files:
-        record.profile = _profile(files["profile.json"], state.started)
+        _check_profile(files["profile.json"], state.started)
     _check_losses(files, state)
     return record
 
@@ -154,7 +154,7 @@ def _is_blob(content: bytes, blob: str) -> bool:
 # --- The other files ---
 
 
-def _profile(data: bytes, started: SessionStarted) -> dict:
+def _check_profile(data: bytes, started: SessionStarted) -> None:
     from calibration import profile  # here, because what only reads a session shall start fast
 
     content = read_json("profile.json", data)
@@ -169,7 +169,6 @@ def _profile(data: bytes, started: SessionStarted) -> dict:
     about, device = (content["device"], content["backend"]), (started.device, started.backend)
     if about != device:
         raise Wrong(f"profile.json is of {' with '.join(about)}, the session of {' with '.join(device)}")
-    return content
 
 
 def _check_losses(files: Files, state: State) -> None:

@@ -41,7 +41,7 @@ def test_the_originals_ledger_becomes_a_session(tmp_path):
         ("crash", None),
     ]
     assert record.state.experiments[1].description == "C:\\new | odd" and record.state.best.number == 0
-    assert record.profile is None and record.base is None and record.started.budget is None
+    assert record.base is None and record.started.budget is None
     assert imported(source, elsewhere, "nvidia-h100-80gb") == there
     source.write_text(FIVE + "bbbb222\t1.2\t1\tkeep\tmore\n")
     refused(source, elsewhere, "holds another session", "nvidia-h100-80gb")
@@ -63,7 +63,7 @@ def test_a_row_of_five_columns_is_an_experiment_on_the_best_before_it(tmp_path):
     assert (
         record.state.runs[2].result["peak_vram_mb"] == pytest.approx(43.9 * 1024) and record.state.runs[2].seed is None
     )
-    assert "unconfirmed" in record.notes[-1] and record.started.source == "ledger"
+    assert "unconfirmed" in record.started.notes[-1] and record.started.source == "ledger"
     assert [row.get("val_bpb") for row in ledger.rows_of(record.state)] == [0.998, 0.986, 0.987, None, 0.981]
 
 
@@ -81,7 +81,7 @@ def test_what_of_a_ledger_can_not_be_read_is_told_and_kept(tmp_path, capsys):
     )
     assert told[1] == "r.tsv, line 3, was set aside: it has 2 fields instead of 5: x y"
     assert len(told) == 8 and told[-2] == "3 more lines of r.tsv were set aside, too"
-    assert sources.read(there).notes == told  # they go along
+    assert sources.read(there).started.notes == told  # they go along
 
 
 def test_a_ledger_has_to_have_a_device_that_can_name_a_folder(tmp_path):
@@ -288,7 +288,7 @@ def test_the_ledger_of_another_program_is_read(tmp_path):
     run = record.state.runs[3]
     assert (run.bpb, run.result["tokens_per_second"], run.result["num_steps"]) == (1.078907, 299900.0, 2748)
     assert run.result["peak_vram_mb"] == pytest.approx(5.9 * 1024) and run.result["joules_per_token"] == 0.001715
-    told = " ".join(record.notes)
+    told = " ".join(record.started.notes)
     assert "exp for commit, peak_mem_gb for memory_gb, tok_sec for tokens_per_second" in told
     assert "1 row of status baseline taken for keep; 1 row of status best taken for keep" in told
     assert "1 row of status skip left out" in told and "taken as nvidia-rtx-5090" in told
@@ -309,9 +309,11 @@ def test_it_is_read_in_the_encodings_of_windows(tmp_path, encoding):
 def test_commas_for_decimal_points_are_read_and_told(tmp_path):
     record = other(tmp_path, OTHER.replace(".", ","))
     assert record.state.runs[1].bpb == 1.088927 and record.state.runs[1].result["watts"] == 508.6
-    assert any("commas for decimal points" in note for note in record.notes)
+    assert any("commas for decimal points" in note for note in record.started.notes)
     mixed = other(tmp_path, OTHER.replace("1.078907", "1,078907"))
-    assert mixed.state.best.number == 0 and any("set aside: val_bpb is '1,078907'" in note for note in mixed.notes)
+    assert mixed.state.best.number == 0 and any(
+        "set aside: val_bpb is '1,078907'" in note for note in mixed.started.notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_commas_are_read_without_a_header(tmp_path):
 def test_a_figure_that_cant_be_read_costs_no_row(tmp_path, old, new, column):
     record = other(tmp_path, OTHER.replace(f"\t{old}\t", f"\t{new}\t"))
     assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
-    assert any(f"left out: {column} in 2 rows" in note for note in record.notes)
+    assert any(f"left out: {column} in 2 rows" in note for note in record.started.notes)
 
 
 def test_a_refused_ledger_says_what_is_wrong_with_its_first_row(tmp_path):
@@ -345,7 +347,9 @@ def test_a_second_baseline_is_no_change(tmp_path):
     again = lines[1].replace("exp0", "exp9").replace("1.088927", "1.090000")
     record = other(tmp_path, "\n".join([*lines, again, ""]))
     assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
-    assert record.state.best.number == 2 and any("1 row of these baselines left out" in note for note in record.notes)
+    assert record.state.best.number == 2 and any(
+        "1 row of these baselines left out" in note for note in record.started.notes
+    )
 
 
 def test_a_baseline_that_crashed_first_is_still_the_baseline(tmp_path):
@@ -376,7 +380,7 @@ def test_a_ledger_of_only_crashes_is_imported_as_such(tmp_path):
     there = imported(path, tmp_path / "home")
     record = sources.read(there)
     assert [e.status for e in record.state.experiments.values()] == ["crash", "crash"] and record.state.best is None
-    assert "every row" in " ".join(record.notes)
+    assert "every row" in " ".join(record.started.notes)
 
 
 def test_a_ledger_without_a_status_or_rows_is_refused(tmp_path):

@@ -17,14 +17,13 @@ from lab.share.export import export_session
 
 def told(record):
     """What a reader sees of a session."""
-    return record.name, record.base, record.profile, record.notes, vars(record.state)
+    return record.name, record.base, vars(record.state)
 
 
 def test_a_session_of_ones_own(session):
     record = sources.read(session.name)
     assert record.name == f"{DEVICE}/{TAG}" and vars(record.state) == vars(session.state)
     assert record.base == session.repository.content(session.state.baseline.blob)
-    assert record.profile == session.profile
     assert told(sources.read(session.folder)) == told(sources.read(session.branch)) == told(record)
 
 
