@@ -212,18 +212,15 @@ def _run(
     session: Session, command: str, log: Path, seconds: float, most_bytes: int, stop: Callable[[], bool]
 ) -> tuple[int | None, str, int]:
     """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
-    reading, writing = os.pipe()
-    output = logs.Log(reading, log, flood=most_bytes)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     environment |= {MARK: _mark(session), "PATH": path}  # `python` is the one that has what the lab needs
     environment["GIT_CONFIG_GLOBAL"] = str(_settings_of_git(session))
-    try:
-        with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
-            pipes = {"stdin": prompt, "stdout": writing, "stderr": writing}
-            process = processes.shell(command, cwd=session.turn, env=environment, **pipes)
-    finally:
-        os.close(writing)
+    with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
+        pipes = {"stdin": prompt, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = processes.shell(command, cwd=session.turn, env=environment, **pipes)
+    assert process.stdout
+    output = logs.Log(process.stdout, log, flood=most_bytes)
     deadline, problem = time.monotonic() + seconds, ""
     try:
         while process.poll() is None and not problem:

@@ -18,13 +18,13 @@ import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import runpy  # noqa: E402
-import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from contextlib import AbstractContextManager  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
+from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -91,18 +91,14 @@ def _run(train: Path, result: Path, environment: dict[str, str]) -> tuple[int | 
 
     command = [sys.executable, __file__, str(train), str(result)]
     environment = {**environment, "TORCH_COMPILE_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    reading, writing = os.pipe()
-    output = log.Log(reading, result.with_suffix(".log"))
-    try:
-        process = subprocess.Popen(
-            command, cwd=result.parent, env=environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing,
-            start_new_session=True,
-        )  # fmt: skip
-    finally:
-        os.close(writing)
+    process = Popen(
+        command, cwd=result.parent, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True
+    )
+    assert process.stdout
+    output = log.Log(process.stdout, result.with_suffix(".log"))
     try:
         status = process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         status = None
     finally:
         processes.end(lambda: [*processes.tree(process.pid), *processes.in_group(process.pid)])

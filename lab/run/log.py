@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 HEAD, TAIL = 256 * 1024, 384 * 1024  # bytes that are kept of what a run printed first and last
 MOST = 1024 * 1024  # a longer file is cut down to those
@@ -29,8 +30,8 @@ class Log:
         flooded: more was printed than any sound run prints.
     """
 
-    def __init__(self, descriptor: int, path: Path, flood: int = FLOOD):
-        self.descriptor, self.flood, self.flooded = descriptor, flood, False
+    def __init__(self, pipe: IO[bytes], path: Path, flood: int = FLOOD):
+        self.pipe, self.flood, self.flooded = pipe, flood, False
         self._file = open(path, "wb+")
         self._read = self._left_out = 0
         self._line, self._shown = b"", 0.0  # what is unfinished; when progress was kept last
@@ -39,7 +40,7 @@ class Log:
         self._thread.start()
 
     def _drain(self) -> None:
-        while chunk := os.read(self.descriptor, 65536):
+        while chunk := os.read(self.pipe.fileno(), 65536):
             self._read += len(chunk)
             self.flooded = self.flooded or self._read > self.flood
             with self._lock:
@@ -49,7 +50,7 @@ class Log:
                     self._take(chunk)
                 except OSError:  # a full disk: the run is not to be held up by its log
                     self._line = b""
-        os.close(self.descriptor)
+        self.pipe.close()
 
     def _take(self, chunk: bytes) -> None:
         text, newline, rest = (self._line + chunk).replace(b"\r\n", b"\n").rpartition(b"\n")

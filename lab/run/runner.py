@@ -249,8 +249,7 @@ def execute(
     )  # fmt: skip
     exam.start()
     assert process.stdin and process.stdout
-    output = Log(os.dup(process.stdout.fileno()), log)
-    process.stdout.close()
+    output = Log(process.stdout, log)
     try:
         problem, paused = watch(process, request, output, begun + request.timeout, look)
     finally:

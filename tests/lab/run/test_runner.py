@@ -349,7 +349,7 @@ def test_bytes_that_are_no_text(request_for):
 def pipe(tmp_path):
     """(write(bytes), read(), close()) of a log."""
     into, out = os.pipe()
-    log = capture.Log(into, tmp_path / "log")
+    log = capture.Log(open(into, "rb"), tmp_path / "log")
     path = tmp_path / "log"
     yield lambda text: os.write(out, text), path.read_bytes, lambda: (os.close(out), log.close())
 
@@ -359,7 +359,7 @@ def test_closing_a_log_that_somebody_still_writes_to(tmp_path, monkeypatch):
     into, out = os.pipe()
     broken = []
     monkeypatch.setattr(threading, "excepthook", broken.append)
-    log, going = capture.Log(into, tmp_path / "log"), threading.Event()
+    log, going = capture.Log(open(into, "rb"), tmp_path / "log"), threading.Event()
 
     def write():
         while not going.is_set():
