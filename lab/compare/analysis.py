@@ -16,6 +16,7 @@ from lab.genome.kinds import KINDS
 from lab.session.record import Record
 from lab.session.state import APART, BASELINE, MEASURING, Experiment, Run, by_seed
 from lab.verdict import gate
+from lab.verdict.plan import pooled
 
 FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
 STARTED = "device backend source".split()
@@ -89,21 +90,11 @@ class Analysis:
         """The noise of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
         from calibration.noise import expected  # here, as the rest of calibration is large
 
-        groups = [  # as of State.repeats
-            list(by_seed(run for run in runs if run.budget == self.budget).values())[number != BASELINE :]
-            for number, runs in self.runs.items()
-            if self.experiments[number].status != "invalid"
-        ]
         first = next(iter(self.runs.get(BASELINE, ())), None)
         tokens = first and quantity(first, "tokens")
-        if first is None or not tokens or not any(len(group) > 1 for group in groups):
+        if first is None or not tokens or not self.state.repeats(self.budget):
             return None
-        return gate.pooled(
-            [[run.bpb for run in group] for group in groups],
-            first.bpb * expected(tokens),
-            conditions=[[run.conditions for run in group] for group in groups],
-            prior_slope=gate.WRONG * gate.CURVE * first.bpb,
-        )
+        return pooled(self.state, first.bpb * expected(tokens), gate.WRONG * gate.CURVE * first.bpb)
 
     @cached_property
     def curve(self) -> Curve | None:
