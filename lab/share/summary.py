@@ -7,7 +7,8 @@ import re
 import time
 from collections import Counter
 
-from lab.genome import kinds
+from lab.compare.analysis import kind_of
+from lab.genome.kinds import KINDS
 from lab.session.record import Record
 from lab.session.state import Experiment
 
@@ -57,11 +58,11 @@ def summary(record: Record) -> str:
         if group:
             lines += [f"\n## {heading}\n\n{TABLE}", *map(_row, group)]
     lines += [f"\n## {REST}"] * bool(rest)
-    for kind in kinds.KINDS:
-        of_kind = [e for e in rest if _kind(e) == kind]
+    for kind in KINDS:
+        of_kind = [e for e in rest if kind_of(e) == kind]
         of_kind.sort(key=lambda e: -math.inf if e.gain is None else e.gain, reverse=True)
         if of_kind:
-            lines += [f"\n### {kind}: {len(of_kind)} of {sum(_kind(e) == kind for e in tried)}\n"]
+            lines += [f"\n### {kind}: {len(of_kind)} of {sum(kind_of(e) == kind for e in tried)}\n"]
             lines += map(_line, of_kind[:LISTED])
         if len(of_kind) > LISTED:
             lines.append(f"- and {len(of_kind) - LISTED} more, in journal.jsonl")
@@ -75,10 +76,6 @@ def _scores(record: Record) -> list[str]:
         for name, e in experiments.items()
         if e and record.state.results(e.blob) and (name == "baseline" or e.number)
     ]
-
-
-def _kind(experiment: Experiment) -> str:
-    return experiment.kinds[0] if experiment.kinds else "other"
 
 
 def _change(experiment: Experiment) -> str:
