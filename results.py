@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from string import Formatter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+RunStatus = Literal["ok", "crash", "invalid", "lost"]  # how a run ended; see lab/run/outcome.py
 
 
 class Measure(NamedTuple):

@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import psutil
@@ -52,17 +51,6 @@ NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,60}", re.ASCII)
 OF_REQUEST = (
     "seed budget timeout run_id reference keeps_caches lineage".split()
 )  # what a worker is told of a runner.Request
-
-
-class Made(msgspec.Struct):
-    """A worker's report of a run; values of other types are refused."""
-
-    status: events.RunStatus
-    reason: Reason | None
-    result: dict | None
-    seconds: Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
-    traceback: Annotated[str, msgspec.Meta(max_length=20_000)]
-    log: bytes
 
 
 class Scored(msgspec.Struct):
@@ -361,10 +349,10 @@ class Pool:
                 self._fetch_weights(device.name, run, found.weights)
                 executor.scored(session, experiment, run, runner.Scores(found.val_bpb, found.held_out_bpb))
             return
-        made = msgspec.convert(answer, Made)
-        result = outcome.sound(made.result or {})
-        told = Outcome(made.status, made.reason, result or None, made.seconds, made.traceback)
-        (folder / "run.log").write_bytes(made.log)
+        told = msgspec.convert(answer, Outcome)
+        result = outcome.sound(told.result or {})
+        told.result = result or None
+        (folder / "run.log").write_bytes(answer["log"])
         if told.status == "ok":
             if lacks := [measure.name for measure in MEASURES if measure.needed and measure.name not in result]:
                 raise LabError(f"it does not report {', '.join(lacks)}")

@@ -8,15 +8,17 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 import prepare
 from lab import untrusted
 from lab.reasons import Reason, because
 from lab.run import guard, log
 from lab.run.exam import Exam
-from results import BY_NAME, MEASURES, REFUSALS
+from results import BY_NAME, MEASURES, REFUSALS, RunStatus
 
 LARGEST = 2**20  # bytes of a result
 LARGEST_NUMBER = 1e40
@@ -31,7 +33,7 @@ CLOCKS_APART = 3.0  # seconds: Linux tells to the second only when it was starte
 
 @dataclass
 class Outcome:
-    """The outcome of a run.
+    """The outcome of a run, also as a worker reports it: values of other types are refused then.
 
     Attributes:
         status: "ok", "crash" or "invalid"; "lost" if it says nothing of train.py. reason: why not "ok".
@@ -42,11 +44,11 @@ class Outcome:
         traceback: at most 40 lines, cleaned; "" if there is none.
     """
 
-    status: str
+    status: RunStatus
     reason: Reason | None = None
     result: dict | None = None
-    seconds: float = 0.0
-    traceback: str = ""
+    seconds: Annotated[float, Meta(ge=0, lt=1e9)] = 0.0
+    traceback: Annotated[str, Meta(max_length=20_000)] = ""
 
 
 @dataclass
@@ -73,7 +75,9 @@ def of_run(request, ended: Ended, exam: Exam) -> Outcome:
     return Outcome(status, reason, facts, ended.seconds, untrusted.clean(printed) if status == "crash" else "")
 
 
-def _judged(request, ended: Ended, told: dict | None, facts, printed: str, exam: Exam) -> tuple[str, Reason | None]:
+def _judged(
+    request, ended: Ended, told: dict | None, facts, printed: str, exam: Exam
+) -> tuple[RunStatus, Reason | None]:
     """Status and reason."""
     if ended.problem:
         return "invalid", ended.problem

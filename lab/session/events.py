@@ -13,12 +13,12 @@ from msgspec import Meta, Struct
 
 from lab.genome.kinds import Subject
 from lab.reasons import Reason, sentence
+from results import RunStatus
 
 Kind = Literal[
     "baseline", "change", "near misses", "joint", "shared", "replay", "repeat", "confirm", "scale", "transfer"
 ]
 Status = Literal["keep", "discard", "crash", "invalid", "superseded"]
-RunStatus = Literal["ok", "crash", "invalid", "lost"]
 
 Number = Annotated[int, Meta(ge=0, lt=10**9)]
 Text = Annotated[str, Meta(max_length=4000)]
