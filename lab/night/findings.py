@@ -139,23 +139,10 @@ def _row(finding: Finding, expected: float | None = None, here: str = "", effect
 
 
 def patches(session: Session) -> list[Patch]:
-    """What a block of shared runs may hold: published findings that apply, promise something, and were not tried."""
-    state, device = session.state, session.started.device
-    if state.best is None:
-        return []
-    best, known, done = session.repository.content(state.best.blob), blocks.screened(state), tried(state)
-    found = []
-    for finding in published.library():
-        gain = finding.expected(device, session.budget)
-        if gain < LIKELY or finding.origin in known or finding.key in done:
-            continue
-        try:
-            content = apply(finding, best, session.profile["settings"])
-        except edits.NotHere:
-            continue
-        if not state.equal(describe(content).digest):
-            found.append(Patch(finding.origin, finding.title, finding.edit.text, gain))
-    return sorted(found, key=lambda patch: -patch.gain)
+    """What a block of shared runs may hold: the ideas that are published findings."""
+    known = {finding.origin: finding for finding in published.library()}
+    found = [(known[idea.origin], idea.gain) for idea in ideas(session) if idea.origin in known]
+    return [Patch(finding.origin, finding.title, finding.edit.text, gain) for finding, gain in found]
 
 
 @functools.lru_cache(maxsize=64)
