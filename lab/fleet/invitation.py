@@ -12,13 +12,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
+
 import storage
 from lab.errors import LabError
 from lab.fleet.wire import Keys, host_and_port
 from lab.fleet.worker import digests_of
 from lab.session.session import Session
 
-FORMAT = 1
 DAYS = 30.0  # that an invitation is good for
 AUTHORITY_DAYS = 3650.0
 HEAD = "head"
@@ -53,17 +54,14 @@ class Invitation:
     data: str | None = None
 
     def write(self, path: Path) -> None:
-        storage.write_json(path, {"format": FORMAT, **asdict(self)}, mode=SECRET)
+        storage.write_json(path, asdict(self), mode=SECRET)
 
     @classmethod
     def read(cls, path: Path) -> Invitation:
         """LabError if the file is not an invitation."""
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known.pop("format") != FORMAT:
-                raise LabError(f"{path} was made by another version of this project")
-            return cls(**known | {"keys": Keys(**known["keys"])})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise LabError(
                 f"{path} is not an invitation ({error}); make one on the head: python -m lab invite"
             ) from error
