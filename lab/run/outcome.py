@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 import prepare
+import storage
 from lab import untrusted
 from lab.reasons import Reason, because
 from lab.run import guard, log
@@ -129,13 +130,10 @@ def unscored(request, ended: Ended, exam: Exam) -> Reason | None:
 
 def read(path: Path) -> dict | None:
     """A JSON object, or None."""
-    try:
-        if path.stat().st_size > LARGEST:
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+    with suppress(OSError, RecursionError):
+        if path.stat().st_size <= LARGEST:
+            return storage.read_json(path)
+    return None
 
 
 def believed(left) -> Reason:

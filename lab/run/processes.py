@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -73,12 +72,10 @@ def note(path: Path, pid: int) -> psutil.Process | None:
 
 def noted(path: Path) -> psutil.Process | None:
     """The process that was written down there, if it still runs: a later one with its number is another."""
-    try:
-        known = json.loads(path.read_bytes())
+    known = storage.read_json(path) or {}
+    with suppress(KeyError, psutil.Error):
         process = psutil.Process(known["pid"])
         return process if process.create_time() == known["created"] and runs(process) else None
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return None
 
 
 def runs(process: psutil.Process) -> bool:
