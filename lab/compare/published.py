@@ -173,7 +173,8 @@ def verdict(published: float | None, here: Effect | None) -> tuple[str, str]:
     share = f"{gain / size:+.0%} of the published effect"
     if abs(gain) > 10 * size:
         share = f"more than ten times the published effect{'' if gain > 0 else ', the other way'}"
-    if t_tail(gain / here.error, here.df) <= classify.LEVEL / 2 and gain >= classify.HALF * size:
+    same = t_tail(gain / here.error, here.df) <= classify.LEVEL / 2
+    if same and gain >= classify.HALF * size:
         return classify.HOLDS, share
     if here.biased:
         return classify.OPEN, "its parent here is biased by selection"
@@ -181,4 +182,4 @@ def verdict(published: float | None, here: Effect | None) -> tuple[str, str]:
         return classify.REVERSES, share
     if t_tail((classify.HALF * size - gain) / here.error, here.df) <= classify.LEVEL:
         return (classify.FADES, share) if gain >= -classify.HALF * size else (classify.OPEN, "it fades or reverses")
-    return classify.OPEN, "may be chance here"
+    return classify.OPEN, "the same direction, size unknown" if same else "may be chance here"

@@ -42,6 +42,13 @@ def needs_compiler() -> None:
         pytest.skip("PyTorch's compiler passes its own path to the linker unquoted: no blank in it, please")
 
 
+def torch_before(*version: int) -> bool:
+    """Whether PyTorch is older."""
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) < version
+
+
 def holder(backend, **values):
     """A module with one parameter for each value."""
 
