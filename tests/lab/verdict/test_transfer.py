@@ -50,6 +50,8 @@ def test_the_best_and_the_baseline_are_run_in_turn_at_twice_the_depth(session, r
     assert found.verdict.confirmed and "the best at 2 times the depth" in found.verdict.said
     assert session.state.best is best and render.status_facts(session)["transfers"] == [found.verdict.said]
     assert "HOLDS" in render.block(session, found)
+    listed = render.table(session.state.decided).splitlines()[-2:]
+    assert [line.split()[2] for line in listed] == ["transfer"] * 2  # none of them was kept
 
 
 def test_a_transfer_is_part_of_what_an_export_tells_and_checks(session):
