@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -140,6 +141,8 @@ def synchronize(device: torch.device) -> None:
 def configure_compiler() -> None:
     torch._dynamo.config.cache_size_limit = 64  # a step of other shapes is compiled for each of them
     torch._dynamo.config.automatic_dynamic_shapes = False  # only what is marked
+    if hasattr(torch._dynamo.config, "run_gc_after_compile"):
+        torch._dynamo.config.run_gc_after_compile = False  # `prepare.Clock` has the garbage collected, once
     import torch._functorch.config as autograd
 
     # Without this a graph with an autograd.Function of ours is differentiated anew at each start, which takes longer
@@ -148,19 +151,24 @@ def configure_compiler() -> None:
         autograd.autograd_cache_allow_custom_autograd_functions = True
 
 
+# What the compiler does at its first graph, and keeps, as (module, function).
+ASIDE = {
+    "cuda": [("torch._inductor.async_compile", "maybe_warm_pool")],  # starts helpers, which takes seconds
+    "cpu": [("torch._inductor.cpu_vec_isa", "pick_vec_isa")],  # tries the processor's instructions in another Python
+}
+DIGESTS = [("triton.runtime.cache", "triton_key"), ("torch._inductor.codecache", "torch_key")]  # of half a gigabyte
+
+
 def load_compiler(device: torch.device) -> threading.Thread:
-    """Imports the compiler, whose modules take a second, beside what waits for the GPU, for the disk or in numpy. To be
-    joined before anything is compiled."""
+    """Imports the compiler, whose modules take a second, and has it do what it does once: beside what waits for a
+    GPU, the disk or numpy. To be joined before anything is compiled."""
 
     def load():
-        try:
+        with suppress(Exception):  # whoever compiles is told
             importlib.import_module("torch._inductor.compile_fx")
-            if (
-                device.type == "cuda"
-            ):  # until its helpers run, which takes seconds, it compiles one kernel after the other
-                importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
-        except Exception:  # whoever compiles is told
-            pass
+        for module, function in [*ASIDE.get(device.type, ()), *DIGESTS]:
+            with suppress(Exception):
+                getattr(importlib.import_module(module), function)()
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()

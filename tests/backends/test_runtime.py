@@ -1,5 +1,7 @@
 """What the compiler is told: a gradient of our own is one node, which its cache knows by the text of its module."""
 
+import importlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -61,3 +63,8 @@ def test_the_compilers_helpers_are_started_early_for_a_gpu(kind, calls, monkeypa
     monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: warmed.append(kind))
     device.load_compiler(torch.device(kind)).join()
     assert len(warmed) == calls
+
+
+def test_what_the_compiler_does_once_it_still_does():
+    torchs = [*device.ASIDE["cuda"], *device.ASIDE["cpu"], *device.DIGESTS[1:]]
+    assert all(callable(getattr(importlib.import_module(module), function)) for module, function in torchs)
