@@ -8,6 +8,14 @@ from pathlib import Path
 
 WAIT = 100.0  # seconds: shells of agents have time limits
 TURN = 600.0  # seconds
+RANGES = [  # of options of a night
+    ("agents", 0, math.inf),
+    ("turn_seconds", 0.1, math.inf),
+    ("offers", 0, 1),
+    ("baseline_runs", 1, math.inf),
+    ("max_experiments", 0, math.inf),
+    ("page", 0, 65535),
+]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,9 +178,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     if options.command == "night":
         if options.agents and not options.agent:
             whole.error("--agents is for an agent: give --agent COMMAND, too")
-        for name, low, high in (("agents", 0, math.inf), ("turn_seconds", 0.1, math.inf), ("offers", 0, 1)):
-            if not low <= getattr(options, name) <= high:
+        for name, low, high in RANGES:
+            if (value := getattr(options, name)) is not None and not low <= value <= high:
                 limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                whole.error(f"--{name.replace('_', '-')} has to be {limit}, not {getattr(options, name):g}")
+                whole.error(f"--{name.replace('_', '-')} has to be {limit}, not {value:g}")
         options.findings = options.agent is None if options.findings is None else options.findings
     return options

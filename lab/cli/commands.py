@@ -30,6 +30,7 @@ from lab.verdict.executor import launch, supervise
 
 MOST_DAYS = 3650  # that an invitation holds
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
+ANOTHER = 3  # exit status: what was asked for was not done, as an interrupted experiment had to be finished first
 
 
 def do_start(options) -> int:
@@ -61,7 +62,8 @@ def do_start(options) -> int:
 def do_run(session: Session, options) -> int:
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
-        if interrupted := session.state.oldest_open:
+        interrupted = session.state.oldest_open
+        if interrupted:
             options.note = _finished_first(interrupted, f"Your {TRAIN}")
         elif answer := opening.open_change(session, options.message, options.near_misses, options.again):
             options.note = "this was tried before, so the ledger answers; --again runs it all the same"
@@ -69,7 +71,7 @@ def do_run(session: Session, options) -> int:
         elif others := session.repository.changed():
             print(f"not part of the experiment, and left as they are: {untrusted.listed(others)}", file=sys.stderr)
         process = launch(session)
-    return follow(session, options, process)
+    return follow(session, options, process) or ANOTHER * bool(interrupted)
 
 
 def _finished_first(interrupted: Experiment, left: str) -> str:
@@ -146,6 +148,8 @@ def do_check(options) -> int:
     digest, session = describe(content).digest, _session_here()
     remarks = [f"line {p.line}: {p.found}: use {p.use}" for p in beyond_the_surface(content)]
     if session:
+        if session.supervised:
+            raise LabError(opening.RUNNING)
         refuse_if_busy(session.device_lock)
         if equal := session.state.equal(digest):
             remarks.append(f"it is equal to experiment {equal.number}, which was a {equal.status}")
@@ -339,12 +343,14 @@ def do_replay(session: Session, options) -> int:
 
 
 def do_supervise(session: Session, options) -> int:
-    if session.fleet is None:
-        supervise(session)
-    else:
+    from lab.fleet import settings
+
+    if settings.is_pooled(session):
         from lab.fleet.pool import Pool
 
         supervise(session, Pool(session))
+    else:
+        supervise(session)
     return 0
 
 
@@ -356,6 +362,11 @@ def do_invite(session: Session, options) -> int:
 
     if not 0 < options.days <= MOST_DAYS:
         raise LabError(f"--days has to be a number above 0, and at most {MOST_DAYS}")
+    if session.fleet is None and (session.owned_by_night or session.supervised):
+        raise LabError(
+            "experiments are being run by this machine alone: end the night with Ctrl-C, or wait (python -m lab wait); "
+            "then invite. The next night listens for workers"
+        )
     listen = invitation.invite(session, options.target, options.address, options.listen, options.days)
     settings.listen(session, listen)
     print(

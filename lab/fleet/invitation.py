@@ -8,6 +8,7 @@ a worker, and sees what workers see, until it expires.
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,8 +88,15 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
     return f"tls://{listen or '0.0.0.0:' + address.rpartition(':')[2]}"
 
 
+def require() -> None:
+    """LabError if what makes certificates is not installed."""
+    if importlib.util.find_spec("cryptography") is None:
+        raise LabError("several devices need the package cryptography: pip install -c constraints.txt '.[fleet]'")
+
+
 def _signed(name: str, days: float, authority: tuple[str, str] | None) -> tuple[str, str]:
     """(certificate, key) in PEM; signed by the authority, or by itself, which makes it one."""
+    require()
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

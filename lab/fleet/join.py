@@ -45,7 +45,8 @@ def join(path: Path, asked: str, called: str | None, local: bool) -> int:
     worker = Worker(here.name_of(device, local, called), device, here.settings_of(device), expected, local)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _give_back(worker))
-    processes.note(worker.root / "worker.json", os.getpid())
+    if not local:  # those of the head's own night end with it
+        processes.note(worker.root / "worker.json", os.getpid())
     print(f"{worker.name} works for {invitation.session} at {invitation.address}", flush=True)
     try:
         serve(invitation.address, invitation.keys, worker, PATIENCE)

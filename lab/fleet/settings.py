@@ -26,8 +26,13 @@ def listen(session: Session, address: str) -> None:
     storage.write_json(session.folder / FLEET, {**(session.fleet or {"devices": []}), "listen": address})
 
 
+def is_pooled(session: Session) -> bool:
+    """Whether workers make the runs. Where others are only invited, a night waits for them, and a command does not."""
+    known = session.fleet
+    return known is not None and bool(known["devices"] or known.get("elsewhere") or session.owned_by_night)
+
+
 def status(session: Session) -> list[dict]:
-    """The devices, as the head has last told: name, doing, usable, tokens_per_second, heat. None if it is not at
-    work."""
+    """The devices, as the head has last told: name, doing, usable, tokens_per_second, heat. [] if it is not at work."""
     known = storage.read_json(session.folder / "fleet" / STATUS)
     return known["devices"] if known and time.time() < known["time"] + STALE else []

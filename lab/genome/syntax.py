@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from lab.errors import LabError
 
 TRAIN = "train.py"
+LONGEST = 2**19  # bytes of it: a diff of two has room in an event
 IGNORED = ("ctx", "type_comment", "kind", "type_ignores")  # fields that don't change what is computed
 CALIBRATED = "defaults"  # its attributes stand for numbers
 MODULE = "the module"  # name of what stands at the top level and defines no single name
@@ -62,18 +63,22 @@ def with_ends_of(content: bytes, made: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def describe(content: bytes) -> Source:
-    """The facts of a train.py. LabError, with the line, if it is not valid Python."""
+    """The facts of a train.py. LabError, with the line, if it is not valid Python, or too long."""
+    if len(content) > LONGEST:
+        raise LabError(
+            f"{TRAIN} has {len(content):,} bytes, and may have {LONGEST:,}: a table has to be computed, not written out"
+        )
     try:
         tree = parsed(content.decode("utf-8-sig"))
         portable = not beyond_the_surface(content)
+        digest = hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
+        return Source(digest, sum(1 for _ in counted(tree)), portable)
     except UnicodeDecodeError as error:
         raise LabError(f"{TRAIN} is not UTF-8 text ({error}); save it as UTF-8 and run again") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" line {error.lineno}:" if isinstance(error, SyntaxError) and error.lineno else ""
         problem = error.msg if isinstance(error, SyntaxError) else error
         raise LabError(f"{TRAIN}{where} {problem}. Nothing was run: fix it and run again") from error
-    digest = hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
-    return Source(digest, sum(1 for _ in counted(tree)), portable)
 
 
 def beyond_the_surface(content: bytes) -> list:
@@ -87,10 +92,10 @@ def beyond_the_surface(content: bytes) -> list:
 
 
 def is_python(content: bytes) -> bool:
-    """Whether a train.py is valid Python: `describe` says why not, and much more."""
+    """Whether it can be a train.py: `describe` says why not, and much more."""
     try:
-        parsed(content.decode("utf-8-sig"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        describe(content)
+    except LabError:
         return False
     return True
 

@@ -281,11 +281,11 @@ class Night:
                     elif not self._take_turn(resting=not due):
                         return
         if turn := self._unopened:
+            self._unopened = None
             if content := self._on_best(turn.blob, turn.parent):
                 self._open(turn.description, content, {"origin": turn.origin})
             else:
                 self.view.say(f"not run, as it can't be merged with the best, or is part of it: {turn.description}")
-            self._unopened = None
 
     def _rebase(self) -> bool:
         """Makes a superseded change again on the best. Returns whether there was one. It is dropped if both changed
@@ -335,6 +335,8 @@ class Night:
             session.refresh()  # a keep puts another one there, and says so before
             if digest == best_of(session).digest:
                 return None
+            if session.repository.store(content) in {kept.blob for kept in session.state.kept}:
+                return None  # the best until now: the one after it is about to be put there
             if (equal := session.state.equal(digest)) is None:
                 return content
             why = f"{TRAIN} is equal to experiment {equal.number}, which was a {equal.status}"
@@ -543,7 +545,7 @@ class Night:
         self.view.say(line if plain else f"{line}: {verdict.said}")
         if verdict.status == "keep" and experiment.kind not in BESIDE:
             self._notify(f"new best{score}: {what}")
-        decided = self.session.state.decided
+        decided = [e for e in self.session.state.decided if e.number >= self.now.first]
         row = next((i for i, e in enumerate(reversed(decided)) if not fruitless(e)), len(decided))
         if row in (agent.TIRES, FRUITLESS):
             self._tell(f"the last {row} experiments crashed or could not be judged: {verdict.said}", "trouble")
@@ -629,5 +631,6 @@ def go(session: Session, options) -> int:
             except KeyboardInterrupt:
                 view.say("ended at once")
     confirm = " To test the best against the baseline: python -m lab confirm"
-    print("To continue: python -m lab night." + confirm * (session.state.best is not session.state.baseline))
+    improved = session.state.best not in (None, session.state.baseline)
+    print("To continue: python -m lab night." + confirm * improved)
     return 0

@@ -20,6 +20,7 @@ import storage
 from calibration import identity
 from calibration.profile import ProfileError
 from lab.errors import LabError
+from lab.fleet import here, invitation
 from lab.genome.syntax import TRAIN
 from lab.night import limits
 from lab.night.view import clock, lasting
@@ -123,6 +124,9 @@ def plan(path: Path, options) -> Plan:
     made.last = scale_takes(session) if options.scale else 0.0
     if "data" in made.missing:
         made.download, made.disk = SIZES.get(made.dataset, (0.0, 0.0))
+    if options.devices:  # whether they are there, and can take part
+        invitation.require()
+        here.devices(options.devices)
     made.disk += DISK[0] + DISK[1] * (100 if made.experiments is None else made.experiments)
     home = storage.home().absolute()
     made.free = shutil.disk_usage(next(path for path in (home, *home.parents) if path.exists())).free / 1e9

@@ -113,7 +113,7 @@ def hosts() -> list[str]:
         for name, addresses in psutil.net_if_addrs().items()
         for address in addresses
         if address.family == socket.AF_INET
-        and stats[name].isup
+        and ((known := stats.get(name)) is None or known.isup)  # an alias, such as eth0:1, has none of its own
         and not address.address.startswith(("127.", "169.254."))
     ]
     return found or ["127.0.0.1"]

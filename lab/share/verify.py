@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from lab.errors import LabError
-from lab.genome.syntax import normalised
+from lab.genome.syntax import LONGEST, normalised
 from lab.session.events import Event, SessionStarted
 from lab.session.journal import read_events
 from lab.session.record import Record
@@ -30,7 +30,7 @@ CONTROL = re.compile(r"[^\t\n\f\r\x20-\x7e\xa0-\U0010ffff]")
 LOSSES = {"val_nats", "val_bytes", "held_nats", "held_bytes"}  # per row, as a run's folder has them
 MOST_LOSSES = 2**24  # bytes of one run's
 MOST_JSON = 2**26  # bytes of a journal: in memory they are a few times as many
-MOST_TRAIN, MOST_TRAINS = 2**20, 2**28  # bytes of a train.py, and of all experiments' together
+MOST_TRAINS = 2**28  # bytes of all experiments' train.py together
 MOST_TEXT, MOST_NUMBER = 20_000, 1e15
 
 
@@ -138,7 +138,7 @@ def _check_trains(record: Record) -> None:
         except LabError as error:
             raise Wrong(f"experiment {number}: {error}") from None
         left -= len(train)
-        if len(train) > MOST_TRAIN or left < 0:
+        if len(train) > LONGEST or left < 0:
             raise Wrong(f"experiment {number} makes a train.py of {len(train):,} bytes: that is too much")
         if number != BASELINE and not _is_blob(train, experiment.blob):
             raise Wrong(f"experiment {number}: its diff makes another train.py than was run")

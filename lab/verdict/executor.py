@@ -183,7 +183,11 @@ def carry_out(session: Session, order: Order) -> None:
     """A guarded run, journalled before and after."""
     run = begin(session, order)
     before = _ledger(session)
-    made = runner.run(request(session, run))
+    try:
+        made = runner.run(request(session, run))
+    except Exception:  # a full disk, say: the next attempt makes another run
+        ended(session, run, Outcome("lost", because("killed")))
+        raise
     if changed := session.restore_judge():
         made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
     if _ledger(session) != before:

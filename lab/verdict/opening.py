@@ -49,7 +49,7 @@ def exclusive(
     with lock:
         if session.starting:
             raise LabError(RUNNING)
-        for line in session.recover(runner.end):
+        for line in session.recover(runner.end, lambda run: bool(run.worker)):  # of a worker's the next head decides
             say(line)
         if device:
             refuse_if_busy(session.device_lock)

@@ -33,6 +33,9 @@ def session(tmp_path, runner):
     ("--agent x --agents -1", "--agents has to be at least 0, not -1"),
     ("--agent x --turn-seconds -5", "--turn-seconds has to be at least 0.1, not -5"),
     ("--offers 7", "--offers has to be from 0 to 1, not 7"),
+    ("--baseline-runs 0", "--baseline-runs has to be at least 1, not 0"),
+    ("--max-experiments -2", "--max-experiments has to be at least 0, not -2"),
+    ("--page 99999", "--page has to be from 0 to 65535, not 99999"),
     ("--agent x --proposer", "--agent and --proposer don't go together"),
 ])  # fmt: skip
 def test_options_of_a_night_that_make_no_sense(given, said, capsys):
@@ -151,6 +154,24 @@ def test_waiting_has_an_end(session, capsys):
         text = said(capsys, commands.follow, other, wait=0.3)
     assert "is running" in text and "lab wait" in text
     assert 300 < render.progress_facts(other, other.state.oldest_open)["seconds_left"] < 400
+
+
+def test_what_was_not_run_has_another_exit_status(session, capsys, monkeypatch):
+    """`propose` of the MCP server puts its edits back by it, so that it can be called again."""
+    (session.repository.path / "train.py").write_bytes(edited(LOSS=0.9))
+    with opening.exclusive(session):
+        opening.open_change(session, "m")
+    monkeypatch.setattr(commands, "launch", executor.supervise)
+    assert commands.do_run(session, parsed(["run", "-m", "x"])) == commands.ANOTHER
+    assert "run the command again" in capsys.readouterr().out
+    (session.repository.path / "train.py").write_bytes(edited(LOSS=0.8))
+    assert commands.do_run(session, parsed(["run", "-m", "x"])) == 0
+
+
+def test_a_check_during_ones_own_run_says_to_wait_for_it(session, monkeypatch):
+    monkeypatch.chdir(session.repository.path)
+    with session.lock, pytest.raises(LabError, match="wait for it: python -m lab wait"):
+        commands.do_check(parsed(["check"]))
 
 
 def test_one_run_at_a_time_on_a_device(session, tmp_path):

@@ -25,6 +25,7 @@ from lab.fleet.pool import Pool
 from lab.run import sandbox
 from lab.run.processes import end
 from lab.session.session import Session
+from lab.verdict import opening
 
 ADDRESS = "127.0.0.2"  # of the head, as others see it
 TRIAL = {"depth": 2, "rows": 4, "total_batch_size": 8192, "window_pattern": "L", "precision": "float32"}
@@ -328,3 +329,30 @@ def test_what_a_night_chooses_is_kept_beside_who_is_invited(project):
     settings.listen(project, "tls://0.0.0.0:1")
     settings.choose(project, ["cpu"])
     assert project.fleet == {"devices": ["cpu"], "listen": "tls://0.0.0.0:1"}
+
+
+def test_who_is_only_invited_concerns_nights(project):
+    settings.listen(project, "tls://0.0.0.0:1")
+    assert not settings.is_pooled(project)
+    with project.night_lock:
+        assert settings.is_pooled(project)
+    settings.choose(project, ["cpu"])
+    assert settings.is_pooled(project)
+
+
+def test_nobody_is_invited_beside_what_one_device_runs(project, tmp_path):
+    with project.night_lock, pytest.raises(LabError, match="then invite"):
+        commands.do_invite(project, options(target=tmp_path / "x", address="a:1", listen=None, days=30))
+    assert project.fleet is None
+
+
+def test_the_package_that_is_missing_is_named(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(invitation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LabError, match="pip install .*fleet"):
+        commands.do_invite(project, options(target=tmp_path / "x", address="a:1", listen=None, days=30))
+
+
+def test_runs_of_workers_are_left_to_the_next_head(project):
+    run = project.start_run(project.state.baseline, project.state.baseline.blob, 1, 300.0, worker="1a2b/cuda:0")
+    with opening.exclusive(project):
+        assert project.state.runs[run.number].ended is None

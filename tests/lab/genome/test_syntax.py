@@ -39,9 +39,17 @@ def test_a_framework_makes_it_not_portable():
 
 @pytest.mark.parametrize(
     "content, said",
-    [(b"def f(:\n", "line 1"), (b"x = 1\n  y = 2\n", "line 2"), (b"\xff\xfe", "UTF-8"), (b"x = 1\0", "null")],
+    [
+        (b"def f(:\n", "line 1"),
+        (b"x = 1\n  y = 2\n", "line 2"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"x = 1\0", "null"),
+        (b"x = 0x" + b"f" * 6000, "4300 digits"),
+        (b"x = '" + b"x" * 2**19 + b"'\n", "may have 524,288"),
+    ],
 )
-def test_what_is_no_python_is_refused_with_the_reason(content, said):
+def test_what_can_be_no_train_py_is_refused_with_the_reason(content, said):
+    assert not source.is_python(content)
     with pytest.raises(LabError, match=said):
         source.describe(content)
 

@@ -360,6 +360,19 @@ def test_a_machine_on_which_everything_crashes_ends_the_night(session, proposals
     assert any("the last 3 experiments crashed" in line for line in one.view.lines)
 
 
+def test_what_crashed_in_an_earlier_night_ends_none_after_it(session, proposals, monkeypatch):
+    monkeypatch.setattr(loop, "FRUITLESS", 3)
+    proposals += [edited(FAILS="crash", EXTRA=i) for i in range(4)] + [edited(LOSS=1.1 + 0.1 * i) for i in range(2)]
+    assert "3 experiments in a row" in night(session, max_experiments=9).run()
+    assert "max-experiments" in night(Session(session.folder), max_experiments=3).run() and len(statuses(session)) == 7
+
+
+def test_a_turn_whose_train_py_can_not_be_run_is_not_tried_again(session, turns):
+    turns += [sessions.TRAIN + b"A = '" + b"x" * 2**19 + b"'\n", edited(LOSS=0.9)]
+    night(session, agent="generous", max_experiments=1).run()
+    assert statuses(session)[1:] == [("keep", "the agent's idea")]
+
+
 def test_an_agent_whose_experiments_all_crash_is_left_alone(session, proposals, turns):
     turns += [edited(FAILS="crash", EXTRA=i) for i in range(3)] + [edited(LOSS=0.9)]
     night(session, agent="hasty", max_experiments=5).run()

@@ -34,7 +34,11 @@ HARDWARE = Hardware(
 
 def options(**changes):
     named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset"))
-    return Namespace(**named | {"baseline_runs": 3, "unsandboxed": False, "findings": False, "scale": False} | changes)
+    return Namespace(
+        **named
+        | {"baseline_runs": 3, "unsandboxed": False, "findings": False, "scale": False, "devices": None}
+        | changes
+    )
 
 
 @pytest.fixture

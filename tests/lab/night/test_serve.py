@@ -2,6 +2,7 @@
 
 import http.client
 import socket
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -102,6 +103,14 @@ def test_a_port_that_is_taken(night):
         port = taken.getsockname()[1]
         with pytest.raises(LabError, match=f"port {port} can't be used"), serve.served(night, port, print):
             pass
+
+
+def test_an_alias_of_a_network_card_is_an_address(monkeypatch):
+    card = [SimpleNamespace(family=socket.AF_INET, address="192.168.1.2")]
+    alias = [SimpleNamespace(family=socket.AF_INET, address="192.168.1.3")]
+    monkeypatch.setattr(serve.psutil, "net_if_addrs", lambda: {"eth0": card, "eth0:1": alias})
+    monkeypatch.setattr(serve.psutil, "net_if_stats", lambda: {"eth0": SimpleNamespace(isup=True)})
+    assert serve.hosts() == ["192.168.1.2", "192.168.1.3"]
 
 
 def test_by_default_nothing_is_served(night):

@@ -109,7 +109,7 @@ def test_an_event_that_is_there_twice_changes_nothing(sent, tmp_path):
 def test_more_than_a_session_needs_is_refused(sent, tmp_path, monkeypatch):
     for name, most, match in (
         ("MOST_JSON", 1000, "bytes, and may have 1,000"),
-        ("MOST_TRAIN", len(BASE) - 1, "makes a train.py of .* bytes"),
+        ("LONGEST", len(BASE) - 1, "makes a train.py of .* bytes"),
         ("MOST_TRAINS", 3 * len(BASE), "that is too much"),
     ):
         with monkeypatch.context() as patch:

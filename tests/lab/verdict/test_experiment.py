@@ -53,6 +53,21 @@ def test_the_timeout_is_measured(tmp_path, runner):
     assert timeout(1200) == timeout(300) + 1800
 
 
+def test_a_harness_that_fails_again_and_again_ends_the_experiment(session, monkeypatch):
+    def full(request):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(executor.runner, "run", full)
+    (session.repository.path / FILE).write_bytes(edited(LOSS=0.9))
+    with opening.exclusive(session):
+        opening.open_change(session, "m")
+    for _ in range(TRIES - 1):
+        with pytest.raises(OSError, match="No space"):
+            executor.supervise(session)
+    executor.supervise(session)
+    assert session.state.last.status == "invalid" and {run.status for run in session.state.last.runs} == {"lost"}
+
+
 def test_a_clear_gain_is_kept(session):
     found = attempt(session, edited(LOSS=0.9))
     assert found.status == "keep"
