@@ -13,7 +13,7 @@ RANGES = [  # of options of a night
     ("turn_seconds", 0.1, math.inf),
     ("offers", 0, 1),
     ("baseline_runs", 1, math.inf),
-    ("max_experiments", 0, math.inf),
+    ("max_experiments", 1, math.inf),
     ("page", 0, 65535),
 ]
 
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     text = "run N turns of the agent at once, also while experiments run (default: one, in between)"
     night("--agents", text, default=0, **seeds)
     night("--proposer", "use the built-in search instead of an agent (the default)", action="store_true")
-    text = "first try the findings that lab findings lists (the default without an agent)"
+    text = "first try the findings that lab findings lists, and later, too (the default without an agent)"
     night("--findings", text, action=argparse.BooleanOptionalAction)
     night("--turn-seconds", f"time limit of one turn of the agent (default {TURN:g})", "S", type=float, default=TURN)
     night("--hours", "stop after this many hours", "H", type=float)
@@ -176,6 +176,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         if all(getattr(options, name, None) for name in both):
             whole.error(f"--{both[0]} and --{both[1]} don't go together: give one of them")
     if options.command == "night":
+        if options.agent is not None and not options.agent.strip():
+            whole.error("--agent needs a command")
         if options.agents and not options.agent:
             whole.error("--agents is for an agent: give --agent COMMAND, too")
         for name, low, high in RANGES:

@@ -30,6 +30,7 @@ from lab.verdict.executor import launch, supervise
 
 MOST_DAYS = 3650  # that an invitation holds
 TO_END = 30.0  # seconds that a run may take to end once it was asked to
+NO_ARCHIVES = (".zip", ".tar", ".xz", ".bz2", ".7z", ".zst")  # endings of files that export can't write
 ANOTHER = 3  # exit status: what was asked for was not done, as an interrupted experiment had to be finished first
 
 
@@ -53,7 +54,7 @@ def do_start(options) -> int:
         )
         return 0
     say(
-        f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline is run: "
+        f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline is run: at least "
         f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"
     )
     return follow(session, options, launch(session))
@@ -281,6 +282,8 @@ def do_export(session: Session, options) -> int:
         return 0
     if options.target is None:
         raise LabError("name a target: a folder or an archive (x.tar.gz), or give --publish")
+    if options.target.suffix in NO_ARCHIVES:
+        raise LabError(f"{options.target}: the only archives are .tar.gz; for a folder give another name")
     print(export.export_session(session, options.target))
     return 0
 

@@ -127,6 +127,9 @@ def block(session: Session, experiment: Experiment) -> str:
         beside = f", its parent {known['parent_val_bpb']:.6f}" if known["parent_val_bpb"] is not None else ""
         runs = sum(run["of"] == "change" and run["status"] == "ok" for run in known["runs"])
         lines.append(f"  val_bpb           {known['val_bpb']:.6f} (mean of {runs}){beside}")
+        evidence = experiment.decided and experiment.decided.evidence
+        if evidence and abs(evidence.corrected) >= 5e-7:
+            lines.append(f"  corrected by      {-evidence.corrected:+.6f}, as the machine was busier for one of them")
     if workers := sorted({run["worker"] for run in known["runs"] if run.get("worker")}):
         lines.append(f"  made on           {', '.join(workers)}")
     own = [run for run in known["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid")]
@@ -142,7 +145,7 @@ def block(session: Session, experiment: Experiment) -> str:
         score = session.state.mean(best) or 0.0
         lines.append(f"  best              {score:.6f}, experiment {best.number}, commit {best.here[:7]}")
     if known["near_miss"]:
-        lines.append("  a near miss: remembered, to be tried together with others (run --near-misses)")
+        lines.append(f"  a near miss: to be tried together with others once there are {gate.MOST_TOGETHER}")
     lines += [f"  {known['left_alone']}"] if "left_alone" in known else []
     lines += ["", known["traceback"]] if "traceback" in known else []
     return "\n".join(lines)
@@ -326,14 +329,14 @@ def table(experiments: list[Experiment]) -> str:
 
 def findings(rows) -> str:
     """The published findings: what each does, the evidence elsewhere, and what became of it here."""
-    lines = []
+    lines = ["Effects in bits per byte: below 0 is better. The first figure only ranks them for this device.", ""]
     for row in rows:
-        expected = "" if row.expected is None else f"  (about {row.expected:+.4f} expected here)"
+        expected = "" if row.expected is None else f"  ({-row.expected:+.4f})"
         told = untrusted.one_line(", ".join(row.evidence), 160)
         lines += [f"{row.name}{expected}", f"    {row.why}", f"    elsewhere: {told}"]
         if row.effect:
             value, low, high = row.effect
             interval = "" if low is None else f" ({low:+.6f} to {high:+.6f})"
-            lines.append(f"    here: {value:+.6f}{interval} bits per byte, below 0 is better")
+            lines.append(f"    here: {value:+.6f}{interval}")
         lines += [f"    {untrusted.one_line(row.here, 160)}"] if row.here else []
     return "\n".join(lines)

@@ -120,8 +120,9 @@ def rows(session: Session | None) -> list[Row]:
             continue
         if experiment is None:
             try:
-                apply(finding, best, session.profile["settings"])
-                here = "not tried"
+                content = apply(finding, best, session.profile["settings"])
+                equal = session.state.equal(describe(content).digest)
+                here = f"experiment {equal.number}, {equal.status}, was equal to it" if equal else "not tried"
             except edits.NotHere as error:
                 here = f"does not apply: {error}"
             found.append(_row(finding, expected, here))

@@ -395,7 +395,7 @@ class Night:
         self.now.by = "proposer"
         self._show("looking for a change")
         try:
-            proposal = proposer.propose(self.session)
+            proposal = proposer.propose(self.session, self.options.findings)
         except LabError:
             if not self.options.agent:
                 raise

@@ -110,6 +110,10 @@ def plan(path: Path, options) -> Plan:
             made.deadline = began.deadline
             if most is not None:
                 made.most = max(0, most - (session.state.last.number - began.first + 1))
+        if options.dataset and dataset(options.dataset)[0] != session.started.dataset:
+            raise LabError(
+                f"the session's dataset is {session.started.dataset}: for another one begin another session, --tag NAME"
+            )
         made.dataset, made.box, runs = session.started.dataset, session.started.sandbox, session.started.baseline_runs
         made.missing = [] if session.state.baseline.applied else ["baseline"]
     else:

@@ -44,8 +44,11 @@ class Proposal:
     origin: str = ""
 
 
-def propose(session: Session) -> Proposal:
+def propose(session: Session, findings_too: bool = True) -> Proposal:
     """The next change of the best train.py: a function of the journal, and never what was decided on before.
+
+    Args:
+        findings_too: published findings are proposed, too.
 
     Raises:
         LabError: nothing is left to propose.
@@ -54,6 +57,8 @@ def propose(session: Session) -> Proposal:
     rng = np.random.default_rng([state.last.number + 1, zlib.crc32(state.baseline.commit.encode())])
     for arm in _arms(state, rng):
         if arm == "finding":
+            if not findings_too:
+                continue
             for idea in findings.ideas(session, least=-math.inf, drawn=lambda gain: rng.normal(gain, SPREAD)):
                 return Proposal(idea.content, idea.description + MARK, idea.origin)
         elif change := _numbers(session, text_of(best), rng):

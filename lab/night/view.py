@@ -143,7 +143,7 @@ class View:
         """Shows how things stand. May be called as often as one likes."""
         experiment = self.session.state.oldest_open
         run = experiment.run_under_way if experiment else None
-        troubles = tuple(numberless(trouble.text) for trouble in now.troubles)
+        troubles = tuple(trouble.kind for trouble in now.troubles)
         key = (troubles, numberless(now.phase), run and run.number, experiment and experiment.number)
         if key == self._key and time.monotonic() < self._drawn + (DRAW_EVERY if self.live else TELL_EVERY):
             return
@@ -268,7 +268,7 @@ class View:
     def _tell(self, now: Now, experiment: Experiment | None, run: Run | None, before: tuple | None) -> None:
         """What is new, in a line each, or how the run is getting on."""
         known, phase, number, _ = before or ((), "", None, None)
-        news = [trouble.text for trouble in now.troubles if numberless(trouble.text) not in known]
+        news = [trouble.text for trouble in now.troubles if trouble.kind not in known]
         if experiment and run and run.number != number:
             what = one_line(experiment.description, 100)
             self.say(f"experiment {experiment.number}: {what}: {', '.join(self._of_run(experiment, run, {}))}")

@@ -182,7 +182,10 @@ def in_short(analysis: Analysis) -> tuple[str, str]:
         told = f"Each of them was judged against the baseline, whose val_bpb is {score}."
         return f"{analysis.counts['keep']} of {tried} replayed changes help here", told
     if best is analysis.baseline:
-        return "Nothing kept yet", f"The baseline's val_bpb is {score}, and no experiment of {tried} beat it."
+        told = (
+            f"The baseline's val_bpb is {score}. Of {tried} experiments none was better by more than chance explains."
+        )
+        return "Nothing kept yet", told
     better, less = ("better", "less") if analysis.gain > 0 else ("worse", "more")  # a simplification may cost a little
     return (
         f"{100 * abs(analysis.relative):.2f} % {better} than the baseline",

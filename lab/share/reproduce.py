@@ -66,7 +66,14 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
     cloned = session.local.repository if session else str(repository.path)
 
     def step(*command: str) -> None:
-        done = subprocess.run(command, cwd=folder if folder.exists() else None, env=environment, stdout=subprocess.PIPE)
+        try:
+            done = subprocess.run(
+                command, cwd=folder if folder.exists() else None, env=environment, stdout=subprocess.PIPE
+            )
+        except KeyboardInterrupt:
+            raise LabError(
+                f"interrupted; what had begun goes on in a session of its own: cd {folder} && python -m lab wait"
+            ) from None
         if done.returncode:
             raise LabError(f"{' '.join(command[:4])} failed, in {folder}: its message is above")
 

@@ -8,15 +8,20 @@ from lab.errors import LabError
 from lab.genome.merge import merged_patch
 from lab.genome.syntax import describe, is_python
 from lab.session.session import Session
-from lab.session.state import State
+from lab.session.state import Experiment, State
 from lab.verdict import gate
 
 
 def remembered(state: State) -> list[int]:
     """Numbers of the experiments to try together, the most convincing first: those not tried so before."""
-    used = {number for experiment in state.experiments.values() for number in experiment.members}
-    left = {e.number: e.verdict.evidence for e in state.decided if e.number not in used and e.near_miss}
+    left = {e.number: e.verdict.evidence for e in _untried(state)}
     return gate.together([(number, found.gain, found.error) for number, found in left.items() if found])
+
+
+def _untried(state: State) -> list[Experiment]:
+    """Near misses that were not tried together yet."""
+    used = {number for experiment in state.experiments.values() for number in experiment.members}
+    return [e for e in state.decided if e.number not in used and e.near_miss]
 
 
 def together(session: Session) -> tuple[bytes, list[int]]:
@@ -28,6 +33,10 @@ def together(session: Session) -> tuple[bytes, list[int]]:
     state, repository = session.state, session.repository
     if state.best is None:
         raise LabError("there is no best yet on which near misses could be tried")
+    if not remembered(state):
+        raise LabError(
+            f"near misses are tried together once there are {gate.MOST_TOGETHER}; {len(_untried(state))} are there"
+        )
     current, members, content_of = repository.content(state.best.blob), [], cache(repository.content)
     for number in remembered(state):
         if len(members) == gate.MOST_TOGETHER:

@@ -34,7 +34,8 @@ def session(tmp_path, runner):
     ("--agent x --turn-seconds -5", "--turn-seconds has to be at least 0.1, not -5"),
     ("--offers 7", "--offers has to be from 0 to 1, not 7"),
     ("--baseline-runs 0", "--baseline-runs has to be at least 1, not 0"),
-    ("--max-experiments -2", "--max-experiments has to be at least 0, not -2"),
+    ("--max-experiments 0", "--max-experiments has to be at least 1, not 0"),
+    ("--agent=", "--agent needs a command"),
     ("--page 99999", "--page has to be from 0 to 65535, not 99999"),
     ("--agent x --proposer", "--agent and --proposer don't go together"),
 ])  # fmt: skip
@@ -232,7 +233,7 @@ def test_near_misses_that_do_not_go_together_are_not_advertised(session, monkeyp
 
 
 def test_too_few_near_misses_are_said(session):
-    with pytest.raises(LabError, match="not enough untried near misses"):
+    with pytest.raises(LabError, match="once there are 5; 0 are there"):
         attempt(session, near_misses_together=True)
 
 

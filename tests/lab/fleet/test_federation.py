@@ -34,7 +34,7 @@ def two(tmp_path, runner, monkeypatch):
     def night(session, contents, **values):
         queue = list(contents)
 
-        def propose(session):
+        def propose(session, *_):
             number = session.state.last.number + 1
             return proposer.Proposal(queue.pop(0) if queue else edited(LOSS=1.0 + number), f"proposal {number}")
 

@@ -80,7 +80,7 @@ def test_the_most_promising_come_first(searched, library, tried):
 
 def test_a_night_tries_them_first(searched, library, monkeypatch):
     monkeypatch.setattr(loop.executor, "launch", lambda session: supervise(session))
-    monkeypatch.setattr(loop.proposer, "propose", lambda session: pytest.fail("a finding is left"))
+    monkeypatch.setattr(loop.proposer, "propose", lambda *_: pytest.fail("a finding is left"))
     night = loop.Night(searched, options(findings=True, max_experiments=2), Seen())
     night.run()
     tried = [e for e in Session(searched.folder).state.experiments.values() if e.number]
@@ -113,7 +113,7 @@ def test_the_list_says_what_became_of_them(searched, library, monkeypatch, capsy
     assert rows["warm-up"]["here"] == "not tried"
     assert rows["not-here"]["here"] == "does not apply: there is no hyperparameter OTHER"
     text = said_by(capsys)
-    assert "elsewhere: -0.02 bpb on fake-2gb" in text and "bits per byte, below 0 is better" in text
+    assert "elsewhere: -0.02 bpb on fake-2gb" in text and "below 0 is better" in text
     monkeypatch.setattr(commands, "_session_here", lambda: None)
     assert [row["here"] for row in json.loads(said_by(capsys, json=True))] == [""] * 4
 

@@ -48,7 +48,7 @@ def proposals(monkeypatch):
     """What the proposer proposes, in turn; as many more as are asked for."""
     queue = []
 
-    def propose(session):
+    def propose(session, *_):
         number = session.state.last.number + 1
         content = queue.pop(0) if queue else edited(LOSS=1.0 + 0.01 * number)
         return proposer.Proposal(content, f"proposal {number}")
@@ -337,7 +337,7 @@ def test_what_can_not_be_begun_is_tried_again_and_then_told(session, proposals, 
     monkeypatch.setattr(notify, "send", lambda command, text, say: sent.append(text))
     propose = proposer.propose
 
-    def moody(session):
+    def moody(session, *_):
         if failing:
             raise failing.pop(0)
         return propose(session)

@@ -155,6 +155,11 @@ def test_findings_in_between(ours):
         assert surface.check(proposal.content.decode()) == []
 
 
+def test_without_findings_none_is_proposed(ours, monkeypatch):
+    monkeypatch.setattr(proposer, "_arms", lambda *_: ["finding", "step"])
+    assert proposer.propose(ours).origin and not proposer.propose(ours, findings_too=False).origin
+
+
 def test_first_steps_stay_near_home(ours, monkeypatch):
     """One variable at a time, by no more than published steps that helped."""
     monkeypatch.setattr(proposer.findings, "ideas", lambda *_, **__: iter(()))

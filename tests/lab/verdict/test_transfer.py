@@ -52,6 +52,8 @@ def test_the_best_and_the_baseline_are_run_in_turn_at_twice_the_depth(session, r
     assert "HOLDS" in render.block(session, found)
     listed = render.table(session.state.decided).splitlines()[-2:]
     assert [line.split()[2] for line in listed] == ["transfer"] * 2  # none of them was kept
+    rows = sessions.rows_of(session.ledger)[-4:]
+    assert {row["kind"] for row in rows} == {"transfer", "parent"} and {row["status"] for row in rows} == {"measured"}
 
 
 def test_a_transfer_is_part_of_what_an_export_tells_and_checks(session):
