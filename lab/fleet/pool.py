@@ -48,9 +48,8 @@ GRACE = 20.0  # seconds for a worker to come back, before its run is given up
 TO_STOP = 30.0  # seconds for a worker to end its run
 MOST_STARTS = 4  # of a worker on this machine, that never becomes ready
 NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,60}", re.ASCII)
-OF_REQUEST = (
-    "seed budget timeout run_id reference keeps_caches lineage".split()
-)  # what a worker is told of a runner.Request
+# What a worker is told of a runner.Request.
+OF_REQUEST = "seed budget timeout run_id reference keeps_caches lineage".split()
 
 
 class Scored(msgspec.Struct):
