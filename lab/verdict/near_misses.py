@@ -33,12 +33,13 @@ def together(session: Session) -> tuple[bytes, list[int]]:
     state, repository = session.state, session.repository
     if state.best is None:
         raise LabError("there is no best yet on which near misses could be tried")
-    if not remembered(state):
+    numbers = remembered(state)
+    if not numbers:
         raise LabError(
             f"near misses are tried together once there are {gate.MOST_TOGETHER}; {len(_untried(state))} are there"
         )
     current, members, content_of = repository.content(state.best.blob), [], cache(repository.content)
-    for number in remembered(state):
+    for number in numbers:
         if len(members) == gate.MOST_TOGETHER:
             break
         miss = state.experiments[number]
