@@ -375,31 +375,43 @@ def keep_compiled(request: Request) -> None:
         return
     kept = request.compiled[0]
     unfinished = kept.with_suffix(".part")
-    with suppress(OSError):  # the disk may be full, and a run do with its cache what it likes
-        if kept.is_dir():
-            return
+    try:
+        if not kept.is_dir():
+            remove(unfinished)
+            copy_folder(request.cache, unfinished)
+            unfinished.rename(kept)
+            os.utime(kept)
+            for old in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-MOST_COMPILED]:
+                remove(old)
+    except OSError:  # the disk may be full, and a run do with its cache what it likes
         remove(unfinished)
-        copied = 0
-        for place, _, files, descriptor in os.fwalk(request.cache):  # which follows no link, as they are changed, too
-            there = unfinished / os.path.relpath(place, request.cache)
-            there.mkdir(parents=True)
-            for name in files:
-                if (copied := copied + copy_file(name, descriptor, there / name)) > MOST_COPIED:
-                    return remove(unfinished)
-        unfinished.rename(kept)
-        os.utime(kept)
-        for old in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-MOST_COMPILED]:
-            remove(old)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies folders and ordinary files, and follows no link, as what is copied may be changed meanwhile. OSError if
+    that can't be done, or is too much."""
+    copied = 0
+    for place, _, files, descriptor in os.fwalk(source):
+        there = target / os.path.relpath(place, source)
+        there.mkdir(parents=True)
+        for name in files:
+            copied += copy_file(name, descriptor, there / name)
+            if copied > MOST_COPIED:
+                raise OSError(f"{source} has more than {MOST_COPIED} bytes")
 
 
 def copy_file(name: str, folder: int, target: Path) -> int:
-    """Copies a file of an open folder, and gives its size; nothing of what is no ordinary file."""
-    with suppress(OSError), open(os.open(name, UNFOLLOWED, dir_fd=folder), "rb") as source:
-        if stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-            with target.open("xb") as copy:
-                shutil.copyfileobj(source, copy)
-                return copy.tell()
-    return 0
+    """Copies a file of an open folder, and gives its size; nothing of what is no ordinary file, or has gone."""
+    try:
+        descriptor = os.open(name, UNFOLLOWED, dir_fd=folder)
+    except OSError:
+        return 0
+    with open(descriptor, "rb") as source:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return 0
+        with target.open("xb") as copy:
+            shutil.copyfileobj(source, copy)
+            return copy.tell()
 
 
 def environment(request: Request, temporary: Path) -> dict[str, str]:

@@ -460,6 +460,17 @@ def test_what_cannot_be_kept_costs_no_run(compiled, monkeypatch, most):
     assert not request.compiled[0].exists()
 
 
+def test_a_disk_that_gets_full_meanwhile_leaves_nothing_half_copied(compiled, monkeypatch):
+    def full(source, copy):
+        copy.write(source.read()[:1])
+        raise OSError(28, "No space left on device")
+
+    request = compiled()
+    monkeypatch.setattr(runner.shutil, "copyfileobj", full)
+    runner.keep_compiled(request)
+    assert not list(request.compiled[0].parent.iterdir())
+
+
 def test_a_harness_that_fails_leaves_no_run_waiting(ran, monkeypatch):
     def fails(_):
         raise OSError
