@@ -12,7 +12,7 @@ from lab import untrusted
 from lab.session.events import Sampled
 from lab.session.record import Record
 from lab.session.session import Session
-from lab.session.state import APART, MEASURING, Experiment, Run
+from lab.session.state import APART, Experiment, Run
 from lab.untrusted import counted
 from lab.verdict import gate, near_misses
 from lab.verdict.opening import said_of_held
@@ -322,7 +322,7 @@ def table(experiments: list[Experiment]) -> str:
     for e in experiments:
         score = f"{e.decided.mean:.6f}" if e.decided and e.decided.mean is not None else "-"
         what = untrusted.one_line(e.description, 80)
-        said = e.kind if e.kind in MEASURING and e.status in ("keep", "discard") else e.status
+        said = e.kind if e.measured else e.status
         lines.append(f"{e.number:4d}  {e.here[:7]:<7}  {said:<8} {score:>9}   {what}")
     return "\n".join(lines)
 

@@ -190,10 +190,8 @@ class Analysis:
         for block in self.state.decided:
             for origin, (value, low, high) in (block.verdict.effects or {}).items():
                 if block.runs and low < high:  # a record from elsewhere may say anything
-                    error, relative = (
-                        (high - low) / (2 * effects.Z),
-                        value / self.scores.get(block.onto or BASELINE, mean),
-                    )
+                    error = (high - low) / (2 * effects.Z)
+                    relative = value / self.scores.get(block.onto or BASELINE, mean)
                     effect = Effect(value, relative, error, len(block.runs), low, high, known=True)
                     found.append((block.number, origin, effect))
         return found

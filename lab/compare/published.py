@@ -42,8 +42,7 @@ ALIKE, APART, DOUBT = 3.0, 1.0, 1.0  # weights: evidence of this sort of device,
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a change did in one place. `effect`: as written. In bits per byte, about: `size`, for a word a guess;
-    `measured`."""
+    """What a change did in one place. `effect`: as written; `measured` and `size`: in bits per byte, about."""
 
     device: str
     budget: float | None
@@ -53,12 +52,13 @@ class Evidence:
 
     @property
     def measured(self) -> float | None:
-        """None where it is told by a word."""
+        """The effect, if it was told as a number."""
         found = EFFECT.fullmatch(self.effect)
         return float(found["size"]) * UNITS[found["unit"]] if found else None
 
     @property
     def size(self) -> float:
+        """The effect; for a word a guess, for ranking alone."""
         measured = self.measured
         return WORDS[self.effect] if measured is None else measured
 

@@ -170,11 +170,13 @@ def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
     best, chosen, seen = session.repository.content(state.best.blob) if state.best else b"", [], set()
     for *_, one in found[:MOST_MERGED]:
         content, conflicts = merged(best, one.before, one.after)
+        if conflicts:
+            continue
         try:
             digest = describe(content).digest
         except LabError:
             continue
-        if not conflicts and digest not in seen and digest != describe(best).digest and not state.equal(digest):
+        if digest not in seen and digest != describe(best).digest and not state.equal(digest):
             seen.add(digest)
             chosen.append(one)
             if len(chosen) == most:

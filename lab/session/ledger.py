@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from lab.reasons import because, sentence
-from lab.session.state import MEASURING, Experiment, Run, State
+from lab.session.state import Experiment, Run, State
 from results import MEASURES
 from storage import DataError, atomic
 
@@ -51,8 +51,7 @@ def row_of(state: State, experiment: Experiment, run: Run) -> dict:
     own = subject is experiment
     verdict = experiment.verdict
     status, said = (verdict.status, verdict.said) if own else ("keep", str(because("parent", of=experiment.number)))
-    if subject.kind in MEASURING and status in ("keep", "discard"):  # nothing was judged: nobody is to count it as kept
-        status = "measured"
+    status = "measured" if subject.measured else status
     if not run.ok:
         status, said = ("crash" if run.status == "crash" else "invalid"), sentence(run.reason)
     conditions = {name: getattr(started, name) for name in ("device", "backend", "eval", "data", "profile")}

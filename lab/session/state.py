@@ -124,6 +124,11 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
         return [run for run in self.runs if run.blob == self.blob]
 
     @property
+    def measured(self) -> bool:
+        """Whether nothing was judged: it ended well and tried nothing new, so that nobody is to count it as kept."""
+        return self.kind in MEASURING and self.status in ("keep", "discard")
+
+    @property
     def here(self) -> str:
         """The commit that its train.py is at."""
         return self.applied.commit if self.applied and self.applied.commit else self.commit
