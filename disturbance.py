@@ -5,7 +5,7 @@ wall where two witnesses agree that something else slowed it:
 
 1. **The device.** On a CPU the system tells how much processor time the run got, and how long its threads were ready to
    run and did not; on a GPU a small product of fixed size is timed between steps. Work that a file does for its own
-   reasons leaves both as they are.
+   reasons leaves both as they are. Probes made after a window tell of it, too: its charge may be corrected later.
 2. **The steps.** Steps with the same calls and shapes cost what they cost in the quietest quarter of this run, or what
    they cost in earlier runs of the same file.
 
@@ -13,8 +13,9 @@ A window is charged its time over the smaller of the two slowdowns. A slowdown t
 full; so are steps of which nothing is known yet. At most half of the time is taken off. A second or more in which
 nothing of the run ran at all (a closed lid, a paused virtual machine) is a pause, and no training time.
 
-What this can't tell: a file that keeps the device busy from outside its steps, all the time and at its own cost, looks
-like another program on a GPU. On Linux processor time of the run's own threads never counts as somebody else's.
+A file with threads of its own could keep a GPU busy while it is probed, at its own cost: it is charged in full. What
+this can't tell is work that a file's compiled code gives a GPU all the time, without a thread of Python's. On Linux
+processor time of the run's own threads never counts as somebody else's.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import json
 import math
 import os
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,11 +40,10 @@ KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 MOST = 2.0  # times as long as undisturbed
 BAND = 0.05  # of the probe, that is chance
-PROBES = 20  # whose mean, but for the largest, is compared
-LATEST = 2  # that are compared alone, too, on a GPU, whose probes scatter little
+PROBES = 20  # around a window, whose mean, but for the largest, is compared
 TRIES = 3  # of the work that is a probe, on a CPU
 PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where programs take turns
-PULSE, PAUSE = 0.2, 1.0  # seconds between the pulse's beats; without one, it is a pause
+PULSE, PAUSE = 0.05, 1.0  # seconds between the pulse's beats; without one, it is a pause
 REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
 TASKS = Path("/proc/self/task")
 
@@ -55,14 +56,15 @@ def window(budget: float) -> float:
 
 def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
     """What the clock of a run compares with, for AUTORESEARCH_REFERENCE: medians, as how disturbed a single run was may
-    have been misjudged either way.
+    have been misjudged either way. What steps cost tells the less disturbed half of the runs.
 
     Args:
         baseline: results of the session's baseline, which tell of the device. own: of the same train.py, which tell of
             its steps.
     """
     steps: dict[str, list[float]] = {}
-    for result in own:
+    ranked = sorted(own, key=lambda result: result.get("disturbance") or 0.0)
+    for result in ranked[: math.ceil(len(ranked) / 2)]:
         for kind, seconds in (result.get("step_seconds") or {}).items():
             steps.setdefault(kind, []).append(seconds)
     found: dict = {"steps": {kind: statistics.median(seconds) for kind, seconds in steps.items()}} if steps else {}
@@ -87,14 +89,14 @@ class Meter:
         self._open: dict[str, tuple[int, float]] = {}  # steps and seconds by kind
         self._closed: list[tuple[float, dict[str, tuple[int, float]]]] = []  # with what the device was slowed by
 
-    def add(self, kind: str, seconds: float, witnessed: float | None = None) -> None:
-        """A step. Where it ends a window: how many times as long as undisturbed the device takes for it."""
+    def add(self, kind: str, seconds: float, witnessed: Sequence[float] | None = None) -> None:
+        """A step. Where it ends a window: how many times as long as undisturbed the device took in each so far."""
         self.seconds += seconds
         number, before = self._open.get(kind, (0, 0.0))
         self._open[kind] = number + 1, before + seconds
         if witnessed is not None:
-            self._closed.append((witnessed, self._open))
-            self._open = {}
+            windows = [steps for _, steps in self._closed] + [self._open]
+            self._closed, self._open = list(zip(witnessed, windows, strict=True)), {}
             costs = self.costs | self.given
             charges = [self._charge(*window, costs) for window in self._closed]
             self._charged = sum(charges)
@@ -147,18 +149,21 @@ class Witness:
         backend: whose device it is. probe: seconds that a probe takes undisturbed, as an earlier run told.
 
     Attributes:
-        probes: seconds of each probe. paused: seconds in which nothing of this process ran.
+        probes: seconds of each, one before the first window and one after each; None if it failed.
+        paused: seconds in which nothing of this process ran.
     """
 
     def __init__(self, backend, probe: float | None = None):
         self.is_cpu = backend.device.kind == "cpu"
-        self.given, self.probes, self.paused = probe, [], 0.0
+        self.given, self.paused = probe, 0.0
+        self.probes: list[float | None] = []
         self._synchronize, self._work = backend.synchronize, None
         if not self.is_cpu:
             with suppress(Exception):  # as there is no memory left for it: then nothing is witnessed
                 self._work = _device_work(backend)
         self._before = np.full(4, np.nan)
         self._cores = _cores()
+        self._waited: list[float] = []  # slowdown of each window by other programs on the same processors
         self._beating, self._ended = threading.Lock(), threading.Event()
         self._beat: float | None = None  # when it was last known to run
         self._used = 0.0  # processor time that it had had by then
@@ -167,7 +172,7 @@ class Witness:
         """Begins to measure."""
         self._beat, self._used = time.perf_counter(), time.process_time()
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
-        self.read()
+        self._probe()
 
     def now(self) -> float:
         """Seconds on a clock that stands still in a pause: a gap between two beats without processor time. Work that
@@ -181,29 +186,38 @@ class Witness:
                 self._beat, self._used = now, used
             return now - self.paused
 
-    def read(self) -> float:
-        """How many times as long as undisturbed the device takes, since the last time this was asked. Takes a probe;
+    def read(self) -> list[float]:
+        """Ends a window: how many times as long as undisturbed the device took in each since `start`. Takes a probe;
         what that takes is no training time."""
-        counters = self._counters()
-        scheduled = self._scheduled(counters - self._before) if self.is_cpu else 1.0
-        with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
-            self.probes.append(self._cpu_probe() if self.is_cpu else self._device_probe())
-        slower = self._slower(PROBES) if self.is_cpu else max(self._slower(PROBES), self._slower(LATEST))
-        self._before = self._counters()
-        return scheduled * (1.0 if abs(slower - 1) < BAND else slower)
+        self._waited.append(self._scheduled(self._counters() - self._before) if self.is_cpu else 1.0)
+        self._probe()
+        if not self.is_cpu and _has_own_threads():
+            return [1.0] * len(self._waited)
+        return [waited * self._slower(window) for window, waited in enumerate(self._waited)]
 
     @property
     def usual_probe(self) -> float | None:
         """Seconds of a probe in the quietest quarter of this run."""
-        return float(np.mean(sorted(self.probes)[: max(1, len(self.probes) // 4)])) if self.probes else None
+        probes = sorted(probe for probe in self.probes if probe)
+        return statistics.fmean(probes[: max(1, len(probes) // 4)]) if probes else None
 
-    def _slower(self, number: int) -> float:
-        """The last probes over those undisturbed. Of more than LATEST the largest is left out: it may have met a stop
-        of the host, which would count in each window until it is forgotten."""
+    def _probe(self) -> None:
+        probe = None
+        with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
+            probe = self._cpu_probe() if self.is_cpu else self._device_probe()
+        self.probes.append(probe)
+        self._before = self._counters()
+
+    def _slower(self, window: int) -> float:
+        """The probes around a window over one undisturbed; on a GPU, whose probes scatter little, also those at its two
+        ends alone."""
         usual = self.given or self.usual_probe
-        last = sorted(self.probes[-number:])
-        last = last[:-1] if len(last) > LATEST else last
-        return float(np.mean(last)) / usual if last and usual else 1.0
+        first = max(0, min(window + 1 - PROBES // 2, len(self.probes) - PROBES))
+        told = [_mean(self.probes[first : first + PROBES])]
+        if not self.is_cpu:
+            told.append(_mean(self.probes[window : window + 2]))
+        slower = max(told) / usual if usual and max(told) else 1.0
+        return 1.0 if abs(slower - 1) < BAND else slower
 
     def stop(self) -> None:
         """Ends the pulse."""
@@ -276,6 +290,25 @@ def _device_work(backend):
     work = backend.bench.product(backend.device.precision, size, size, size)
     work(2)
     return work
+
+
+def _mean(probes: Sequence[float | None]) -> float:
+    """Of those that did not fail; 0 if all did. Of more than two the largest is left out: it may have met a stop of the
+    host."""
+    told = sorted(probe for probe in probes if probe)
+    return statistics.fmean(told[:-1] if len(told) > 2 else told) if told else 0.0
+
+
+def _has_own_threads() -> bool:
+    """Whether a thread of Python's, other than the one that asks, is in code of train.py: of no imported module."""
+    for thread, frame in sys._current_frames().items():
+        while frame is not None and thread != threading.get_ident():
+            name = frame.f_globals.get("__name__")
+            module = sys.modules.get(name) if isinstance(name, str) else None
+            if name == "__main__" or getattr(module, "__dict__", None) is not frame.f_globals:
+                return True
+            frame = frame.f_back
+    return False
 
 
 def _cores() -> int:

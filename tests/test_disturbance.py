@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -18,9 +19,13 @@ from disturbance import KNOWN, MOST, SLACK, Meter, Witness
 
 def metered(windows, steps=None) -> Meter:
     """After windows of one step each: (seconds, slowdown of the device, kind)."""
-    meter = Meter(steps)
+    return more(Meter(steps), *windows)
+
+
+def more(meter, *windows) -> Meter:
     for seconds, slowdown, *kind in windows:
-        meter.add(kind[0] if kind else "a", seconds, slowdown)
+        told = [slowdown for slowdown, _ in meter._closed]
+        meter.add(kind[0] if kind else "a", seconds, [*told, slowdown])
     return meter
 
 
@@ -66,31 +71,38 @@ def test_a_device_that_is_faster_than_it_was_is_charged_more():
 def test_new_kinds_are_charged_in_full_until_they_are_known():
     meter = metered([*QUIET * 2, (3.0, 1.5, "b"), (3.0, 1.5, "b")])
     assert meter.elapsed == pytest.approx(16) and meter.costs == {"a": 1.0}
-    meter.add("b", 3.0, 1.5)
+    more(meter, (3.0, 1.5, "b"))
     assert KNOWN == 3 and meter.costs == {"a": 1.0, "b": pytest.approx(2)}
     assert meter.elapsed == pytest.approx(16)  # never back
-    for _ in range(2):
-        meter.add("b", 3.0, 1.5)
+    more(meter, *[(3.0, 1.5, "b")] * 2)
     assert meter.elapsed == pytest.approx(20)
 
 
 def test_a_new_kind_in_a_known_window_is_charged_in_full():
     meter = metered(QUIET)
     meter.add("a", 1.5)
-    meter.add("b", 1.5, 1.5)
+    more(meter, (1.5, 1.5, "b"))
     assert meter.elapsed == pytest.approx(8)
 
 
 def test_steps_that_skip_the_update_have_a_price_of_their_own():
     meter = metered([(1.0, 1.0, "a"), (0.6, 1.0, "b")] * 5)
     assert meter.costs == {"a": 1.0, "b": pytest.approx(0.6)} and meter.elapsed == pytest.approx(8)
-    meter.add("b", 1.2, 2.0)
+    more(meter, (1.2, 2.0, "b"))
     assert meter.elapsed == pytest.approx(8.6)
 
 
 def test_at_most_half_of_the_time_is_taken_off():
     meter = metered([(10.0, 10.0)] * 10, {"a": 1.0})
     assert meter.elapsed == pytest.approx(100 / MOST) and meter.disturbance == pytest.approx(9)
+
+
+def test_what_is_learnt_later_of_a_window_counts():
+    meter = metered([(1.5, 1.0)] * 2, {"a": 1.0})
+    assert meter.elapsed == pytest.approx(3)
+    for number in range(3, 7):
+        meter.add("a", 1.5, [1.5] * number)
+    assert meter.elapsed == pytest.approx(6) and meter.slowdown == pytest.approx(1.5)
 
 
 def test_within_a_window_time_goes_on_as_in_the_last():
@@ -108,7 +120,7 @@ def test_simulated_disturbance_changes_the_training_by_little(steps):
         while meter.elapsed < 100:
             slowdown = 1.6 if disturbed and count % 20 >= 10 else 1.0
             word = 1 + (slowdown - 1) * rng.uniform(0.85, 1.15)
-            meter.add("a", slowdown * rng.normal(1, 0.05), word)
+            more(meter, (slowdown * rng.normal(1, 0.05), word))
             count += 1
         done.append(count)
     assert done[1] == pytest.approx(done[0], rel=0.02)
@@ -121,7 +133,10 @@ def test_long_runs_have_longer_windows(budget, seconds):
 
 def test_runs_are_compared_with_the_median_of_those_before():
     runs = [{"probe_seconds": probe, "step_seconds": {"a": step, "b": 1.0}} for step, probe in ((3, 1), (2, 5), (9, 2))]
-    assert disturbance.reference(runs, runs) == {"probe": 2, "steps": {"a": 3, "b": 1.0}}
+    assert disturbance.reference(runs, runs)["probe"] == 2
+    for run, disturbed in zip(runs, (0.1, 0.5, 0.0), strict=True):
+        run["disturbance"] = disturbed
+    assert disturbance.reference(runs, runs) == {"probe": 2, "steps": {"a": 6, "b": 1.0}}  # of the least disturbed
     assert disturbance.reference(runs[1:2], [{}]) == {"probe": 5}
     assert disturbance.reference([{"probe_seconds": None}], [{"step_seconds": None}]) == {}
 
@@ -173,10 +188,10 @@ def told(monkeypatch, *counters):
     (10, 13.3, math.nan, 6.7, 2 / 1.33), (10, 10, math.nan, 0, 1), (10, 0, math.nan, 20, 1),
 ], ids="alone one three turns thread asleep many told nobody never".split())  # fmt: skip
 def test_a_cpu_is_shared(witness, monkeypatch, wall, own, queued, others, slowdown):
-    told(monkeypatch, *[np.zeros(4)] * 2, np.array([wall, own, queued, others]), np.zeros(4))
+    told(monkeypatch, np.zeros(4), np.array([wall, own, queued, others]), np.zeros(4))
     one = witness(backend())
     one.start()
-    assert one.read() == pytest.approx(slowdown, rel=0.01)
+    assert one.read() == [pytest.approx(slowdown, rel=0.01)]
 
 
 @pytest.mark.parametrize("before, now, slowdown", [(1e-4, 1.5e-4, 1.5), (1e-4, 1.03e-4, 1.0), (2e-4, 1e-4, 0.5)])
@@ -184,8 +199,8 @@ def test_a_cpu_that_clocks_lower_is_slower(witness, monkeypatch, before, now, sl
     told(monkeypatch, *[np.array([i, 2.0 * i, 0.0, 0.0]) for i in range(9)])
     monkeypatch.setattr(Witness, "_cpu_probe", lambda self: now)
     one = witness(backend(), before)
-    one.read()
-    assert one.read() == pytest.approx(slowdown, rel=0.01) and one.usual_probe == pytest.approx(now)
+    one.start()
+    assert one.read() == [pytest.approx(slowdown, rel=0.01)] and one.usual_probe == pytest.approx(now)
 
 
 def test_what_a_host_takes_from_a_virtual_machine_is_no_slower_clock(monkeypatch):
@@ -199,29 +214,58 @@ def test_what_a_host_takes_from_a_virtual_machine_is_no_slower_clock(monkeypatch
     assert [Witness._cpu_probe() for _ in range(9)] == [pytest.approx(8e-5)] * 9
 
 
-def test_a_gpu_is_probed(witness, monkeypatch):
-    device = backend("cuda", [0.002] * 8 + [0.01] * 20)
-    monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
-    one = witness(device)
-    assert [one.read() for _ in range(8)] == [pytest.approx(1)] * 8
-    for _ in range(20):
-        last = one.read()
-    assert last == pytest.approx(5) and one.usual_probe == pytest.approx(0.002)
+def read(one: Witness, windows: int) -> list[float]:
+    one.start()
+    return [one.read() for _ in range(windows)][-1]
 
 
-def test_one_slow_probe_of_a_gpu_is_forgotten_at_once(witness, monkeypatch):
-    device = backend("cuda", [0.002, 0.002, 0.05] + [0.002] * 20)
-    monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
-    one = witness(device, 0.002)
-    told = [one.read() for _ in range(23)]
-    assert [index for index, slower in enumerate(told) if slower != pytest.approx(1)] == [2, 3] and min(told[2:4]) > 5
+@pytest.fixture
+def gpu(witness, monkeypatch):
+    """A witness of a GPU whose probes take these seconds."""
+
+    def make(seconds, *usual):
+        device = backend("cuda", seconds)
+        monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
+        return witness(device, *usual)
+
+    return make
 
 
-def test_a_probe_that_fails_tells_nothing(witness, monkeypatch):
-    device = backend("cuda")
-    monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
-    one = witness(device)  # its work is used up: StopIteration
-    assert one.read() == 1.0 and one.usual_probe is None and one.probes == []
+def test_a_gpu_is_probed(gpu):
+    one = gpu([0.002] * 9 + [0.01] * 20)
+    slower = read(one, 28)
+    assert slower[-15:] == [pytest.approx(5)] * 15 and one.usual_probe == pytest.approx(0.002)
+
+
+def test_a_program_that_a_gpu_has_now_and_then_is_found_in_each_window(gpu):
+    """It is there for half of the time, many times in each window: half of the probes meet it."""
+    rng = np.random.default_rng(1)
+    slower = read(gpu(rng.choice([0.001, 0.002], 41), 0.001), 40)
+    assert min(slower) > 1.2 and np.mean(slower) == pytest.approx(1.6, abs=0.15)
+
+
+def test_one_slow_probe_of_a_gpu_counts_only_beside_it(gpu):
+    slower = read(gpu([0.002, 0.002, 0.05] + [0.002] * 20, 0.002), 22)
+    assert [index for index, told in enumerate(slower) if told != pytest.approx(1)] == [1, 2] and min(slower[1:3]) > 5
+
+
+def test_a_probe_that_fails_tells_nothing(gpu):
+    one = gpu([])  # its work is used up: StopIteration
+    assert read(one, 1) == [1.0] and one.usual_probe is None and one.probes == [None, None]
+
+
+def test_a_file_with_threads_of_its_own_is_charged_in_full_on_a_gpu(gpu):
+    """They could keep it busy whenever it is probed. Threads of libraries and of this project are none."""
+    started, done = threading.Event(), threading.Event()
+    library = threading.Thread(target=done.wait, daemon=True)
+    library.start()
+    assert read(gpu([0.001] * 3 + [0.002] * 10), 12)[-1] > 1.5
+    code = "def work(started, done): started.set(), done.wait()"
+    exec(code, own := {"__name__": "__main__"})
+    threading.Thread(target=own["work"], args=(started, done), daemon=True).start()
+    assert started.wait(5)
+    assert read(gpu([0.001] * 3 + [0.002] * 10), 12) == [1.0] * 12
+    done.set()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists them cheaply")
@@ -239,10 +283,11 @@ def test_what_a_run_starts_is_its_own(witness):
 
 def test_this_system_tells_what_it_can(witness):
     one = witness(backend())
+    one.start()
     end = time.perf_counter() + 0.2
     while time.perf_counter() < end:
         pass
-    assert 1 <= one.read() < 50 and 0 < one.usual_probe < 1
+    assert 1 <= one.read()[0] < 50 and 0 < one.usual_probe < 1
 
 
 PAUSED = """

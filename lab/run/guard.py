@@ -280,7 +280,7 @@ class Guard:
         if self.started is not None:
             self.unmetered += now - self.ticked - seconds
             if witnessed is not None:
-                self.unmetered -= min(clock.witness.probes[-1], PROBED) if clock.witness.probes else 0.0
+                self.unmetered -= min(clock.witness.probes[-1] or 0.0, PROBED)
             if self.unmetered > TOLERANCE[0] + TOLERANCE[1] * (now - self.started):
                 self._deny("clock_behind", told=number(seconds), elapsed=now - self.ticked)
             self.meter.add(kind, seconds, witnessed)
