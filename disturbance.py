@@ -6,8 +6,8 @@ wall where two witnesses agree that something else slowed it:
 1. **The device.** On a CPU the system tells how much processor time the run got, and how long its threads were ready to
    run and did not; on a GPU a small product of fixed size is timed between steps. Work that a file does for its own
    reasons leaves both as they are. Probes made after a window tell of it, too: its charge may be corrected later.
-2. **The steps.** Steps with the same calls and shapes cost what they cost in the quietest quarter of this run, or what
-   they cost in earlier runs of the same file.
+2. **The steps.** Steps with the same calls and shapes cost what they cost in earlier runs of the same file, or by this
+   run's own word: on a CPU in its quietest quarter, on a GPU, of which a probe sees moments, on average.
 
 A window is charged its time over the smaller of the two slowdowns. A slowdown that only one of them sees is charged in
 full; so are steps of which nothing is known yet. At most half of the time is taken off. A second or more in which
@@ -27,9 +27,10 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -40,7 +41,7 @@ KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 MOST = 2.0  # times as long as undisturbed
 BAND = 0.05  # of the probe, that is chance
-PROBES = 20  # around a window, whose mean, but for the largest, is compared
+PROBES = 20  # around a window, that are looked at together
 TRIES = 3  # of the work that is a probe, on a CPU
 PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where programs take turns
 PULSE, PAUSE = 0.05, 1.0  # seconds between the pulse's beats; without one, it is a pause
@@ -73,11 +74,20 @@ def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
     return found
 
 
+class Slowdown(NamedTuple):
+    """How many times as long as undisturbed a device took in a window: what speaks for the most, and on average around
+    it. sampled: it was not measured all the time."""
+
+    most: float
+    mean: float
+    sampled: bool = False
+
+
 class Meter:
     """Adds up training time.
 
     Args:
-        steps: seconds that a step of each kind takes undisturbed, as an earlier run of the same file told.
+        steps: seconds that a step of each kind takes undisturbed, as earlier runs of the same file told.
 
     Attributes:
         seconds: by the wall, without pauses. slowdown: of the last window.
@@ -87,9 +97,9 @@ class Meter:
         self.given = dict(steps or {})
         self.seconds, self.slowdown, self._charged, self._elapsed = 0.0, 1.0, 0.0, 0.0
         self._open: dict[str, tuple[int, float]] = {}  # steps and seconds by kind
-        self._closed: list[tuple[float, dict[str, tuple[int, float]]]] = []  # with what the device was slowed by
+        self._closed: list[tuple[Slowdown, dict[str, tuple[int, float]]]] = []
 
-    def add(self, kind: str, seconds: float, witnessed: Sequence[float] | None = None) -> None:
+    def add(self, kind: str, seconds: float, witnessed: Sequence[Slowdown] | None = None) -> None:
         """A step. Where it ends a window: how many times as long as undisturbed the device took in each so far."""
         self.seconds += seconds
         number, before = self._open.get(kind, (0, 0.0))
@@ -120,25 +130,26 @@ class Meter:
     @property
     def costs(self) -> dict[str, float]:
         """Seconds that a step takes undisturbed, by kind, as this run tells: of those that it knows."""
-        found: dict[str, list[tuple[float, int, float]]] = {}
+        found: dict[str, list[tuple[Slowdown, int, float]]] = {}
         for slowdown, steps in self._closed:
             for kind, (number, seconds) in steps.items():
                 found.setdefault(kind, []).append((slowdown, number, seconds))
         costs = {}
         for kind, windows in found.items():
             if len(windows) >= KNOWN:
-                quietest = sorted(windows, key=lambda window: window[0])[: max(KNOWN, len(windows) // 4)]
-                total = sum(seconds / slowdown for slowdown, _, seconds in quietest)
-                costs[kind] = total / sum(number for _, number, _ in quietest)
+                if not windows[0][0].sampled:
+                    windows = sorted(windows, key=lambda window: window[0])[: max(KNOWN, len(windows) // 4)]
+                total = sum(seconds / slowdown.mean for slowdown, _, seconds in windows)
+                costs[kind] = total / sum(number for _, number, _ in windows)
         return costs
 
     @staticmethod
-    def _charge(witnessed: float, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
+    def _charge(witnessed: Slowdown, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
         seconds = sum(took for _, took in steps.values())
         if not steps.keys() <= costs.keys():
             return seconds
         slower = seconds / sum(number * costs[kind] for kind, (number, _) in steps.items())
-        limits = sorted((1.0, 1 + SLACK * (witnessed - 1)))  # a device may be faster than it was, too
+        limits = sorted((1.0, 1 + SLACK * (witnessed.most - 1)))  # a device may be faster than it was, too
         return seconds / min(max(slower, limits[0]), limits[1])
 
 
@@ -186,14 +197,22 @@ class Witness:
                 self._beat, self._used = now, used
             return now - self.paused
 
-    def read(self) -> list[float]:
-        """Ends a window: how many times as long as undisturbed the device took in each since `start`. Takes a probe;
-        what that takes is no training time."""
-        self._waited.append(self._scheduled(self._counters() - self._before) if self.is_cpu else 1.0)
+    def read(self) -> list[Slowdown]:
+        """Ends a window: what the device was slowed by in each since `start`. Takes a probe; what that takes is no
+        training time."""
+        if self.is_cpu:
+            self._waited.append(self._scheduled(self._counters() - self._before))
         self._probe()
-        if not self.is_cpu and _has_own_threads():
-            return [1.0] * len(self._waited)
-        return [waited * self._slower(window) for window, waited in enumerate(self._waited)]
+        windows, usual = range(len(self.probes) - 1), self.given or self.usual_probe
+        if not usual or not self.is_cpu and _has_own_threads():
+            return [Slowdown(1.0, 1.0, not self.is_cpu) for _ in windows]
+        around = [_slower(self._around(window), usual) for window in windows]
+        if self.is_cpu:
+            return [
+                Slowdown(waited * slower, waited * slower) for waited, slower in zip(self._waited, around, strict=True)
+            ]
+        ends = [_slower(self.probes[window : window + 2], usual, statistics.fmean) for window in windows]
+        return [Slowdown(max(both), both[0], True) for both in zip(around, ends, strict=True)]
 
     @property
     def usual_probe(self) -> float | None:
@@ -208,16 +227,9 @@ class Witness:
         self.probes.append(probe)
         self._before = self._counters()
 
-    def _slower(self, window: int) -> float:
-        """The probes around a window over one undisturbed; on a GPU, whose probes scatter little, also those at its two
-        ends alone."""
-        usual = self.given or self.usual_probe
+    def _around(self, window: int) -> list[float | None]:
         first = max(0, min(window + 1 - PROBES // 2, len(self.probes) - PROBES))
-        told = [_mean(self.probes[first : first + PROBES])]
-        if not self.is_cpu:
-            told.append(_mean(self.probes[window : window + 2]))
-        slower = max(told) / usual if usual and max(told) else 1.0
-        return 1.0 if abs(slower - 1) < BAND else slower
+        return self.probes[first : first + PROBES]
 
     def stop(self) -> None:
         """Ends the pulse."""
@@ -292,11 +304,13 @@ def _device_work(backend):
     return work
 
 
-def _mean(probes: Sequence[float | None]) -> float:
-    """Of those that did not fail; 0 if all did. Of more than two the largest is left out: it may have met a stop of the
-    host."""
+def _slower(probes: Sequence[float | None], usual: float, mean: Callable = statistics.harmonic_mean) -> float:
+    """What probes say together, as times of one undisturbed; by default at the mean of their speeds. Those that failed
+    say nothing; of more than two the longest is left out: it may have met a stop of the host."""
     told = sorted(probe for probe in probes if probe)
-    return statistics.fmean(told[:-1] if len(told) > 2 else told) if told else 0.0
+    told = told[:-1] if len(told) > 2 else told
+    slower = mean(told) / usual if told else 1.0
+    return 1.0 if abs(slower - 1) < BAND else slower
 
 
 def _has_own_threads() -> bool:

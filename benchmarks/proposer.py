@@ -183,12 +183,16 @@ def train_counted(train: Path) -> tuple[float, int]:
             self.counted = self.loader.tokens
             return super().tick(loss)
 
+    def undisturbed(witness):
+        witness.probes.append(None)
+        return [disturbance.Slowdown(1, 1) for _ in witness.probes]
+
     def evaluate(*arguments, clock, **options):
         found.update(bpb=score(*arguments, clock=clock, **options), steps=clock.steps)
         return found["bpb"]
 
     patched(prepare.Clock, Counting).start()
-    patched(disturbance.Witness.read, lambda self: self._waited.append(1.0) or self._waited).start()  # by nothing
+    patched(disturbance.Witness.read, undisturbed).start()
     patched(backends.load, lambda **_: backend).start()
     patched(prepare.open_data, lambda: data).start()
     patched(prepare.evaluate_bpb, evaluate).start()

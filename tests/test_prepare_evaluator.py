@@ -362,7 +362,9 @@ def test_waiting_for_the_device_is_training_and_probing_it_is_not(run, monkeypat
     backend, _, loader, clock = run
     monkeypatch.setattr(prepare.disturbance, "WINDOW", (0.0, 0.0))  # each step is probed
     monkeypatch.setattr(backend, "synchronize", lambda: time.sleep(0.03))  # a device that has a step to do
-    monkeypatch.setattr(clock.witness, "read", lambda: time.sleep(0.2) or [1.0] * (clock.steps + 1))
+    monkeypatch.setattr(
+        clock.witness, "read", lambda: time.sleep(0.2) or [prepare.disturbance.Slowdown(1, 1)] * (clock.steps + 1)
+    )
     for _ in range(3):
         next(loader)
         clock.tick(Scalar(5.0))

@@ -181,7 +181,7 @@ class Copy:
     def __init__(self, scalar):
         self._value = torch.empty((), dtype=torch.float32, pin_memory=True)
         self._value.copy_(scalar.detach(), non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event(blocking=True)  # asleep: what spins is made to wait where cores are busy
         self._event.record()
 
     def __float__(self):

@@ -148,10 +148,11 @@ def test_memory_too_small_to_record(backend, capsys):
 
 
 def test_memory_of_a_step_is_told(backend):
-    """What each row adds; cuBLAS's workspace, which is recorded, too, is tens of megabytes whatever the batch."""
+    """What each row adds, within what the allocator rounds up: 1.06 in a new process, 1.34 after other tests. cuBLAS's
+    workspace, which is recorded, too, is tens of megabytes whatever the batch."""
     rows = 8, 256, 504
     told = [warm(backend, batch=tiny.batch(rows=n, length=256)) and backend.peak_memory() for n in rows]
-    assert (told[2] - told[1]) / (told[1] - told[0]) == pytest.approx(1, abs=0.25), told
+    assert (told[2] - told[1]) / (told[1] - told[0]) == pytest.approx(1, abs=0.5), told
 
 
 def test_memory_of_the_largest_batch_is_told(backend):
