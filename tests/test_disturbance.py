@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import disturbance
+from lab.run import processes
 from disturbance import KNOWN, MOST, SLACK, Meter, Slowdown, Witness
 
 
@@ -269,8 +270,9 @@ def test_a_probe_that_fails_tells_nothing(gpu):
 def test_a_file_with_threads_of_its_own_is_charged_in_full_on_a_gpu(gpu):
     """They could keep it busy whenever it is probed. Threads of libraries and of this project are none."""
     started, done = threading.Event(), threading.Event()
-    library = threading.Thread(target=done.wait, daemon=True)
-    library.start()
+    watched, other_end = os.pipe()
+    for target, *arguments in ((done.wait,), (processes.follow, watched, None)):
+        threading.Thread(target=target, args=arguments, daemon=True).start()
     assert read(gpu([0.001] * 3 + [0.002] * 10), 12)[-1].most > 1.5
     code = "def work(started, done): started.set(), done.wait()"
     exec(code, own := {"__name__": "__main__"})

@@ -43,6 +43,8 @@ def main(facts: dict) -> None:
     if LINUX:
         stay_behind()
     else:
+        from lab.run.processes import follow
+
         threading.Thread(target=follow, daemon=True, args=(os.dup(0), lambda: os.killpg(0, signal.SIGKILL))).start()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = [str(folder / "train.py")]
@@ -152,6 +154,8 @@ def stay_behind() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # meant for the run, which is sent it too
         signal.signal(number, signal.SIG_IGN)
+    from lab.run.processes import follow
+
     threading.Thread(target=follow, daemon=True, args=(lifeline, end_all)).start()
     status, deadline, left = 0, None, 0
     try:
@@ -167,14 +171,6 @@ def stay_behind() -> None:
     if left:
         os._exit(LEFT_RUNNING + min(left, 15))
     os._exit(status if status >= 0 else 128 - status)
-
-
-def follow(lifeline: int, end) -> None:
-    """Ends the run when the runner does."""
-    while os.read(lifeline, 1):
-        pass
-    end()
-    os._exit(1)
 
 
 def end_all() -> int:
