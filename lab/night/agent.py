@@ -208,13 +208,30 @@ def _saved(session: Session, path: Path) -> str:
 # --- The agent's processes ---
 
 
+def unknown_program(command: str) -> str:
+    """The program that a shell's command begins with, if the shell has none, no builtin and no function of that name;
+    "" also if the command begins in another way, and on Windows."""
+    first = re.match(r"\s*(?:\w+=\S*\s+)*([\w./~][\w./~+-]*)(?=\s|$)", command)
+    if not first or os.name == "nt":
+        return ""
+    environment = {**os.environ, "PATH": _path()}
+    asked = subprocess.run(
+        ["/bin/sh", "-c", f"command -v {first[1]}"], env=environment, capture_output=True, check=False
+    )
+    return first[1] if asked.returncode else ""
+
+
+def _path() -> str:
+    """Where an agent's programs are looked for: `python` is the one that has what the lab needs."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
 def _run(
     session: Session, command: str, log: Path, seconds: float, most_bytes: int, stop: Callable[[], bool]
 ) -> tuple[int | None, str, int]:
     """(exit status if it ended by itself; "hung", "flooded" or "stopped" if not; how many processes it left)."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
-    environment |= {MARK: _mark(session), "PATH": path}  # `python` is the one that has what the lab needs
+    environment |= {MARK: _mark(session), "PATH": _path()}
     environment["GIT_CONFIG_GLOBAL"] = str(_settings_of_git(session))
     with open(log.with_suffix(".prompt"), "rb") as prompt:  # a file: who never reads it blocks nobody
         pipes = {"stdin": prompt, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

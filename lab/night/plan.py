@@ -22,7 +22,7 @@ from calibration.profile import ProfileError
 from lab.errors import LabError
 from lab.fleet import here, invitation
 from lab.genome.syntax import TRAIN
-from lab.night import limits
+from lab.night import agent, limits
 from lab.night.view import clock, lasting
 from lab.run import sandbox
 from lab.session.events import NIGHT_EVENTS
@@ -288,6 +288,11 @@ def advice(agent: str | None) -> list[str]:
 def provide(plan: Plan, options, say) -> None:
     """Makes what is missing, up to a session whose baseline is to be run. Raises LabError where something fails, and
     what `start` raises."""
+    if program := agent.unknown_program(options.agent or ""):
+        raise LabError(
+            f"the shell does not find the agent, {program}: check how it is spelt, or install it (docs/agents.md). "
+            "Without --agent the built-in search proposes the changes"
+        )
     if plan.session:
         return
     sandbox.refuse_without(plan.box, options.unsandboxed)

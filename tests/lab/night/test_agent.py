@@ -403,3 +403,12 @@ def turns(text: str) -> list[TurnTaken]:
 )
 def test_when_the_agent_is_asked(text, due):
     assert agent.due(turns(text)) is due
+
+
+@pytest.mark.skipif(os.name == "nt", reason="only a POSIX shell is asked")
+@pytest.mark.parametrize("command, unknown", [
+    ("no-such-agent -p", "no-such-agent"), ("A=1 B='x' ./no-such-agent", "./no-such-agent"),
+    ("python -m agent", ""), ("cd somewhere && no-such-agent", ""), ('"$AGENT" -p', ""), ("", ""),
+])  # fmt: skip
+def test_a_program_that_the_shell_does_not_find_is_named(command, unknown):
+    assert agent.unknown_program(command) == unknown

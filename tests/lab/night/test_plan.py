@@ -214,6 +214,11 @@ def test_experiments_are_counted_by_the_time_and_by_their_number(tree, data, cal
     assert planned(tree, agent="claude -p").each > made.each and "by the agent" in told(tree, agent="claude -p")
 
 
+def test_a_night_with_an_agent_that_is_not_installed_does_not_begin(tree, data, calibrated):
+    with pytest.raises(LabError, match="does not find the agent, no-such-agent: check how it is spelt"):
+        plans.provide(planned(tree), options(agent="no-such-agent -p"), None)
+
+
 def test_a_budget_for_trials_counts(tree, data, calibrated, monkeypatch):
     whole = planned(tree).each
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "10")
