@@ -8,7 +8,8 @@ Small runs of train.py, in turn: quiet, then under each condition, and so again.
 file that is edited to be odd. Each run gets what a session hands on to its runs. Told are steps relative to the median
 of the quiet runs, how much longer than its training a run took, and val_bpb minus the mean of the quiet ones, over all
 other programs with its 90 % interval. Of an edited file, "longer by the wall" is what it gained, and should be 0.
-CHECKOUT, an older copy of the project, makes every run too. Stopped by Ctrl-C it tells what it has.
+With --new each run is the first one of its file, as most of a session's are: only the device is known. CHECKOUT, an
+older copy of the project, makes every run too. Stopped by Ctrl-C it tells what it has.
 """
 
 import argparse
@@ -132,8 +133,10 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
 
 
-def reference(condition: str, of_side: dict[str, list[dict]]) -> dict:
-    """What a session would hand on to a run."""
+def reference(condition: str, of_side: dict[str, list[dict]], new: bool) -> dict:
+    """What a session would hand on to a run of a file that it has run before, or of a new one."""
+    if new:
+        return disturbance.reference(of_side["quiet"], [])
     unedited = [result for name, results in of_side.items() if name not in EDITS for result in results]
     return disturbance.reference(of_side["quiet"], of_side[condition] if condition in EDITS else unedited)
 
@@ -160,6 +163,7 @@ def main():
     parser.add_argument("--device", choices=[*SIZES], default="cpu")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--new", action="store_true", help="nothing is known of the file's steps")
     parser.add_argument("--before", type=Path)
     asked = parser.parse_args()
     if unknown := set(asked.conditions.split(",")) - PROGRAMS.keys() - EDITS.keys():
@@ -170,7 +174,7 @@ def main():
         for _ in range(asked.repeats):
             for condition in found["now"]:
                 for side, root in roots.items():
-                    result = run(root, condition, asked, reference(condition, found[side]))
+                    result = run(root, condition, asked, reference(condition, found[side], asked.new))
                     found[side][condition].append(result)
                     told = {
                         name: result.get(name)
