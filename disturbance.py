@@ -75,8 +75,8 @@ def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
 
 
 class Slowdown(NamedTuple):
-    """How many times as long as undisturbed a device took in a window: what speaks for the most, and on average around
-    it. sampled: it was not measured all the time."""
+    """How many times as long as undisturbed a device took: in a window, at most; on average, in the windows around it.
+    sampled: a probe saw moments of it, and nothing measured the rest."""
 
     most: float
     mean: float
@@ -175,6 +175,7 @@ class Witness:
         self._before = np.full(4, np.nan)
         self._cores = _cores()
         self._waited: list[float] = []  # slowdown of each window by other programs on the same processors
+        self._own_threads = False  # whether the file ever had some beside a probe of a GPU
         self._beating, self._ended = threading.Lock(), threading.Event()
         self._beat: float | None = None  # when it was last known to run
         self._used = 0.0  # processor time that it had had by then
@@ -204,8 +205,8 @@ class Witness:
             self._waited.append(self._scheduled(self._counters() - self._before))
         self._probe()
         windows, usual = range(len(self.probes) - 1), self.given or self.usual_probe
-        if not usual or not self.is_cpu and _has_own_threads():
-            return [Slowdown(1.0, 1.0, not self.is_cpu) for _ in windows]
+        if self._own_threads:
+            return [Slowdown(1.0, 1.0, True) for _ in windows]
         around = [_slower(self._around(window), usual) for window in windows]
         if self.is_cpu:
             return [
@@ -221,9 +222,11 @@ class Witness:
         return statistics.fmean(probes[: max(1, len(probes) // 4)]) if probes else None
 
     def _probe(self) -> None:
-        probe = None
+        probe, on_gpu = None, not self.is_cpu
+        self._own_threads |= on_gpu and _has_own_threads()
         with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
-            probe = self._cpu_probe() if self.is_cpu else self._device_probe()
+            probe = self._device_probe() if on_gpu else self._cpu_probe()
+        self._own_threads |= on_gpu and _has_own_threads()
         self.probes.append(probe)
         self._before = self._counters()
 
@@ -304,12 +307,12 @@ def _device_work(backend):
     return work
 
 
-def _slower(probes: Sequence[float | None], usual: float, mean: Callable = statistics.harmonic_mean) -> float:
+def _slower(probes: Sequence[float | None], usual: float | None, mean: Callable = statistics.harmonic_mean) -> float:
     """What probes say together, as times of one undisturbed; by default at the mean of their speeds. Those that failed
     say nothing; of more than two the longest is left out: it may have met a stop of the host."""
     told = sorted(probe for probe in probes if probe)
     told = told[:-1] if len(told) > 2 else told
-    slower = mean(told) / usual if told else 1.0
+    slower = mean(told) / usual if told and usual else 1.0
     return 1.0 if abs(slower - 1) < BAND else slower
 
 
