@@ -19,9 +19,11 @@ from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
 from lab.share import replay, sources
-from lab.verdict import blocks
+from lab.verdict import blocks, shared
+from lab.verdict.plan import noise_of
 
 LIKELY = 0.0001  # bits per byte: expected of what is tried before the search begins
+ALONE = 0.5  # of the noise: less shows in no experiment of one change
 MOST_TRIED = 20  # changes of other sessions that are weighed, the likeliest first
 MOST_MERGED = 500  # that are merged for them: some conflict with the best, or are in it already
 
@@ -80,6 +82,13 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
         if not state.equal(describe(content).digest):
             device, name, _ = origin.split("/")
             yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
+
+
+def alone(session: Session, quiet: float = LIKELY) -> float:
+    """What a finding has to promise, in bits per byte, to be an experiment of its own: `quiet`, or more where noise is
+    so large that findings share runs. A night without the time for that would learn nothing from trying each."""
+    noise = noise_of(session.state).sd
+    return quiet if noise < shared.QUIET else max(quiet, ALONE * noise)
 
 
 def plainly_good(session: Session) -> Idea | None:

@@ -80,7 +80,7 @@ class Night:
         self._unopened = last if last and last.experiment == session.state.last.number + 1 else None
         self.stopping: str | None = None
         self._began_at: dict[str, float] = {}  # troubles by kind
-        self._told: set[str] = set()  # kinds of troubles that a run only takes longer by
+        self._told: set[str] = set()  # kinds of what is said once
         self._looked, self._blind = 0.0, False
         self._failures = self._events = 0  # in a row, and how many events there were at the last
         began = limits.interrupted(self.journal.events, options, time.time())
@@ -382,8 +382,15 @@ class Night:
         """False where nothing is left of what was found elsewhere and promises something here."""
         self.now.by = "findings"
         self._show("looking for a change")
-        idea = findings.plainly_good(self.session) or next(findings.ideas(self.session), None)
+        session = self.session
+        idea = findings.plainly_good(session) or next(findings.ideas(session, findings.alone(session)), None)
         if idea is None:
+            if "findings" not in self._told and next(findings.ideas(session), None):
+                self._told.add("findings")
+                self.view.say(
+                    "the noise of single experiments hides what the other published findings promise: a longer "
+                    "night has time to share runs among them (docs/findings.md)"
+                )
             return False
         turn = TurnTaken(by="findings", outcome="edited", description=idea.description, origin=idea.origin)
         turn.blob = self.session.repository.store(idea.content)

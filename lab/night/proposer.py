@@ -59,7 +59,8 @@ def propose(session: Session, findings_too: bool = True) -> Proposal:
         if arm == "finding":
             if not findings_too:
                 continue
-            for idea in findings.ideas(session, least=-math.inf, drawn=lambda gain: rng.normal(gain, SPREAD)):
+            least = findings.alone(session, -math.inf)
+            for idea in findings.ideas(session, least, drawn=lambda gain: rng.normal(gain, SPREAD)):
                 return Proposal(idea.content, idea.description + MARK, idea.origin)
         elif change := _numbers(session, text_of(best), rng):
             edited, description = change

@@ -14,7 +14,7 @@ from lab.compare import comparison, published, tables
 from lab.compare.analysis import Analysis
 from lab.genome.edits import NotHere
 from lab.fleet import settings
-from lab.night import findings, loop, prompt
+from lab.night import findings, loop, prompt, proposer
 from lab.session.session import Session
 from lab.share import sources
 from lab.verdict.executor import supervise
@@ -88,6 +88,20 @@ def test_a_night_tries_them_first(searched, library, monkeypatch):
     assert tried[0].status == "keep" and b"LOSS = 0.9" in searched.repository.train()
     assert [turn.by for turn in night.turns] == ["findings", "findings"]
     assert list(findings.ideas(searched)) == []
+
+
+def test_what_noise_hides_is_no_experiment_of_its_own(searched, library, monkeypatch):
+    gains = [idea.gain for idea in findings.ideas(searched)]
+    for noise, tried in ((0.0019, 2), (2 * gains[0], 1), (2.1 * gains[0], 0)):
+        monkeypatch.setattr(findings, "noise_of", lambda state, noise=noise: SimpleNamespace(sd=noise))
+        assert len(list(findings.ideas(searched, findings.alone(searched)))) == tried, noise
+    assert len(list(findings.ideas(searched))) == 2  # for shared runs, and for agents
+    night = loop.Night(searched, options(findings=True), seen := Seen())
+    assert not night._take_finding() and not night._take_finding()
+    assert len(seen.lines) == 1 and "a longer night has time to share runs" in seen.lines[0]
+    for arm in ("finding", "step"):
+        monkeypatch.setattr(proposer, "_arms", lambda *_, arm=arm: [arm, "step"])
+        assert not proposer.propose(searched).origin
 
 
 def test_a_killed_night_keeps_the_origin(searched, library, monkeypatch):
