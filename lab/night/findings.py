@@ -86,8 +86,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
 
 def alone(session: Session, quiet: float = LIKELY) -> float:
     """What a finding has to promise, in bits per byte, to be an experiment of its own: `quiet`, or more where noise is
-    so large that findings share runs, unless that was given up. A night without the time for it would learn nothing from
-    trying each."""
+    so large that findings share runs, unless that was given up. A night without the time for it would learn nothing
+    from trying each."""
     noise = noise_of(session.state).sd
     return quiet if noise < shared.QUIET or blocks.given_up(session.state) else max(quiet, ALONE * noise)
 
