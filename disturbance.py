@@ -64,9 +64,10 @@ def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
             its steps.
     """
     steps: dict[str, list[float]] = {}
-    ranked = sorted(own, key=lambda result: result.get("disturbance") or 0.0)
-    for result in ranked[: math.ceil(len(ranked) / 2)]:
-        for kind, seconds in (result.get("step_seconds") or {}).items():
+    disturbed = [(result.get("disturbance") or 0.0, result) for result in own]
+    limit = statistics.median_low(how for how, _ in disturbed) if disturbed else 0.0
+    for how, result in disturbed:
+        for kind, seconds in (result.get("step_seconds") or {}).items() if how <= limit else ():
             steps.setdefault(kind, []).append(seconds)
     found: dict = {"steps": {kind: statistics.median(seconds) for kind, seconds in steps.items()}} if steps else {}
     if probes := [result["probe_seconds"] for result in baseline if result.get("probe_seconds")]:
@@ -106,7 +107,8 @@ class Meter:
         self._open[kind] = number + 1, before + seconds
         if witnessed is not None:
             windows = [steps for _, steps in self._closed] + [self._open]
-            self._closed, self._open = list(zip(witnessed, windows, strict=True)), {}
+            # Of as many as this knows: if train.py has begun it anew, it is the guard's that finds out.
+            self._closed, self._open = list(zip(witnessed[-len(windows) :], windows)), {}
             costs = self.costs | self.given
             charges = [self._charge(*window, costs) for window in self._closed]
             self._charged = sum(charges)
