@@ -175,7 +175,7 @@ class Witness:
             with suppress(Exception):  # as there is no memory left for it: then nothing is witnessed
                 self._work = _device_work(backend)
         self._before = np.full(4, np.nan)
-        self._cores = _cores()
+        self._cores = cores()
         self._waited: list[float] = []  # slowdown of each window by other programs on the same processors
         self._own_threads = False  # whether the file ever had some beside a probe of a GPU
         self._beating, self._ended = threading.Lock(), threading.Event()
@@ -203,19 +203,17 @@ class Witness:
     def read(self) -> list[Slowdown]:
         """Ends a window: what the device was slowed by in each since `start`. Takes a probe; what that takes is no
         training time."""
-        if self.is_cpu:
-            self._waited.append(self._scheduled(self._counters() - self._before))
+        self._waited.append(self._scheduled(self._counters() - self._before) if self.is_cpu else 1.0)
         self._probe()
-        windows, usual = range(len(self.probes) - 1), self.given or self.usual_probe
         if self._own_threads:
-            return [Slowdown(1.0, 1.0, True) for _ in windows]
-        around = [_slower(self._around(window), usual) for window in windows]
-        if self.is_cpu:
-            return [
-                Slowdown(waited * slower, waited * slower) for waited, slower in zip(self._waited, around, strict=True)
-            ]
-        ends = [_slower(self.probes[window : window + 2], usual, statistics.fmean) for window in windows]
-        return [Slowdown(max(both), both[0], True) for both in zip(around, ends, strict=True)]
+            return [Slowdown(1.0, 1.0, True)] * len(self._waited)
+        usual, told = self.given or self.usual_probe, []
+        for window, waited in enumerate(self._waited):
+            mean = most = waited * _slower(self._around(window), usual)
+            if not self.is_cpu:  # those at its two ends, too: they scatter little
+                most = max(mean, _slower(self.probes[window : window + 2], usual, statistics.fmean))
+            told.append(Slowdown(most, mean, not self.is_cpu))
+        return told
 
     @property
     def usual_probe(self) -> float | None:
@@ -224,11 +222,9 @@ class Witness:
         return statistics.fmean(probes[: max(1, len(probes) // 4)]) if probes else None
 
     def _probe(self) -> None:
-        probe, on_gpu = None, not self.is_cpu
-        self._own_threads |= on_gpu and _has_own_threads()
+        probe = None
         with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
-            probe = self._device_probe() if on_gpu else self._cpu_probe()
-        self._own_threads |= on_gpu and _has_own_threads()
+            probe = self._cpu_probe() if self.is_cpu else self._device_probe()
         self.probes.append(probe)
         self._before = self._counters()
 
@@ -290,11 +286,14 @@ class Witness:
     # --- A GPU ---
 
     def _device_probe(self) -> float:
+        self._own_threads |= _has_own_threads()
         self._synchronize()
         begun = time.perf_counter()
         assert self._work
         self._work(1)
-        return time.perf_counter() - begun
+        took = time.perf_counter() - begun
+        self._own_threads |= _has_own_threads()
+        return took
 
 
 FIXED = np.linspace(-1, 1, 2**14, dtype=np.float32)  # stays in a core's own cache
@@ -309,9 +308,13 @@ def _device_work(backend):
     return work
 
 
-def _slower(probes: Sequence[float | None], usual: float | None, mean: Callable = statistics.harmonic_mean) -> float:
-    """What probes say together, as times of one undisturbed; by default at the mean of their speeds. Those that failed
-    say nothing; of more than two the longest is left out: it may have met a stop of the host."""
+def _at_mean_speed(probes: Sequence[float]) -> float:
+    return 1 / statistics.fmean(1 / probe for probe in probes)
+
+
+def _slower(probes: Sequence[float | None], usual: float | None, mean: Callable = _at_mean_speed) -> float:
+    """What probes say together, as times of one undisturbed. Those that failed say nothing; of more than two the
+    longest is left out: it may have met a stop of the host."""
     told = sorted(probe for probe in probes if probe)
     told = told[:-1] if len(told) > 2 else told
     slower = mean(told) / usual if told and usual else 1.0
@@ -330,7 +333,7 @@ def _has_own_threads() -> bool:
     return False
 
 
-def _cores() -> int:
+def cores() -> int:
     """Processors that this process may use."""
     with suppress(AttributeError):
         return len(os.sched_getaffinity(0))

@@ -38,10 +38,9 @@ BUSY = "import time\nwhile True:\n  end = time.time() + {on}\n  while time.time(
 MATRIX = "import torch\nx = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)\n"
 PRODUCT = "x @ x; torch.cuda.synchronize()"
 STOPPED = 15.0  # seconds
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that this may use
 PROGRAMS = {  # beside a run: how many, seconds at work and seconds at rest, and whether on the GPU
     "quiet": (0, 0, 0, False), "half": (1, 0.05, 0.05, False), "full": (1, 1, 0, False), "three": (3, 1, 0, False),
-    "bursts": (2, 2, 3, False), "stop": (0, 0, 0, False), "cores": (CORES, 1, 0, False),
+    "bursts": (2, 2, 3, False), "stop": (0, 0, 0, False), "cores": (disturbance.cores(), 1, 0, False),
     "gpu_half": (1, 0.05, 0.05, True), "gpu_full": (1, 1, 0, True), "gpu_bursts": (1, 2, 3, True),
 }  # fmt: skip
 TICK, UPDATE = "        seconds = clock.tick(loss)", "        trainer.step("

@@ -134,7 +134,7 @@ def test_long_runs_have_longer_windows(budget, seconds):
 
 def test_runs_are_compared_with_the_median_of_those_before():
     runs = [{"probe_seconds": probe, "step_seconds": {"a": step, "b": 1.0}} for step, probe in ((3, 1), (2, 5), (9, 2))]
-    assert disturbance.reference(runs, runs)["probe"] == 2
+    assert disturbance.reference(runs, runs) == {"probe": 2, "steps": {"a": 3, "b": 1.0}}
     for run, disturbed in zip(runs, (0.1, 0.5, 0.0), strict=True):
         run["disturbance"] = disturbed
     assert disturbance.reference(runs, runs) == {"probe": 2, "steps": {"a": 6, "b": 1.0}}  # of the least disturbed
@@ -174,7 +174,7 @@ def told(monkeypatch, *counters):
     values = iter(counters)
     monkeypatch.setattr(Witness, "_counters", lambda self: next(values))
     monkeypatch.setattr(Witness, "_cpu_probe", lambda self: 1e-4)
-    monkeypatch.setattr(disturbance, "_cores", lambda: 2)
+    monkeypatch.setattr(disturbance, "cores", lambda: 2)
 
 
 # Wall, own processor time, queued, processor time of all others: since the last reading.
@@ -234,7 +234,9 @@ def gpu(witness, monkeypatch):
 
 def test_a_gpu_is_probed(gpu):
     one = gpu([0.002] * 9 + [0.01] * 20)
-    slower = read(one, 28)
+    one.start()
+    assert [one.read()[-1] for _ in range(8)] == [pytest.approx(Slowdown(1, 1, True))] * 8
+    slower = [one.read() for _ in range(20)][-1]
     assert slower[-10:] == [pytest.approx(Slowdown(5, 5, True))] * 10 and one.usual_probe == pytest.approx(0.002)
 
 

@@ -19,7 +19,7 @@ from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
 from lab.share import replay, sources
-from lab.verdict import blocks, shared
+from lab.verdict import blocks
 from lab.verdict.plan import noise_of
 
 LIKELY = 0.0001  # bits per byte: expected of what is tried before the search begins
@@ -88,8 +88,7 @@ def alone(session: Session, quiet: float = LIKELY) -> float:
     """What a finding has to promise, in bits per byte, to be an experiment of its own: `quiet`, or more where noise is
     so large that findings share runs, unless that was given up. A night without the time for it would learn nothing
     from trying each."""
-    noise = noise_of(session.state).sd
-    return quiet if noise < shared.QUIET or blocks.given_up(session.state) else max(quiet, ALONE * noise)
+    return max(quiet, ALONE * noise_of(session.state).sd) if blocks.suit(session.state) else quiet
 
 
 def plainly_good(session: Session) -> Idea | None:

@@ -362,15 +362,14 @@ class Night:
                     return True
             self._apart.add(block.number)
             self.view.say(f"none of the findings that block {block.number} chose applies to the best any more")
-        noise = noise_of(session.state).sd
-        if noise < shared.QUIET or blocks.given_up(session.state) or findings.plainly_good(session):
+        if not blocks.suit(session.state) or findings.plainly_good(session):
             return False
         if (most := self.options.max_experiments) is not None:  # who wants few experiments wants no more runs
             runs = min(runs, self.now.first + most - 1 - session.state.last.number)
         if self.now.deadline:
             left = self.now.deadline - time.time() - self._scale_takes()
             runs = min(runs, int(left / self._run_takes()))
-        long_enough = runs >= SHORTEST_BLOCK + 2 * shared.tested(noise)
+        long_enough = runs >= SHORTEST_BLOCK + 2 * shared.tested(noise_of(session.state).sd)
         patches = findings.patches(session) if long_enough else []
         if len(patches) < FEWEST_SHARED:
             return False
@@ -393,7 +392,7 @@ class Night:
                 )
             return False
         turn = TurnTaken(by="findings", outcome="edited", description=idea.description, origin=idea.origin)
-        turn.blob = self.session.repository.store(idea.content)
+        turn.blob = session.repository.store(idea.content)
         self._journal(turn)
         return True
 

@@ -41,6 +41,11 @@ def given_up(state: State) -> bool:
     return any(e.kind == "shared" and e.verdict.reason.code == "mostly_bad" for e in state.decided)
 
 
+def suit(state: State) -> bool:
+    """Whether findings share runs: noise hides what one does alone, and sharing was not given up."""
+    return noise_of(state).sd >= shared.QUIET and not given_up(state)
+
+
 def plainly_good(state: State) -> str:
     """The origin of what the last block found to need no company, until it was tried; "" if there is none."""
     blocks = [e for e in state.decided if e.kind == "shared"]

@@ -17,6 +17,7 @@ from lab.fleet import settings
 from lab.night import findings, loop, prompt, proposer
 from lab.session.session import Session
 from lab.share import sources
+from lab.verdict import blocks
 from lab.verdict.executor import supervise
 
 FILE = "What {0} does.\ntime: holds\nevidence: {1} | 300 | {2} bpb | said | https://somewhere\n\n{3}\n"
@@ -93,7 +94,8 @@ def test_a_night_tries_them_first(searched, library, monkeypatch):
 def test_what_noise_hides_is_no_experiment_of_its_own(searched, library, monkeypatch):
     gains = [idea.gain for idea in findings.ideas(searched)]
     for noise, tried in ((0.0019, 2), (2 * gains[0], 1), (2.1 * gains[0], 0)):
-        monkeypatch.setattr(findings, "noise_of", lambda state, noise=noise: SimpleNamespace(sd=noise))
+        for module in (findings, blocks):
+            monkeypatch.setattr(module, "noise_of", lambda state, noise=noise: SimpleNamespace(sd=noise))
         assert len(list(findings.ideas(searched, findings.alone(searched)))) == tried, noise
     assert len(list(findings.ideas(searched))) == 2  # for shared runs, and for agents
     night = loop.Night(searched, options(findings=True), seen := Seen())
