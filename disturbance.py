@@ -4,10 +4,13 @@ A `Witness` watches the device beside the run, and a `Meter` charges each window
 wall where two witnesses agree that something else slowed it:
 
 1. **The device.** On a CPU the system tells how much processor time the run got, and how long its threads were ready to
-   run and did not; on a GPU a small product of fixed size is timed between steps. Work that a file does for its own
+   run and did not; on a GPU small products of fixed size are timed between steps. Work that a file does for its own
    reasons leaves both as they are. Probes made after a window tell of it, too: its charge may be corrected later.
+   Where a GPU tells its clock rate and no other program is seen, a probe counts as if made at the usual rate: a lower
+   one may be the file's own heat.
 2. **The steps.** Steps with the same calls and shapes cost what they cost in earlier runs of the same file, or by this
-   run's own word: on a CPU in its quietest quarter, on a GPU, of which a probe sees moments, on average.
+   run's own word: on a CPU in its quietest quarter, on a GPU, of which a probe sees moments, on average. Only what
+   earlier runs told shows a lower clock rate to be none of the file's doing.
 
 A window is charged its time over the smaller of the two slowdowns. A slowdown that only one of them sees is charged in
 full; so are steps of which nothing is known yet. At most half of the time is taken off. A second or more in which
@@ -39,11 +42,13 @@ WINDOW = 0.5, 2.0  # seconds of training, at least and at most, that are charged
 WINDOWS = 150  # of a run that is long enough
 KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
+SAMPLED_SLACK = 2.0  # the same where it sees moments
 MOST = 2.0  # times as long as undisturbed
 BAND = 0.05  # of the probe, that is chance
 PROBES = 20  # around a window, that are looked at together
 TRIES = 3  # of the work that is a probe, on a CPU
-PROBE = 1e-3  # seconds of products on a GPU: about as long as its turn, where programs take turns
+PROBE = 1e-3  # seconds that a product on a GPU takes, about
+PRODUCTS = 2  # of a probe: as long as some turns, where programs take turns. A shorter one sees less than is lost
 PULSE, PAUSE = 0.05, 1.0  # seconds between the pulse's beats; without one, it is a pause
 REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
 TASKS = Path("/proc/self/task")
@@ -55,7 +60,7 @@ def window(budget: float) -> float:
     return min(max(budget / WINDOWS, WINDOW[0]), WINDOW[1])
 
 
-def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
+def reference(baseline: Sequence[Mapping], own: Iterable[Mapping]) -> dict:
     """What the clock of a run compares with, for AUTORESEARCH_REFERENCE: medians, as how disturbed a single run was may
     have been misjudged either way. What steps cost tells the less disturbed half of the runs.
 
@@ -70,18 +75,21 @@ def reference(baseline: Iterable[Mapping], own: Iterable[Mapping]) -> dict:
         for kind, seconds in (result.get("step_seconds") or {}).items() if how <= limit else ():
             steps.setdefault(kind, []).append(seconds)
     found: dict = {"steps": {kind: statistics.median(seconds) for kind, seconds in steps.items()}} if steps else {}
-    if probes := [result["probe_seconds"] for result in baseline if result.get("probe_seconds")]:
-        found["probe"] = statistics.median(probes)
+    for name, measure in (("probe", "probe_seconds"), ("clock_rate", "clock_rate")):
+        if told := [result[measure] for result in baseline if result.get(measure)]:
+            found[name] = statistics.median(told)
     return found
 
 
 class Slowdown(NamedTuple):
     """How many times as long as undisturbed a device took: in a window, at most; on average, in the windows around it.
-    sampled: a probe saw moments of it, and nothing measured the rest."""
+    sampled: a probe saw moments of it, and nothing measured the rest. heat: how many times as long as that it took
+    because its clock rate was low, whoever heated it."""
 
     most: float
     mean: float
     sampled: bool = False
+    heat: float = 1.0
 
 
 class Meter:
@@ -145,13 +153,14 @@ class Meter:
                 costs[kind] = total / sum(number for _, number, _ in windows)
         return costs
 
-    @staticmethod
-    def _charge(witnessed: Slowdown, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
+    def _charge(self, witnessed: Slowdown, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
         seconds = sum(took for _, took in steps.values())
         if not steps.keys() <= costs.keys():
             return seconds
         slower = seconds / sum(number * costs[kind] for kind, (number, _) in steps.items())
-        limits = sorted((1.0, 1 + SLACK * (witnessed.most - 1)))  # a device may be faster than it was, too
+        most = witnessed.most * (witnessed.heat if steps.keys() <= self.given.keys() else 1.0)
+        slack = SAMPLED_SLACK if witnessed.sampled else SLACK
+        limits = sorted((1.0, 1 + slack * (most - 1)))  # a device may be faster than it was, too
         return seconds / min(max(slower, limits[0]), limits[1])
 
 
@@ -159,18 +168,22 @@ class Witness:
     """Watches what else the device does, from `start` to `stop`.
 
     Args:
-        backend: whose device it is. probe: seconds that a probe takes undisturbed, as an earlier run told.
+        backend: whose device it is. probe, clock_rate: seconds that a probe takes undisturbed, and the rate in Hz that
+            goes with it, as earlier runs told.
 
     Attributes:
         probes: seconds of each, one before the first window and one after each; None if it failed.
+        clock_rates: at each, of a GPU that tells it.
         paused: seconds in which nothing of this process ran.
     """
 
-    def __init__(self, backend, probe: float | None = None):
+    def __init__(self, backend, probe: float | None = None, clock_rate: float | None = None):
         self.is_cpu = backend.device.kind == "cpu"
-        self.given, self.paused = probe, 0.0
+        self.given, self.given_clock_rate, self.paused = probe, clock_rate, 0.0
         self.probes: list[float | None] = []
+        self.clock_rates: list[float | None] = []
         self._synchronize, self._work = backend.synchronize, None
+        self._clock_rate = (lambda: None) if self.is_cpu else backend.clock_rate
         if not self.is_cpu:
             with suppress(Exception):  # as there is no memory left for it: then nothing is witnessed
                 self._work = _device_work(backend)
@@ -207,12 +220,17 @@ class Witness:
         self._probe()
         if self._own_threads:
             return [Slowdown(1.0, 1.0, True)] * len(self._waited)
-        usual, told = self.given or self.usual_probe, []
+        usual, rate, told = self.given or self.usual_probe, self.given_clock_rate or self.usual_clock_rate, []
+        heats = [max(1.0, rate / now) if rate and now else 1.0 for now in self.clock_rates]
+        probes = [probe and probe / heat for probe, heat in zip(self.probes, heats)]
         for window, waited in enumerate(self._waited):
-            mean = most = waited * _slower(self._around(window), usual)
+            mean = most = waited * _slower(_around(probes, window), usual)
+            heat, ends = statistics.fmean(heats[window : window + 2]), probes[window : window + 2]
             if not self.is_cpu:  # those at its two ends, too: they scatter little
-                most = max(mean, _slower(self.probes[window : window + 2], usual, statistics.fmean))
-            told.append(Slowdown(most, mean, not self.is_cpu))
+                most = max(mean, _slower(ends, usual, statistics.fmean))
+            if mean > 1:  # another program, whose heat it may be
+                most, mean, heat = most * heat, mean * heat, 1.0
+            told.append(Slowdown(most, mean, not self.is_cpu, heat))
         return told
 
     @property
@@ -221,16 +239,19 @@ class Witness:
         probes = sorted(probe for probe in self.probes if probe)
         return statistics.fmean(probes[: max(1, len(probes) // 4)]) if probes else None
 
+    @property
+    def usual_clock_rate(self) -> float | None:
+        """Hz of a GPU, the median of this run; None where nothing tells."""
+        rates = [rate for rate in self.clock_rates if rate]
+        return statistics.median(rates) if rates else None
+
     def _probe(self) -> None:
         probe = None
         with suppress(Exception):  # a device that fails here will fail in a step, and be told of there
             probe = self._cpu_probe() if self.is_cpu else self._device_probe()
         self.probes.append(probe)
+        self.clock_rates.append(self._clock_rate())
         self._before = self._counters()
-
-    def _around(self, window: int) -> list[float | None]:
-        first = max(0, min(window + 1 - PROBES // 2, len(self.probes) - PROBES))
-        return self.probes[first : first + PROBES]
 
     def stop(self) -> None:
         """Ends the pulse."""
@@ -290,7 +311,7 @@ class Witness:
         self._synchronize()
         begun = time.perf_counter()
         assert self._work
-        self._work(1)
+        self._work(PRODUCTS)
         took = time.perf_counter() - begun
         self._own_threads |= _has_own_threads()
         return took
@@ -308,15 +329,21 @@ def _device_work(backend):
     return work
 
 
+def _around(probes: Sequence[float | None], window: int) -> Sequence[float | None]:
+    first = max(0, min(window + 1 - PROBES // 2, len(probes) - PROBES))
+    return probes[first : first + PROBES]
+
+
 def _at_mean_speed(probes: Sequence[float]) -> float:
     return 1 / statistics.fmean(1 / probe for probe in probes)
 
 
 def _slower(probes: Sequence[float | None], usual: float | None, mean: Callable = _at_mean_speed) -> float:
     """What probes say together, as times of one undisturbed. Those that failed say nothing; of more than two the
-    longest is left out: it may have met a stop of the host."""
+    longest counts as the next one: it may have met a stop of the host."""
     told = sorted(probe for probe in probes if probe)
-    told = told[:-1] if len(told) > 2 else told
+    if len(told) > 2:
+        told[-1] = told[-2]
     slower = mean(told) / usual if told and usual else 1.0
     return 1.0 if abs(slower - 1) < BAND else slower
 

@@ -210,7 +210,7 @@ class Clock:
         self._unread: tuple[int, Any] | None = None
         self.evaluated, self.val_bpb, self.val_rows, self.initial_weights = False, None, None, None
         self.meter = disturbance.Meter(disturbance.REFERENCE.get("steps"))
-        self.witness = disturbance.Witness(backend, disturbance.REFERENCE.get("probe"))
+        self.witness = disturbance.Witness(backend, *map(disturbance.REFERENCE.get, ("probe", "clock_rate")))
         with recorded(self):
             sys.audit("autoresearch.clock", self, backend)
             self.initial_weights = sketch(backend.weights(model))
@@ -722,7 +722,8 @@ def measured(clock: Clock) -> dict:
     return {
         "training_seconds": seconds, "total_seconds": time.time() - psutil.Process().create_time(),
         "disturbance": meter.disturbance,
-        "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe, "step_seconds": meter.costs,
+        "paused_seconds": witness.paused, "probe_seconds": witness.usual_probe,
+        "clock_rate": witness.usual_clock_rate, "step_seconds": meter.costs,
         "budget_seconds": clock.seconds, "peak_vram_mb": backend.peak_memory() / 2**20,
         "losses": curve_of(clock.losses),
         "num_steps": clock.steps, "total_tokens_M": loader.tokens / 1e6, "epochs": loader.epoch,

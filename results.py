@@ -60,6 +60,7 @@ MEASURES = (
     Measure("disturbance", float, "", "time lost to others, by training time", ".2f", "disturbed", ".2f", needed=True),
     Measure("paused_seconds", float, "s", "time in which no process of the run ran", needed=True),
     Measure("probe_seconds", float, "s", "of the clock's probe, undisturbed", nullable=True),
+    Measure("clock_rate", float, "Hz", "of a GPU's processors while it trained", nullable=True),
     Measure("step_seconds", dict, "s", "of a step of each kind, undisturbed"),
     Measure("losses", dict, "nats", "training loss by share of the steps, and so of tokens and time"),
     Measure("flops_per_token", float, "FLOP", "FLOP of the model per token, forward and backward"),

@@ -313,6 +313,10 @@ class Backend(abc.ABC):
     def synchronize(self) -> None:
         """Returns once the device has done everything asked of it."""
 
+    def clock_rate(self) -> float | None:
+        """Hz of a GPU's processors now; None where nothing tells."""
+        return None
+
     def read_later(self, scalar):
         """What `float` makes this scalar of, waiting for it and for nothing that the device is given after it."""
         return scalar

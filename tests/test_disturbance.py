@@ -145,7 +145,7 @@ def test_runs_are_compared_with_the_median_of_those_before():
 # --- The witness ---
 
 
-def backend(kind="cpu", seconds=()):
+def backend(kind="cpu", seconds=(), clock_rates=()):
     """A device whose probes take these seconds, one after the other, by a time of its own."""
     seconds, now = itertools.chain([0.0], seconds), [0.0]  # the first call warms up
 
@@ -154,7 +154,14 @@ def backend(kind="cpu", seconds=()):
 
     device = SimpleNamespace(kind=kind, precision="float32", peak_flops=1e12)
     bench = SimpleNamespace(product=lambda *_: work)
-    return SimpleNamespace(device=device, bench=bench, synchronize=lambda: None, perf_counter=lambda: now[0])
+    rates = iter(clock_rates)
+    return SimpleNamespace(
+        device=device,
+        bench=bench,
+        synchronize=lambda: None,
+        clock_rate=lambda: next(rates, None),
+        perf_counter=lambda: now[0],
+    )
 
 
 @pytest.fixture
@@ -224,8 +231,8 @@ def read(one: Witness, windows: int) -> list[Slowdown]:
 def gpu(witness, monkeypatch):
     """A witness of a GPU whose probes take these seconds."""
 
-    def make(seconds, *usual):
-        device = backend("cuda", seconds)
+    def make(seconds, *usual, clock_rates=()):
+        device = backend("cuda", seconds, clock_rates)
         monkeypatch.setattr(disturbance.time, "perf_counter", device.perf_counter)
         return witness(device, *usual)
 
@@ -264,9 +271,32 @@ def test_what_takes_half_of_a_gpus_time_changes_the_training_by_little(gpu, peri
     assert meter.elapsed == pytest.approx(0.1 * done, rel=0.06) and meter.disturbance > 0.25
 
 
+def test_a_gpu_that_clocks_lower_is_no_slower_for_a_file_that_may_have_heated_it(gpu):
+    rates = [2e9] * 30 + [1.6e9] * 30
+    told = read(gpu([0.002 * 2e9 / rate for rate in rates], 0.002, 2e9, clock_rates=rates), 59)
+    assert told[10] == pytest.approx((1, 1, True, 1)) and told[-1] == pytest.approx((1, 1, True, 1.25))
+    # Steps that take longer from then on, by the power that they use themselves or in a hotter room.
+    hungry, known = Meter(), Meter({"a": 1.0})
+    for meter in (hungry, known):
+        for number, window in enumerate(told, 1):
+            meter.add("a", 1.25 if window.heat > 1 else 1.0, told[:number])
+    assert hungry.elapsed == pytest.approx(hungry.seconds) and known.elapsed == pytest.approx(59, abs=0.5)
+
+
+def test_heat_beside_another_program_may_be_the_others(gpu):
+    told = read(gpu([0.005] * 40, 0.002, 2e9, clock_rates=[1.6e9] * 40), 39)
+    assert told[20] == pytest.approx((2.5, 2.5, True, 1))
+
+
+@pytest.mark.parametrize("given", [(), (0.002, 2e9)], ids=["a first run", "a later one"])
+def test_a_gpu_that_clocks_higher_is_no_faster(gpu, given):
+    told = read(gpu([0.002] * 40, *given, clock_rates=[2e9] * 20 + [2.1e9] * 20), 39)
+    assert told == [pytest.approx((1, 1, True, 1), rel=0.06)] * 39 and max(one.most for one in told) == 1
+
+
 def test_a_probe_that_fails_tells_nothing(gpu):
     one = gpu([])  # its work is used up: StopIteration
-    assert read(one, 1) == [(1, 1, True)] and one.usual_probe is None and one.probes == [None, None]
+    assert read(one, 1) == [(1, 1, True, 1)] and one.usual_probe is None and one.probes == [None, None]
 
 
 def test_a_file_with_threads_of_its_own_is_charged_in_full_on_a_gpu(gpu):
@@ -280,7 +310,7 @@ def test_a_file_with_threads_of_its_own_is_charged_in_full_on_a_gpu(gpu):
     exec(code, own := {"__name__": "__main__"})
     threading.Thread(target=own["work"], args=(started, done), daemon=True).start()
     assert started.wait(5)
-    assert read(gpu([0.001] * 3 + [0.002] * 10), 12) == [(1, 1, True)] * 12
+    assert read(gpu([0.001] * 3 + [0.002] * 10), 12) == [(1, 1, True, 1)] * 12
     done.set()
 
 

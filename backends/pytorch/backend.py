@@ -63,6 +63,9 @@ class PyTorchBackend(interface.Backend):
     def synchronize(self):
         devices.synchronize(runtime.device)
 
+    def clock_rate(self):
+        return devices.clock_rate(runtime.device)
+
     def read_later(self, scalar):
         return devices.Copy(scalar) if runtime.device.type == "cuda" else scalar
 

@@ -117,6 +117,14 @@ def free_memory(device: torch.device) -> int:
     return machine.available_memory()
 
 
+def clock_rate(device: torch.device) -> float | None:
+    """Hz of a GPU's processors now; None without the vendor's library, and on a CPU."""
+    if device.type == "cuda":
+        with suppress(Exception):  # NVML raises by card, driver and permission
+            return 1e6 * torch.cuda.clock_rate(device)
+    return None
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes in use at once since `forget_peak_memory`, or the start where a peak can't be forgotten."""
     if device.type == "cuda":
