@@ -31,7 +31,7 @@ from lab.verdict.gate import t_quantile
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
-    "cpu": dict(DEPTH=4, ASPECT_RATIO=32, HEAD_DIM=32, DEVICE_BATCH_SIZE=1, TOTAL_BATCH_SIZE=2048),
+    "cpu": dict(DEPTH=2, ASPECT_RATIO=32, HEAD_DIM=32, DEVICE_BATCH_SIZE=1, TOTAL_BATCH_SIZE=2048),
     "cuda": dict(DEPTH=4, DEVICE_BATCH_SIZE=32, TOTAL_BATCH_SIZE=2**17, WINDOW_PATTERN="'L'"),
 }
 BUSY = "import time\nwhile True:\n  end = time.time() + {on}\n  while time.time() < end: {work}\n  time.sleep({off})"
