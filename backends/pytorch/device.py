@@ -105,7 +105,19 @@ def versions(device: torch.device) -> dict[str, str]:
     found = {"torch": str(torch.__version__), "python": sys.version.split()[0]}
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
+    if device.type == "cpu":
+        found["instructions"] = _instructions()
     return found
+
+
+def _instructions() -> str:
+    """What a CPU computes with. Processors of several generations have one name in a virtual machine, where only some
+    have bfloat16."""
+    known = [torch.backends.cpu.get_cpu_capability()]
+    for name in ("avx512_bf16", "amx_tile"):
+        with suppress(AttributeError):  # a function of PyTorch's own, by name
+            known += [name] * getattr(torch.cpu, f"_is_{name}_supported")()
+    return " ".join(known)
 
 
 def free_memory(device: torch.device) -> int:

@@ -306,3 +306,14 @@ def test_versions_are_plain_text():
     """PyTorch's own is a class of its own, which journals can't hold."""
     versions = device.versions(torch.device("cpu"))
     assert versions["torch"] == torch.__version__ and {type(text) for text in versions.values()} == {str}
+
+
+def test_processors_of_one_name_differ_by_their_instructions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        found = device.versions(torch.device("cpu"))
+        assert found["instructions"] == ("AVX512 avx512_bf16" if supported else "AVX512")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert device.versions(torch.device("cpu"))["instructions"] == "AVX512"
