@@ -221,7 +221,7 @@ class Witness:
         if self._own_threads:
             return [Slowdown(1.0, 1.0, True)] * len(self._waited)
         usual, rate, told = self.given or self.usual_probe, self.given_clock_rate or self.usual_clock_rate, []
-        heats = [max(1.0, rate / now) if rate and now else 1.0 for now in self.clock_rates]
+        heats = [_by_clock_rate(probe, now, usual, rate) for probe, now in zip(self.probes, self.clock_rates)]
         probes = [probe and probe / heat for probe, heat in zip(self.probes, heats)]
         for window, waited in enumerate(self._waited):
             mean = most = waited * _slower(_around(probes, window), usual)
@@ -346,6 +346,13 @@ def _slower(probes: Sequence[float | None], usual: float | None, mean: Callable 
         told[-1] = told[-2]
     slower = mean(told) / usual if told and usual else 1.0
     return 1.0 if abs(slower - 1) < BAND else slower
+
+
+def _by_clock_rate(probe: float | None, now: float | None, usual: float | None, usual_rate: float | None) -> float:
+    """How many times as long as usual a probe took by a lower clock rate: never more than it did take."""
+    if not (probe and now and usual and usual_rate):
+        return 1.0
+    return max(1.0, min(usual_rate / now, probe / usual))
 
 
 def _has_own_threads() -> bool:

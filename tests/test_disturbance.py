@@ -288,6 +288,11 @@ def test_heat_beside_another_program_may_be_the_others(gpu):
     assert told[20] == pytest.approx((2.5, 2.5, True, 1))
 
 
+def test_a_gpu_that_was_asleep_has_a_low_clock_rate_and_is_no_faster(gpu):
+    told = read(gpu([0.002] * 40, 0.002, 2e9, clock_rates=[3e8] * 3 + [2e9] * 40), 39)
+    assert told == [(1, 1, True, 1)] * 39
+
+
 @pytest.mark.parametrize("given", [(), (0.002, 2e9)], ids=["a first run", "a later one"])
 def test_a_gpu_that_clocks_higher_is_no_faster(gpu, given):
     told = read(gpu([0.002] * 40, *given, clock_rates=[2e9] * 20 + [2.1e9] * 20), 39)
