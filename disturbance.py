@@ -182,8 +182,7 @@ class Witness:
         self.given, self.given_clock_rate, self.paused = probe, clock_rate, 0.0
         self.probes: list[float | None] = []
         self.clock_rates: list[float | None] = []
-        self._synchronize, self._work = backend.synchronize, None
-        self._clock_rate = (lambda: None) if self.is_cpu else backend.clock_rate
+        self._synchronize, self._clock_rate, self._work = backend.synchronize, backend.clock_rate, None
         if not self.is_cpu:
             with suppress(Exception):  # as there is no memory left for it: then nothing is witnessed
                 self._work = _device_work(backend)

@@ -30,6 +30,9 @@ class Backend:
     def synchronize(self):
         self.synchronized += 1
 
+    def clock_rate(self):
+        return None
+
     def read_later(self, scalar):
         return scalar
 

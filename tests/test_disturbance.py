@@ -345,7 +345,8 @@ PAUSED = """
 import sys, time
 from types import SimpleNamespace
 import disturbance
-one = disturbance.Witness(SimpleNamespace(device=SimpleNamespace(kind="cpu"), synchronize=None))
+device = SimpleNamespace(kind="cpu")
+one = disturbance.Witness(SimpleNamespace(device=device, synchronize=None, clock_rate=lambda: None))
 one.start()
 print("begun", flush=True)
 end = time.perf_counter() + {seconds}
