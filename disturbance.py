@@ -13,8 +13,9 @@ wall where two witnesses agree that something else slowed it:
    earlier runs told shows a lower clock rate to be none of the file's doing.
 
 A window is charged its time over the smaller of the two slowdowns. A slowdown that only one of them sees is charged in
-full; so are steps of which nothing is known yet. At most half of the time is taken off. A second or more in which
-nothing of the run ran at all (a closed lid, a paused virtual machine) is a pause, and no training time.
+full; so are steps of which nothing is known yet, and those that only make up for others that took less than they cost
+on average. No run takes more than MOST times as long. A second or more in which nothing of it ran at all (a closed lid,
+a paused virtual machine) is a pause, and no training time.
 
 A file with threads of its own could keep a GPU busy while it is probed, at its own cost: it is charged in full. What
 this can't tell is work that a file's compiled code gives a GPU all the time, without a thread of Python's. On Linux
@@ -43,7 +44,7 @@ WINDOWS = 150  # of a run that is long enough
 KNOWN = 3  # windows with steps of a kind, after which their cost is known
 SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 SAMPLED_SLACK = 2.0  # the same where it sees moments
-MOST = 2.0  # times as long as undisturbed
+MOST = 2.1  # times as long as undisturbed: two programs that share a GPU in turns take 2.05 times as long each
 BAND = 0.05  # of the probe, that is chance
 PROBES = 20  # around a window, that are looked at together
 TRIES = 3  # of the work that is a probe, on a CPU
@@ -92,6 +93,9 @@ class Slowdown(NamedTuple):
     heat: float = 1.0
 
 
+Steps = dict[str, tuple[int, float]]  # of a window: how many of each kind, and their seconds
+
+
 class Meter:
     """Adds up training time.
 
@@ -105,8 +109,8 @@ class Meter:
     def __init__(self, steps: Mapping[str, float] | None = None):
         self.given = dict(steps or {})
         self.seconds, self.slowdown, self._charged, self._elapsed = 0.0, 1.0, 0.0, 0.0
-        self._open: dict[str, tuple[int, float]] = {}  # steps and seconds by kind
-        self._closed: list[tuple[Slowdown, dict[str, tuple[int, float]]]] = []
+        self._open: Steps = {}
+        self._closed: list[tuple[Slowdown, Steps]] = []
 
     def add(self, kind: str, seconds: float, witnessed: Sequence[Slowdown] | None = None) -> None:
         """A step. Where it ends a window: how many times as long as undisturbed the device took in each so far."""
@@ -119,8 +123,10 @@ class Meter:
             self._closed, self._open = list(zip(witnessed[-len(windows) :], windows)), {}
             costs = self.costs | self.given
             charges = [self._charge(*window, costs) for window in self._closed]
-            self._charged = sum(charges)
-            self.slowdown = sum(took for _, took in self._closed[-1][1].values()) / max(charges[-1], 1e-9)
+            # A file whose steps take longer in one part of the run, and less in another, slows itself down there.
+            took, cost = sum(map(_seconds, windows)), sum(_cost(steps, costs) for steps in windows)
+            self._charged = max(sum(charges), min(took, cost))
+            self.slowdown = _seconds(windows[-1]) / max(charges[-1], 1e-9)
 
     @property
     def elapsed(self) -> float:
@@ -130,7 +136,7 @@ class Meter:
 
     @property
     def _undisturbed(self) -> float:
-        return self._charged + sum(seconds for _, seconds in self._open.values()) / self.slowdown
+        return self._charged + _seconds(self._open) / self.slowdown
 
     @property
     def disturbance(self) -> float:
@@ -153,15 +159,24 @@ class Meter:
                 costs[kind] = total / sum(number for _, number, _ in windows)
         return costs
 
-    def _charge(self, witnessed: Slowdown, steps: dict[str, tuple[int, float]], costs: dict[str, float]) -> float:
-        seconds = sum(took for _, took in steps.values())
-        if not steps.keys() <= costs.keys():
-            return seconds
-        slower = seconds / sum(number * costs[kind] for kind, (number, _) in steps.items())
+    def _charge(self, witnessed: Slowdown, steps: Steps, costs: Mapping[str, float]) -> float:
+        seconds = _seconds(steps)
+        slower = seconds / _cost(steps, costs)
         most = witnessed.most * (witnessed.heat if steps.keys() <= self.given.keys() else 1.0)
         slack = SAMPLED_SLACK if witnessed.sampled else SLACK
         limits = sorted((1.0, 1 + slack * (most - 1)))  # a device may be faster than it was, too
         return seconds / min(max(slower, limits[0]), limits[1])
+
+
+def _seconds(steps: Steps) -> float:
+    return sum(seconds for _, seconds in steps.values())
+
+
+def _cost(steps: Steps, costs: Mapping[str, float]) -> float:
+    """Seconds that these steps take undisturbed; those that they took where that is not known of all kinds."""
+    if not steps.keys() <= costs.keys():
+        return _seconds(steps)
+    return sum(number * costs[kind] for kind, (number, _) in steps.items())
 
 
 class Witness:

@@ -93,7 +93,15 @@ def test_steps_that_skip_the_update_have_a_price_of_their_own():
     assert meter.elapsed == pytest.approx(8.6)
 
 
-def test_at_most_half_of_the_time_is_taken_off():
+def test_a_file_that_takes_less_at_first_and_more_later_slows_itself_down():
+    """Its average is known. In the later part it heats the device, say, so that the probes take longer, too."""
+    meter = metered([*[(1.0, 1.0)] * 6, *[(1.25, 1.2)] * 9], {"a": 1.15})
+    assert meter.elapsed == meter.seconds == pytest.approx(6 + 9 * 1.25)
+    more(meter, *[(1.8, 1.8)] * 5)  # and here another program does it
+    assert meter.elapsed == pytest.approx(20 * 1.15)
+
+
+def test_a_run_takes_at_most_so_many_times_as_long():
     meter = metered([(10.0, 10.0)] * 10, {"a": 1.0})
     assert meter.elapsed == pytest.approx(100 / MOST) and meter.disturbance == pytest.approx(9)
 
