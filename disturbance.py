@@ -399,9 +399,10 @@ def others() -> float:
 
 def _queued() -> float:
     """Seconds that threads of this process, those that still are, were ready to run and did not; nan where the system
-    does not tell."""
+    does not tell: it has no such file, or tells of this thread that it never ran."""
     try:
-        return sum(_waited(task) for task in os.listdir(TASKS))
+        ran = (TASKS / str(threading.get_native_id()) / "schedstat").read_text().split()[0]
+        return sum(map(_waited, os.listdir(TASKS))) if int(ran) else math.nan
     except OSError:
         return math.nan
 

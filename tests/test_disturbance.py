@@ -327,6 +327,19 @@ def test_a_file_with_threads_of_its_own_is_charged_in_full_on_a_gpu(gpu):
     done.set()
 
 
+@pytest.mark.parametrize("told", [None, "0 0 0\n"], ids=["no file", "switched off"])
+def test_a_linux_that_does_not_tell_who_waited(tmp_path, monkeypatch, told):
+    """Then others' processor time is the bound, as on other systems."""
+    (own := tmp_path / str(threading.get_native_id())).mkdir()
+    if told:
+        (own / "schedstat").write_text(told)
+    monkeypatch.setattr(disturbance, "TASKS", tmp_path)
+    assert math.isnan(disturbance._queued())
+    (own / "schedstat").write_text("5 2000000000 1\n")
+    (tmp_path / "1").mkdir()  # has ended since it was listed
+    assert disturbance._queued() == 2
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists them cheaply")
 def test_what_a_run_starts_is_its_own(witness):
     before = disturbance._of_children(disturbance.TASKS)
