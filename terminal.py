@@ -26,7 +26,7 @@ SPELT = {
     "…": "...",
     "·": ".",
     "●": "o",
-    "�": "?",
+    "µ": "u",
 }
 
 
@@ -37,7 +37,7 @@ def spell(error: UnicodeError) -> tuple[str, int]:
     spelt = []
     for character in error.object[error.start : error.end]:
         plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-        spelt.append(SPELT.get(character) or plain or "?")
+        spelt.append(SPELT.get(character) or (plain if plain.isalpha() else "?"))
     return "".join(spelt), error.end
 
 
@@ -53,7 +53,8 @@ def printed(main: Callable[[], int | None]) -> int | None:
     """The exit status of a command. Whoever reads its output, such as head, may have read enough before its end."""
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout:  # else it was closed from the start
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

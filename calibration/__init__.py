@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import backends
 from backends.interface import Calibrated
@@ -42,9 +41,8 @@ def defaults() -> Defaults:
         ProfileError: the profile can't be read, is impossible or another device's; it says what to do.
     """
     hardware = backends.identify()
-    named = os.environ.get("AUTORESEARCH_PROFILE")
-    path = Path(named) if named else profiles.path_of(hardware)
-    if not named and not path.exists():
+    path = profiles.chosen_path(hardware)
+    if path == profiles.path_of(hardware) and not os.path.exists(path):
         return Defaults(
             **vars(rule.SAFE),
             notes=(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        again = "without --fresh the command" if options.fresh else "the same command"
+        print("\ninterrupted" if options.command else f"\ninterrupted; {again} continues from here", file=sys.stderr)
         return 130
 
 
@@ -52,9 +54,9 @@ def calibrate(options: argparse.Namespace) -> int:
     console = Console()
     with Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[left]}", markup=False),
         console=console,
         transient=True,
     ) as bar:
@@ -64,7 +66,7 @@ def calibrate(options: argparse.Namespace) -> int:
             minutes = f"about {max(left, 5) / 60:.1f} min left"
             bar.update(task, description=text, left=minutes)
             if not console.is_terminal:
-                console.print(f"{text} ({minutes})", highlight=False)
+                console.print(f"{text} ({minutes})", highlight=False, markup=False)
 
         measurement = measure.Measurement(effort, progress, options.fresh)
         if measurement.results.keys() - measurement.header.keys():
@@ -83,11 +85,14 @@ def show_profile(options: argparse.Namespace) -> int:
         path, hardware = options.profile, None
     else:
         hardware = backends.identify()
-        path = profiles.path_of(hardware)
-        if not path.exists():
+        path = profiles.chosen_path(hardware)
+        if path == profiles.path_of(hardware) and not os.path.exists(path):
             raise profiles.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profiles.AGAIN}")
     profile = profiles.read(path, hardware)
-    print(json.dumps(profile, indent=1) if options.json else show.text(profile, hardware))
+    try:
+        print(json.dumps(profile, indent=1) if options.json else show.text(profile, hardware))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # a run needs less of it
+        raise profiles.ProfileError(f"{path} is not complete ({type(error).__name__}: {error})") from error
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ SMALLEST_MATRIX = 2**12  # elements of the smallest weight whose matrix products
 BUSY = 0.1  # share of the processors' time, beyond which what others do is told
 SCATTER = 0.15  # half the range of repeats over their median, beyond which something else was using the device
 TRIAL_TIMEOUT = 300  # seconds, of which compiling may take a hundred
+NOT_DONE, MOST_SLOW = f"not done after {TRIAL_TIMEOUT} s", 3  # of trials, after which it is not the size
 
 
 class CalibrationError(storage.Stop):
@@ -123,11 +125,8 @@ class Measurement:
 
     def _resumed(self) -> dict:
         """What an interrupted calibration of the same kind left."""
-        try:
-            results = json.loads(self.partial.read_text())
-            return results if results.items() >= self.header.items() else {}
-        except (OSError, ValueError, AttributeError):
-            return {}
+        results = storage.read_json(self.partial) or {}
+        return results if results.items() >= self.header.items() else {}
 
     @property
     def spent(self) -> float:
@@ -298,7 +297,9 @@ class Measurement:
                 results["matrices"][str(depth)] = matrices
             results["trials"].append(asdict(outcome))
             self._keep()
-            if isinstance(outcome, Failed) and "memory" not in outcome.failed and "not done" not in outcome.failed:
+            slow = [trial for trial in self._known() if isinstance(trial, Failed) and trial.failed == NOT_DONE]
+            fails = isinstance(outcome, Failed) and not outcome.failed.endswith(("out of memory", NOT_DONE))
+            if fails or len(slow) == MOST_SLOW and not rule.best_depth(self._known()):
                 self.partial.unlink(missing_ok=True)
                 raise CalibrationError(f"train.py does not run here: {outcome.failed}. Fix that, and calibrate again")
             self._another_round()
@@ -357,7 +358,7 @@ class Measurement:
                     ),
                 )
             except subprocess.TimeoutExpired:  # memory that is swapped, most likely
-                return failed(f"not done after {TRIAL_TIMEOUT} s")
+                return failed(NOT_DONE)
             if done.returncode or not result.exists():
                 return failed(why(done))
             measured = json.loads(result.read_text())
@@ -420,8 +421,9 @@ def why(done: subprocess.CompletedProcess) -> str:
         return "out of memory"
     if done.returncode in (-9, -6):  # -9 by the system; -6 by MLX on a CPU, which has no other way to say so
         return f"killed by signal {-done.returncode}: most likely out of memory"
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return (lines or [f"exit status {done.returncode}"])[-1].strip()[:200]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (errors or lines)[-1][:200]  # warnings may follow an error
 
 
 def drifting(profile: dict) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import prepare
@@ -28,6 +29,11 @@ def path_of(hardware: Hardware) -> Path:
     return storage.home() / "profiles" / f"{hardware.slug}-{hardware.backend}.json"
 
 
+def chosen_path(hardware: Hardware) -> Path:
+    """The profile that `AUTORESEARCH_PROFILE` names, else this device's. It need not exist."""
+    return Path(os.environ.get("AUTORESEARCH_PROFILE") or path_of(hardware))
+
+
 def baseline(path: Path = TRAIN) -> str:
     """Tag of the `train.py` that a calibration measures and a session starts from."""
     return storage.sha256(path)[:12]
@@ -47,16 +53,22 @@ def read(path: Path, hardware: Hardware | None = None) -> dict:
     Raises:
         ProfileError: it is missing, cut short, of another format or device, or has impossible values.
     """
+    if hardware is None:
+        advice = "name a file that python -m calibration wrote"
+    elif path == path_of(hardware):
+        advice = f"delete it and {AGAIN}"
+    else:
+        advice = f"unset AUTORESEARCH_PROFILE and {AGAIN}"
     try:
         profile = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ProfileError(f"there is no profile {path}; {AGAIN}, or unset AUTORESEARCH_PROFILE") from None
-    except (ValueError, OSError) as error:
-        raise ProfileError(f"{path} can't be read ({error}); delete it and {AGAIN}") from error
+        raise ProfileError(f"there is no profile {path}; {advice.removeprefix('delete it and ')}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ProfileError(f"{path} can't be read ({error}); {advice}") from error
     if not isinstance(profile, dict) or profile.get("format") != FORMAT:
-        raise ProfileError(f"{path} is not a profile of format {FORMAT}; delete it and {AGAIN}")
+        raise ProfileError(f"{path} is not a profile of format {FORMAT}; {advice}")
     if problem := impossible(profile):
-        raise ProfileError(f"{path} can't be right: {problem}; delete it and {AGAIN}")
+        raise ProfileError(f"{path} can't be right: {problem}; {advice}")
     if hardware and (profile["device"], profile["backend"]) != (hardware.slug, hardware.backend):
         raise ProfileError(
             f"{path} was measured on {profile['device']} with {profile['backend']}, and this is {hardware.slug} with "
@@ -80,7 +92,7 @@ def impossible(profile: dict) -> str | None:
             return f"versions are {profile['versions']!r}"
         settings = Settings(**profile["settings"])
         sizes = settings.depth, settings.device_batch_size, settings.total_batch_size
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(type(size) is int and size > 0 for size in sizes):
             return f"sizes are {sizes}, and have to be positive whole numbers"
         if settings.total_batch_size % (settings.device_batch_size * prepare.MAX_SEQ_LEN):
             return (
@@ -89,10 +101,11 @@ def impossible(profile: dict) -> str | None:
             )
         if not settings.window_pattern or set(settings.window_pattern) - set("SL"):
             return f"window_pattern is {settings.window_pattern!r}"
-        if settings.precision not in PRECISIONS or settings.attention.keys() != KINDS.keys():
+        named = all(isinstance(name, str) for name in settings.attention.values())
+        if settings.precision not in PRECISIONS or settings.attention.keys() != KINDS.keys() or not named:
             return f"precision is {settings.precision!r}, attention {settings.attention!r}"
         square, products = profile["products"]["square"], profile["products"]["rates"]
-        if not (isinstance(square, int) and square > 0 and isinstance(products[settings.precision], dict)):
+        if not (isinstance(square, int) and square > 0 and "median" in products[settings.precision]):
             return f"it has no rate of matrix products in {settings.precision}"
         if problem := _impossible_spread(profile, ""):
             return problem
@@ -100,7 +113,8 @@ def impossible(profile: dict) -> str | None:
             if not isinstance(profile["attention"][kind][name], dict):
                 return f"attention {name} is chosen, and was {profile['attention'][kind][name]}"
         for trial in completed(profile):
-            if min(trial.flops_per_token, trial.peak_memory, trial.free_memory, trial.rate) <= 0:
+            sizes = trial.depth, trial.flops_per_token, trial.peak_memory, trial.free_memory, trial.rate
+            if not all(0 < size < math.inf for size in sizes):
                 return f"a trial at depth {trial.depth} has {trial}"
     except (KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -280,6 +280,19 @@ def test_a_trial_that_hangs_is_given_up(real, monkeypatch):
     assert failed.failed == "not done after 300 s"
 
 
+def test_trials_that_all_hang_end_a_calibration(device, monkeypatch):
+    tried = []
+
+    def hangs(self, trial, attention):
+        tried.append(trial)
+        return rule.Failed(**vars(trial), free_memory=GIB, failed=measure.NOT_DONE), []
+
+    monkeypatch.setattr(measure.Measurement, "_try", hangs)
+    with pytest.raises(measure.CalibrationError, match="train.py does not run here: not done after 300 s"):
+        measure.Measurement(measure.FULL).run()
+    assert len(tried) == measure.MOST_SLOW
+
+
 def test_after_a_failure_it_starts_again(device):
     device.simulated = dataclasses.replace(M4, free=0.1 * GIB)
     with pytest.raises(measure.CalibrationError):
@@ -295,6 +308,8 @@ def test_after_a_failure_it_starts_again(device):
         ("", -9, "killed by signal 9"),
         ("Traceback\nValueError: no", 1, "ValueError: no"),
         ("", 3, "exit status 3"),
+        ("OSError: [Errno 24] no\nx.py:3: UserWarning: old\n  warnings.warn(", 1, "OSError: [Errno 24] no"),
+        ("RuntimeError: an illegal memory access", 1, "RuntimeError: an illegal memory access"),
     ],
 )
 def test_why_a_trial_failed(stderr, status, reason):

@@ -10,6 +10,7 @@ import pytest
 
 import backends
 import calibration
+import calibration.__main__ as calibration_command
 from backends.interface import Hardware
 from calibration import profile, rule
 from tests.calibration.devices import RTX_3090, spread
@@ -96,8 +97,25 @@ def test_another_profile_may_be_named(here, good, tmp_path, monkeypatch):
 
 def test_a_named_profile_that_is_not_there(here, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_PROFILE", "/nowhere.json")
-    with pytest.raises(profile.ProfileError, match="no profile /nowhere.json; run: python -m calibration, or unset"):
+    with pytest.raises(profile.ProfileError, match="no profile /nowhere.json; unset .*PROFILE and run"):
         calibration.defaults()
+
+
+def test_a_file_that_is_shown_and_is_no_profile(tmp_path, capsys):
+    """It may be anything of the user's: nobody is told to delete it."""
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "deep.json").write_text("[" * 10**5)
+    for path in tmp_path / "notes.md", tmp_path / "deep.json", tmp_path:
+        with pytest.raises(profile.ProfileError) as caught:
+            calibration_command.main(["show", str(path)])
+        assert "delete" not in str(caught.value) and "calibration wrote" in str(caught.value)
+
+
+def test_a_profile_that_is_not_complete_is_not_shown(here, good, tmp_path):
+    del good["bandwidth"]
+    (tmp_path / "one.json").write_text(json.dumps(good))
+    with pytest.raises(profile.ProfileError, match="is not complete .*bandwidth"):
+        calibration_command.main(["show", str(tmp_path / "one.json")])
 
 
 def test_a_profile_cut_short(here, good):
@@ -141,6 +159,11 @@ def change(where, value):
     [
         (change("settings.depth", 0), "positive whole numbers"),
         (change("settings.depth", 2.5), "positive whole numbers"),
+        (change("settings.depth", True), "positive whole numbers"),
+        (change("products.rates.bfloat16", {}), "no rate of matrix products"),
+        (change("settings.attention.window", 3), "attention .*3"),
+        (change("trials.0.depth", "5"), "trials|TypeError"),
+        (change("trials.0.flops_per_token", float("nan")), "a trial at depth 5"),
         (change("settings.device_batch_size", 7), "not a multiple of 7 rows"),
         (change("settings.total_batch_size", 1000), "not a multiple"),
         (change("settings.window_pattern", "SSX"), "window_pattern is 'SSX'"),
