@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import shlex
 import sys
 import time
@@ -52,6 +53,7 @@ from dataset import (
 from sources import Documents, Source
 from storage import DataError, atomic, digest_of, home, sha256, write_json
 
+ARTIFACT = re.compile(r"(tokenizer\.json|(validation|held_out|train_\d+\.(tokens|lengths|batches))\.npy)(\..*tmp)?")
 STORED_ROWS = 10_240  # of validation, and of held-out: 40 * 2^19 tokens, what the original's figures were made with
 EXCERPT_CHARS = 10_000  # of each document, what the tokenizer learns from
 SEGMENT_CHARS = 50_000  # what the regex engine gets at once: a blank ten times as long overflows its stack
@@ -197,7 +199,7 @@ def build(source: Source, full: bool = False, workers: int | None = None, comman
     was, and what it left is never taken for a whole dataset. With `full`, a score uses all rows that are stored.
     """
     folder = home() / "data" / source.name
-    workers = workers or os.cpu_count() or 1
+    workers = max(1, workers or os.cpu_count() or 1)
     wanted = {"tokenizer": source.train[0], "validation": source.validation, "held_out": source.held_out}
     wanted |= {f"train_{i:05d}": documents for i, documents in enumerate(source.train)}
     settings = [VOCAB_SIZE, SPLIT_PATTERN, SPECIALS, SEGMENT_CHARS, source.tokenizer_chars, source.train[0].key]
@@ -260,9 +262,9 @@ def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool)
     manifest["eval_rows"] = rows if full else next((count for count in eval_rows if count <= rows), rows)
     manifest |= tags(manifest)
     write_json(folder / "manifest.json", manifest)
-    listed = {"manifest.json"} | {name for part in parts.values() for name in part["files"]}
+    listed = {name for part in parts.values() for name in part["files"]}
     for path in folder.iterdir():
-        if path.is_file() and path.name not in listed:
+        if path.name not in listed and ARTIFACT.fullmatch(path.name):
             path.unlink()
     with atomic(home() / "data" / "current") as file:
         file.write(manifest["name"].encode())

@@ -179,8 +179,12 @@ def open_data(name: str | None = None) -> Data:
 def folder_of(root: Path, name: str | None) -> Path:
     """The folder of a dataset: by default of the one prepared last. DataError if there is none."""
     current = root / "data" / "current"
-    if not name and current.is_file():
-        name = current.read_text(encoding="utf-8").strip()
+    try:
+        name = name or current.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DataError(f"{current} can't be read ({error}); set AUTORESEARCH_HOME to a folder of yours") from error
     if not name:
         raise DataError("no dataset is prepared yet; run: python prepare.py (offline: --dataset stdlib)")
     return root / "data" / name
@@ -193,16 +197,19 @@ def opened(folder: Path) -> Data:
     again = f"run: {manifest['command']}"
     if "eval_tag" not in manifest:
         raise DataError(f"preparing {folder.name} was interrupted; {again}")
-    if not tags(manifest).items() <= manifest.items():
-        raise DataError(f"the tags in {folder / 'manifest.json'} are not those of its files; {again}")
-    files = known_files(manifest)
-    if BATCHES in os.environ:
-        files = {"tokenizer.json": files["tokenizer.json"]}
-    with ThreadPoolExecutor() as pool:
-        problems = [text for text in pool.map(damage, map(folder.joinpath, files), files.values()) if text]
-    if problems:
-        raise DataError(f"{'; '.join(problems)}; {again}")
-    return Data(folder, manifest)
+    try:
+        if not tags(manifest).items() <= manifest.items():
+            raise DataError(f"the tags in {folder / 'manifest.json'} are not those of its files; {again}")
+        files = known_files(manifest)
+        if BATCHES in os.environ:
+            files = {"tokenizer.json": files["tokenizer.json"]}
+        with ThreadPoolExecutor() as pool:
+            problems = [text for text in pool.map(damage, map(folder.joinpath, files), files.values()) if text]
+        if problems:
+            raise DataError(f"{'; '.join(problems)}; {again}")
+        return Data(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / 'manifest.json'} is damaged ({type(error).__name__}: {error}); {again}") from error
 
 
 def inputs_and_targets(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

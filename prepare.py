@@ -20,17 +20,17 @@ import json
 import math
 import numbers
 import os
-import re
 import sys
 import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,13 @@ import disturbance
 import terminal
 from dataset import FIRST_ROWS, MAX_SEQ_LEN, Data, inputs_and_targets
 from results import MEASURES, REFUSALS, fill
-from storage import DataError, Stop, home, temporary_of, write_json, writing
+from storage import DataError, Stop, home, write_json, writing
 
 TIME_BUDGET = 300  # seconds of training
 CURVE = 32  # points of the training loss that a run tells
 BATCHES_AHEAD = 4  # what the loader has ready before it is asked for
 LATE = 2.0  # seconds that a training may end late, beside its last step: the host may be busy
+RECENT = 1000  # steps that tell how long one takes
 PROBED = 0.05  # part of the scored batches that is asked again with another ending
 PROBED_ROWS = 16  # are asked so at least: of one or two, chance could ask all for random tokens
 MASS_ROWS, MASS_TOKENS = 4, 512  # whose whole distributions are looked at
@@ -80,11 +81,12 @@ class Diverged(Refusal):
 
 
 def budget() -> float:
-    """Seconds of training: `AUTORESEARCH_BUDGET` (for trials), else `TIME_BUDGET`. ValueError if not positive."""
+    """Seconds of training: `AUTORESEARCH_BUDGET` (for trials), else `TIME_BUDGET`. Stop if that is not positive."""
     text = os.environ.get("AUTORESEARCH_BUDGET") or str(TIME_BUDGET)
-    if not re.fullmatch(r"\d*\.?\d+", text.strip()) or float(text) == 0:
-        raise ValueError(f"AUTORESEARCH_BUDGET must be a positive number of seconds, not {text!r}")
-    return float(text)
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise Stop(f"AUTORESEARCH_BUDGET must be a positive number of seconds, not {text!r}")
 
 
 # ---- Training ----
@@ -105,10 +107,7 @@ def open_data(name: str | None = None) -> Data:
     A run begins here, so an older result where `AUTORESEARCH_RESULT` points is removed: a run that crashes leaves none.
     Stop if its budget can't be read, before anything is compiled.
     """
-    try:
-        budget()
-    except ValueError as error:
-        raise Stop(str(error)) from None
+    budget()
     terminal.spell_what_is_missing()
     if (result := result_path()) and result.is_file():
         result.unlink()
@@ -185,7 +184,8 @@ class Clock:
     """Training time: from the first batch that the loader hands out to `stop`, which `evaluate_bpb` calls, in seconds
     of the undisturbed device (disturbance.py).
 
-    Making it scores the untrained model, which must know nothing yet: Invalid if it does (a warm start).
+    Making it scores the untrained model, which must know nothing yet: Invalid if it does (a warm start). DataError if
+    the weights could not be saved in the end.
 
     Attributes:
         seconds: of training allowed, `budget()` by default.
@@ -199,6 +199,9 @@ class Clock:
 
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
         refuse_in_turn()
+        if EXAM not in os.environ:  # else the harness made the folder
+            with writing(weights_path()), TemporaryFile(dir=weights_path().parent):
+                pass
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()
@@ -348,7 +351,7 @@ def require_time(seconds: float, elapsed: float, steps: list[float], begun: floa
     """
     # A step that begins in time may end late, but not outlast its like; to begin another after that is to ignore the
     # clock. Of a first step nothing is known: it may take the budget (in short trials, the standard one).
-    usual = max(3 * float(np.median(steps)), 2 * steps[-1]) if steps else max(seconds, TIME_BUDGET)
+    usual = max(3 * float(np.median(steps[-RECENT:])), 2 * steps[-1]) if steps else max(seconds, TIME_BUDGET)
     limit = seconds + usual + LATE if begun is None else max(min(begun, seconds + usual), seconds) + usual + LATE
     if not steps:
         limit = usual + LATE
@@ -376,8 +379,9 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
             clock.stop()
             tell("stopped")
             clock.evaluated = True
-            weights = (result_path() or home() / "last" / "weights").with_suffix(".safetensors")
-            save(backend, model, weights)
+            weights = weights_path()
+            with writing(weights):
+                backend.save(model, weights)
             if rows != "validation" or count is not None:
                 raise Invalid("other_rows")
         if clock is not None and EXAM in os.environ:
@@ -393,17 +397,6 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
         clock.val_bpb, clock.val_rows = bpb, count
         sys.audit("autoresearch.scored", clock, bpb)
     return bpb
-
-
-def save(backend, model, path: Path) -> None:
-    """Writes the weights. Another process that writes the same file at the same time replaces it as a whole."""
-    temporary = temporary_of(path)
-    try:
-        with writing(path):
-            backend.save(model, temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
@@ -695,6 +688,11 @@ def result_path() -> Path | None:
     return Path(path) if path else None
 
 
+def weights_path() -> Path:
+    """Where a run saves its weights: beside its result, if one is wanted."""
+    return (result_path() or home() / "last" / "weights").with_suffix(".safetensors")
+
+
 @contextmanager
 def recorded(clock: Clock | None):
     """Writes why a run ends without a score to `AUTORESEARCH_RESULT`, before the error is raised again."""
@@ -736,6 +734,12 @@ def measured(clock: Clock) -> dict:
     }  # fmt: skip
 
 
+def plain(value):
+    """A fact as JSON can hold it: an array of one number is that number, one that is not finite None."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int, **extra) -> dict:
     """Prints the summary block, the original's lines first, and writes it as JSON where `AUTORESEARCH_RESULT` points.
     `mfu_percent` is relative to the rate of matrix products measured on this device, `speed` is how that rate is now
@@ -746,16 +750,17 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
         raise RuntimeError("nothing to report yet: call evaluate_bpb(..., clock=clock) on the validation rows first")
     facts = {"status": "ok", "val_bpb": clock.val_bpb, "val_rows": clock.val_rows, **measured(clock)}
     peak, trial = clock.backend.device.peak_flops, clock.seconds != TIME_BUDGET
+    num_params, flops_per_token, depth = map(plain, (num_params, flops_per_token, depth))
     rate = flops_per_token * facts["tokens_per_second"]
     facts |= {"num_params_M": num_params / 1e6, "depth": depth, "flops_per_token": flops_per_token}
     facts |= {"model_tflops": rate / 1e12, "mfu_percent": 100 * rate / peak if peak else None}
-    extra = {name: value for name, value in extra.items() if name not in facts}  # what was measured stays
+    extra = {name: plain(value) for name, value in extra.items() if name not in facts}  # what was measured stays
     facts |= extra
     formats = {measure.name: measure.summary for measure in MEASURES if measure.summary}
     formats |= ({"budget_seconds": "g"} if trial else {}) | dict.fromkeys(extra, "")
     print("---")
     for name, form in formats.items():
-        print(f"{name + ':':<17} {math.nan if facts[name] is None else facts[name]:{form}}")
+        print(f"{name + ':':<17}", fill(f"{{it:{form}}}", {"it": math.nan if facts[name] is None else facts[name]}))
     if facts["epochs"] > 1:
         size = clock.loader.data.train_tokens / 1e6
         print(f"note: pass {facts['epochs']} of the training data was begun; one pass has {size:.1f} M tokens")

@@ -18,7 +18,7 @@ class Measure(NamedTuple):
 
     Attributes:
         name: in result.json and in the summary that a run prints.
-        type: float, int, bool or str. unit: of a number, "" if it has none.
+        type: float, int, bool, str, or dict of names and floats. unit: of a number, "" if it has none.
         summary: the format of its line in the printed summary; "" leaves it out.
         column: its name in results.tsv; "" if it has none. form: the format there.
         scale: what the value is multiplied with for that column.
@@ -128,7 +128,7 @@ REFUSALS = {
 
 def apart(sketch: str, other: str) -> float:
     """How far two `sketch`es of initial weights are apart, for two independent draws about 1, for the same 0; 1 for
-    what is none."""
+    what is no sketch."""
     try:
         pairs = [(a - 256 * (a > 127), b - 256 * (b > 127)) for a, b in zip(*map(bytes.fromhex, (sketch, other)))]
     except ValueError:

@@ -91,6 +91,9 @@ def own_files(paths: list[str], suffixes: list[str], name: str | None) -> Source
             name += f"-and-{len(found) - 1}"
     if not re.fullmatch(r"\w[\w.-]*", name) or name in ("current", "climbmix", "tinystories", "stdlib"):
         raise DataError(f"{name!r} can't be the name of a dataset; choose another with --name")
+    folder = (home() / "data" / name).resolve()
+    if any(folder in (path, *path.parents) for path in found):
+        raise DataError(f"{folder} is where the dataset {name} itself is kept; choose another name with --name")
     origin = " ".join(map(str, found))
     parquet = [path.is_file() and path.suffix == ".parquet" for path in found]
     if all(parquet):

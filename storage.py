@@ -66,7 +66,7 @@ def writing(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or disk_full(error)):
+        if not (isinstance(error, OSError) or disk_full(error) or "os error" in str(error)):  # of safetensors
             raise
         advice = "; free some space on that disk and run the same command again" if disk_full(error) else ""
         if not advice and home() in path.parents:
@@ -78,23 +78,26 @@ def writing(path: Path):
 def atomic(path: Path, mode: int = 0o666):
     """A binary file to write that appears at `path` complete or, on any failure, not at all (see `writing`). Its
     permissions are `mode`, less the umask, from the beginning."""
-    temporary = temporary_of(path)
+    with replacing(path) as temporary:
+        with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path):
+    """The name of a file to write, one that no other process or thread uses. It is put in place of `path` at the end,
+    and removed on any failure (see `writing`)."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with writing(path):
-            with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
-                yield file
-                file.flush()
-                sync(file.fileno())
+            yield temporary
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
         with suppress(OSError):  # it would hide why nothing could be written
             temporary.unlink(missing_ok=True)
-
-
-def temporary_of(path: Path) -> Path:
-    """Where a file is written before it is put in place: a name that no other process or thread uses."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 def sync(descriptor: int) -> None:
@@ -132,7 +135,7 @@ def read_json(path: Path) -> dict | None:
     """The object that a file holds; None if there is none, or none that can be read."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -53,6 +53,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import storage
+
 if TYPE_CHECKING:
     from backends.bench import Bench
 
@@ -334,14 +336,12 @@ class Backend(abc.ABC):
         return self.Trainer.is_out_of_memory(error)
 
     def save(self, model, path: str | Path) -> None:
-        """Writes the masters as safetensors under the shared names; any backend's `load` reads them."""
+        """Writes the masters as safetensors under the shared names; any backend's `load` reads them. A killed run
+        leaves the old file or the new one. DataError if it can't be written."""
         from safetensors.numpy import save_file
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        save_file(self.weights(model), temporary)
-        temporary.replace(path)  # a killed run leaves the old file or the new one, never half of one
+        with storage.replacing(Path(path)) as temporary:
+            save_file(self.weights(model), temporary)
 
     def load(self, model, path: str | Path) -> None:
         """Reads what `save` wrote, on this backend or another. It is announced: a guarded run starts from nothing."""

@@ -305,6 +305,15 @@ def test_leftovers_are_removed(tmp_path, texts):
     assert not list(data.folder.glob("*.tmp"))
 
 
+def test_what_is_a_users_own_stays(isolated_home, tmp_path, texts, capsys):
+    mine = write_files(isolated_home / "data" / "mine", texts)
+    for arguments in (mine,), (mine / "0.txt", "--name", "mine"):
+        assert "choose another name with --name" in fails(capsys, "--dataset", *arguments)
+    assert prepared("--dataset", mine, "--name", "other").name == "other"
+    assert prepared("--dataset", write_files(tmp_path / "a", texts), "--name", "mine").name == "mine"
+    assert len(list(mine.glob("*.txt"))) == len(texts)
+
+
 def test_leftover_folders_stay(tmp_path, texts):
     folder = write_files(tmp_path / "a", texts)
     data = prepared("--dataset", folder)

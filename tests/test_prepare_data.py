@@ -118,6 +118,14 @@ def test_unreadable_manifest(copy, content):
         prepare.open_data("tiny")
 
 
+@pytest.mark.parametrize("parts", [{}, [], {"tokenizer": "text"}, {"tokenizer": {"files": {"tokenizer.json": {}}}}])
+def test_manifest_with_parts_that_are_none(copy, parts):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"parts": parts}))
+    with pytest.raises(DataError, match="manifest.json is damaged .*run: python prepare.py"):
+        prepare.open_data()
+
+
 def test_manifest_with_other_tags_or_none(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"eval_rows": 1}))
@@ -160,16 +168,16 @@ def test_room_is_asked_for_only_on_a_full_disk(tmp_path, number, full):
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e999"])
 def test_budget_must_be_positive(monkeypatch, text):
     monkeypatch.setenv("AUTORESEARCH_BUDGET", text)
-    with pytest.raises(ValueError, match="AUTORESEARCH_BUDGET"):
-        prepare.budget()
-    with pytest.raises(storage.Stop, match="AUTORESEARCH_BUDGET"):
-        prepare.open_data()
+    for reads in (prepare.budget, prepare.open_data):
+        with pytest.raises(storage.Stop, match="AUTORESEARCH_BUDGET"):
+            reads()
 
 
-def test_budget(monkeypatch):
-    assert prepare.budget() == 300
-    monkeypatch.setenv("AUTORESEARCH_BUDGET", "2.5")
-    assert prepare.budget() == 2.5
+@pytest.mark.parametrize("text, seconds", [(None, 300), ("2.5", 2.5), ("300.", 300), ("1e3", 1000)])
+def test_budget(monkeypatch, text, seconds):
+    if text:
+        monkeypatch.setenv("AUTORESEARCH_BUDGET", text)
+    assert prepare.budget() == seconds
 
 
 # ---- what is imported, and how a run that must end does ----

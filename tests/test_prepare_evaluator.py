@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -492,26 +491,12 @@ def test_weights_are_saved_before_anything_else(run, tiny_data, isolated_home):
     assert backend.calls[0] == "save" and (isolated_home / "last" / "weights.safetensors").exists()
 
 
-def test_two_runs_that_save_their_weights_at_once(run, tiny_data, isolated_home, monkeypatch):
-    """Each file is whole: the second run saves while the first is in the middle of it."""
-    backend, path = run[0], isolated_home / "last" / "weights.safetensors"
-
-    def slow(model, to):
-        to.write_bytes(b"half")
-        if model == "first":
-            thread = threading.Thread(target=prepare.save, args=(backend, "second", path))
-            thread.start()
-            thread.join()
-            assert path.read_bytes() == b"half of second"
-        to.write_bytes(to.read_bytes() + f" of {model}".encode())
-
-    monkeypatch.setattr(backend, "save", slow)
-    prepare.save(backend, "first", path)
-    assert path.read_bytes() == b"half of first" and list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("No space left (os error 28)")])
-def test_no_room_for_the_weights(run, tiny_data, monkeypatch, error):
+@pytest.mark.parametrize("error, advice", [
+    (OSError(errno.ENOSPC, "full"), "free some space"),
+    (RuntimeError("No space left (os error 28)"), "free some space"),
+    (RuntimeError("Permission denied (os error 13)"), "set AUTORESEARCH_HOME"),
+])  # fmt: skip
+def test_weights_that_can_not_be_written(run, tiny_data, monkeypatch, error, advice):
     backend, model, loader, clock = run
     next(loader)
 
@@ -519,7 +504,7 @@ def test_no_room_for_the_weights(run, tiny_data, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(backend, "save", save)
-    with pytest.raises(DataError, match="could not write .*weights.safetensors.*free some space"):
+    with pytest.raises(DataError, match=f"could not write .*weights.safetensors.*{advice}"):
         evaluate_bpb(backend, model, tiny_data, clock=clock)
 
 
@@ -612,6 +597,19 @@ def test_report_says_that_data_were_repeated(run, tiny_data, capsys):
         facts = report(clock, num_params=1, flops_per_token=1, depth=1)
         assert facts["epochs"] == epoch
         assert ("note: pass 3 of the training data was begun" in capsys.readouterr().out) == (epoch == 3)
+
+
+def test_report_takes_numbers_of_any_framework(run, tiny_data, result, capsys):
+    backend, model, loader, clock = run
+    next(loader)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    extra = {"rate": np.float32(0.5), "layers": np.array(3), "worst": math.nan, "kind": "none"}
+    report(clock, num_params=np.int64(2), flops_per_token=np.float32(1), depth=np.int64(2), **extra)
+    report(clock, num_params=1, flops_per_token=1, depth=2.0)
+    assert "depth:            2.0" in capsys.readouterr().out
+    report(clock, num_params=np.int64(2), flops_per_token=np.float32(1), depth=np.int64(2), **extra)
+    told = result()
+    assert (told["rate"], told["layers"], told["worst"], told["kind"], told["depth"]) == (0.5, 3, None, "none", 2)
 
 
 def test_report_replaces_nothing_measured(run, tiny_data, result, capsys):

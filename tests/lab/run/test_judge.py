@@ -485,7 +485,7 @@ def test_a_harness_that_fails_leaves_no_run_waiting(ran, monkeypatch):
     ("prepare.examined.__code__ = (lambda answers, weights: (0.5, 5)).__code__", "prepare.examined"),
     ("prepare.Answers.losses.__code__ = (lambda s, x, y: y * 0).__code__", "prepare.Answers.losses"),
     ("prepare.examine.__defaults__ = (0.0,)", "prepare.examine"),
-    ("prepare.save.__kwdefaults__ = {'path': 1}", "prepare.save"),
+    ("prepare.sketch.__kwdefaults__ = {'weights': 1}", "prepare.sketch"),
     ("fake_backend.interface.check_step = lambda *_: None", "backends.interface.check_step"),
 ])  # fmt: skip
 def test_replaces_what_the_judge_uses(refused, code, name):
