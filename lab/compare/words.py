@@ -30,11 +30,12 @@ SYNONYMS = {
     for word in words.split()
 }
 UP = set(
-    "increase increased raise raised higher more larger bigger longer wider deeper double doubled twice up".split()
+    "increase increased raise raised higher more larger bigger longer wider deeper double doubled twice up "
+    "add added enable enabled".split()
 )
 DOWN = set(
     "decrease decreased reduce reduced lower lowered less fewer smaller shorter narrower shallower halve halved half "
-    "shrink cut down".split()
+    "shrink cut down remove removed no without disable disabled drop dropped delete deleted".split()
 )
 EMPTY = set(
     "to from the a an of in with and by at for on is set use try change instead total size steps x than it as "

@@ -22,10 +22,11 @@ from lab.session.events import Event, Verdict
 from lab.session.ledger import ORIGINAL
 from lab.share.archive import Wrong
 
-NVIDIA = re.compile(r"(nvidia|tesla|geforce|quadro|rtx|gtx|titan)\b", re.I)  # how its GPUs' names begin
+# How its GPUs' names begin.
+NVIDIA = re.compile(r"(nvidia|tesla|geforce|quadro|rtx|gtx|titan|g?[abhlptv]\d{1,3})\b", re.I)
 LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows: a night has some hundred rows
 MOST, MOST_MEASURED = 1e6, 1e12  # of a score and of gigabytes; of what else is measured
-NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
+NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?")
 STATUSES = ("keep", "discard", "crash", "invalid")
 COLUMNS = {"exp": "commit", "experiment_id": "commit", "peak_mem_gb": "memory_gb", "peak_vram_gb": "memory_gb"}
 NEEDED = ("val_bpb", "status", "description")
@@ -110,7 +111,8 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # of PowerShell's `>` and Excel's Unicode text
         content = content.decode("utf-16", errors="replace").encode()
-    *lines, tail = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    *lines, tail = content.split(b"\n")
     rows, notes, aside, unread = [], [], [], Counter()
     columns, commas = (), False
     for number, line in enumerate(lines, 1):
@@ -119,8 +121,9 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
         try:
             fields = [untrusted.one_line(field, TEXT) for field in _fields(line.decode())]
             if not columns:
-                named = "status" in fields and "description" in fields
-                columns, found = _columns(fields, name) if named else (ORIGINAL, [])
+                header = [field.strip().lower() for field in fields]
+                named = "status" in header and "description" in header
+                columns, found = _columns(header, name) if named else (ORIGINAL, [])
                 if not named:
                     found = [f"{name} does not name its columns; they are taken to be {' '.join(columns)}"]
                 texts = [_fields(each.decode(errors="replace")) for each in lines[number - (not named) :]]
@@ -188,20 +191,21 @@ def _has_commas(rows: list[list[str]], columns: Sequence[str]) -> bool:
 
 def _statuses(rows: list[dict], name: str, notes: list[str]) -> list[dict]:
     """Rows with the statuses of other programs in ours. Left out are those in which nothing was run, and those of a
-    baseline that was run before. What failed before the baseline had a score comes after it."""
+    baseline that was run before. What failed before the first one that was kept comes after it."""
+    scored = next((row for row in rows if row["status"] in ("keep", *KEPT) and row["val_bpb"]), None)
+    if scored and not any(row["val_bpb"] for row in rows[: rows.index(scored)]):
+        rows = [scored, *(row for row in rows if row is not scored)]
     kept = Counter(row["status"] for row in rows if row["status"] in KEPT)
     if not kept:  # a program that has neither knows no skip either
         return rows
     skipped = [row for row in rows if row["status"] in LEFT_OUT and row["val_bpb"] is None]
-    first, *again = [row for row in rows if row["status"] == "baseline" and row["val_bpb"]] or [None]
+    again = [row for row in rows if row["status"] == "baseline" and row["val_bpb"]][1:]
     told = [f"{untrusted.counted(n, 'row')} of status {status} taken for keep" for status, n in kept.items()]
     told += [f"{untrusted.counted(len(skipped), 'row')} of status skip left out: nothing was run"] * bool(skipped)
     if again:
         told.append(f"{untrusted.counted(len(again), 'row')} of these baselines left out, as there was one before")
     notes.append(f"{name}: {'; '.join(told)}")
     out = {id(row) for row in (*skipped, *again)}
-    if first and not any(row["val_bpb"] for row in rows[: rows.index(first)]):
-        rows = [first, *(row for row in rows if row is not first)]
     return [row | {"status": "keep" if row["status"] in KEPT else row["status"]} for row in rows if id(row) not in out]
 
 
@@ -217,6 +221,8 @@ def _unknown(name: str, statuses: Counter[str]) -> list[str]:
 
 def _row(columns: Sequence[str], fields: list[str], commas: bool, unread: Counter[str]) -> dict:
     """A row by column. ValueError if its score can't be read; other columns that can't be are counted in `unread`."""
+    while len(fields) > len(columns) and not fields[-1]:
+        fields = fields[:-1]
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
     texts = dict(zip(columns, fields)) | {name: "" for name in ("commit", "memory_gb") if name not in columns}

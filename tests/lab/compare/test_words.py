@@ -26,6 +26,8 @@ def test_the_same_in_other_words(one, other):
     [
         ("embedding LR 0.6 to 0.8", "embedding LR 0.8 to 0.6"),
         ("increase depth to 10", "reduce depth to 6"),
+        ("add QK norm", "remove QK norm"),
+        ("enable softcap on logits", "no softcap on logits"),
         ("embedding LR 0.6 to 0.8", "warmdown 0.6 to 0.8"),
         ("", ""),
         ("softcap 15 to 20", "matrix LR 15 to 20"),

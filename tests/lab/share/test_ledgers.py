@@ -294,9 +294,10 @@ def test_the_ledger_of_another_program_is_read(tmp_path):
     assert "1 row of status skip left out" in told and "taken as nvidia-rtx-5090" in told
 
 
-@pytest.mark.parametrize(
-    "gpu, device", [("Tesla T4", "nvidia-t4"), ("GeForce RTX 3090", "nvidia-rtx-3090"), ("AMD MI300X", "amd-mi300x")]
-)
+@pytest.mark.parametrize("gpu, device", [
+    ("Tesla T4", "nvidia-t4"), ("GeForce RTX 3090", "nvidia-rtx-3090"), ("AMD MI300X", "amd-mi300x"),
+    ("A100-SXM4-80GB", "nvidia-a100-sxm4-80gb"),
+])  # fmt: skip
 def test_names_that_older_drivers_give_name_the_same_device(tmp_path, gpu, device):
     assert other(tmp_path, OTHER.replace("NVIDIA GeForce RTX 5090", gpu)).started.device == device
 
@@ -357,6 +358,18 @@ def test_a_baseline_that_crashed_first_is_still_the_baseline(tmp_path):
     record = other(tmp_path, "\n".join([lines[0], lines[2], lines[1], lines[4], ""]))
     assert record.state.baseline.description == "baseline" and record.state.baseline.status == "keep"
     assert [e.status for e in record.state.experiments.values()] == ["keep", "crash", "keep"]
+
+
+def test_a_first_row_that_crashed_is_no_baseline():
+    text = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\na\t0\t0\tcrash\tone\nb\t1.1\t1\tkeep\tbaseline\n"
+    rows, _ = parse(text.encode(), "x.tsv")
+    assert [row["description"] for row in rows] == ["baseline", "one"]
+
+
+def test_a_header_in_capitals_old_line_ends_and_a_tab_too_many():
+    text = "Commit\tVal_bpb\tMemory_gb\tStatus\tDescription\ra\t.95\t1\tkeep\tbaseline\t\r"
+    rows, notes = parse(text.encode(), "x.tsv")
+    assert [row["val_bpb"] for row in rows] == [0.95] and not notes
 
 
 def test_the_energy_of_another_programs_runs_counts(tmp_path):
