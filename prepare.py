@@ -734,7 +734,7 @@ def measured(clock: Clock) -> dict:
     }  # fmt: skip
 
 
-def plain(value):
+def plain(value) -> Any:
     """A fact as JSON can hold it: an array of one number is that number, one that is not finite None."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -297,11 +297,12 @@ class Measurement:
                 results["matrices"][str(depth)] = matrices
             results["trials"].append(asdict(outcome))
             self._keep()
+            why = outcome.failed if isinstance(outcome, Failed) else ""
             slow = [trial for trial in self._known() if isinstance(trial, Failed) and trial.failed == NOT_DONE]
-            fails = isinstance(outcome, Failed) and not outcome.failed.endswith(("out of memory", NOT_DONE))
-            if fails or len(slow) == MOST_SLOW and not rule.best_depth(self._known()):
+            hangs = len(slow) == MOST_SLOW and not rule.best_depth(self._known())
+            if hangs or why and not why.endswith(("out of memory", NOT_DONE)):
                 self.partial.unlink(missing_ok=True)
-                raise CalibrationError(f"train.py does not run here: {outcome.failed}. Fix that, and calibrate again")
+                raise CalibrationError(f"train.py does not run here: {why}. Fix that, and calibrate again")
             self._another_round()
             took = time.monotonic() - start
         best = rule.best_depth(self._known())
@@ -360,7 +361,7 @@ class Measurement:
             except subprocess.TimeoutExpired:  # memory that is swapped, most likely
                 return failed(NOT_DONE)
             if done.returncode or not result.exists():
-                return failed(why(done))
+                return failed(reason_of(done))
             measured = json.loads(result.read_text())
         matrices = measured.pop("matrices")
         if measured.pop("rows_at_once") < trial.rows:
@@ -415,7 +416,7 @@ def environment(**values: str) -> dict[str, str]:
     return {**inherited, **values}
 
 
-def why(done: subprocess.CompletedProcess) -> str:
+def reason_of(done: subprocess.CompletedProcess) -> str:
     """The reason for which a trial failed, in one line."""
     if "out of memory" in done.stderr.lower() or "OutOfMemory" in done.stderr or "MemoryError" in done.stderr:
         return "out of memory"

@@ -188,7 +188,8 @@ class Analysis:
         """(experiment, origin, effect) of each patch of its blocks of shared runs: posterior means and intervals."""
         found, mean = [], self.scores.get(BASELINE, 1.0)
         for block in self.state.decided:
-            for origin, (value, low, high) in (block.verdict.effects or {}).items():
+            for origin, told in (block.verdict.effects or {}).items():
+                value, low, high = told or (0.0, 0.0, 0.0)
                 if block.runs and low < high:  # a record from elsewhere may say anything
                     error = (high - low) / (2 * effects.Z)
                     relative = value / self.scores.get(block.onto or BASELINE, mean)

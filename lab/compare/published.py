@@ -119,8 +119,8 @@ def library(folder: Path = FOLDER) -> tuple[Finding, ...]:
     found = []
     for path in sorted(folder.glob("*.txt")):
         try:
-            found.append(read(path.stem, path.read_text(encoding="utf-8")))
-        except (LabError, UnicodeDecodeError) as error:
+            found.append(read(path.stem, path.read_text(encoding="utf-8-sig")))
+        except (LabError, UnicodeDecodeError, OSError) as error:
             raise LabError(f"{path}: {error}") from None
     return tuple(found)
 

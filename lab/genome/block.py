@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -32,12 +33,15 @@ HEADING = re.compile(r"^# -{20,}\n# (?P<title>.*)\n# -{20,}$", re.M)
 STATED = re.compile(r"\[\s*(?P<low>[-+.\de]+)\s*\.\.\s*(?P<high>[-+.\de]+)\s*(?:,\s*(?P<scale>log|linear)\s*)?\]")
 AT_MOST = re.compile(r"\bat most (\d+)\b")
 PARTS = re.compile(r"(^|_)(RATIO|FRACTION|SHARE|DROPOUT)(_|$)")
-DECAYS = re.compile(r"(^|_)(BETAS?|MOMENTUM|DECAYS)\d*$")
+FRACTIONAL = re.compile(r"_LR$|DECAY$|FRACTION|SHARE|DROPOUT|WARM\w*_RATIO")  # also where it is written as 0 or 1
+DECAYS = re.compile(r"(^|_)(BETAS?|MOMENTUM|DECAYS|(AVERAGE|EMA)_DECAY)\d*$")
 SIZES = re.compile(r"(^|_)(DIM|CHANNELS|SIZE|WINDOW|WIDTH)$")
 PATTERNS = ("L", "SL", "SSL", "SSSL")
 FACTOR = 10.0  # from a value to its bounds
 LEAST = {"DEPTH": 1, "TOTAL_BATCH_SIZE": MAX_SEQ_LEN}  # with less nothing can be trained
 MOST = 1e15  # of a value
+WINDOWS = "WINDOW_PATTERN[i % len(WINDOW_PATTERN)]", "return sizes[:-1] + [None]"  # train.py's own lines
+WIDTH = "return -(-depth * ASPECT_RATIO // HEAD_DIM) * HEAD_DIM"
 NEAR_ONE = 1e-4  # how near a decay may come to 1
 
 
@@ -145,9 +149,8 @@ class Variable:
 @lru_cache(maxsize=4096)
 def read(source: str) -> tuple[Variable, ...]:
     """The variables of a train.py, in order; none if that part is not valid Python."""
-    definition = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
-    head = source[: definition.start()] if definition else source
     try:
+        head = _head(source)
         tree = ast.parse(head)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ()
@@ -195,6 +198,20 @@ def write(source: str, values: dict[str, object]) -> str:
     return content.decode()
 
 
+def _head(source: str) -> str:
+    """What stands before the first function or class."""
+    try:
+        nodes = ast.parse(source).body
+    except SyntaxError:  # perhaps only further down
+        definition = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
+        return source[: definition.start()] if definition else source
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            return b"".join(source.encode().splitlines(keepends=True)[: first - 1]).decode()
+    return source
+
+
 def _span(head: str) -> tuple[int, int]:
     """First and last line of the block."""
     headings = [(head.count("\n", 0, match.start()) + 1, match["title"].lower()) for match in HEADING.finditer(head)]
@@ -222,7 +239,8 @@ def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return _choice(name, repr(node.value).replace("'", '"'))
     try:
-        value = ast.literal_eval(node)
+        value = _power_of_two(node) if SIZES.search(name) else None
+        value = ast.literal_eval(node) if value is None else value
     except (ValueError, TypeError, SyntaxError, RecursionError):
         return None
     if type(value) not in (int, float) or not abs(value) < MOST:
@@ -248,7 +266,17 @@ def _variable(name: str, node: ast.expr, section: str, comment: str) -> Variable
     return replace(made, name=name) if made.low < made.high else None
 
 
+def _power_of_two(node: ast.expr) -> int | None:
+    """The value of 2**18, say."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and ast.unparse(node.left) == "2":
+        exponent = ast.literal_eval(node.right)
+        return 2**exponent if type(exponent) is int and 0 <= exponent < 64 else None
+    return None
+
+
 def _number(name: str, value: int | float, in_parts: bool) -> Variable:
+    if in_parts and value in (0, 1) or FRACTIONAL.search(name):
+        value = float(value)
     if isinstance(value, int):
         if value >= 8 and SIZES.search(name) and value & (value - 1) == 0:
             return Variable(name, "size", value, value // 4, value * 4, "log")
@@ -268,14 +296,47 @@ def _number(name: str, value: int | float, in_parts: bool) -> Variable:
 def too_small(text: str, calibrated: dict) -> str:
     """Which size of a train.py leaves nothing to train, where these are `defaults`: its name, or "" if none does."""
     for variable in read(text):
-        size, base = variable.value, calibrated.get(variable.text.removeprefix("defaults."))
-        if variable.name not in LEAST or isinstance(size, str) or variable.text and base is None:
-            continue
-        if base is not None:
-            size = base + size if variable.kind == "more" else base * 2**size
-        if size < LEAST[variable.name]:
+        size = resolved(variable, calibrated)
+        if variable.name in LEAST and isinstance(size, (int, float)) and size < LEAST[variable.name]:
             return variable.name
     return ""
+
+
+def resolved(variable: Variable, calibrated: Mapping) -> float | int | str | None:
+    """Its value on a device, where these are `defaults`: a pattern without quotes. None where that is not known."""
+    if variable.kind == "choice":
+        pattern = str(variable.value)
+        return pattern.strip('"') if pattern.startswith('"') else calibrated.get(pattern.removeprefix("defaults."))
+    if not variable.text:
+        return variable.value
+    name = variable.text.removeprefix("defaults.")
+    base = MAX_SEQ_LEN if name == "prepare.MAX_SEQ_LEN" else calibrated.get(name)
+    if base is None:
+        return None
+    value = float(variable.value)
+    size = base + value if variable.kind == "more" else base * 2**value
+    return int(size) if size == int(size) else size
+
+
+def effective(text: str, calibrated: Mapping) -> dict[str, float | int | str | None]:
+    """The values of a train.py on a device, as far as they do something there, by name: a pattern by layer, the width
+    instead of the aspect ratio, the short window only if a layer has one."""
+    values: dict = {variable.name: resolved(variable, calibrated) for variable in read(text)}
+    depth, pattern = values.get("DEPTH"), values.get("WINDOW_PATTERN")
+    if isinstance(depth, int) and pattern and all(line in text for line in WINDOWS):
+        values["WINDOW_PATTERN"] = "".join(str(pattern)[layer % len(str(pattern))] for layer in range(depth - 1))
+        if "S" not in values["WINDOW_PATTERN"]:
+            values.pop("SHORT_WINDOW", None)
+    ratio, head = values.get("ASPECT_RATIO"), values.get("HEAD_DIM")
+    if isinstance(depth, int) and ratio and head and WIDTH in text:
+        values["ASPECT_RATIO"] = -(-depth * ratio // head) * head
+    return values
+
+
+def idle(before: str, after: str, calibrated: Mapping) -> bool:
+    """Whether two train.py differ in nothing but values, and on a device in none of these."""
+    same = structure(before) == structure(after)
+    return same and effective(before, calibrated) == effective(after, calibrated)
 
 
 def _below_one(value: float, factor: float) -> float:

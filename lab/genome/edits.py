@@ -6,13 +6,15 @@
     +ops.attention(gain * q, k, v, self.window)
 
 A variable that has the first value gets the second one. One that has another value makes the same step from there, on
-its scale; or none, if it is at the second value already or beyond. The text that is replaced has to stand in its
-definition once, and may be a part of a line.
+its scale; or none, if it is at the second value already or beyond. A pattern of windows gets the second one, unless its
+share of long ones is beyond that already. The text that is replaced has to stand in its definition once, and may be a
+part of a line.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lab.errors import LabError
@@ -38,14 +40,15 @@ class Step:
     old: str
     new: str
 
-    def apply(self, source: str) -> str:
+    def apply(self, source: str, calibrated: Mapping) -> str:
         here = {variable.name: variable for variable in block.read(source)}.get(self.name)
         if here is None:
-            raise NotHere(f"there is no hyperparameter {self.name}")
+            there = re.search(rf"^{self.name.partition('[')[0]} *=", source, re.M)
+            raise NotHere(f"{self.name} can't be read" if there else f"there is no hyperparameter {self.name}")
         old, new = (_variable(self.name, text) for text in (self.old, self.new))
         if here.kind == "choice":
-            if new.value == here.value:
-                raise Already(f"{self.name} is {new.value}")
+            if new.value == here.value or _beyond(*(block.resolved(one, calibrated) for one in (old, new, here))):
+                raise Already(f"{self.name} is {block.resolved(here, calibrated)}")
             return block.write(source, {self.name: new.value})
         kinds = {variable.kind for variable in (old, new, here)} if here.text else set()
         if "choice" in (old.kind, new.kind) or {old.text, new.text} != {here.text} or len(kinds) > 1:
@@ -77,7 +80,7 @@ class Swap:
     old: str
     new: str
 
-    def apply(self, source: str) -> str:
+    def apply(self, source: str, calibrated: Mapping) -> str:
         known = definitions(source.encode()).get(self.definition)
         if known is None:
             raise NotHere(f"there is no {self.definition}")
@@ -117,8 +120,11 @@ class Edit:
     parts: tuple[Step | Swap, ...]
     text: str
 
-    def apply(self, source: str) -> str:
+    def apply(self, source: str, calibrated: Mapping | None = None) -> str:
         """The edited source.
+
+        Args:
+            calibrated: what `defaults` are on the device, as far as that is known.
 
         Raises:
             Already: it was done there before. NotHere: it does not apply; the reason names the place.
@@ -129,7 +135,7 @@ class Edit:
         try:
             for part in self.parts:
                 try:
-                    source = part.apply(source)
+                    source = part.apply(source, calibrated or {})
                 except Already as error:
                     already.append(error)
             if len(already) == len(self.parts):
@@ -168,6 +174,15 @@ def read(text: str) -> Edit:
     if not parts:
         raise LabError("it changes nothing")
     return Edit(tuple(parts), text)
+
+
+def _beyond(before, after, now) -> bool:
+    """Whether a pattern of windows, `now`, goes as far as an edit would, by its share of long ones; not if one of them
+    is not known."""
+    if not (before and after and now):
+        return False
+    first, second, here = (pattern.count("L") / len(pattern) for pattern in (before, after, now))
+    return first != second and (here - second) * (second - first) >= 0
 
 
 def _variable(name: str, text: str) -> block.Variable:

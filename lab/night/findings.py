@@ -12,7 +12,7 @@ from lab.compare import published
 from lab.compare.analysis import Analysis
 from lab.compare.published import Finding
 from lab.errors import LabError
-from lab.genome import block, edits
+from lab.genome import block, edits, kinds
 from lab.genome.merge import merged
 from lab.genome.syntax import describe, text_of, with_ends_of
 from lab.session.events import Patch
@@ -46,8 +46,13 @@ def tried(state: State) -> dict[str, Experiment]:
 
 def apply(finding: Finding, content: bytes, calibrated: dict) -> bytes:
     """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply, or leaves nothing
-    to train where these are `defaults`."""
-    edited = finding.edit.apply(text_of(content))
+    to train or changes nothing where these are `defaults`."""
+    text = text_of(content)
+    edited = finding.edit.apply(text, calibrated)
+    names = {part.name if isinstance(part, edits.Step) else part.definition for part in finding.edit.parts}
+    unused = {variable.name for variable in block.read(text)} - block.effective(text, calibrated).keys()
+    if names <= unused or block.idle(text, edited, calibrated):
+        raise edits.NotHere("it changes nothing on this device")
     if name := block.too_small(edited, calibrated):
         raise edits.NotHere(f"{name} would be too small on this device")
     return with_ends_of(content, edited.encode())
@@ -81,6 +86,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
             continue
         if not state.equal(describe(content).digest):
             device, name, _ = origin.split("/")
+            if state.best is not state.baseline:  # where an edit may set another value than its words say
+                description = f"{description} ({kinds.summary(best, content)})"
             yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
 
 
@@ -122,24 +129,24 @@ def rows(session: Session | None) -> list[Row]:
     }
     found = []
     for finding in published.library():
-        expected, experiment = finding.expected(device, session.budget), known.get(finding.key)
-        if experiment is None and finding.origin in estimates:
+        effect = None
+        if experiment := known.get(finding.key):
+            told = analysis.effect(experiment) if experiment.decided else None
+            said, why = published.verdict(finding.effect(device), told)
+            here = f"experiment {experiment.number}, {experiment.status}: {said}, {why}"
+            effect = told and (told.value, told.low, told.high)
+        elif finding.origin in estimates:
             number, effect = estimates[finding.origin]
-            found.append(_row(finding, expected, f"in shared runs, experiment {number}", effect))
-            continue
-        if experiment is None:
+            here = f"in shared runs, experiment {number}"
+            here += "" if effect else ": they failed with it, or were far worse"
+        else:
             try:
                 content = apply(finding, best, session.profile["settings"])
                 equal = session.state.equal(describe(content).digest)
                 here = f"experiment {equal.number}, {equal.status}, was equal to it" if equal else "not tried"
             except edits.NotHere as error:
                 here = f"does not apply: {error}"
-            found.append(_row(finding, expected, here))
-            continue
-        effect = analysis.effect(experiment) if experiment.decided else None
-        said, why = published.verdict(finding.effect(device), effect)
-        here = f"experiment {experiment.number}, {experiment.status}: {said}, {why}"
-        found.append(_row(finding, expected, here, effect and (effect.value, effect.low, effect.high)))
+        found.append(_row(finding, finding.expected(device, session.budget), here, effect))
     return sorted(found, key=lambda row: -(row.expected or 0.0))
 
 

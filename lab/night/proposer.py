@@ -96,14 +96,15 @@ def _reach(state: State) -> float:
     return reach
 
 
-def _new(session: Session, text: str) -> bool:
-    """Whether it is Python that something can be trained with, and nothing equal is open or was decided on."""
-    state = session.state
+def _new(session: Session, best: str, text: str) -> bool:
+    """Whether it is Python that something can be trained with, another model than the best, and nothing equal is open
+    or was decided on."""
+    state, calibrated = session.state, session.profile["settings"]
     try:
         digest = describe(text.encode()).digest
     except LabError:
         return False
-    if block.too_small(text, session.profile["settings"]):
+    if block.too_small(text, calibrated) or block.idle(best, text, calibrated):
         return False
     known = {e.digest for e in (*state.open, state.best) if e}
     return digest not in known and not state.equal(digest)
@@ -121,7 +122,7 @@ def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str
         for values in _suggested(variables, trials, noise, _reach(session.state), rng):
             changed = {v.name: values[v.name] for v in variables if values[v.name] != v.value}
             edited = block.write(text, changed)
-            if changed and _new(session, edited):
+            if changed and _new(session, text, edited):
                 return edited, ", ".join(
                     f"{v.name} {v.written(v.value)} -> {v.written(changed[v.name])}"
                     for v in variables

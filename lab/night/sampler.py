@@ -24,6 +24,7 @@ FITTED = Path(__file__).resolve().parents[2] / "findings" / "steps.tsv"
 KINDS = {"rate": "log", "penalty": "log", "moment": "decay", "part": "linear", "batch": "log", "size": "log"}
 NAMED = (
     (r"_LR$", "rate"),
+    (r"(AVERAGE|EMA)_DECAY", "moment"),
     (r"DECAY", "penalty"),
     (r"BETAS?\d?\b|MOMENTUM(\[|$)", "moment"),
     (r"WARM|RATIO$|FRACTION|SHARE", "part"),

@@ -77,7 +77,8 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         mean, parent_mean: val_bpb over the runs. evidence: None where nothing was compared.
-        gains: of a confirmation. effects: of the patches of a block of shared runs, by origin: below 0 is better.
+        gains: of a confirmation. effects: of the patches of a block of shared runs, by origin: below 0 is better, None
+            if it made runs fail or far worse.
         judged: False if nothing was learnt of the change.
     """
 
@@ -87,7 +88,7 @@ class Verdict(Struct, frozen=True, omit_defaults=True):
     parent_mean: float | None = None
     evidence: Evidence | None = None
     gains: Gains | None = None
-    effects: dict[str, Interval] | None = None
+    effects: dict[str, Interval | None] | None = None
     judged: bool = True
 
     @property

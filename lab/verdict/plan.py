@@ -340,7 +340,8 @@ def _shared(block: Experiment, state: State) -> Plan:
     elif chosen:
         origins = " ".join(block.patches[place].origin for place in chosen)
         reason = because("screened", **facts, chosen=len(chosen), origins=origins)
-    effects = {patch.origin: estimate for patch, estimate in zip(block.patches, estimates)}
+    effects: dict[str, Interval | None] = {patch.origin: told for patch, told in zip(block.patches, estimates)}
+    effects |= {block.patches[place].origin: None for place in screening.dropped}
     return Plan(verdict=Verdict("discard", reason, effects=effects))
 
 

@@ -86,6 +86,11 @@ class Screening:
         return bool(self._searched()[1])
 
     @property
+    def dropped(self) -> set[int]:
+        """Patches that make runs fail or far worse."""
+        return self._searched()[0]
+
+    @property
     def hopeless(self) -> bool:
         """Whether many patches make runs far worse, so that it is better to try one change per run."""
         dropped, _, sound = self._searched()

@@ -313,7 +313,7 @@ def test_after_a_failure_it_starts_again(device):
     ],
 )
 def test_why_a_trial_failed(stderr, status, reason):
-    assert measure.why(SimpleNamespace(stderr=stderr, returncode=status)).startswith(reason)
+    assert measure.reason_of(SimpleNamespace(stderr=stderr, returncode=status)).startswith(reason)
 
 
 def test_a_trial_sees_no_settings_of_the_users(monkeypatch):

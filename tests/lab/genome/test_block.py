@@ -80,6 +80,12 @@ def test_what_is_written_can_be_read_again():
         ("OFFSET = -2.0", -4.0, 0.0, "linear"),
         ("ROPE_BASE = 10000", 1000, 100000, "log"),
         ("HEAD_DIM = 64", 16, 256, "log"),
+        ("WARM_RATIO = 0", 0.0, 0.5, "linear"),
+        ("WARMDOWN_RATIO = 1", 0.0, 1.0, "linear"),
+        ("EMBEDDING_LR = 1", 0.1, 10.0, "log"),
+        ("KV_RATIO = 1", 1, 3, "linear"),
+        ("AVERAGE_DECAY = 0.99", 0.9, 0.999, "log"),
+        ("TOTAL_BATCH_SIZE = 2**18", 2**16, 2**20, "log"),
     ],
 )
 def test_bounds(line, low, high, scale):
@@ -128,6 +134,28 @@ def test_a_section_in_fractions():
 )
 def test_leaves_alone_what_it_cannot_read(line):
     assert block.read(line + "\n") == ()
+
+
+def test_words_that_look_like_a_definition_end_nothing():
+    source = '"""What it does, by\nclass and by name."""\n\nLR = 1.0\n\n\n@cached\ndef f():\n    pass\n\n\nB = 2.0\n'
+    assert [one.name for one in block.read(source)] == ["LR"]
+
+
+@pytest.mark.parametrize("old, new, depth, pattern, idle", [
+    ("ASPECT_RATIO = 64", "ASPECT_RATIO = 40", 2, "SSSL", True),  # 128 wide either way
+    ("ASPECT_RATIO = 64", "ASPECT_RATIO = 40", 8, "SSSL", False),
+    ("SHORT_WINDOW = prepare.MAX_SEQ_LEN // 2", "SHORT_WINDOW = prepare.MAX_SEQ_LEN // 8", 8, "L", True),
+    ("SHORT_WINDOW = prepare.MAX_SEQ_LEN // 2", "SHORT_WINDOW = prepare.MAX_SEQ_LEN // 8", 8, "SSSL", False),
+    ("WINDOW_PATTERN = defaults.window_pattern", 'WINDOW_PATTERN = "SSSL"', 8, "SSSL", True),
+    ("WINDOW_PATTERN = defaults.window_pattern", 'WINDOW_PATTERN = "SL"', 2, "SSSL", True),  # the last is long anyway
+    ("WINDOW_PATTERN = defaults.window_pattern", 'WINDOW_PATTERN = "SL"', 3, "SSSL", False),
+    ("MATRIX_LR = 0.04", "MATRIX_LR = 0.05", 2, "L", False),
+    ("return sizes[:-1] + [None]", "return sizes", 2, "L", False),
+])  # fmt: skip
+def test_what_changes_nothing_on_a_device(old, new, depth, pattern, idle):
+    calibrated = {"depth": depth, "window_pattern": pattern, "total_batch_size": 2**16}
+    assert TRAIN.count(old) == 1
+    assert block.idle(TRAIN, TRAIN.replace(old, new), calibrated) == idle
 
 
 def test_only_the_block():
@@ -208,7 +236,9 @@ def test_signs_that_only_pythons_strings_take_for_line_ends_shift_nothing():
         ("= defaults.total_batch_size", "= defaults.total_batch_size // 2", ""),
         ("= defaults.total_batch_size", "= defaults.total_batch_size // 4", "TOTAL_BATCH_SIZE"),
         ("= defaults.total_batch_size", "= 1024", "TOTAL_BATCH_SIZE"),
-        ("= defaults.total_batch_size", "= prepare.MAX_SEQ_LEN // 2", ""),  # it may be anything
+        ("= defaults.total_batch_size", "= 2**10", "TOTAL_BATCH_SIZE"),
+        ("= defaults.total_batch_size", "= prepare.MAX_SEQ_LEN // 2", "TOTAL_BATCH_SIZE"),
+        ("= defaults.total_batch_size", "= defaults.other // 2", ""),  # it may be anything
     ],
 )
 def test_sizes_that_leave_nothing_to_train(old, new, name):

@@ -261,6 +261,15 @@ def test_those_that_conflict_hide_no_others(searched, tmp_path, monkeypatch):
     assert [one.change.key for one in findings.untried(searched, 20)] == ["applies"]
 
 
+def test_a_finding_that_changes_nothing_here_is_no_idea():
+    content = (sessions.ROOT / "train.py").read_bytes()
+    known = {one.name: one for one in published.library()}
+    for name in "narrower", "short-window", "longer-short-window":
+        assert findings.apply(known[name], content, {"depth": 8, "window_pattern": "SSSL"}) != content
+        with pytest.raises(NotHere, match="it changes nothing on this device"):
+            findings.apply(known[name], content, {"depth": 2, "window_pattern": "L"})
+
+
 def test_a_finding_that_leaves_nothing_to_train_is_no_idea(searched):
     finding = next(one for one in published.library() if one.name == "fewer-layers")
     content = (sessions.ROOT / "train.py").read_bytes()

@@ -17,6 +17,7 @@ from lab.genome.edits import Already, NotHere, Step, Swap
 from lab.compare import published
 from tests.backends.support import opened
 
+CALIBRATED = {"window_pattern": "L"}
 TRAIN = (harness.ROOT / "train.py").read_text(encoding="utf-8")
 LIBRARY = {finding.name: finding for finding in published.library()}
 STRUCTURAL = [name for name, one in LIBRARY.items() if any(isinstance(part, Swap) for part in one.edit.parts)]
@@ -177,15 +178,18 @@ def test_other_sizes_start_as_they_should(rows, name, backend):
         ("WARM_RATIO: 0.0 -> 0.1", "WARM_RATIO = 0.01  # [0.001 .. 0.5, log]", NotHere),
         ('PATTERN: defaults.window_pattern -> "L"', 'PATTERN = "L"', Already),
         ('PATTERN: defaults.window_pattern -> "L"', 'PATTERN = "SL"', 'PATTERN = "L"'),
+        ('PATTERN: "SSSL" -> "SSLL"', 'PATTERN = "SL"', Already),
+        ('PATTERN: "SSSL" -> "SSLL"', "PATTERN = defaults.window_pattern", Already),
+        ('PATTERN: "SSSL" -> "SSSSL"', 'PATTERN = "SL"', 'PATTERN = "SSSSL"'),
     ],
 )
 def test_a_step_from_another_value(line, here, there):
     edit = edits.read(line)
     if isinstance(there, str):
-        assert edit.apply(f"{here}\n") == f"{there}\n"
+        assert edit.apply(f"{here}\n", CALIBRATED) == f"{there}\n"
     else:
         with pytest.raises(there) as caught:
-            edit.apply(f"{here}\n")
+            edit.apply(f"{here}\n", CALIBRATED)
         assert (caught.type is Already) == (there is Already)
 
 

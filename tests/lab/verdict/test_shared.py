@@ -282,6 +282,8 @@ def test_a_crashing_patch_is_dropped_and_the_others_judged(tmp_path, runner):
     supervise(session)
     assert first.status == "discard" and "crash" in {run.status for run in first.runs}
     assert patches()[5].origin not in blocks.chosen_of(first)
+    effects = first.verdict.effects
+    assert [origin for origin, effect in effects.items() if effect is None] == [patches()[5].origin]
 
 
 def test_a_patch_that_is_plainly_good_goes_on_alone(tmp_path, runner):
