@@ -14,7 +14,7 @@ from lab.compare.published import Finding
 from lab.errors import LabError
 from lab.genome import block, edits, kinds
 from lab.genome.merge import merged
-from lab.genome.syntax import describe, text_of, with_ends_of
+from lab.genome.syntax import describe, normalised, text_of, with_ends_of
 from lab.session.events import Patch
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
@@ -70,8 +70,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     for one in untried(session, MOST_TRIED):
-        made = functools.partial(merged, best, one.before, one.after)
-        found.append((one.change.gain or 0.0, one.origin, one.description, lambda made=made: made()[0]))
+        found.append((one.change.gain or 0.0, one.origin, one.description, functools.partial(_with, one, best)))
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
     screened = {origin.rpartition("/")[2] for origin in blocks.screened(state) if origin != first}
     known = {*tried(state), *screened, *(origin.rpartition("/")[2] for _, origin, *_ in found)}
@@ -89,6 +88,11 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
             if state.best is not state.baseline:  # where an edit may set another value than its words say
                 description = f"{description} ({kinds.summary(best, content)})"
             yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
+
+
+def _with(one: replay.Candidate, content: bytes) -> bytes:
+    """A train.py with what another session kept, its line ends as they were."""
+    return with_ends_of(content, merged(normalised(content), one.before, one.after)[0])
 
 
 def alone(session: Session, quiet: float = LIKELY) -> float:
@@ -183,7 +187,8 @@ def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
             near = (journal.parents[1].name == state.started.device, backend == state.started.backend)
             found += [(near, one.change.t or 0.0, one) for one in kept if one.change.key not in known]
     found.sort(key=lambda one: one[:2], reverse=True)
-    best, chosen, seen = session.repository.content(state.best.blob) if state.best else b"", [], set()
+    best = normalised(session.repository.content(state.best.blob)) if state.best else b""
+    chosen, seen = [], set()
     for *_, one in found[:MOST_MERGED]:
         content, conflicts = merged(best, one.before, one.after)
         if conflicts:

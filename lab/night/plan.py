@@ -19,6 +19,7 @@ import prepare
 import storage
 from calibration import identity
 from calibration.profile import ProfileError
+from lab.compare import published
 from lab.errors import LabError
 from lab.fleet import here, invitation
 from lab.genome.syntax import TRAIN
@@ -103,6 +104,8 @@ def plan(path: Path, options) -> Plan:
     session, tag = checked_out(repository, options.tag)
     deadline = limits.deadline(options.hours, options.until, datetime.now())
     by, most, runs = "agent" if options.agent else "proposer", options.max_experiments, options.baseline_runs
+    if options.findings:
+        published.library()  # before anything begins: each has to be readable
     made = Plan(repository, tag, by, session, deadline, most, findings=options.findings)
     if session:
         night = Journal(session.folder / "night.jsonl", NIGHT_EVENTS)

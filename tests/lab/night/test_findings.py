@@ -259,6 +259,10 @@ def test_those_that_conflict_hide_no_others(searched, tmp_path, monkeypatch):
     journal.parent.mkdir(parents=True)
     journal.touch()
     assert [one.change.key for one in findings.untried(searched, 20)] == ["applies"]
+    windows = best.replace(b"\n", b"\r\n")
+    monkeypatch.setattr(type(searched.repository), "content", lambda *_: windows)
+    assert [one.change.key for one in findings.untried(searched, 20)] == ["applies"]
+    assert findings._with(applies, windows) == windows + b"LATER = 1\r\n"
 
 
 def test_a_finding_that_changes_nothing_here_is_no_idea():

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import sessions
@@ -13,10 +14,11 @@ import backends
 import storage
 from backends.interface import BackendError, Hardware
 from calibration import identity, profile
-from lab.run import sandbox
+from lab.compare import published
 from lab.errors import LabError
 from lab.night import plan as plans
 from lab.reasons import because
+from lab.run import sandbox
 from lab.session.events import ExperimentApplied, ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, Verdict
 from lab.session.session import Session
 from lab.verdict.executor import supervise
@@ -190,6 +192,15 @@ def test_what_no_session_can_start_from_is_said_before_anything_is_fetched(tree,
     spoil(tree.path)
     with pytest.raises(LabError, match=reason):
         planned(tree)
+
+
+def test_a_finding_that_can_not_be_read_is_said_before_anything_is_fetched(tree, tmp_path, monkeypatch):
+    (tmp_path / "broken.txt").write_text("x")
+    damaged = partial(published.library, tmp_path)
+    monkeypatch.setattr(published, "library", damaged)
+    with pytest.raises(LabError, match="broken.txt: 'time:' has to be"):
+        planned(tree, findings=True)
+    assert planned(tree, findings=False).missing
 
 
 def test_a_backend_that_cannot_run_says_so(tree, monkeypatch):
