@@ -56,7 +56,9 @@ def home() -> Path:
 
 def disk_full(error: BaseException) -> bool:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or bool(re.search("No space left|requested and .* written", str(error)))  # safetensors; numpy
+    return full or bool(
+        re.search("No space left|File too large|requested and .* written", str(error))
+    )  # safetensors; numpy
 
 
 @contextmanager

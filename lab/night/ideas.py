@@ -9,6 +9,7 @@ from collections import Counter
 
 from lab.genome import kinds
 from lab.session.state import Experiment, State
+from lab.verdict.near_misses import used
 
 LOOKED_BACK = 40  # experiments, whose kinds are counted
 PATIENCE = 10  # experiments without a keep, at least, before it is called a plateau
@@ -93,7 +94,7 @@ def _closest(experiments: list[Experiment]) -> list[Experiment]:
 
 
 def _near(state: State) -> list[Experiment]:
-    together = {number for e in state.experiments.values() for number in e.members}
+    together = used(state)
     return _closest([e for e in changes(state) if e.near_miss and e.number not in together])
 
 

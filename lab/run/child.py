@@ -170,7 +170,8 @@ def stay_behind() -> None:
         pass
     if left:
         os._exit(LEFT_RUNNING + min(left, 15))
-    os._exit(status if status >= 0 else 128 - status)
+    # Above 128 are signals and what was left: as which no status of train.py's own may pass.
+    os._exit(min(status, 1) if status > 128 else status if status >= 0 else 128 - status)
 
 
 def end_all() -> int:

@@ -365,8 +365,9 @@ def fill_cache(request: Request) -> None:
     if request.keeps_caches or source is None:
         return
     if request.cache_seen == request.kept_cache or not any(source.glob("triton*")):
-        shutil.copytree(source, request.cache, symlinks=True, dirs_exist_ok=True)
-        os.utime(source)
+        with suppress(OSError):  # another run may be writing there: what was not copied is compiled again
+            shutil.copytree(source, request.cache, symlinks=True, dirs_exist_ok=True)
+            os.utime(source)
 
 
 def keep_compiled(request: Request) -> None:

@@ -8,8 +8,10 @@ CSV. Other control characters are removed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from lab.reasons import because, sentence
@@ -93,6 +95,12 @@ def measured(result: dict) -> dict:
     return row
 
 
+def _edited(path: Path) -> Iterator[Path]:
+    """Names for ledgers that somebody edited."""
+    for number in itertools.count(1):
+        yield path.with_name(f"{path.stem}.edited{number if number > 1 else ''}{path.suffix}")
+
+
 def write(path: Path, state: State) -> str | None:
     """Rewrites the ledger whole, if it is not as the journal has it.
 
@@ -105,7 +113,7 @@ def write(path: Path, state: State) -> str | None:
         there = path.read_bytes() if path.exists() else b""
         if there == content:
             return None
-        said, edited = None, path.with_name(f"{path.stem}.edited{path.suffix}")
+        said, edited = None, next(name for name in _edited(path) if not name.exists())
         if not content.startswith(there):  # an older one is a beginning of this
             with atomic(edited) as file:
                 file.write(there)

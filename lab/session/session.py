@@ -97,6 +97,11 @@ class Session:
         return PREFIX + self.name
 
     @property
+    def ref(self) -> str:
+        """The branch in full: a tag may have the same name."""
+        return f"refs/heads/{self.branch}"
+
+    @property
     def budget(self) -> float:
         """Seconds of training of a run."""
         return self.state.budget
@@ -250,7 +255,7 @@ class Session:
             if run.ended is None and not goes_on(run):
                 self.log(RunEnded(run=run.number, status="lost", reason=because(self.ending() or "killed")))
                 done.append(f"run {run.number} was interrupted")
-        best, head = state.best, repository.commit_of(self.branch)
+        best, head = state.best, repository.commit_of(self.ref)
         if best and best.applied and head and head == repository.commit_of(f"{best.here}^"):
             repository.move(f"refs/heads/{self.branch}", best.here, head)
             done.append(f"the branch did not point to the best; it is at {best.here[:7]} again")

@@ -350,9 +350,13 @@ class State:
         return max(self.runs, default=0) + 1
 
     def overhead(self) -> float | None:
-        """The most seconds that a run took beside its training."""
-        took = [run.seconds - run.result["training_seconds"] for run in self.runs.values() if run.ok]
-        return max(took, default=None)
+        """The most seconds that a run took beside its training, pauses and what disturbed it left out."""
+        results = [(run.seconds, run.result) for run in self.runs.values() if run.ok]
+        took = [
+            seconds - told["training_seconds"] * (1 + told.get("disturbance", 0)) - told.get("paused_seconds", 0)
+            for seconds, told in results
+        ]
+        return max(0.0, *took) if took else None
 
     def end_of(self, run: Run) -> float:
         """When a run that is under way is likely to end, in seconds since the epoch."""

@@ -126,13 +126,13 @@ def settle(session: Session, experiment: Experiment) -> bool:
 @contextmanager
 def blamed(session: Session, experiment: Experiment):
     """A mistake of the lab's own counts against the experiment, which must end, too; a Stop, which says what to do,
-    does not."""
+    does not. One in carrying out a verdict ends this process: there is nothing left to give up."""
     try:
         yield
     except Exception:
         session.log(events.HarnessFailed(experiment=experiment.number))
         traceback.print_exc()
-        if experiment.failures < TRIES:
+        if experiment.failures < TRIES or experiment.decided:
             raise
 
 
@@ -338,7 +338,7 @@ def apply(session: Session, experiment: Experiment) -> None:
     """Moves the branch or not, restores train.py, tidies up, records. Doing it again changes nothing."""
     repository, commit, left_alone = session.repository, experiment.commit, None
     kept = experiment.status == "keep" and experiment.kind not in BESIDE
-    head = repository.commit_of(session.branch)
+    head = repository.commit_of(session.ref)
     if head is None:
         done = [one for one in session.state.kept if one.applied]
         raise LabError(

@@ -18,10 +18,21 @@ def remembered(state: State) -> list[int]:
     return gate.together([(number, found.gain, found.error) for number, found in left.items() if found])
 
 
+def used(state: State) -> set[int]:
+    """Numbers of those that were tried together, or are."""
+    found = [e for e in state.experiments.values() if e.kind == "near misses"]
+    return {
+        number
+        for e in found
+        if e.decided is None or e.decided.judged or e.status == "superseded"
+        for number in e.members
+    }
+
+
 def _untried(state: State) -> list[Experiment]:
     """Near misses that were not tried together yet."""
-    used = {number for experiment in state.experiments.values() for number in experiment.members}
-    return [e for e in state.decided if e.number not in used and e.near_miss]
+    tried = used(state)
+    return [e for e in state.decided if e.number not in tried and e.near_miss]
 
 
 def together(session: Session) -> tuple[bytes, list[int]]:

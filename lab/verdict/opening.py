@@ -96,7 +96,7 @@ def best_of(session: Session) -> Experiment:
 
 def head_of_best(session: Session) -> str:
     """The branch's last commit. LabError if its train.py is not the best."""
-    repository, best, head = session.repository, best_of(session), session.repository.commit_of(session.branch)
+    repository, best, head = session.repository, best_of(session), session.repository.commit_of(session.ref)
     if head is None or repository.blob_of(head) != best.blob:
         if head and repository.blob_of(f"{head}^") == best.blob:
             raise LabError(

@@ -28,6 +28,8 @@ TRIES = 3  # of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
 SUSPECT = 2  # devices that are lost while they run an experiment
+# Kinds with many runs, of files that are proven or differ: what was lost since the last sound one counts.
+PROVEN = ("baseline", "confirm", "scale", "shared")
 ALIKE = 0.2  # initial weights of two seeds that are no two draws; for those it is 1, give or take 0.3
 WORTH_TELLING = 0.05  # disturbance of a run, as a share of its training
 SHARED_SEED = 50_000  # from here on: of blocks, and of their tests
@@ -475,10 +477,13 @@ def _failure(experiment: Experiment, runs: list[Run]) -> Verdict | None:
     for run in runs:
         if run.status in ("crash", "invalid") and run.reason:
             return Verdict(run.status, run.reason)  # pyright: ignore[reportArgumentType]
-    workers = {run.worker for run in experiment.runs if run.reason and run.reason.code == "device_lost"}
+    since = experiment.runs
+    if experiment.kind in PROVEN:
+        since = list(itertools.takewhile(lambda run: not run.ok, reversed(since)))
+    workers = {run.worker for run in since if run.reason and run.reason.code == "device_lost"}
     if len(workers) >= SUSPECT:
         return _unjudged("crash", because("suspect", workers=", ".join(sorted(workers))))
-    lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in HELD) for run in experiment.runs)
+    lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in HELD) for run in since)
     if lost >= MOST_LOST:
         return _unjudged("crash", because("interrupted", times=lost))
     if experiment.failures >= TRIES:

@@ -43,6 +43,8 @@ def test_near_misses(searched, tried):
     assert ideas.named(searched.state) == [one, two, three]
     for e in searched.state.experiments.values():
         e.members = [one, two, three] if e.number == three else []
+    assert ideas.near_misses(searched.state)  # members of another kind of experiment: a repeat, say
+    searched.state.experiments[three].kind = "near misses"
     assert ideas.near_misses(searched.state) is None
 
 

@@ -96,7 +96,8 @@ def test_a_broken_edit_is_found(tmp_path, settings, what):
 
 def test_a_sound_edit_passes_without_a_score(tmp_path, settings, monkeypatch):
     monkeypatch.setenv("LAB_TURN", "an agent's")  # who may do it
-    tried = check.tried(train(tmp_path, {"MATRIX_LR = 0.04": "MATRIX_LR = 0.05"}), settings)
+    edits = {"MATRIX_LR = 0.04": "MATRIX_LR = 0.05", "\n    main()\n": "\n    main()\n    raise SystemExit\n"}
+    tried = check.tried(train(tmp_path, edits), settings)
     assert (tried.problem, tried.elsewhere) == ("", False) and tried.num_params
     assert "bpb" not in tried.printed
 

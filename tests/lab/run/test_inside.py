@@ -373,7 +373,8 @@ def test_ends_well_without_a_result(refused, code):
 @pytest.mark.parametrize("code, reason", [
     ("raise ValueError('no such layer\\nand more')", "^ValueError$"),
     ("raise SystemExit('TOTAL_BATCH_SIZE is odd')", "^exit status 1$"),
-    ("raise SystemExit(3)", "^exit status 3$"),
+    ("raise SystemExit(3)", "^exit status 3$"), ("raise SystemExit(-1)", "^exit status 1$"),
+    ("raise SystemExit(242)", "^exit status 1$"),
     ("os.kill(os.getpid(), 9)", "^killed by SIGKILL: most likely out of memory$"),
     ("os.abort()", "^killed by SIGABRT$"),
     ("clock.tick(float('nan'))", "^the loss is nan at step"),

@@ -122,6 +122,9 @@ def test_an_edited_ledger_is_put_back_and_that_is_said(session):
     assert session.ledger.read_bytes() == before and edited_copy.read_bytes() == before.replace(b"keep", b"best")
     assert "was edited" in said and str(edited_copy) in said
     assert session.write_ledger() is None
+    session.ledger.write_bytes(b"mine")
+    session.write_ledger()
+    assert (session.folder / "results.edited2.tsv").read_bytes() == b"mine" != edited_copy.read_bytes()
 
 
 @pytest.mark.parametrize("cut", [1, 5, 300])

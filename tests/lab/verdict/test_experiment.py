@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import disturbance
+import msgspec
 import pytest
 import sessions
 from sessions import TRAIN, attempt, edited, git
@@ -384,6 +385,36 @@ def test_a_mistake_of_the_labs_own_loses_one_experiment(session, monkeypatch):
         executor.supervise(session)
     assert session.state.last.status == "invalid" and "supervisor.log" in str(session.state.last.verdict.reason)
     assert status_of(session) == ""
+
+
+def test_a_verdict_that_can_not_be_carried_out_is_tried_again_later(session, monkeypatch):
+    """A full disk, say: the supervisor ends each time, and does not go round and round."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "apply", full)
+        for _ in range(TRIES + 2):
+            with pytest.raises(OSError, match="No space left"):
+                executor.supervise(session) if session.state.oldest_open else attempt(session, edited(LOSS=0.9))
+    assert session.state.last.failures == TRIES + 2 and session.state.last.decided
+    executor.supervise(session)
+    assert status_of(session) == "" and session.state.last.status == "keep"
+
+
+def test_one_long_pause_makes_no_longer_timeouts(session):
+    before = session.state.overhead()
+    run = session.state.runs[1]
+    told = run.ended.result | {"paused_seconds": 1000.0}
+    run.ended = msgspec.structs.replace(run.ended, seconds=run.ended.seconds + 1000, result=told)
+    assert session.state.overhead() == before
+
+
+def test_a_tag_with_the_branchs_name_is_no_branch(session):
+    git(session.repository.path, "tag", session.branch, session.state.baseline.commit)
+    assert attempt(session, edited(LOSS=0.9)).status == "keep"
+    assert attempt(session, edited(LOSS=0.8)).status == "keep"
 
 
 def test_a_deleted_branch_says_how_to_get_it_back(session):
