@@ -131,7 +131,8 @@ def do_reproduce(options) -> int:
     if Path(options.of or "").suffix == ".tsv":
         raise LabError(f"{options.of} says in words what was changed: --of takes a session, or an export of one")
     record = sources.read(options.of or _checked_out())
-    found = reproduce.reproduce(record, options.number, options.pairs, lambda line: print(line, flush=True))
+    told = sys.stderr if options.json else sys.stdout
+    found = reproduce.reproduce(record, options.number, options.pairs, lambda line: print(line, file=told, flush=True))
     print(json.dumps(found, indent=1) if options.json else reproduce.told(found))
     return 0 if found["stands"] else 1
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from lab.errors import LabError
-from lab.genome.syntax import TRAIN
+from lab.genome.syntax import TRAIN, normalised, with_ends_of
 from lab.session.repository import here
 
 WAIT = 45  # seconds that a call takes at most: clients give up after 60
@@ -82,7 +82,7 @@ def serve() -> None:
         if problem:
             return problem
         (repository.path / TRAIN).write_bytes(after)
-        code, said = await lab("run", "-m", message, f"--wait={WAIT}")
+        code, said = await lab("run", f"--message={message}", f"--wait={WAIT}")
         if code and (repository.path / TRAIN).read_bytes() == after:  # it was not taken
             (repository.path / TRAIN).write_bytes(before)
         return said
@@ -97,11 +97,15 @@ def serve() -> None:
 
 def edited(content: bytes, edits: list[Edit]) -> tuple[bytes, str]:
     """(train.py with the edits made, ""), or (as it was, what is wrong with one)."""
-    text = content.decode()
+    try:
+        text = normalised(content).decode()
+    except UnicodeDecodeError as error:
+        return content, f"nothing was run: {TRAIN} is no UTF-8 text ({error})"
     for number, edit in enumerate(edits, 1):
-        if (times := text.count(edit.old)) != 1 or not edit.old:
+        old, new = (side.replace("\r\n", "\n") for side in (edit.old, edit.new))
+        if (times := text.count(old)) != 1 or not old:
             return content, (
                 f"nothing was run: the old text of edit {number} is in {TRAIN} {times} times, and has to be once"
             )
-        text = text.replace(edit.old, edit.new)
-    return text.encode(), ""
+        text = text.replace(old, new)
+    return with_ends_of(content, text.encode()), ""

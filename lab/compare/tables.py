@@ -83,14 +83,22 @@ def _scores(sessions: list[Analysis]) -> list[Table]:
         rows = []
         for session in group:
             scores = [number(e and session.scores[e.number], ".6f") for e in (session.baseline, session.best)]
-            confirmed = _shown(session.confirmed, -1) if session.confirmed else "no"
-            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), confirmed
+            gains = number(session.gain, "+.6f"), number(session.relative, "+.2%"), _confirmed(session)
             noise = number(session.noise and session.noise.sd, ".6f")
             time = str(session.gained or "-").replace(" of the time", "")
             rows.append((Place(session.place), session.name, *scores, *gains, time, noise))
         unknown = "Evaluator unknown: these scores can be compared with no others"
         tables.append(Table(caption if tag else unknown, heads, rows))
     return tables
+
+
+def _confirmed(session: Analysis) -> str:
+    """The best's gain on held-out rows, as the session's confirmation has it; "no" where there is none."""
+    last = session.confirmation
+    if not last or not last.verdict.gains or session.kept_since:
+        return "no"
+    gain, low, high = last.verdict.gains["held_out_bpb"]
+    return f"{'' if last.verdict.confirmed else 'not: '}{gain:+.5f} ({low:+.4f} to {high:+.4f})"
 
 
 def _shown(effect: Effect, sign: int = 1) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,16 +40,17 @@ def devices(asked: str, kind: str = "") -> list[str]:
             return [f"cuda:{index}" for index in range(count)]
         return [kind or "cpu"]
     found = []
-    for name in asked.split(","):
-        name = f"cuda:{name}" if name.strip().isdigit() else name.strip()
-        if name.startswith("cuda:") and name[5:].isdigit():
-            if int(name[5:]) >= count:
-                raise LabError(f"there is no GPU {name[5:]} here: {count} can be seen, numbered from 0")
+    for name in map(str.strip, asked.split(",")):
+        if gpu := re.fullmatch(r"(?:cuda:)?(\d+)", name, re.ASCII):
+            name = f"cuda:{int(gpu[1])}"
+            if int(gpu[1]) >= count:
+                raise LabError(f"there is no GPU {int(gpu[1])} here: {count} can be seen, numbered from 0")
             if name in found:
                 raise LabError(f"{name} is named twice: a GPU makes one run at a time")
-        elif name not in ("cpu", "mps", "metal"):
+        elif not re.fullmatch(r"(cpu|mps|metal)(:\d+)?", name, re.ASCII):  # cpu:1 is what the second of cpu,cpu becomes
             raise LabError(f"{name!r} is not a device: give all, numbers of GPUs such as 0,1, or cpu, mps, metal")
-        found.append(f"{name}:{found.count(name)}" if name in found else name)
+        again = sum(one.partition(":")[0] == name for one in found)
+        found.append(f"{name}:{again}" if again else name)
     return found
 
 

@@ -73,7 +73,7 @@ def _each(path: Path, devices: list[str], called: str | None) -> int:
     workers = [subprocess.Popen([*command, device]) for device in devices]
     while True:
         try:
-            return max(worker.wait() for worker in workers)
+            return max(abs(worker.wait()) for worker in workers)  # below 0: killed
         except KeyboardInterrupt:  # which they have got, too
             continue
 

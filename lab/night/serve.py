@@ -7,8 +7,8 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -42,7 +42,7 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
     if port is None:
         yield []
         return
-    key = secrets.token_urlsafe(16)
+    key, one_at_a_time = secrets.token_urlsafe(16), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         timeout, server_version, sys_version = PATIENCE, "autoresearch", ""
@@ -50,7 +50,8 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
         def do_GET(self):
             known = secrets.compare_digest(self.path.encode(), f"/{key}/".encode())
             try:
-                content, status = (report(session), 200) if known else (b"", 404)
+                with one_at_a_time if known else nullcontext():
+                    content, status = (report(session), 200) if known else (b"", 404)
             except (storage.Stop, Exception) as error:  # the night goes on without
                 content, status = f"no report now: {error}".encode(), 503
             self.send_response(status)
@@ -84,8 +85,10 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
         server.server_close()
 
 
-class Server(HTTPServer):
-    """A server that survives clients which disconnect."""
+class Server(ThreadingHTTPServer):
+    """A server that survives clients which disconnect, and that none can hold up."""
+
+    daemon_threads, block_on_close = True, False
 
     def handle_error(self, request, client_address):
         pass

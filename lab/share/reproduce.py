@@ -41,10 +41,10 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
         LabError: there is no such change, or it can't be run here.
     """
     experiment, repository = record.state.experiments.get(number), here()
-    if experiment is None or experiment.onto is None or experiment.decided is None or pairs < 2:
-        raise LabError(
-            f"{record.name} has no decided change {number}, or --pairs is below 2. python -m lab log lists the changes"
-        )
+    if experiment is None or experiment.onto is None or experiment.decided is None:
+        raise LabError(f"{record.name} has no decided change {number}. python -m lab log lists the changes")
+    if pairs < 2:
+        raise LabError("--pairs has to be 2 at least: one pair says nothing of chance")
     if repository is None:
         raise LabError("run this in a clone of the project: it is cloned again from there")
     before, after = record.train(experiment.onto), record.train(number)

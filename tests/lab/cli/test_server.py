@@ -114,3 +114,9 @@ def test_what_is_not_taken_is_put_back(begun, isolated_home):
 def test_edits(edits, content, problem):
     made, said = server.edited(b"a c", [server.Edit(*edit) for edit in edits])
     assert made == content and problem in said and bool(said) == bool(problem)
+
+
+def test_edits_of_a_file_with_windows_line_ends():
+    edits = [server.Edit("a\nb\n", "a\nc\n"), server.Edit("d\r\n", "e\n")]
+    assert server.edited(b"a\r\nb\r\nd\r\n", edits) == (b"a\r\nc\r\ne\r\n", "")
+    assert "is no UTF-8 text" in server.edited(b"\xff", edits)[1]

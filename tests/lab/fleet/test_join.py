@@ -306,15 +306,23 @@ def test_two_devices_of_one_name_are_not_both_taken(project, join):
 
 @pytest.mark.parametrize(
     "asked, count, found",
-    [("all", 0, ["cpu"]), ("all", 2, ["cuda:0", "cuda:1"]), ("1", 2, ["cuda:1"]), ("cpu,cpu", 0, ["cpu", "cpu:1"])],
-    ids=["cpu", "gpus", "one", "twice"],
+    [
+        ("all", 0, ["cpu"]),
+        ("all", 2, ["cuda:0", "cuda:1"]),
+        ("1", 2, ["cuda:1"]),
+        ("cpu,cpu", 0, ["cpu", "cpu:1"]),
+        ("cpu, cpu,cpu", 0, ["cpu", "cpu:1", "cpu:2"]),
+        ("cpu:1", 0, ["cpu:1"]),
+        ("0, cuda:01", 2, ["cuda:0", "cuda:1"]),
+    ],
+    ids=["cpu", "gpus", "one", "twice", "three times", "of a list", "blanks"],
 )
 def test_devices_are_named(monkeypatch, asked, count, found):
     monkeypatch.setattr(here, "gpus", lambda: count)
     assert here.devices(asked) == found
 
 
-@pytest.mark.parametrize("asked", ["2", "0,0", "tpu", ""])
+@pytest.mark.parametrize("asked", ["2", "0,0", "cuda:1,cuda:01", "tpu", "²", ""])
 def test_devices_that_are_not_there_are_refused(monkeypatch, asked):
     monkeypatch.setattr(here, "gpus", lambda: 2)
     with pytest.raises(LabError):

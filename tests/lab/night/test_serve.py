@@ -49,6 +49,14 @@ def test_the_report_as_it_is_now(night, address):
     assert answer.status == 200 and content == b""
 
 
+def test_a_client_that_takes_its_time_holds_up_nobody(night):
+    with serve.served(night, 0, lambda line: None) as addresses:
+        parts = urlsplit(addresses[0])
+        with socket.create_connection((parts.hostname, parts.port)) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\nX: ")
+            assert asked(addresses[0])[0].status == 200
+
+
 def test_what_can_not_be_shown_now_is_shown_later(night, address, monkeypatch):
     def broken(session):
         raise LabError("the disk is full")

@@ -24,9 +24,11 @@ def record(tmp_path, runner, monkeypatch):
     return Record(session.state, session.repository.content(session.state.baseline.blob))
 
 
-@pytest.mark.parametrize("number, pairs", [(7, 2), (0, 2), (1, 1)])
-def test_what_is_no_change_or_too_few_runs_is_refused(record, number, pairs):
-    with pytest.raises(LabError, match="no decided change"):
+@pytest.mark.parametrize("number, pairs, why", [
+    (7, 2, "no decided change"), (0, 2, "no decided change"), (1, 1, "2 at least"),
+])  # fmt: skip
+def test_what_is_no_change_or_too_few_runs_is_refused(record, number, pairs, why):
+    with pytest.raises(LabError, match=why):
         reproduce.reproduce(record, number, pairs, print)
 
 
