@@ -337,7 +337,7 @@ def _shared(block: Experiment, state: State) -> Plan:
         return Plan(verdict=Verdict("discard", because("mostly_bad", **facts)))
     reason = because("screened_in_vain", **facts)
     if plain:
-        best = block.patches[min(plain, key=lambda place: estimates[place][0])]
+        best = block.patches[plain[0]]
         reason = because("plainly_good", **facts, what=best.description.partition(":")[0], origin=best.origin)
     elif chosen:
         origins = " ".join(block.patches[place].origin for place in chosen)

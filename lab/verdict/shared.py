@@ -29,7 +29,7 @@ CULPRITS, MOST_BAD = 2, 0.25  # patches that were dropped, and their share of wh
 FAR = 5.0  # standard deviations: a run that is so much worse has a culprit, a patch so good goes the ordinary way
 CHOSEN, MOST_CHOSEN = 0.05, 16  # standard deviations of noise that a posterior mean has to gain; members of the test
 NOISES, TESTED = (0.003, 0.005, 0.01, 0.03), (6, 8, 14, 22)  # runs of the patch and of the parent, by noise
-SWEEPS, LAST_SWEEPS, BURN = 8, 300, 50
+SWEEPS, LAST_SWEEPS, BURN, ROUNDS = 8, 300, 50, 4
 # Effects of the changes of the original's H100 session, less their noise: (share, mean, standard deviation); below 0 is
 # better. 18 % are gains. On a noisier device all is taken for larger, in proportion from SCALE on.
 MIXTURE = np.array(
@@ -71,7 +71,7 @@ class Screening:
         if begun % BARE == 0:
             return ()
         rng = np.random.default_rng([begun, self.count])
-        effects = self._sampled(sound, rng, SWEEPS)[-1]
+        effects = self._sampled(sound, rng, SWEEPS, self.sd)[-1, :-1]
         members: list[int] = []
         for patch in map(int, rng.permutation(np.flatnonzero(effects < 0))):
             if patch not in dropped and not any(self.clash(patch, other) for other in members):
@@ -98,10 +98,16 @@ class Screening:
         return len(dropped) >= CULPRITS and len(dropped) > MOST_BAD * len(dropped | cleared)
 
     def estimates(self) -> list[Interval]:
-        """For each patch, the posterior mean of its effect and the ends of the 90 % interval."""
-        samples = self._sampled(self._searched()[2], np.random.default_rng(self.count), LAST_SWEEPS)[BURN:]
-        low, high = np.quantile(samples, (0.05, 0.95), axis=0)
-        return [tuple(map(float, one)) for one in zip(samples.mean(0), low, high)]  # pyright: ignore
+        """Each patch's effect: posterior mean and 90 % interval. Noise is what the runs leave unexplained, if that is
+        more than was known: other programs may have come and gone meanwhile, and patches may depend on one another."""
+        sound, sd = self._searched()[2], self.sd
+        held, scores = self._held(sound)
+        for _ in range(ROUNDS):
+            samples = self._sampled(sound, np.random.default_rng(len(self.runs)), LAST_SWEEPS, sd)[BURN:]
+            left = scores - samples @ held.T
+            sd = max(self.sd, float(np.sqrt(np.mean(left**2)))) if len(sound) else sd
+        lows, highs = np.quantile(samples, (0.05, 0.95), axis=0)
+        return list(zip(*(column[:-1].tolist() for column in (samples.mean(0), lows, highs))))
 
     def chosen(self, estimates: Sequence[Interval]) -> list[int]:
         """The patches for the test, the best first: those that go together."""
@@ -113,10 +119,11 @@ class Screening:
         return members
 
     def plainly_good(self) -> list[int]:
-        """Patches that need no company: what they gain is far above the noise, by all runs so far."""
+        """Patches that need no company, the best first: what they gain is far above the noise, by all runs so far."""
         sound = self._searched()[2]
-        samples = self._sampled(sound, np.random.default_rng([len(sound), 1]), 4 * SWEEPS)[SWEEPS:]
-        return [int(patch) for patch in np.flatnonzero(np.quantile(samples, 0.95, axis=0) < -FAR * self.sd)]
+        samples = self._sampled(sound, np.random.default_rng([len(sound), 1]), 4 * SWEEPS, self.sd)[SWEEPS:, :-1]
+        plain = np.flatnonzero(np.quantile(samples, 0.95, axis=0) < -FAR * self.sd)
+        return sorted(map(int, plain), key=lambda patch: samples[:, patch].mean())
 
     def _searched(self) -> tuple[set[int], tuple[int, ...], list[int]]:
         """(patches that were dropped, those of which one makes runs far worse, places of the other runs)."""
@@ -138,21 +145,26 @@ class Screening:
                 suspects = ()
         return dropped, suspects, sound
 
-    def _sampled(self, sound: list[int], rng: np.random.Generator, sweeps: int) -> np.ndarray:
-        """Samples of the patches' effects (sweeps, count)."""
+    def _held(self, sound: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(what each run held, (runs, count + 1), its score less the parent's). The last column is the parent's mean,
+        as it differs from what was known of it."""
         held = np.zeros((len(sound), self.count + 1))
-        held[:, -1] = 1  # the parent's mean, as it differs from what was known of it
+        held[:, -1] = 1
         for row, place in enumerate(sound):
             held[row, list(self.runs[place][0])] = 1
-        scores = np.array([self.runs[place][1] for place in sound], float) - self.parent
-        squares, products = held.T @ held / self.sd**2, held.T @ scores / self.sd**2
+        return held, np.array([self.runs[place][1] for place in sound], float) - self.parent
+
+    def _sampled(self, sound: list[int], rng: np.random.Generator, sweeps: int, sd: float) -> np.ndarray:
+        """Samples of the patches' effects and of the parent's (sweeps, count + 1), at a noise of `sd`."""
+        held, scores = self._held(sound)
+        squares, products = held.T @ held / sd**2, held.T @ scores / sd**2
         scale = max(1.0, self.sd / SCALE)
         shares = np.tile(np.log(MIXTURE[:, 0]), (self.count, 1))
         gains = MIXTURE[:, 1] < 0
         for patch in self.likely:
             shares[patch, gains] += math.log(PUBLISHED)
         means, sds = MIXTURE[:, 1] * scale, MIXTURE[:, 2] * scale
-        effects, samples = np.zeros(self.count + 1), np.zeros((sweeps, self.count))
+        effects, samples = np.zeros(self.count + 1), np.zeros((sweeps, self.count + 1))
         prior_mean, precision = np.zeros(self.count + 1), np.full(self.count + 1, 1 / self.sd**2)
         for sweep in range(sweeps):
             odds = shares - np.log(sds) - 0.5 * ((effects[:-1, None] - means) / sds) ** 2
@@ -163,7 +175,7 @@ class Screening:
             factor = np.linalg.cholesky(squares + np.diag(precision))
             mean = np.linalg.solve(factor, products + precision * prior_mean)
             effects = np.linalg.solve(factor.T, mean + rng.standard_normal(len(mean)))
-            samples[sweep] = effects[:-1]
+            samples[sweep] = effects
         return samples
 
 

@@ -82,6 +82,17 @@ def test_gains_are_found_and_their_intervals_hold_them():
     assert found.plainly_good() == []
 
 
+def test_noise_that_is_larger_than_was_known_widens_the_intervals():
+    """As other programs came and went: then what does nothing is not taken for a gain."""
+    rng, runs = np.random.default_rng(1), []
+    facts = {"count": 20, "sd": 0.005, "parent": 1.0}
+    for number in range(100):
+        members = shared.Screening(**facts, runs=runs).next(number)
+        runs.append((members, 1 + 0.02 * rng.standard_normal()))
+    estimates = shared.Screening(**facts, runs=runs).estimates()
+    assert sum(not low < 0 < high for _, low, high in estimates) <= 2
+
+
 def test_the_same_runs_give_the_same_estimates():
     assert screened([-0.01, 0.01]).estimates() == screened([-0.01, 0.01]).estimates()
 
