@@ -118,14 +118,17 @@ def _cleaner(*known: Path | str) -> Callable:
     Args:
         known: folders of this machine, which may have blanks in their names.
     """
-    folders = {str(path) for path in known if len(str(path)) > 1}
-    roots = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
+    folders = sorted((str(path) for path in known if len(str(path)) > 1), key=len, reverse=True)
+    roots = "|".join(r"[/\\]+".join(map(re.escape, re.split(r"[/\\]+", folder))) for folder in folders)
     pattern = re.compile(
-        rf"(?<![\w.~/])(?:(?:{roots})(?!{PART})(?:[/\\]+{PART})*|(?:/{PART}){{2,}}|[A-Za-z]:(?:[/\\]+{PART})+)"
+        rf"(?<![\w.~/])(?:file:/+(?=/))?(?:(?P<root>{roots})(?!{PART})(?P<rest>(?:[/\\]+{PART})*)"
+        rf"|(?:[A-Z]:)?[/\\]+(?:users|home)[/\\]+{PART}(?: {PART})*(?:[/\\]+{PART})+"  # a name may have blanks
+        rf"|(?:/{PART}){{2,}}|(?:[A-Z]:|[\\]{{2}}{PART})(?:[/\\]+{PART})+)",
+        re.IGNORECASE,
     )
 
     def last_part(path: re.Match) -> str:
-        return "..." if path[0] in folders else ".../" + re.split(r"[/\\]", path[0])[-1]
+        return "..." if path["root"] and not path["rest"] else ".../" + re.split(r"[/\\]", path[0])[-1]
 
     def clean(value):
         if isinstance(value, dict):

@@ -171,6 +171,12 @@ def test_control_characters_stay_here(session, tmp_path):
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("\\alpha\\beta lr/2 ~/x/y ../a/b", "\\alpha\\beta lr/2 ~/x/y ../a/b"),
         ("a /data/my files2", "a .../my files2"),
+        ("at \\DATA\\My Files\\x.py", "at .../x.py"),
+        ("file:///home/jane/secret/x.py", ".../x.py"),
+        ("/Users/Jane Doe/x.py", ".../x.py"),
+        ("C:/Users/Jane Doe/auto/x.py and c:\\users\\jane doe\\x.py", ".../x.py and .../x.py"),
+        ("\\\\server\\jane\\share\\x.py", ".../x.py"),
+        ("a /x/y then and/or z", "a .../y then and/or z"),
     ],
 )
 def test_paths_are_cut_down_to_names(text, cut):
