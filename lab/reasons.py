@@ -43,7 +43,6 @@ TEXTS: dict[str, str] = {
     "bpb_not_positive": "val_bpb is {val_bpb}",
     "trained_with_other_budget": "it trained with a budget of {told:g} s instead of {budget:g} s",
     "claims_training": "it claims {told:.1f} s of training; it ran for {seconds:.1f} s, with a budget of {budget:g} s",
-    "claims_total": "it claims to have taken {told:.1f} s; it took {seconds:.1f} s",
     "no_weights": "it left no weights",
     "not_examined": "the harness did not score it",
     "other_data": "it opens another dataset than the session's, which is {name}: call prepare.open_data() without a "

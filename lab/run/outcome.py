@@ -28,8 +28,6 @@ NUMBERS = {int: (int,), float: (int, float)}  # types that a measure of a type m
 MOST_EXTRA = 32  # facts that train.py added of its own
 NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
 WORD = re.compile(r"[\w.,+-]{1,64}|\([0-9, ]*\)", re.ASCII)  # a name, a number, an array's shape
-TEARDOWN = 30.0  # seconds between prepare.report and the end of the process
-CLOCKS_APART = 3.0  # seconds: Linux tells to the second only when it was started, and so when a process was
 
 
 @dataclass
@@ -54,12 +52,11 @@ class Outcome:
 
 @dataclass
 class Ended:
-    """How a process ended: exit status, negative for a signal; seconds; how many more of them the system's time went
-    on by; why it was ended, if it was; seconds in which the run, or the whole machine, stood still."""
+    """How a process ended: exit status, negative for a signal; seconds; why it was ended, if it was; seconds in which
+    the run, or the whole machine, stood still."""
 
     code: int
     seconds: float
-    set_by: float
     problem: Reason | None
     paused: float = 0.0
 
@@ -71,7 +68,7 @@ def of_run(request, ended: Ended, exam: Exam) -> Outcome:
     status, reason = _judged(request, ended, told, facts, printed, exam)
     if facts and status != "ok":
         facts.pop("val_bpb", None)
-    if facts and abs(ended.set_by) > CLOCKS_APART:
+    if facts:  # the run tells it by the system's clock, which may have been set
         facts["total_seconds"] = ended.seconds
     return Outcome(status, reason, facts, ended.seconds, untrusted.clean(printed) if status == "crash" else "")
 
@@ -91,7 +88,7 @@ def _judged(
     if told.get("status") != "ok":
         return ("crash" if told.get("status") == "crash" else "invalid"), believed(told.get("reason"))
     weights = request.folder / "result.safetensors"
-    wrong = problem(facts, request.budget, ended.seconds, request.memory_ceiling, weights, ended.set_by)
+    wrong = problem(facts, request.budget, ended.seconds, request.memory_ceiling, weights)
     wrong = wrong or exam.problem(facts, ended.paused)
     if not wrong and facts["val_bpb"] != exam.scores["val_bpb"]:
         wrong = because("reports_other_score")
@@ -181,15 +178,11 @@ def sound(told: dict) -> dict:
     return facts | dict(list(added.items())[:MOST_EXTRA])
 
 
-def problem(
-    facts: dict, budget: float, elapsed: float, ceiling: int | None, weights: Path, set_by: float = 0.0
-) -> Reason | None:
+def problem(facts: dict, budget: float, elapsed: float, ceiling: int | None, weights: Path) -> Reason | None:
     """Why a result that says "ok" is not believed.
 
     Args:
         elapsed: seconds that the process took. ceiling: bytes of memory that a run may use.
-        set_by: seconds by which the system's time went another way meanwhile: it was set, or the machine slept. The
-            total that a run tells is by that, and may hold it or not; its training time does not.
     """
     if missing := [measure.name for measure in MEASURES if measure.needed and measure.name not in facts]:
         return because("result_lacks", names=", ".join(missing))
@@ -197,13 +190,10 @@ def problem(
         return because("bpb_not_positive", val_bpb=facts["val_bpb"])
     if facts["budget_seconds"] != budget:
         return because("trained_with_other_budget", told=facts["budget_seconds"], budget=budget)
-    training, total = facts["training_seconds"], facts["total_seconds"]
+    training = facts["training_seconds"]
     longest = budget + max(budget, prepare.TIME_BUDGET) + 2  # the longest step that prepare allows, begun in time
     if not 0 <= training <= longest:  # a device that is faster than in the baseline trains for longer than by the wall
         return because("claims_training", told=training, seconds=elapsed, budget=budget)
-    apart = CLOCKS_APART + abs(set_by)
-    if not elapsed - TEARDOWN - 0.02 * elapsed - apart <= total <= elapsed + apart:
-        return because("claims_total", told=total, seconds=elapsed)
     if ceiling is not None and facts["peak_vram_mb"] * 2**20 > ceiling:
         return because("memory", used_mb=facts["peak_vram_mb"], most_mb=ceiling / 2**20)
     if not (weights.is_file() and weights.stat().st_size):

@@ -242,7 +242,7 @@ def execute(
         cwd=folder / "work",
     )
     settings |= environment(request, temporary) | exam.settings
-    begun, wall = time.monotonic(), time.time()
+    begun = time.monotonic()
     process = Popen(
         command, cwd=folder / "work", env=settings, stdin=PIPE, stdout=PIPE, stderr=STDOUT,
         start_new_session=True, pass_fds=exam.descriptors,
@@ -262,7 +262,6 @@ def execute(
             if temporary != folder / "tmp":
                 remove(temporary)
     seconds = time.monotonic() - begun
-    set_by = time.time() - wall - seconds
     if not (folder / child.BEGUN).exists():
         raise LabError(
             f"the run could not be started ({request.sandbox or 'no sandbox'}); {log} says why. If the sandbox no "
@@ -275,7 +274,7 @@ def execute(
         problem = because("flooded", most=FLOOD // 2**20)
     if left and not problem:
         problem = because("left_processes", count=left)
-    return Ended(128 - code if code > 128 else code, seconds, set_by, problem, paused)
+    return Ended(128 - code if code > 128 else code, seconds, problem, paused)
 
 
 def watch(
