@@ -22,6 +22,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
+FULL = re.compile("No space left|File too large|requested and .* written")  # as safetensors and numpy say it
+
+
 class Stop(SystemExit):
     """Ends the process with exit status 1 and the reason, `str(error)`, as its last line: "Invalid: it looks ahead".
     Being a SystemExit it shows no traceback, and an `except Exception` in train.py does not swallow it."""
@@ -56,9 +59,7 @@ def home() -> Path:
 
 def disk_full(error: BaseException) -> bool:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or bool(
-        re.search("No space left|File too large|requested and .* written", str(error))
-    )  # safetensors; numpy
+    return full or bool(FULL.search(str(error)))
 
 
 @contextmanager

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import backends
@@ -42,7 +41,7 @@ def defaults() -> Defaults:
     """
     hardware = backends.identify()
     path = profiles.chosen_path(hardware)
-    if path == profiles.path_of(hardware) and not os.path.exists(path):
+    if path is None:
         return Defaults(
             **vars(rule.SAFE),
             notes=(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def show_profile(options: argparse.Namespace) -> int:
     else:
         hardware = backends.identify()
         path = profiles.chosen_path(hardware)
-        if path == profiles.path_of(hardware) and not os.path.exists(path):
+        if path is None:
             raise profiles.ProfileError(f"{hardware.slug} with {hardware.backend} is not calibrated; {profiles.AGAIN}")
     profile = profiles.read(path, hardware)
     try:

@@ -29,9 +29,13 @@ def path_of(hardware: Hardware) -> Path:
     return storage.home() / "profiles" / f"{hardware.slug}-{hardware.backend}.json"
 
 
-def chosen_path(hardware: Hardware) -> Path:
-    """The profile that `AUTORESEARCH_PROFILE` names, else this device's. It need not exist."""
-    return Path(os.environ.get("AUTORESEARCH_PROFILE") or path_of(hardware))
+def chosen_path(hardware: Hardware) -> Path | None:
+    """The profile that `AUTORESEARCH_PROFILE` names, whether it is there or not, else this device's; None if it has
+    none."""
+    if named := os.environ.get("AUTORESEARCH_PROFILE"):
+        return Path(named)
+    path = path_of(hardware)
+    return path if os.path.exists(path) else None
 
 
 def baseline(path: Path = TRAIN) -> str:

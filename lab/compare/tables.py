@@ -101,12 +101,11 @@ def _confirmed(session: Analysis) -> str:
     return f"{'' if last.verdict.confirmed else 'not: '}{gain:+.5f} ({low:+.4f} to {high:+.4f})"
 
 
-def _shown(effect: Effect, sign: int = 1) -> str:
-    """An effect with its interval; with sign -1 as a gain."""
+def _shown(effect: Effect) -> str:
+    """An effect with its interval."""
     if effect.low is None or effect.high is None:
-        return f"{sign * effect.value:+.5f}"
-    low, high = sorted((sign * effect.low, sign * effect.high))
-    return f"{sign * effect.value:+.5f} ({low:+.4f} to {high:+.4f})"
+        return f"{effect.value:+.5f}"
+    return f"{effect.value:+.5f} ({effect.low:+.4f} to {effect.high:+.4f})"
 
 
 def _costs(sessions: list[Analysis]) -> Table:

@@ -85,9 +85,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
             continue
         if not state.equal(describe(content).digest):
             device, name, _ = origin.split("/")
-            if (
-                state.best and state.best is not state.baseline
-            ):  # where an edit may set another value than its words say
+            # On a changed file an edit may set another value than its words say.
+            if state.best and state.best is not state.baseline:
                 description = f"{description} ({kinds.summary(best, content)})"
             yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
 

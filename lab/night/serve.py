@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import storage
 from lab.errors import LabError
 from lab.session.session import Session
 
-PATIENCE = 5.0  # seconds for a request: one is answered at a time, so that nobody can keep the machine busy
+PATIENCE = 5.0  # seconds, for which a request may stop in its middle
 REFRESH = 60  # seconds, after which a browser asks again
 HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
@@ -49,9 +49,11 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
 
         def do_GET(self):
             known = secrets.compare_digest(self.path.encode(), f"/{key}/".encode())
+            content, status = b"", 404
             try:
-                with one_at_a_time if known else nullcontext():
-                    content, status = (report(session), 200) if known else (b"", 404)
+                if known:
+                    with one_at_a_time:
+                        content, status = report(session), 200
             except (storage.Stop, Exception) as error:  # the night goes on without
                 content, status = f"no report now: {error}".encode(), 503
             self.send_response(status)

@@ -111,7 +111,7 @@ class Screening:
 
     def chosen(self, estimates: Sequence[Interval]) -> list[int]:
         """The patches for the test, the best first: those that go together."""
-        dropped, members = self._searched()[0], []
+        dropped, members = self.dropped, []
         for patch in sorted(range(self.count), key=lambda patch: estimates[patch][0]):
             gains = estimates[patch][0] < -CHOSEN * self.sd and patch not in dropped
             if gains and len(members) < MOST_CHOSEN and not any(self.clash(patch, other) for other in members):
