@@ -99,6 +99,8 @@ def open_backend(
     if runtime.device.index is not None and runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)  # where kernels are launched, and memory is counted, unasked
     devices.keep_to_itself(runtime.device)
+    if runtime.device.type == "cpu":
+        devices.keep_freed_memory()
     title, slug, kind, memory = _named(runtime.device)
     versions, bench = devices.versions(runtime.device), Bench(runtime.device, memory)
     key = " ".join([slug, str(runtime.device), *(f"{k} {v}" for k, v in versions.items())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import shutil
@@ -18,6 +19,7 @@ from backends import bench, machine, trials
 from backends.interface import BackendError
 
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -118,6 +120,16 @@ def _instructions() -> str:
         with suppress(AttributeError):  # a function of PyTorch's own, by name
             known += [name] * getattr(torch.cpu, f"_is_{name}_supported")()
     return " ".join(known)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one. It would give it back to the system and fetch it again page by
+    page, more or less of it by chance of where arrays lie, which costs some runs a third of their steps. Other systems
+    have allocators of their own."""
+    with suppress(OSError, AttributeError):
+        set_option = ctypes.CDLL("libc.so.6").mallopt
+        set_option(M_TRIM_THRESHOLD, -1)
+        set_option(M_MMAP_MAX, 0)  # large arrays come from what is kept, too
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,6 +1,9 @@
 """How the PyTorch backends find out what this machine can do."""
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from backends.pytorch.bench import Bench  # noqa: E402
 from tests.backends import tiny  # noqa: E402
 from tests.backends.reference import uniform  # noqa: E402
 from tests.backends.support import opened  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -300,6 +306,27 @@ def test_a_scalar_is_read_while_the_device_goes_on():
         x = x @ x / 100
     done.record()
     assert abs(float(scalar) - 1) < 0.01 and not done.query()
+
+
+FAULTS = """
+import resource, sys, torch
+from backends.pytorch import device
+if sys.argv[1:]:
+    device.keep_freed_memory()
+for step in range(11):
+    arrays = [torch.ones(2**20) for _ in range(8)]
+    del arrays
+    if step == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other rules")
+def test_what_a_step_frees_stays_for_the_next_one():
+    told = [subprocess.check_output([sys.executable, "-c", FAULTS, *keep], cwd=ROOT) for keep in ([], ["keep"])]
+    returned, kept = map(int, told)
+    assert kept < returned / 10
 
 
 def test_versions_are_plain_text():
