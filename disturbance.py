@@ -61,13 +61,17 @@ def window(budget: float) -> float:
     return min(max(budget / WINDOWS, WINDOW[0]), WINDOW[1])
 
 
-def reference(baseline: Sequence[Mapping], own: Iterable[Mapping]) -> dict:
+def reference(
+    baseline: Sequence[Mapping], own: Iterable[Mapping], calibrated: Mapping[str, float] | None = None
+) -> dict:
     """What the clock of a run compares with, for AUTORESEARCH_REFERENCE: medians, as how disturbed a single run was may
-    have been misjudged either way. What steps cost tells the less disturbed half of the runs.
+    have been misjudged either way. What steps cost tells the less disturbed half of the runs. But a probe takes a GPU
+    as many cycles as ever, and another program only adds to them: where fewer are known they count, lest a baseline
+    that was disturbed all the time passes for undisturbed.
 
     Args:
         baseline: results of the session's baseline, which tell of the device. own: of the same train.py, which tell of
-            its steps.
+            its steps. calibrated: "probe" and "clock_rate", as below, by the device's calibration.
     """
     steps: dict[str, list[float]] = {}
     disturbed = [(result.get("disturbance") or 0.0, result) for result in own]
@@ -79,6 +83,13 @@ def reference(baseline: Sequence[Mapping], own: Iterable[Mapping]) -> dict:
     for name, measure in (("probe", "probe_seconds"), ("clock_rate", "clock_rate")):
         if told := [result[measure] for result in baseline if result.get(measure)]:
             found[name] = statistics.median(told)
+    pairs = [(result.get("probe_seconds"), result.get("clock_rate")) for result in baseline]
+    pairs.append((calibrated["probe"], calibrated["clock_rate"]) if calibrated else (None, None))
+    if cycles := [probe * rate for probe, rate in pairs if probe and rate]:
+        rate = found.setdefault("clock_rate", pairs[-1][1])
+        least = min(cycles) / rate
+        if found.get("probe", math.inf) * (1 - BAND) > least:
+            found["probe"] = least
     return found
 
 

@@ -366,7 +366,10 @@ class Measurement:
         matrices = measured.pop("matrices")
         if measured.pop("rows_at_once") < trial.rows:
             return failed("out of memory")
-        rate = spread(measured.pop("tokens_per_second"))
+        rate, probe = spread(measured.pop("tokens_per_second")), measured.pop("probe")
+        if all(probe.values()):  # a GPU that tells its clock rate
+            known = self.results.get("probe", probe)
+            self.results["probe"] = min(known, probe, key=lambda one: one["probe"] * one["clock_rate"])
         return Completed(**vars(trial), **measured, tokens_per_second=rate, free_memory=free), matrices
 
     # --- The profile ---

@@ -89,6 +89,9 @@ def impossible(profile: dict) -> str | None:
                 return f"{name} is {profile[name]!r}"
         if not isinstance(profile.get("attention_provider"), (str, type(None))):
             return f"attention_provider is {profile['attention_provider']!r}"
+        probe = profile.get("probe")
+        if probe and not all(0 < probe[name] < math.inf for name in ("probe", "clock_rate")):
+            return f"its probe is {probe}"
         kernels = profile.get("kernels") or {}
         if not (isinstance(kernels, dict) and all(isinstance(v, int) and v >= 0 for v in kernels.values())):
             return f"kernels are {kernels!r}"

@@ -103,6 +103,7 @@ def main(result: Path, seconds: float) -> None:
                 "peak_memory": clock.backend.peak_memory(),
                 "num_params": num_params,
                 "flops_per_token": flops_per_token,
+                "probe": {"probe": clock.witness.usual_probe, "clock_rate": clock.witness.usual_clock_rate},
                 **noted,
             },
         )

@@ -150,6 +150,22 @@ def test_runs_are_compared_with_the_median_of_those_before():
     assert disturbance.reference([{"probe_seconds": None}], [{"step_seconds": None}]) == {}
 
 
+def test_a_probe_of_fewer_cycles_than_the_baselines_is_that_of_the_undisturbed_gpu():
+    beside = [{"probe_seconds": 0.006, "clock_rate": 2e9}]
+    quiet = [{"probe_seconds": 0.0031, "clock_rate": 2e9}, {"probe_seconds": 0.0034, "clock_rate": 1.8e9}]
+    calibrated = {"probe": 0.0030, "clock_rate": 2e9}
+    assert disturbance.reference([], [], calibrated) == {"probe": 0.0030, "clock_rate": 2e9}
+    assert disturbance.reference(beside, [], calibrated) == {"probe": pytest.approx(0.0030), "clock_rate": 2e9}
+    assert disturbance.reference(beside, []) == {"probe": 0.006, "clock_rate": 2e9}  # the only word there is
+    assert disturbance.reference(beside * 2 + quiet, []) == {"probe": pytest.approx(0.00306), "clock_rate": 2e9}
+    assert disturbance.reference(quiet, [], calibrated) == {
+        "probe": 0.00325,
+        "clock_rate": 1.9e9,
+    }  # a hot one, as cycles
+    untold = [{"probe_seconds": 0.006, "clock_rate": None}]  # a GPU that tells no rate: its sustained state counts
+    assert disturbance.reference(untold, []) == {"probe": 0.006}
+
+
 # --- The witness ---
 
 
@@ -277,6 +293,18 @@ def test_what_takes_half_of_a_gpus_time_changes_the_training_by_little(gpu, peri
         meter.add("a", takes, one.read() if time - probed >= 1 else None)
         probed = time if time - probed >= 1 else probed
     assert meter.elapsed == pytest.approx(0.1 * done, rel=0.06) and meter.disturbance > 0.25
+
+
+def test_a_session_that_begins_beside_another_program_trains_as_much_as_later_ones(gpu):
+    """Its first run: nothing is known but what the calibration's probe took."""
+    known = disturbance.reference([], [], {"probe": 0.002, "clock_rate": 2e9})
+    for given, took in ((known, 60.0), ({}, 30.0)):
+        device = gpu([0.004] * 80, given.get("probe"), given.get("clock_rate"), clock_rates=[2e9] * 80)
+        device.start()
+        meter = Meter()
+        while meter.elapsed < 30:
+            meter.add("a", 1.0, device.read())
+        assert meter.seconds == pytest.approx(took, abs=2)
 
 
 def test_a_gpu_that_clocks_lower_is_no_slower_for_a_file_that_may_have_heated_it(gpu):

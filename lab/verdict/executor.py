@@ -283,7 +283,7 @@ def reference(session: Session, blob: str) -> dict:
     """What the clock of a run of this train.py compares with; see disturbance.py."""
     state = session.state
     baseline, own = ([run.result for run in state.runs_of(one) if run.ok] for one in (state.baseline.blob, blob))
-    return disturbance.reference(baseline, own)
+    return disturbance.reference(baseline, own, session.profile.get("probe"))
 
 
 # --- Scoring again ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import backends
 import calibration
 import disturbance
+import storage
 from backends import bench
 from backends.interface import Device, Hardware
 from calibration import __main__ as command
@@ -402,10 +404,26 @@ def real(monkeypatch):
 ATTENTION = {"full": "sdpa_causal", "window": "sdpa_blocks"}
 
 
+def test_of_the_probes_in_trials_that_of_fewest_cycles_is_kept(real, monkeypatch):
+    probes = iter([(0.0030, 1.9e9), (0.0032, 1.7e9), (0.0060, 1.9e9), (0.0030, None), (None, None)])
+
+    def run(command, **_):
+        result = {"tokens_per_second": [1.0] * 3, "peak_memory": 1, "num_params": 1, "flops_per_token": 1.0}
+        result |= {"matrices": [], "rows_at_once": 1, "probe": dict(zip(("probe", "clock_rate"), next(probes)))}
+        storage.write_json(pathlib.Path(command[3]), result)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    for _ in range(5):
+        assert isinstance(real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)[0], rule.Completed)
+    assert real.results["probe"] == {"probe": 0.0032, "clock_rate": 1.7e9}
+
+
 def test_a_trial_runs_the_real_train_py(real):
     trial, matrices = real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)
     assert isinstance(trial, rule.Completed), trial
     assert trial.rate > 0 and trial.tokens_per_second["n"] >= 3 and trial.peak_memory > 2**27
+    assert "probe" not in real.results  # of a CPU
     assert [8192, 128] in matrices and [512, 128] in matrices
     assert trial.num_params > 2e6 and trial.flops_per_token == 6 * (12 * 128**2 + 8192 * 128 + 32) + 12 * 128 * 2048
 

@@ -180,6 +180,8 @@ def change(where, value):
         (change("trials.0.spare", 1), "spare"),
         (change("products.square", 0), "no rate of matrix products"),
         (change("device", ""), "device is ''"),
+        (change("probe", {"probe": 0.003, "clock_rate": 0}), "its probe is"),
+        (change("probe", {"probe": 0.003}), "clock_rate"),
         (change("versions", KeyError), "versions"),
         (change("train", None), "train is None"),
         (change("settings.attention.window", "varlen"), "attention varlen is chosen, and was wrong"),
