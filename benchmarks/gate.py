@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab.session.state import Conditions
+from lab.session.state import USUAL, Conditions
 from lab.verdict import gate
 
 BASELINE_RUNS = 3
@@ -34,6 +34,7 @@ LOW, HIGH = 0.0005, 0.01  # noise: an H100, and a slower machine
 # Neighbours on one host: 13 runs of 15 s lay 0.24 bits per byte apart for a factor e in tokens, which were 20 to 25 M.
 CURVE, MOST_DISTURBED, SEEDS_ALONE = 0.24, 0.25, 0.0026
 CHANGES = 0.3  # chance that the disturbance is another one in the next run
+LOST = 0.5  # factors of e, in tokens, that an odd run lacks: 13 of 21 steps
 
 
 # --- Effects ---
@@ -86,7 +87,8 @@ class Setting:
         pool: try near misses together. plant: the experiment that is as good as the smallest detectable one.
         simple: share of changes that are simplifications. simple_effect: theirs, if not drawn like the others'.
         disturbed: whether other programs slow the device. corrected: share of that which the clock corrects.
-        measured: whether it is known how much there is.
+        odd: share of runs that lack LOST, which their clock does not see. measured: whether it is known how much there
+            is, of an odd run by the others of its train.py.
     """
 
     runs: int = 125
@@ -100,6 +102,7 @@ class Setting:
     simple_effect: float | None = None
     disturbed: bool = False
     corrected: float = 1.0
+    odd: float = 0.0
     measured: bool = True
 
 
@@ -111,6 +114,7 @@ class Configuration:
     parent: "Configuration | None" = None
     results: dict = field(default_factory=dict)
     conditions: dict = field(default_factory=dict)
+    lacks: dict = field(default_factory=dict)
 
     def repeats(self) -> dict[int, float]:
         """As State.repeats has them: without the first run of a change."""
@@ -136,8 +140,13 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         if setting.disturbed and rng.random() < CHANGES:
             slowness = MOST_DISTURBED * rng.random()
         left = (1 - setting.corrected) * CURVE * slowness
+        one.lacks[with_seed] = LOST if setting.odd and rng.random() < setting.odd else 0.0
+        left += CURVE * one.lacks[with_seed]
         one.results[with_seed] = one.true + left + by_seed[with_seed - gate.seed(0)] + own * rng.standard_normal()
         one.conditions[with_seed] = Conditions(slowness if setting.measured else 0.0)
+        if setting.measured and len(one.lacks) >= USUAL:
+            for other, lacking in one.lacks.items():
+                one.conditions[other] = one.conditions[other]._replace(short=lacking)
         found["runs"] += 1
         if one.parent is None or len(one.results) > 2:
             known = None
@@ -148,8 +157,8 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
             repeated = [one for one in configurations if len(one.repeats()) > 1]
             scores = [list(one.repeats().values()) for one in repeated]
             conditions = [[one.conditions[s] for s in one.repeats()] for one in repeated]
-            slope = gate.WRONG * gate.CURVE if setting.disturbed else 0.0
-            known = gate.pooled(scores, setting.prior * setting.noise, setting.prior_df, conditions, slope)
+            curve = gate.CURVE if setting.disturbed or setting.odd else 0.0
+            known = gate.pooled(scores, setting.prior * setting.noise, setting.prior_df, conditions, curve)
             left = {
                 id(one): {
                     s: score - known.explains([(1.0, one.conditions[s])]).value for s, score in one.repeats().items()
@@ -299,6 +308,8 @@ def disturbed(nights: Nights, effects: np.ndarray) -> None:
         "known, none of it corrected": dict(corrected=0.0),
         "half of it corrected, not known": dict(corrected=0.5, measured=False),
         "not known": dict(corrected=0.0, measured=False),
+        "one run in 20 is odd, known": dict(disturbed=False, odd=0.05),
+        "one run in 20 is odd, not known": dict(disturbed=False, odd=0.05, measured=False),
     }
     yardstick = nights(effects, Setting(runs=300), one_run_each)["gain"]
     for name, facts in kinds.items():

@@ -94,7 +94,7 @@ class Analysis:
         tokens = first and quantity(first, "tokens")
         if first is None or not tokens or not self.state.repeats(self.budget):
             return None
-        return pooled(self.state, first.bpb * expected(tokens), gate.WRONG * gate.CURVE * first.bpb)
+        return pooled(self.state, first.bpb * expected(tokens), gate.CURVE * first.bpb)
 
     @cached_property
     def curve(self) -> Curve | None:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lab.session.state import Run
+from lab.session.state import Run, conditions
 from lab.verdict import gate
 
 Z = 1.6449  # of a 90 % interval
@@ -128,7 +128,7 @@ def between(own: Sequence[Run], others: Sequence[Run], noise: gate.Noise | None,
     value = statistics.fmean(run.bpb for run in own) - base
     if noise:
         weights = (1 / len(own), own), (-1 / len(others), others)
-        moved, *variances = noise.explains((weight, run.conditions) for weight, runs in weights for run in runs)
+        moved, *variances = noise.explains((weight, one) for weight, runs in weights for one in conditions(runs))
         value -= moved
         error = noise.sd * math.sqrt(1 / len(own) + 1 / len(others) + sum(variances))
         facts |= {"error": error, "df": noise.df, "noise": noise.sd}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import asdict
@@ -30,14 +31,20 @@ BASELINE = 0  # its number
 APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
 BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
+USUAL, SHORT = 3, 0.1  # runs that tell how many tokens are usual, and how far from it one may be by chance, as a share
 
 
 class Conditions(NamedTuple):
-    """What the score of a run may depend on, beside its train.py and its seed: how disturbed it was, and which device
-    made it ("" is the session's own)."""
+    """What the score of a run may depend on, beside its train.py and its seed.
+
+    Attributes:
+        disturbance: how disturbed it was, by its own clock. device: which made it; "" is the session's own.
+        short: by how many factors of e it got fewer tokens than that train.py usually gets there.
+    """
 
     disturbance: float = 0.0
     device: str = ""
+    short: float = 0.0
 
 
 class Run(RunStarted, tag="run", kw_only=True):
@@ -78,12 +85,25 @@ class Run(RunStarted, tag="run", kw_only=True):
         return self.result.get("disturbance") or 0.0
 
     @property
-    def conditions(self) -> Conditions:
-        return Conditions(self.disturbance, self.worker)
-
-    @property
     def seconds(self) -> float:
         return self.ended.seconds if self.ended else 0.0
+
+
+def conditions(runs: Sequence[Run]) -> list[Conditions]:
+    """Of runs of one train.py. What a device gives the same file in the same time is no consequence of a change:
+    a run far from the median of at least USUAL met something that its clock did not see. A smaller difference is left
+    to the noise, of which it is a part in a change's only run, too."""
+    tokens: dict[tuple, list[float]] = {}
+    for run in runs:
+        if trained := run.result.get("total_tokens_M"):
+            tokens.setdefault((run.worker, run.budget), []).append(trained)
+    usual = {where: statistics.median(each) for where, each in tokens.items() if len(each) >= USUAL}
+    found = []
+    for run in runs:
+        median, trained = usual.get((run.worker, run.budget)), run.result.get("total_tokens_M")
+        short = math.log(median / trained) if median and trained else 0.0
+        found.append(Conditions(run.disturbance, run.worker, short if abs(short) > SHORT else 0.0))
+    return found
 
 
 class Experiment(ExperimentOpened, tag="experiment", kw_only=True):

@@ -51,7 +51,7 @@ PRIOR_DF = 4  # repeats that the prior counts for at first
 FARTHEST = 0.01  # of the prior standard deviation: the least that it may be lowered to
 DOUBTED, MOST_BASELINE = 2.0, 6  # times what the baseline's runs show: a noise that asks for more of them, up to 6
 CURVE = 0.29  # of val_bpb, by a factor e in tokens: 20 to 25 M of them on an H200; longer runs have less
-WRONG = 0.5  # of a disturbance, that the clock may not have corrected for: CURVE * WRONG is the prior of the slope
+WRONG = 0.5  # of a disturbance, that the clock may not have corrected for
 # What devices add has one of these standard deviations, in that of seeds, each with the same chance; a session's
 # repeats tell which. Two H200s of one host differed by 2.7, as two draws do whose standard deviation is 1.9.
 DIFFER = (0.0, 1.0, 3.0)
@@ -89,10 +89,11 @@ class Noise:
 
     Attributes:
         sd: its standard deviation between seeds on one device, in bits per byte. df: degrees of freedom of that.
-        slopes: bits per byte for a disturbance of 1, then what each of `devices` adds. Empty if nothing is known.
+        slopes: bits per byte for a disturbance of 1, and for a factor e in tokens; then what each of `devices` adds.
+            Empty if nothing is known.
         covariance: how well they are known: a row for each, in units of sd squared.
         differ: variance of what a device adds that was not compared yet, in units of sd squared.
-        explained: share of what repeats differ by that disturbance explained, and that is no part of sd.
+        explained: share of what repeats differ by that disturbance and tokens explained, and that is no part of sd.
         shared: correlation between two train.py on one seed, at least.
     """
 
@@ -107,14 +108,15 @@ class Noise:
 
     def explains(self, weighted: Iterable[tuple[float, Conditions]]) -> Explained:
         """What the conditions of runs explain of a sum of their scores, each with a weight."""
-        disturbed, by_device = 0.0, dict.fromkeys(self.devices, 0.0)
-        for weight, (disturbance, device) in weighted:
+        disturbed, lacked, by_device = 0.0, 0.0, dict.fromkeys(self.devices, 0.0)
+        for weight, (disturbance, device, short) in weighted:
             disturbed += weight * disturbance
+            lacked += weight * short
             by_device[device] = by_device.get(device, 0.0) + weight
-        sums = [disturbed, *by_device.values()]  # devices that were not compared yet come last
+        sums = [disturbed, lacked, *by_device.values()]  # devices that were not compared yet come last
         moved = [i for i, total in enumerate(sums[: len(self.slopes)]) if total]
         variance = sum(sums[i] * sums[j] * self.covariance[i][j] for i in moved for j in moved)
-        variance += self.differ * sum(total**2 for total in sums[len(self.devices) + 1 :])
+        variance += self.differ * sum(total**2 for total in sums[len(self.devices) + 2 :])
         return Explained(sum(sums[i] * self.slopes[i] for i in moved), variance)
 
 
@@ -123,7 +125,7 @@ def pooled(
     prior_sd: float,
     prior_df: int = PRIOR_DF,
     conditions: Iterable[Sequence[Conditions]] | None = None,
-    prior_slope: float = 0.0,
+    curve: float = 0.0,
 ) -> Noise:
     """The noise: within-configuration variance over all repeats, and a prior worth `prior_df` degrees of freedom.
 
@@ -132,45 +134,44 @@ def pooled(
     that are alike, so it is lowered to what the repeats allow: the upper 99 % bound of their standard deviation. At
     the levels of this gate more is still asked of a change than by Student's test on the repeats alone.
 
-    Scores are regressed on disturbance, and on which device made them, within configurations. The coefficients have
-    normal priors with mean 0 (the conjugate normal-inverse-gamma model: Gelman et al., Bayesian Data Analysis, 3rd ed.,
-    14.2). How much devices differ is not known: the posteriors for each of DIFFER are mixed by their likelihoods, and
-    have the mixture's mean and covariance. What conditions explain is no noise. Where nothing was disturbed, on one
-    device, all is as without them.
+    Scores are regressed on disturbance, on tokens that a run lacks, and on which device made it, within configurations.
+    The coefficients have normal priors with mean 0 (the conjugate normal-inverse-gamma model: Gelman et al., Bayesian
+    Data Analysis, 3rd ed., 14.2). How much devices differ is not known: the posteriors for each of DIFFER are mixed by
+    their likelihoods, and have the mixture's mean and covariance. What conditions explain is no noise. Where nothing
+    was disturbed, on one device, all is as without them.
 
     Args:
         groups: val_bpb over seeds, for each train.py. prior_sd: above 0.
         conditions: of the same runs; without them nothing is explained.
-        prior_slope: the prior standard deviation of the slope over disturbance.
+        curve: the prior standard deviation of the slope over lacking tokens, in bits per byte for a factor e; WRONG of
+            it is that of disturbance, for which the clock has corrected.
     """
     if not prior_sd > 0:
         raise ValueError(f"the prior standard deviation of val_bpb has to be above 0, not {prior_sd}")
     groups = [list(group) for group in groups]
     known = [[Conditions()] * len(group) for group in groups] if conditions is None else conditions
     repeated = [(scores, of) for scores, of in zip(groups, known, strict=True) if len(scores) > 1]
-    df, squares, residuals = 0, 0.0, []
-    for scores, _ in repeated:
-        mean = statistics.fmean(scores)
-        df += len(scores) - 1
-        squares += sum((score - mean) ** 2 for score in scores)
-        residuals += [score - mean for score in scores]
+    residuals = _centred(scores for scores, _ in repeated)
+    df, squares = len(residuals) - len(repeated), sum(residual**2 for residual in residuals)
     prior_df = max(min(1, prior_df), prior_df - df // 2)
-    if df:
-        prior_sd = min(prior_sd, max(FARTHEST * prior_sd, math.sqrt(squares / _least_chi_squared(df))))
+    usual = [[score for score, one in zip(scores, of) if not one.short] for scores, of in repeated]
+    if (alike := sum(len(scores) - 1 for scores in usual if scores)) > 0:
+        allowed = math.sqrt(sum(residual**2 for residual in _centred(usual)) / _least_chi_squared(alike))
+        prior_sd = min(prior_sd, max(FARTHEST * prior_sd, allowed))
     if conditions is None:
         return Noise(math.sqrt((prior_df * prior_sd**2 + squares) / (prior_df + df)), prior_df + df)
-    used = Counter(device for _, of in repeated for _, device in of)
+    used = Counter(one.device for _, of in repeated for one in of)
     devices = tuple(sorted(device for device, _ in used.most_common(MOST_DEVICES))) if len(used) > 1 else ()
-    centred = [np.zeros((0, 1 + len(devices)))]
+    centred = [np.zeros((0, 2 + len(devices)))]
     for _, of in repeated:
-        rows = np.array([[disturbance, *(device == each for each in devices)] for disturbance, device in of], float)
+        rows = np.array([[one.disturbance, one.short, *(one.device == each for each in devices)] for one in of], float)
         centred.append(rows - rows.mean(0))
     x = np.concatenate(centred)
     inner, products, total = x.T @ x, x.T @ np.array(residuals), prior_df + df
     likelihoods, found = [], []
     for differ in DIFFER if devices else DIFFER[:1]:
         # With coefficients in units of their priors, a prior of 0 is no special case.
-        scale = np.array([prior_slope / prior_sd, *[differ] * len(devices)])
+        scale = np.array([WRONG * curve / prior_sd, curve / prior_sd, *[differ] * len(devices)])
         precision = np.eye(len(scale)) + scale[:, None] * inner * scale
         covariance = scale[:, None] * np.linalg.inv(precision) * scale
         slopes = covariance @ products
@@ -182,10 +183,15 @@ def pooled(
     slopes, variance, covariance, apart = (np.average(np.array(each), 0, weights) for each in zip(*found))
     spread = np.array([each for each, *_ in found]) - slopes
     covariance = covariance + (spread.T * weights) @ spread
-    explained = float(products[0] * slopes[0]) / squares if squares else 0.0
+    explained = float(products[:2] @ slopes[:2]) / squares if squares else 0.0
     rows = tuple(map(tuple, (covariance / variance).tolist()))
     differ = apart / variance if devices else Noise.differ
     return Noise(math.sqrt(variance), total, tuple(slopes.tolist()), rows, devices, float(differ), explained)
+
+
+def _centred(groups: Iterable[Sequence[float]]) -> list[float]:
+    """Scores less the mean of their group."""
+    return [score - mean for scores in groups if scores for mean in [statistics.fmean(scores)] for score in scores]
 
 
 def doubted(scores: Sequence[float], noise: Noise) -> bool:

@@ -19,7 +19,7 @@ from lab.genome import edits
 from lab.reasons import Reason, because
 from lab.session.events import Evidence, Gains, Interval, Verdict
 from lab.session.session import HELD
-from lab.session.state import Conditions, Experiment, Run, State
+from lab.session.state import SHORT, Conditions, Experiment, Run, State, conditions
 from lab.verdict import gate
 from results import apart
 
@@ -129,19 +129,19 @@ def _noise_of(state: State) -> gate.Noise:
 
     first = next(run for run in state.baseline.runs if run.ok)
     prior = first.bpb * expected(first.result.get("total_tokens_M", 0.0) * 1e6)
-    return pooled(state, prior, gate.WRONG * gate.CURVE * first.bpb)
+    return pooled(state, prior, gate.CURVE * first.bpb)
 
 
-def pooled(state: State, prior_sd: float, prior_slope: float = 0.0) -> gate.Noise:
+def pooled(state: State, prior_sd: float, curve: float = 0.0) -> gate.Noise:
     """The noise by the session's repeats, with a prior: its standard deviation, and that of the slope of val_bpb over
-    disturbance. What devices differ by is estimated with it."""
+    the tokens' logarithm. What devices differ by is estimated with it."""
     repeats = state.repeats(state.started.budget)
     groups = [[run.bpb for run in runs.values()] for runs in repeats.values()]
-    conditions = [[run.conditions for run in runs.values()] for runs in repeats.values()]
-    noise = gate.pooled(groups, prior_sd, conditions=conditions, prior_slope=prior_slope)
+    of_groups = [conditions(list(runs.values())) for runs in repeats.values()]
+    noise = gate.pooled(groups, prior_sd, conditions=of_groups, curve=curve)
     scores = {
-        blob: {seed: run.bpb - noise.explains([(1.0, run.conditions)]).value for seed, run in runs.items()}
-        for blob, runs in repeats.items()
+        blob: {seed: run.bpb - noise.explains([(1.0, one)]).value for (seed, run), one in zip(runs.items(), of)}
+        for (blob, runs), of in zip(repeats.items(), of_groups)
     }
     families: dict[str, list[dict[int, float]]] = {}
     for experiment in state.experiments.values():
@@ -162,13 +162,16 @@ def said_of_noise(state: State) -> str:
         f"({noise.df} degrees of freedom); a gain of about "
         f"{gate.smallest_detectable(noise, account_of(state)):.6f} is kept four times in five"
     )
-    if max(disturbances, default=0.0) < WORTH_TELLING:
-        return said
-    longer = statistics.median(disturbances)
-    return (
-        f"{said}; the machine was busy or hot, so a run took {longer:.0%} longer (median). This explains "
-        f"{noise.explained:.0%} of the difference between equal runs, and is taken out"
-    )
+    told = []
+    if max(disturbances, default=0.0) >= WORTH_TELLING:
+        longer = statistics.median(disturbances)
+        told.append(f"the machine was busy or hot, so a run took {longer:.0%} longer (median)")
+    repeats = [conditions(list(runs.values())) for runs in state.repeats(state.started.budget).values()]
+    if unusual := sum(one.short != 0 for of in repeats for one in of):
+        times = "once" if unusual == 1 else f"{unusual} times"
+        told.append(f"{times} a run got over {SHORT:.0%} fewer or more tokens than others of its train.py")
+    explained = f". This explains {noise.explained:.0%} of the difference between equal runs, and is taken out"
+    return "; ".join([said, *told]) + (explained if told else "")
 
 
 def account_of(state: State) -> gate.Account:
@@ -197,7 +200,10 @@ def stake_of(experiment: Experiment, state: State) -> float:
 
 def _baseline(baseline: Experiment, state: State) -> Plan:
     sound, wanted = [run for run in baseline.runs if run.ok], state.started.baseline_runs
-    if len(sound) >= wanted and gate.doubted([run.bpb for run in sound], noise_of(state)):
+    usual = [run for run, of in zip(sound, conditions(sound)) if not of.short]
+    if wanted <= len(sound) < gate.MOST_BASELINE:  # an unusual one tells little, and another is made
+        wanted = min(gate.MOST_BASELINE, wanted + len(sound) - len(usual))
+    if len(sound) >= wanted and gate.doubted([run.bpb for run in usual], noise_of(state)):
         wanted = gate.MOST_BASELINE
     if jobs := _missing(state, baseline.blob, [gate.seed(i) for i in range(wanted)]):
         return Plan(jobs)
@@ -302,13 +308,14 @@ def _shared(block: Experiment, state: State) -> Plan:
 
     parent = _parent(block, state)
     known, edit = noise_of(state), [edits.read(patch.edit) for patch in block.patches]
-    noise, plain_runs = known.sd, state.believed(parent.blob).values()
+    noise, plain_runs = known.sd, list(state.believed(parent.blob).values())
+    of_plain = conditions(plain_runs)
     begun = [run for run in block.runs if run.status != "lost"]
     ended, unsure = [], []
     for run in begun:
         if run.ended:
-            weighted = [(1.0, run), *((-1 / len(plain_runs), plain) for plain in plain_runs)]
-            moved, *variances = known.explains((weight, each.conditions) for weight, each in weighted)
+            weighted = [*zip([1.0], conditions([run])), *((-1 / len(plain_runs), one) for one in of_plain)]
+            moved, *variances = known.explains(weighted)
             ended.append((tuple(run.patches), run.bpb - moved if run.ok else None))
             unsure.append(sum(variances))
     screening = shared.Screening(
@@ -397,7 +404,8 @@ def _further(change: Experiment, state: State) -> Plan:
 
 def _confirmation(confirmation: Experiment, state: State) -> Plan:
     """A train.py and its parent in turn, the best and the baseline mostly, on seeds that selected nothing; each run's
-    weights are scored on held-out rows."""
+    weights are scored on held-out rows. In place of a pair with an unusual run another one is made, as long as there
+    are no more than twice as many."""
     of = state.parent_of(confirmation) or state.baseline
     sound = _with_weights([run for run in confirmation.runs if run.ok])
     if unscored := tuple(run.number for run in sound if run.scored is None):
@@ -405,7 +413,11 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     if problem := next(filter(None, map(disagreement, sound)), None):
         return Plan(verdict=Verdict("invalid", problem))
     budget, best, parent = confirmation.budget or state.budget, confirmation.blob, of.blob
-    seeds = [CONFIRM_SEEDS + 100 * confirmation.number + pair for pair in range(confirmation.pairs)]
+    known = [[run for run in state.runs_of(blob) if run.ok] for blob in (best, parent)]
+    unusual = {run.seed for runs in known for run, one in zip(runs, conditions(runs)) if one.short}
+    first = CONFIRM_SEEDS + 100 * confirmation.number
+    spare = range(first, first + 2 * confirmation.pairs)
+    seeds = sorted(spare, key=lambda seed: seed in unusual)[: confirmation.pairs]
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
     ]
@@ -443,7 +455,7 @@ def _scale(scale: Experiment, state: State) -> Plan:
 
 def _by_seed(runs: Mapping[int, Run]) -> tuple[dict[int, float], dict[int, Conditions]]:
     """(val_bpb, conditions) of runs."""
-    return {seed: run.bpb for seed, run in runs.items()}, {seed: run.conditions for seed, run in runs.items()}
+    return {seed: run.bpb for seed, run in runs.items()}, dict(zip(runs, conditions(list(runs.values()))))
 
 
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:

@@ -75,7 +75,7 @@ def test_a_prior_has_to_be_above_zero():
 def test_quiet_runs_come_out_exactly_as_without_a_covariate():
     groups = [[1.0, 1.002, 0.999], [0.98, 0.985]]
     without = gate.pooled(groups, SD)
-    quiet = gate.pooled(groups, SD, conditions=[[Conditions()] * 3, [Conditions()] * 2], prior_slope=0.15)
+    quiet = gate.pooled(groups, SD, conditions=[[Conditions()] * 3, [Conditions()] * 2], curve=0.3)
     assert (quiet.sd, quiet.df, quiet.slopes[0]) == (without.sd, without.df, 0.0)
     for gains in ((1.0,), (3.0,), (3.0, 3.0), (9.0,)):
         zeros = (dict.fromkeys(runs(*gains), Conditions()), dict.fromkeys(PARENT, Conditions()))
@@ -88,9 +88,7 @@ def test_the_slope_over_disturbance_comes_from_repeats_and_is_no_noise():
     rng = random.Random(2)
     disturbances = [[rng.random() for _ in range(6)] for _ in range(5)]
     groups = [[i + 0.1 * d + rng.gauss(0, SD) for d in group] for i, group in enumerate(disturbances)]
-    noise = gate.pooled(
-        groups, SD, conditions=[list(map(Conditions, group)) for group in disturbances], prior_slope=0.15
-    )
+    noise = gate.pooled(groups, SD, conditions=[list(map(Conditions, group)) for group in disturbances], curve=0.3)
     assert noise.slopes[0] == pytest.approx(0.1, abs=0.003) and noise.sd < 1.4 * SD
     assert gate.pooled(groups, SD).sd > 10 * SD
     assert noise.covariance[0][0] == pytest.approx(
@@ -101,7 +99,7 @@ def test_the_slope_over_disturbance_comes_from_repeats_and_is_no_noise():
 def test_the_posterior_is_that_of_the_conjugate_model():
     """Against sums over a grid of slopes: y = slope * d + noise, with both centred, and a normal prior of the slope."""
     d, y, tau = [-0.3, 0.1, 0.2], [-0.02, 0.015, 0.005], 0.1
-    noise = gate.pooled([y], SD, prior_df=1, conditions=[list(map(Conditions, d))], prior_slope=tau)
+    noise = gate.pooled([y], SD, prior_df=1, conditions=[list(map(Conditions, d))], curve=tau / gate.WRONG)
     slopes = [i * 1e-4 for i in range(-3000, 3001)]
     weights = [
         math.exp(-sum((b - slope * a) ** 2 for a, b in zip(d, y)) / (2 * SD**2) - (slope / tau) ** 2 / 2)
@@ -180,7 +178,7 @@ def of_devices(devices) -> list[Conditions]:
 def test_what_devices_add_comes_from_repeats_and_is_no_noise():
     rng, devices = random.Random(12), [["a", "b", "c", "a", "b", "c"], ["a", "b"], ["c", "a", "a"]] * 12
     groups = [on_devices(rng, group, 1 + i) for i, group in enumerate(devices)]
-    noise = gate.pooled(groups, SD, conditions=list(map(of_devices, devices)), prior_slope=0.15)
+    noise = gate.pooled(groups, SD, conditions=list(map(of_devices, devices)), curve=0.3)
     assert noise.devices == ("a", "b", "c") and noise.df == 1 + 12 * 8
     assert noise.sd == pytest.approx(SD, rel=0.15) and gate.pooled(groups, SD).sd > 1.8 * SD
     for device, other in (("a", "b"), ("b", "c")):
@@ -196,33 +194,34 @@ def test_devices_and_disturbance_together_are_generalised_least_squares(monkeypa
     monkeypatch.setattr(gate, "DIFFER", (1.5,))
     rng = random.Random(13)
     devices = [["a", "b", "c", "a"], ["b", "c"], ["a"], ["c", "c", "a"]]
-    conditions = [[Conditions(rng.random(), device) for device in group] for group in devices]
-    groups = [[rng.gauss(0, 3 * SD) + 0.1 * of.disturbance for of in group] for group in conditions]
-    noise = gate.pooled(groups, SD, prior_df=1, conditions=conditions, prior_slope=0.1)
+    conditions = [[Conditions(rng.random(), device, rng.random()) for device in group] for group in devices]
+    groups = [[rng.gauss(0, 3 * SD) + 0.1 * one.disturbance + 0.3 * one.short for one in of] for of in conditions]
+    noise = gate.pooled(groups, SD, prior_df=1, conditions=conditions, curve=0.1 / gate.WRONG)
     repeated = [(scores, of) for scores, of in zip(groups, conditions) if len(scores) > 1]
     y = np.concatenate([np.array(scores) - np.mean(scores) for scores, _ in repeated])
     every = [of for _, group in repeated for of in group]
-    x = np.array([[of.disturbance, *(float(of.device == name) for name in "abc")] for of in every])
+    x = np.array([[of.disturbance, of.short, *(float(of.device == name) for name in "abc")] for of in every])
     starts = np.cumsum([0] + [len(scores) for scores, _ in repeated])
     centre = np.eye(len(y))
     for first, last in zip(starts[:-1], starts[1:]):
         centre[first:last, first:last] -= 1 / (last - first)
     x = centre @ x
-    prior = np.diag([(0.1 / SD) ** 2, *[1.5**2] * 3])
+    prior = np.diag([(0.1 / SD) ** 2, (0.1 / gate.WRONG / SD) ** 2, *[1.5**2] * 3])
     weights = np.linalg.inv(np.eye(len(y)) + x @ prior @ x.T)
     assert noise.slopes == pytest.approx(prior @ x.T @ weights @ y, rel=1e-9, abs=1e-12)
     assert noise.sd == pytest.approx(math.sqrt((SD**2 + y @ weights @ y) / (1 + len(y) - 3)), rel=1e-9)
-    assert np.array(noise.covariance) == pytest.approx(prior - prior @ x.T @ weights @ x @ prior, rel=1e-9, abs=1e-12)
+    covariance = np.linalg.inv(np.linalg.inv(prior) + x.T @ x)
+    assert np.array(noise.covariance) == pytest.approx(covariance, rel=1e-9, abs=1e-12)
 
 
 def test_one_device_is_as_if_nothing_was_known_of_devices():
     groups = [[1.0, 1.002, 0.999], [0.98, 0.985]]
     conditions = [[Conditions(0.1 * i, device="a") for i, _ in enumerate(group)] for group in groups]
-    noise = gate.pooled(groups, SD, conditions=conditions, prior_slope=0.15)
+    noise = gate.pooled(groups, SD, conditions=conditions, curve=0.3)
     assert noise == gate.pooled(
-        groups, SD, conditions=[[Conditions(of.disturbance) for of in group] for group in conditions], prior_slope=0.15
+        groups, SD, conditions=[[Conditions(of.disturbance) for of in group] for group in conditions], curve=0.3
     )
-    assert noise.devices == () and len(noise.slopes) == 1
+    assert noise.devices == () and len(noise.slopes) == 2
     shared = replace(noise, shared=0.4)
     for gains in ((1.0,), (3.0,), (3.0, 3.0), (9.0,)):
         on = (dict.fromkeys(runs(*gains), Conditions(device="a")), dict.fromkeys(PARENT, Conditions(device="a")))
@@ -244,7 +243,7 @@ def test_runs_on_the_same_devices_differ_by_no_device_and_a_new_device_widens_th
         next_step(runs(3.0), PARENT, noise, Account(), conditions=({gate.seed(0): Conditions(device=name)}, parent))
         for name in ("b", "new")
     )
-    assert known.evidence.corrected == pytest.approx(statistics.fmean(noise.slopes[1:]) - noise.slopes[2], rel=1e-6)
+    assert known.evidence.corrected == pytest.approx(statistics.fmean(noise.slopes[2:]) - noise.slopes[3], rel=1e-6)
     assert noise.sd * math.sqrt(4 / 3) < known.evidence.error < noise.sd * math.sqrt(4 / 3 + 0.3)
     assert new.evidence.error > noise.sd * math.sqrt(4 / 3 + noise.differ)
     joint = gate.joint_step(

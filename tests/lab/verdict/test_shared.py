@@ -147,7 +147,7 @@ def test_a_shared_run_on_another_device_is_screened_without_what_the_device_adds
     ran(first.number, 1, score, "new", blob="a2", patches=[1])
     plan(first, state)
     (_, slow), _ = seen[2].runs
-    offset = noise.slopes[1 + noise.devices.index("slow")] - noise.slopes[1 + noise.devices.index("")]
+    offset = noise.slopes[2 + noise.devices.index("slow")] - noise.slopes[2 + noise.devices.index("")]
     share = sum(run.worker == "slow" for run in state.believed(state.baseline.blob).values()) / 11
     assert offset == pytest.approx(0.02, abs=0.008)
     assert slow == pytest.approx(score + 0.02 - offset * (1 - share), abs=1e-6)

@@ -1,17 +1,27 @@
 """What experiments want is a function of the journal, whoever carries it out, one at a time or many at once."""
 
+import math
 import random
 import statistics
 
 import pytest
 import sessions
+from msgspec.structs import replace
 from sessions import attempt, edited
 
 from lab.cli import render
 from lab.reasons import because
-from lab.session.events import ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, StakeReserved, Verdict
+from lab.session.events import (
+    ExperimentDecided,
+    ExperimentOpened,
+    RunEnded,
+    RunScored,
+    RunStarted,
+    StakeReserved,
+    Verdict,
+)
 from lab.session.journal import Journal
-from lab.session.state import State
+from lab.session.state import Run, State, conditions
 from lab.verdict import executor, gate
 from lab.verdict.plan import Job, Urgency, account_of, noise_of, plan, said_of_noise
 
@@ -141,6 +151,83 @@ def test_what_disturbance_did_to_the_noise_is_told(session):
     assert noise_of(session.state).explained > 0.5
 
 
+def test_a_run_that_got_less_than_its_train_py_usually_gets_is_no_noise(tmp_path):
+    """Of eight runs of the baseline one lost a third of its training to something that its clock did not see."""
+
+    def with_tokens(folder, odd: float) -> State:
+        state, rng = sessions.make(folder).state, random.Random(3)
+        for i in range(8):
+            lost = 0.1 * (i == 3)
+            job = Job(state.baseline.blob, gate.seed(i), 300.0, Urgency.FIRST)
+            tokens = odd if i == 3 else rng.uniform(275.0, 285.0)
+            ran(state, 1 + i, 0, job, 1.0 + lost + rng.gauss(0, 0.004), total_tokens_M=tokens)
+        state.take(ExperimentDecided(experiment=0, verdict=Verdict("keep", because("baseline"), 1.0)))
+        opened(state, 1, "ab")
+        (job,) = plan(state.experiments[1], state).jobs
+        ran(state, 9, 1, job, 1.0, total_tokens_M=140.0)  # a change's own speed is its own
+        return state
+
+    seen, unseen = with_tokens(tmp_path / "a", 190.0), with_tokens(tmp_path / "b", 280.0)
+    assert noise_of(unseen).sd > 0.02 and unseen.repeats(300.0) and "tokens than others" not in said_of_noise(unseen)
+    noise = noise_of(seen)
+    assert noise.sd < 0.008 and noise.explained > 0.9
+    assert noise.slopes[1] * math.log(280 / 190) == pytest.approx(0.1, abs=0.02)
+    assert "; once a run got over 10% fewer or more tokens than others of its train.py. This" in said_of_noise(seen)
+    evidence = plan(seen.experiments[1], seen).verdict.evidence
+    assert abs(evidence.gain) < 0.004 and evidence.corrected == pytest.approx(0.1 / 8, abs=0.003)
+
+
+def test_what_a_train_py_usually_gets_is_told_by_three_runs_on_one_device(session):
+    def made(*runs) -> list[Run]:
+        ended = RunEnded(run=0, status="ok")
+        return [
+            Run(number=i, experiment=0, blob="a", seed=i, budget=budget, worker=worker,
+                ended=replace(ended, result={"total_tokens_M": tokens}))
+            for i, (tokens, worker, budget) in enumerate(runs)
+        ]  # fmt: skip
+
+    def shorts(*runs) -> list[float]:
+        return [one.short for one in conditions(made(*runs))]
+
+    half = math.log(2)
+    assert shorts((100.0, "", 8.0), (50.0, "", 8.0)) == [0, 0]  # which of them is usual is not known
+    assert shorts((100.0, "", 8.0), (50.0, "", 8.0), (99.0, "", 8.0)) == [0, pytest.approx(half, abs=0.02), 0]
+    assert shorts((100.0, "", 8.0), (93.0, "", 8.0), (108.0, "", 8.0)) == [0, 0, 0]  # by chance
+    assert shorts((100.0, "", 8.0), (200.0, "", 8.0), (100.0, "", 8.0)) == [0, -half, 0]
+    fast = [(100.0, "fast", 8.0)] * 3
+    assert shorts(*fast, (50.0, "slow", 8.0)) == [0] * 4 == shorts(*fast, (50.0, "fast", 2.0))
+    assert shorts(*fast, (50.0, "fast", 8.0)) == [0, 0, 0, half]
+    assert [one.device for one in conditions(made(*fast))] == ["fast"] * 3
+    assert [one.short for one in conditions([*made(*fast), *made((0.0, "fast", 8.0))])] == [0] * 4  # not measured
+
+
+@pytest.mark.parametrize("odd, runs", [({0}, 8), ({0, 2}, 10), ({0, 1, 2, 3}, 12)], ids=["one", "two", "too many"])
+def test_a_confirmation_makes_another_pair_in_place_of_one_with_an_unusual_run(session, odd, runs):
+    state, number = session.state, 100
+    for i in range(6):  # what is usual
+        ran(
+            state,
+            50 + i,
+            0,
+            Job(state.baseline.blob, gate.seed(9 + i), 300.0, Urgency.FURTHER),
+            1.0,
+            total_tokens_M=100.0,
+        )
+    state.take(ExperimentOpened(number=1, kind="confirm", blob="b", parent=state.baseline.blob, onto=0, pairs=3))
+    confirmation = state.experiments[1]
+    while (made := plan(confirmation, state)).verdict is None:
+        assert made.jobs or made.score
+        for job in made.jobs:
+            number, lacks = number + 1, job.blob == state.baseline.blob and job.seed % 100 in odd
+            tokens = {"total_tokens_M": 60.0 if lacks else 100.0}
+            ran(state, number, 1, job, (0.9 if job.blob == "b" else 1.0) + 0.2 * lacks, **tokens)
+        for run in made.score:
+            bpb = state.runs[run].bpb
+            state.take(RunScored(run=run, val_bpb=bpb, held_out_bpb=bpb, rows=""))
+    assert len(confirmation.runs) == runs
+    assert (made.verdict.gains["held_out_bpb"][0] == pytest.approx(0.1)) == (len(odd) < 4)
+
+
 def test_the_disturbance_of_runs_widens_the_error_and_repeats_tell_its_slope(session):
     state, noise = session.state, noise_of(session.state)
     assert noise.slopes[0] == 0 and noise.covariance[0][0] > 0
@@ -177,7 +264,7 @@ def test_what_devices_differ_by_is_no_noise_and_no_gain(tmp_path):
     state.take(ExperimentDecided(experiment=0, verdict=Verdict("keep", because("baseline"), 1.0)))
     noise = noise_of(state)
     assert noise.devices == ("fast", "slow") and 0.003 < noise.sd < 0.006
-    assert noise.slopes[2] - noise.slopes[1] == pytest.approx(0.02, abs=0.005)
+    assert noise.slopes[3] - noise.slopes[2] == pytest.approx(0.02, abs=0.005)
     assert f"{noise.sd:.6f} between seeds on one device (" in said_of_noise(state) and noise.explained < 0.05
     opened(state, 1, "ab")
     (job,) = plan(state.experiments[1], state).jobs
