@@ -58,6 +58,8 @@ class Bench(bench.Bench):
             devices.forget_peak_memory(self.device)
         elif self.device.type == "mps":
             torch.mps.empty_cache()
+        else:
+            devices.give_back_freed_memory()
 
     def _repeated(self, call) -> bench.Work:
         def work(calls):

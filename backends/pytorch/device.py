@@ -132,6 +132,12 @@ def keep_freed_memory() -> None:
         set_option(M_MMAP_MAX, 0)  # large arrays come from what is kept, too
 
 
+def give_back_freed_memory() -> None:
+    """For other processes, what `keep_freed_memory` kept."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a run can have now. Of memory that a GPU shares with the system, what is free includes caches."""
     if device.type == "cuda" and not getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
