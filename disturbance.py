@@ -50,6 +50,7 @@ PROBES = 20  # around a window, that are looked at together
 TRIES = 3  # of the work that is a probe, on a CPU
 PROBE = 1e-3  # seconds that a product on a GPU takes, about
 PRODUCTS = 2  # of a probe: as long as some turns, where programs take turns. A shorter one sees less than is lost
+ASLEEP = 0.5  # of the usual clock rate: a GPU that had nothing to do, and woke up for the probe
 PULSE, PAUSE = 0.05, 1.0  # seconds between the pulse's beats; without one, it is a pause
 REFERENCE = json.loads(os.environ.get("AUTORESEARCH_REFERENCE") or "{}")  # read before train.py could change it
 TASKS = Path("/proc/self/task")
@@ -83,12 +84,13 @@ def reference(
     for name, measure in (("probe", "probe_seconds"), ("clock_rate", "clock_rate")):
         if told := [result[measure] for result in baseline if result.get(measure)]:
             found[name] = statistics.median(told)
-    pairs = [(result.get("probe_seconds"), result.get("clock_rate")) for result in baseline]
-    pairs.append((calibrated["probe"], calibrated["clock_rate"]) if calibrated else (None, None))
-    if cycles := [probe * rate for probe, rate in pairs if probe and rate]:
-        rate = found.setdefault("clock_rate", pairs[-1][1])
-        least = min(cycles) / rate
-        if found.get("probe", math.inf) * (1 - BAND) > least:
+    if calibrated and "probe" not in found:
+        return found | {name: calibrated[name] for name in ("probe", "clock_rate")}
+    if "probe" in found and (rate := found.get("clock_rate")):
+        told = [(result.get("probe_seconds"), result.get("clock_rate")) for result in baseline]
+        told += [(calibrated["probe"], calibrated["clock_rate"])] if calibrated else []
+        least = min((probe * its_rate / rate for probe, its_rate in told if probe and its_rate), default=math.inf)
+        if least < (1 - BAND) * found["probe"]:
             found["probe"] = least
     return found
 
@@ -260,8 +262,12 @@ class Witness:
 
     @property
     def usual_probe(self) -> float | None:
-        """Seconds of a probe in the quietest quarter of this run."""
-        probes = sorted(probe for probe in self.probes if probe)
+        """Seconds of a probe in the quietest quarter of this run, at the usual clock rate of a GPU that tells it."""
+        usual, probes = self.usual_clock_rate, []
+        for probe, rate in zip(self.probes, self.clock_rates):
+            faster = rate / usual if rate and usual and rate > ASLEEP * usual else 1.0
+            probes += [probe * faster] if probe else []
+        probes.sort()
         return statistics.fmean(probes[: max(1, len(probes) // 4)]) if probes else None
 
     @property
@@ -345,10 +351,14 @@ class Witness:
 FIXED = np.linspace(-1, 1, 2**14, dtype=np.float32)  # stays in a core's own cache
 
 
+def product_size(peak_flops: float | None) -> int:
+    """Of the matrices of a probe: a power of two, so that devices of one kind have the same."""
+    return 2 ** min(max(round(math.log2((PROBE * (peak_flops or 1e13) / 2) ** (1 / 3))), 8), 13)
+
+
 def _device_work(backend):
     """A product of the same size in each run on a device, however busy it is now."""
-    peak = backend.device.peak_flops or 1e13
-    size = 2 ** min(max(round(math.log2((PROBE * peak / 2) ** (1 / 3))), 8), 13)
+    size = product_size(backend.device.peak_flops)
     work = backend.bench.product(backend.device.precision, size, size, size)
     work(2)
     return work

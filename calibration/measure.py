@@ -368,18 +368,20 @@ class Measurement:
             return failed("out of memory")
         rate, probe = spread(measured.pop("tokens_per_second")), measured.pop("probe")
         if all(probe.values()):  # a GPU that tells its clock rate
-            known = self.results.get("probe", probe)
-            self.results["probe"] = min(known, probe, key=lambda one: one["probe"] * one["clock_rate"])
+            self.results.setdefault("probes", []).append(probe)
         return Completed(**vars(trial), **measured, tokens_per_second=rate, free_memory=free), matrices
 
     # --- The profile ---
 
     def _finish(self, best: Completed) -> dict:
-        only_here = "round", "chosen", "matrices", "seconds"
+        only_here = "round", "chosen", "matrices", "seconds", "probes"
         measured = {name: value for name, value in self.results.items() if name not in only_here}
         measured |= {name: value for name, value in self.results["round"].items() if name != "rows"}
         settings, reasons = rule.scale(self._known(), measured["attention"], self.results["chosen"][0])
         measured["model_products"] = measured.get("model_products", {}).get(label(best), [])
+        size = disturbance.product_size(measured["products"]["rates"][settings.precision]["median"])
+        if probes := [probe for probe in self.results.get("probes", []) if probe["size"] == size]:
+            measured["probe"] = min(probes, key=lambda probe: probe["probe"] * probe["clock_rate"])
         profile = {
             **measured,
             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

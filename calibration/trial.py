@@ -18,6 +18,7 @@ import numpy as np
 
 import calibration
 import dataset
+import disturbance
 import prepare
 import storage
 from backends import interface
@@ -103,7 +104,11 @@ def main(result: Path, seconds: float) -> None:
                 "peak_memory": clock.backend.peak_memory(),
                 "num_params": num_params,
                 "flops_per_token": flops_per_token,
-                "probe": {"probe": clock.witness.usual_probe, "clock_rate": clock.witness.usual_clock_rate},
+                "probe": {
+                    "probe": clock.witness.usual_probe,
+                    "clock_rate": clock.witness.usual_clock_rate,
+                    "size": disturbance.product_size(clock.backend.device.peak_flops),
+                },
                 **noted,
             },
         )

@@ -163,7 +163,8 @@ def test_a_probe_of_fewer_cycles_than_the_baselines_is_that_of_the_undisturbed_g
         "clock_rate": 1.9e9,
     }  # a hot one, as cycles
     untold = [{"probe_seconds": 0.006, "clock_rate": None}]  # a GPU that tells no rate: its sustained state counts
-    assert disturbance.reference(untold, []) == {"probe": 0.006}
+    assert disturbance.reference(untold, []) == {"probe": 0.006} == disturbance.reference(untold, [], calibrated)
+    assert disturbance.reference([{"probe_seconds": None, "clock_rate": 2e9}], []) == {"clock_rate": 2e9}
 
 
 # --- The witness ---
@@ -305,6 +306,17 @@ def test_a_session_that_begins_beside_another_program_trains_as_much_as_later_on
         while meter.elapsed < 30:
             meter.add("a", 1.0, device.read())
         assert meter.seconds == pytest.approx(took, abs=2)
+
+
+def test_a_probe_is_told_at_the_usual_clock_rate(gpu):
+    """A quiet GPU that heats up: the quickest of its probes belong to the cool minutes, its usual rate doesn't."""
+    rates = [2e9] * 12 + [1.6e9] * 28
+    one = gpu([4e6 / rate for rate in rates], clock_rates=rates)
+    read(one, 39)
+    assert one.usual_clock_rate == 1.6e9 and one.usual_probe == pytest.approx(4e6 / 1.6e9)
+    asleep = gpu([0.002] * 40, clock_rates=[3e8] * 12 + [2e9] * 28)  # at rest when asked, not when at work
+    read(asleep, 39)
+    assert asleep.usual_probe == pytest.approx(0.002)
 
 
 def test_a_gpu_that_clocks_lower_is_no_slower_for_a_file_that_may_have_heated_it(gpu):

@@ -404,26 +404,38 @@ def real(monkeypatch):
 ATTENTION = {"full": "sdpa_causal", "window": "sdpa_blocks"}
 
 
-def test_of_the_probes_in_trials_that_of_fewest_cycles_is_kept(real, monkeypatch):
-    probes = iter([(0.0030, 1.9e9), (0.0032, 1.7e9), (0.0060, 1.9e9), (0.0030, None), (None, None)])
+def test_probes_in_trials_are_kept_where_a_clock_rate_goes_with_them(real, monkeypatch):
+    told = [(0.0030, 1.9e9), (0.0032, 1.7e9), (0.0060, 1.9e9), (0.0030, None), (None, None)]
+    probes = iter([dict(probe=probe, clock_rate=rate, size=512) for probe, rate in told])
 
     def run(command, **_):
         result = {"tokens_per_second": [1.0] * 3, "peak_memory": 1, "num_params": 1, "flops_per_token": 1.0}
-        result |= {"matrices": [], "rows_at_once": 1, "probe": dict(zip(("probe", "clock_rate"), next(probes)))}
+        result |= {"matrices": [], "rows_at_once": 1, "probe": next(probes)}
         storage.write_json(pathlib.Path(command[3]), result)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(measure.subprocess, "run", run)
     for _ in range(5):
         assert isinstance(real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)[0], rule.Completed)
-    assert real.results["probe"] == {"probe": 0.0032, "clock_rate": 1.7e9}
+    assert [probe["probe"] for probe in real.results["probes"]] == [0.0030, 0.0032, 0.0060]
+
+
+@pytest.mark.parametrize("size, kept", [(512, 0.0032), (1024, 0.0004), (256, None)])
+def test_a_profile_has_the_probe_of_fewest_cycles_of_the_size_that_runs_take(device, monkeypatch, size, kept):
+    one = {"probe": 0.0030, "clock_rate": 1.9e9, "size": 512}
+    probes = [one, one | {"probe": 0.0032, "clock_rate": 1.7e9}, one | {"probe": 0.0004, "size": 1024}]
+    monkeypatch.setattr(disturbance, "product_size", lambda peak: size)
+    measurement = measure.Measurement(measure.FULL)
+    measurement.results["probes"] = probes
+    made = measurement.run()
+    assert "probes" not in made and made.get("probe", {}).get("probe") == kept
 
 
 def test_a_trial_runs_the_real_train_py(real):
     trial, matrices = real._try(rule.Trial(1, 1, 4096, "L", "float32"), ATTENTION)
     assert isinstance(trial, rule.Completed), trial
     assert trial.rate > 0 and trial.tokens_per_second["n"] >= 3 and trial.peak_memory > 2**27
-    assert "probe" not in real.results  # of a CPU
+    assert "probes" not in real.results  # of a CPU
     assert [8192, 128] in matrices and [512, 128] in matrices
     assert trial.num_params > 2e6 and trial.flops_per_token == 6 * (12 * 128**2 + 8192 * 128 + 32) + 12 * 128 * 2048
 
