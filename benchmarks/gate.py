@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lab.session.state import USUAL, Conditions
+from lab.session.state import SHORT, USUAL, Conditions
 from lab.verdict import gate
 
 BASELINE_RUNS = 3
@@ -34,7 +34,6 @@ LOW, HIGH = 0.0005, 0.01  # noise: an H100, and a slower machine
 # Neighbours on one host: 13 runs of 15 s lay 0.24 bits per byte apart for a factor e in tokens, which were 20 to 25 M.
 CURVE, MOST_DISTURBED, SEEDS_ALONE = 0.24, 0.25, 0.0026
 CHANGES = 0.3  # chance that the disturbance is another one in the next run
-LOST = 0.5  # factors of e, in tokens, that an odd run lacks: 13 of 21 steps
 
 
 # --- Effects ---
@@ -87,8 +86,8 @@ class Setting:
         pool: try near misses together. plant: the experiment that is as good as the smallest detectable one.
         simple: share of changes that are simplifications. simple_effect: theirs, if not drawn like the others'.
         disturbed: whether other programs slow the device. corrected: share of that which the clock corrects.
-        odd: share of runs that lack LOST, which their clock does not see. measured: whether it is known how much there
-            is, of an odd run by the others of its train.py.
+        odd: share of runs that lack tokens which their clock does not miss. lacks: how many, in factors of e; below 0
+            they have more. measured: whether it is known how much there is, of an odd run by others of its train.py.
     """
 
     runs: int = 125
@@ -103,6 +102,7 @@ class Setting:
     disturbed: bool = False
     corrected: float = 1.0
     odd: float = 0.0
+    lacks: float = 0.5  # 13 steps where others make 21
     measured: bool = True
 
 
@@ -140,7 +140,7 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         if setting.disturbed and rng.random() < CHANGES:
             slowness = MOST_DISTURBED * rng.random()
         left = (1 - setting.corrected) * CURVE * slowness
-        one.lacks[with_seed] = LOST if setting.odd and rng.random() < setting.odd else 0.0
+        one.lacks[with_seed] = setting.lacks if setting.odd and rng.random() < setting.odd else 0.0
         left += CURVE * one.lacks[with_seed]
         one.results[with_seed] = one.true + left + by_seed[with_seed - gate.seed(0)] + own * rng.standard_normal()
         one.conditions[with_seed] = Conditions(slowness if setting.measured else 0.0)
@@ -195,7 +195,11 @@ def night(effects: np.ndarray, seed: int, setting: Setting) -> dict:
         configurations.append(change)
         while True:
             conditions = (change.conditions, parent.conditions)
-            step = gate.next_step(change.results, parent.results, noise(), account, simpler, conditions=conditions)
+            got_more = setting.measured and min(change.lacks.values(), default=0.0) < -SHORT
+            fewest = USUAL if got_more else 1
+            step = gate.next_step(
+                change.results, parent.results, noise(), account, simpler, conditions=conditions, fewest=fewest
+            )
             if step.action == "run candidate":
                 run(change, step.seed)
             elif step.action == "run parent":
@@ -308,8 +312,10 @@ def disturbed(nights: Nights, effects: np.ndarray) -> None:
         "known, none of it corrected": dict(corrected=0.0),
         "half of it corrected, not known": dict(corrected=0.5, measured=False),
         "not known": dict(corrected=0.0, measured=False),
-        "one run in 20 is odd, known": dict(disturbed=False, odd=0.05),
-        "one run in 20 is odd, not known": dict(disturbed=False, odd=0.05, measured=False),
+        "one run in 20 lacks two fifths, known": dict(disturbed=False, odd=0.05),
+        "one run in 20 lacks two fifths, not known": dict(disturbed=False, odd=0.05, measured=False),
+        "one run in 20 has a fifth more, known": dict(disturbed=False, odd=0.05, lacks=-0.2),
+        "one run in 20 has a fifth more, not known": dict(disturbed=False, odd=0.05, lacks=-0.2, measured=False),
     }
     yardstick = nights(effects, Setting(runs=300), one_run_each)["gain"]
     for name, facts in kinds.items():

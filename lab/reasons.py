@@ -78,6 +78,7 @@ TEXTS: dict[str, str] = {
     "baseline (90 % interval {low:+.6f} to {high:+.6f})",
     "compared": "{what}: on held-out rows and {pairs} new seeds {gain:+.6f} bits per byte better than what it is "
     "compared with (90 % interval {low:+.6f} to {high:+.6f})",
+    "pairs_replaced": "{said}; pairs replaced, as one run got far more or less training than others: {replaced}",
     "resized": "in another size, for what is compared with it; it is not judged",
     "scaled": "the baseline with other training times: {points}",
     "same_start": "it starts from (nearly) the same weights with every AUTORESEARCH_SEED, so a gain could not be "

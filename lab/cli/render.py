@@ -129,7 +129,7 @@ def block(session: Session, experiment: Experiment) -> str:
         lines.append(f"  val_bpb           {known['val_bpb']:.6f} (mean of {runs}){beside}")
         evidence = experiment.decided and experiment.decided.evidence
         if evidence and abs(evidence.corrected) >= 5e-7:
-            lines.append(f"  corrected by      {-evidence.corrected:+.6f}, as the machine slowed one of them more")
+            lines.append(f"  corrected by      {-evidence.corrected:+.6f}, as their runs met different conditions")
     if workers := sorted({run["worker"] for run in known["runs"] if run.get("worker")}):
         lines.append(f"  made on           {', '.join(workers)}")
     own = [run for run in known["runs"] if run["of"] == "change" and run["status"] in ("ok", "invalid")]

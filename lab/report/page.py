@@ -217,7 +217,8 @@ def _headline(analysis: Analysis, price: float | None) -> Element:
         )
         if noise.explained >= WORTH_TELLING:
             chance += (
-                f" Disturbance explained {noise.explained:.0%} of the differences between equal runs; it is taken out."
+                f" Disturbance, and tokens that single runs lacked, explained {noise.explained:.0%} of the differences "
+                "between equal runs; this is taken out."
             )
     counts = ", ".join(f"{n} {said}" for status, said in SAID.items() if (n := analysis.counts[status]))
     facts = [f"{len(analysis.tried)} experiments: {counts}" if counts else "no experiment yet"]

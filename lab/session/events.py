@@ -50,8 +50,8 @@ class Evidence(Struct, frozen=True, omit_defaults=True):
     Attributes:
         gain: the parent's mean minus the candidate's; above 0 is better. error: its standard error.
         low, high: its 90 % interval. p: of a worthless change doing as well. level: for p, split over the looks.
-        runs, parent_runs: how many this rests on. corrected: what the runs' conditions explain (disturbance, the
-            device), left out of the gain.
+        runs, parent_runs: how many this rests on. corrected: what the runs' conditions explain (disturbance,
+            unusual tokens, the device), left out of the gain.
         better, simpler: why it is kept, if it is.
         near_miss: worth trying together with others. stake, loss: what it costs the session's account.
     """

@@ -31,7 +31,7 @@ BASELINE = 0  # its number
 APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
 BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
-USUAL, SHORT = 3, 0.1  # runs that tell how many tokens are usual, and how far from it one may be by chance, as a share
+USUAL, SHORT = 3, 0.1  # runs that tell how many tokens are usual, and the factors of e that one may be off by chance
 
 
 class Conditions(NamedTuple):
@@ -89,18 +89,25 @@ class Run(RunStarted, tag="run", kw_only=True):
         return self.ended.seconds if self.ended else 0.0
 
 
+def tokens(run: Run) -> float | None:
+    """Millions of tokens that a run trained on. None if it is unknown, or no such number: a record from elsewhere may
+    say anything."""
+    trained = run.result.get("total_tokens_M")
+    return trained if isinstance(trained, (int, float)) and 1e-6 < trained < 1e12 else None
+
+
 def conditions(runs: Sequence[Run]) -> list[Conditions]:
     """Of runs of one train.py. What a device gives the same file in the same time is no consequence of a change:
     a run far from the median of at least USUAL met something that its clock did not see. A smaller difference is left
     to the noise, of which it is a part in a change's only run, too."""
-    tokens: dict[tuple, list[float]] = {}
+    known: dict[tuple, list[float]] = {}
     for run in runs:
-        if trained := run.result.get("total_tokens_M"):
-            tokens.setdefault((run.worker, run.budget), []).append(trained)
-    usual = {where: statistics.median(each) for where, each in tokens.items() if len(each) >= USUAL}
+        if trained := tokens(run):
+            known.setdefault((run.worker, run.budget), []).append(trained)
+    usual = {where: statistics.median(each) for where, each in known.items() if len(each) >= USUAL}
     found = []
     for run in runs:
-        median, trained = usual.get((run.worker, run.budget)), run.result.get("total_tokens_M")
+        median, trained = usual.get((run.worker, run.budget)), tokens(run)
         short = math.log(median / trained) if median and trained else 0.0
         found.append(Conditions(run.disturbance, run.worker, short if abs(short) > SHORT else 0.0))
     return found

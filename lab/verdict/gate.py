@@ -299,6 +299,7 @@ def next_step(
     simpler: bool = False,
     stake: float | None = None,
     conditions: Pair = ({}, {}),
+    fewest: int = 1,
 ) -> Step:
     """What the runs so far ask for. Bits per byte everywhere.
 
@@ -308,6 +309,7 @@ def next_step(
         simpler: the candidate's syntax tree is smaller than its parent's.
         stake: what this test has reserved, once it has; the account's next one by default.
         conditions: of the candidate's runs and of the parent's, by seed; Conditions() where there are none.
+        fewest: runs of the candidate before it can be kept, unless it is equal bit for bit.
     """
     if not candidate:
         return Step("run candidate", because("not_run"), seed=seed(0))
@@ -324,7 +326,7 @@ def next_step(
     if simpler and common and all(candidate[one] == parent[one] for one in common):
         equal = replace_evidence(evidence, simpler=True, stake=0.0)
         return Step("keep", because("simpler_and_equal", seeds=len(common)), evidence=equal)
-    share = level / len(LOOKS) if runs in LOOKS and common == candidate.keys() else 0.0
+    share = level / len(LOOKS) if runs in LOOKS and runs >= fewest and common == candidate.keys() else 0.0
     tested = because("tested", **facts, p=evidence.p, share=share)
     if share > 0 and evidence.p <= share:
         return Step("keep", tested, evidence=replace_evidence(evidence, better=True, stake=stake))
@@ -337,7 +339,7 @@ def next_step(
     if simpler:
         allowed = min(MARGIN, LOSSES - account.loss)
         odds = _equal(gain, error, noise.df, allowed)
-        if odds >= math.log(1 / WORSE):
+        if odds >= math.log(1 / WORSE) and runs >= fewest:
             loss = max(0.0, t_quantile(WORSE, noise.df) * error - gain)
             reason = because("simpler", **facts, loss=loss, allowed=allowed)
             return Step("keep", reason, evidence=replace_evidence(evidence, simpler=True, loss=loss))

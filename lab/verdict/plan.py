@@ -19,7 +19,7 @@ from lab.genome import edits
 from lab.reasons import Reason, because
 from lab.session.events import Evidence, Gains, Interval, Verdict
 from lab.session.session import HELD
-from lab.session.state import SHORT, Conditions, Experiment, Run, State, conditions
+from lab.session.state import SHORT, USUAL, Conditions, Experiment, Run, State, conditions, tokens
 from lab.verdict import gate
 from results import apart
 
@@ -168,8 +168,8 @@ def said_of_noise(state: State) -> str:
         told.append(f"the machine was busy or hot, so a run took {longer:.0%} longer (median)")
     repeats = [conditions(list(runs.values())) for runs in state.repeats(state.started.budget).values()]
     if unusual := sum(one.short != 0 for of in repeats for one in of):
-        times = "once" if unusual == 1 else f"{unusual} times"
-        told.append(f"{times} a run got over {SHORT:.0%} fewer or more tokens than others of its train.py")
+        runs = "one run" if unusual == 1 else f"{unusual} runs"
+        told.append(f"{runs} got over {SHORT:.0%} fewer or more tokens than others of the same train.py")
     explained = f". This explains {noise.explained:.0%} of the difference between equal runs, and is taken out"
     return "; ".join([said, *told]) + (explained if told else "")
 
@@ -250,6 +250,7 @@ def _change(change: Experiment, state: State) -> Plan:
         simpler=change.complexity < parent.complexity,
         stake=change.stake,
         conditions=(of, of_parents),
+        fewest=USUAL if _got_more(sound, list(others.values())) else 1,
     )
     moved = change.kind != "replay" and _moved(change, state)
     if step.seed is not None and not (moved and sound):
@@ -266,6 +267,13 @@ def _change(change: Experiment, state: State) -> Plan:
     if moved and step.action != "discard":
         return _superseded(state, *means, _unkept(step.evidence, stake=change.stake or 0.0))
     return _tested(change, state, step, means)
+
+
+def _got_more(runs: list[Run], others: list[Run]) -> bool:
+    """Whether a change's runs got so many more tokens than its parent's that they may be unusual ones, of which a
+    change's first runs don't tell: it may be faster, or the machine was."""
+    own, parents = ([trained for run in some if (trained := tokens(run))] for some in (runs, others))
+    return bool(own and parents) and math.log(max(own) / statistics.median(parents)) > SHORT
 
 
 def _moved(change: Experiment, state: State) -> bool:
@@ -404,8 +412,8 @@ def _further(change: Experiment, state: State) -> Plan:
 
 def _confirmation(confirmation: Experiment, state: State) -> Plan:
     """A train.py and its parent in turn, the best and the baseline mostly, on seeds that selected nothing; each run's
-    weights are scored on held-out rows. In place of a pair with an unusual run another one is made, as long as there
-    are no more than twice as many."""
+    weights are scored on held-out rows. Another pair is made in place of one with an unusual run, up to twice as many
+    in all."""
     of = state.parent_of(confirmation) or state.baseline
     sound = _with_weights([run for run in confirmation.runs if run.ok])
     if unscored := tuple(run.number for run in sound if run.scored is None):
@@ -416,7 +424,7 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     known = [[run for run in state.runs_of(blob) if run.ok] for blob in (best, parent)]
     unusual = {run.seed for runs in known for run, one in zip(runs, conditions(runs)) if one.short}
     first = CONFIRM_SEEDS + 100 * confirmation.number
-    spare = range(first, first + 2 * confirmation.pairs)
+    spare = range(first, first + max(confirmation.pairs, min(2 * confirmation.pairs, 100)))
     seeds = sorted(spare, key=lambda seed: seed in unusual)[: confirmation.pairs]
     order = [
         (blob, seed) for i, seed in enumerate(seeds) for blob in ((best, parent) if i % 2 == 0 else (parent, best))
@@ -436,7 +444,9 @@ def _confirmation(confirmation: Experiment, state: State) -> Plan:
     reason = because("confirmed", **facts)
     if confirmation.kind == "transfer" or best not in {kept.blob for kept in state.kept}:
         reason = because("compared", what=confirmation.description[:200], **facts)
-    mean = statistics.fmean(run.bpb for run in sound if run.blob == best)
+    if replaced := len({run.seed for run in sound} - set(seeds)):
+        reason = because("pairs_replaced", said=reason, replaced=replaced)
+    mean = statistics.fmean(run.bpb for run in sound if run.blob == best and run.seed in seeds)
     return Plan(verdict=Verdict("keep", reason, mean, gains=gains))
 
 

@@ -1,5 +1,6 @@
 """What experiments want is a function of the journal, whoever carries it out, one at a time or many at once."""
 
+import itertools
 import math
 import random
 import statistics
@@ -172,7 +173,7 @@ def test_a_run_that_got_less_than_its_train_py_usually_gets_is_no_noise(tmp_path
     noise = noise_of(seen)
     assert noise.sd < 0.008 and noise.explained > 0.9
     assert noise.slopes[1] * math.log(280 / 190) == pytest.approx(0.1, abs=0.02)
-    assert "; once a run got over 10% fewer or more tokens than others of its train.py. This" in said_of_noise(seen)
+    assert "; one run got over 10% fewer or more tokens than others of the same train.py. This" in said_of_noise(seen)
     evidence = plan(seen.experiments[1], seen).verdict.evidence
     assert abs(evidence.gain) < 0.004 and evidence.corrected == pytest.approx(0.1 / 8, abs=0.003)
 
@@ -201,6 +202,37 @@ def test_what_a_train_py_usually_gets_is_told_by_three_runs_on_one_device(sessio
     assert [one.short for one in conditions([*made(*fast), *made((0.0, "fast", 8.0))])] == [0] * 4  # not measured
 
 
+@pytest.mark.parametrize("tokens, kept_after", [(100.0, 1), (109.0, 1), (120.0, 3)])
+def test_a_change_that_got_more_tokens_than_its_parent_is_kept_after_three_runs(session, tokens, kept_after):
+    """It may be faster, or its first run was a lucky one."""
+    state = session.state
+    for run in state.runs_of(state.baseline.blob):
+        run.result["total_tokens_M"] = 100.0
+    opened(state, 1, "ab")
+    for number in itertools.count(100):
+        made = plan(state.experiments[1], state)
+        if not made.jobs:
+            break
+        (job,) = made.jobs
+        ran(
+            state,
+            number,
+            1,
+            job,
+            0.9 if job.blob == "ab" else 1.0,
+            total_tokens_M=tokens if job.blob == "ab" else 100.0,
+        )
+    assert made.score and len(state.experiments[1].own_runs) == kept_after
+
+
+@pytest.mark.parametrize("record", [-0.1, 1e-320, 0, None, "many", math.nan, math.inf])
+def test_tokens_that_can_not_have_been_measured_tell_nothing(record):
+    ended = RunEnded(run=0, status="ok", result={"total_tokens_M": 1.0})
+    runs = [Run(number=i, experiment=0, blob="a", seed=i, ended=ended) for i in range(3)]
+    odd = Run(number=3, experiment=0, blob="a", seed=3, ended=replace(ended, result={"total_tokens_M": record}))
+    assert [one.short for one in conditions([*runs, odd])] == [0] * 4
+
+
 @pytest.mark.parametrize("odd, runs", [({0}, 8), ({0, 2}, 10), ({0, 1, 2, 3}, 12)], ids=["one", "two", "too many"])
 def test_a_confirmation_makes_another_pair_in_place_of_one_with_an_unusual_run(session, odd, runs):
     state, number = session.state, 100
@@ -225,6 +257,9 @@ def test_a_confirmation_makes_another_pair_in_place_of_one_with_an_unusual_run(s
             bpb = state.runs[run].bpb
             state.take(RunScored(run=run, val_bpb=bpb, held_out_bpb=bpb, rows=""))
     assert len(confirmation.runs) == runs
+    replaced = runs // 2 - 3
+    assert made.verdict.said.endswith(f"far more or less training than others: {replaced}")
+    assert len(odd) == 4 or made.verdict.mean == pytest.approx(0.9)
     assert (made.verdict.gains["held_out_bpb"][0] == pytest.approx(0.1)) == (len(odd) < 4)
 
 
