@@ -33,7 +33,6 @@ Z = 1.6449  # of a 90 % interval
 FEWEST_PAIRS = 4  # Fisher's interval needs n - 3 of them
 TAIL = 0.05  # on each side of an interval
 FASTER = 0.05  # more or fewer tokens than this share are more or fewer
-FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
 # What is said of a biased effect, by `picked`. If only its parent is biased, a change looks worse than it is.
 FLATTERED = {True: "biased by selection", False: "its parent is biased by selection"}
 
@@ -44,7 +43,7 @@ FLATTERED = {True: "biased by selection", False: "its parent is biased by select
 def quantity(run: Run, name: str) -> float | None:
     """A figure of a run: "tokens" that it was trained on, the model's "flops" for all of them, "memory" at the peak
     (GiB), "watts" while it trained, "joules_per_M" tokens, or a measure by its name in results.py. None if it is
-    unknown, or nothing that can have been measured: a record from elsewhere may say anything."""
+    unknown."""
     if name == "tokens":
         return _scaled(quantity(run, "total_tokens_M"), 1e6)
     if name == "memory":
@@ -63,10 +62,7 @@ def quantity(run: Run, name: str) -> float | None:
         if per_token is None and rate is not None:  # of a ledger
             per_token = _scaled(quantity(run, "model_tflops"), 1e12 / rate)
         return _scaled(quantity(run, "tokens"), per_token)
-    value = run.result.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return float(value) if FEWEST < value < MOST else None
+    return run.measured(name)
 
 
 def _scaled(value: float | None, factor: float | None) -> float | None:

@@ -31,6 +31,7 @@ BASELINE = 0  # its number
 APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
 BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
+FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
 USUAL, SHORT = 3, 0.1  # runs that tell how many tokens are usual, and the factors of e that one may be off by chance
 
 
@@ -88,12 +89,13 @@ class Run(RunStarted, tag="run", kw_only=True):
     def seconds(self) -> float:
         return self.ended.seconds if self.ended else 0.0
 
-
-def tokens(run: Run) -> float | None:
-    """Millions of tokens that a run trained on. None if it is unknown, or no such number: a record from elsewhere may
-    say anything."""
-    trained = run.result.get("total_tokens_M")
-    return trained if isinstance(trained, (int, float)) and 1e-6 < trained < 1e12 else None
+    def measured(self, name: str) -> float | None:
+        """A measure by its name in results.py. None if it is unknown, or nothing that can have been measured: a record
+        from elsewhere may say anything."""
+        value = self.result.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return None
+        return float(value) if FEWEST < value < MOST else None
 
 
 def conditions(runs: Sequence[Run]) -> list[Conditions]:
@@ -102,12 +104,12 @@ def conditions(runs: Sequence[Run]) -> list[Conditions]:
     to the noise, of which it is a part in a change's only run, too."""
     known: dict[tuple, list[float]] = {}
     for run in runs:
-        if trained := tokens(run):
+        if trained := run.measured("total_tokens_M"):
             known.setdefault((run.worker, run.budget), []).append(trained)
     usual = {where: statistics.median(each) for where, each in known.items() if len(each) >= USUAL}
     found = []
     for run in runs:
-        median, trained = usual.get((run.worker, run.budget)), tokens(run)
+        median, trained = usual.get((run.worker, run.budget)), run.measured("total_tokens_M")
         short = math.log(median / trained) if median and trained else 0.0
         found.append(Conditions(run.disturbance, run.worker, short if abs(short) > SHORT else 0.0))
     return found

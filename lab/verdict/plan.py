@@ -19,7 +19,7 @@ from lab.genome import edits
 from lab.reasons import Reason, because
 from lab.session.events import Evidence, Gains, Interval, Verdict
 from lab.session.session import HELD
-from lab.session.state import SHORT, USUAL, Conditions, Experiment, Run, State, conditions, tokens
+from lab.session.state import SHORT, USUAL, Conditions, Experiment, Run, State, conditions
 from lab.verdict import gate
 from results import apart
 
@@ -272,7 +272,7 @@ def _change(change: Experiment, state: State) -> Plan:
 def _got_more(runs: list[Run], others: list[Run]) -> bool:
     """Whether a change's runs got so many more tokens than its parent's that they may be unusual ones, of which a
     change's first runs don't tell: it may be faster, or the machine was."""
-    own, parents = ([trained for run in some if (trained := tokens(run))] for some in (runs, others))
+    own, parents = ([trained for run in some if (trained := run.measured("total_tokens_M"))] for some in (runs, others))
     return bool(own and parents) and math.log(max(own) / statistics.median(parents)) > SHORT
 
 
