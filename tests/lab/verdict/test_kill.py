@@ -28,9 +28,11 @@ def project(tmp_path, tiny_home, isolated_home):
     settings = {"AUTORESEARCH_HOME": str(isolated_home), "AUTORESEARCH_DATA": "tiny"}
     manifest = dataset.read_manifest(tiny_home / "data" / "tiny")
     tags = {"eval": manifest["eval_tag"], "data": manifest["data_tag"], "profile": "abc"}
+    # A step outlasts the budget, so a run makes one, however busy the machine is: its tokens count in verdicts.
+    train = (sessions.HERE / "fake_train.py").read_bytes().replace(b"time.sleep(0.005)", b"time.sleep(0.11)")
     return sessions.make(
         tmp_path / "project",
-        (sessions.HERE / "fake_train.py").read_bytes(),
+        train,
         project=True,
         budget=0.1,
         settings=settings,
