@@ -176,7 +176,7 @@ def of_throughput(state: State) -> float | None:
     correlation within them, pooled. None with fewer than 4 degrees of freedom."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for run in state.runs.values():
-        if run.ok and run.budget == state.started.budget and (tokens := run.result.get("total_tokens_M")):
+        if run.ok and run.budget == state.started.budget and (tokens := run.measured("total_tokens_M")):
             groups.setdefault(run.blob, []).append((math.log(tokens), run.bpb))
     centred = [
         (x - statistics.fmean(a for a, _ in group), y - statistics.fmean(b for _, b in group))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from msgspec.structs import asdict
@@ -98,7 +98,7 @@ class Run(RunStarted, tag="run", kw_only=True):
         return float(value) if FEWEST < value < MOST else None
 
 
-def conditions(runs: Sequence[Run]) -> list[Conditions]:
+def conditions(runs: Collection[Run]) -> list[Conditions]:
     """Of runs of one train.py. What a device gives the same file in the same time is no consequence of a change:
     a run far from the median of at least USUAL met something that its clock did not see. A smaller difference is left
     to the noise, of which it is a part in a change's only run, too."""

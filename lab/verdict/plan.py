@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from weakref import WeakKeyDictionary
@@ -137,7 +137,7 @@ def pooled(state: State, prior_sd: float, curve: float = 0.0) -> gate.Noise:
     the tokens' logarithm. What devices differ by is estimated with it."""
     repeats = state.repeats(state.started.budget)
     groups = [[run.bpb for run in runs.values()] for runs in repeats.values()]
-    of_groups = [conditions(list(runs.values())) for runs in repeats.values()]
+    of_groups = [conditions(runs.values()) for runs in repeats.values()]
     noise = gate.pooled(groups, prior_sd, conditions=of_groups, curve=curve)
     scores = {
         blob: {seed: run.bpb - noise.explains([(1.0, one)]).value for (seed, run), one in zip(runs.items(), of)}
@@ -166,7 +166,7 @@ def said_of_noise(state: State) -> str:
     if max(disturbances, default=0.0) >= WORTH_TELLING:
         longer = statistics.median(disturbances)
         told.append(f"the machine was busy or hot, so a run took {longer:.0%} longer (median)")
-    repeats = [conditions(list(runs.values())) for runs in state.repeats(state.started.budget).values()]
+    repeats = [conditions(runs.values()) for runs in state.repeats(state.started.budget).values()]
     if unusual := sum(one.short != 0 for of in repeats for one in of):
         runs = "one run" if unusual == 1 else f"{unusual} runs"
         told.append(f"{runs} got over {SHORT:.0%} fewer or more tokens than others of the same train.py")
@@ -250,7 +250,7 @@ def _change(change: Experiment, state: State) -> Plan:
         simpler=change.complexity < parent.complexity,
         stake=change.stake,
         conditions=(of, of_parents),
-        fewest=USUAL if _got_more(sound, list(others.values())) else 1,
+        fewest=USUAL if _got_more(sound, others.values()) else 1,
     )
     moved = change.kind != "replay" and _moved(change, state)
     if step.seed is not None and not (moved and sound):
@@ -269,7 +269,7 @@ def _change(change: Experiment, state: State) -> Plan:
     return _tested(change, state, step, means)
 
 
-def _got_more(runs: list[Run], others: list[Run]) -> bool:
+def _got_more(runs: Collection[Run], others: Collection[Run]) -> bool:
     """Whether a change's runs got so many more tokens than its parent's that they may be unusual ones, of which a
     change's first runs don't tell: it may be faster, or the machine was."""
     own, parents = ([trained for run in some if (trained := run.measured("total_tokens_M"))] for some in (runs, others))
@@ -316,7 +316,7 @@ def _shared(block: Experiment, state: State) -> Plan:
 
     parent = _parent(block, state)
     known, edit = noise_of(state), [edits.read(patch.edit) for patch in block.patches]
-    noise, plain_runs = known.sd, list(state.believed(parent.blob).values())
+    noise, plain_runs = known.sd, state.believed(parent.blob).values()
     of_plain = conditions(plain_runs)
     begun = [run for run in block.runs if run.status != "lost"]
     ended, unsure = [], []
@@ -465,7 +465,7 @@ def _scale(scale: Experiment, state: State) -> Plan:
 
 def _by_seed(runs: Mapping[int, Run]) -> tuple[dict[int, float], dict[int, Conditions]]:
     """(val_bpb, conditions) of runs."""
-    return {seed: run.bpb for seed, run in runs.items()}, dict(zip(runs, conditions(list(runs.values()))))
+    return {seed: run.bpb for seed, run in runs.items()}, dict(zip(runs, conditions(runs.values())))
 
 
 def _missing(state: State, blob: str, seeds: list[int], urgency: Urgency = Urgency.FIRST) -> tuple[Job, ...]:
