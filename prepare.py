@@ -380,8 +380,7 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
             tell("stopped")
             clock.evaluated = True
             weights = weights_path()
-            with writing(weights):
-                backend.save(model, weights)
+            backend.save(model, weights)
             if rows != "validation" or count is not None:
                 raise Invalid("other_rows")
         if clock is not None and EXAM in os.environ:

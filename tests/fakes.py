@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import storage
+
 
 class OutOfMemory(Exception):
     pass
@@ -47,7 +49,8 @@ class Backend:
 
     def save(self, model, path):
         self.calls.append("save")
-        path.write_bytes(b"weights")
+        with storage.replacing(path) as temporary:
+            temporary.write_bytes(b"weights")
 
     def weights(self, model):
         return {"table": model.table} if hasattr(model, "table") else {}

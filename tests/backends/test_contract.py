@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import backends
 from backends.interface import BackendError
+from storage import DataError
 from tests.backends import support, tiny
 from tests.backends.reference import token_losses
 
@@ -145,6 +148,17 @@ def test_save_and_load(backend, tmp_path):
     for name, weight in backend.weights(model).items():
         assert backend.weights(other)[name].tobytes() == weight.tobytes()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("error, advice", [
+    (OSError(errno.ENOSPC, "full"), "free some space"),
+    (RuntimeError("No space left (os error 28)"), "free some space"),
+    (RuntimeError("Permission denied (os error 13)"), "set AUTORESEARCH_HOME"),
+])  # fmt: skip
+def test_weights_that_can_not_be_written(backend, isolated_home, error, advice):
+    with mock.patch("safetensors.numpy.save_file", side_effect=error):
+        with pytest.raises(DataError, match=f"could not write .*weights.safetensors.*{advice}"):
+            backend.save(tiny.build(backend), isolated_home / "last" / "weights.safetensors")
 
 
 @pytest.mark.parametrize("source", backends.NAMES)
