@@ -150,15 +150,14 @@ class Variable:
 def read(source: str) -> tuple[Variable, ...]:
     """The variables of a train.py, in order; none if that part is not valid Python."""
     try:
-        head = _head(source)
-        tree = ast.parse(head)
+        head, nodes = _head(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ()
     lines = head.encode().splitlines(keepends=True)  # ast counts in bytes, and knows fewer line ends than str
     starts = [0, *itertools.accumulate(map(len, lines))]
     first, last = _span(head)
     variables: dict[str, Variable] = {}
-    for node in tree.body:
+    for node in nodes:
         if not first <= node.lineno <= last or not isinstance(node, ast.Assign) or len(node.targets) != 1:
             continue
         target = node.targets[0]
@@ -198,18 +197,19 @@ def write(source: str, values: dict[str, object]) -> str:
     return content.decode()
 
 
-def _head(source: str) -> str:
-    """What stands before the first function or class."""
+def _head(source: str) -> tuple[str, list[ast.stmt]]:
+    """What stands before the first function or class, and its statements."""
     try:
         nodes = ast.parse(source).body
     except SyntaxError:  # perhaps only further down
         definition = re.search(r"^(?:@|class\b|(?:async\s+)?def\b)", source, re.M)
-        return source[: definition.start()] if definition else source
-    for node in nodes:
+        head = source[: definition.start()] if definition else source
+        return head, ast.parse(head).body
+    for place, node in enumerate(nodes):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             first = min(part.lineno for part in (node, *node.decorator_list))
-            return b"".join(source.encode().splitlines(keepends=True)[: first - 1]).decode()
-    return source
+            return b"".join(source.encode().splitlines(keepends=True)[: first - 1]).decode(), nodes[:place]
+    return source, nodes
 
 
 def _span(head: str) -> tuple[int, int]:

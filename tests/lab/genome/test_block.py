@@ -158,6 +158,13 @@ def test_what_changes_nothing_on_a_device(old, new, depth, pattern, idle):
     assert block.idle(TRAIN, TRAIN.replace(old, new), calibrated) == idle
 
 
+def test_a_file_is_parsed_once(monkeypatch):
+    seen, parse = [], ast.parse
+    monkeypatch.setattr(ast, "parse", lambda *text, **how: seen.append(text) or parse(*text, **how))
+    assert block.read("LR = 0.01  # parsed once\n\n\ndef f():\n    pass\n\n\nRATE = 0.02\n")[0].name == "LR"
+    assert len(seen) == 1
+
+
 def test_only_the_block():
     rule = "# " + "-" * 60
     source = f"BEFORE = 1.0\n{rule}\n# Hyperparameters: edit\n{rule}\nLR = 1.0\n{rule}\n# Model\n{rule}\nAFTER = 1.0\n"
