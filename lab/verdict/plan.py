@@ -316,7 +316,9 @@ def _shared(block: Experiment, state: State) -> Plan:
 
     parent = _parent(block, state)
     known, edit = noise_of(state), [edits.read(patch.edit) for patch in block.patches]
-    noise, plain_runs = known.sd, state.believed(parent.blob).values()
+    noise = known.sd
+    # Its own runs of the parent alone are among those that the estimates rest on, and are not to count twice.
+    plain_runs = [run for run in state.believed(parent.blob).values() if run.experiment != block.number]
     of_plain = conditions(plain_runs)
     begun = [run for run in block.runs if run.status != "lost"]
     ended, unsure = [], []
@@ -330,7 +332,7 @@ def _shared(block: Experiment, state: State) -> Plan:
         len(edit),
         ended,
         noise * math.sqrt(1 + statistics.fmean(unsure or [0.0])),
-        statistics.fmean(state.results(parent.blob).values()),
+        statistics.fmean(run.bpb for run in plain_runs),
         clash=lambda one, other: edit[one].meets(edit[other]),
         likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
     )

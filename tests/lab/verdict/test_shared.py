@@ -156,6 +156,10 @@ def test_a_shared_run_on_another_device_is_screened_without_what_the_device_adds
     plan(first, state)
     unsure = [(one.sd / noise.sd) ** 2 - 1 for one in seen[2:]]  # means over two and three runs
     assert 3 * unsure[1] - 2 * unsure[0] > 0.9 * noise.covariance[0][0] > 0
+    ran(first.number, 50_001, score + 1.0, "", patches=[])
+    plan(first, state)
+    assert seen[-1].runs[-1] == ((), pytest.approx(score + 1.0, abs=0.05))
+    assert seen[-1].parent == seen[0].parent, "a run of the parent in the block counts as one of its runs alone"
 
 
 def test_what_is_plainly_good_needs_no_company():
