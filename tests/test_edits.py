@@ -321,7 +321,7 @@ def test_starts_as_it_should_at_real_sizes(rows, edit, name):
 
 # ---- As a user runs them ----
 
-train = test_train.train  # the fixture
+train, home = test_train.train, test_train.home  # the fixtures
 
 
 @pytest.mark.slow
