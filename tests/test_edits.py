@@ -54,15 +54,17 @@ class Run(NamedTuple):
 
 
 class Rows:
-    """A loader that gives the same rows again and again."""
+    """A loader that gives the same rows again and again. `taken`, `trained`: how many were."""
 
-    epoch = 1
+    epoch, taken, trained = 1, 0, 0
 
-    def __init__(self, x, y):
-        self.rows = x, y
+    def __init__(self, x, y, batch_size):
+        self.x, self.y, self.batch_size = x, y, batch_size
 
     def __next__(self):
-        return self.rows
+        places = np.arange(self.taken, self.taken + self.batch_size) % len(self.x)
+        self.taken += self.batch_size
+        return self.x[places], self.y[places]
 
 
 class Clock:
@@ -73,8 +75,8 @@ class Clock:
     def __init__(self):
         self.losses, self.gradients = [], {}
 
-    def started(self, backend, model):
-        self.running, self.before = True, backend.weights(model)
+    def started(self, backend, model, loader):
+        self.running, self.before, self.loader = True, backend.weights(model), loader
         return self
 
     @property
@@ -212,6 +214,10 @@ def trained(rows):
         clock = Clock()
 
         class Watched(backend.Trainer):
+            def backward(self, x, y, scale=1.0):
+                clock.loader.trained += len(x)
+                return super().backward(x, y, scale)
+
             def step(self, schedule):
                 if clock.running and not clock.gradients:
                     clock.gradients = self.gradients()
@@ -226,12 +232,13 @@ def trained(rows):
             mock.patch.object(backend, "Trainer", Watched),
             mock.patch.object(prepare, "MAX_SEQ_LEN", LENGTH),
             mock.patch.object(prepare, "open_data", lambda: data),
-            mock.patch.object(prepare, "Loader", lambda *_: Rows(x, y)),
-            mock.patch.object(prepare, "Clock", lambda backend, model, loader: clock.started(backend, model)),
+            mock.patch.object(prepare, "Loader", lambda _, batch_size: Rows(x, y, batch_size)),
+            mock.patch.object(prepare, "Clock", clock.started),
             mock.patch.object(prepare, "evaluate_bpb", evaluate),
             mock.patch.object(prepare, "report", lambda *_, **__: None),
         ):
             train.main()
+        assert clock.loader.trained == clock.loader.taken, "what a run takes is counted as what it trains on"
         return Run(clock.gradients, np.array(clock.losses), clock.before, clock.after, clock.logits)
 
     return train_here
