@@ -5,9 +5,9 @@ patches; its score is taken for the parent's mean, plus the sum of their effects
 a mixture that fits the changes of a published session; its posterior is sampled (Gibbs: components given effects,
 effects given components, which are jointly normal). A run holds at most AT_ONCE of the patches that are gains in one
 sample (Thompson sampling), never two that can't be made in one file; every BARE-th run holds none. What makes a run far
-worse is searched by halves, and dropped. In the end the patches that are gains by their posterior mean become one
-patch, which is tested against the parent on fresh seeds, at a level from the account (plan.py). So no verdict rests on
-the model.
+worse is searched by halves: one patch is dropped, and two that do so only together are held apart. In the end the
+patches that are gains by their posterior mean become one patch, which is tested against the parent on fresh seeds, at a
+level from the account (plan.py). So no verdict rests on the model.
 
 All of it is a function of the runs. benchmarks/shared.py simulates whole nights of it.
 """
@@ -65,16 +65,16 @@ class Screening:
 
     def next(self, begun: int) -> tuple[int, ...]:
         """The patches of the next run, after so many runs were begun; () is the parent alone."""
-        dropped, suspects, sound = self._searched()
-        if suspects:
-            return suspects[: (len(suspects) + 1) // 2]
+        culprits, asked, sound = self._searched()
+        if asked:
+            return asked
         if begun % BARE == 0:
             return ()
         rng = np.random.default_rng([begun, self.count])
         effects = self._sampled(sound, rng, SWEEPS, self.sd)[-1, :-1]
         members: list[int] = []
         for patch in map(int, rng.permutation(np.flatnonzero(effects < 0))):
-            if patch not in dropped and not any(self.clash(patch, other) for other in members):
+            if self._fits(patch, members, culprits):
                 members.append(patch)
                 if len(members) == AT_ONCE:
                     break
@@ -87,14 +87,13 @@ class Screening:
 
     @property
     def dropped(self) -> set[int]:
-        """Patches that make runs fail or far worse."""
-        return self._searched()[0]
+        """Patches that make runs fail or far worse by themselves."""
+        return {patch for culprit in self._searched()[0] if len(culprit) == 1 for patch in culprit}
 
     @property
     def hopeless(self) -> bool:
         """Whether many patches make runs far worse, so that it is better to try one change per run."""
-        dropped, _, sound = self._searched()
-        cleared = {patch for place in sound for patch in self.runs[place][0]}
+        dropped, cleared = self.dropped, {patch for place in self._searched()[2] for patch in self.runs[place][0]}
         return len(dropped) >= CULPRITS and len(dropped) > MOST_BAD * len(dropped | cleared)
 
     def estimates(self) -> list[Interval]:
@@ -111,10 +110,10 @@ class Screening:
 
     def chosen(self, estimates: Sequence[Interval]) -> list[int]:
         """The patches for the test, the best first: those that go together."""
-        dropped, members = self.dropped, []
+        culprits, members = self._searched()[0], []
         for patch in sorted(range(self.count), key=lambda patch: estimates[patch][0]):
-            gains = estimates[patch][0] < -CHOSEN * self.sd and patch not in dropped
-            if gains and len(members) < MOST_CHOSEN and not any(self.clash(patch, other) for other in members):
+            gains = estimates[patch][0] < -CHOSEN * self.sd
+            if gains and len(members) < MOST_CHOSEN and self._fits(patch, members, culprits):
                 members.append(patch)
         return members
 
@@ -125,25 +124,40 @@ class Screening:
         plain = np.flatnonzero(np.quantile(samples, 0.95, axis=0) < -FAR * self.sd)
         return sorted(map(int, plain), key=lambda patch: samples[:, patch].mean())
 
-    def _searched(self) -> tuple[set[int], tuple[int, ...], list[int]]:
-        """(patches that were dropped, those of which one makes runs far worse, places of the other runs)."""
-        dropped: set[int] = set()
-        suspects: tuple[int, ...] = ()
-        sound = []
+    def _fits(self, patch: int, members: Sequence[int], culprits: Sequence[set[int]]) -> bool:
+        """Whether a run may hold a patch beside these."""
+        far_worse = any(culprit <= {patch, *members} for culprit in culprits)
+        return not far_worse and not any(self.clash(patch, other) for other in members)
+
+    def _searched(self) -> tuple[list[set[int]], tuple[int, ...], list[int]]:
+        """(what makes runs far worse: one patch, or some that do so only together; what the next run of a search holds;
+        places of the runs that are not far worse).
+
+        In a search `needed` and `others` are far worse together, and `needed` with the first `fine` of the others is
+        not. Of the shortest beginning of the others that is, the last one is needed. What needs more than two is not
+        searched further: chance may have made the run far worse."""
+        culprits: list[set[int]] = []
+        needed, others, asked = (), (), ()
+        fine, middle, sound = 0, 0, []
         for place, (members, score) in enumerate(self.runs):
             bad = bool(members) and (score is None or score > self.parent + FAR * self.sd)
             if not bad and score is not None:
                 sound.append(place)
-            if suspects:
-                half = suspects[: (len(suspects) + 1) // 2]
-                if members == half:
-                    suspects = half if bad else suspects[len(half) :]
-            elif bad:
-                suspects = tuple(patch for patch in members if patch not in dropped)
-            if len(suspects) == 1:
-                dropped.add(suspects[0])
-                suspects = ()
-        return dropped, suspects, sound
+            if asked and members == asked:
+                others, fine = (others[:middle], fine) if bad else (others, middle)
+            elif bad and not asked and not any(culprit <= {*members} for culprit in culprits):
+                needed, others, fine = (), members, 0
+            else:
+                continue
+            if others and len(others) == fine + 1:
+                needed, others, fine = (*needed, others[-1]), others[:-1], -1  # nothing is known of `needed` alone
+            if not others or len(needed) == 2 and fine == 0:
+                culprits.append({*needed, *others})
+                asked = ()
+            else:
+                middle = 0 if fine < 0 else (fine + len(others) + 1) // 2
+                asked = tuple(sorted((*needed, *others[:middle])))
+        return culprits, asked, sound
 
     def _held(self, sound: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(what each run held, (runs, count + 1), its score less the parent's). The last column is the parent's mean,

@@ -111,6 +111,40 @@ def test_what_makes_runs_far_worse_is_found_by_halves_and_dropped(crash):
     assert 7 not in last.chosen(last.estimates()) and not last.searching
 
 
+@pytest.mark.parametrize("crash", [False, True])
+@pytest.mark.parametrize("together", [{3, 7}, {3, 4}, {0, 11}])
+def test_two_that_make_runs_far_worse_only_together_are_held_apart(together, crash):
+    """Each gains, and so does what is beside them: nothing is dropped."""
+    facts, runs = {"count": 12, "sd": 0.005, "parent": 1.0}, []
+    for number in range(80):
+        members = shared.Screening(runs=runs, **facts).next(number)
+        bad = together <= {*members}
+        runs.append((members, None if bad and crash else 1.0 - 0.01 * len(members) + 0.3 * bad))
+    found = shared.Screening(runs=runs, **facts)
+    assert 1 < sum(together <= {*members} for members, _ in runs) <= 8 and not found.searching
+    assert not any(together <= {*members} for members, _ in runs[40:])
+    assert found.dropped == set() and all(any(one in members for members, _ in runs[40:]) for one in together)
+    chosen = found.chosen(found.estimates())
+    assert len(chosen) == 11 and len(together & {*chosen}) == 1
+
+
+def test_a_run_that_crashed_by_chance_drops_nothing():
+    facts, runs = {"count": 12, "sd": 0.005, "parent": 1.0}, [((1, 2, 3, 4, 5, 6, 7, 8), None)]
+    while shared.Screening(runs=runs, **facts).searching:
+        runs.append((shared.Screening(runs=runs, **facts).next(len(runs)), 1.0))
+    found = shared.Screening(runs=runs, **facts)
+    assert len(runs) < 12 and found.dropped == set()
+    assert all(len(found.next(number)) > 1 for number in (20, 21))
+
+
+def test_what_a_known_culprit_explains_is_not_searched():
+    """Another device had begun a run with it."""
+    facts = {"count": 12, "sd": 0.005, "parent": 1.0}
+    runs = [((7,), None), ((1, 2, 7), None)]
+    found = shared.Screening(runs=runs, **facts)
+    assert found.dropped == {7} and not found.searching
+
+
 def test_a_list_that_is_mostly_far_worse_is_given_up(tmp_path, runner):
     assert not screened([-0.01, 0.001, 0.002] * 6).hopeless
     assert screened([0.3, 0.3, -0.01] * 6, count=30).hopeless
@@ -302,7 +336,7 @@ def test_a_crashing_patch_is_dropped_and_the_others_judged(tmp_path, runner):
 
 
 def test_a_patch_that_is_plainly_good_goes_on_alone(tmp_path, runner):
-    session = sessions.make(tmp_path / "project", TRAIN.replace("0.03", "0.3").encode())
+    session = sessions.make(tmp_path / "project", TRAIN.replace("0.03", "0.3").replace("0.01,", "0.003,").encode())
     supervise(session)
     first = block(session, runs=150)
     supervise(session)
