@@ -361,6 +361,8 @@ class Pool:
                 self._refuse(device, str(wrong))
                 told.status, told.reason = "lost", because("device_differs", what=wrong)
         executor.ended(session, run, told)
+        if told.reason == because("disk_full"):
+            self._refuse(device, str(told.reason))
 
     def _fetch_weights(self, name: str, run: Run, size: int) -> None:
         with storage.atomic(self.session.run_folder(run.number) / "result.safetensors") as file:

@@ -23,13 +23,13 @@ from lab import untrusted
 from lab.errors import LabError
 from lab.run import processes
 from lab.run.log import FLOOD
+from lab.run.outcome import LEAST_FREE
 from lab.session.events import NightBegan, NightEnded, NightEvent
 from lab.session.locks import is_held
 from lab.session.session import Session
 
 GB = 10**9
 LOWEST_CHARGE = 40  # percent of a battery that is being used up
-LEAST_FREE = 2 * GB  # bytes of disk
 RUNS_TO_FIT = 3  # on it, at least
 BUSY_GPU = 0.5  # share of the time; a desktop that plays a video takes less
 BUSY_CPU = 0.25  # share of all cores

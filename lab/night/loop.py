@@ -26,6 +26,7 @@ from lab.night import agent, findings, limits, notify, offers, prompt, proposer,
 from lab.night.plan import SCALE_RUNS, scale_takes
 from lab.night.turns import Turns
 from lab.night.view import Now, View
+from lab.reasons import because
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
 from lab.session.session import Session
@@ -245,8 +246,9 @@ class Night:
         except Over:
             raise
         except (storage.Stop, Exception) as error:
-            events = len(session.journal.events)
-            self._failures, self._events = 0 if events > self._events else self._failures, events
+            events, ended = len(session.journal.events), [run for run in session.state.runs.values() if run.ended]
+            stuck = events == self._events or bool(ended) and ended[-1].reason == because("disk_full")
+            self._failures, self._events = self._failures if stuck else 0, events
             if self.stopping or self._failures == len(AGAIN_AFTER):
                 raise
             what = f"experiment {experiment.number} was not carried out" if experiment else "no experiment was begun"

@@ -27,8 +27,11 @@ from importlib.machinery import SourceFileLoader  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import ModuleType, SimpleNamespace  # noqa: E402
 
+from storage import DataError, disk_full  # noqa: E402
+
 LINUX = sys.platform.startswith("linux")
 LINGER = 3.0  # seconds that children may take to end after the run has
+FULL = 28  # exit status: it ended as the disk is full, it says
 LEFT_RUNNING = 240  # exit status: and how many there were, up to 15, is added to it
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 BEGUN = "begun"
@@ -66,9 +69,9 @@ def train(folder: Path, judge: Path, facts: dict) -> None:
     guard = guarded(folder, judge, facts)
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except Exception as error:
+    except (Exception, DataError) as error:
         print_error(error)
-        raise SystemExit(1) from None
+        raise SystemExit(FULL if disk_full(error) else 1) from None
     finally:
         if reason := guard.problem(guard.backend):
             guard.refuse(reason)
@@ -109,8 +112,8 @@ def rescore(folder: Path, judge: Path, facts: dict) -> None:
             fixed.answer(fixed.tell("weights", batch_size=8), answers)
             status = 0
         except BaseException as error:  # SystemExit too: train.py is to have no say in it
+            status = FULL if disk_full(error) else 1
             fixed.write_json(folder / "score.json", {"problem": type(error).__name__})  # its text goes to the log
-            status = 0
             traceback.print_exception(error)
         finally:  # whatever the text of an error does
             try:

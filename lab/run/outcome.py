@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import prepare
 import storage
 from lab import untrusted
 from lab.reasons import Reason, because
-from lab.run import guard, log
+from lab.run import child, guard, log
 from lab.run.exam import Exam
 from results import BY_NAME, MEASURES, REFUSALS, RunStatus
 
@@ -25,6 +27,7 @@ LARGEST = 2**20  # bytes of a result
 LARGEST_NUMBER = 1e40
 LARGEST_INTEGER = 2**63 - 1  # MessagePack holds no more, in which a worker reports it
 NUMBERS = {int: (int,), float: (int, float)}  # types that a measure of a type may have
+LEAST_FREE = 2 * 10**9  # bytes of disk that a run needs
 MOST_EXTRA = 32  # facts that train.py added of its own
 NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
 WORD = re.compile(r"[\w.,+-]{1,64}|\([0-9, ]*\)", re.ASCII)  # a name, a number, an array's shape
@@ -84,6 +87,8 @@ def _judged(
     if exam.reason:
         return "invalid", believed(exam.reason)
     if told is None:
+        if full(request.folder, ended):
+            return "lost", because("disk_full")
         return ("crash", crash(ended, printed)) if ended.code else ("invalid", because("no_result"))
     if told.get("status") != "ok":
         return ("crash" if told.get("status") == "crash" else "invalid"), believed(told.get("reason"))
@@ -93,6 +98,18 @@ def _judged(
     if not wrong and facts["val_bpb"] != exam.scores["val_bpb"]:
         wrong = because("reports_other_score")
     return "invalid" if wrong else "ok", wrong
+
+
+def full(folder: Path, ended: Ended) -> bool:
+    """Whether a run ended as the disk is full, and not of what it wrote itself: then it says nothing of train.py."""
+    if ended.code != child.FULL:
+        return False
+    own = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                own += 512 * os.lstat(os.path.join(place, name)).st_blocks
+    return shutil.disk_usage(folder).free + own < LEAST_FREE
 
 
 def crash(ended: Ended, printed: str) -> Reason:

@@ -187,6 +187,8 @@ def score(request: Request, weights: Path) -> Scores | Reason:
         told = tuple(saved[name] for name in saved)
     with Exam(request, weights, parts, trains=False, told=told) as exam:
         ended = execute(request, "score", request.folder / "score.log", exam, weights)
+    if outcome.full(request.folder, ended):
+        raise LabError(f"the disk of {request.folder} is full; free some space, and run the same command again")
     if problem := outcome.unscored(request, ended, exam):
         return problem
     save_arrays(request.folder / "rows.npz", **exam.rows)

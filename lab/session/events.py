@@ -204,7 +204,7 @@ class RunEnded(Event, tag="ran"):
     """How a run ended.
 
     Attributes:
-        status: "lost" if the harness was killed, or ended it because the session was held.
+        status: "lost" if the harness was killed, or ended it because the session was held, or the disk was full.
         result: measures by name, see results.py. seconds: from start to end, as seen from outside.
     """
 

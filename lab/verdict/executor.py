@@ -126,14 +126,20 @@ def settle(session: Session, experiment: Experiment) -> bool:
 @contextmanager
 def blamed(session: Session, experiment: Experiment):
     """A mistake of the lab's own counts against the experiment, which must end, too; a Stop, which says what to do,
-    does not. One in carrying out a verdict ends this process: there is nothing left to give up."""
+    and a full disk do not. One in carrying out a verdict ends this process: there is nothing left to give up."""
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if storage.disk_full(error):
+            raise LabError(no_space(session)) from error
         session.log(events.HarnessFailed(experiment=experiment.number))
         traceback.print_exc()
         if experiment.failures < TRIES or experiment.decided:
             raise
+
+
+def no_space(session: Session) -> str:
+    return f"the disk of {session.folder} is full: free some space on it, then: python -m lab wait"
 
 
 def decide(session: Session, experiment: Experiment, verdict: Verdict) -> None:
@@ -185,8 +191,8 @@ def carry_out(session: Session, order: Order) -> None:
     before = _ledger(session)
     try:
         made = runner.run(request(session, run))
-    except Exception:  # a full disk, say: the next attempt makes another run
-        ended(session, run, Outcome("lost", because("killed")))
+    except (Exception, storage.Stop) as error:  # the next attempt makes another run
+        ended(session, run, Outcome("lost", because("disk_full" if storage.disk_full(error) else "killed")))
         raise
     if changed := session.restore_judge():
         made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))
@@ -201,6 +207,10 @@ def carry_out(session: Session, order: Order) -> None:
     ended(session, run, made)
     if order.experiment.kind == "shared":  # nobody asks for the weights of one of its runs
         tidy(session, order.experiment, keep=False)
+    if made.reason == because("disk_full"):
+        for name in OWN:
+            runner.remove(session.run_folder(run.number) / name)
+        raise LabError(no_space(session))
     if elsewhere:
         raise LabError(
             f"{elsewhere}. Runs under different conditions can't be compared. Restore what was there when the "

@@ -26,7 +26,8 @@ from results import apart
 FAILED = ("crash", "invalid")
 TRIES = 3  # of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
-MOST_LOST = 5  # runs of one experiment that the harness did not survive; those ended by a hold are none
+MOST_LOST = 5  # runs of one experiment that the harness did not survive
+BLAMELESS = (*HELD, "disk_full")  # reasons of lost runs that are none of those
 SUSPECT = 2  # devices that are lost while they run an experiment
 # Kinds with many runs, of files that are proven or differ: what was lost since the last sound one counts.
 PROVEN = ("baseline", "confirm", "scale", "shared")
@@ -507,7 +508,7 @@ def _failure(experiment: Experiment, runs: list[Run]) -> Verdict | None:
     workers = {run.worker for run in since if run.reason and run.reason.code == "device_lost"}
     if len(workers) >= SUSPECT:
         return _unjudged("crash", because("suspect", workers=", ".join(sorted(workers))))
-    lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in HELD) for run in since)
+    lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in BLAMELESS) for run in since)
     if lost >= MOST_LOST:
         return _unjudged("crash", because("interrupted", times=lost))
     if experiment.failures >= TRIES:

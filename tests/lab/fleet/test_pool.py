@@ -103,6 +103,18 @@ def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_
     assert pool.devices["cpu"].run is run
 
 
+def test_a_device_with_a_full_disk_gets_no_other_run(tmp_path):
+    session, asked = make(tmp_path / "project"), []
+    pool = Pool(session)
+    pool.hub = SimpleNamespace(members={}, call=lambda *what, **facts: asked.append(what))  # pyright: ignore[reportAttributeAccessIssue]
+    run = executor.begin(session, orders(session.state)[0], "cpu")
+    device = pool.devices["cpu"] = Device("cpu", ready=True, run=run)
+    lost = vars(Outcome("lost")) | {"reason": {"code": "disk_full"}, "log": b""}
+    pool._take(device, run, lost)
+    assert run.status == "lost" and "disk was full" in device.refused and asked == [("cpu", "leave")]
+    assert not pool.begin(orders(session.state))
+
+
 def test_a_device_is_measured_once_at_a_time(tmp_path, monkeypatch):
     """Its connection is lost while it is measured, and it is prepared again."""
     monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))

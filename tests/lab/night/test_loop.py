@@ -10,6 +10,8 @@ from sessions import Alive, edited
 
 from lab.errors import LabError
 from lab.night import agent, limits, loop, notify, proposer
+from lab.reasons import because
+from lab.run.outcome import Outcome
 from lab.session.session import Session
 from lab.session.events import NIGHT_EVENTS, NightEnded, TurnTaken
 from lab.verdict import executor
@@ -277,6 +279,18 @@ def test_a_supervisor_that_fails_is_started_again_and_then_given_up(session, pro
         len(starts) == 3
         and "tried again: the process that runs the experiments has ended: the disk" in one.view.lines[0]
     )
+
+
+def test_a_disk_that_stays_full_ends_the_night_and_no_experiment(session, proposals, monkeypatch):
+    proposals.append(edited(LOSS=0.9))
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.run.runner.run", lambda request: Outcome("lost", because("disk_full")))
+        one = night(session)
+        with pytest.raises(LabError, match="free some space"):
+            one.run()
+    assert one.journal.events[-1].why.startswith("trouble: the disk of ") and session.state.last.decided is None
+    executor.supervise(session)
+    assert session.state.last.status == "keep"
 
 
 def test_a_baseline_that_fails_ends_the_night_with_what_to_do(tmp_path, session, proposals, monkeypatch):

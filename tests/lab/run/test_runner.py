@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -31,6 +32,39 @@ HONEST = "    bpb = prepare.evaluate_bpb(backend, model, data, batch_size=8, clo
 
 def log_of(request) -> str:
     return (request.folder / "run.log").read_text()
+
+
+# ---- a full disk ----
+
+RAISES = "raise OSError(28, 'No space left on device')"
+
+
+@pytest.mark.parametrize("code, free, status", [
+    (RAISES, outcome.LEAST_FREE - 10**7, "lost"),
+    ("__import__('resource').setrlimit(1, (99, 99)); prepare.evaluate_bpb(backend, model, data, clock=clock)",
+     outcome.LEAST_FREE - 10**7, "lost"),
+    (RAISES, outcome.LEAST_FREE, "crash"),
+    ("open('large', 'wb').write(bytes(2 * 10**7)); " + RAISES, outcome.LEAST_FREE - 10**7, "crash"),
+    ("raise OSError(13, 'Permission denied')", outcome.LEAST_FREE - 10**7, "crash"),
+], ids=["writes", "saves weights", "enough is free", "fills it itself", "another error"])  # fmt: skip
+def test_a_full_disk_is_not_the_fault_of_a_run(request_for, monkeypatch, code, free, status):
+    monkeypatch.setattr(outcome.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    found = runner.run(request_for({EVALUATION: f"    {code}\n{HONEST}"}))
+    assert found.status == status and (found.reason.code == "disk_full") == (status == "lost"), found
+
+
+def test_weights_that_a_full_disk_keeps_from_being_scored_are_not_refused(request_for, monkeypatch):
+    full = (
+        "class Full(fake_backend.Table):\n    def __call__(self, tokens):\n        if 'AUTORESEARCH_RESULT' not in "
+        f"os.environ:\n            {RAISES}\n        return super().__call__(tokens)\n\ndef main():\n"
+    )
+    request = request_for({r"def main\(\):\n": full, r"fake_backend\.Table\(data": "Full(data"})
+    assert runner.run(request).status == "ok"
+    weights = request.folder / "result.safetensors"
+    assert runner.score(request, weights).code == "scoring_raised"
+    monkeypatch.setattr(outcome, "LEAST_FREE", 10**18)
+    with pytest.raises(LabError, match="free some space"):
+        runner.score(request, weights)
 
 
 # ---- a sound run ----

@@ -6,12 +6,14 @@ import disturbance
 import msgspec
 import pytest
 import sessions
+import storage
 from sessions import TRAIN, attempt, edited, git
 
 from lab.cli import render
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN as FILE
 from lab.reasons import because
+from lab.run.outcome import Outcome
 from lab.session.session import Session
 from lab.verdict import executor, gate, opening
 from lab.verdict.plan import MOST_LOST, TRIES, account_of, noise_of
@@ -57,15 +59,15 @@ def test_the_timeout_is_measured(tmp_path, runner):
 
 
 def test_a_harness_that_fails_again_and_again_ends_the_experiment(session, monkeypatch):
-    def full(request):
-        raise OSError(28, "No space left on device")
+    def broken(request):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(executor.runner, "run", full)
+    monkeypatch.setattr(executor.runner, "run", broken)
     (session.repository.path / FILE).write_bytes(edited(LOSS=0.9))
     with opening.exclusive(session):
         opening.open_change(session, "m")
     for _ in range(TRIES - 1):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="output error"):
             executor.supervise(session)
     executor.supervise(session)
     assert session.state.last.status == "invalid" and {run.status for run in session.state.last.runs} == {"lost"}
@@ -387,16 +389,40 @@ def test_a_mistake_of_the_labs_own_loses_one_experiment(session, monkeypatch):
     assert status_of(session) == ""
 
 
-def test_a_verdict_that_can_not_be_carried_out_is_tried_again_later(session, monkeypatch):
-    """A full disk, say: the supervisor ends each time, and does not go round and round."""
+@pytest.mark.parametrize("seen_by", ["the run", "the harness", "a writer of the harness's"])
+def test_a_full_disk_is_nobodys_fault(session, monkeypatch, runner, seen_by):
+    """The run is made again once there is space, however often it was not."""
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(request):
+        if seen_by == "the run":
+            (request.folder / "cache").mkdir()
+            return Outcome("lost", because("disk_full"))
+        if seen_by == "the harness":
+            raise OSError(28, "No space left on device")
+        raise storage.DataError("could not write told.npz ([Errno 28] No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "apply", full)
+        patch.setattr("lab.run.runner.run", full)
+        for _ in range(MOST_LOST + 1):
+            with pytest.raises(storage.Stop, match="[Nn]o space|free some space on it, then: python -m lab wait"):
+                executor.supervise(session) if session.state.oldest_open else attempt(session, edited(LOSS=0.9))
+    last = session.state.last
+    assert {(run.status, run.reason.code) for run in last.runs} == {("lost", "disk_full")} and last.failures == 0
+    assert not [*session.folder.glob("runs/*/cache")]
+    executor.supervise(session)
+    assert session.state.last.status == "keep" and status_of(session) == ""
+
+
+def test_a_verdict_that_can_not_be_carried_out_is_tried_again_later(session, monkeypatch):
+    """The supervisor ends each time, and does not go round and round."""
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "apply", broken)
         for _ in range(TRIES + 2):
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match="output error"):
                 executor.supervise(session) if session.state.oldest_open else attempt(session, edited(LOSS=0.9))
     assert session.state.last.failures == TRIES + 2 and session.state.last.decided
     executor.supervise(session)
