@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def authority_of(session: Session) -> tuple[str, str]:
 def keys(session: Session, name: str, days: float = DAYS) -> Keys:
     """A new certificate of the session's authority: for the head, if its name is that, else for a worker."""
     authority = authority_of(session)
-    return Keys(authority[0], *_signed(name, days, authority))
+    return Keys(authority[0], *_signed(name, days, authority), time.time() + 86400 * days)
 
 
 @dataclass(frozen=True)

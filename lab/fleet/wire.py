@@ -90,11 +90,12 @@ class Message(msgspec.Struct, omit_defaults=True):
 @dataclass(frozen=True)
 class Keys:
     """What one end of a connection proves who it is with, each a text in PEM: the authority that both are certified by,
-    its certificate, and its private key."""
+    its certificate, and its private key. `until`: when the certificate expires, in seconds as of time.time()."""
 
     authority: str
     certificate: str
     key: str
+    until: float | None = None
 
     def context(self, listening: bool) -> ssl.SSLContext:
         """What has both ends prove who they are. At which address is no part of it: home networks have no names."""
@@ -370,6 +371,12 @@ def serve(address: str, keys: Keys, operations: Operations, patience: float = fl
 async def _serve(address: str, keys: Keys, operations: Operations, deadline: float) -> None:
     (host, port), context, met = host_and_port(address), keys.context(listening=False), False
     while not operations.leaving:
+        if keys.until is not None and time.time() > keys.until:  # a head only closes the connection then
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(keys.until))
+            raise Refused(
+                f"this invitation expired on {when}: have a new one made on the head: python -m lab invite FILE "
+                "--address HOST:PORT"
+            )
         problem = "it does not answer"
         try:
             connecting = asyncio.open_connection(host, port, ssl=context)

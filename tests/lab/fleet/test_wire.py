@@ -3,10 +3,12 @@
 import gc
 import json
 import os
+import re
 import socket
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import msgspec
@@ -232,7 +234,11 @@ def test_an_invitation_makes_nobody_a_head(connect, keys, session):
 
 
 def test_an_expired_certificate_is_refused(hub, connect, session):
-    refused(hub, connect, invitation.keys(session, "worker", days=-1.0))
+    expired = invitation.keys(session, "worker", days=-1.0)
+    refused(hub, connect, replace(expired, until=None))  # by the head, whatever the invitation says
+    ended, thread = connect(hub.address, Echo(), expired)
+    thread.join(10)  # without its patience of 20 s
+    assert re.match(r"this invitation expired on 20.*python -m lab invite FILE", str(ended[0]))
 
 
 def test_plain_tcp_is_refused(hub, connect, keys):
