@@ -11,6 +11,7 @@ import datetime
 import importlib.util
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
 
     Args:
         address: HOST:PORT at which others reach the head. listen: HOST:PORT of this machine; by default all its
-            addresses, and that port.
+            addresses, of IPv6 if `address` is one, and that port.
 
     Raises:
         LabError: the session has no sandbox, or an address is not HOST:PORT.
@@ -82,11 +83,18 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
     if session.started.sandbox is None:
         raise LabError("this session was begun with --unsandboxed: its runs may not be made on other machines")
     for text in filter(None, (address, listen)):
-        host_and_port(f"tls://{text}")
+        with suppress(LabError):
+            if host_and_port(f"tls://{text}")[1]:
+                continue
+        raise LabError(
+            f"{text} is not HOST:PORT: write a port above 0, and an IPv6 address in brackets, as in head.local:8786 "
+            "and [fd00::1]:8786"
+        )
     manifest = (session.dataset / "manifest.json").read_text(encoding="utf-8")
     digests = digests_of(session.local.judge, manifest)
     Invitation(f"tls://{address}", session.name, keys(session, "worker", days), **digests).write(path)
-    return f"tls://{listen or '0.0.0.0:' + address.rpartition(':')[2]}"
+    everywhere = "[::]" if address.startswith("[") else "0.0.0.0"
+    return f"tls://{listen or everywhere + ':' + address.rpartition(':')[2]}"
 
 
 def require() -> None:

@@ -273,7 +273,8 @@ class Pool:
     def _start(self, name: str) -> None:
         path, log = self._path(name, "invitation"), self._path(name, "log")
         keys = invitation.keys(self.session, f"worker {name}")
-        Invitation(self.address.replace("//0.0.0.0:", "//127.0.0.1:"), self.session.name, keys).write(path)
+        address = self.address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        Invitation(address, self.session.name, keys).write(path)
         program = self.session.judge / "lab" / "__main__.py"
         command = [self.session.local.executable, str(program), "join", str(path), "--devices", name, "--local"]
         with open(log, "wb") as output:

@@ -277,9 +277,17 @@ def test_a_session_without_a_sandbox_invites_nobody(tmp_path, runner):
     assert session.fleet is None
 
 
-def test_an_address_has_a_port(project, tmp_path):
-    with pytest.raises(LabError, match="need a port"):
-        invitation.invite(project, tmp_path / "x", "host", None, 1.0)
+@pytest.mark.parametrize("address", ["host", "host:0", "host:x", "fd00::1:8786", "[fd00::1]"])
+def test_an_address_has_a_port_and_brackets(project, tmp_path, address):
+    for more in ((address, None), ("host:1", address)):
+        with pytest.raises(LabError, match=r"write a port above 0, and an IPv6 address in brackets"):
+            invitation.invite(project, tmp_path / "x", *more, 1.0)
+    assert not (tmp_path / "x").exists()
+
+
+def test_for_an_address_of_ipv6_the_head_listens_there(project, tmp_path):
+    listen = invitation.invite(project, tmp_path / "x", "[::1]:8786", None, 1.0)
+    assert listen == "tls://[::]:8786" and invitation.Invitation.read(tmp_path / "x").address == "tls://[::1]:8786"
 
 
 def test_there_is_one_head(project, invited, isolated_home):
