@@ -101,7 +101,9 @@ def unlike(facts: dict, device: str, settings: dict[str, str]) -> str | None:
 
 def describe(path: Path) -> None:
     """Writes what a head elsewhere needs to begin a session for this device: what it is, and its calibration, which is
-    made if it is not there. LabError if the device can't be used."""
+    made if it is not there. LabError if the file exists, or the device can't be used."""
+    if os.path.lexists(path):
+        raise LabError(f"{path} exists; remove it, or give another name")
     hardware = _identified(dict(os.environ))
     storage.write_json(path, {"hardware": hardware, "profile": _calibrated(hardware, dict(os.environ))})
 

@@ -196,6 +196,8 @@ def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, mon
     storage.write_json(isolated_home / "profiles" / f"{known['device']}-sdpa.json", known)
     here.describe(tmp_path / "device.json")
     assert here.described(tmp_path / "device.json") == {"hardware": identity, "profile": known}
+    with pytest.raises(LabError, match="device.json exists; remove it, or give another name"):
+        here.describe(tmp_path / "device.json")
     storage.write_json(tmp_path / "other.json", {"hardware": {**identity, "slug": "x-1gb"}, "profile": known})
     with pytest.raises(LabError, match="its profile was measured on another device"):
         here.described(tmp_path / "other.json")
