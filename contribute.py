@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -55,6 +56,8 @@ def contribute(target: Path | None, quick: bool, budget: float) -> Path:
     target = target or Path(f"{hardware.slug}-{hardware.backend}.tar.gz")
     if target.exists():
         raise storage.DataError(f"{target} exists; remove it, or name another file")
+    with storage.writing(target):  # before the work: whether it can be
+        tempfile.TemporaryFile(dir=target.parent).close()
     _command(ROOT, "prepare.py", "--dataset", DATASET)
     if not _calibrated(hardware):
         _command(ROOT, "-m", "calibration", *["--quick"] * quick)
@@ -218,6 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--table", action="store_true", help="only print the table of the machines that the project was tried on"
     )
     options = parser.parse_args(arguments)
+    if options.table and (options.target or options.quick or options.budget is not None):
+        parser.error("--table goes alone: it only prints a table")
+    if options.target and not options.target.name.endswith(archive.ARCHIVES):
+        parser.error(f"{options.target} has to end in .tar.gz: it is to be an archive")
+    if options.budget is not None and not 0 < options.budget < math.inf:
+        parser.error(f"--budget has to be a number of seconds above 0, not {options.budget:g}")
     terminal.spell_what_is_missing()
     if options.table:
         print(table())

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,21 @@ def test_an_archive_that_is_there_is_not_written_over(made, capsys):
     before = path.read_bytes()
     assert contribute.main([]) == 1 and "exists; remove it" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("given, said", [
+    ("quick", "quick has to end in .tar.gz"),
+    ("--budget 0", "above 0, not 0"),
+    ("--budget nan", "above 0, not nan"),
+    ("--table --quick", "--table goes alone"),
+    ("file/x.tar.gz", "could not write file/x.tar.gz"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused_before_the_work(made, monkeypatch, capsys, given, said):
+    monkeypatch.setattr(contribute, "_command", None)  # would be a TypeError
+    Path("file").touch()
+    with suppress(SystemExit):
+        assert contribute.main(given.split()) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_step_that_fails_leaves_no_archive(tmp_path, monkeypatch, capsys):
