@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 import backends
+import demo
 import storage
 import terminal
 from backends.interface import BackendError, Hardware
@@ -36,7 +37,6 @@ ROOT = Path(__file__).resolve().parent
 PROFILES, TRIED = ROOT / "calibration" / "profiles", ROOT / "calibration" / "tried"
 PACKAGES = """torch triton mlx mlx-metal numpy kernels safetensors tiktoken rustbpe psutil filelock nvidia-ml-py
 huggingface_hub pyarrow msgspec""".split()
-EDIT = r"(?m)^WARMDOWN_RATIO = [\d.]+", "WARMDOWN_RATIO = 0.7"  # the session's one change of train.py
 DATASET = "stdlib"
 BASELINE_RUNS = 2
 PATIENCE = 3600  # seconds that the session may take
@@ -81,7 +81,7 @@ def _calibrated(hardware: Hardware) -> bool:
 
 
 def _session(clone: Path, budget: float, quick: bool) -> Session:
-    """A session of a baseline and one change, in a clone of the project."""
+    """A session of a baseline and the demo's change, in a clone of the project."""
     environment = {"AUTORESEARCH_DATA": DATASET, "AUTORESEARCH_BUDGET": f"{budget:g}"}
     if quick:
         environment["TORCH_COMPILE_DISABLE"] = "1"
@@ -91,14 +91,9 @@ def _session(clone: Path, budget: float, quick: bool) -> Session:
     tag, wait = time.strftime("contributed-%Y%m%d-%H%M%S"), ["--wait", str(PATIENCE)]
     start = ["start", tag, "--baseline-runs", str(BASELINE_RUNS), "--unsandboxed", *wait]
     _command(clone, "-m", "lab", *start, **environment)
-    text, count = re.subn(*EDIT, (clone / TRAIN).read_text(encoding="utf-8"))
-    if not count:
-        raise storage.DataError(
-            f"{TRAIN} is not the project's: it has no line WARMDOWN_RATIO = NUMBER, which the session would change"
-        )
-    with open(clone / TRAIN, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-    _command(clone, "-m", "lab", "run", "-m", "a longer cooldown", *wait, **environment)
+    if not demo.edit(clone / TRAIN):
+        raise storage.DataError("nothing was written")
+    _command(clone, "-m", "lab", "run", "-m", demo.CHANGE, *wait, **environment)
     return Session(storage.home() / "sessions" / (repository.branch() or "").partition("/")[2])
 
 

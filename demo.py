@@ -84,9 +84,9 @@ def edit(train: Path) -> bool:
     source = train.read_text(encoding="utf-8")
     edited = re.sub(rf"(?m)^{re.escape(BEFORE)}", AFTER, source)
     if edited == source:
-        print(f"  {train} has no line that begins with {BEFORE}: the demo needs the train.py of the repository")
+        print(f"  {train} has no line that begins with {BEFORE}: this needs the train.py of the repository")
         return False
-    train.write_text(edited, encoding="utf-8")
+    train.write_text(edited, encoding="utf-8", newline="\n")
     return True
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import exports
 import pytest
+import sessions
 from sessions import ROOT
 
 import backends
 import contribute
+import demo
 import storage
 from backends.interface import Hardware
 from calibration import profile as profiles
@@ -87,6 +89,19 @@ def test_what_makes_no_sense_is_refused_before_the_work(made, monkeypatch, capsy
     with suppress(SystemExit):
         assert contribute.main(given.split()) == 1
     assert said in capsys.readouterr().err
+
+
+def test_its_session_makes_the_change_of_the_demo(tmp_path, monkeypatch):
+    sessions.repository(tmp_path / "project", (ROOT / "train.py").read_bytes())
+    monkeypatch.setattr(contribute, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(contribute, "_command", lambda *_, **__: None)
+    monkeypatch.setattr(contribute, "Session", Path)
+    monkeypatch.setattr(demo, "AFTER", "WARMDOWN_RATIO = 0.9")
+    contribute._session(tmp_path / "clone", 1.0, True)
+    assert b"\nWARMDOWN_RATIO = 0.9\n" in (tmp_path / "clone" / "train.py").read_bytes()
+    monkeypatch.setattr(demo, "BEFORE", "no such line")
+    with pytest.raises(storage.DataError, match="nothing was written"):
+        contribute._session(tmp_path / "again", 1.0, True)
 
 
 def test_a_step_that_fails_leaves_no_archive(tmp_path, monkeypatch, capsys):
