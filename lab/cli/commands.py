@@ -414,19 +414,26 @@ def do_fleet(session: Session, options) -> int:
 
 
 def follow(session: Session, options, process: subprocess.Popen | None = None) -> int:
-    """Waits for the experiments that are open, at most as long as the options say, and tells how each stands."""
+    """Waits for the experiments that are open, at most as long as the options say, and tells how each stands, up to the
+    first that is not done. As JSON that is a list if several were open."""
     session.refresh()
-    end, told, opened = time.monotonic() + options.wait, None, session.state.open
+    end, opened, facts = time.monotonic() + options.wait, session.state.open, []
     # What was decided when it was opened is the base of a transfer, of which there is nothing to tell.
-    for experiment in [each for each in opened if each.decided is None] or opened:
+    awaited = [each for each in opened if each.decided is None] or opened or [session.state.last]
+    for experiment in awaited:
         with _bar(session, experiment) as show:
             done = opening.await_verdict(session, experiment, process, end - time.monotonic(), show)
+        if options.json:
+            facts.append(_facts(options, experiment) if done else render.progress_facts(session, experiment))
+        elif done:
+            tell(session, options, experiment)
+        else:
+            print(render.progress(session, experiment))
         if not done:
-            known = render.progress_facts(session, experiment)
-            print(json.dumps(known) if options.json else render.progress(session, experiment))
-            return 0
-        told = tell(session, options, experiment)
-    return tell(session, options, session.state.last) if told is None else told  # it was as good as done
+            break
+    if options.json:
+        print(json.dumps(facts if len(awaited) > 1 else facts[0], indent=1))
+    return 0
 
 
 @contextmanager
@@ -458,9 +465,13 @@ def _bar(session: Session, experiment: Experiment):
 
 
 def tell(session: Session, options, experiment: Experiment) -> int:
-    note = {"note": options.note} if getattr(options, "note", "") else {}
+    facts = _facts(options, experiment)
     if options.json:
-        print(json.dumps({**render.facts(experiment), **note}, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
-        print(render.block(session, experiment), *note.values(), sep="\n")
+        print(render.block(session, experiment), *filter(None, [facts.get("note")]), sep="\n")
     return 0
+
+
+def _facts(options, experiment: Experiment) -> dict:
+    return render.facts(experiment) | ({"note": options.note} if getattr(options, "note", "") else {})

@@ -1,5 +1,7 @@
 """The best against the baseline in another size, and a train.py of any origin against the baseline."""
 
+import json
+
 import pytest
 import sessions
 from sessions import attempt
@@ -85,14 +87,16 @@ def test_each_kept_change_is_run_against_what_it_was_made_on(session, runner, mo
     verify._check_trains(record)
 
 
-def test_all_that_was_opened_is_waited_for_and_told(session, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_all_that_was_opened_is_waited_for_and_told(session, monkeypatch, capsys, more):
     attempt(session, better(0.8))
     with session.lock:
         opening.open_transfer(session, 2, 1, 2, True)
     monkeypatch.setattr(opening, "await_verdict", lambda session, *_: executor.supervise(session) or True)
-    assert commands.follow(session, parsed(["wait"])) == 0
+    assert commands.follow(session, parsed(["wait", *more])) == 0
     said = capsys.readouterr().out
     assert "change 1 alone at 2 times the depth" in said and "change 2 alone at 2 times the depth" in said
+    assert not more or [known["kind"] for known in json.loads(said)] == ["transfer"] * 2  # one document
 
 
 def test_with_four_times_the_budget_alone_nothing_else_is_changed(session, runner):
