@@ -52,7 +52,7 @@ def do_start(options) -> int:
             "machine. Next: python -m lab invite FILE --address HOST:PORT; take FILE there and type: python -m lab "
             "join FILE; then here: python -m lab night"
         )
-        return 0
+        return tell(session, options, session.state.last) if options.json else 0
     say(
         f"session {session.name} in {session.folder}\non branch {session.branch}; now the baseline is run: at least "
         f"{counted(session.started.baseline_runs, 'run')} of {session.budget:g} s"

@@ -135,6 +135,13 @@ def test_log_shows_one_or_all(session, capsys):
         commands.do_log(session, options(number=7))
 
 
+def test_a_start_for_a_device_elsewhere_has_an_answer_for_machines(session, monkeypatch, capsys):
+    monkeypatch.setattr("lab.fleet.here.described", lambda path: {"hardware": {}})
+    monkeypatch.setattr("lab.session.start.start", lambda *_: session)
+    assert commands.do_start(parsed(["start", "x", "--for", "mac.json", "--json"])) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "baseline"
+
+
 def test_wait_tells_the_last_when_nothing_runs(session, capsys):
     assert "experiment 0: KEEP" in said(capsys, commands.do_wait, session)
 
