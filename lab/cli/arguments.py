@@ -8,6 +8,16 @@ from pathlib import Path
 
 WAIT = 100.0  # seconds: shells of agents have time limits
 TURN = 600.0  # seconds
+EXCLUSIVE = [  # of two one would be ignored
+    ("--each", "--stack"),
+    ("--agent", "--proposer"),
+    ("--scale", "--file"),
+    ("--scale", "--times"),
+    ("--publish", "target"),
+    ("--describe", "invitation"),
+    ("--describe", "--devices"),
+    ("--describe", "--name"),
+]
 RANGES = [  # of options of a night
     ("agents", 0, math.inf),
     ("turn_seconds", 0.1, math.inf),
@@ -71,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     confirm = command("confirm", "test the best against the baseline on new seeds and held-out rows", wait=True)
     confirm("--pairs", "pairs of runs, best and baseline (default 3)", default=3, **seeds)
-    confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float, default=1)
+    confirm("--times", "multiply the budget by this (4: does the gain last?)", "X", type=float)
     text = "instead, run the baseline for a quarter, half and twice the budget, to see effects as factors of time"
     confirm("--scale", text, action="store_true")
     confirm("--file", "instead of the best, test this train.py", "FILE", type=Path)
@@ -159,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     join = command("join", "let this machine's devices work for the session that an invitation names", json=False)
     join("invitation", "invitation, written by lab invite on the head", "FILE", type=Path, nargs="?")
     join("--describe", "only write a description of this device, for lab start --for on the head", "FILE", type=Path)
-    join("--devices", f"{which} (default all)", "LIST", default="all")
+    join("--devices", f"{which} (default all)", "LIST")
     join("--name", "name of this machine in the fleet (default: four letters)")
     join("--local", argparse.SUPPRESS, action="store_true")
     command("leave", "give this machine's devices back: end their work for sessions of other machines", json=False)
@@ -172,14 +182,17 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; ends the process for those that don't go together."""
     whole = parser()
     options = whole.parse_args(arguments)
-    for both in (("each", "stack"), ("agent", "proposer"), ("scale", "file")):
-        if all(getattr(options, name, None) for name in both):
-            whole.error(f"--{both[0]} and --{both[1]} don't go together: give one of them")
+    for both in EXCLUSIVE:
+        if all(getattr(options, name.lstrip("-"), None) for name in both):
+            whole.error(f"{' and '.join(both)} don't go together: give one of them")
+    if options.command == "export" and options.replace and not options.publish:
+        whole.error("--replace is for a branch: give --publish, too")
     if options.command == "night":
         if options.agent is not None and not options.agent.strip():
             whole.error("--agent needs a command")
-        if options.agents and not options.agent:
-            whole.error("--agents is for an agent: give --agent COMMAND, too")
+        for name, given in (("agents", options.agents), ("turn-seconds", options.turn_seconds != TURN)):
+            if given and not options.agent:
+                whole.error(f"--{name} is for an agent: give --agent COMMAND, too")
         for name, low, high in RANGES:
             if (value := getattr(options, name)) is not None and not low <= value <= high:
                 limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"

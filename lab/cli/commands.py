@@ -83,14 +83,15 @@ def _finished_first(interrupted: Experiment, left: str) -> str:
 
 
 def do_confirm(session: Session, options) -> int:
-    if options.pairs < 2 or not 0 < options.times < math.inf:
+    times = 1.0 if options.times is None else options.times
+    if options.pairs < 2 or not 0 < times < math.inf:
         raise LabError("--pairs has to be at least 2, and --times a number above 0")
 
     def open_experiment() -> None:
         if options.scale:
             opening.open_scale(session, options.pairs)
         else:
-            opening.open_confirmation(session, options.pairs, options.times, options.file)
+            opening.open_confirmation(session, options.pairs, times, options.file)
 
     return _measure(session, options, open_experiment)
 
@@ -391,7 +392,7 @@ def do_join(options) -> int:
         return 0
     if options.invitation is None:
         raise LabError("name an invitation: python -m lab join FILE. On the head, python -m lab invite FILE makes one")
-    return join.join(options.invitation, options.devices, options.name, options.local)
+    return join.join(options.invitation, options.devices or "all", options.name, options.local)
 
 
 def do_leave(options) -> int:

@@ -29,7 +29,8 @@ def session(tmp_path, runner):
 
 
 @pytest.mark.parametrize("given, said", [
-    ("--agents 3", "give --agent COMMAND, too"),
+    ("--agents 3", "--agents is for an agent: give --agent COMMAND, too"),
+    ("--turn-seconds 60", "--turn-seconds is for an agent: give --agent COMMAND, too"),
     ("--agent x --agents -1", "--agents has to be at least 0, not -1"),
     ("--agent x --turn-seconds -5", "--turn-seconds has to be at least 0.1, not -5"),
     ("--offers 7", "--offers has to be from 0 to 1, not 7"),
@@ -44,6 +45,20 @@ def test_options_of_a_night_that_make_no_sense(given, said, capsys):
         parsed(["night", *given.split()])
     assert ended.value.code == 2 and said in capsys.readouterr().err
     assert parsed(["night", "--agent", "x", "--agents", "2", "--turn-seconds", "5", "--offers", "1"]).agents == 2
+
+
+@pytest.mark.parametrize("given, said", [
+    ("confirm --scale --times 4", "--scale and --times don't go together"),
+    ("export x.tar.gz --publish", "--publish and target don't go together"),
+    ("export x.tar.gz --replace", "--replace is for a branch: give --publish, too"),
+    ("join x.invitation --describe x", "--describe and invitation don't go together"),
+    ("join --describe x --devices cpu", "--describe and --devices don't go together"),
+    ("join --describe x --name a", "--describe and --name don't go together"),
+])  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(given, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed(given.split())
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 class AtOnce:
