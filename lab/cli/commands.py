@@ -309,8 +309,10 @@ def do_compare(options) -> int:
         if (chart := charts.kinds(compared.kinds, 720, 420)) is None:
             raise LabError("no change was tried: there is nothing to draw, leave --svg out")
         page.save({options.svg: (charts.picture(chart), charts.XML)})
-    text = tables.kinds_text if options.kinds else tables.text
-    print(json.dumps(compared.facts(), indent=1) if options.json else text(compared))
+    if options.json:
+        print(json.dumps(compared.facts()["kinds"] if options.kinds else compared.facts(), indent=1))
+    else:
+        print(tables.kinds_text(compared) if options.kinds else tables.text(compared))
     return 0
 
 

@@ -37,6 +37,8 @@ def test_the_originals_ledgers_are_compared(ledgers, capsys):
     assert [session["rows"] for session in facts["sessions"]] == [4, 2]
     assert facts["sessions"][0]["counts"] == {"keep": 2, "crash": 1} and facts["sessions"][0]["noise"] is None
     assert facts["sessions"][1]["relative"] == pytest.approx(0.1 / 2.7)
+    assert main.main(["compare", *ledgers, "--device", H100, "--device", M4, "--json", "--kinds"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts["kinds"] != []
 
 
 def test_what_is_missing_is_named(ledgers, capsys):
