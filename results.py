@@ -6,9 +6,12 @@ report take their lists from here. To add one: an entry here, and the line in pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from string import Formatter
 from typing import Literal, NamedTuple
+
+from storage import Stop
 
 RunStatus = Literal["ok", "crash", "invalid", "lost"]  # how a run ended; see lab/run/outcome.py
 
@@ -153,3 +156,28 @@ class _Lenient(Formatter):
 def fill(text: str, facts: Mapping) -> str:
     """A sentence of a table with its facts filled in."""
     return _Lenient().vformat(text, (), facts)
+
+
+class Refusal(Stop):
+    """A run ends without a score.
+
+    Args:
+        code: one of `REFUSALS`, whose text is what people read. KeyError if it is none.
+        facts: what the text names. A number that is not finite becomes a word, such as "nan".
+
+    Attributes:
+        reason: {"code": ..., "facts": {...}}, as it is recorded.
+    """
+
+    def __init__(self, code: str, **facts: float | str):
+        words = {name: f"{fact}" for name, fact in facts.items() if isinstance(fact, float) and not math.isfinite(fact)}
+        self.reason = {"code": code, "facts": facts | words}
+        super().__init__(fill(REFUSALS[code], self.reason["facts"]))
+
+
+class Invalid(Refusal):
+    """The clock or the evaluator refuses to score this run."""
+
+
+class Diverged(Refusal):
+    """The training loss is not finite, or exploded."""

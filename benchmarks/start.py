@@ -44,6 +44,7 @@ def staged(options) -> dict:
         patched(function, timed).start()
 
     import backends
+    import evaluator
     import prepare
 
     done("python, numpy, this project")
@@ -60,7 +61,7 @@ def staged(options) -> dict:
     then(prepare.open_data, "data")
     then(prepare.Clock.__init__, "check of the untrained model")
     then(prepare.Clock.stop, "training")
-    then(prepare.examine, "evaluation")
+    then(evaluator.examine, "evaluation")
     os.environ["AUTORESEARCH_BUDGET"] = str(options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUTORESEARCH_RESULT"] = f"{folder}/result.json"

@@ -40,7 +40,17 @@ TAIL = 4000  # bytes of the log of a run under way that go with a sign of life
 TO_TAKE = 10.0  # seconds for a device to be free
 ALONE = 600.0  # seconds without a head, after which a worker that a head has started ends
 ARCHIVE = "judge.tar.gz"  # its name on both ends
-CODE = ("lab", "backends", "calibration", "prepare.py", "dataset.py", "disturbance.py", "storage.py", "results.py")
+CODE = (
+    "lab",
+    "backends",
+    "calibration",
+    "prepare.py",
+    "evaluator.py",
+    "dataset.py",
+    "disturbance.py",
+    "storage.py",
+    "results.py",
+)
 
 
 def version(digests: dict[str, str]) -> str:

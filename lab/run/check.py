@@ -29,7 +29,9 @@ from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired  # noqa: E40
 import numpy as np  # noqa: E402
 
 import dataset  # noqa: E402
+import evaluator  # noqa: E402
 import prepare  # noqa: E402
+import results  # noqa: E402
 import storage  # noqa: E402
 from backends import interface  # noqa: E402
 from calibration.trial import Tokens  # noqa: E402
@@ -161,7 +163,7 @@ class Steps:
         self.took, self.losses = [], []
         self.reported: dict | None = None
         tokens, targets = dataset.inputs_and_targets(loader.first_rows())
-        prepare.require_untrained(self._answers().losses(tokens, targets), self.data.vocab_size)
+        evaluator.require_untrained(self._answers().losses(tokens, targets), self.data.vocab_size)
         loader.clock = self
 
     def _answers(self):
@@ -192,7 +194,7 @@ class Steps:
     def examine(self) -> None:
         """The evaluator's questions."""
         rows = self.data.some_rows(EXAMINED)
-        prepare.examine(self._answers(), rows, self.data.token_bytes, EXAMINED)
+        evaluator.examine(self._answers(), rows, self.data.token_bytes, EXAMINED)
 
 
 def stand_in() -> list[Steps]:
@@ -231,7 +233,7 @@ def stand_in() -> list[Steps]:
         clock.reported = facts
 
     real_report = prepare.report
-    prepare.PROBED_ROWS = PROBED_ROWS
+    evaluator.PROBED_ROWS = PROBED_ROWS
     prepare.open_data, prepare.Loader, prepare.Clock = lambda *_: Data(), Batches, clock
     prepare.evaluate_bpb, prepare.report = evaluate, report
     interface.Trainer.warm_up = lambda self, x, y: None  # it would compile
@@ -257,10 +259,10 @@ def inside(train: str, result: Path) -> int:
         print(error)
         return NOT_HERE
     except (Exception, SystemExit) as error:
-        if isinstance(error, storage.Stop) and not isinstance(error, prepare.Refusal):
+        if isinstance(error, storage.Stop) and not isinstance(error, results.Refusal):
             print(error)
             return NOT_HERE
-        if not isinstance(error, prepare.Refusal):
+        if not isinstance(error, results.Refusal):
             print_error(error)
         problem = f"{type(error).__name__}: {error}"
     reported = clocks[-1].reported if clocks else None

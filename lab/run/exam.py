@@ -23,6 +23,7 @@ import numpy as np
 
 import dataset
 import disturbance
+import evaluator
 import prepare
 import storage
 from lab.errors import LabError
@@ -66,7 +67,7 @@ class Exam:
 
     Attributes:
         scores: bits per byte by part. rows: "val_nats" and so on, float64 (rows,).
-        reason: why there are none, as `prepare.Refusal.reason`.
+        reason: why there are none, as `results.Refusal.reason`.
         told: of a run that trains, one place of each validation row and what was told there, (rows,) both.
         digest: of the weights, when the run said that they are saved.
         begun, stopped, saved: times by time.monotonic, when it took its first batch, stopped training, had saved.
@@ -152,16 +153,16 @@ class Exam:
         data, asked = self.data, Asked(self._run, self.data.vocab_size)
         parts = [getattr(data, f"{part}_rows")[: data.eval_rows] for part in self.parts]
         if self.told:  # before it has seen any of these rows
-            prepare.compare_apart(asked, parts[0], data.vocab_size, batch_size, *self.told)
+            evaluator.compare_apart(asked, parts[0], data.vocab_size, batch_size, *self.told)
         rows = np.concatenate(parts)
         said = np.empty((len(rows), rows.shape[1] - 1), np.float32) if self.trains else None
-        of_rows = prepare.examine(asked, rows, data.token_bytes, batch_size, said=said)
+        of_rows = evaluator.examine(asked, rows, data.token_bytes, batch_size, said=said)
         if said is not None:
             places = np.random.default_rng().integers(0, said.shape[1] - 1, len(said))
             self.told = places, said[np.arange(len(said)), places]
         for key, nats, sizes in zip(self.parts.values(), *(np.split(each, [len(parts[0])]) for each in of_rows)):
             self.rows |= {f"{key}_nats": nats, f"{key}_bytes": sizes}
-            self.scores[f"{key}_bpb"] = prepare.bits_per_byte(nats, sizes)
+            self.scores[f"{key}_bpb"] = evaluator.bits_per_byte(nats, sizes)
 
     def problem(self, facts: dict, paused: float = 0.0) -> Reason | None:
         """Why a run's result is not believed. It stood still for `paused` seconds, as the harness saw it."""

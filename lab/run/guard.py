@@ -27,11 +27,13 @@ from pathlib import Path
 
 import dataset
 import disturbance
+import evaluator
 import prepare
+import results
 import storage
 
 # The judge's modules and packages.
-JUDGES = ("prepare", "dataset", "disturbance", "storage", "results", "backends", "calibration")
+JUDGES = ("prepare", "evaluator", "dataset", "disturbance", "storage", "results", "backends", "calibration")
 OWN = ("home", "tmp", "work", "cache")  # parts of a run's folder that are its own
 MARK = "refused"
 DEVICES, SHARED = {"/dev", "/proc", "/sys"}, {"/dev/shm"}
@@ -347,7 +349,7 @@ class Guard:
         invalid, by = isinstance(error, prepare.Invalid), error.__traceback__
         own = type(error) in (prepare.Invalid, prepare.Diverged)
         while own and by:  # through whose functions it came
-            own, by = by.tb_frame.f_code.co_filename in (prepare.__file__, __file__), by.tb_next
+            own, by = by.tb_frame.f_code.co_filename in (prepare.__file__, evaluator.__file__, __file__), by.tb_next
         itself = {"code": "raises_itself", "facts": {"name": "Invalid" if invalid else "Diverged"}}
         self.refuse(error.reason if own else itself, "invalid" if invalid else "crash")
 
@@ -408,7 +410,7 @@ class Guard:
 
     def _judged(self) -> Iterator[tuple[tuple[str, str], object]]:
         """What is compared, and where it is found."""
-        for judge in (prepare, dataset, disturbance, storage):
+        for judge in (prepare, evaluator, dataset, disturbance, storage, results):
             for name, value in list(vars(judge).items()):
                 if not name.startswith("__"):
                     yield (judge.__name__, name), value

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 JUDGED = (
     "prepare.py",
+    "evaluator.py",
     "dataset.py",
     "disturbance.py",
     "storage.py",

@@ -62,7 +62,15 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repos
         for source in (
             *(
                 ROOT / name
-                for name in ("prepare.py", "dataset.py", "disturbance.py", "storage.py", "results.py", "terminal.py")
+                for name in (
+                    "prepare.py",
+                    "evaluator.py",
+                    "dataset.py",
+                    "disturbance.py",
+                    "storage.py",
+                    "results.py",
+                    "terminal.py",
+                )
             ),
             HERE / "fake_backend.py",
         ):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sessions import available
 
+import evaluator
 import prepare
 from lab.run import runner
 from lab.run.sandbox import mounts_folders
@@ -230,8 +231,8 @@ class Asked:
 ROWS = np.random.default_rng(2).integers(0, 500, (96, 2049), dtype=np.uint16)
 
 
-def examine(asked, share=prepare.PROBED):
-    return prepare.examine(asked, ROWS, np.ones(500, np.int32), 8, share)
+def examine(asked, share=evaluator.PROBED):
+    return evaluator.examine(asked, ROWS, np.ones(500, np.int32), 8, share)
 
 
 @pytest.mark.parametrize("places", [
@@ -304,11 +305,11 @@ def test_covers_that_it_looks_ahead():
     rows, said = ROWS % 25, np.empty((96, 2048), np.float32)
     places = np.random.default_rng().integers(0, 2047, 96)
     told = lambda: (places, said[np.arange(96), places])  # noqa: E731
-    prepare.examine(Covers(), rows, np.ones(500, np.int32), 8, said=said)
+    evaluator.examine(Covers(), rows, np.ones(500, np.int32), 8, said=said)
     with pytest.raises(prepare.Invalid, match="in a fresh process"):
-        prepare.compare_apart(Covers(), rows, 500, 8, *told())
-    prepare.examine(Asked(lambda *_: False), rows, np.ones(500, np.int32), 8, said=said)
-    prepare.compare_apart(Asked(lambda *_: False), rows, 500, 8, *told())
+        evaluator.compare_apart(Covers(), rows, 500, 8, *told())
+    evaluator.examine(Asked(lambda *_: False), rows, np.ones(500, np.int32), 8, said=said)
+    evaluator.compare_apart(Asked(lambda *_: False), rows, 500, 8, *told())
 
 
 def test_sees_its_targets():
@@ -337,7 +338,7 @@ class Peeks(Covers):
 
 def test_sees_targets_that_look_like_text():
     with pytest.raises(prepare.Invalid, match="not normalised|sees its targets"):
-        prepare.examine(Peeks(), ROWS % 25, np.ones(500, np.int32), 8)
+        evaluator.examine(Peeks(), ROWS % 25, np.ones(500, np.int32), 8)
 
 
 def test_honest_models_pass():
@@ -484,7 +485,7 @@ def test_a_harness_that_fails_leaves_no_run_waiting(ran, monkeypatch):
     ("import math; math.log = lambda x: 1e9", "math.log"), ("np.array = np.asarray", "numpy.array"),
     ("prepare.examined.__code__ = (lambda answers, weights: (0.5, 5)).__code__", "prepare.examined"),
     ("prepare.Answers.losses.__code__ = (lambda s, x, y: y * 0).__code__", "prepare.Answers.losses"),
-    ("prepare.examine.__defaults__ = (0.0,)", "prepare.examine"),
+    ("import evaluator; evaluator.examine.__defaults__ = (0.0,)", "evaluator.examine"),
     ("prepare.sketch.__kwdefaults__ = {'weights': 1}", "prepare.sketch"),
     ("fake_backend.interface.check_step = lambda *_: None", "backends.interface.check_step"),
 ])  # fmt: skip
