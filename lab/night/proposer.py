@@ -20,7 +20,7 @@ from lab.genome.syntax import describe, text_of, with_ends_of
 from lab.night import findings
 from lab.night.sampler import Step, Trial, kind_of, prior, ranked
 from lab.session.session import Session
-from lab.session.state import APART, State
+from lab.session.state import APART, Experiment, State
 from lab.verdict.opening import best_of
 from lab.verdict.plan import noise_of
 
@@ -73,26 +73,27 @@ def propose(session: Session, findings_too: bool = True) -> Proposal:
 
 def _arms(state: State, rng: np.random.Generator) -> list[str]:
     """What to look for, in order: by a draw from the posterior of how often each is better (Thompson sampling)."""
+    tried = {"step": _steps(state), "finding": [e for e in state.decided if e.origin and e.verdict.judged]}
     drawn = {}
     for arm, (better, worse) in HELPED.items():
-        for e in state.decided:
-            ours = e.kind in ("change", "near misses") and e.verdict.judged
-            if ours and bool(e.origin) == (arm == "finding"):
-                good = e.status == "keep" or (e.t or 0.0) > BETTER
-                better, worse = better + good, worse + (not good)
-        drawn[arm] = rng.beta(better, worse)
+        good = sum(e.status == "keep" or (e.t or 0.0) > BETTER for e in tried[arm])
+        drawn[arm] = rng.beta(better + good, worse + len(tried[arm]) - good)
     return sorted(drawn, key=lambda arm: -drawn[arm])
+
+
+def _steps(state: State) -> list[Experiment]:
+    """The search's own steps with a verdict: an agent's edits say nothing of them."""
+    return [e for e in state.decided if e.description.endswith(MARK) and not e.origin and e.verdict.judged]
 
 
 def _reach(state: State) -> float:
     """How far steps reach: a trust region, wider after a step that was kept or that noise hides, narrower after one
     that was plainly worse."""
     reach = 1.0
-    for e in state.decided:
-        if e.kind == "change" and not e.origin and e.verdict.judged:
-            plainly = e.status not in ("keep", "discard") or (e.t or 0.0) < PLAINLY
-            factor = NARROWER if plainly else MUCH_WIDER if e.status == "keep" else A_LITTLE_WIDER
-            reach = min(max(reach * factor, REACH[0]), REACH[1])
+    for e in _steps(state):
+        plainly = e.status not in ("keep", "discard") or (e.t or 0.0) < PLAINLY
+        factor = NARROWER if plainly else MUCH_WIDER if e.status == "keep" else A_LITTLE_WIDER
+        reach = min(max(reach * factor, REACH[0]), REACH[1])
     return reach
 
 
@@ -112,10 +113,11 @@ def _new(session: Session, best: str, text: str) -> bool:
 
 def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """(train.py with other values, what they are)."""
-    trials = remembered(session, text)
+    variables = read(session, text)
+    trials = remembered(session, text, variables)
     variables = [
         variable if variable.kind == "choice" else variable.wider(*(trial.at[variable.name] for trial in trials))
-        for variable in read(session, text)
+        for variable in variables
     ]
     noise = noise_of(session.state).sd if variables else 0.0
     for _ in range(1 + WIDER if variables else 0):
@@ -143,9 +145,10 @@ def read(session: Session, text: str) -> list[block.Variable]:
     return variables
 
 
-def remembered(session: Session, text: str) -> list[Trial]:
-    """What was tried with the structure of the best, `text`, or of those it comes from, as values by variable. Scores
-    of the latter are shifted by what the structures that were kept since have gained."""
+def remembered(session: Session, text: str, variables: list[block.Variable]) -> list[Trial]:
+    """What was tried with the structure of the best, `text`, or of those it comes from, as values by variable: where
+    one had not been written yet, the best's. Scores of the latter are shifted by what the structures that were kept
+    since have gained."""
     state = session.state
     decided = [e for e in state.decided if e.kind not in APART and e.verdict.judged]
     contents = session.repository.contents([e.blob for e in decided])
@@ -156,12 +159,12 @@ def remembered(session: Session, text: str) -> list[Trial]:
         if own in shifts and parent:
             gained = (state.mean(kept) or 0.0) - (state.mean(parent) or 0.0)
             shifts.setdefault(block.structure(texts[parent.blob]), shifts[own] + gained)
-    variables, trials = read(session, text), {}
+    trials = {}
     for e in decided:
         shift, tried = shifts.get(block.structure(texts[e.blob])), {v.name: v for v in block.read(texts[e.blob])}
-        if shift is not None and all(v.fits(tried.get(v.name)) for v in variables):
+        if shift is not None and all(v.fits(tried.get(v.name, v)) for v in variables):
             mean = state.mean(e) if e.status in ("keep", "discard") else None
-            values = {v.name: tried[v.name].value for v in variables}
+            values = {v.name: tried.get(v.name, v).value for v in variables}
             trials[e.blob] = Trial(values, None if mean is None else mean + shift, len(state.results(e.blob)))
     return list(trials.values())
 

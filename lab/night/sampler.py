@@ -2,9 +2,9 @@
 
 Steps from the best point are drawn as large as those that helped in published ledgers (findings/steps.tsv, fitted by
 benchmarks/steps.py), one parameter at a time at first, several once there are trials to learn from. How far they reach
-is a trust region, which the caller widens and narrows; with many trials some are drawn from anywhere. A Gaussian
-process through all trials says how much each is expected to improve. benchmarks/proposer.py compares it with random
-search.
+is a trust region, which the caller widens and narrows; some are drawn from anywhere, more of them the more trials
+there are. A Gaussian process through all trials says how much each is expected to improve. benchmarks/proposer.py
+compares it with random search.
 """
 
 from __future__ import annotations

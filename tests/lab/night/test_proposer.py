@@ -176,9 +176,9 @@ def test_first_steps_stay_near_home(ours, monkeypatch):
 
 
 def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
-    def decided(t, status="discard", origin=""):
+    def decided(t, status="discard", origin="", by=proposer.MARK):
         verdict = SimpleNamespace(judged=status != "superseded")
-        return SimpleNamespace(kind="change", status=status, t=t, origin=origin, verdict=verdict)
+        return SimpleNamespace(description=f"x{by}", status=status, t=t, origin=origin, verdict=verdict)
 
     def reach(*experiments):
         return proposer._reach(SimpleNamespace(decided=experiments))
@@ -186,10 +186,22 @@ def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
     assert reach() == 1.0 < reach(decided(0.5)) < reach(decided(3.0, "keep"))
     assert reach(decided(-9.0)) == reach(decided(None, "crash")) < 1.0
     assert reach(decided(-9.0, origin="published/x/00")) == reach(decided(2.0, "superseded")) == 1.0
+    assert reach(*[decided(0.5, by="")] * 9) == 1.0  # an agent's edits
     seen = SimpleNamespace(beta=lambda better, worse: better + worse)  # of what was superseded nothing is known
     arms = [proposer._arms(SimpleNamespace(decided=tried), seen) for tried in ([], [decided(1.0, "superseded")] * 99)]
     assert arms[0] == arms[1]
     assert reach(*[decided(-9.0)] * 9) == proposer.REACH[0] and reach(*[decided(0.0)] * 99) == proposer.REACH[1]
+
+
+def test_what_was_tried_before_a_new_variable_counts(valley):
+    for old, new in ((b"LR = 0.04", b"LR = 0.03"), (b"DEPTH = 4", b"DEPTH = 5")):
+        attempt(valley, proposer.Proposal(VALLEY.replace(old, new), "by hand"))
+    best = valley.repository.content(valley.state.best.blob)
+    added = best.replace(b"DEPTH =", b"NEW_LR = 0.1\nDEPTH =").replace(b"return 1 ", b"return 0.9 ")
+    assert attempt(valley, proposer.Proposal(added, "another rate")).status == "keep"
+    text = added.decode()
+    trials = proposer.remembered(valley, text, proposer.read(valley, text))
+    assert len(trials) == 4 and {trial.at["NEW_LR"] for trial in trials} == {0.1}
 
 
 def test_steps_fit_what_the_ledgers_say():
