@@ -93,6 +93,8 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     try:
         for path in (Path(os.path.expanduser(source)), storage.home() / "imported" / source.removeprefix(PREFIX)):
             if path.exists():
+                if not (path.is_file() or path.is_dir()):
+                    raise Wrong("it is neither a file nor a folder, and so can't be read as a ledger or an export")
                 is_ledger = _is_ledger(path)
                 if device and not is_ledger:
                     raise Wrong("it names its device itself (leave --device out)")

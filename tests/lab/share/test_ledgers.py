@@ -1,6 +1,7 @@
 """The original's ledgers, of which nothing else is known, as sessions: read without guessing."""
 
 import gzip
+import os
 
 import pytest
 from exports import contents, imported, refused
@@ -82,6 +83,12 @@ def test_what_of_a_ledger_can_not_be_read_is_told_and_kept(tmp_path, capsys):
     assert told[1] == "r.tsv, line 3, was set aside: it has 2 fields instead of 5: x y"
     assert len(told) == 8 and told[-2] == "3 more lines of r.tsv were set aside, too"
     assert sources.read(there).started.notes == told  # they go along
+
+
+@pytest.mark.skipif(os.name == "nt", reason="whether NUL exists depends on the version")
+@pytest.mark.parametrize("device", [None, "a"])
+def test_what_is_no_file_is_no_ledger(tmp_path, device):
+    refused(os.devnull, tmp_path / "home", "it is neither a file nor a folder", device)
 
 
 def test_a_ledger_has_to_have_a_device_that_can_name_a_folder(tmp_path):
