@@ -370,7 +370,8 @@ class Night:
             runs = min(runs, self.now.first + most - 1 - session.state.last.number)
         if self.now.deadline:
             left = self.now.deadline - time.time() - self._scale_takes()
-            runs = min(runs, int(left / self._run_takes()))
+            devices = sum(device["usable"] for device in settings.status(session)) or 1
+            runs = min(runs, int(left / self._run_takes()) * devices)
         long_enough = runs >= SHORTEST_BLOCK + 2 * shared.tested(noise_of(session.state).sd)
         patches = findings.patches(session) if long_enough else []
         if len(patches) < FEWEST_SHARED:

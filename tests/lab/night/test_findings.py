@@ -233,12 +233,14 @@ def test_without_the_runs_for_a_block_they_come_one_by_one(many, monkeypatch, mo
     assert [e.kind for e in Session(many.folder).state.experiments.values()] == ["baseline", "change"]
 
 
-def test_a_block_takes_the_time_that_is_left_after_what_is_reserved(many, monkeypatch):
+@pytest.mark.parametrize("usable, each", [([], 120), ([False], 120), ([True], 120), ([True, False, True], 60)])
+def test_a_block_takes_the_time_that_is_left_after_what_is_reserved(many, monkeypatch, usable, each):
+    monkeypatch.setattr(loop.settings, "status", lambda session: [{"usable": one} for one in usable])
     night = loop.Night(many, options(findings=True, max_experiments=500), Seen())
     monkeypatch.setattr(loop.shared, "BLOCK", 150)
     monkeypatch.setattr(night, "_scale_takes", lambda: 1000.0)
     monkeypatch.setattr(night, "_run_takes", lambda: 100.0)
-    night.now.deadline = loop.time.time() + 1000.0 + 120.5 * 100.0
+    night.now.deadline = loop.time.time() + 1000.0 + (each + 0.5) * 100.0
     assert night._open_block() and night.session.state.last.pairs == 120
 
 
