@@ -11,13 +11,11 @@ its score minus the best before it. By kind of variable:
     tried, helped    how many, and the share that helped
     step, spread     median size of the steps that helped, and the standard deviation of its logarithm, each step
                      weighted with its gain
-    gain, loss       median effect of those that helped, and of the others, relative to the score
 """
 
 import argparse
 import math
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -25,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lab.night.sampler import KINDS, kind_of
 from lab.share import sources
 
-VALUE = r"\(?(?P<{0}>\d+(?:\.\d+)?(?:\*\*\d+|[Kk])?)(?:, [\d.]+\))?"
+VALUE = r"\(?(?P<{0}>\d+(?:\.\d+)?(?:\*\*\d+|[Kk]|[Ee][-+]?\d+)?)(?:, [\d.]+\))?"
+HALVED = re.compile(r"(halv|half|doubl)\w* (the )?(total[_ ])?batch", re.I)
 FROM_TO = re.compile(r"(?P<words>.*?)[ =]" + VALUE.format("old") + " to " + VALUE.format("new"))
 # The variable of train.py that words speak of: the first that fits.
 NAMES = (
@@ -48,7 +47,7 @@ NAMES = (
     (r"rope base|rope", "ROPE_BASE"),
     (r"mlp_|mlp hidden", "MLP_RATIO"),
 )
-NEVER = re.compile(r"device_batch|seed|init|precompute|ns_steps|gate|reference", re.I)
+NEVER = re.compile(r"device_batch|z.loss|seed|init|precompute|ns_steps|gate|reference", re.I)
 
 
 def number(text: str) -> float:
@@ -60,7 +59,7 @@ def number(text: str) -> float:
 
 def step(text: str) -> tuple[str, float] | None:
     """(variable, size of the step on its scale) of a change's words; None where they don't say."""
-    if re.search(r"\b(halv|half|doubl)", text, re.I) and (found := re.search(r"total_batch|batch", text, re.I)):
+    if HALVED.match(text):
         return "TOTAL_BATCH_SIZE", math.log(2)
     found = FROM_TO.match(text)
     if not found or NEVER.search(found["words"]):
@@ -105,15 +104,13 @@ def main() -> None:
             if (found := step(change.description)) and parent and score:
                 before = state.mean(parent)
                 by_kind[kind_of(found[0])].append((found[1], score / before - 1, change.status == "keep"))
-    print("kind", "tried", "helped", "step", "spread", "gain", "loss", sep="\t")
+    print("kind", "tried", "helped", "step", "spread", sep="\t")
     for kind, steps in by_kind.items():
         if not steps:
             raise SystemExit(f"these ledgers have no step of kind {kind}: give more of them")
         helped = [one for one in steps if one[2]]
-        rest = [effect for _, effect, kept in steps if not kept]
-        figures = [len(steps), (len(helped) + 1) / (len(steps) + 5), weighted_median(helped or steps)]
-        figures += [spread(helped or steps), -statistics.median(e for _, e, _ in helped or steps)]
-        figures += [statistics.median(rest or [0.0])]
+        figures = [len(steps), (len(helped) + 1) / (len(steps) + 5)]
+        figures += [weighted_median(helped or steps), spread(helped or steps)]
         print(kind, *(f"{figure:.3g}" for figure in figures), sep="\t")
 
 
