@@ -91,13 +91,18 @@ class Variable:
             return self.choices[int(place)]
         low, high = self._scaled(self.low), self._scaled(self.high)
         x = self._unscaled(low + min(max(place, 0.0), 1.0) * (high - low))
+        low, high = self.low, self.high
         if self.kind == "size":
-            return 2 ** round(math.log2(max(x, 1)))
-        if self.whole:
-            return round(x) if abs(x) < 100 else int(float(f"{x:.2g}"))
-        if self.kind == "decay":
-            return min(round(1 - float(f"{1 - x:.2g}"), 6), 1 - 2 * NEAR_ONE)  # nearer to 1 it is no variable any more
-        return float(f"{x:.2g}")
+            low, high = 2 ** math.ceil(math.log2(max(low, 1))), 2 ** math.floor(math.log2(max(high, 1)))
+            value = 2 ** round(math.log2(max(x, 1)))
+        elif self.whole:
+            low, high = math.ceil(low), math.floor(high)
+            value = round(x) if abs(x) < 100 else int(float(f"{x:.2g}"))
+        elif self.kind == "decay":
+            value = min(round(1 - float(f"{1 - x:.2g}"), 6), 1 - 2 * NEAR_ONE)  # nearer to 1 it is no variable any more
+        else:
+            value = float(f"{x:.2g}")
+        return type(value)(min(max(value, low), high)) if self.stated else value
 
     def wider(self, *values) -> Variable:
         """The variable with bounds that include these values; without values, with wider bounds, if possible."""

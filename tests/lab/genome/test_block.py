@@ -95,6 +95,24 @@ def test_bounds(line, low, high, scale):
         assert low <= one.at(place) <= high
 
 
+@pytest.mark.parametrize(
+    "line, first, last",
+    [
+        ("STEPS = 100  # at most 128", 10, 128),
+        ("SCALE = 100.0  # at most 128", 10.0, 128.0),
+        ("STEPS = 120  # [104 .. 1260, log]", 104, 1260),
+        ("HEAD_DIM = 64  # [48 .. 100]", 64, 64),
+        ("MLP_RATIO = 4  # [1.5 .. 5.5]", 2, 5),
+        ("MATRIX_LR = 0.04  # [0.0044 .. 0.126, log]", 0.0044, 0.126),
+        ("MATRIX_LR = 0.04  # [0.00444 .. 0.4, log]", 0.00444, 0.4),
+        ("BETA = 0.95  # [0.884 .. 0.9556]", 0.884, 0.9556),
+    ],
+)
+def test_stated_bounds_hold_for_rounded_values(line, first, last):
+    one = only(line)
+    assert (repr(one.at(0.0)), repr(one.at(1.0))) == (repr(first), repr(last))
+
+
 def test_decays_are_searched_near_one():
     first, second = block.read("ADAM_BETAS = (0.8, 0.95)\n")
     assert (first.name, second.name) == ("ADAM_BETAS[0]", "ADAM_BETAS[1]")
