@@ -283,16 +283,17 @@ def _number(name: str, value: int | float, in_parts: bool) -> Variable:
     if in_parts and value in (0, 1) or FRACTIONAL.search(name):
         value = float(value)
     if isinstance(value, int):
-        if value >= 8 and SIZES.search(name) and value & (value - 1) == 0:
-            return Variable(name, "size", value, value // 4, value * 4, "log")
+        if value > 0 and SIZES.search(name) and value & (value - 1) == 0:
+            return Variable(name, "size", value, max(1, value // 4), value * 4, "log")
         if value > 12:
             span = 2 if PARTS.search(name) else 4 if value < 100 else FACTOR
             return Variable(name, "whole", value, math.ceil(value / span), int(value * span), "log")
         return Variable(name, "whole", value, max(min(1, value), value - 2), value + 2)
     if (in_parts or PARTS.search(name)) and 0 <= value <= 1:
         return Variable(name, "part", value, 0.0, 1.0 if value else 0.5)
-    if DECAYS.search(name) and 0.5 <= value < 1:
-        return Variable(name, "decay", value, max(0.5, 1 - FACTOR * (1 - value)), _below_one(value, FACTOR), "log")
+    if DECAYS.search(name) and 0 <= value < 1:
+        low = max(0.5 if value > 0.5 else value / 2, 1 - FACTOR * (1 - value))
+        return Variable(name, "decay", value, low, _below_one(value, FACTOR), "log")
     if value > 0:
         return Variable(name, "number", value, value / FACTOR, value * FACTOR, "log")
     return Variable(name, "number", value, 2 * value, 0.0) if value else Variable(name, "number", value, 0.0, 0.1)

@@ -120,6 +120,16 @@ def test_decays_are_searched_near_one():
     assert second.place(0.99) - second.place(0.98) == pytest.approx(second.place(0.98) - second.place(0.96))
 
 
+@pytest.mark.parametrize(
+    "line, kind", [("BETAS = (0.9, 0.5)", "decay"), ("MOMENTUM = 0.8", "decay"), ("HEAD_DIM = 8", "size")]
+)
+def test_a_variable_stays_what_it_is_wherever_the_search_takes_it(line, kind):
+    for _ in range(4):
+        one = block.read(f"{line}\n")[-1]
+        assert one.kind == kind and one.low <= one.value < one.high and (kind == "size" or one.high < 1)
+        line = block.write(line, {one.name: one.wider().at(0.0)})
+
+
 def test_a_section_in_fractions():
     source = "# Schedule, in fractions of the time\nWARM = 0.1\nDOWN = 0.5\n\n# Others\nGAIN = 0.5\n"
     assert [one.kind for one in block.read(source)] == ["part", "part", "number"]
