@@ -6,9 +6,9 @@
     +ops.attention(gain * q, k, v, self.window)
 
 A variable that has the first value gets the second one. One that has another value makes the same step from there, on
-its scale; or none, if it is at the second value already or beyond. A pattern of windows gets the second one, unless its
-share of long ones is beyond that already. The text that is replaced has to stand in its definition once, and may be a
-part of a line.
+its scale; or none, if it is at the second value already or beyond, or the step leaves bounds that a comment states. A
+pattern of windows gets the second one, unless its share of long ones is beyond that already. The text that is replaced
+has to stand in its definition once, and may be a part of a line.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lab.genome import block
 from lab.genome.syntax import definitions
 
 STEP = re.compile(r"(?P<name>(?P<base>[A-Z][A-Z0-9_]*)(?:\[\d\])?): (?P<old>.+) -> (?P<new>.+)")
+WIDER = 30  # times, at most, that bounds are widened for a step: they are where a search begins
 
 
 class NotHere(LabError):
@@ -60,7 +61,14 @@ class Step:
         if here.value != old.value:
             if here.scale == "log" and here.kind != "decay" and min(before, after) <= 0:
                 raise NotHere(f"{self.name} has a logarithmic range here, where zero has no place")
-            value = here.at(here.place(here.value) + here.place(new.value) - here.place(old.value))
+            for _ in range(WIDER):
+                place = here.place(here.value) + here.place(new.value) - here.place(old.value)
+                if abs(place - 0.5) <= 0.5 + 1e-9:
+                    break
+                if here.stated:
+                    raise NotHere(f"{self.name} would leave the bounds that its comment states")
+                here = here.wider()
+            value = here.at(place)
             if value == here.value:
                 raise NotHere(f"{self.name} can't go further than {here.written(value)}")
         return block.write(source, {self.name: value})
