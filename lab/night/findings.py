@@ -41,7 +41,12 @@ class Idea:
 
 def tried(state: State) -> dict[str, Experiment]:
     """What became of changes from elsewhere: the last experiment with each, by the id that its origin ends with."""
-    return {e.origin.rpartition("/")[2]: e for e in state.experiments.values() if e.origin and e.kind not in MEASURING}
+    return {_key(e.origin): e for e in state.experiments.values() if e.origin and e.kind not in MEASURING}
+
+
+def _key(origin: str) -> str:
+    """The id of a change from elsewhere."""
+    return origin.rpartition("/")[2]
 
 
 def apply(finding: Finding, content: bytes, calibrated: dict) -> bytes:
@@ -69,11 +74,13 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     best = session.repository.content(state.best.blob) if state.best else b""
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
-    for one in untried(session, MOST_TRIED):
-        found.append((one.change.gain or 0.0, one.origin, one.description, functools.partial(_with, one, best)))
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
-    screened = {origin.rpartition("/")[2] for origin in blocks.screened(state) if origin != first}
-    known = {*tried(state), *screened, *(origin.rpartition("/")[2] for _, origin, *_ in found)}
+    known = {*tried(state), *(_key(origin) for origin in blocks.screened(state) if origin != first)}
+    for one in untried(session, MOST_TRIED):
+        gain = one.change.gain or 0.0
+        if gain >= least and _key(one.origin) not in known:
+            found.append((gain, one.origin, one.description, functools.partial(_with, one, best)))
+    known |= {_key(origin) for _, origin, *_ in found}
     for finding in published.library():
         gain = finding.expected(state.started.device, session.budget)
         if gain >= least and finding.key not in known:

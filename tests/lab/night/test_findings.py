@@ -70,6 +70,20 @@ def test_what_was_kept_elsewhere(searched, tried, tmp_path):
     assert findings.untried(searched) == []
 
 
+def test_what_was_kept_elsewhere_has_to_promise_as_much_and_not_to_be_screened(
+    searched, library, tmp_path, monkeypatch
+):
+    one = sessions.make(tmp_path / "one", train=searched.repository.train(), tag="one")
+    supervise(one)
+    run(one, library, "lower-loss")
+    assert one.state.best.origin == library["lower-loss"].origin
+    ideas = {idea.origin: idea.gain for idea in findings.ideas(searched)}
+    assert ideas[one.state.best.origin] == one.state.best.gain
+    assert one.state.best.origin not in {idea.origin for idea in findings.ideas(searched, 1.1 * one.state.best.gain)}
+    monkeypatch.setattr(blocks, "screened", lambda state: {one.state.best.origin})
+    assert [idea.name for idea in findings.ideas(searched)] == ["warm-up"]
+
+
 # --- Published findings ---
 
 
