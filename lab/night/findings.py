@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import storage
@@ -79,7 +79,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     for one in untried(session, MOST_TRIED):
         gain = one.change.gain or 0.0
         if gain >= least and _key(one.origin) not in known:
-            found.append((gain, one.origin, one.description, functools.partial(_with, one, best)))
+            found.append((gain, one.origin, one.description, functools.partial(with_ends_of, best, one.content or b"")))
     known |= {_key(origin) for _, origin, *_ in found}
     for finding in published.library():
         gain = finding.expected(state.started.device, session.budget)
@@ -96,11 +96,6 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
             if state.best and state.best is not state.baseline:
                 description = f"{description} ({kinds.summary(best, content)})"
             yield Idea(origin, description, content, gain, name if device == published.PUBLISHED else "")
-
-
-def _with(one: replay.Candidate, content: bytes) -> bytes:
-    """A train.py with what another session kept, its line ends as they were."""
-    return with_ends_of(content, merged(normalised(content), one.before, one.after)[0])
 
 
 def alone(session: Session, quiet: float = LIKELY) -> float:
@@ -186,7 +181,7 @@ def _kept(folder: Path, written: int) -> tuple[str, list[replay.Candidate]]:
 
 def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
     """The kept changes of other sessions that are likeliest to help here: from this device before its backend before
-    others, the clearest first."""
+    others, the clearest first, each with its train.py on the best."""
     state, home, found = session.state, storage.home(), []
     known = {key for e in state.experiments.values() for key in (e.key, e.change) if key}
     for journal in [*home.glob("imported/*/*/journal.jsonl"), *home.glob("sessions/*/*/journal.jsonl")]:
@@ -207,7 +202,7 @@ def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
             continue
         if digest not in seen and digest != describe(best).digest and not state.equal(digest):
             seen.add(digest)
-            chosen.append(one)
+            chosen.append(replace(one, content=content))
             if len(chosen) == most:
                 break
     return chosen

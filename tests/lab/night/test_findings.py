@@ -17,6 +17,7 @@ from lab.fleet import settings
 from lab.night import findings, loop, prompt, proposer
 from lab.session.session import Session
 from lab.share import sources
+from lab.share.replay import Candidate
 from lab.verdict import blocks
 from lab.verdict.executor import supervise
 
@@ -259,12 +260,13 @@ def test_a_block_takes_the_time_that_is_left_after_what_is_reserved(many, monkey
 
 
 def test_those_that_conflict_hide_no_others(searched, tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "library", lambda: ())
     best = searched.repository.content(searched.state.best.blob)
     _, *rest = best.splitlines(keepends=True)
 
     def candidate(name, before, after, t):
-        change = SimpleNamespace(t=t, key=name)
-        return SimpleNamespace(change=change, before=before, after=after)
+        change = SimpleNamespace(t=t, key=name, gain=None)
+        return Candidate(change, name, f"cpu/x/{name}", before, after)
 
     other = b"# other\n" + b"".join(rest)
     conflicts = [candidate(f"c{i}", other, b"# %d\n" % i + b"".join(rest), 9.0) for i in range(40)]
@@ -278,7 +280,7 @@ def test_those_that_conflict_hide_no_others(searched, tmp_path, monkeypatch):
     windows = best.replace(b"\n", b"\r\n")
     monkeypatch.setattr(type(searched.repository), "content", lambda *_: windows)
     assert [one.change.key for one in findings.untried(searched, 20)] == ["applies"]
-    assert findings._with(applies, windows) == windows + b"LATER = 1\r\n"
+    assert [idea.content for idea in findings.ideas(searched, -1.0)] == [windows + b"LATER = 1\r\n"]
 
 
 def test_a_finding_that_changes_nothing_here_is_no_idea():
