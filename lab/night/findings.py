@@ -41,7 +41,7 @@ class Idea:
 
 def tried(state: State) -> dict[str, Experiment]:
     """What became of changes from elsewhere: the last experiment with each, by the id that its origin ends with."""
-    return {_key(e.origin): e for e in state.experiments.values() if e.origin and e.kind not in MEASURING}
+    return {_key(e.origin): e for e in state.attempts if e.origin and e.kind not in MEASURING}
 
 
 def _key(origin: str) -> str:
@@ -183,7 +183,7 @@ def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
     """The kept changes of other sessions that are likeliest to help here: from this device before its backend before
     others, the clearest first, each with its train.py on the best."""
     state, home, found = session.state, storage.home(), []
-    known = {key for e in state.experiments.values() for key in (e.key, e.change) if key}
+    known = {key for e in state.attempts for key in (e.key, e.change) if key}
     for journal in [*home.glob("imported/*/*/journal.jsonl"), *home.glob("sessions/*/*/journal.jsonl")]:
         if journal.parent != session.folder:
             backend, kept = _kept(journal.parent, journal.stat().st_mtime_ns)

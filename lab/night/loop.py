@@ -601,8 +601,7 @@ class Night:
 
 def fruitless(experiment: Experiment) -> bool:
     """Whether nothing can be learnt from it."""
-    decided = experiment.decided
-    return decided is not None and decided.status != "superseded" and (decided.status == "crash" or not decided.judged)
+    return experiment.unjudged or experiment.status == "crash"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ BASELINE = 0  # its number
 APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a change rests on
 BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
+UNJUDGED = 2  # times that something from elsewhere is tried, at most, if it is not judged
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
 USUAL, SHORT = 3, 0.1  # runs that tell how many tokens are usual, and the factors of e that one may be off by chance
 
@@ -151,6 +153,11 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
     def own_runs(self) -> list[Run]:
         """The runs of its own train.py, not those of its parent's."""
         return [run for run in self.runs if run.blob == self.blob]
+
+    @property
+    def unjudged(self) -> bool:
+        """Whether it ended and nothing was learnt of it: the lab failed at it, say."""
+        return self.decided is not None and not self.decided.judged and self.status != "superseded"
 
     @property
     def measured(self) -> bool:
@@ -323,6 +330,13 @@ class State:
         again, that counts."""
         decided = sorted(self.decided, key=lambda e: e.number)
         return [e for e in decided if e.number and e.kind not in MEASURING and e.status != "superseded"]
+
+    @property
+    def attempts(self) -> list[Experiment]:
+        """The experiments after which a change from elsewhere, or a block's choice, is not tried again: those that were
+        not judged count only where it happened UNJUDGED times."""
+        vain = Counter(e.key for e in self.experiments.values() if e.unjudged)
+        return [e for e in self.experiments.values() if not e.unjudged or vain[e.key] >= UNJUDGED]
 
     def confirmations(self, of_kept: bool = True) -> list[Experiment]:
         """Those that are decided: of something that was kept, or of a train.py that was given by hand."""

@@ -51,12 +51,12 @@ def plainly_good(state: State) -> str:
     blocks = [e for e in state.decided if e.kind == "shared"]
     facts = blocks[-1].verdict.reason.facts if blocks else {}
     origin = str(facts.get("origin", ""))
-    return "" if any(e.origin == origin for e in state.experiments.values()) else origin
+    return "" if any(e.origin == origin for e in state.attempts) else origin
 
 
 def untested(state: State) -> Experiment | None:
     """The block whose best patches are to be tested together now: the last one."""
-    tested = {number for e in state.experiments.values() if e.kind == "joint" for number in e.members}
+    tested = {number for e in state.attempts if e.kind == "joint" for number in e.members}
     blocks = [e for e in state.decided if e.kind == "shared" and e.verdict.reason.code == "screened"]
     last = blocks[-1] if blocks else None
     return last if last and last.number not in tested else None

@@ -15,10 +15,11 @@ from lab.compare.analysis import Analysis
 from lab.genome.edits import NotHere
 from lab.fleet import settings
 from lab.night import findings, loop, prompt, proposer
+from lab.session.events import HarnessFailed
 from lab.session.session import Session
 from lab.share import sources
 from lab.share.replay import Candidate
-from lab.verdict import blocks
+from lab.verdict import blocks, opening, plan
 from lab.verdict.executor import supervise
 
 FILE = "What {0} does.\ntime: holds\nevidence: {1} | 300 | {2} bpb | said | https://somewhere\n\n{3}\n"
@@ -134,6 +135,21 @@ def run(session, library, name, status_runs=4):
     finding = library[name]
     content = findings.apply(finding, session.repository.content(session.state.best.blob), session.profile["settings"])
     return sessions.attempt(session, content, finding.title, more={"origin": finding.origin})
+
+
+def test_what_was_not_judged_is_tried_once_more(searched, library, tmp_path):
+    other(tmp_path, searched.repository.train(), "other", LOSS=(1.0, 0.8))
+    for times in (0, 1, 2):
+        ideas = {idea.description.partition(":")[0]: idea for idea in findings.ideas(searched, -1.0)}
+        assert ("lower loss" in ideas) == ("from other" in ideas) == (times < 2)
+        for idea in ("lower loss", "from other") if times < 2 else ():
+            idea = ideas[idea]
+            with opening.exclusive(searched):
+                opening.open_change(searched, idea.description, content=idea.content, more={"origin": idea.origin})
+            for _ in range(plan.TRIES):
+                searched.log(HarnessFailed(experiment=searched.state.last.number))
+            supervise(searched)
+            assert searched.state.last.verdict.reason.code == "harness_failed"
 
 
 def test_the_list_says_what_became_of_them(searched, library, monkeypatch, capsys):

@@ -13,12 +13,12 @@ from lab.errors import LabError
 from lab.genome import edits
 from lab.night import findings, loop
 from lab.reasons import because
-from lab.session.events import Patch, RunEnded, RunStarted
+from lab.session.events import HarnessFailed, Patch, RunEnded, RunStarted
 from lab.session.session import Session
 from lab.share import export, sources
 from lab.verdict import blocks, gate, opening, shared
 from lab.verdict.executor import supervise
-from lab.verdict.plan import account_of, noise_of, plan
+from lab.verdict.plan import TRIES, account_of, noise_of, plan
 
 NAMES = [f"V{i}" for i in range(12)]
 GAINS = {"V0": 0.03, "V1": 0.02, "V2": 0.02}  # what the patch of each variable gains; the others lose a little
@@ -299,6 +299,19 @@ def test_a_parent_that_crashes_once_ends_no_test_of_a_block(noisy, runner, monke
     monkeypatch.setattr("lab.run.runner.run", once)
     supervise(noisy)
     assert crashed and joint.status == "keep" and noisy.state.best is joint
+
+
+def test_a_test_that_was_not_judged_is_made_once_more(noisy):
+    first = block(noisy)
+    supervise(noisy)
+    for left in (first, None):
+        with opening.exclusive(noisy):
+            joint = blocks.open_joint(noisy, first)
+        assert blocks.untested(noisy.state) is None  # while it runs
+        for _ in range(TRIES):
+            noisy.log(HarnessFailed(experiment=joint.number))
+        supervise(noisy)
+        assert not joint.verdict.judged and blocks.untested(noisy.state) is left
 
 
 def test_a_run_that_was_lost_is_made_again(noisy):
