@@ -42,6 +42,7 @@ LEAST = {"DEPTH": 1, "TOTAL_BATCH_SIZE": MAX_SEQ_LEN}  # with less nothing can b
 MOST = 1e15  # of a value
 WINDOWS = "WINDOW_PATTERN[i % len(WINDOW_PATTERN)]", "return sizes[:-1] + [None]"  # train.py's own lines
 WIDTH = "return -(-depth * ASPECT_RATIO // HEAD_DIM) * HEAD_DIM"
+HEADS = "return max(1, width // HEAD_DIM // KV_RATIO)"
 NEAR_ONE = 1e-4  # how near a decay may come to 1
 
 
@@ -326,7 +327,7 @@ def resolved(variable: Variable, calibrated: Mapping) -> float | int | str | Non
 
 def effective(text: str, calibrated: Mapping) -> dict[str, float | int | str | None]:
     """The values of a train.py on a device, as far as they do something there, by name: a pattern by layer, the width
-    instead of the aspect ratio, the short window only if a layer has one."""
+    instead of the aspect ratio, the heads of keys and values, the short window only if a layer has one."""
     values: dict = {variable.name: resolved(variable, calibrated) for variable in read(text)}
     depth, pattern = values.get("DEPTH"), values.get("WINDOW_PATTERN")
     if isinstance(depth, int) and pattern and all(line in text for line in WINDOWS):
@@ -335,14 +336,15 @@ def effective(text: str, calibrated: Mapping) -> dict[str, float | int | str | N
             values.pop("SHORT_WINDOW", None)
     ratio, head = values.get("ASPECT_RATIO"), values.get("HEAD_DIM")
     if isinstance(depth, int) and ratio and head and WIDTH in text:
-        values["ASPECT_RATIO"] = -(-depth * ratio // head) * head
+        values["ASPECT_RATIO"] = width = -(-depth * ratio // head) * head
+        if values.get("KV_RATIO") and HEADS in text:
+            values["KV_RATIO"] = max(1, width // head // values["KV_RATIO"])
     return values
 
 
-def idle(before: str, after: str, calibrated: Mapping) -> bool:
-    """Whether two train.py differ in nothing but values, and on a device in none of these."""
-    same = structure(before) == structure(after)
-    return same and effective(before, calibrated) == effective(after, calibrated)
+def model(text: str, calibrated: Mapping) -> tuple[str, frozenset]:
+    """Equal for train.py that differ in nothing but values, and on a device in none of these."""
+    return structure(text), frozenset(effective(text, calibrated).items())
 
 
 def _below_one(value: float, factor: float) -> float:

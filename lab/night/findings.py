@@ -56,11 +56,17 @@ def apply(finding: Finding, content: bytes, calibrated: dict) -> bytes:
     edited = finding.edit.apply(text, calibrated)
     names = {part.name if isinstance(part, edits.Step) else part.definition for part in finding.edit.parts}
     unused = {variable.name for variable in block.read(text)} - block.effective(text, calibrated).keys()
-    if names <= unused or block.idle(text, edited, calibrated):
+    if names <= unused or block.model(text, calibrated) == block.model(edited, calibrated):
         raise edits.NotHere("it changes nothing on this device")
     if name := block.too_small(edited, calibrated):
         raise edits.NotHere(f"{name} would be too small on this device")
     return with_ends_of(content, edited.encode())
+
+
+def models(session: Session) -> set:
+    """What was trained and judged here, or is to be, however it is spelt: values that `block.model` gives."""
+    contents = session.repository.contents([e.blob for e in session.state.told])
+    return {block.model(text_of(content), session.profile["settings"]) for content in contents.values()}
 
 
 def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], float] = float) -> Iterator[Idea]:
@@ -85,12 +91,13 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
         gain = finding.expected(state.started.device, session.budget)
         if gain >= least and finding.key not in known:
             found.append((gain, finding.origin, finding.title, functools.partial(apply, finding, best, calibrated)))
+    trained = models(session) if found else set()
     for gain, origin, description, make in sorted(found, key=lambda one: -drawn(one[0])):
         try:
             content = make()
         except edits.NotHere:
             continue
-        if not state.equal(describe(content).digest):
+        if not state.equal(describe(content).digest) and block.model(text_of(content), calibrated) not in trained:
             device, name, _ = origin.split("/")
             # On a changed file an edit may set another value than its words say.
             if state.best and state.best is not state.baseline:

@@ -97,15 +97,15 @@ def _reach(state: State) -> float:
     return reach
 
 
-def _new(session: Session, best: str, text: str) -> bool:
-    """Whether it is Python that something can be trained with, another model than the best, and nothing equal is open
-    or was decided on."""
+def _new(session: Session, trained: set, text: str) -> bool:
+    """Whether it is Python that something can be trained with, another model than those that are open or were judged,
+    and nothing equal is open or was decided on."""
     state, calibrated = session.state, session.profile["settings"]
     try:
         digest = describe(text.encode()).digest
     except LabError:
         return False
-    if block.too_small(text, calibrated) or block.idle(best, text, calibrated):
+    if block.too_small(text, calibrated) or block.model(text, calibrated) in trained:
         return False
     known = {e.digest for e in (*state.open, state.best) if e}
     return digest not in known and not state.equal(digest)
@@ -120,11 +120,12 @@ def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str
         for variable in variables
     ]
     noise = noise_of(session.state).sd if variables else 0.0
+    trained = findings.models(session)
     for _ in range(1 + WIDER if variables else 0):
         for values in _suggested(variables, trials, noise, _reach(session.state), rng):
             changed = {v.name: values[v.name] for v in variables if values[v.name] != v.value}
             edited = block.write(text, changed)
-            if changed and _new(session, text, edited):
+            if changed and _new(session, trained, edited):
                 return edited, ", ".join(
                     f"{v.name} {v.written(v.value)} -> {v.written(changed[v.name])}"
                     for v in variables

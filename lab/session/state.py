@@ -380,14 +380,20 @@ class State:
             found[blob] = dict(known if blob == self.baseline.blob else known[1:])
         return {blob: runs for blob, runs in found.items() if len(runs) > 1}
 
-    def equal(self, digest: str) -> Experiment | None:
-        """An experiment that was decided on an equal train.py, or is open with one. A replay that was better than the
+    @property
+    def told(self) -> list[Experiment]:
+        """The experiments that were decided on their train.py, or are open with one. A replay that was better than the
         baseline says nothing of the best."""
-        for e in reversed(self.experiments.values()):
-            if e.digest == digest and e.kind not in MEASURING and (e.decided is None or e.decided.judged):
-                if e.kind != "replay" or e.status != "keep":
-                    return e
-        return None
+        return [
+            e
+            for e in self.experiments.values()
+            if e.kind not in MEASURING and (e.decided is None or e.decided.judged)
+            if e.kind != "replay" or e.status != "keep"
+        ]
+
+    def equal(self, digest: str) -> Experiment | None:
+        """The last of those with an equal train.py."""
+        return next((e for e in reversed(self.told) if e.digest == digest), None)
 
     def next_run(self) -> int:
         return max(self.runs, default=0) + 1

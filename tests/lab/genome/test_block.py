@@ -172,6 +172,9 @@ def test_words_that_look_like_a_definition_end_nothing():
 @pytest.mark.parametrize("old, new, depth, pattern, idle", [
     ("ASPECT_RATIO = 64", "ASPECT_RATIO = 40", 2, "SSSL", True),  # 128 wide either way
     ("ASPECT_RATIO = 64", "ASPECT_RATIO = 40", 8, "SSSL", False),
+    ("KV_RATIO = 1", "KV_RATIO = 2", 2, "SSSL", True),  # one head either way
+    ("KV_RATIO = 1", "KV_RATIO = 2", 4, "SSSL", False),
+    ("width // HEAD_DIM // KV_RATIO", "width // KV_RATIO // HEAD_DIM", 2, "SSSL", False),
     ("SHORT_WINDOW = prepare.MAX_SEQ_LEN // 2", "SHORT_WINDOW = prepare.MAX_SEQ_LEN // 8", 8, "L", True),
     ("SHORT_WINDOW = prepare.MAX_SEQ_LEN // 2", "SHORT_WINDOW = prepare.MAX_SEQ_LEN // 8", 8, "SSSL", False),
     ("WINDOW_PATTERN = defaults.window_pattern", 'WINDOW_PATTERN = "SSSL"', 8, "SSSL", True),
@@ -183,7 +186,7 @@ def test_words_that_look_like_a_definition_end_nothing():
 def test_what_changes_nothing_on_a_device(old, new, depth, pattern, idle):
     calibrated = {"depth": depth, "window_pattern": pattern, "total_batch_size": 2**16}
     assert TRAIN.count(old) == 1
-    assert block.idle(TRAIN, TRAIN.replace(old, new), calibrated) == idle
+    assert (block.model(TRAIN, calibrated) == block.model(TRAIN.replace(old, new), calibrated)) == idle
 
 
 def test_a_file_is_parsed_once(monkeypatch):

@@ -10,7 +10,7 @@ from backends import surface
 from lab.errors import LabError
 from lab.verdict.executor import supervise
 from lab.compare import published
-from lab.night import proposer, sampler
+from lab.night import findings, proposer, sampler
 from lab.session.session import Session
 from lab.verdict import opening
 
@@ -158,6 +158,20 @@ def test_findings_in_between(ours):
 def test_without_findings_none_is_proposed(ours, monkeypatch):
     monkeypatch.setattr(proposer, "_arms", lambda *_: ["finding", "step"])
     assert proposer.propose(ours).origin and not proposer.propose(ours, findings_too=False).origin
+
+
+def test_a_model_is_not_trained_again_under_another_spelling(ours, monkeypatch):
+    monkeypatch.setitem(ours.profile, "settings", {"depth": 2, "window_pattern": "SSSL", "total_batch_size": 2**13})
+    train = ours.repository.train().decode()
+    wide = [train.replace("ASPECT_RATIO = 64", f"ASPECT_RATIO = {ratio}") for ratio in (80, 96, 160)]  # 256, 256, 384
+    assert proposer._new(ours, findings.models(ours), wide[0])
+    attempt(ours, proposer.Proposal(wide[0].encode(), "wider"))
+    assert [proposer._new(ours, findings.models(ours), text) for text in wide] == [False, False, True]
+    ideas = {idea.name: idea for idea in findings.ideas(ours, -1.0)}
+    assert {"full-windows", "llsl-windows"} <= ideas.keys()
+    attempt(ours, proposer.Proposal(ideas["full-windows"].content, "full windows"))
+    left = {idea.name for idea in findings.ideas(ours, -1.0)}
+    assert ideas.keys() - left == {"full-windows", "llsl-windows"}
 
 
 def test_first_steps_stay_near_home(ours, monkeypatch):
