@@ -352,10 +352,23 @@ class Night:
         self.decide(Verdict("keep" if step.action == "keep" else "discard", step.reason, evidence=step.evidence))
 
 
-def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int) -> list[float]:
-    """The best's true score after each experiment."""
+class Found(NamedTuple):
+    """What a night came to: after each experiment the best's true gain, and the runs so far, (experiments,) both; the
+    share of proposals that are far worse than the default; how many were kept."""
+
+    gains: np.ndarray
+    runs: np.ndarray
+    worse: float
+    kept: int
+
+    def after(self, runs: int) -> float:
+        """The gain after so many runs; at the end, if it has fewer."""
+        return float(self.gains[max(0, np.searchsorted(self.runs, runs, "right") - 1)])
+
+
+def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int) -> Found:
     session, rng, scores = Night(text, surrogate, seed), np.random.default_rng([seed, 7]), []
-    start, worse = surrogate.true(text), 0
+    start, worse, runs = surrogate.true(text), 0, []
     for _ in range(experiments):
         best = session.content(session.state.best.blob).decode()
         if arm == "proposer":
@@ -371,8 +384,13 @@ def night(arm: str, text: str, surrogate: Surrogate, seed: int, experiments: int
                 free = [free[i] for i in rng.choice(len(free), rng.integers(1, STEPS + 1), replace=False)]
             session.judge(block.write(best, {variable.name: drawn(variable, rng) for variable in free}), arm)
         scores.append(surrogate.true(session.content(session.state.best.blob).decode()))
+        runs.append(len(session.state.runs))
         worse += surrogate.true(session.content(session.state.last.blob).decode()) > FAR_WORSE * start
-    return [*scores, worse / experiments, len(session.state.runs), len(session.state.kept) - 1]
+    return Found(start - np.array(scores), np.array(runs), worse / experiments, len(session.state.kept) - 1)
+
+
+def mean_of(gains) -> str:
+    return f"{np.mean(gains):.4f} ± {np.std(gains) / math.sqrt(len(gains)):.4f}"
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -418,20 +436,25 @@ def main() -> None:
     surrogate.noise *= options.noise
     began, ends = time.monotonic(), {}
     for arm in options.arms:
-        ends[arm] = np.array(
-            [night(arm, text, surrogate, options.first + pair, options.experiments) for pair in range(options.pairs)]
-        )
-        curve = ends[arm][:, :-3].mean(0)
-        at = ", ".join(f"{start - curve[n - 1]:.4f} after {n}" for n in (10, 20, 40, 60, 100) if n <= len(curve))
+        nights = [
+            night(arm, text, surrogate, options.first + pair, options.experiments) for pair in range(options.pairs)
+        ]
+        ends[arm] = np.array([found.gains[-1] for found in nights])
+        curve = np.mean([found.gains for found in nights], axis=0)
+        after = ", ".join(f"{curve[n - 1]:.4f} after {n}" for n in (10, 20, 40, 60, 100) if n <= len(curve))
+        most = max(found.runs[-1] for found in nights)
+        by_runs = {n: [found.after(n) for found in nights] for n in (25, 50, 75, 100) if n <= most}
         print(
-            f"{arm}: gain {start - curve[-1]:.4f} ± {ends[arm][:, -4].std() / math.sqrt(options.pairs):.4f} ({at}); "
-            f"{ends[arm][:, -2].mean():.1f} runs, {ends[arm][:, -1].mean():.1f} kept; "
-            f"{ends[arm][:, -3].mean():.0%} of proposals over 5 % worse than the default; "
+            f"{arm}: gain {mean_of(ends[arm])} ({after}), "
+            f"{', '.join(f'{mean_of(gains)} after {n} runs' for n, gains in by_runs.items())}; "
+            f"{np.mean([found.runs[-1] for found in nights]):.1f} runs, "
+            f"{np.mean([found.kept for found in nights]):.1f} kept; "
+            f"{np.mean([found.worse for found in nights]):.0%} of proposals over 5 % worse than the default; "
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
     for arm in options.arms[1:]:
-        difference = ends[arm][:, -4] - ends["proposer"][:, -4]
+        difference = ends["proposer"] - ends[arm]
         wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
         print(
             f"proposer against {arm}: better in {wins} of {options.pairs} pairs, worse in {losses}; one-sided sign "
