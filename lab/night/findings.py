@@ -172,8 +172,8 @@ def _row(finding: Finding, expected: float | None = None, here: str = "", effect
 def patches(session: Session) -> list[Patch]:
     """What a block of shared runs may hold: the ideas that are published findings."""
     known = {finding.origin: finding for finding in published.library()}
-    found = [(known[idea.origin], idea.gain) for idea in ideas(session) if idea.origin in known]
-    return [Patch(finding.origin, finding.title, finding.edit.text, gain) for finding, gain in found]
+    found = [known[idea.origin] for idea in ideas(session) if idea.origin in known]
+    return [Patch(finding.origin, finding.title, finding.edit.text) for finding in found]
 
 
 @functools.lru_cache(maxsize=64)

@@ -136,12 +136,11 @@ class SessionStarted(Event, tag="session"):
 
 
 class Patch(Struct, frozen=True, omit_defaults=True):
-    """A change found elsewhere, as an edit (genome/edits.py). `gain`: bits per byte expected of it."""
+    """A change found elsewhere, as an edit (genome/edits.py)."""
 
     origin: Origin
     description: Text
     edit: Annotated[str, Meta(max_length=20_000)]
-    gain: float = 0.0
 
 
 class ExperimentOpened(Event, tag="experiment"):

@@ -335,7 +335,6 @@ def _shared(block: Experiment, state: State) -> Plan:
         noise * math.sqrt(1 + statistics.fmean(unsure or [0.0])),
         statistics.fmean(run.bpb for run in plain_runs),
         clash=lambda one, other: edit[one].meets(edit[other]),
-        likely=frozenset(place for place, patch in enumerate(block.patches) if patch.gain > 0),
     )
     # Looked at before each run of the parent alone; runs of other devices that end meanwhile change nothing.
     looked = ended[: max(0, len(ended) - (len(ended) + 1) % shared.BARE)]

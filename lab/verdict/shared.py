@@ -43,7 +43,6 @@ MIXTURE = np.array(
     ]
 )
 SCALE = 0.01
-PUBLISHED = 3.0  # times as likely to be a gain, if it was one elsewhere
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Screening:
     Attributes:
         count: patches. runs: (patches that it held, score or None where it failed), in order.
         sd: noise of a run. parent: the parent's mean before the block.
-        clash: whether two patches can't be in one run. likely: those that were gains elsewhere.
+        clash: whether two patches can't be in one run.
     """
 
     count: int
@@ -61,7 +60,6 @@ class Screening:
     sd: float
     parent: float
     clash: Callable[[int, int], bool] = lambda one, other: False
-    likely: frozenset[int] = frozenset()
 
     def next(self, begun: int) -> tuple[int, ...]:
         """The patches of the next run, after so many runs were begun; () is the parent alone."""
@@ -174,9 +172,6 @@ class Screening:
         squares, products = held.T @ held / sd**2, held.T @ scores / sd**2
         scale = max(1.0, self.sd / SCALE)
         shares = np.tile(np.log(MIXTURE[:, 0]), (self.count, 1))
-        gains = MIXTURE[:, 1] < 0
-        for patch in self.likely:
-            shares[patch, gains] += math.log(PUBLISHED)
         means, sds = MIXTURE[:, 1] * scale, MIXTURE[:, 2] * scale
         effects, samples = np.zeros(self.count + 1), np.zeros((sweeps, self.count + 1))
         prior_mean, precision = np.zeros(self.count + 1), np.full(self.count + 1, 1 / self.sd**2)

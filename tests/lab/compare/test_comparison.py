@@ -251,7 +251,7 @@ def test_a_block_is_told_as_it_was_estimated():
 
     def screened(*effect, runs=1):
         block = session(CPU)
-        block.open(1, "shared", patches=[Patch(half.origin, half.title, half.edit.text, 0.1)], pairs=60)
+        block.open(1, "shared", patches=[Patch(half.origin, half.title, half.edit.text)], pairs=60)
         for seed in range(runs):
             block.run(1, 1.0, of=0, seed=200 + seed)
         block.decide(1, "discard", because("screened_in_vain", runs=runs, patches=1), effects={half.origin: effect})
