@@ -1,0 +1,169 @@
+"""Searches against each other for real: nights side by side on the devices of this machine, their bests confirmed.
+
+    python benchmarks/searches.py now=. before=../before:--no-findings --times 2 --gpus 2 --hours 0.3 --out FOLDER
+
+Each search is NAME=CLONE, whose last commit is used, with arguments for `lab night` after a colon. All sessions begin
+together, each in a clone and with a home of its own, on its share of the processor's cores. They take the datasets of
+this home, and profile, budget and the like from the environment (AUTORESEARCH_PROFILE, AUTORESEARCH_BUDGET). A night
+ends after --hours or --experiments; then `lab confirm --pairs` tests its best on new seeds and held-out rows, where
+something was kept. Journals are copied to --out. A proposal is far worse if it fails, or its first run is over 5 %
+worse than the baseline's mean. Searches are compared with the first one: Welch's 90 % interval of the difference of
+their means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import storage
+from lab.session.session import Session
+from lab.verdict import gate
+
+FAR_WORSE = 1.05
+TRIES = 3  # of a confirmation, which first carries out what the night left
+
+
+class Search(NamedTuple):
+    """A search by name: its clone, and arguments for `lab night`."""
+
+    name: str
+    clone: Path
+    arguments: list[str]
+
+
+def search(text: str) -> Search:
+    name, _, rest = text.partition("=")
+    clone, *arguments = rest.split(":")
+    if not name or not Path(clone, ".git").exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=CLONE or NAME=CLONE:--option, of a git clone")
+    return Search(name, Path(clone).resolve(), arguments)
+
+
+class Place(NamedTuple):
+    """Where a session runs: the cores, and the GPU if there are any."""
+
+    cores: list[int]
+    gpu: int | None
+
+
+def places(sessions: int, gpus: int) -> list[Place]:
+    """A place for each session: cores in equal parts, GPUs in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // sessions)
+    shares = [cores[i * share % len(cores) :][:share] for i in range(sessions)]
+    return [Place(own, i % gpus if gpus else None) for i, own in enumerate(shares)]
+
+
+def night(one: Search, tag: str, place: Place, work: Path, options) -> tuple[float, str]:
+    """(gain on held-out rows, a line of the table) of a night and its confirmation."""
+    home, clone = work / f"home-{tag}", work / tag
+    home.mkdir()
+    shutil.copytree(storage.home() / "data", home / "data")
+    subprocess.run(["git", "clone", "-q", one.clone, clone], check=True)
+    subprocess.run(["git", "checkout", "-q", "-B", "main"], cwd=clone, check=True)
+    settings = {"AUTORESEARCH_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(clone), *sys.path[2:]])}
+    if place.gpu is not None:
+        settings["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+
+    def lab(*arguments: str) -> None:
+        with open(options.out / f"{tag}.log", "a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "lab", *arguments],
+                cwd=clone,
+                env=os.environ | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: os.sched_setaffinity(0, place.cores),
+                check=False,  # its log says why, and the journal what there is
+            )
+
+    limits = [
+        f"--{name}={value}" for name, value in (("hours", options.hours), ("max-experiments", options.experiments))
+    ]
+    lab("night", "--tag", tag, *(limit for limit in limits if not limit.endswith("None")), *one.arguments)
+    (folder,) = home.glob(f"sessions/*/{tag}")
+    for _ in range(TRIES):
+        state = Session(folder).state
+        if not state.kept[1:] or state.confirmations():
+            break
+        lab("confirm", "--pairs", str(options.pairs), "--wait", "3600")
+    shutil.copy(folder / "journal.jsonl", options.out / f"{tag}.jsonl")
+    return told(Session(folder).state, tag)
+
+
+def told(state, tag: str) -> tuple[float, str]:
+    baseline, tried = state.mean(state.baseline), [e for e in state.tried if e.kind == "change"]
+    first = [run.bpb for e in tried for run in e.own_runs[:1] if run.ok]
+    worse = sum(bpb > FAR_WORSE * baseline for bpb in first) + len(tried) - len(first)
+    runs = sum(len(e.runs) for e in state.experiments.values() if e.kind != "confirm")
+    gain, said = 0.0, "nothing kept"
+    if state.kept[1:]:
+        gain, said = math.nan, "not confirmed"
+    for confirmation in state.confirmations():
+        if confirmation.verdict.gains:
+            gain, low, high = confirmation.verdict.gains["held_out_bpb"]
+            said = f"{gain:+.4f} ({low:.4f} to {high:.4f})"
+    kept = len(state.kept) - 1
+    return gain, f"{tag} | {len(tried)}, {runs} | {baseline:.4f} | {worse} of {len(tried)} | {kept} | {said}"
+
+
+def difference(own: list[float], other: list[float]) -> str:
+    """Mean difference and its 90 % interval, by Welch."""
+    mean = statistics.fmean(own) - statistics.fmean(other)
+    parts = [statistics.variance(gains) / len(gains) for gains in (own, other)]
+    if not sum(parts) > 0:
+        return f"{mean:+.4f}"
+    df = sum(parts) ** 2 / sum(part**2 / (len(gains) - 1) for part, gains in zip(parts, (own, other)))
+    half = gate.t_quantile(0.05, max(1, int(df))) * math.sqrt(sum(parts))
+    return f"{mean:+.4f} ({mean - half:.4f} to {mean + half:.4f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("searches", nargs="+", type=search, metavar="NAME=CLONE[:OPTION]")
+    parser.add_argument("--times", type=int, default=1, help="nights of each search, all at once")
+    parser.add_argument("--gpus", type=int, default=0, help="that the nights share, in turn")
+    parser.add_argument("--hours", type=float)
+    parser.add_argument("--experiments", type=int)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("searches"))
+    options = parser.parse_args()
+    if not (options.hours or options.experiments):
+        parser.error("say when a night ends: --hours or --experiments")
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    begun = [(one, f"{one.name}-{i}") for i in range(1, options.times + 1) for one in options.searches]
+    gains: dict[str, list[float]] = {one.name: [] for one in options.searches}
+    print("night | experiments, runs | baseline | over 5 % worse | kept | confirmed on held-out rows", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(begun)) as pool:
+        under_way = {
+            pool.submit(night, one, tag, place, Path(folder), options): one.name
+            for (one, tag), place in zip(begun, places(len(begun), options.gpus))
+        }
+        for done in as_completed(under_way):
+            gain, line = done.result()
+            print(line, flush=True)
+            gains[under_way[done]].append(gain)
+    for name, found in gains.items():
+        print(f"{name}: mean {statistics.fmean(found):+.4f} of {len(found)} nights")
+    first = gains[options.searches[0].name]
+    if options.times > 1:
+        for name, found in itertools.islice(gains.items(), 1, None):
+            print(f"{options.searches[0].name} less {name}: {difference(first, found)}")
+
+
+if __name__ == "__main__":
+    main()
