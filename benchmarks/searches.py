@@ -131,6 +131,11 @@ def difference(own: list[float], other: list[float]) -> str:
     return f"{mean:+.4f} ({mean - half:.4f} to {mean + half:.4f})"
 
 
+def rotated(searches: list[Search], by: int) -> list[Search]:
+    by %= len(searches)
+    return searches[by:] + searches[:by]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("searches", nargs="+", type=search, metavar="NAME=CLONE[:OPTION]")
@@ -145,7 +150,8 @@ def main() -> None:
         parser.error("say when a night ends: --hours or --experiments")
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    begun = [(one, f"{one.name}-{i}") for i in range(1, options.times + 1) for one in options.searches]
+    turns = range(options.times)  # each begins with another search, so that none has a GPU of its own
+    begun = [(one, f"{one.name}-{i + 1}") for i in turns for one in rotated(options.searches, i)]
     gains: dict[str, list[float]] = {one.name: [] for one in options.searches}
     print("night | experiments, runs | baseline | over 5 % worse | kept | confirmed on held-out rows", flush=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(begun)) as pool:
