@@ -20,6 +20,11 @@ from lab.verdict.plan import pooled
 
 FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
 STARTED = "device backend source".split()
+TOLD_APART = {  # what the runs of APART are called where the time is told
+    "confirm": "confirmations",
+    "scale": "the baseline with other training times",
+    "transfer": "transfers to another size",
+}
 DATACENTRE = r"g[bh]\d{3}|[ahbvlptkm]\d{1,3}[gs]?"  # A100, A10G, H200, GB200, GH200, L40S, V100, T4, M60
 
 
@@ -289,17 +294,17 @@ class Analysis:
     def shares(self) -> dict[str, float]:
         """Hours by what the session's time went to."""
         seconds: defaultdict[str, float] = defaultdict(float)
-        for number, runs in self.runs.items():
-            for run in runs:
-                if run.budget is None or not run.seconds:
-                    continue
-                trained = min(run.budget, run.seconds)
-                if self.confirms(run):
-                    seconds["confirmations"] += run.seconds
-                    continue
-                again = "training again: parents and further runs"
-                seconds["training the changes" if run.experiment == number else again] += trained
-                seconds["starting, compiling and evaluating runs"] += run.seconds - trained
+        for run in self.state.runs.values():  # also of those that are no change's, as shared runs are
+            if not run.ok or run.budget is None or not run.seconds:
+                continue
+            experiment, trained = self.state.experiments[run.experiment], min(run.budget, run.seconds)
+            if apart := TOLD_APART.get(experiment.kind):
+                seconds[apart] += run.seconds
+                continue
+            own = bool(run.patches) or experiment.kind not in MEASURING and run.blob == experiment.blob
+            again = "training again: parents and further runs"
+            seconds["training the changes" if own else again] += trained
+            seconds["starting, compiling and evaluating runs"] += run.seconds - trained
         if self.hours:
             seconds["time between runs, crashed runs, proposing changes"] = self.hours * 3600 - sum(seconds.values())
         return {what: amount / 3600 for what, amount in seconds.items() if amount > 1e-6}

@@ -12,6 +12,7 @@ from report_records import begun, replayed, session, source
 
 from lab.report import charts, page
 from lab.report.charts import overlapping
+from lab.session.events import Patch, RunEnded, RunStarted
 
 DESK, PHONE = (1120, 430), (360, 330)
 
@@ -111,6 +112,27 @@ def test_runs_beside_others_and_confirmations_are_told_apart():
     assert shares["training again: parents and further runs"] == pytest.approx(300 / 3600)
     confirmed = session(5, then=lambda builder: builder.confirm(9, 5, [1.1], [1.2], (0.1, 0.1, 0.1)))
     assert confirmed.shares["confirmations"] == pytest.approx(2 * 340 / 3600)
+
+
+def test_the_time_of_runs_that_are_no_changes_own_is_not_taken_for_time_between_runs():
+    builder = begun().baseline((1.2,) * 2)
+    patches = [Patch(f"published/{name}/{'a' * 12}", name, "A: 1 -> 2") for name in "ab"]
+    builder.open(1, "shared", blob=builder.state.experiments[0].blob, patches=patches, pairs=3)
+    for number, held in enumerate(([0], [1], []), 3):  # the last one is the parent alone
+        builder.take(
+            RunStarted(number=number, experiment=1, blob="f" * 40, budget=300.0, patches=held, time=builder.time)
+        )
+        builder.take(RunEnded(run=number, status="ok", result={"val_bpb": 1.19}, seconds=340.0))
+        builder.time += 340.0
+    builder.decide(1, "discard")
+    builder.open(2, "transfer", blob="e" * 40)
+    builder.run(2, 1.1)
+    builder.decide(2)
+    shares = analysed(builder).shares
+    assert shares["training the changes"] == pytest.approx((2 + 2) * 300 / 3600)
+    assert shares["training again: parents and further runs"] == pytest.approx(300 / 3600)
+    assert shares["transfers to another size"] == pytest.approx(340 / 3600)
+    assert not any(what.startswith("time between runs") for what in shares)
 
 
 def test_further_runs_of_an_experiment_are_in_the_time_too():
