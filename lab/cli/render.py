@@ -242,10 +242,9 @@ def status_facts(session: Session) -> dict:
     if replayed := sum(e.kind == "replay" for e in state.decided):
         known["replayed"] = replayed
     if confirmed := [e for e in state.decided if e.kind == "confirm"]:
-        usual = (e for e in reversed(confirmed) if e.budget == state.budget)
+        usual = filter(state.is_usual, reversed(confirmed))
         last = next(usual, confirmed[-1])  # one of another length says less of what the session searched for
-        beside = "" if last.budget == state.budget else f"in runs of {last.budget:g} s, "
-        known["confirmation"] = beside + last.came_to
+        known["confirmation"] = state.said_of(last)
     if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
         known["transfers"] = [e.came_to for e in carried]
     if any(e.kind == "scale" for e in state.decided):

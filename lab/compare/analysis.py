@@ -218,10 +218,9 @@ class Analysis:
         """Whether all that it tried were others' changes, on its baseline."""
         return bool(self.tried) and all(experiment.kind == "replay" for experiment in self.tried)
 
-    @cached_property
+    @property
     def confirmation(self) -> Experiment | None:
-        """The last one that is decided of something that was kept."""
-        return next(reversed(self.state.confirmations()), None)
+        return self.state.confirmation
 
     @property
     def kept_since(self) -> bool:
@@ -284,7 +283,7 @@ class Analysis:
             }
             known = {"number": experiment.number, "val_bpb": self.scores[experiment.number]} if experiment else {}
             facts[name] = known | figures if known else None
-        said = self.confirmation.verdict.said if self.confirmation else ""
+        said = self.state.said_of(self.confirmation) if self.confirmation else ""
         confirmed, noise = (value and asdict(value) for value in (self.confirmed, self.noise))
         curve, gained = (value and asdict(value) for value in (self.curve, self.gained))
         facts |= {"confirmed": confirmed, "confirmation": said, "noise": noise}

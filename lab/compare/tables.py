@@ -98,7 +98,8 @@ def _confirmed(session: Analysis) -> str:
     if not last or not last.verdict.gains or session.kept_since:
         return "no"
     gain, low, high = last.verdict.gains["held_out_bpb"]
-    return f"{'' if last.verdict.confirmed else 'not: '}{gain:+.5f} ({low:+.4f} to {high:+.4f})"
+    length = "" if session.state.is_usual(last) else f", after {last.budget:g} s"
+    return f"{'' if last.verdict.confirmed else 'not: '}{gain:+.5f} ({low:+.4f} to {high:+.4f}){length}"
 
 
 def _shown(effect: Effect) -> str:

@@ -239,14 +239,14 @@ def _headline(analysis: Analysis, price: float | None) -> Element:
 
 
 def _badge(analysis: Analysis) -> list:
-    verdict = analysis.confirmation and analysis.confirmation.verdict
-    if verdict is None or verdict.confirmed is None:
+    confirmation = analysis.confirmation
+    if confirmation is None or confirmation.verdict.confirmed is None:
         return [
             el("span", "Unconfirmed", class_="badge open"),
             " The scores that a change was kept for are biased in its favour. To measure it again, with new seeds "
             "and on held-out rows: python -m lab confirm",
         ]
-    sure, said = verdict.confirmed, cleaned(verdict.said, 400)
+    sure, said = confirmation.verdict.confirmed, cleaned(analysis.state.said_of(confirmation), 400)
     badge = el("span", "Confirmed" if sure else "Not confirmed", class_=f"badge {'yes' if sure else 'no'}")
     later = " A later change was kept, and is not confirmed." * analysis.kept_since
     return [badge, f" {said[:1].upper()}{said[1:]}.{later}"]

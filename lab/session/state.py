@@ -343,6 +343,26 @@ class State:
         kept = {experiment.blob for experiment in self.kept}
         return [e for e in self.decided if e.kind == "confirm" and (e.blob in kept) == of_kept]
 
+    @property
+    def confirmation(self) -> Experiment | None:
+        """The one that says most of what was kept: one that came to a result rather than one that failed, of the best
+        rather than of what was the best before, in runs as long as the session's; the last of several."""
+        best = self.best.blob if self.best else ""
+
+        def worth(e: Experiment) -> tuple:
+            return bool(e.verdict.gains), e.blob == best, self.is_usual(e), e.number
+
+        return max(self.confirmations(), key=worth, default=None)
+
+    def is_usual(self, confirmation: Experiment) -> bool:
+        """Whether its runs are as long as the session's."""
+        return confirmation.budget in (None, self.budget)
+
+    def said_of(self, confirmation: Experiment) -> str:
+        """What a confirmation came to, with the length of its runs where that is not the session's."""
+        beside = "" if self.is_usual(confirmation) else f"in runs of {confirmation.budget:g} s, "
+        return beside + confirmation.came_to
+
     def parent_of(self, experiment: Experiment) -> Experiment | None:
         """The experiment that it is judged against."""
         return None if experiment.onto is None else self.experiments[experiment.onto]

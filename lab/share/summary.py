@@ -28,7 +28,6 @@ def summary(record: Record) -> str:
     rest = [e for e in tried if e.number not in listed]
     counts = Counter(e.status for e in tried)
     runs = Counter(run.status for run in state.runs.values() if run.status)
-    confirmations = [e.verdict.said for e in state.confirmations()]
     facts = {
         "device": started.device,
         "backend": started.backend,
@@ -43,7 +42,7 @@ def summary(record: Record) -> str:
         "val_bpb": ", ".join(_scores(record)),
         "changes tried": f"{len(tried)}; better: {counts['keep']}; not better: {counts['discard']}; crashed: "
         f"{counts['crash']}; could not be judged: {counts['invalid']}",
-        "confirmation": confirmations[-1] if confirmations else UNCONFIRMED,
+        "confirmation": state.said_of(state.confirmation) if state.confirmation else UNCONFIRMED,
     }
     for transfer in (e for e in decided if e.kind == "transfer" and e.pairs):
         facts[f"transfer {transfer.number}"] = transfer.verdict.said

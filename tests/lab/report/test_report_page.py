@@ -11,7 +11,10 @@ import pytest
 from records import Builder, analysed
 from report_records import HOSTILE, begun, replayed, session, source
 
+from lab.compare import tables
+from lab.compare.comparison import compare
 from lab.report import charts, page
+from lab.share.summary import summary
 
 FILES = Path(page.__file__).parent
 ATTRIBUTES = set(
@@ -176,6 +179,26 @@ def test_what_was_kept_after_a_confirmation_is_not_called_confirmed():
     assert "is not confirmed" in confirmed(kept_later)
     both = confirmed(lambda builder: (kept_later(builder), builder.confirm(8, 7, [1.1], [1.2], (0.02, 0.01, 0.03))))
     assert "is not confirmed" not in both
+
+
+def test_a_confirmation_that_failed_or_was_of_another_length_does_not_take_the_place_of_the_sessions():
+    def longer(builder, number):
+        builder.confirm(number, 5, [1.1], [1.2], (0.001, -0.01, 0.012))
+        builder.state.experiments[number].budget = 1200.0
+
+    def then(builder):
+        builder.confirm(6, 5, [1.1], [1.2], (0.02, 0.01, 0.03))
+        builder.confirm(7, 5, [1.1], [1.2], None)
+        longer(builder, 8)
+
+    whole, alone = session(5, then=then), session(5, then=lambda builder: longer(builder, 6))
+    badges = [parsed(analysis).texts["span"] for analysis in (whole, alone)]
+    assert "Confirmed" in badges[0] and "Not confirmed" in badges[1]
+    assert "+0.02000 (+0.0100 to +0.0300)  " in tables.text(compare([whole]))
+    assert "not: +0.00100 (-0.0100 to +0.0120), after 1200 s" in tables.text(compare([alone]))
+    assert "+0.020000 bits per byte" in summary(whole.record)
+    assert "In runs of 1200 s, on held-out rows" in parsed(alone).text
+    assert "confirmation: in runs of 1200 s, on held-out rows" in summary(alone.record)
 
 
 def test_every_experiment_has_a_row_that_opens():

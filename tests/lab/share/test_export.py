@@ -197,7 +197,7 @@ def test_only_the_sessions_own_runs_are_told_as_its_scores(session, tmp_path):
     before = [line for line in summary(sources.read(session.name)).split("\n") if "val_bpb: baseline" in line]
     confirm(session, budget=1200.0)
     text = summary(sources.read(session.name))
-    assert before[0] in text.split("\n") and "confirmation: on held-out rows and 2 new seeds" in text
+    assert before[0] in text.split("\n") and "confirmation: in runs of 1200 s, on held-out rows and 2 new seeds" in text
 
 
 def test_near_misses_are_told_as_such(session, sent):
