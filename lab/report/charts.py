@@ -36,6 +36,7 @@ SIGNS = {  # by kind of experiment: colour, matplotlib's marker, its size in pix
     "near": ("near", "o", 7, "○", "near misses: better, but could not be told from chance"),
     "replayed": ("replay", "o", 7, "○", "replayed, and better than the baseline"),
     "crash": ("crash", "x", 7, "×", "crashed or invalid (at the bottom)"),
+    "moved": ("discard", "|", 7, "|", "superseded: not judged, as the best had changed (at the bottom)"),
     "kept": ("best", ".", 10, "●", "kept: the line is the best so far"),
 }
 LABELS, ROWS = 40, 3  # kept steps that are tried to be named, and rows above and below a step that are tried for it
@@ -152,7 +153,7 @@ def _kind(analysis: Analysis, number: int, high: float) -> str:
     """The sign in SIGNS for an experiment, in a chart that ends at a score."""
     experiment, score = analysis.experiments[number], analysis.scores.get(number)
     if score is None:
-        return "crash"
+        return "moved" if experiment.status == "superseded" else "crash"
     if experiment.status == "keep":
         return "replayed" if experiment.kind == "replay" else "kept"
     return "far" if score > high else "near" if experiment.near_miss else "discard"

@@ -52,6 +52,12 @@ def test_each_experiment_is_drawn_once_where_it_belongs():
     assert heights == sorted(heights, reverse=True)  # lower scores are lower
 
 
+def test_a_superseded_change_is_not_drawn_as_a_crash():
+    chart = drawn(session(6, then=lambda builder: builder.change(7, [1.1], "superseded", onto=5)))
+    assert marks(chart, "moved") == 1 and marks(chart, "crash") == 0
+    assert any(meaning.startswith("superseded") for _, _, meaning in chart.legend)
+
+
 def test_the_line_is_the_best_so_far():
     analysis = session(20)
     (line,) = artists(drawn(analysis), "best")
