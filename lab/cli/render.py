@@ -126,6 +126,9 @@ def block(session: Session, experiment: Experiment) -> str:
     if known["val_bpb"] is not None:
         beside = f", its parent {known['parent_val_bpb']:.6f}" if known["parent_val_bpb"] is not None else ""
         runs = sum(run["of"] == "change" and run["status"] == "ok" for run in known["runs"])
+        if experiment.kind == "repeat":  # its mean is over what was run for earlier experiments, too
+            believed = session.state.believed(experiment.blob).values()
+            runs = sum(run.experiment <= experiment.number for run in believed)
         lines.append(f"  val_bpb           {known['val_bpb']:.6f} (mean of {runs}){beside}")
         evidence = experiment.decided and experiment.decided.evidence
         if evidence and abs(evidence.corrected) >= 5e-7:

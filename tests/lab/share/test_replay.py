@@ -10,6 +10,7 @@ import sessions
 from exports import BASE, begun, replayed, with_
 from sessions import attempt, git
 
+from lab.cli import render
 from lab.errors import LabError
 from lab.reasons import because
 from lab.session import events
@@ -294,6 +295,7 @@ def test_a_later_call_adds_runs(session, tmp_path, capsys, runner):
     assert "6 runs against 6" in said
     (repeat,) = of(session, "repeat")
     assert len(session.state.results(first.blob)) == 6 and repeat.status == "keep"
+    assert "(mean of 6)" in render.block(session, repeat)  # those made before, too: the score is over all
     assert account_of(session.state) == account
     assert session.state.best.number == 0 and repeat.here == first.here
     assert {row["commit"] for row in sessions.rows_of(session.ledger) if row["origin"]} == {first.commit[:7]}
