@@ -228,7 +228,7 @@ def _notes(analyses: list[Analysis]) -> list[str]:
         notes.append("these sessions did not all train for the same time: a change may need a longer run to help")
     for a, b in combinations(analyses, 2):
         scores, others = ([run.bpb for run in each.state.runs.values() if run.ok] for each in (a, b))
-        if len(scores) > 1 and scores == others and a.started.device != b.started.device:
+        if len(scores) > 1 and scores == others:
             notes.append(f"{a.name} and {b.name} hold the same scores: one may be a copy of the other")
     return notes
 
