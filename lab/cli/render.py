@@ -12,7 +12,7 @@ from lab import untrusted
 from lab.session.events import Sampled
 from lab.session.record import Record
 from lab.session.session import Session
-from lab.session.state import APART, Experiment, Run
+from lab.session.state import APART, MEASURING, Experiment, Run
 from lab.untrusted import counted
 from lab.verdict import gate, near_misses
 from lab.verdict.opening import said_of_held
@@ -216,7 +216,7 @@ def status_facts(session: Session) -> dict:
         "sandbox": started.sandbox,
         "dataset": started.dataset,
         "eval": started.eval,
-        "experiments": max(0, len(state.experiments) - 1),
+        "experiments": sum(bool(e.number) and e.kind not in MEASURING for e in state.experiments.values()),
         "held": session.held,
         "night": session.owned_by_night,
     }

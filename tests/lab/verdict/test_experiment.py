@@ -320,6 +320,7 @@ def test_confirmations_at_another_budget_are_no_results(session):
     confirm(session, pairs=2)
     assert (noise_of(session.state), state.results(state.best.blob)) == before
     assert f"\nconfirmation: in runs of {session.state.last.budget:g} s, " in render.status(session)
+    assert ": 1 experiment, 1 kept, 0 discarded" in render.status(session)  # a confirmation tries nothing new
 
 
 def test_a_seed_of_its_own_is_no_way_to_be_kept(session):
