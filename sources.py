@@ -20,6 +20,7 @@ from storage import DataError, digest_of, disk_full, home, sha256
 
 REFILL_DOCUMENTS = 128  # what the packing buffer takes in at once
 DOCUMENT_CHARS = 6_000  # a text file is cut at the first line end after as many: short documents pack without waste
+MOST_CHARS = 12_000  # a longer line is cut, too: of a document longer than a row the packer drops the rest
 SUFFIXES = [".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".hpp", ".js", ".ts", ".java", ".go", ".rs", ".sh"]
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the last shard is for validation
@@ -158,7 +159,7 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
             yield from refills(list(pieces(text)))
 
     def documents(chosen: list[str]) -> Documents:
-        return Documents(digest_of(DOCUMENT_CHARS, chosen), partial(read, chosen))
+        return Documents(digest_of(DOCUMENT_CHARS, MOST_CHARS, chosen), partial(read, chosen))
 
     validation, held_out, train = ordered[:first], ordered[first:second], ordered[second:]
     return Source(name, origin, [documents(train)], documents(validation), documents(held_out), eval_rows)
@@ -260,11 +261,14 @@ def read_text(path: Path) -> tuple[str, str | None]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A text file cut into documents, each at the first line end after `DOCUMENT_CHARS` characters."""
+    """A text file cut into documents, each at the first line end after `DOCUMENT_CHARS` characters; if none comes
+    before `MOST_CHARS`, at the first blank after as many, or there."""
     start = 0
     while start < len(text):
-        newline = text.find("\n", start + DOCUMENT_CHARS)
-        end = len(text) if newline < 0 else newline + 1
+        first, last = start + DOCUMENT_CHARS, start + MOST_CHARS
+        end = text.find("\n", first, last) + 1
+        if not end:
+            end = len(text) if len(text) <= last else text.find(" ", first, last) + 1 or first
         yield text[start:end]
         start = end
 

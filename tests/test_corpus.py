@@ -87,7 +87,22 @@ def test_long_files_are_cut_at_line_ends():
     parts = list(sources.pieces(text))
     assert "".join(parts) == text and len(parts) > 5
     assert all(part.endswith("\n") and 6000 <= len(part) < 6200 for part in parts[:-1])
-    assert list(sources.pieces("a" * 20_000)) == ["a" * 20_000] and list(sources.pieces("")) == []
+    assert list(sources.pieces("a" * 12_000)) == ["a" * 12_000] and list(sources.pieces("")) == []
+
+
+@pytest.mark.parametrize("unit", ["word ", "a", "é"])
+def test_a_long_line_is_cut_and_none_of_it_is_lost(unit):
+    text = unit * 10_000
+    parts = list(sources.pieces(text))
+    assert "".join(parts) == text and all(len(part) <= 12_000 for part in parts)
+    assert unit != "word " or all(part.endswith("word ") for part in parts)
+    assert list(sources.pieces(text + "\n" + text)) != [text + "\n" + text]
+
+
+def test_most_of_the_text_in_long_lines_is_trained_on(tmp_path, texts):
+    data = prepared("--dataset", write_files(tmp_path / "a", [text.replace("\n", " ") * 20 for text in texts]))
+    rows = sum(1 for _ in dataset.pack(data.batches()))
+    assert rows * dataset.ROW > 0.6 * data.train_tokens
 
 
 def test_shares():
