@@ -237,17 +237,21 @@ def intact_parts(folder: Path, source: Source, keys: dict[str, str], pool: Threa
         return {}
     if old["origin"] != source.origin:
         raise DataError(f"{source.name} was prepared from {old['origin']}; choose another name with --name")
-    parts = {stem: part for stem, part in old["parts"].items() if part["key"] == keys.get(stem)}
-    stems, paths, known = [], [], []
-    for stem, part in parts.items():
-        for name, facts in part["files"].items():
-            stems.append(stem)
-            paths.append(folder / name)
-            known.append(facts)
-    for stem, problem in zip(stems, pool.map(damage, paths, known), strict=True):
-        if problem:
-            print(f"{problem}; it is made again")
-            parts.pop(stem, None)
+    try:
+        parts = {stem: part for stem, part in old["parts"].items() if part["key"] == keys.get(stem)}
+        stems, paths, known = [], [], []
+        for stem, part in parts.items():
+            for name, facts in part["files"].items():
+                stems.append(stem)
+                paths.append(folder / name)
+                known.append(facts)
+        for stem, problem in zip(stems, pool.map(damage, paths, known), strict=True):
+            if problem:
+                print(f"{problem}; it is made again")
+                parts.pop(stem, None)
+    except (KeyError, TypeError, AttributeError):  # as `dataset.opened` has it, which says to run this
+        print(f"{folder / 'manifest.json'} is damaged; all is made again")
+        return {}
     return parts if "tokenizer" in parts else {}  # its tokens are in all other parts
 
 

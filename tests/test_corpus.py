@@ -352,6 +352,18 @@ def test_interrupted_repair_keeps_what_is_whole(copy, monkeypatch, capsys):
     assert made == ["validation"] and prepare.open_data("tiny")
 
 
+@pytest.mark.parametrize("parts", [[], {"tokenizer": {}}, {"tokenizer": None}, None])
+def test_a_damaged_manifest_is_repaired_by_the_command_that_opening_names(copy, capsys, parts):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"parts": parts}))
+    with pytest.raises(DataError, match="damaged"):
+        prepare.open_data("tiny")
+    assert corpus.main(manifest["command"].split()[2:]) == 0
+    assert "manifest.json is damaged" in capsys.readouterr().out
+    assert prepare.open_data("tiny").eval_tag == manifest["eval_tag"]
+
+
 # ---- the command ----
 
 
