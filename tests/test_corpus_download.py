@@ -188,6 +188,14 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, isolated_home, cause):
     assert calls == ["download"] and str(isolated_home) in str(caught.value) and "hub" not in str(caught.value)
 
 
+def test_a_home_that_cannot_be_written_is_not_the_hubs_fault(prepared, hub, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "file" / "home"))
+    status, output = prepared("--num-shards", "1")
+    assert status == 1 and "set AUTORESEARCH_HOME to a folder that you can write to" in output
+    assert "trying again" not in output and "HF_ENDPOINT" not in output
+
+
 def test_unreachable(prepared):
     status, output = prepared("--num-shards", "1", endpoint="http://127.0.0.1:9")
     assert status == 1 and "could not download" in output and "HF_ENDPOINT" in output and "Traceback" not in output
