@@ -78,12 +78,15 @@ def open_data(name: str | None = None) -> Data:
     """The dataset that a run trains on and is scored by; see `dataset.open_data`.
 
     A run begins here, so an older result where `AUTORESEARCH_RESULT` points is removed: a run that crashes leaves none.
-    Stop if its budget can't be read, before anything is compiled.
+    Stop if its budget can't be read, or its result could not be written there, before anything is compiled.
     """
     budget()
     terminal.spell_what_is_missing()
-    if (result := result_path()) and result.is_file():
-        result.unlink()
+    if result := result_path():
+        if result.is_dir() or result.suffix == ".safetensors":  # the weights' place, beside it, would be the same
+            raise Stop(f"AUTORESEARCH_RESULT must be a file to write JSON to, as result.json is; {result} can't be one")
+        if result.is_file():
+            result.unlink()
     return dataset.open_data(name)
 
 

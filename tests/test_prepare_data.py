@@ -15,7 +15,7 @@ from texts import prepared, sentences, write_files
 import dataset
 import prepare
 import storage
-from storage import DataError
+from storage import DataError, Stop
 
 ROOT = os.path.dirname(prepare.__file__)
 
@@ -57,6 +57,15 @@ def test_opening_removes_an_older_result(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_RESULT", os.devnull)
     prepare.open_data("tiny")
     assert os.path.exists(os.devnull)
+
+
+@pytest.mark.parametrize("name", [".", "/", "weights.safetensors"])
+def test_a_result_that_could_not_be_written_is_refused_before_training(copy, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / name))
+    (tmp_path / "weights.safetensors").write_text("of an earlier run")
+    with pytest.raises(Stop, match="AUTORESEARCH_RESULT"):
+        prepare.open_data("tiny")
+    assert (tmp_path / "weights.safetensors").exists()
 
 
 def test_nothing_is_read_in_the_locales_encoding(copy):
