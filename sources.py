@@ -131,7 +131,8 @@ def parquet_source(name: str, origin: str, paths: list[Path]) -> Source:
 def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, eval_rows) -> Source:
     """Text files in the order of their hashes, wherever they lie; exact duplicates and empty files dropped.
 
-    The first files are validation, the next held-out, the rest training (`shares` says how many).
+    The first files are validation, the next held-out, the rest training (`shares` says how many). DataError if one
+    large file leaves little for training.
     """
     found = {}  # sha256 -> (path, characters)
     skipped = []
@@ -144,7 +145,14 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
     if skipped:
         print(f"skipped {len(skipped)} files that are not UTF-8 text: {', '.join(sorted(skipped)[:3])} ...")
     ordered = sorted(found)
-    first, second = shares([found[digest][1] for digest in ordered])
+    lengths = [found[digest][1] for digest in ordered]
+    first, second = shares(lengths)
+    if sum(lengths[second:]) < sum(lengths) / 4 and max(lengths) > sum(lengths) / 2:
+        path, length = max(found.values(), key=lambda file: file[1])
+        raise DataError(
+            f"too few files: {path} alone is {length / sum(lengths):.0%} of the text: a file is never divided "
+            "among training, validation and held-out rows; cut it into twenty files or more"
+        )
     if second >= len(ordered):
         raise DataError(
             f"too small: {len(ordered)} different files ending in {' '.join(suffixes)} under {origin} are not enough "

@@ -272,9 +272,22 @@ def test_tokenizer_limits(tmp_path):
 @pytest.mark.parametrize("count, length", [(0, 0), (1, 5000), (2, 5000), (5, 3)])
 def test_too_small_for_a_validation_row(tmp_path, capsys, count, length):
     folder = write_files(tmp_path / "a", [sentences(i, length) for i in range(count)])
-    assert "too small" in fails(capsys, "--dataset", folder)
+    assert ("too few files" if length == 5000 else "too small") in fails(capsys, "--dataset", folder)
     with pytest.raises(DataError):
         prepare.open_data()
+
+
+@pytest.mark.parametrize("others", [0, 2, 40])
+def test_one_large_file_does_not_leave_training_without_text(tmp_path, capsys, others):
+    """Whichever part its hash puts it in."""
+    for attempt in range(8):
+        large = sentences(attempt, 3000) * 5
+        folder = write_files(tmp_path / f"{attempt}", [large, *(sentences(100 + i, 60) for i in range(others))])
+        if corpus.main(["--dataset", str(folder), "--name", f"of-{attempt}"]):
+            told = capsys.readouterr().err
+            assert f"{folder / '0.txt'} alone is" in told and "cut it into" in told
+        else:
+            assert large[:5000] in "".join(decoded(prepare.open_data()))
 
 
 def test_too_small_parquet(tmp_path, capsys):
