@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from storage import home
+from storage import DataError, home, read_json, write_json
 
 owner = ""  # whose trials these are, where a machine has several devices; set by the backend
 
@@ -24,24 +24,12 @@ def remember(key: str, trial, lasting=lambda result: True):
     not `lasting` is not kept: a full GPU or a missing compiler may be gone in the next run.
     """
     path = home() / f"trials{owner}.json"
-    known = _read(path)
+    known = read_json(path) or {}
     if key not in known:
         result = trial()
         if not lasting(result):
             return result
-        known = {**_read(path), key: result}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(known, indent=1))
-            temporary.replace(path)
-        except OSError:  # a read-only home only means that the trial is repeated
-            pass
+        known = {**(read_json(path) or {}), key: result}
+        with suppress(DataError):  # a read-only home only means that the trial is repeated
+            write_json(path, known)
     return known[key]
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -209,8 +209,9 @@ def test_a_trial_is_remembered_and_survives_a_damaged_file(tmp_path, monkeypatch
     assert trials.remember("a", lambda: 1) == 1 and trials.remember("a", lambda: 2) == 1
     assert trials.remember("b", lambda: 3) == 3
     assert json.loads((tmp_path / "trials.json").read_text()) == {"a": 1, "b": 3}
-    (tmp_path / "trials.json").write_text("{")
-    assert trials.remember("a", lambda: 4) == 4
+    for number, damaged in enumerate(["{", "null", "[]", "5"]):
+        (tmp_path / "trials.json").write_text(damaged)
+        assert trials.remember("a", lambda: number) == number
 
 
 def test_a_passing_failure_is_not_remembered(tmp_path, monkeypatch):
