@@ -240,7 +240,9 @@ def begin(session: Session, order: Order, worker: str = "") -> Run:
 
 
 def ended(session: Session, run: Run, made: Outcome) -> None:
-    """Journals how a run ended, whose files are in its folder."""
+    """Journals how a run ended, whose files are in its folder: which is not there yet if the process that began it was
+    killed just then."""
+    session.run_folder(run.number).mkdir(parents=True, exist_ok=True)
     sync_files(session.run_folder(run.number))
     session.log(events.RunEnded(run=run.number, **vars(made)))  # pyright: ignore[reportArgumentType]
 

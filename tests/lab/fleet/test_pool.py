@@ -103,6 +103,17 @@ def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_
     assert pool.devices["cpu"].run is run
 
 
+def test_a_run_whose_head_was_killed_before_it_made_the_folder_is_given_up(tmp_path):
+    session = make(tmp_path / "project")
+    pool = Pool(session)
+    order = orders(session.state)[0]
+    assert order.job
+    run = session.start_run(order.experiment, order.job.blob, order.job.seed, order.job.budget, worker="cpu")
+    assert pool.makes(run) and not session.run_folder(run.number).exists()
+    pool._give_up(pool.devices["cpu"])
+    assert run.status == "lost" and pool.devices["cpu"].run is None
+
+
 def test_a_device_with_a_full_disk_gets_no_other_run(tmp_path):
     session, asked = make(tmp_path / "project"), []
     pool = Pool(session)
