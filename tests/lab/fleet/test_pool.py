@@ -47,10 +47,11 @@ def test_two_devices_work_at_once_and_a_head_that_is_killed_fetches_what_they_ma
     night = begin(project, isolated_home, 4, "cpu,cpu")
 
     def all_have_begun() -> bool:
-        """Whether the workers have received what the journal says that they run."""
+        """Whether both workers have received what the journal says that they run: neither is about to be sent a run,
+        which would be lost with the head."""
         under_way = [run for run in state_of(project).runs.values() if run.ended is None]
         begun = [any(isolated_home.glob(f"fleet/*/runs/{run.number:04d}/train.py")) for run in under_way]
-        return any(run.experiment for run in under_way) and all(begun)
+        return len(under_way) == 2 and any(run.experiment for run in under_way) and all(begun)
 
     until(all_have_begun)
     for head in processes(project, "supervise"):
