@@ -42,13 +42,19 @@ def exclusive(
     device: bool = False,
 ):
     """The session to oneself, resumed. LabError while something runs; `device`: also on its device, of another one."""
-    try:
-        lock = session.lock.acquire(timeout=patience, poll_interval=0.01)
-    except filelock.Timeout:
-        raise LabError(RUNNING) from None
-    with lock:
-        if session.starting:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            lock = session.lock.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.01)
+        except filelock.Timeout:
+            raise LabError(RUNNING) from None
+        if not session.starting:
+            break
+        session.lock.release()  # to a process that is about to take it; one that has just let go of it is about to end
+        if time.monotonic() > deadline:
             raise LabError(RUNNING)
+        time.sleep(POLL)
+    with lock:
         for line in session.recover(runner.end, lambda run: bool(run.worker)):  # of a worker's the next head decides
             say(line)
         if device:

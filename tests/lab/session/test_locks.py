@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -131,6 +132,19 @@ def test_a_supervisor_that_has_no_lock_yet_counts(session):
     while session.starting and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not session.supervised
+
+
+def test_a_supervisor_that_has_let_go_of_the_lock_and_is_about_to_end_is_waited_for(session):
+    """A night opened nothing after a verdict, and told of trouble."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
+    storage.write_json(
+        session.folder / SUPERVISOR, {"pid": process.pid, "created": psutil.Process(process.pid).create_time()}
+    )
+    waiting = threading.Thread(target=process.wait)
+    waiting.start()
+    with opening.exclusive(session, patience=20.0):
+        assert not session.starting and session.lock.is_locked
+    waiting.join()
 
 
 def test_a_pause_that_somebody_asks_for_while_a_night_checks_stays(session):
