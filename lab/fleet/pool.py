@@ -89,6 +89,7 @@ class Pool:
 
     session: Session
     devices: dict[str, Device] = field(default_factory=dict)
+    _known: dict = field(default_factory=dict)  # session.fleet, as it was when this head began
     _started: dict[str, psutil.Process] = field(default_factory=dict)  # workers on this machine
     _starts: Counter[str] = field(default_factory=Counter)  # of each of them, since it was ready
     _told: float = 0.0
@@ -96,6 +97,7 @@ class Pool:
 
     def __enter__(self) -> Pool:
         session, known = self.session, self.session.fleet or {}
+        self._known = known
         self.folder, self.wanted = session.folder / "fleet", list(known.get("devices", []))
         session.restore_judge()
         self.version, self.archive = version(session.local.judge), archive_of(session.judge, session.local.judge)
@@ -134,6 +136,8 @@ class Pool:
 
     def begin(self, orders: list[Order]) -> bool:
         state, begun = self.session.state, False
+        if self._is_outdated():
+            return False
         usable = [device.name for device in self.devices.values() if self._usable(device)]
         for order in orders:
             if order.score is not None and self._is_lost(state.runs[order.score].worker):
@@ -162,9 +166,14 @@ class Pool:
             self._stopping = None
         self._tell()
         busy = any(device.run for device in self.devices.values())
-        if session.held:
+        if session.held or self._is_outdated():
             return busy
         return busy or night or bool(session.state.open)
+
+    def _is_outdated(self) -> bool:
+        """Whether a night with other devices has taken the place of the one that this head was started for: it ends
+        once nothing is under way, and the night starts another, or makes the runs by itself."""
+        return (self.session.fleet or {}) != self._known
 
     # --- Workers come and go ---
 

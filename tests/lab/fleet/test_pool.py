@@ -9,7 +9,7 @@ import pytest
 from nights import begin, impatient, processes, state_of, until
 from sessions import check, make
 
-from lab.fleet import here
+from lab.fleet import here, settings
 from lab.fleet.pool import Device, Pool
 from lab.fleet.wire import Alive, begun
 from lab.fleet.worker import ARCHIVE, Worker, archive_of, files_of
@@ -113,6 +113,21 @@ def test_a_run_whose_head_was_killed_before_it_made_the_folder_is_given_up(tmp_p
     assert pool.makes(run) and not session.run_folder(run.number).exists()
     pool._give_up(pool.devices["cpu"])
     assert run.status == "lost" and pool.devices["cpu"].run is None
+
+
+def test_a_head_ends_where_another_night_has_other_devices(project, monkeypatch):
+    """Its own night was killed, and it went on for the next one, which could begin nothing."""
+    session = project
+    monkeypatch.setattr(Pool, "_look_after_started", lambda pool: None)
+    settings.choose(session, ["cpu", "cpu:1"])
+    with session.night_lock, Pool(session) as pool:
+        assert pool.wait()
+        run = executor.begin(session, orders(session.state)[0], "cpu")
+        pool.makes(run)
+        settings.choose(session, [])
+        assert pool.wait() and not pool.begin(orders(session.state))
+        pool._give_up(pool.devices["cpu"])
+        assert not pool.wait()
 
 
 def test_a_device_with_a_full_disk_gets_no_other_run(tmp_path):
