@@ -304,8 +304,11 @@ def reference(session: Session, blob: str) -> dict:
 def score_again(session: Session, experiment: Experiment, run: Run) -> None:
     """Scores a run's saved weights in a fresh process, on validation and held-out rows."""
     asked = request(session, run)
+    weights = asked.folder / "result.safetensors"
+    if run.worker and not weights.exists():  # an earlier night's, whose devices are not this one's
+        return scored(session, experiment, run, because("weights_lost"))
     try:
-        scores = runner.score(asked, asked.folder / "result.safetensors")
+        scores = runner.score(asked, weights)
     except runner.Halted:  # the weights are there still: nothing was lost
         return
     scored(session, experiment, run, scores)

@@ -16,7 +16,7 @@ from lab.reasons import because
 from lab.run.outcome import Outcome
 from lab.session.session import Session
 from lab.verdict import executor, gate, opening
-from lab.verdict.plan import MOST_LOST, TRIES, account_of, noise_of
+from lab.verdict.plan import MOST_LOST, TRIES, account_of, noise_of, orders
 
 
 @pytest.fixture
@@ -112,6 +112,21 @@ def test_a_failed_run_is_recorded_and_restored(session, fails):
     row = sessions.rows_of(session.ledger)[-1]
     assert (row["status"], row["val_bpb"]) == (fails, None)
     assert train_of(session) == TRAIN and status_of(session) == ""
+
+
+def test_a_change_whose_weights_another_nights_worker_has_is_run_once_more(session, runner):
+    """The night had several devices, and the one that continues it has only the session's own."""
+    (session.repository.path / FILE).write_bytes(edited(LOSS=0.9))
+    with opening.exclusive(session):
+        opening.open_change(session, "m")
+    while order := next((each for each in orders(session.state) if each.job), None):
+        run = executor.begin(session, order, worker="cpu:1")
+        made = runner.run(executor.request(session, run))
+        (session.run_folder(run.number) / "result.safetensors").unlink()
+        executor.ended(session, run, made)
+    runs = len(session.state.runs)
+    executor.supervise(session)
+    assert session.state.last.status == "keep" and len(session.state.runs) == runs + 1
 
 
 def test_a_score_that_the_weights_do_not_have_is_invalid(session):
