@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -14,6 +15,7 @@ import psutil
 import storage
 
 POLL = 0.05  # seconds
+SAME_START = 0.005  # seconds; the system counts in hundredths
 UNENDABLE = 10.0  # seconds after which a process that was killed hangs in the kernel, and is given up
 
 
@@ -66,16 +68,20 @@ def note(path: Path, pid: int) -> psutil.Process | None:
     """Writes down a process, for `noted`; gives it. None, and no file, if it has ended already."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        storage.write_json(path, {"pid": pid, "created": process.create_time()})
+        created = process.create_time()
+        storage.write_json(path, {"pid": pid, "created": created, "after_boot": created - psutil.boot_time()})
         return process
 
 
 def noted(path: Path) -> psutil.Process | None:
-    """The process that was written down there, if it still runs: a later one with its number is another."""
+    """The process that was written down there, if it still runs: a later one with its number is another. On Linux both
+    the time of its start and that of the system's move with a clock that is set."""
     known = storage.read_json(path) or {}
     with suppress(KeyError, psutil.Error):
         process = psutil.Process(known["pid"])
-        return process if process.create_time() == known["created"] and runs(process) else None
+        created = process.create_time()
+        moved = abs(created - psutil.boot_time() - known.get("after_boot", math.inf)) < SAME_START
+        return process if (created == known["created"] or moved) and runs(process) else None
 
 
 def runs(process: psutil.Process) -> bool:

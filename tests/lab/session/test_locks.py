@@ -16,6 +16,7 @@ import sessions
 import storage
 from backends import machine
 from lab.errors import LabError
+from lab.run import processes
 from lab.session.locks import Lock, device_lock, is_held
 from lab.session.session import SUPERVISOR, Session
 from lab.verdict import executor, opening
@@ -145,6 +146,17 @@ def test_a_supervisor_that_has_let_go_of_the_lock_and_is_about_to_end_is_waited_
     with opening.exclusive(session, patience=20.0):
         assert not session.starting and session.lock.is_locked
     waiting.join()
+
+
+def test_a_process_is_known_after_the_clock_was_set(tmp_path, monkeypatch):
+    """`lab leave` found no worker, and the next head started another beside it."""
+    processes.note(tmp_path / "worker.json", os.getpid())
+    created, boot = psutil.Process.create_time, psutil.boot_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) - 3600)
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot() - 3600)
+    assert processes.noted(tmp_path / "worker.json")
+    monkeypatch.setattr(psutil, "boot_time", boot)
+    assert processes.noted(tmp_path / "worker.json") is None  # another process
 
 
 def test_a_pause_that_somebody_asks_for_while_a_night_checks_stays(session):
