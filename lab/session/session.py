@@ -81,6 +81,7 @@ class Session:
             raise LabError(f"{folder / 'session.json'} can't be read ({error})") from error
         self.journal = Journal(folder / "journal.jsonl")
         self.state = State(self.journal.events)
+        self._taken = len(self.journal.events)  # into the state
         self.lock = Lock(folder / "lock")
         self.night_lock = Lock(folder / "night.lock")
 
@@ -129,12 +130,19 @@ class Session:
 
     def log(self, event: Event) -> None:
         """Journals an event, and takes it into the state."""
-        for new in self.journal.append(event):
-            self.state.take(new)
+        try:
+            self.journal.append(event)
+        finally:  # if it failed, others' events were read all the same
+            self._take()
 
     def refresh(self) -> None:
         """Takes in what others have journalled."""
-        for event in self.journal.refresh():
+        self.journal.refresh()
+        self._take()
+
+    def _take(self) -> None:
+        for event in self.journal.events[self._taken :]:
+            self._taken += 1
             self.state.take(event)
 
     def write_ledger(self) -> str | None:

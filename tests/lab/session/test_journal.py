@@ -1,5 +1,6 @@
 """The journal: what was appended is there, what a power failure cut short is not, and nothing is taken for an event."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -208,3 +209,16 @@ def test_a_journal_that_became_shorter_is_left_as_it_is(path):
     with pytest.raises(LabError, match="shorter than it was"):
         journal.append(failed(1))
     assert path.read_bytes() == copy
+
+
+def test_what_others_wrote_counts_also_where_writing_fails(tmp_path, monkeypatch):
+    session = sessions.make(tmp_path / "project")
+    Session(session.folder).log(failed(0))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("lab.session.journal.sync", full)
+    with pytest.raises(OSError, match="full"):
+        session.log(failed(0))
+    assert session.state.experiments[0].failures == 1
