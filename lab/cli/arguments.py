@@ -18,7 +18,11 @@ EXCLUSIVE = [  # of two one would be ignored
     ("--describe", "--devices"),
     ("--describe", "--name"),
 ]
-RANGES = [  # of options of a night
+RANGES = [
+    ("wait", 0, math.inf),
+    ("pairs", 2, 100),
+    ("times", 0.01, 100),
+    ("depth", 0.01, 100),
     ("agents", 0, math.inf),
     ("turn_seconds", 0.1, math.inf),
     ("offers", 0, 1),
@@ -187,15 +191,15 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
             whole.error(f"{' and '.join(both)} don't go together: give one of them")
     if options.command == "export" and options.replace and not options.publish:
         whole.error("--replace is for a branch: give --publish, too")
+    for name, low, high in RANGES:
+        if (value := getattr(options, name, None)) is not None and not low <= value <= high:
+            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            whole.error(f"--{name.replace('_', '-')} has to be {limit}, not {value:g}")
     if options.command == "night":
         if options.agent is not None and not options.agent.strip():
             whole.error("--agent needs a command")
         for name, given in (("agents", options.agents), ("turn-seconds", options.turn_seconds != TURN)):
             if given and not options.agent:
                 whole.error(f"--{name} is for an agent: give --agent COMMAND, too")
-        for name, low, high in RANGES:
-            if (value := getattr(options, name)) is not None and not low <= value <= high:
-                limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                whole.error(f"--{name.replace('_', '-')} has to be {limit}, not {value:g}")
         options.findings = options.agent is None if options.findings is None else options.findings
     return options

@@ -84,8 +84,6 @@ def _finished_first(interrupted: Experiment, left: str) -> str:
 
 def do_confirm(session: Session, options) -> int:
     times = 1.0 if options.times is None else options.times
-    if options.pairs < 2 or not 0 < times < math.inf:
-        raise LabError("--pairs has to be at least 2, and --times a number above 0")
 
     def open_experiment() -> None:
         if options.scale:
@@ -99,8 +97,6 @@ def do_confirm(session: Session, options) -> int:
 def do_transfer(session: Session, options) -> int:
     """Opens two experiments: the baseline in another size, which is not judged, and on it the best in that size. With
     --each two for each kept change: its parent, and the change."""
-    if options.pairs < 2 or not (0 < options.times < math.inf and 0 < options.depth < math.inf):
-        raise LabError("--pairs has to be at least 2, and --depth and --times numbers above 0")
     if options.depth == options.times == 1:
         raise LabError(
             "with --depth 1 and --times 1 nothing is another size: python -m lab confirm tests the best as it is"

@@ -51,11 +51,15 @@ def test_options_of_a_night_that_make_no_sense(given, said, capsys):
     ("confirm --scale --times 4", "--scale and --times don't go together"),
     ("export x.tar.gz --publish", "--publish and target don't go together"),
     ("export x.tar.gz --replace", "--replace is for a branch: give --publish, too"),
+    ("confirm --times 1e300", "--times has to be from 0.01 to 100, not 1e+300"),
+    ("confirm --pairs 1", "--pairs has to be from 2 to 100, not 1"),
+    ("transfer --depth nan", "--depth has to be from 0.01 to 100, not nan"),
+    ("wait --wait nan", "--wait has to be at least 0, not nan"),
     ("join x.invitation --describe x", "--describe and invitation don't go together"),
     ("join --describe x --devices cpu", "--describe and --devices don't go together"),
     ("join --describe x --name a", "--describe and --name don't go together"),
 ])  # fmt: skip
-def test_an_option_that_would_be_ignored_is_refused(given, said, capsys):
+def test_an_option_that_would_be_ignored_or_has_no_meaning_is_refused(given, said, capsys):
     with pytest.raises(SystemExit) as ended:
         parsed(given.split())
     assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -133,10 +133,16 @@ def test_one_change_that_cannot_be_resized_stops_all_before_anything_is_journale
     assert len(session.journal.events) == events and session.state.oldest_open is None
 
 
-@pytest.mark.parametrize("sizes", [("--depth", "nan"), ("--times", "inf"), ("--depth", "1"), ("--depth", "-2")])
-def test_sizes_that_make_no_sense_are_refused(session, sizes):
+@pytest.mark.parametrize("sizes", [("--depth", "nan"), ("--times", "inf"), ("--depth", "-2")])
+def test_sizes_that_make_no_sense_are_refused(sizes, capsys):
+    with pytest.raises(SystemExit):
+        parsed(["transfer", *sizes])
+    assert f"{sizes[0]} has to be from 0.01 to 100" in capsys.readouterr().err
+
+
+def test_the_same_size_is_none(session):
     with pytest.raises(LabError, match="--depth"):
-        commands.do_transfer(session, parsed(["transfer", *sizes]))
+        commands.do_transfer(session, parsed(["transfer", "--depth", "1"]))
 
 
 def test_a_baseline_that_is_still_the_best_has_nothing_that_could_carry(tmp_path, runner, monkeypatch):
