@@ -1,17 +1,21 @@
 """Fixtures for all tests: a home of their own, and a small prepared dataset."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import corpus  # noqa: E402
+import dataset  # noqa: E402
 import prepare  # noqa: E402
+from fakes import Backend, Bigram  # noqa: E402
 from texts import sentences, write_files  # noqa: E402
 
 
@@ -58,3 +62,23 @@ def copy(tiny_home, isolated_home) -> Path:
     """The folder of a dataset `tiny` that may be damaged."""
     shutil.copytree(tiny_home, isolated_home)
     return isolated_home / "data" / "tiny"
+
+
+@pytest.fixture
+def model(tiny_data):
+    rows = np.stack(list(dataset.pack(tiny_data.batches()))[:40])
+    return Bigram(tiny_data).train(rows)
+
+
+@pytest.fixture
+def run(tiny_data):
+    """A run that has just begun: backend, model, loader, clock."""
+    backend, model = Backend(), Bigram(tiny_data)
+    with prepare.Loader(tiny_data, 2) as loader:
+        yield backend, model, loader, prepare.Clock(backend, model, loader, seconds=100)
+
+
+@pytest.fixture
+def result(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "out" / "result.json"))
+    return lambda: json.loads((tmp_path / "out" / "result.json").read_text())

@@ -6,18 +6,11 @@ import numpy as np
 import pytest
 from fakes import Backend, Bigram, OutOfMemory, nats
 
-import dataset
 import evaluator
 import prepare
 
 from prepare import Invalid, evaluate_bpb
 from storage import DataError
-
-
-@pytest.fixture
-def model(tiny_data):
-    rows = np.stack(list(dataset.pack(tiny_data.batches()))[:40])
-    return Bigram(tiny_data).train(rows)
 
 
 # ---- the score ----

@@ -1,6 +1,5 @@
 """The clock of a training run: what it counts, and which training it refuses."""
 
-import json
 import math
 import time
 
@@ -8,30 +7,9 @@ import numpy as np
 import pytest
 from fakes import Backend, Bigram
 
-import dataset
 import prepare
 
 from prepare import Clock, Diverged, Invalid, Loader, evaluate_bpb
-
-
-@pytest.fixture
-def model(tiny_data):
-    rows = np.stack(list(dataset.pack(tiny_data.batches()))[:40])
-    return Bigram(tiny_data).train(rows)
-
-
-@pytest.fixture
-def run(tiny_data):
-    """A run that has just begun: backend, model, loader, clock."""
-    backend, model = Backend(), Bigram(tiny_data)
-    with Loader(tiny_data, 2) as loader:
-        yield backend, model, loader, Clock(backend, model, loader, seconds=100)
-
-
-@pytest.fixture
-def result(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "out" / "result.json"))
-    return lambda: json.loads((tmp_path / "out" / "result.json").read_text())
 
 
 # ---- the clock ----

@@ -1,7 +1,6 @@
 """What a run leaves: weights, its report, a sketch of its initial weights."""
 
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from fakes import Backend, Bigram
 
-import dataset
 import prepare
 import results
 import storage
@@ -19,26 +17,6 @@ import storage
 from prepare import Clock, Invalid, Loader, evaluate_bpb, report
 from results import BY_NAME
 from results import MEASURES
-
-
-@pytest.fixture
-def model(tiny_data):
-    rows = np.stack(list(dataset.pack(tiny_data.batches()))[:40])
-    return Bigram(tiny_data).train(rows)
-
-
-@pytest.fixture
-def run(tiny_data):
-    """A run that has just begun: backend, model, loader, clock."""
-    backend, model = Backend(), Bigram(tiny_data)
-    with Loader(tiny_data, 2) as loader:
-        yield backend, model, loader, Clock(backend, model, loader, seconds=100)
-
-
-@pytest.fixture
-def result(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "out" / "result.json"))
-    return lambda: json.loads((tmp_path / "out" / "result.json").read_text())
 
 
 # ---- weights and report ----

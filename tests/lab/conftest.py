@@ -14,18 +14,6 @@ from lab.session import repository
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-JUDGED = (
-    "prepare.py",
-    "evaluator.py",
-    "dataset.py",
-    "disturbance.py",
-    "storage.py",
-    "results.py",
-    "terminal.py",
-    "backends",
-    "calibration",
-    "lab",
-)
 BUDGET = 0.1
 
 
@@ -41,7 +29,7 @@ def disk_is_not_waited_for(monkeypatch) -> None:
 def pinned(tmp_path_factory) -> Path:
     """What a judge consists of, with the bytecode that the lab's first command leaves there: each test has a copy."""
     folder = tmp_path_factory.mktemp("judge")
-    for source in (*(ROOT / name for name in JUDGED), HERE / "fake_backend.py"):
+    for source in (*(ROOT / name for name in sessions.JUDGED), HERE / "fake_backend.py"):
         if source.is_dir():
             shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

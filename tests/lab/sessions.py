@@ -19,6 +19,7 @@ import pytest
 import backends
 import storage
 from calibration import profile, rule
+from lab.fleet.worker import CODE
 from lab.genome.syntax import describe
 from lab.reasons import Reason
 from lab.run import runner, sandbox
@@ -33,6 +34,7 @@ from lab.verdict import executor, opening
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+JUDGED = (*CODE, "terminal.py")
 DEVICE, TAG = "fake-1gb", "night"
 TRAIN = b"LOSS = 1.0\nNOISE = 0.001\nFAILS = None\nLEAK = 0.0\n"
 PROFILE = {
@@ -57,24 +59,12 @@ def repository(path: Path, train: bytes = TRAIN, project: bool = False) -> Repos
     (path / "prepare.py").write_text("BUDGET = 300\n")
     (path / "program.md").write_text("be good\n")
     if project:
-        for name in ("backends", "calibration", "findings", "lab"):
-            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for source in (
-            *(
-                ROOT / name
-                for name in (
-                    "prepare.py",
-                    "evaluator.py",
-                    "dataset.py",
-                    "disturbance.py",
-                    "storage.py",
-                    "results.py",
-                    "terminal.py",
-                )
-            ),
-            HERE / "fake_backend.py",
-        ):
-            shutil.copy(source, path)
+        for name in ("findings", *JUDGED):
+            if name.endswith(".py"):
+                shutil.copy(ROOT / name, path)
+            else:
+                shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(HERE / "fake_backend.py", path)
         (path / ".gitignore").write_text("__pycache__/\n")
     git(path, "add", ".")
     git(path, "commit", "-qm", "first")
