@@ -56,8 +56,7 @@ def contribute(target: Path | None, quick: bool, budget: float) -> Path:
     target = target or Path(f"{hardware.slug}-{hardware.backend}.tar.gz")
     if target.exists():
         raise storage.DataError(f"{target} exists; remove it, or name another file")
-    with storage.writing(target):  # before the work: whether it can be
-        tempfile.TemporaryFile(dir=target.parent).close()
+    storage.require_writable(target)  # before the work
     _command(ROOT, "prepare.py", "--dataset", DATASET)
     if not _calibrated(hardware):
         _command(ROOT, "-m", "calibration", *["--quick"] * quick)

@@ -30,7 +30,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ import evaluator
 import terminal
 from dataset import FIRST_ROWS, MAX_SEQ_LEN, Data, inputs_and_targets
 from results import MEASURES, Diverged, Invalid, fill
-from storage import DataError, Stop, home, write_json, writing
+from storage import DataError, Stop, home, require_writable, write_json
 
 TIME_BUDGET = 300  # seconds of training
 CURVE = 32  # points of the training loss that a run tells
@@ -176,8 +175,7 @@ class Clock:
     def __init__(self, backend, model, loader: Loader, seconds: float | None = None):
         refuse_in_turn()
         if EXAM not in os.environ:  # else the harness made the folder
-            with writing(weights_path()), TemporaryFile(dir=weights_path().parent):
-                pass
+            require_writable(weights_path())
         self.backend, self.loader = backend, loader
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
 
-from storage import DataError, digest_of, disk_full, home, sha256, writing
+from storage import DataError, digest_of, disk_full, home, require_writable, sha256
 
 REFILL_DOCUMENTS = 128  # what the packing buffer takes in at once
 DOCUMENT_CHARS = 6_000  # a text file is cut at the first line end after as many: short documents pack without waste
@@ -365,8 +364,7 @@ def fetch(repository: str, name: str) -> None:
         print(f"{path} differs from the file on Hugging Face; downloading it again")
         path.unlink()
     if not path.exists():
-        with writing(path), TemporaryFile(dir=path.parent):  # what can't be written here is not the hub's fault
-            pass
+        require_writable(path)  # that it is not is no fault of the hub's
         download = partial(hf_hub_download, repository, name, repo_type="dataset", local_dir=path.parent)
         with_or_without_token(download, what)
     if not is_parquet(path) or expected not in (None, sha256(path)):

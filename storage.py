@@ -15,6 +15,7 @@ import threading
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 try:
     import fcntl
@@ -75,6 +76,12 @@ def writing(path: Path):
         if not advice and home() in path.parents:
             advice = "; set AUTORESEARCH_HOME to a folder that you can write to"
         raise DataError(f"could not write {path} ({error}){advice}") from error
+
+
+def require_writable(path: Path) -> None:
+    """DataError if no file can be made where `path` is to be (see `writing`)."""
+    with writing(path), TemporaryFile(dir=path.parent):
+        pass
 
 
 @contextmanager

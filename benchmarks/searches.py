@@ -14,7 +14,6 @@ their means.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import shutil
@@ -90,14 +89,12 @@ def night(one: Search, tag: str, place: Place, work: Path, options) -> tuple[flo
                 check=False,  # its log says why, and the journal what there is
             )
 
-    limits = [
-        f"--{name}={value}" for name, value in (("hours", options.hours), ("max-experiments", options.experiments))
-    ]
-    lab("night", "--tag", tag, *(limit for limit in limits if not limit.endswith("None")), *one.arguments)
+    limits = {"hours": options.hours, "max-experiments": options.experiments}
+    lab("night", "--tag", tag, *(f"--{name}={limit}" for name, limit in limits.items() if limit), *one.arguments)
     (folder,) = home.glob(f"sessions/*/{tag}")
     for _ in range(TRIES):
         state = Session(folder).state
-        if not state.kept[1:] or state.confirmations():
+        if not state.kept[1:] or state.confirmation:
             break
         lab("confirm", "--pairs", str(options.pairs), "--wait", "3600")
     shutil.copy(folder / "journal.jsonl", options.out / f"{tag}.jsonl")
@@ -112,10 +109,9 @@ def told(state, tag: str) -> tuple[float, str]:
     gain, said = 0.0, "nothing kept"
     if state.kept[1:]:
         gain, said = math.nan, "not confirmed"
-    for confirmation in state.confirmations():
-        if confirmation.verdict.gains:
-            gain, low, high = confirmation.verdict.gains["held_out_bpb"]
-            said = f"{gain:+.4f} ({low:.4f} to {high:.4f})"
+    if state.confirmation and state.confirmation.verdict.gains:
+        gain, low, high = state.confirmation.verdict.gains["held_out_bpb"]
+        said = f"{gain:+.4f} ({low:.4f} to {high:.4f})"
     kept = len(state.kept) - 1
     return gain, f"{tag} | {len(tried)}, {runs} | {baseline:.4f} | {worse} of {len(tried)} | {kept} | {said}"
 
@@ -165,10 +161,9 @@ def main() -> None:
             gains[under_way[done]].append(gain)
     for name, found in gains.items():
         print(f"{name}: mean {statistics.fmean(found):+.4f} of {len(found)} nights")
-    first = gains[options.searches[0].name]
-    if options.times > 1:
-        for name, found in itertools.islice(gains.items(), 1, None):
-            print(f"{options.searches[0].name} less {name}: {difference(first, found)}")
+    first, *others = (one.name for one in options.searches)
+    for name in others if options.times > 1 else ():
+        print(f"{first} less {name}: {difference(gains[first], gains[name])}")
 
 
 if __name__ == "__main__":
