@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compare
 from compare import truth
 
+from calibration.noise import EXPONENT
 from lab.compare import comparison
 from lab.compare.classify import CLASSES, OPEN
 from lab.session.events import ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, Verdict
 from lab.verdict import gate
 from lab.verdict.plan import SCALES
 
-BUDGET, FEWER = 300.0, 0.62  # noise ~ time ** -FEWER, see calibration/noise.py
+BUDGET = 300.0
 # device -> ((amplitude, exponent), ...), offset, standard deviation of a run after BUDGET seconds
 DEVICES = {
     "A": (((0.08, 0.25),), 0.90, 0.0005),
@@ -60,7 +61,7 @@ class Device(compare.Device):
         self.state.take(ExperimentOpened(number=number, kind="scale", blob="0", onto=0, pairs=runs))
         for share in SCALES:
             for seed in range(runs):
-                run, noise = self.state.next_run(), DEVICES[self.name][2] * share**-FEWER
+                run, noise = self.state.next_run(), DEVICES[self.name][2] * share**-EXPONENT
                 facts = {"blob": "0", "seed": 10**5 + seed, "budget": BUDGET * share}
                 self.state.take(RunStarted(number=run, experiment=number, **facts))
                 result = {"val_bpb": self.rng.gauss(score(self.name, BUDGET * share), noise), "eval": "e"}

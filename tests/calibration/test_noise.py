@@ -1,19 +1,17 @@
-"""The first guess of the noise: what was measured, and nothing wild beyond."""
-
-import statistics
+"""The first guess of the noise: near what was measured, and nothing wild beyond."""
 
 import pytest
 
 from calibration import noise
 
-CPU = [(1.295997, 1.406228), (1.468043, 1.421168), (1.598899, 1.599246), (1.409094, 1.568586), (1.240109, 1.364797)]
-H200 = [0.491579, 0.495459, 0.495623, 0.496301]
+# Tokens, and the standard deviation between seeds over val_bpb: benchmarks/README.md, "How far seeds are apart".
+MEASURED = [(2.8e8, 0.0033), (2.8e8, 0.0043), (1.05e8, 0.0047), (7.3e7, 0.0045), (2.83e7, 0.0074), (1.31e7, 0.0112)]
+ON_CPUS = [(9e4, 0.0033), (8e4, 0.0023), (3e4, 0.0045), (3e4, 0.0065)]
 
 
-def test_it_goes_through_what_was_measured():
-    shares = [statistics.stdev(pair) / statistics.fmean(pair) for pair in CPU]
-    assert noise.expected(5e6) == pytest.approx(statistics.fmean(s**2 for s in shares) ** 0.5, rel=0.1)
-    assert noise.expected(2.8e8) == pytest.approx(statistics.stdev(H200) / statistics.fmean(H200), rel=0.05)
+@pytest.mark.parametrize("tokens, share", MEASURED + ON_CPUS)
+def test_it_is_near_what_was_measured(tokens, share):
+    assert share / 3 < noise.expected(tokens) < 3 * share
 
 
 def test_it_falls_with_tokens_and_has_a_limit():
