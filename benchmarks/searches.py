@@ -3,8 +3,8 @@
     python benchmarks/searches.py now=. before=../before:--no-findings --times 2 --gpus 2 --hours 0.3 --out FOLDER
 
 Each search is NAME=CLONE, whose last commit is used, with arguments for `lab night` after a colon. All sessions begin
-together, each in a clone and with a home of its own, on its share of the processor's cores. They take the datasets of
-this home, and profile, budget and the like from the environment (AUTORESEARCH_PROFILE, AUTORESEARCH_BUDGET). A night
+together, each in a clone and with a home of its own, on its share of the processor's cores. They take the datasets and
+profiles of this home, and what the environment sets (AUTORESEARCH_PROFILE, AUTORESEARCH_BUDGET). A night
 ends after --hours or --experiments; then `lab confirm --pairs` tests its best on new seeds and held-out rows, where
 something was kept. Journals are copied to --out. A proposal is far worse if it fails, or its first run is over 5 %
 worse than the baseline's mean. Searches are compared with the first one: Welch's 90 % interval of the difference of
@@ -68,8 +68,9 @@ def places(sessions: int, gpus: int) -> list[Place]:
 def night(one: Search, tag: str, place: Place, work: Path, options) -> tuple[float, str]:
     """(gain on held-out rows, a line of the table) of a night and its confirmation."""
     home, clone = work / f"home-{tag}", work / tag
-    home.mkdir()
-    shutil.copytree(storage.home() / "data", home / "data")
+    for name in ("data", "profiles"):  # one calibration for all
+        if (storage.home() / name).is_dir():
+            shutil.copytree(storage.home() / name, home / name)
     subprocess.run(["git", "clone", "-q", one.clone, clone], check=True)
     subprocess.run(["git", "checkout", "-q", "-B", "main"], cwd=clone, check=True)
     settings = {"AUTORESEARCH_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(clone), *sys.path[2:]])}
