@@ -5,10 +5,10 @@
     -ops.attention(q, k, v, self.window)
     +ops.attention(gain * q, k, v, self.window)
 
-A variable that has the first value gets the second one. One that has another value makes the same step from there, on
-its scale; or none, if it is at the second value already or beyond, or the step leaves bounds that a comment states. A
-pattern of windows gets the second one, unless its share of long ones is beyond that already. The text that is replaced
-has to stand in its definition once, and may be a part of a line.
+A variable that has the first value, or one on the way to the second one, gets the second one. If it is there already or
+beyond, nothing is done. From a value on the other side it makes the same step, on its scale, unless that leaves bounds
+that a comment states. A pattern of windows gets the second one, unless its share of long ones is beyond that already. The
+text that is replaced has to stand in its definition once, and may be a part of a line.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Step:
         if (now - after) * (after - before) >= 0:
             raise Already(f"{self.name} is {here.written(here.value)}")
         value = new.value
-        if here.value != old.value:
+        if (before - now) * (after - before) > 0:
             if here.scale == "log" and here.kind != "decay" and min(before, after) <= 0:
                 raise NotHere(f"{self.name} has a logarithmic range here, where zero has no place")
             for _ in range(WIDER):
@@ -70,7 +70,7 @@ class Step:
                 here = here.wider()
             value = here.at(place)
             if value == here.value:
-                raise NotHere(f"{self.name} can't go further than {here.written(value)}")
+                raise NotHere(f"{self.name} is {here.written(value)} after this step, too")
         return block.write(source, {self.name: value})
 
     def meets(self, other: Step | Swap) -> bool:

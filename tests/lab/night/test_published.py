@@ -175,18 +175,27 @@ def test_other_sizes_start_as_they_should(rows, name, backend):
         ("MATRIX_LR: 0.04 -> 0.03", "OTHER = 1", NotHere),
         ("DEPTH: defaults.depth -> defaults.depth - 2", "DEPTH = defaults.depth * 2", NotHere),
         ("BATCH: defaults.batch -> defaults.batch // 2", "BATCH = defaults.batch + 1024", NotHere),
-        ("WARM_RATIO: 0.0 -> 0.1", "WARM_RATIO = 0.01  # [0.001 .. 0.5, log]", NotHere),
+        (
+            "WARM_RATIO: 0.0 -> 0.1",
+            "WARM_RATIO = 0.01  # [0.001 .. 0.5, log]",
+            "WARM_RATIO = 0.1   # [0.001 .. 0.5, log]",
+        ),
+        ("WARM_RATIO: 0.1 -> 0.0", "WARM_RATIO = 0.2  # [0.001 .. 0.5, log]", NotHere),
         ("SOFTCAP: 15 -> 20", "SOFTCAP = 12", "SOFTCAP = 17"),  # beyond where a search begins
-        ("ROPE_BASE: 10000 -> 200000", "ROPE_BASE = 20000", "ROPE_BASE = 400000"),
+        ("ROPE_BASE: 10000 -> 200000", "ROPE_BASE = 20000", "ROPE_BASE = 200000"),  # on the way
+        ("ROPE_BASE: 10000 -> 200000", "ROPE_BASE = 5000", "ROPE_BASE = 100000"),
+        ("BATCH: defaults.batch -> defaults.batch // 4", "BATCH = defaults.batch // 2", "BATCH = defaults.batch // 4"),
         ("MUON_BETA2: 0.95 -> 0.98", "MUON_BETA2 = 0.3", "MUON_BETA2 = 0.72"),
-        ("WARM_RATIO: 0.2 -> 0.5", "WARM_RATIO = 0.4", "WARM_RATIO = 0.7"),
-        ("DOWN_RATIO: 0.2 -> 0.9", "DOWN_RATIO = 0.5", "DOWN_RATIO = 1.0"),  # the whole, and no more
+        ("WARM_RATIO: 0.2 -> 0.5", "WARM_RATIO = 0.4", "WARM_RATIO = 0.5"),
+        ("WARM_RATIO: 0.2 -> 0.5", "WARM_RATIO = 0.1", "WARM_RATIO = 0.4"),
+        ("DOWN_RATIO: 0.8 -> 0.1", "DOWN_RATIO = 0.9", "DOWN_RATIO = 0.2"),
         (
             "W: prepare.MAX_SEQ_LEN // 8 -> prepare.MAX_SEQ_LEN",
             "W = prepare.MAX_SEQ_LEN // 2",
             "W = prepare.MAX_SEQ_LEN",
         ),
-        ("LAYERS: 12 -> 3", "LAYERS = 5", "LAYERS = 1"),
+        ("LAYERS: 12 -> 3", "LAYERS = 5", "LAYERS = 3"),
+        ("LAYERS: 12 -> 3", "LAYERS = 16", "LAYERS = 4"),
         ("LR: 0.04 -> 0.02", "LR = 0.05  # [0.045 .. 0.3, log]", NotHere),
         ("LR: 0.04 -> 0.02", "LR = 0.05  # [0.025 .. 0.3, log]", "LR = 0.025  # [0.025 .. 0.3, log]"),
         ('PATTERN: defaults.window_pattern -> "L"', 'PATTERN = "L"', Already),
