@@ -7,8 +7,8 @@
 
 A variable that has the first value, or one on the way to the second one, gets the second one. If it is there already or
 beyond, nothing is done. From a value on the other side it makes the same step, on its scale, unless that leaves bounds
-that a comment states. A pattern of windows gets the second one, unless its share of long ones is beyond that already. The
-text that is replaced has to stand in its definition once, and may be a part of a line.
+that a comment states. A pattern of windows gets the second one, unless its share of long ones is beyond that already.
+The text that is replaced has to stand in its definition once, and may be a part of a line.
 """
 
 from __future__ import annotations
