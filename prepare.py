@@ -568,4 +568,4 @@ if __name__ == "__main__":
     import corpus
 
     terminal.spell_what_is_missing()
-    sys.exit(corpus.main(sys.argv[1:]))
+    sys.exit(terminal.printed(lambda: corpus.main(sys.argv[1:])))

@@ -50,7 +50,8 @@ def spell_what_is_missing() -> None:
 
 
 def printed(main: Callable[[], int | None]) -> int | None:
-    """The exit status of a command. Whoever reads its output, such as head, may have read enough before its end."""
+    """The exit status of a command. Whoever reads its output, such as head, may have read enough before its end; or
+    ends the command with Ctrl-C."""
     try:
         status = main()
         if sys.stdout:  # else it was closed from the start
@@ -59,6 +60,9 @@ def printed(main: Callable[[], int | None]) -> int | None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def step(title: str, command: list[str], log: Path, expected: float, **settings) -> int:

@@ -31,3 +31,10 @@ def test_what_is_missing_is_spelt():
     )
     assert printed("-c", program, encoding="ascii") == "Zollner 5 +- 1  deg C -> ... ? fi ? 5? us\n"
     assert printed("-c", program, encoding="utf-8").startswith("Zöllner 5 ± 1 °C → …")
+
+
+def test_a_command_that_is_interrupted_says_so_and_no_more():
+    interrupt = "lambda: os.kill(os.getpid(), signal.SIGINT)"
+    program = f"import os, signal, sys, terminal; sys.exit(terminal.printed({interrupt}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")

@@ -33,7 +33,8 @@ def pick() -> torch.device:
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if wanted:
         kind, _, index = wanted.partition(":")
-        if kind not in available or (kind == "cuda" and index and int(index) >= torch.cuda.device_count()):
+        known = {str(i) for i in range(torch.cuda.device_count() if kind == "cuda" else 1)}
+        if kind not in available or index not in known | {""} or wanted.endswith(":"):
             why = f" ({without_cuda()})" if kind == "cuda" and kind not in available else ""
             raise BackendError(
                 f"AUTORESEARCH_DEVICE={wanted}: PyTorch {torch.__version__} has here only {', '.join(available)}{why}"

@@ -167,6 +167,8 @@ def _columns(fields: list[str], name: str) -> tuple[list[str], list[str]]:
     columns = [COLUMNS.get(field, field) if COLUMNS.get(field) not in fields else field for field in fields]
     if missing := [column for column in NEEDED if column not in columns]:
         raise Wrong(f"it has no column {missing[0]}")
+    if twice := [column for column in NEEDED if columns.count(column) > 1]:
+        raise Wrong(f"it has two columns {twice[0]}; leave the one that is meant")
     taken = [f"{old} for {new}" for old, new in zip(fields, columns) if old != new]
     taken += [f"{old} for {new}" for old, new in MEASURED.items() if old in fields and old != new]
     return columns, [f"{name}: these columns were used: {', '.join(taken)}"] * bool(taken)
@@ -226,7 +228,7 @@ def _row(columns: Sequence[str], fields: list[str], commas: bool, unread: Counte
     if len(fields) != len(columns):
         raise ValueError(f"it has {len(fields)} fields instead of {len(columns)}")
     texts = dict(zip(columns, fields)) | {name: "" for name in ("commit", "memory_gb") if name not in columns}
-    row: dict = {**texts}
+    row: dict = {**texts, "status": texts["status"].strip().lower()}
 
     def number(name: str, most: float = MOST) -> float | None:
         text = texts[name].replace(",", ".") if commas else texts[name]

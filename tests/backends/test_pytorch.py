@@ -66,7 +66,7 @@ def test_tools_of_another_version_than_the_driver_hide_no_gpu(tmp_path, monkeypa
         device.pick()
 
 
-@pytest.mark.parametrize("wanted", ["cuda", "tpu", "cuda:7"])
+@pytest.mark.parametrize("wanted", ["cuda", "tpu", "cuda:7", "cpu:x", "cpu:1", "cpu:"])
 def test_a_device_that_is_not_there(monkeypatch, without_cuda, wanted):
     monkeypatch.setenv("AUTORESEARCH_DEVICE", wanted)
     with pytest.raises(BackendError, match=f"AUTORESEARCH_DEVICE={wanted}: PyTorch .* has here only cpu"):

@@ -374,9 +374,15 @@ def test_a_first_row_that_crashed_is_no_baseline():
 
 
 def test_a_header_in_capitals_old_line_ends_and_a_tab_too_many():
-    text = "Commit\tVal_bpb\tMemory_gb\tStatus\tDescription\ra\t.95\t1\tkeep\tbaseline\t\r"
+    text = "Commit\tVal_bpb\tMemory_gb\tStatus\tDescription\ra\t.95\t1\tKEEP \tbaseline\t\r"
     rows, notes = parse(text.encode(), "x.tsv")
-    assert [row["val_bpb"] for row in rows] == [0.95] and not notes
+    assert [(row["val_bpb"], row["status"]) for row in rows] == [(0.95, "keep")] and not notes
+
+
+@pytest.mark.parametrize("column", ["val_bpb", "status", "description"])
+def test_a_column_that_is_there_twice_is_refused(column):
+    with pytest.raises(Wrong, match=f"two columns {column}; leave the one that is meant"):
+        parse(f"commit\tval_bpb\tstatus\tdescription\t{column}\na\t1.1\tkeep\tx\t1.2\n".encode(), "x.tsv")
 
 
 def test_the_energy_of_another_programs_runs_counts(tmp_path):
