@@ -245,9 +245,10 @@ def status_facts(session: Session) -> dict:
     if replayed := sum(e.kind == "replay" for e in state.decided):
         known["replayed"] = replayed
     if confirmed := [e for e in state.decided if e.kind == "confirm"]:
-        usual = filter(state.is_usual, reversed(confirmed))
-        last = next(usual, confirmed[-1])  # one of another length says less of what the session searched for
-        known["confirmation"] = state.said_of(last)
+        # One that failed says nothing, and one of another length less of what the session searched for.
+        known["confirmation"] = state.said_of(
+            max(confirmed, key=lambda e: (bool(e.verdict.gains), state.is_usual(e), e.number))
+        )
     if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
         known["transfers"] = [e.came_to for e in carried]
     if any(e.kind == "scale" for e in state.decided):

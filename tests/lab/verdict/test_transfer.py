@@ -164,6 +164,11 @@ def test_a_file_is_confirmed_against_the_baseline(session, tmp_path, monkeypatch
     analysis = Analysis(Record(session.state, session.repository.content(session.state.baseline.blob)))
     assert analysis.confirmation is None and analysis.confirmed is None  # of the best nothing was measured
     assert "\nconfirmation: the train.py of other.py: " in render.status(session)
+    (crashing := tmp_path / "crashing.py").write_bytes(better(0.8) + b'FAILS = "crash"\n')
+    commands.do_confirm(session, parsed(["confirm", "--file", str(crashing), "--pairs", "2"]))
+    executor.supervise(session)
+    assert session.state.last.status == "crash"
+    assert "\nconfirmation: the train.py of other.py: " in render.status(session)  # a later failure hides nothing
     path.write_bytes(b"# only a comment\n" + session.repository.content(session.state.baseline.blob))
     with pytest.raises(LabError, match="other.py is the baseline's train.py, comments left aside"):
         commands.do_confirm(session, parsed(["confirm", "--file", str(path)]))
