@@ -32,9 +32,9 @@ def pick() -> torch.device:
     wanted = os.environ.get("AUTORESEARCH_DEVICE")
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if wanted:
-        kind, _, index = wanted.partition(":")
-        known = {str(i) for i in range(torch.cuda.device_count() if kind == "cuda" else 1)}
-        if kind not in available or index not in known | {""} or wanted.endswith(":"):
+        kind, numbered, index = wanted.partition(":")
+        known = map(str, range(torch.cuda.device_count() if kind == "cuda" else 1))
+        if kind not in available or (numbered and index not in known):
             why = f" ({without_cuda()})" if kind == "cuda" and kind not in available else ""
             raise BackendError(
                 f"AUTORESEARCH_DEVICE={wanted}: PyTorch {torch.__version__} has here only {', '.join(available)}{why}"
