@@ -35,6 +35,9 @@ def test_what_is_missing_is_spelt():
 
 def test_a_command_that_is_interrupted_says_so_and_no_more():
     interrupt = "lambda: os.kill(os.getpid(), signal.SIGINT)"
-    program = f"import os, signal, sys, terminal; sys.exit(terminal.printed({interrupt}))"
+    program = (  # a shell's background job begins with the signal ignored
+        "import os, signal, sys, terminal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"sys.exit(terminal.printed({interrupt}))"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
