@@ -352,7 +352,7 @@ def next_step(
     missing = [one for one in candidate if one not in parent]
     # The last look is not to be lost because the parent has other seeds than the candidate.
     late = bool(missing) and runs == LOOKS[-1] and level > 0
-    # All of the parent's runs met other conditions: one more tells what those of today do, for later tests, too.
+    # The parent's runs met other conditions: one more tells what those of today do, for later tests, too.
     by_chance = _variance(runs, parents, correlation)
     outdated = parents < MOST_PARENT and apart > by_chance and gain > NEAR * noise.sd * math.sqrt(by_chance)
     if not (going_on or late or outdated):
