@@ -4,10 +4,11 @@
 
 Each search is NAME=CLONE, whose last commit is used, with arguments for `lab night` after a colon. All sessions begin
 together, each in a clone and with a home of its own, on its share of the processor's cores. They take the datasets and
-profiles of this home, and what the environment sets (AUTORESEARCH_PROFILE, AUTORESEARCH_BUDGET). A night
-ends after --hours or --experiments; then `lab confirm --pairs` tests its best on new seeds and held-out rows, where
-something was kept. Journals are copied to --out. A proposal is far worse if it fails, or its first run is over 5 %
-worse than the baseline's mean. Searches are compared with the first one: Welch's 90 % interval of the difference of
+profiles of this home with what was compiled there, and what the environment sets (AUTORESEARCH_PROFILE,
+AUTORESEARCH_BUDGET). With --turns one run trains or is scored at a time on each GPU, while others start and compile. A
+night ends after --hours or --experiments; then `lab confirm --pairs` tests its best on new seeds and held-out rows,
+where something was kept. Journals are copied to --out. A proposal is far worse if it fails, or its first run is over
+5 % worse than the baseline's mean. Searches are compared with the first one: Welch's 90 % interval of the difference of
 their means.
 """
 
@@ -32,6 +33,31 @@ from lab.verdict import gate
 
 FAR_WORSE = 1.05
 TRIES = 3  # of a confirmation, which first carries out what the night left
+TURNS = """
+
+from filelock import FileLock
+
+
+class _InTurn(Exam):
+    turn = FileLock({lock!r})
+
+    def _ready(self):
+        self.turn.acquire()
+        super()._ready()
+
+    def _score(self, batch_size):
+        with self.turn:
+            super()._score(batch_size)
+
+    def _examine(self):
+        try:
+            super()._examine()
+        finally:
+            self.turn.release(force=True)
+
+
+Exam = _InTurn
+"""  # added to a clone's lab/run/exam.py
 
 
 class Search(NamedTuple):
@@ -68,11 +94,17 @@ def places(sessions: int, gpus: int) -> list[Place]:
 def night(one: Search, tag: str, place: Place, work: Path, options) -> tuple[float, str]:
     """(gain on held-out rows, a line of the table) of a night and its confirmation."""
     home, clone = work / f"home-{tag}", work / tag
-    for name in ("data", "profiles"):  # one calibration for all
+    for name in ("data", "profiles", "cache"):  # one calibration for all
         if (storage.home() / name).is_dir():
             shutil.copytree(storage.home() / name, home / name)
+    for kernels in (home / "cache").rglob("__grp__*.json"):  # Triton's lists, which name each file by its whole path
+        kernels.write_text(kernels.read_text().replace(str(storage.home()), str(home)))
     subprocess.run(["git", "clone", "-q", one.clone, clone], check=True)
     subprocess.run(["git", "checkout", "-q", "-B", "main"], cwd=clone, check=True)
+    if options.turns:
+        with open(clone / "lab" / "run" / "exam.py", "a") as exam:
+            exam.write(TURNS.format(lock=str(work / f"gpu-{place.gpu}.lock")))
+        subprocess.run(["git", "commit", "-qam", "Runs train in turn"], cwd=clone, check=True)
     settings = {"AUTORESEARCH_HOME": str(home), "PYTHONPATH": os.pathsep.join([str(clone), *sys.path[2:]])}
     if place.gpu is not None:
         settings["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
@@ -138,6 +170,7 @@ def main() -> None:
     parser.add_argument("searches", nargs="+", type=search, metavar="NAME=CLONE[:OPTION]")
     parser.add_argument("--times", type=int, default=1, help="nights of each search, all at once")
     parser.add_argument("--gpus", type=int, default=0, help="that the nights share, in turn")
+    parser.add_argument("--turns", action="store_true", help="on each GPU one run trains at a time")
     parser.add_argument("--hours", type=float)
     parser.add_argument("--experiments", type=int)
     parser.add_argument("--pairs", type=int, default=2)
