@@ -35,25 +35,31 @@ FAR_WORSE = 1.05
 TRIES = 3  # of a confirmation, which first carries out what the night left
 TURNS = """
 
-from filelock import FileLock
+import fcntl
 
 
 class _InTurn(Exam):
-    turn = FileLock({lock!r})
+    turn = None
+
+    def _take(self):
+        if self.turn is None:
+            self.turn = open({lock!r}, "w")
+            fcntl.flock(self.turn, fcntl.LOCK_EX)  # first come, first served
 
     def _ready(self):
-        self.turn.acquire()
+        self._take()
         super()._ready()
 
     def _score(self, batch_size):
-        with self.turn:
-            super()._score(batch_size)
+        self._take()
+        super()._score(batch_size)
 
     def _examine(self):
         try:
             super()._examine()
         finally:
-            self.turn.release(force=True)
+            if self.turn:
+                self.turn.close()
 
 
 Exam = _InTurn
