@@ -61,6 +61,15 @@ def budget() -> float:
     raise Stop(f"AUTORESEARCH_BUDGET must be a positive number of seconds, not {text!r}")
 
 
+def seed() -> int:
+    """The seed of the initial weights: `AUTORESEARCH_SEED`, else 42. Stop if that is no whole number, or below 0."""
+    text = os.environ.get("AUTORESEARCH_SEED") or "42"
+    with suppress(ValueError):
+        if int(text) >= 0:
+            return int(text)
+    raise Stop(f"AUTORESEARCH_SEED must be a whole number from 0 on, not {text!r}")
+
+
 # ---- Training ----
 
 

@@ -6,7 +6,6 @@ themselves only operators, .shape, .ndim, .dtype, .reshape and basic slicing. Us
 """
 
 import math
-import os
 
 import numpy as np
 
@@ -56,7 +55,7 @@ WARMUP_RATIO = 0.0
 WARMDOWN_RATIO = 0.5
 FINAL_LR_FRACTION = 0.0
 
-SEED = int(os.environ.get("AUTORESEARCH_SEED", 42))  # of the initial weights
+SEED = prepare.seed()  # of the initial weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model

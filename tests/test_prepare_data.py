@@ -189,6 +189,20 @@ def test_budget(monkeypatch, text, seconds):
     assert prepare.budget() == seconds
 
 
+@pytest.mark.parametrize("text", ["abc", "1.5", "-1"])
+def test_seed_must_be_a_whole_number(monkeypatch, text):
+    monkeypatch.setenv("AUTORESEARCH_SEED", text)
+    with pytest.raises(storage.Stop, match=f"AUTORESEARCH_SEED must be a whole number from 0 on, not '{text}'"):
+        prepare.seed()
+
+
+@pytest.mark.parametrize("text, seed", [(None, 42), ("", 42), ("0", 0), ("7", 7)])
+def test_seed(monkeypatch, text, seed):
+    if text is not None:
+        monkeypatch.setenv("AUTORESEARCH_SEED", text)
+    assert prepare.seed() == seed
+
+
 # ---- what is imported, and how a run that must end does ----
 
 

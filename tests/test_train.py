@@ -103,6 +103,12 @@ def test_a_batch_size_that_does_not_divide(train):
     assert "TOTAL_BATCH_SIZE 5000 is not a multiple of DEVICE_BATCH_SIZE 1 x 2048" in done.stderr
 
 
+def test_a_seed_that_is_no_number_is_told_in_one_line(train):
+    done, result = train({}, AUTORESEARCH_SEED="abc")
+    assert done.returncode == 1 and result is None
+    assert done.stderr.strip() == "Stop: AUTORESEARCH_SEED must be a whole number from 0 on, not 'abc'"
+
+
 def test_a_diverging_loss_stops_the_run(train):
     loss = "return ops.mean_loss("
     done, result = train({re.escape(loss): loss.replace("return", "return 1000 *")}, AUTORESEARCH_BUDGET="60")

@@ -70,7 +70,7 @@ def change(old: str, new: str, source: str = TRAIN) -> tuple[bytes, bytes]:
         ("DEPTH = defaults.depth ", "DEPTH = defaults.depth + 1 ", "architecture"),
         ("self.c_fc = nn.Linear(width, 4 * width)", "self.c_fc = nn.Linear(width, 2 * 2 * width)", "architecture"),
         ("0.001 * rng.standard_normal", "0.01 * rng.standard_normal", "architecture"),
-        ('"AUTORESEARCH_SEED", 42', '"AUTORESEARCH_SEED", 43', "other"),
+        ("SEED = prepare.seed()", "SEED = prepare.seed() + 1", "other"),
         ("smooth_loss + 0.1", "smooth_loss + 0.2 - 0.1", "other"),
     ],
 )
