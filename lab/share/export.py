@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def publish(session: Session, replace: bool = False) -> tuple[str, str]:
 
 def files_of(session: Session) -> Files:
     """The files of a session of this machine, as it may leave it: paths are cut down to names in all but the diffs,
-    which have to stay what they are. Equal sessions give equal files. LabError if something of it is damaged."""
+    which have to stay what they are. Equal sessions give equal files. Losses by row that are gone are told on standard
+    error. LabError if something of it is damaged."""
     session.refresh()
     clean = _cleaner(session.local.repository, session.folder, storage.home(), Path.home())
     events = []
@@ -90,13 +92,24 @@ def files_of(session: Session) -> Files:
             TRAIN: (session.judge / TRAIN).read_bytes(),
             "profile.json": msgspec.json.format(ENCODER.encode(profile), indent=1) + b"\n",
         }
+        missing = []
         for run in session.state.runs.values():
             path = session.run_folder(run.number) / "rows.npz"
             if run.scored and run.scored.rows and path.is_file():
                 files[f"{archive.ROWS}/{run.number:04d}.npz"] = path.read_bytes()
-        return files | views(verified(files))  # what this project would not import is no use to anybody
+            elif run.scored and run.scored.rows:
+                missing.append(f"{run.number}")
+        files |= views(verified(files))  # what this project would not import is no use to anybody
     except (Wrong, OSError, msgspec.DecodeError) as error:
         raise LabError(f"session {session.folder} can't be exported: {error}; fix that and export again") from error
+    if missing:
+        print(
+            f"the export lacks the losses by row of run{'s' * (len(missing) > 1)} {', '.join(missing)}: rows.npz is "
+            f"missing in their folders under {session.folder / 'runs'}. Whoever gets the export has the scores, and "
+            "can't compute them again from the losses; all else is in it",
+            file=sys.stderr,
+        )
+    return files
 
 
 def views(record: Record) -> Files:

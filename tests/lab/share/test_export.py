@@ -256,9 +256,13 @@ def test_a_damaged_session_is_not_exported(session, tmp_path, damage, match):
     assert not (tmp_path / "sent").exists()
 
 
-def test_losses_that_were_tidied_up_are_left_out(session, tmp_path):
+def test_losses_that_were_tidied_up_are_left_out_and_told(session, tmp_path, capsys):
+    export_session(session, tmp_path / "whole")
+    assert capsys.readouterr().err == ""
+    scored = [f"{run.number}" for run in session.state.runs.values() if run.scored]
     shutil.rmtree(session.folder / "runs")
     there = export_session(session, tmp_path / "there")
+    assert f"lacks the losses by row of runs {', '.join(scored)}: rows.npz is missing" in capsys.readouterr().err
     assert not any(name.startswith("rows/") for name in contents(there))
     assert contents(imported(there, tmp_path / "elsewhere")) == contents(there)
 
