@@ -23,7 +23,7 @@ from lab.compare import published
 from lab.errors import LabError
 from lab.fleet import here, invitation
 from lab.genome.syntax import TRAIN
-from lab.night import agent, limits
+from lab.night import agent, limits, serve
 from lab.night.view import clock, lasting
 from lab.run import sandbox
 from lab.session.events import NIGHT_EVENTS
@@ -296,6 +296,8 @@ def provide(plan: Plan, options, say) -> None:
             f"the shell does not find the agent, {program}: check how it is spelt, or install it (docs/agents.md). "
             "Without --agent the built-in search proposes the changes"
         )
+    if options.page is not None and not (plan.session and plan.session.owned_by_night):  # else that night is told
+        serve.listening(options.page).server_close()
     if plan.session:
         return
     sandbox.refuse_without(plan.box, options.unsandboxed)

@@ -69,12 +69,7 @@ def served(session: Session, port: int | None, say: Callable[[str], None]) -> It
         def log_message(self, *_):
             pass
 
-    try:
-        server = Server(("", port), Handler)
-    except (OSError, OverflowError) as error:
-        raise LabError(
-            f"--page: port {port} can't be used ({error}); give another, or none for any free one"
-        ) from error
+    server = listening(port, Handler)
     thread = threading.Thread(target=server.serve_forever, name="page", daemon=True)
     thread.start()
     addresses = [f"http://{host}:{server.server_port}/{key}/" for host in hosts()]
@@ -94,6 +89,16 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         pass
+
+
+def listening(port: int, handler: type[BaseHTTPRequestHandler] = BaseHTTPRequestHandler) -> Server:
+    """A server on a port. LabError if the port can't be used."""
+    try:
+        return Server(("", port), handler)
+    except (OSError, OverflowError) as error:
+        raise LabError(
+            f"--page: port {port} can't be used ({error}); give another, or none for any free one"
+        ) from error
 
 
 def report(session: Session) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import time
 from argparse import Namespace
 from functools import partial
@@ -38,7 +39,7 @@ def options(**changes):
     named = dict.fromkeys(("tag", "agent", "hours", "until", "max_experiments", "dataset"))
     return Namespace(
         **named
-        | {"baseline_runs": 3, "unsandboxed": False, "findings": False, "scale": False, "devices": None}
+        | {"baseline_runs": 3, "unsandboxed": False, "findings": False, "scale": False, "devices": None, "page": None}
         | changes
     )
 
@@ -228,6 +229,14 @@ def test_experiments_are_counted_by_the_time_and_by_their_number(tree, data, cal
 def test_a_night_with_an_agent_that_is_not_installed_does_not_begin(tree, data, calibrated):
     with pytest.raises(LabError, match="does not find the agent, no-such-agent: check how it is spelt"):
         plans.provide(planned(tree), options(agent="no-such-agent -p"), None)
+
+
+def test_a_night_whose_page_has_no_port_does_not_begin(tree, commands):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LabError, match=f"--page: port {port} can't be used .*give another"):
+            plans.provide(planned(tree), options(page=port), print)
+    assert commands == []  # nothing was downloaded or measured
 
 
 def test_a_budget_for_trials_counts(tree, data, calibrated, monkeypatch):
