@@ -84,9 +84,12 @@ def read_json(name: str, data: bytes) -> dict:
 # --- Writing ---
 
 
-def write(files: Files, target: Path, name: str) -> Path:
+def write(files: Files, target: Path, name: str, replace: bool = False) -> Path:
     """Writes files and their manifest to a new folder, or an archive if `target` ends in .tar.gz: durably, whole or not
     at all. What an archive holds, a folder of this name, depends on names and contents alone.
+
+    Args:
+        replace: a folder that is there.
 
     Raises:
         DataError: it can't be written; the reason says why.
@@ -100,7 +103,7 @@ def write(files: Files, target: Path, name: str) -> Path:
                     member.size = len(files[path])
                     archive.addfile(member, io.BytesIO(files[path]))
         return target
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
     try:
         with storage.writing(target):
             for path, data in files.items():
@@ -108,9 +111,14 @@ def write(files: Files, target: Path, name: str) -> Path:
                 (temporary / path).write_bytes(data)
             for folder in {(temporary / path).parent for path in files}:
                 sync_files(folder)
+            if replace:  # no system puts a folder in place of one that holds files
+                os.rename(target, old)
             os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replace and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
     storage.sync_folder(target.parent)
     return target
 

@@ -114,8 +114,8 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
 
 
 def import_session(source: str, device: str | None = None) -> Path:
-    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG. What was set aside is told on
-    standard error.
+    """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG, also in place of an earlier
+    state of it. What was set aside or replaced is told on standard error.
 
     Args:
         source, device: as of `read`.
@@ -135,13 +135,18 @@ def import_session(source: str, device: str | None = None) -> Path:
             if not target.exists():  # else another import was faster
                 raise
     try:
-        same = archive.read(target) == files
+        before = archive.read(target)
     except (Wrong, OSError):
-        same = False
-    if not same:
+        before = {}
+    journal, known = files["journal.jsonl"], before.get("journal.jsonl")
+    if before == files:
+        print(f"{record.name} is imported already", file=sys.stderr)
+    elif known and journal != known and journal.startswith(known):
+        archive.write(files, target, record.name, replace=True)
+        print(f"{record.name} was imported when it was shorter; now it is as in {source}", file=sys.stderr)
+    else:
         raise LabError(
             f"{target} holds another session of that name. Remove it to import {source}; if {source} is a ledger, "
             "you can rename its file instead"
         )
-    print(f"{record.name} is imported already", file=sys.stderr)
     return target

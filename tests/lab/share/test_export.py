@@ -282,6 +282,36 @@ def test_importing_again_changes_nothing_and_another_is_refused(session, sent, t
     refused(sent, elsewhere, "holds another session")
 
 
+@pytest.mark.parametrize("ending", ["", ".tar.gz"])
+def test_a_session_that_has_gone_on_takes_the_place_of_what_was_imported(session, sent, tmp_path, capsys, ending):
+    elsewhere = tmp_path / "elsewhere"
+    there = imported(sent, elsewhere)
+    sessions.attempt(session, with_(BASE, A=0.1, B=0.2, C=0.05), message="B more")
+    later = export_session(session, tmp_path / f"later{ending}")
+    assert imported(later, elsewhere) == there
+    assert capsys.readouterr().err == f"{DEVICE}/{TAG} was imported when it was shorter; now it is as in {later}\n"
+    assert sources.read(there).state.last.number == 5 and list(there.parent.iterdir()) == [there]
+    assert contents(there) == contents(export_session(session, tmp_path / "again"))
+    refused(sent, elsewhere, "holds another session")  # which would be a step back
+
+
+def test_an_import_that_fails_leaves_what_was_imported(session, sent, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    there = imported(sent, elsewhere)
+    sessions.attempt(session, with_(BASE, A=0.1, B=0.2, C=0.05), message="B more")
+    later, rename = export_session(session, tmp_path / "later"), os.rename
+
+    def full(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(storage.DataError, match="free some space"):
+        imported(later, elsewhere)
+    assert contents(there) == contents(sent) and list(there.parent.iterdir()) == [there]
+
+
 def test_only_a_bare_ledger_takes_a_device(sent, tmp_path):
     refused(sent, tmp_path / "elsewhere", "leave --device out", device="other-1gb")
 

@@ -45,6 +45,9 @@ def test_the_originals_ledger_becomes_a_session(tmp_path):
     assert record.base is None and record.started.budget is None
     assert imported(source, elsewhere, "nvidia-h100-80gb") == there
     source.write_text(FIVE + "bbbb222\t1.2\t1\tkeep\tmore\n")
+    assert imported(source, elsewhere, "nvidia-h100-80gb") == there  # it has grown
+    assert sources.read(there).state.best.number == 2
+    source.write_text(MORE)
     refused(source, elsewhere, "holds another session", "nvidia-h100-80gb")
 
 
