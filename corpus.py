@@ -200,9 +200,9 @@ def build(source: Source, full: bool = False, workers: int | None = None, comman
     """
     folder = home() / "data" / source.name
     workers = max(1, workers or os.cpu_count() or 1)
-    wanted = {"tokenizer": source.train[0], "validation": source.validation, "held_out": source.held_out}
+    wanted = {"tokenizer": source.tokenizer, "validation": source.validation, "held_out": source.held_out}
     wanted |= {f"train_{i:05d}": documents for i, documents in enumerate(source.train)}
-    settings = [VOCAB_SIZE, SPLIT_PATTERN, SPECIALS, SEGMENT_CHARS, source.tokenizer_chars, source.train[0].key]
+    settings = [VOCAB_SIZE, SPLIT_PATTERN, SPECIALS, SEGMENT_CHARS, source.tokenizer_chars, source.tokenizer.key]
     keys = {stem: digest_of(settings, documents.key) for stem, documents in wanted.items()}
     with ThreadPoolExecutor(workers) as pool:
         parts = intact_parts(folder, source, keys, pool)

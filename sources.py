@@ -44,8 +44,9 @@ class Source(NamedTuple):
     train: list[Documents]
     validation: Documents
     held_out: Documents
+    tokenizer: Documents  # what the tokenizer learns from
     eval_rows: tuple[int, ...]  # how many rows a score uses: the first number that both sets can fill
-    tokenizer_chars: int = 250_000_000  # of train[0], what the tokenizer learns from
+    tokenizer_chars: int = 250_000_000  # of `tokenizer`, at most
 
 
 def climbmix(num_shards: int) -> Source:
@@ -57,7 +58,8 @@ def climbmix(num_shards: int) -> Source:
     pinned = f"shard_{CLIMBMIX_LAST:05d}.parquet"
     validation = on_hub(CLIMBMIX, pinned, lambda rows: (0, rows // 2), "first half")
     held_out = on_hub(CLIMBMIX, pinned, lambda rows: (rows // 2, rows), "second half")
-    return Source("climbmix", CLIMBMIX, train, validation, held_out, eval_rows=(768,), tokenizer_chars=1_000_000_000)
+    rows, chars = (768,), 1_000_000_000
+    return Source("climbmix", CLIMBMIX, train, validation, held_out, train[0], eval_rows=rows, tokenizer_chars=chars)
 
 
 def tinystories() -> Source:
@@ -67,7 +69,7 @@ def tinystories() -> Source:
         return on_hub(TINYSTORIES, TINYSTORIES_FILE, lambda rows: (start, stop), str((start, stop)))
 
     train, validation, held_out = part(20_000, 10**9), part(10_000, 20_000), part(0, 10_000)
-    return Source("tinystories", TINYSTORIES, [train], validation, held_out, eval_rows=(768,))
+    return Source("tinystories", TINYSTORIES, [train], validation, held_out, train, eval_rows=(768,))
 
 
 def stdlib() -> Source:
@@ -105,7 +107,8 @@ def own_files(paths: list[str], suffixes: list[str], name: str | None) -> Source
 
 
 def parquet_source(name: str, origin: str, paths: list[Path]) -> Source:
-    """Parquet files. A hash of each document decides: 5 % are validation, 5 % held-out, so copies stay together."""
+    """Parquet files. A hash of each document decides: 5 % are validation, 5 % held-out, so copies stay together. The
+    tokenizer learns from all files, as the first may be tiny."""
     broken = [str(path) for path in paths if not is_parquet(path)]
     if broken:
         raise DataError(f"{', '.join(broken)}: not a complete parquet file (an interrupted download?); fetch it again")
@@ -123,8 +126,9 @@ def parquet_source(name: str, origin: str, paths: list[Path]) -> Source:
 
         return Documents(digest_of(low, high, [digests[path] for path in chosen]), read)
 
-    train = [documents([path], 26, 256) for path in paths]
-    return Source(name, origin, train, documents(paths, 0, 13), documents(paths, 13, 26), eval_rows=(768, 128))
+    train, validation, held_out = (documents(paths, *ends) for ends in ((26, 256), (0, 13), (13, 26)))
+    shards = [documents([path], 26, 256) for path in paths]
+    return Source(name, origin, shards, validation, held_out, train, eval_rows=(768, 128))
 
 
 def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, eval_rows) -> Source:
@@ -169,8 +173,8 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
     def documents(chosen: list[str]) -> Documents:
         return Documents(digest_of(DOCUMENT_CHARS, MOST_CHARS, chosen), partial(read, chosen))
 
-    validation, held_out, train = ordered[:first], ordered[first:second], ordered[second:]
-    return Source(name, origin, [documents(train)], documents(validation), documents(held_out), eval_rows)
+    validation, held_out, train = map(documents, (ordered[:first], ordered[first:second], ordered[second:]))
+    return Source(name, origin, [train], validation, held_out, train, eval_rows)
 
 
 def shares(lengths: list[int]) -> tuple[int, int]:

@@ -181,6 +181,15 @@ def test_parquet_copies_stay_on_one_side(tmp_path, texts):
     assert sum(map(len, sides)) == len(set(texts)) == len(set.union(*sides))
 
 
+def test_the_tokenizer_learns_from_all_parquet_files(tmp_path, texts):
+    tiny, large = (
+        write_parquet(tmp_path / "tiny.parquet", ["a few words"]),
+        write_parquet(tmp_path / "large.parquet", texts * 4),
+    )
+    one, other = (prepared("--dataset", *paths) for paths in ((tiny, large), (large, tiny)))
+    assert dataset.read_tokens(one.folder) == dataset.read_tokens(other.folder) and one.vocab_size > 500
+
+
 def test_parquet_refill_batches_never_cross_row_groups(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [str(i) for i in range(700)], group=300)
     assert [len(b) for b in sources.read_parquet(path)] == [128, 128, 44, 128, 128, 44, 100]
