@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import prepare
@@ -103,6 +104,7 @@ def take_turn(
     _prepare(session)
     log.with_suffix(".prompt").write_text(prompt, encoding="utf-8", errors="replace")
     status, problem, left = _run(session, command, log, seconds, most_bytes, stop)
+    locked = _unlocked(session)
     how = {
         "hung": f"reached its time limit of {seconds:g} s",
         "flooded": f"printed more than {most_bytes / 2**20:g} MB",
@@ -116,9 +118,10 @@ def take_turn(
     turn.left = left  # compilers' and language servers, too: no fault of the model's
     turn.saved = "" if turn.blob else _saved(session, log.with_suffix(".train.py"))
     elsewhere = f"; it changed {listed(others, 3)}, which has no effect" if others else ""
+    elsewhere += f"; it made {listed(locked, 3)} unreadable, which was undone" if locked else ""
     turn.said = one_line(turn.said + elsewhere, 500)
     turn.others = [one_line(name) for name in others[:MOST_NAMED]]
-    turn.reproached, turn.seconds = bool(others), time.monotonic() - begun
+    turn.reproached, turn.seconds = bool(others or locked), time.monotonic() - begun
     return turn
 
 
@@ -139,6 +142,7 @@ def recover(session: Session, log: Path) -> str:
     done = []
     if left := _end(session):
         done.append(f"left {_processes(left)} of an interrupted turn running; the harness ended them")
+    _unlocked(session)
     if session.turn.exists() and log.with_suffix(".prompt").exists():
         done.append("was interrupted")
         if saved := _saved(session, log.with_suffix(".interrupted.py")):
@@ -190,10 +194,27 @@ def _git(session: Session, *arguments: str) -> str:
     return git(*arguments, check=False, GIT_DIR=clone / ".git", GIT_WORK_TREE=clone, GIT_INDEX_FILE=clone / BEGUN)
 
 
+def _unlocked(session: Session) -> list[str]:
+    """Lets this user read again what an agent has made unreadable, as chmod 000 does: all of its clone and, lest the
+    night end there, what it needs of the user's checkout. The names of that."""
+    clone, checkout, found = session.turn, Path(session.local.repository), []
+    walked = chain.from_iterable(map(os.walk, (checkout / ".git", clone)))  # lists a folder after it was allowed
+    below = (Path(place, name) for place, folders, files in walked for name in (*folders, *files))
+    for path in chain([checkout, checkout / TRAIN, checkout / ".git", clone], below):
+        with suppress(OSError):
+            mode = path.lstat().st_mode
+            readable = 0o500 if stat.S_ISDIR(mode) else 0o400
+            if mode & readable != readable and not stat.S_ISLNK(mode):
+                path.chmod(stat.S_IMODE(mode) | readable | 0o200)
+                found.append(str(path.relative_to(clone) if path.is_relative_to(clone) else path))
+    return sorted(found)
+
+
 def _train(session: Session) -> bytes | None:
-    """The content of the clone's train.py; None if it is not a file."""
+    """The content of the clone's train.py; None if it is not a file, or another user's."""
     path = session.turn / TRAIN
-    return path.read_bytes() if path.is_file() and not path.is_symlink() else None
+    with suppress(OSError):
+        return path.read_bytes() if path.is_file() and not path.is_symlink() else None
 
 
 def _saved(session: Session, path: Path) -> str:

@@ -133,6 +133,7 @@ DEEDS = {
     "edit-fail": steps(edit, leave(3)),
     "hang": forever,
     "edit-hang": steps(edit, forever),
+    "edit-lock-away": steps(edit, lambda prompt: TRAIN.chmod(0)),
     "nopython-hang": steps(nopython, forever),
     "stubborn": stubborn,
     "flood": flood,

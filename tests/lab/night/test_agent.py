@@ -106,6 +106,33 @@ def test_an_outcome(take, night, word, outcome, said):
     assert turn.others == (["notes.txt", "prepare.py"] if word == "elsewhere" else [])
 
 
+@pytest.mark.parametrize(
+    "word, outcome, locked",
+    [
+        ("edit-lock-away", "edited", "train.py"),
+        ("chmod 000 train.py", "nothing", "train.py"),
+        ("chmod 000 program.md", "nothing", "program.md"),
+        ("mkdir new && echo > new/file && chmod 000 new/file new", "elsewhere", "new, new/file"),
+        ("chmod 000 .git", "nothing", ".git"),
+        ("chmod 000 .git/begun .git/objects", "nothing", ".git/begun, .git/objects"),
+        ("sed -i.bak s/0.9/0.8/ train.py; rm train.py.bak; chmod -R 000 *; chmod 000 .", "edited", "., "),
+    ],
+)
+def test_what_it_makes_unreadable_is_read_all_the_same(take, word, outcome, locked):
+    turn = take(word)
+    assert turn.outcome == outcome and f"it made {locked}" in turn.said and "unreadable, which was undone" in turn.said
+    assert turn.others == (["new/file"] if "new" in word else []) and turn.reproached
+    assert take("edit").outcome == "edited"
+
+
+@pytest.mark.parametrize("name", ["train.py", ".git", ".git/index", ".git/objects", ""])
+def test_what_it_makes_unreadable_of_the_users_checkout_is_read_all_the_same(take, night, name):
+    path = night.repository.path / name
+    turn = take(f"chmod 000 {shlex.quote(str(path))}")
+    assert turn.outcome == "nothing" and f"it made {path} unreadable, which was undone" in turn.said
+    assert take("edit").outcome == "edited" and path.stat().st_mode & 0o400
+
+
 def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
     turn = take("nopython")
     saved = tmp_path / "turns" / "0.train.py"
@@ -337,6 +364,11 @@ def test_what_an_interrupted_turn_wrote_is_saved(take, night, killed):
 def test_a_turn_that_was_journalled_was_not_interrupted(night, killed):
     assert "was interrupted" not in agent.recover(night, killed.with_name("8.log"))
     assert not list(killed.parent.glob("*.interrupted.py"))
+
+
+def test_an_interrupted_turn_that_made_its_edit_unreadable_is_saved(night, killed):
+    (night.turn / "train.py").chmod(0)
+    assert "7.interrupted.py" in agent.recover(night, killed) and (night.turn / "train.py").stat().st_mode & 0o400
 
 
 def test_what_was_kept_since_an_interrupted_turn_stays(night, killed):
