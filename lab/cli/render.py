@@ -244,11 +244,8 @@ def status_facts(session: Session) -> dict:
         }
     if replayed := sum(e.kind == "replay" for e in state.decided):
         known["replayed"] = replayed
-    if confirmed := [e for e in state.decided if e.kind == "confirm"]:
-        # One that failed says nothing, and one of another length less of what the session searched for.
-        known["confirmation"] = state.said_of(
-            max(confirmed, key=lambda e: (bool(e.verdict.gains), state.is_usual(e), e.number))
-        )
+    if confirmation := state.confirmation_of(True, False):
+        known["confirmation"] = state.said_of(confirmation)
     if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
         known["transfers"] = [e.came_to for e in carried]
     if any(e.kind == "scale" for e in state.decided):

@@ -149,8 +149,8 @@ class Analysis:
         return "; ".join(filter(None, [best, self._said_of_file(curve), f"the baseline has {points}", curve.remark]))
 
     def _said_of_file(self, curve: Curve) -> str:
-        """What the last confirmation tells in time of a train.py that was not kept, but given by hand."""
-        confirmation = next(reversed(self.state.confirmations(of_kept=False)), None)
+        """What a confirmation tells in time of a train.py that was not kept, but given by hand."""
+        confirmation = self.state.confirmation_of(False)
         if not confirmation or confirmation.verdict.confirmed is None or confirmation.budget != self.budget:
             return ""
         runs = [run for run in confirmation.runs if run.ok and _eval(run) == self.eval]

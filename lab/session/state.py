@@ -338,21 +338,22 @@ class State:
         vain = Counter(e.key for e in self.experiments.values() if e.unjudged)
         return [e for e in self.experiments.values() if not e.unjudged or vain[e.key] >= UNJUDGED]
 
-    def confirmations(self, of_kept: bool = True) -> list[Experiment]:
-        """Those that are decided: of something that was kept, or of a train.py that was given by hand."""
-        kept = {experiment.blob for experiment in self.kept}
-        return [e for e in self.decided if e.kind == "confirm" and (e.blob in kept) == of_kept]
-
     @property
     def confirmation(self) -> Experiment | None:
-        """The one that says most of what was kept: one that came to a result rather than one that failed, of the best
-        rather than of what was the best before, in runs as long as the session's; the last of several."""
-        best = self.best.blob if self.best else ""
+        """The one that says most of what was kept."""
+        return self.confirmation_of(True)
+
+    def confirmation_of(self, *kept: bool) -> Experiment | None:
+        """The one that says most of what was kept (True), or of a train.py that was given by hand (False): one that
+        came to a result rather than one that failed, of the best rather than of another train.py, in runs as long as
+        the session's; the last of several."""
+        best, all_kept = self.best.blob if self.best else "", {experiment.blob for experiment in self.kept}
 
         def worth(e: Experiment) -> tuple:
             return bool(e.verdict.gains), e.blob == best, self.is_usual(e), e.number
 
-        return max(self.confirmations(), key=worth, default=None)
+        found = (e for e in self.decided if e.kind == "confirm" and (e.blob in all_kept) in kept)
+        return max(found, key=worth, default=None)
 
     def is_usual(self, confirmation: Experiment) -> bool:
         """Whether its runs are as long as the session's."""

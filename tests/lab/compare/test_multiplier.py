@@ -154,14 +154,14 @@ def test_a_session_tells_its_changes_in_time_and_its_score_stays_as_it_was():
 
 def test_a_train_py_that_was_confirmed_by_hand_is_told_in_time():
     builder = scaled(session(base=(1.2, 1.2, 1.2)), 1, {t: [power(t)] * 2 for t in TIMES if t != 300.0})
-    for number, budget in ((2, 600.0), (3, 300.0)):
+    for number, budget in ((2, 600.0), (3, 300.0), (4, 600.0)):
         builder.open(number, "confirm", blob="half", pairs=2, budget=budget, description="the train.py of half.py")
         for seed in (300, 301):
             builder.run(number, power(400.0), seed=seed, budget=budget)
             builder.run(number, power(budget), of=0, seed=seed, budget=budget)
         builder.decide(number, gains=dict.fromkeys(("val_bpb", "held_out_bpb"), (0.1, 0.0, 0.2)))
         told = "the train.py of half.py reaches the baseline's score in 0.75 of the time"
-        assert (told in analysed(builder).said_of_time) == (budget == 300.0)  # of another time the curve says nothing
+        assert (told in analysed(builder).said_of_time) == (number > 2)  # of another time the curve says nothing
 
 
 def test_an_export_tells_it_in_its_ledger_on_rows_of_the_change_alone():

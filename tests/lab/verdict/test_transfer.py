@@ -179,6 +179,17 @@ def test_a_file_is_confirmed_against_the_baseline(session, tmp_path, monkeypatch
     )
 
 
+def test_status_tells_the_confirmation_of_the_best_also_after_that_of_a_file(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "launch", lambda session: None)
+    monkeypatch.setattr(commands, "follow", lambda *_: 0)
+    (tmp_path / "other.py").write_bytes(better(0.8))
+    for more in ([], ["--file", str(tmp_path / "other.py")]):
+        commands.do_confirm(session, parsed(["confirm", "--pairs", "2", *more]))
+        executor.supervise(session)
+    said = session.state.said_of(session.state.confirmation)
+    assert session.state.last.came_to != said == render.status_facts(session)["confirmation"]
+
+
 def test_an_interrupted_experiment_is_finished_first_and_that_is_said(session, monkeypatch):
     (session.repository.path / "train.py").write_bytes(better(0.8))
     with opening.exclusive(session):
