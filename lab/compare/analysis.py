@@ -16,7 +16,7 @@ from lab.genome.kinds import KINDS
 from lab.session.record import Record
 from lab.session.state import APART, BASELINE, MEASURING, Experiment, Run, by_seed
 from lab.verdict import gate
-from lab.verdict.plan import pooled
+from lab.verdict.plan import noise_of
 
 FACTS = "name place budget eval gain relative per_hour hours rows notes".split()
 STARTED = "device backend source".split()
@@ -92,19 +92,17 @@ class Analysis:
 
     @cached_property
     def noise(self) -> gate.Noise | None:
-        """The noise of val_bpb between seeds, as the session estimates it; None where nothing was repeated."""
-        from calibration.noise import expected  # here, as the rest of calibration is large
-
-        first = next(iter(self.runs.get(BASELINE, ())), None)
-        tokens = first and quantity(first, "tokens")
-        if first is None or not tokens or not self.state.repeats(self.budget):
+        """The noise of val_bpb between seeds, as the session estimates it; None where nothing was repeated, or nothing
+        is known of tokens."""
+        first = next((run for run in self.state.baseline.runs if run.ok), None)
+        if first is None or not quantity(first, "tokens") or not self.state.repeats(self.budget):
             return None
-        return pooled(self.state, first.bpb * expected(tokens), gate.CURVE * first.bpb)
+        return noise_of(self.state)
 
     @cached_property
     def curve(self) -> Curve | None:
         """The baseline's score against its training time; None where that is not known."""
-        from calibration.noise import expected
+        from calibration.noise import expected  # here, as the rest of calibration is large
 
         by_time: defaultdict[float, list[Run]] = defaultdict(list)
         for run in self.runs.get(BASELINE, ()):

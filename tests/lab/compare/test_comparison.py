@@ -220,7 +220,7 @@ def test_the_noise_is_what_the_session_estimates():
     from lab.verdict.plan import noise_of
 
     builder = session(base=[1.0, 1.01, 0.99]).change(1, [0.9, 0.93, 0.94], "keep").change(2, [0.5, 0.1], "invalid")
-    assert Analysis(builder.record()).noise == noise_of(builder.state)
+    assert Analysis(builder.record()).noise is noise_of(builder.state)  # of the verdicts
 
 
 def test_of_runs_of_one_seed_the_last_counts():
