@@ -7,7 +7,8 @@ together, each in a clone and with a home of its own, on its share of the proces
 profiles of this home with what was compiled there, and what the environment sets (AUTORESEARCH_PROFILE,
 AUTORESEARCH_BUDGET). With --turns one run trains or is scored at a time on each GPU, while others start and compile. A
 night ends after --hours or --experiments; then `lab confirm --pairs` tests its best on new seeds and held-out rows,
-where something was kept. Journals are copied to --out. A proposal is far worse if it fails, or its first run is over
+where something was kept. Journals are copied to --out. --sizes replaces those of the profile, for which the probe of
+disturbance.py is then measured on each GPU alone. A proposal is far worse if it fails, or its first run is over
 5 % worse than the baseline's mean. Searches are compared with the first one: Welch's 90 % interval of the difference of
 their means.
 """
@@ -15,6 +16,7 @@ their means.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -22,12 +24,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backends
 import storage
+from calibration import profile as profiles
 from lab.session.session import Session
 from lab.verdict import gate
 
@@ -82,6 +87,40 @@ def search(text: str) -> Search:
     return Search(name, Path(clone).resolve(), arguments)
 
 
+def sizes(text: str) -> dict[str, int]:
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not depth=4,total_batch_size=65536 or the like") from None
+
+
+def sized(chosen: dict[str, int], gpus: int, out: Path) -> Path:
+    """The profile in use with other sizes, and with the quickest probe of a trial of them on each GPU."""
+    hardware = backends.identify()
+    if not (path := profiles.chosen_path(hardware)):
+        raise SystemExit("this device has no profile to take the other values from: run python -m calibration")
+    profile, target = profiles.read(path, hardware), out / "profile.json"
+    profile["settings"] |= chosen
+    storage.write_json(target, profile)
+    profiles.read(target, hardware)
+    results = [out / f"trial-{i}.json" for i in range(gpus or 1)]
+    trials = [
+        subprocess.Popen(
+            [sys.executable, "-m", "calibration.trial", str(result), "8"],
+            cwd=profiles.TRAIN.parent,
+            env=os.environ | {"AUTORESEARCH_PROFILE": str(target)} | ({"CUDA_VISIBLE_DEVICES": f"{i}"} if gpus else {}),
+        )
+        for i, result in enumerate(results)
+    ]
+    if any([trial.wait() for trial in trials]):
+        raise SystemExit("a trial of these sizes failed")
+    probes = [json.loads(result.read_text())["probe"] for result in results]
+    if all(all(probe.values()) for probe in probes):
+        profile["probe"] = min(probes, key=lambda probe: probe["probe"] * probe["clock_rate"])
+        storage.write_json(target, profile)
+    return target
+
+
 class Place(NamedTuple):
     """Where a session runs: the cores, and the GPU if there are any."""
 
@@ -128,7 +167,8 @@ def night(one: Search, tag: str, place: Place, work: Path, options) -> tuple[flo
                 check=False,  # its log says why, and the journal what there is
             )
 
-    limits = {"hours": options.hours, "max-experiments": options.experiments}
+    hours = options.hours and options.hours - (time.monotonic() - options.begun) / 3600
+    limits = {"hours": hours, "max-experiments": options.experiments}
     lab("night", "--tag", tag, *(f"--{name}={limit}" for name, limit in limits.items() if limit), *one.arguments)
     (folder,) = home.glob(f"sessions/*/{tag}")
     for _ in range(TRIES):
@@ -177,15 +217,20 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1, help="nights of each search, all at once")
     parser.add_argument("--gpus", type=int, default=0, help="that the nights share, in turn")
     parser.add_argument("--turns", action="store_true", help="on each GPU one run trains at a time")
-    parser.add_argument("--hours", type=float)
+    parser.add_argument("--sizes", type=sizes, metavar="NAME=SIZE,...", help="instead of the profile's: of rule.Sizes")
+    parser.add_argument("--hours", type=float, help="from now on, until all nights end")
     parser.add_argument("--experiments", type=int)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("searches"))
     options = parser.parse_args()
+    options.begun = time.monotonic()
     if not (options.hours or options.experiments):
         parser.error("say when a night ends: --hours or --experiments")
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.sizes:
+        os.environ["AUTORESEARCH_PROFILE"] = str(sized(options.sizes, options.gpus, options.out))
+        print(f"trials of the sizes: {time.monotonic() - options.begun:.0f} s", flush=True)
     turns = range(options.times)  # each begins with another search, so that none has a GPU of its own
     begun = [(one, f"{one.name}-{i + 1}") for i in turns for one in rotated(options.searches, i)]
     gains: dict[str, list[float]] = {one.name: [] for one in options.searches}
