@@ -244,7 +244,7 @@ def status_facts(session: Session) -> dict:
         }
     if replayed := sum(e.kind == "replay" for e in state.decided):
         known["replayed"] = replayed
-    if confirmation := state.confirmation_of(True, False):
+    if confirmation := state.confirmation_of():
         known["confirmation"] = state.said_of(confirmation)
     if carried := [e for e in state.decided if e.kind == "transfer" and e.pairs]:
         known["transfers"] = [e.came_to for e in carried]

@@ -148,7 +148,7 @@ class Analysis:
 
     def _said_of_file(self, curve: Curve) -> str:
         """What a confirmation tells in time of a train.py that was not kept, but given by hand."""
-        confirmation = self.state.confirmation_of(False)
+        confirmation = self.state.confirmation_of(kept=False)
         if not confirmation or confirmation.verdict.confirmed is None or confirmation.budget != self.budget:
             return ""
         runs = [run for run in confirmation.runs if run.ok and _eval(run) == self.eval]

@@ -341,18 +341,18 @@ class State:
     @property
     def confirmation(self) -> Experiment | None:
         """The one that says most of what was kept."""
-        return self.confirmation_of(True)
+        return self.confirmation_of(kept=True)
 
-    def confirmation_of(self, *kept: bool) -> Experiment | None:
-        """The one that says most of what was kept (True), or of a train.py that was given by hand (False): one that
-        came to a result rather than one that failed, of the best rather than of another train.py, in runs as long as
-        the session's; the last of several."""
+    def confirmation_of(self, kept: bool | None = None) -> Experiment | None:
+        """The one that says most of what was kept, of a train.py that was given by hand (False), or of either (None):
+        one that came to a result rather than one that failed, of the best rather than of another train.py, in runs as
+        long as the session's; the last of several."""
         best, all_kept = self.best.blob if self.best else "", {experiment.blob for experiment in self.kept}
 
         def worth(e: Experiment) -> tuple:
             return bool(e.verdict.gains), e.blob == best, self.is_usual(e), e.number
 
-        found = (e for e in self.decided if e.kind == "confirm" and (e.blob in all_kept) in kept)
+        found = (e for e in self.decided if e.kind == "confirm" and kept in (None, e.blob in all_kept))
         return max(found, key=worth, default=None)
 
     def is_usual(self, confirmation: Experiment) -> bool:
