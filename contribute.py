@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def contribute(target: Path | None, quick: bool, budget: float) -> Path:
     if target.exists():
         raise storage.DataError(f"{target} exists; remove it, or name another file")
     storage.require_writable(target)  # before the work
-    _command(ROOT, "prepare.py", "--dataset", DATASET)
+    with _kept(storage.home() / "data" / "current"):  # what is trained on by default is not this's to choose
+        _command(ROOT, "prepare.py", "--dataset", DATASET)
     if not _calibrated(hardware):
         _command(ROOT, "-m", "calibration", *["--quick"] * quick)
     with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as folder:
@@ -71,6 +73,18 @@ def contribute(target: Path | None, quick: bool, budget: float) -> Path:
     archive.write(files, target, f"{hardware.slug}-{hardware.backend}")
     print(f"\n{contents(facts)}\nwritten to {target}, {target.stat().st_size / 1e3:.0f} kB")
     return target
+
+
+@contextmanager
+def _kept(path: Path):
+    """Puts a file back as it was, or away if it was not there."""
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_bytes(before)
 
 
 def _calibrated(hardware: Hardware) -> bool:
@@ -237,4 +251,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.printed(main))

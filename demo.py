@@ -24,7 +24,12 @@ import terminal
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / ".demo"
 CLONE, LOG, REPORT = FOLDER / "clone", FOLDER / "log.txt", FOLDER / "report.html"
-SETTINGS = {"TORCH_COMPILE_DISABLE": "1", "AUTORESEARCH_DATA": "stdlib", "AUTORESEARCH_BUDGET": "40"}
+SETTINGS = {  # with a home of its own: what it prepares and measures roughly is not for a real night
+    "AUTORESEARCH_HOME": str(FOLDER / "home"),
+    "TORCH_COMPILE_DISABLE": "1",
+    "AUTORESEARCH_DATA": "stdlib",
+    "AUTORESEARCH_BUDGET": "40",
+}
 CHANGE, BEFORE, AFTER = "a longer cooldown", "WARMDOWN_RATIO = 0.5", "WARMDOWN_RATIO = 0.7"
 WIDTH = 44  # columns of the picture
 BUSY = 20  # percent of the CPU in other programs that the demo tells of
@@ -49,12 +54,11 @@ def main() -> int:
     start = [*lab, "start", tag, "--baseline-runs", "1", "--unsandboxed", "--wait", "1200"]
     run = [*lab, "run", "-m", CHANGE, "--wait", "1200"]
     report = [*lab, "report", "--out", str(REPORT)]
+    data = [sys.executable, "prepare.py", "--dataset", "stdlib"]
     try:
         done = (
-            step(
-                "prepare data: the standard library's source", [sys.executable, "prepare.py", "--dataset", "stdlib"], 30
-            )
-            and step("measure this machine", [sys.executable, "-m", "calibration", "--quick"], 45)
+            step("prepare data: the standard library's source", data, 30, env=environment)
+            and step("measure this machine", [sys.executable, "-m", "calibration", "--quick"], 45, env=environment)
             and step("make a clone to work in", ["sh", "-c", clone], 1)
             and step("train the baseline", start, 90, cwd=CLONE, env=environment)
             and edit(CLONE / "train.py")

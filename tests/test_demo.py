@@ -49,12 +49,14 @@ def test_the_demo_needs_the_line_that_it_changes(tmp_path):
 @pytest.mark.parametrize("busy", [[90.0, 3.0], [3.0, 90.0], [3.0, 5.0]])
 def test_the_demo_says_when_the_machine_was_busy(monkeypatch, tmp_path, capsys, busy):
     monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
-    monkeypatch.setattr(demo, "step", lambda *_, **__: True)
+    homes = []
+    monkeypatch.setattr(demo, "step", lambda *_, env={}, **__: homes.append(env.get("AUTORESEARCH_HOME")) or True)
     monkeypatch.setattr(demo, "edit", lambda _: True)
     monkeypatch.setattr(demo, "asked", lambda command, _: [] if command == "log" else {"noise": {"sd": 0.1}})
     shares = iter(busy)
     monkeypatch.setattr(demo.psutil, "cpu_percent", lambda interval: next(shares))
     assert demo.main() == 0
+    assert homes == [demo.SETTINGS["AUTORESEARCH_HOME"] if i != 2 else None for i in range(6)]  # a clone needs none
     said = capsys.readouterr().out
     assert ("other programs took up to 90% of its CPU" in said) == (90.0 in busy)
     assert ("so it will take longer" in said) == (busy[0] == 90.0)

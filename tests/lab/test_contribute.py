@@ -55,6 +55,18 @@ def test_it_holds_the_session_and_what_the_machine_is(made, tmp_path, capsys):
     assert not [name for name in (said, json.dumps(facts)) if str(tmp_path) in name or str(Path.home()) in name]
 
 
+@pytest.mark.parametrize("before", [None, "climbmix"])
+def test_the_dataset_that_is_taken_by_default_stays(made, monkeypatch, before):
+    current = storage.home() / "data" / "current"
+    current.parent.mkdir(parents=True, exist_ok=True)
+    if before:
+        current.write_text(before)
+    prepares = {"prepare.py": lambda: current.write_text("stdlib")}
+    monkeypatch.setattr(contribute, "_command", lambda _, first, *rest, **__: prepares.get(first, int)())
+    made()
+    assert (current.read_text() if current.exists() else None) == before
+
+
 def test_a_current_calibration_is_used(made):
     content = exports.PROFILE | {"device": HARDWARE.slug}
     storage.write_json(profiles.path_of(HARDWARE), content)
