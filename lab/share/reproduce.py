@@ -19,7 +19,7 @@ from lab.errors import LabError
 from lab.genome.syntax import TRAIN
 from lab.session.events import Verdict
 from lab.session.record import Record
-from lab.session.repository import Repository, here
+from lab.session.repository import SETTINGS, Repository, here
 from lab.share import sources
 from lab.untrusted import one_line
 from lab.verdict.gate import MARGIN
@@ -77,16 +77,17 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
         if done.returncode:
             raise LabError(f"{' '.join(command[:4])} failed, in {folder}: its message is above")
 
-    lab, author = (sys.executable, "-m", "lab"), ("-c", "user.name=lab", "-c", "user.email=lab@localhost")
+    lab, author = (sys.executable, "-m", "lab"), ("user.name=lab", "user.email=lab@localhost")
+    settings = [part for setting in (*SETTINGS, *author) for part in ("-c", setting)]
     say(f"a clean clone at {commit[:7]} in {folder}")
     try:
         step("git", "clone", "--quiet", "--no-checkout", cloned, str(folder))
         step("git", "checkout", "--quiet", "-B", "reproduce", commit)
+        (folder / TRAIN).write_bytes(before)
+        step("git", *settings, "commit", "--quiet", "--allow-empty", "-am", "parent")
     except LabError:
         shutil.rmtree(folder, ignore_errors=True)  # nothing was run there
         raise
-    (folder / TRAIN).write_bytes(before)
-    step("git", *author, "commit", "--quiet", "--allow-empty", "-am", "parent")
     say(f"the parent of experiment {number}, as a baseline")
     step(*lab, "start", tag, "--baseline-runs", "1", "--wait", "1e9", *["--unsandboxed"] * (not record.started.sandbox))
     change = folder.with_suffix(".py")
