@@ -119,7 +119,7 @@ def _measure(session: Session, options, open_experiment: Callable[[], None]) -> 
         else:
             options.note = _finished_first(interrupted, "What you asked for")
         process = launch(session)
-    return follow(session, options, process)
+    return follow(session, options, process) or ANOTHER * bool(interrupted and interrupted.kind not in APART)
 
 
 def do_reproduce(options) -> int:

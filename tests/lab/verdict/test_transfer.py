@@ -197,14 +197,14 @@ def test_an_interrupted_experiment_is_finished_first_and_that_is_said(session, m
     monkeypatch.setattr(commands, "launch", lambda session: None)
     monkeypatch.setattr(commands, "follow", lambda *_: 0)
     options = parsed(["confirm", "--pairs", "2"])
-    commands.do_confirm(session, options)
+    assert commands.do_confirm(session, options) == commands.ANOTHER
     assert "experiment 2 had been interrupted" in options.note and session.state.last.number == 2
     executor.supervise(session)
     again = parsed(["confirm", "--pairs", "2"])
     commands.do_confirm(session, again)
     assert session.state.last.kind == "confirm" and not hasattr(again, "note")
     other = parsed(["confirm", "--times", "4"])
-    commands.do_confirm(session, other)
+    assert commands.do_confirm(session, other) == 0
     assert other.note == (
         f"experiment {session.state.last.number} (confirm) had been interrupted, and was finished. If you asked for "
         "something else, run the command again"
