@@ -12,6 +12,7 @@ import re
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +110,10 @@ def own_files(paths: list[str], suffixes: list[str], name: str | None) -> Source
 def parquet_source(name: str, origin: str, paths: list[Path]) -> Source:
     """Parquet files. A hash of each document decides: 5 % are validation, 5 % held-out, so copies stay together. The
     tokenizer learns from all files, as the first may be tiny."""
-    broken = [str(path) for path in paths if not is_parquet(path)]
+    try:
+        broken = [str(path) for path in paths if not is_parquet(path)]
+    except OSError as error:
+        raise DataError(f"{error.filename} can't be read ({error.strerror}); let this user read it") from error
     if broken:
         raise DataError(f"{', '.join(broken)}: not a complete parquet file (an interrupted download?); fetch it again")
     digests = {path: sha256(path) for path in paths}
@@ -140,13 +144,15 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
     found = {}  # sha256 -> (path, characters)
     skipped = []
     for path in text_files(roots, suffixes, excluded):
-        digest, text = read_text(path)
-        if text is None:
-            skipped.append(path.name)
-        elif text:
+        try:
+            digest, text = read_text(path)
+        except (UnicodeDecodeError, OSError) as error:
+            skipped.append(f"{path.name} ({getattr(error, 'strerror', 'not UTF-8 text')})")
+            continue
+        if text:
             found[digest] = path, len(text)
     if skipped:
-        print(f"skipped {len(skipped)} files that are not UTF-8 text: {', '.join(sorted(skipped)[:3])} ...")
+        print(f"skipped {len(skipped)} files: {', '.join(sorted(skipped)[:3])}{', ...' if len(skipped) > 3 else ''}")
     ordered = sorted(found)
     lengths = [found[digest][1] for digest in ordered]
     first, second = shares(lengths)
@@ -165,7 +171,9 @@ def text_source(name: str, origin: str, roots: list[Path], suffixes, excluded, e
     def read(chosen: list[str]) -> Iterator[list[str]]:
         for digest in chosen:
             path = found[digest][0]
-            now, text = read_text(path)
+            now, text = "", ""
+            with suppress(UnicodeDecodeError, OSError):
+                now, text = read_text(path)
             if now != digest:
                 raise DataError(f"{path} changed while it was being read; run the same command again")
             yield from refills(list(pieces(text)))
@@ -251,7 +259,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def text_files(roots: list[Path], suffixes: list[str], excluded: tuple[str, ...]) -> Iterator[Path]:
-    """Files with one of the suffixes under the folders; hidden and excluded folders left out, links not followed."""
+    """Files with one of the suffixes under the folders; hidden and excluded folders, and links to folders, left out."""
     for root in roots:
         if root.is_file():
             yield root
@@ -263,13 +271,10 @@ def text_files(roots: list[Path], suffixes: list[str], excluded: tuple[str, ...]
                     yield path
 
 
-def read_text(path: Path) -> tuple[str, str | None]:
-    """sha256 and text of a file; the text is None if it can't be read as UTF-8."""
-    try:
-        raw = path.read_bytes()
-        return hashlib.sha256(raw).hexdigest(), raw.decode("utf-8")
-    except (UnicodeDecodeError, OSError):
-        return "", None
+def read_text(path: Path) -> tuple[str, str]:
+    """sha256 and text of a file. UnicodeDecodeError if it is not UTF-8, OSError if it can't be read."""
+    raw = path.read_bytes()
+    return hashlib.sha256(raw).hexdigest(), raw.decode("utf-8")
 
 
 def pieces(text: str) -> Iterator[str]:

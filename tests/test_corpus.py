@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +70,7 @@ def test_duplicates_empty_and_non_utf8_files(tmp_path, texts, capsys):
     odd = texts + texts[:9] + [b"", b"\xff\xfe broken", b"caf\xe9"]
     messy = prepared("--dataset", write_files(tmp_path / "b", odd), "--name", "messy")
     assert messy.data_tag == plain.data_tag
-    assert "skipped 2 files that are not UTF-8 text: 90.txt, 91.txt" in capsys.readouterr().out
+    assert "skipped 2 files: 90.txt (not UTF-8 text), 91.txt (not UTF-8 text)" in capsys.readouterr().out
 
 
 def test_suffixes_and_excluded_folders(tmp_path, texts, capsys):
@@ -169,6 +170,22 @@ def test_parquet_keeps_documents_and_row_groups(tmp_path, texts):
     assert specials == len(train), "special tokens written in a text must stay text"
     kept = sources.parquet_source("x", "x", [path]).train[0].batches()
     assert [text for batch in kept for text in batch] == train
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, texts, capsys, monkeypatch):
+    path = write_parquet(tmp_path / "own.parquet", texts)
+    folder, locked = write_files(tmp_path / "text", texts), tmp_path / "text" / "7.txt"
+    read = Path.read_bytes
+
+    def refused(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refused(path) if path == locked else read(path))
+    prepared("--dataset", folder)
+    assert "skipped 1 files: 7.txt (Permission denied)\n" in capsys.readouterr().out
+    monkeypatch.setattr(sources, "is_parquet", refused)
+    with pytest.raises(DataError, match="own.parquet can't be read .Permission denied."):
+        sources.own_files([str(path)], [], None)
 
 
 def test_parquet_copies_stay_on_one_side(tmp_path, texts):
