@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import select
 import socket
 import subprocess
@@ -28,6 +27,7 @@ import prepare
 import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
+from lab.run import sandbox
 
 PATIENCE = 10.0  # seconds
 SAVING = 2e7  # bytes/s, at least, when weights are saved
@@ -74,8 +74,7 @@ class Exam:
     """
 
     def __init__(self, request, weights: Path, parts: dict[str, str], trains: bool, told=None, untrained=None):
-        if os.name != "posix":
-            raise LabError("guarded runs need Linux or macOS. On Windows use WSL 2, or run python train.py by itself")
+        sandbox.refuse_windows()
         try:
             self.data = dataset.opened(dataset.folder_of(request.home, request.settings.get("AUTORESEARCH_DATA")))
         except storage.DataError as error:

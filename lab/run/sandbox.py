@@ -107,8 +107,14 @@ def advice() -> str:
     return " bubblewrap is installed and fails: most containers lack the right to make user namespaces."
 
 
+def refuse_windows() -> None:
+    if os.name != "posix":
+        raise LabError("guarded runs need Linux or macOS. On Windows use WSL 2, or run python train.py by itself")
+
+
 def refuse_without(name: str | None, unsandboxed: bool) -> None:
-    """LabError if there is no sandbox, unless `unsandboxed`."""
+    """LabError if there is no sandbox, unless `unsandboxed`; or if the system can't guard runs."""
+    refuse_windows()
     if name is None and not unsandboxed:
         raise LabError(f"{describe(None)} To go on without a sandbox, add --unsandboxed")
 
