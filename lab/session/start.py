@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 
 import backends
+import dataset
 import prepare
 import storage
 from backends import machine
 from backends.interface import BackendError, Hardware
-from calibration import profile as profiles, rule
+from calibration import measure, profile as profiles, rule
 from lab import untrusted
 from lab.errors import LabError
 from lab.genome.syntax import TRAIN, describe
@@ -70,7 +71,7 @@ def start(
     if (folder / "session.json").exists():
         raise LabError(f"there is a session {tag} already: to continue it: git switch {branch}; or choose another tag")
     profile = described["profile"] if described else checked_profile(hardware, repository.path / TRAIN, say)
-    data = prepare.open_data()
+    data = dataset.open_data()
     box = sandbox.probe()
     sandbox.refuse_without(box, unsandboxed)
     say(sandbox.describe(box))
@@ -134,7 +135,7 @@ def start(
             executable=sys.executable,
             settings=settings,
             memory_ceiling=int(rule.SHARE_OF_MEMORY * free),
-            unified=hardware.kind in ("cpu", "metal", "mps") or bool(machine.jetson()),
+            unified=hardware.kind in ("cpu", "metal", "mps") or bool(profile.get("machine", {}).get("board")),
             judge=sessions.fingerprints(folder / "judge"),
         )
         if described:
@@ -168,6 +169,8 @@ def checked_profile(hardware, train: Path, say) -> dict:
         raise profiles.ProfileError(f"the profile is stale: {'; '.join(reasons)}; {profiles.AGAIN}")
     if profiles.stale(profile, hardware, profiles.baseline(train)):
         say("the profile was measured with a different train.py; its sizes are used all the same")
+    if profile.get("effort") == measure.QUICK.name:
+        say("the sizes are those of a quick calibration, and may be too small; for better ones: python -m calibration")
     return profile
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+import dataset
 import prepare
 import storage
 from lab.errors import LabError
@@ -61,7 +62,7 @@ def sample(session: Session, prompt: str | None, count: int) -> events.Sampled:
     best, baseline = session.state.best, session.state.baseline
     if best is None:
         raise LabError("there is no model yet: python -m lab status shows how far the baseline is")
-    data = prepare.open_data(session.local.settings.get("AUTORESEARCH_DATA"))
+    data = dataset.open_data(session.local.settings.get("AUTORESEARCH_DATA"))
     begin = data.held_out_rows[0, :1].tolist()  # of a document
     tokens = begin + data.tokenizer.encode_ordinary(prompt) if prompt else data.held_out_rows[0, :OF_HELD_OUT].tolist()
     if count < 1 or len(tokens) + count > prepare.MAX_SEQ_LEN:

@@ -84,6 +84,24 @@ def test_the_sandbox_is_told(tree):
     assert any("bwrap" in text for text in said)
 
 
+def test_a_quick_calibration_is_told(tree):
+    told = {}
+    for effort in ("quick", "full"):
+        storage.write_json(profile.path_of(HARDWARE), PROFILE | {"effort": effort})
+        start(tree.path, effort, say=(said := []).append)
+        tree.git("switch", "-q", "main")
+        told[effort] = any("quick calibration" in text for text in said)
+    assert told == {"quick": True, "full": False}
+
+
+def test_the_result_of_a_run_by_hand_stays(tree, tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    result.write_text("{}")
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(result))
+    begin(tree)
+    assert result.exists()
+
+
 def test_settings_of_the_users_are_pinned(tree, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "7")
@@ -176,6 +194,12 @@ def test_without_a_sandbox_it_wants_to_be_told(tree, monkeypatch):
         begin(tree)
     assert untouched(tree)
     assert begin(tree, unsandboxed=True).started.sandbox is None
+
+
+def test_where_no_run_can_be_guarded_no_session_begins(tree, monkeypatch):
+    monkeypatch.setattr(sandbox.os, "name", "nt")
+    with pytest.raises(LabError, match="use WSL 2"):
+        sandbox.refuse_without(None, unsandboxed=True)
 
 
 def test_a_start_that_was_killed_half_way_is_begun_again(tree):

@@ -7,7 +7,7 @@ import pytest
 import sessions
 from sessions import attempt, edited
 
-import prepare
+import dataset
 from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.cli import commands, render
@@ -57,7 +57,7 @@ def night(tmp_path, runner, monkeypatch):
             decode=lambda tokens: "".join(chr(token) for token in tokens),
         ),
     )
-    monkeypatch.setattr(prepare, "open_data", lambda name: data)
+    monkeypatch.setattr(dataset, "open_data", lambda name: data)
     texts = {"baseline": "once\x1b[2J <b>upon</b>", "best": "a time"}
     monkeypatch.setattr(sample, "_written", lambda s, name, *_: [ord(c) for c in texts[name]])
     return night
