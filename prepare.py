@@ -378,7 +378,7 @@ def evaluate_bpb(backend, model, data: Data, rows="validation", count=None, batc
         if clock is not None and EXAM in os.environ:
             bpb, count = examined(Answers(backend, model, batch_size), weights)
         else:
-            stored = {"validation": data.validation_rows, "held_out": data.held_out_rows}[rows]
+            stored = getattr(data, f"{rows}_rows")
             count = data.eval_rows if count is None else count
             if not 1 <= count <= len(stored):
                 raise DataError(f"{count} {rows} rows were asked for, and {len(stored)} are stored; prepare more text")

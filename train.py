@@ -255,7 +255,7 @@ def orthogonalize(x):
 
 
 def muon_axis(shape):
-    """The axis the second moment is averaged over: the shorter one's neurons keep their own."""
+    """The axis the second moment is averaged over, the shorter one: each place of the longer one keeps its own."""
     return -1 if shape[-2] >= shape[-1] else -2
 
 
