@@ -20,13 +20,7 @@ def remembered(state: State) -> list[int]:
 
 def used(state: State) -> set[int]:
     """Numbers of those that were tried together, or are."""
-    found = [e for e in state.experiments.values() if e.kind == "near misses"]
-    return {
-        number
-        for e in found
-        if e.decided is None or e.decided.judged or e.status == "superseded"
-        for number in e.members
-    }
+    return {number for e in state.attempts if e.kind == "near misses" for number in e.members}
 
 
 def _untried(state: State) -> list[Experiment]:

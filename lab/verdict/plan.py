@@ -176,13 +176,14 @@ def said_of_noise(state: State) -> str:
 
 
 def account_of(state: State) -> gate.Account:
-    """What the session has staked, on decided tests and on those that are open."""
+    """What the session has staked, on decided tests and on those that are open. A block's test is looked at once, at
+    its end: one that did not get there has told nothing, and costs nothing."""
     account = gate.Account()
     for experiment in state.decided:
         if evidence := experiment.verdict.evidence:
             beside = experiment.kind == "replay"  # it costs the branch nothing
             account = account.after(gate.replace_evidence(evidence, loss=0.0) if beside else evidence)
-        elif experiment.stake is not None:  # looked at, and then it crashed
+        elif experiment.stake is not None and experiment.kind != "joint":  # looked at, and then it crashed
             account = account.reserving(experiment.stake)
     for experiment in state.open:
         if experiment.stake is not None and experiment.decided is None:
@@ -265,9 +266,7 @@ def _change(change: Experiment, state: State) -> Plan:
         job = Job(blob, step.seed, state.budget, urgency, others=paired)
         return Plan((job,), stake=reserve)
     means = statistics.fmean(run.bpb for run in sound), statistics.fmean(state.results(parent.blob).values())
-    if moved and step.action != "discard":
-        return _superseded(state, *means, _unkept(step.evidence, stake=change.stake or 0.0))
-    return _tested(change, state, step, means)
+    return _tested(change, state, step, means, moved)
 
 
 def _got_more(runs: Collection[Run], others: Collection[Run]) -> bool:
@@ -294,10 +293,13 @@ def _unkept(evidence: Evidence, **more) -> Evidence:
     return gate.replace_evidence(evidence, better=False, simpler=False, loss=0.0, **more)
 
 
-def _tested(change: Experiment, state: State, step: gate.Step, means: tuple[float, float]) -> Plan:
-    """The verdict that a test came to; on what is better, once its weights were scored again."""
+def _tested(change: Experiment, state: State, step: gate.Step, means: tuple[float, float], moved: bool) -> Plan:
+    """The verdict that a test came to; on what is better, once its weights were scored again. moved: another change was
+    kept meanwhile."""
     if step.action == "discard":
         return Plan(verdict=Verdict("discard", step.reason, *means, step.evidence))
+    if moved:
+        return _superseded(state, *means, _unkept(step.evidence, stake=change.stake or 0.0))
     sound = [run for run in change.own_runs if run.ok]
     best = min(_with_weights(sound), key=lambda run: run.bpb, default=None)  # that a leak would have helped most
     if best is None:
@@ -389,9 +391,7 @@ def _joint(joint: Experiment, state: State) -> Plan:
     noise, account = noise_of(state), account_of(state)
     step = gate.joint_step(scores, parents, noise, account, joint.stake, conditions=(of, of_parents))
     means = statistics.fmean(scores.values()), statistics.fmean(parents.values())
-    if moved and step.action != "discard":
-        return _superseded(state, *means, _unkept(step.evidence, stake=joint.stake or 0.0))
-    return _tested(joint, state, step, means)
+    return _tested(joint, state, step, means, moved)
 
 
 def _further(change: Experiment, state: State) -> Plan:
@@ -504,15 +504,26 @@ def _failure(experiment: Experiment, runs: list[Run]) -> Verdict | None:
     since = experiment.runs
     if experiment.kind in PROVEN:
         since = list(itertools.takewhile(lambda run: not run.ok, reversed(since)))
-    workers = {run.worker for run in since if run.reason and run.reason.code == "device_lost"}
-    if len(workers) >= SUSPECT:
+    gone = [run for run in since if run.reason and run.reason.code == "device_lost"]
+    workers = {run.worker for run in gone}
+    if min(len(workers), _incidents(gone)) >= SUSPECT:
         return _unjudged("crash", because("suspect", workers=", ".join(sorted(workers))))
-    lost = sum(run.status == "lost" and (run.reason is None or run.reason.code not in BLAMELESS) for run in since)
-    if lost >= MOST_LOST:
-        return _unjudged("crash", because("interrupted", times=lost))
+    lost = [run for run in since if run.status == "lost" and (run.reason is None or run.reason.code not in BLAMELESS)]
+    if (times := _incidents(lost)) >= MOST_LOST:
+        return _unjudged("crash", because("interrupted", times=times))
     if experiment.failures >= TRIES:
         return _unjudged("invalid", because("harness_failed", times=experiment.failures))
     return None
+
+
+def _incidents(lost: list[Run]) -> int:
+    """How many times something happened that runs were lost by: what ends one may end all that are under way, as a
+    power failure does."""
+    times, until = 0, 0.0
+    for run in sorted(lost, key=lambda run: run.time):
+        if run.ended and run.time >= until:
+            times, until = times + 1, run.ended.time
+    return times
 
 
 def _unjudged(status, reason: Reason) -> Verdict:

@@ -13,8 +13,10 @@ from sessions import attempt, edited
 from lab.cli import render
 from lab.reasons import because
 from lab.session.events import (
+    Evidence,
     ExperimentDecided,
     ExperimentOpened,
+    Patch,
     RunEnded,
     RunScored,
     RunStarted,
@@ -22,9 +24,11 @@ from lab.session.events import (
     Verdict,
 )
 from lab.session.journal import Journal
-from lab.session.state import Run, State, conditions
-from lab.verdict import executor, gate
+from lab.session.state import Experiment, Run, State, conditions
+from lab.verdict import executor, gate, near_misses
 from lab.verdict.plan import Job, Urgency, account_of, noise_of, plan, said_of_noise
+
+PATCH = Patch(origin="published/x/0123456789abcdef", description="x: y", edit="A: 1 -> 2")
 
 
 @pytest.fixture
@@ -46,6 +50,79 @@ def ran(state: State, number: int, experiment: int, job, bpb: float, worker: str
     result = {"val_bpb": bpb, "training_seconds": 300.0, "initial_weights": sessions.drawn(job.seed)}
     result |= facts
     state.take(RunEnded(run=number, status="ok", result=result))
+
+
+def lost(state: State, experiment: Experiment, runs: int, time: float, reason: str = "device_lost") -> None:
+    """Loses runs on as many devices, all under way at once."""
+    first = state.next_run()
+    for number in range(first, first + runs):
+        state.take(
+            RunStarted(
+                number=number,
+                experiment=experiment.number,
+                blob=experiment.blob,
+                seed=number,
+                budget=300.0,
+                worker=f"cuda:{number - first}",
+                time=time,
+            )
+        )
+    for number in range(first, first + runs):
+        state.take(RunEnded(run=number, status="lost", reason=because(reason), time=time + 100))
+
+
+def test_a_power_failure_is_no_fault_of_what_several_devices_were_running(tmp_path):
+    state = sessions.make(tmp_path / "project").state
+    for number, reason in enumerate(("device_lost", "killed", "killed")):
+        lost(state, state.baseline, 6, 1000.0 * number, reason)
+        assert len(plan(state.baseline, state).jobs) == 3
+    lost(state, state.baseline, 2, 9000.0)
+    assert plan(state.baseline, state).verdict.reason.code == "suspect"
+
+
+def test_the_test_of_a_block_that_was_never_looked_at_costs_nothing(session):
+    state = session.state
+    before = account_of(state)
+    best = state.best
+    state.take(
+        ExperimentOpened(number=1, kind="joint", blob="b" * 40, parent=best.blob, onto=0, pairs=6, patches=[PATCH])
+    )
+    stake = plan(state.experiments[1], state).stake
+    state.take(StakeReserved(experiment=1, stake=stake))
+    assert account_of(state).left == pytest.approx(before.left - stake)
+    opened(state, 2, "c" * 40)
+    state.take(ExperimentDecided(experiment=2, verdict=Verdict("keep", because("baseline"))))
+    verdict = plan(state.experiments[1], state).verdict
+    assert verdict.status == "superseded"
+    state.take(ExperimentDecided(experiment=1, verdict=verdict))
+    assert account_of(state).left == before.left
+
+
+def test_near_misses_whose_test_was_not_judged_twice_are_not_tried_a_third_time(session):
+    state = session.state
+    evidence = Evidence(gain=0.001, error=0.0008, near_miss=True)
+    for number in range(1, 6):
+        opened(state, number, f"{number:040x}")
+        verdict = Verdict("discard", because("baseline"), 0.999, 1.0, evidence)
+        state.take(ExperimentDecided(experiment=number, verdict=verdict))
+    members = near_misses.remembered(state)
+    for number in (6, 7):
+        assert near_misses.remembered(state) == members != []
+        state.take(
+            ExperimentOpened(
+                number=number,
+                kind="near misses",
+                blob="e" * 40,
+                parent=state.best.blob,
+                onto=0,
+                members=members,
+                change="f" * 16,
+            )
+        )
+        assert not near_misses.remembered(state)
+        unjudged = Verdict("crash", because("suspect", workers="a, b"), judged=False)
+        state.take(ExperimentDecided(experiment=number, verdict=unjudged))
+    assert not near_misses.remembered(state)
 
 
 def test_the_baseline_wants_all_its_seeds_at_once_and_those_under_way_only_once(tmp_path):
