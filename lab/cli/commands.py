@@ -255,6 +255,7 @@ def do_log(session: Session, options) -> int:
 def do_sample(session: Session, options) -> int:
     from lab.verdict.sample import sample
 
+    opening.refuse_if_held(session)
     with opening.exclusive(session, device=True):
         sampled = sample(session, options.prompt, options.tokens)
     print(json.dumps(fields_of(sampled), indent=1) if options.json else render.sampled(sampled))

@@ -41,7 +41,7 @@ def exclusive(
     say=lambda line: print(line, file=sys.stderr),
     device: bool = False,
 ):
-    """The session to oneself, resumed. LabError while something runs; `device`: also on its device, of another one."""
+    """The session to oneself, recovered. LabError while something runs; `device`: also of another one on its device."""
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -98,8 +98,10 @@ def _written(session: Session, name: str, experiment: Experiment, tokens: list[i
 
 
 def after_night(session: Session) -> None:
-    """Makes a sample for the report, once for each best."""
+    """Makes a sample for the report, once for each best, unless nothing is to be run."""
     session.refresh()
+    if session.held:
+        return
     best, sampled = session.state.best, session.state.sampled
     if best and best is not session.state.baseline and (sampled is None or sampled.experiment != best.number):
         try:

@@ -11,6 +11,7 @@ import dataset
 from lab.compare.analysis import Analysis
 from lab.errors import LabError
 from lab.cli import commands, render
+from lab.cli.arguments import parsed
 from lab.report import page
 from lab.run import outcome, runner
 from lab.session.journal import Journal
@@ -84,6 +85,12 @@ def test_before_a_keep_there_is_one_model(night, monkeypatch):
 
 def test_after_a_night_once_for_each_best(night, capsys, monkeypatch):
     attempt(night, edited(LOSS=0.5))
+    night.hold("paused", now=False)
+    sample.after_night(night)
+    with pytest.raises(LabError, match="this session is paused"):
+        commands.do_sample(night, parsed(["sample"]))
+    assert night.state.sampled is None
+    night.release()
     sample.after_night(night)
     first = night.state.sampled
     sample.after_night(night)
