@@ -15,6 +15,7 @@ from lab.compare.multiplier import Curve, Times
 from lab.genome.kinds import KINDS
 from lab.session.record import Record
 from lab.session.state import APART, BASELINE, MEASURING, Experiment, Run, by_seed
+from lab.untrusted import counted
 from lab.verdict import gate
 from lab.verdict.plan import noise_of
 
@@ -160,12 +161,12 @@ class Analysis:
         """The mean of a figure of its runs, see effects.quantity."""
         return effects.mean(self.counted[experiment.number], name) if experiment else None
 
-    def step(self, experiment: Experiment, relative: bool = False) -> float | None:
-        """val_bpb minus the parent's, as the session saw them: below 0 is better. relative: to the parent's."""
+    def step(self, experiment: Experiment) -> float | None:
+        """val_bpb minus the parent's, as the session saw them, as a share of the parent's: below 0 is better."""
         if experiment.onto not in self.scores or experiment.number not in self.scores:
             return None
         score, before = self.scores[experiment.number], self.scores[experiment.onto]
-        return (score - before) / before if relative else score - before
+        return (score - before) / before
 
     def effect(self, experiment: Experiment) -> Effect | None:
         """The effect of a change on its parent, in its own session; None where one of them has no score."""
@@ -177,9 +178,9 @@ class Analysis:
             return None
         picked = chosen(experiment)
         # A parent was picked for its scores wherever it came from: it is the parent because it was kept.
-        after = experiment.number if picked else parent.number if parent.number > BASELINE else -1
-        later = [run for run in own if run.experiment > experiment.number] if picked else own
-        since = [run for run in others if run.experiment > after]
+        last = experiment if picked else parent if parent.number > BASELINE else None
+        later = [run for run in own if _made_after(run, experiment)] if picked else own
+        since = [run for run in others if last is None or _made_after(run, last)]
         sure = self.noise is not None and bool(later and since)
         own, others = (later, since) if sure else (own, others)
         biased, known = self.noise is not None and not sure, bool(experiment.origin) or picked
@@ -267,7 +268,8 @@ class Analysis:
         """What a reader should know."""
         every = [run for runs in self.runs.values() for run in runs]
         lengths = Counter(run.budget for run in every if not self._usual(run) and not self.confirms(run))
-        notes = [f"{n} runs of {length:g} s, not {self.budget:g} s, are left out" for length, n in lengths.items()]
+        of = {length: counted(number, "run") for length, number in lengths.items()}
+        notes = [f"left out: {runs} of {length:g} s, not {self.budget:g} s" for length, runs in of.items()]
         return list(dict.fromkeys([*self.started.notes, *notes]))
 
     def facts(self) -> dict:
@@ -289,7 +291,7 @@ class Analysis:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Hours by what the session's time went to."""
+        """Hours by what the session's time went to; of several devices, each one's."""
         seconds: defaultdict[str, float] = defaultdict(float)
         for run in self.state.runs.values():  # also of those that are no change's, as shared runs are
             if not run.ok or run.budget is None or not run.seconds:
@@ -303,8 +305,16 @@ class Analysis:
             seconds["training the changes" if own else again] += trained
             seconds["starting, compiling and evaluating runs"] += run.seconds - trained
         if self.hours:
-            seconds["time between runs, crashed runs, proposing changes"] = self.hours * 3600 - sum(seconds.values())
+            devices = len({run.worker for run in self.state.runs.values()} - {""}) or 1
+            rest = self.hours * 3600 * devices - sum(seconds.values())
+            seconds["time between runs, crashed runs, proposing changes"] = rest
         return {what: amount / 3600 for what, amount in seconds.items() if amount > 1e-6}
+
+
+def _made_after(run: Run, judged: Experiment) -> bool:
+    """Whether a run was begun after a verdict, so that it was no part of it. For a later experiment is not enough: with
+    several devices that may be before."""
+    return run.experiment > judged.number and run.time >= judged.decided_at
 
 
 def chosen(experiment: Experiment) -> bool:

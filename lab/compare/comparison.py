@@ -352,7 +352,7 @@ def paid(analyses: list[Analysis]) -> list[Paid]:
     summaries = []
     for group, attempts in groups.items():
         counts = Counter(experiment.status for _, experiment in attempts)
-        steps = [step for session, tried in attempts if (step := session.step(tried, relative=True)) is not None]
+        steps = [step for session, tried in attempts if (step := session.step(tried)) is not None]
         median = 100 * statistics.median(steps) if steps else None
         summaries.append(Paid(*group, len(attempts), counts["keep"], counts["crash"], median))
     for sort in {summary.sort for summary in summaries}:

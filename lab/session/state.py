@@ -122,14 +122,15 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
 
     Attributes:
         runs: those made for it, its parent's too. stake: what it may cost the account, once it goes beyond one run.
-        judged: the verdict while further runs are made that don't change it. decided: the verdict.
-        applied: all of it is done. failures: of the harness at it.
+        judged: the verdict while further runs are made that don't change it. decided: the verdict. decided_at: when, as
+            of time.time(). applied: all of it is done. failures: of the harness at it.
     """
 
     runs: list[Run] = []
     stake: float | None = None
     judged: Verdict | None = None
     decided: Verdict | None = None
+    decided_at: float = 0.0
     applied: ExperimentApplied | None = None
     failures: int = 0
 
@@ -267,6 +268,7 @@ class State:
                 experiment = self._experiment(event.experiment)
                 if experiment.decided is None:
                     self.decided.append(experiment)
+                    experiment.decided_at = event.time
                     if verdict.status == "keep" and (experiment.kind not in BESIDE or experiment.kind == "baseline"):
                         self.kept.append(experiment)
                 experiment.decided = _once(experiment.decided, verdict)

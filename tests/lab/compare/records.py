@@ -54,7 +54,8 @@ class Builder:
     def decide(self, number, status="keep", reason="baseline", near_miss=False, **facts):
         reason = because(reason) if isinstance(reason, str) else reason
         evidence = Evidence(near_miss=True) if near_miss else None
-        self.take(ExperimentDecided(experiment=number, verdict=Verdict(status, reason, evidence=evidence, **facts)))
+        verdict = Verdict(status, reason, evidence=evidence, **facts)
+        self.take(ExperimentDecided(experiment=number, verdict=verdict, time=self.time))
 
     def baseline(self, scores=(1.0, 1.0, 1.0), status="keep", **facts):
         """Experiment 0."""

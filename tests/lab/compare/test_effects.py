@@ -18,6 +18,27 @@ def of(builder, number=1, noise=SD, df=DF):
     return analysis.effect(analysis.experiments[number])
 
 
+def test_a_run_of_its_parent_before_its_verdict_is_biased_whatever_it_was_made_for():
+    """On several devices the parent is run for a later experiment while an earlier one is being judged."""
+
+    def effect(early: bool):
+        builder = session(time=1000.0)
+        builder.open(1)
+        builder.open(2)
+        builder.run(1, 0.99, seed=42)
+        if early:
+            builder.run(2, 1.02, of=0, seed=45)
+        builder.run(1, 0.99, seed=43)
+        builder.decide(1, "keep")
+        builder.open(3, onto=1)
+        builder.run(3, 0.98, of=1, seed=44)
+        if not early:
+            builder.run(3, 1.02, of=0, seed=45)
+        return analysed(builder).effect(builder.state.experiments[1])
+
+    assert effect(early=True).biased and not effect(early=False).biased
+
+
 def test_a_discarded_change_is_measured_by_all_of_its_runs():
     effect = of(session(base=[1.0, 1.02, 1.04]).change(1, [1.01, 1.03]))
     assert effect.value == pytest.approx(0.0) and not effect.biased and not effect.known
@@ -63,7 +84,7 @@ def test_runs_of_another_budget_or_evaluator_are_left_out():
     builder = session().change(1, [1.1]).again(2, 1, [0.5], budget=1200.0).again(2, 1, [0.5], eval="other")
     effect = of(builder.again(2, 0, [0.5], budget=1200.0))
     assert effect.value == pytest.approx(0.1) and (effect.runs, effect.parent_runs) == (1, 3)
-    assert Analysis(builder.record()).notes == ["2 runs of 1200 s, not 300 s, are left out"]
+    assert Analysis(builder.record()).notes == ["left out: 2 runs of 1200 s, not 300 s"]
 
 
 def test_without_repeats_nothing_is_sure():

@@ -109,6 +109,18 @@ def test_time_adds_up():
     assert within == pytest.approx(runs * 340 / 3600)
 
 
+def test_the_time_of_each_of_several_devices_counts():
+    builder = records.session(time=1000.0)
+    for number in range(1, 9):
+        builder.open(number)
+        builder.run(number, 1.0, worker=f"cuda:{number % 2}")
+        builder.time -= 340.0 * (number % 2)  # the other device's begins with it
+        builder.decide(number, "discard")
+    analysis = records.analysed(builder)
+    idle = analysis.shares["time between runs, crashed runs, proposing changes"]
+    assert idle == pytest.approx(2 * analysis.hours - sum(run.seconds for run in builder.state.runs.values()) / 3600)
+
+
 def test_runs_beside_others_and_confirmations_are_told_apart():
     def more(builder):
         builder.again(3, 0, [1.2]).confirm(9, 0, [1.2], [])
