@@ -12,7 +12,7 @@ from lab import untrusted
 from lab.session.events import Sampled
 from lab.session.record import Record
 from lab.session.session import Session
-from lab.session.state import APART, MEASURING, Experiment, Run
+from lab.session.state import APART, BESIDE, MEASURING, Experiment, Run
 from lab.untrusted import counted
 from lab.verdict import gate, near_misses
 from lab.verdict.opening import said_of_held
@@ -220,7 +220,7 @@ def status_facts(session: Session) -> dict:
         "held": session.held,
         "night": session.owned_by_night,
     }
-    tried = [e.status for e in state.decided if e.kind in ("change", "near misses", "joint")]
+    tried = [e.status for e in state.decided if e.kind not in BESIDE]
     known |= {status: tried.count(status) for status in ("keep", "discard", "crash", "invalid", "superseded")}
     judged = (e for e in reversed(state.decided) if e.kind not in APART)
     crashed = itertools.takewhile(lambda e: e.status == "crash", judged)

@@ -61,7 +61,8 @@ class Times:
         low = "below " * ("fast" in self.beyond) + f"{self.low:.2f}"
         high = "above " * ("slow" in self.beyond) + f"{self.high:.2f}"
         if self.bounded:
-            return f"{told} ({f'at most {high}' if self.bounded == 'fast' else f'at least {low}'})"
+            other, end = ("slow", f"at most {high}") if self.bounded == "fast" else ("fast", f"at least {low}")
+            return told if other in self.beyond else f"{told} ({end})"
         return f"{told} ({low} to {high})"
 
 

@@ -204,7 +204,8 @@ def _differs(cell: Cell) -> bool:
 def _missing(cell: Cell) -> str:
     """Why it can't be told, and after how many more runs of the change and of its parent each it probably could."""
     if cell.more is None:
-        return cell.why + f"; over {classify.MOST} more runs" * (not cell.why.startswith(classify.NO_RUNS))
+        wanted = f"; it would take more than {classify.MOST} further runs"
+        return cell.why + wanted * (not cell.why.startswith(classify.NO_RUNS))
     here, source = cell.more["here"], cell.more["source"]
     where = "here and there" if here and source else "here" if here else "there"
     return f"{cell.why}; {counted(max(here, source), 'more run')} {where}"
@@ -220,7 +221,7 @@ def _agreements(agreements: list[Agreement]) -> list[Table | str]:
         figures = "{:.0%} ({:.0%} to {:.0%})".format(*agreed.share), "-"
         if agreed.rho:
             figures = figures[0], "{:+.2f} ({:+.2f} to {:+.2f})".format(*agreed.rho)
-        remark = remarks.get(agreed.joined) or f"{agreed.biased} effects as selected" * bool(agreed.biased)
+        remark = remarks.get(agreed.joined) or f"{agreed.biased} biased by selection" * bool(agreed.biased)
         rows.append((Place(agreed.one), Place(agreed.other), str(agreed.n), *figures, remark))
     return [Table("Agreement, with 90 % intervals; noise lowers both figures", heads, rows)] if rows else []
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from records import analysed, session
@@ -137,6 +138,12 @@ def scaled(builder, number, points):
             builder.run(number, score, of=0, seed=seed, budget=time)
     builder.decide(number)
     return builder
+
+
+def test_a_bound_whose_other_end_is_beyond_the_curve_is_told_alone():
+    times = multiplier.Times(0.5, 0.3, 2.0, "fast")
+    assert f"{times}" == "less than 0.50 of the time (at most 2.00)"
+    assert f"{replace(times, beyond=('fast', 'slow'))}" == "less than 0.50 of the time"
 
 
 def test_a_session_tells_its_changes_in_time_and_its_score_stays_as_it_was():
