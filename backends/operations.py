@@ -4,7 +4,9 @@ are made. `python -m backends.surface` prints it.
 Names, keyword-only arguments and defaults are those of the Python Array API standard (2024.12) where it has them.
 Where the standard leaves a choice, or not every framework follows it, the table decides: an operation of two arrays
 takes a number on either side; `take`, `take_along_axis` and `nn.Embedding` count negative indices from the end, and
-give NaN for an index out of range (for integers, the nearest element): an error would have to wait for the device.
+give NaN for an index out of range (for integers, the nearest element): an error would have to wait for the device. At
+a tie the gradient of `maximum`, `minimum` and `clip` is that of x beside a number, and half of each of two arrays; that
+of `std` is 0 where nothing varies.
 
 Random numbers are drawn in training only, by the counter-based generator Squares (Widynski 2020, arXiv:2004.06278): a
 few operations on integers, where Threefry takes a compiler half a minute. `key=(seed, place)` are two integers. Element

@@ -47,7 +47,7 @@ class MlxBackend(interface.Backend):
             tried = trials.remember(
                 f"{key} {precision}: attention seconds",
                 lambda: benches.try_attention(self.bench, precision),
-                benches.lasts,
+                lambda tried: benches.lasts(*tried.values()),
             )
             by_kind = benches.choose_attention(tried, hardware.memory)
         notes.append("attention: " + ", ".join(f"{kind} {found}" for kind, found in by_kind.items()))
@@ -94,6 +94,10 @@ class MlxBackend(interface.Backend):
 
     def synchronize(self) -> None:
         mx.synchronize()
+
+    def read_later(self, scalar):
+        mx.async_eval(scalar)  # behind this step; else it would begin, when it is read, behind the next one
+        return scalar
 
     def peak_memory(self) -> int:
         return mx.get_peak_memory()

@@ -19,7 +19,7 @@ import numpy as np
 from backends import interface
 from backends.mlx.nn import modules
 
-MOST = 8  # times that a function is compiled for other values, after which it runs uncompiled
+MOST = 64  # times that a function is compiled for other values, after which it runs uncompiled
 DEEPEST, LONGEST = 4, 1000  # of lists within lists; of a list, which is longer known by its length alone
 PLAIN = (bool, int, float, str, bytes, type(None))
 
@@ -46,7 +46,7 @@ class Compiled:
         values = self.reads()
         if values not in self._by_values:
             if len(self._by_values) == MOST:
-                print(interface.CHANGING, flush=True)
+                interface.turned_uncompiled()
                 self.on = False
                 return self.function(*arguments)
             # By a function of its own: MLX keeps what it compiled by the function's identity.

@@ -18,6 +18,7 @@ from backends.mlx.indexing import take, take_along_axis
 RMS_EPSILON = 2.0**-23
 
 
+HALVES = mx.bfloat16, mx.float16
 DTYPES = {"bool": mx.bool_, "int32": mx.int32, "float32": mx.float32}
 
 # numpy's constants then leave a product such as `np.float32(2) * x` to MLX; else its result would be numpy's, without a
@@ -75,8 +76,29 @@ def arange(start, stop, step):
     return mx.arange(start) if stop is None else mx.arange(start, stop, step)
 
 
+# --- At a tie the gradient is that of x beside a number, and half of each of two arrays, as the table says ---
+
+
 def clip(x, min, max):
-    return mx.clip(x, min, max)
+    x = x if min is None else maximum(x, min)
+    return x if max is None else minimum(x, max)
+
+
+def maximum(x1, x2):
+    return _chosen(x1, x2, mx.maximum, mx.less)
+
+
+def minimum(x1, x2):
+    return _chosen(x1, x2, mx.minimum, mx.greater)
+
+
+def _chosen(x1, x2, choose, beyond):
+    if isinstance(x1, mx.array) and isinstance(x2, mx.array):
+        chosen = choose(x1, x2)
+        halves = 0.5 * x1 + 0.5 * x2 if mx.issubdtype(chosen.dtype, mx.floating) else chosen
+        return mx.where(x1 == x2, halves, chosen)
+    x, number = (x1, x2) if isinstance(x1, mx.array) else (x2, x1)
+    return mx.where(beyond(x, number), number, x)
 
 
 def full(shape, fill_value):
@@ -110,7 +132,9 @@ def var(x, axis, correction, keepdims):
 
 
 def std(x, axis, correction, keepdims):
-    return mx.sqrt(var(x, axis, correction, keepdims))
+    variance = var(x, axis, correction, keepdims)
+    some = variance > 0  # where there is none the gradient is 0, as the table says, and not that of a root at 0
+    return mx.where(some, mx.sqrt(mx.where(some, variance, 1)), 0)
 
 
 def multiply(x1, x2):
@@ -173,6 +197,11 @@ def _cumulative_prod(x, axis):
         x = mx.concatenate([x[:back], x[back:] * x[:-back]], axis=0)
         back *= 2
     return x.swapaxes(axis, 0)
+
+
+def _cumulative_sum(x, axis):
+    """In float32: MLX's CPU adds up in the precision of x, where bfloat16 stands still at 256 terms."""
+    return mx.cumsum(x.astype(mx.float32), axis=axis).astype(x.dtype) if x.dtype in HALVES else mx.cumsum(x, axis=axis)
 
 
 def argmax(x, axis, keepdims):
@@ -238,7 +267,7 @@ def attention_by(chosen: dict[str, str]):
 
 _renamed = dict(
     cumulative_prod=vector(_cumulative_prod),
-    cumulative_sum=vector(mx.cumsum),
+    cumulative_sum=vector(_cumulative_sum),
     dropout=random.dropout,
     matrix_transpose=lambda x: x.swapaxes(-1, -2),
     take=take,

@@ -447,6 +447,31 @@ def test_rope_sign(backend):
     np.testing.assert_allclose(found[0, :, 0], [[1, 0], [np.cos(1), -np.sin(1)]], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "function, wanted",
+    [
+        (lambda o, x, y: o.maximum(x, 0.0), {"x": [0, 1, 1]}),
+        (lambda o, x, y: o.minimum(0.0, x), {"x": [1, 1, 0]}),
+        (lambda o, x, y: o.clip(x, min=0.0, max=1.0), {"x": [0, 1, 1]}),
+        (lambda o, x, y: o.maximum(x, y), {"x": [0, 0.5, 1], "y": [1, 0.5, 0]}),
+        (lambda o, x, y: o.minimum(x, y), {"x": [1, 0.5, 0], "y": [0, 0.5, 1]}),
+        (lambda o, x, y: o.std(0.0 * x) + o.std(y), {"x": [0, 0, 0], "y": [0, 0, 0]}),
+    ],
+)
+def test_gradients_at_ties(backend, function, wanted):
+    """Where differences say nothing. A gate begins at 0, and would never leave it on one backend alone."""
+    values = {"x": np.array([-1, 0, 1], np.float32), "y": np.zeros(3, np.float32)}
+    _, found = support.gradients(backend, lambda **arrays: backend.ops.sum(function(backend.ops, **arrays)), **values)
+    for name, gradient in wanted.items():
+        np.testing.assert_array_equal(found[name], gradient)
+
+
+def test_a_sum_over_many_is_exact_in_half_precision(backend):
+    ops = backend.ops
+    summed = ops.cumulative_sum(ops.compute(ops.full((4096,), 0.5)), axis=0)
+    assert support.numpy(backend, ops.float32(summed))[-1] == pytest.approx(2048, rel=0.01)
+
+
 def check_gradients(backend, function, rtol=2e-4, **values):
     """A backend's gradients of function(ops, **arrays), against finite differences of the float64 reference."""
     loss, found = support.gradients(backend, lambda **arrays: function(backend.ops, **arrays), **values)
