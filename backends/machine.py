@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -86,26 +87,42 @@ def available_memory() -> int:
     return max(min([psutil.virtual_memory().available, *_left_in_cgroups(), *_left_to_a_slurm_job()]), 0)
 
 
-def _left_in_cgroups() -> list[int]:
-    """Bytes left in each cgroup that has a limit and that this process is in: its own, those around it, and that at the
-    root, which is the container's own where the container has a namespace for them."""
-    left = []
+def _cgroups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """(folder, whether it is of version 1) of each cgroup that this process is in: its own, those around it, and that
+    at the root, which is the container's own where the container has a namespace for them."""
     for line in (told(OWN_CGROUPS) or "").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root, (limits, usage, files) = (CGROUPS / "memory", LIMITS_V1) if controllers else (CGROUPS, LIMITS_V2)
-        own = PurePosixPath(path).relative_to("/")
-        for folder in (root / own, *(root / parent for parent in own.parents)):
-            try:
-                used = int(told(folder / usage) or "")
-            except ValueError:  # the root of all has none; a path of the host's is not seen in a container
-                continue
-            # A cache of files counts as used, and is given up when asked for.
-            cached = re.search(rf"^{files} (\d+)", told(folder / "memory.stat") or "", re.MULTILINE)
-            used -= int(cached[1]) if cached else 0
-            left += [int(limit) - used for name in limits if (limit := told(folder / name) or "").isdigit()]
+        root, own = CGROUPS / controller if controllers else CGROUPS, PurePosixPath(path).relative_to("/")
+        yield from ((root / folder, bool(controllers)) for folder in (own, *own.parents))
+
+
+def _left_in_cgroups() -> list[int]:
+    """Bytes left in each cgroup that has a limit."""
+    left = []
+    for folder, old in _cgroups("memory"):
+        limits, usage, files = LIMITS_V1 if old else LIMITS_V2
+        try:
+            used = int(told(folder / usage) or "")
+        except ValueError:  # the root of all has none; a path of the host's is not seen in a container
+            continue
+        # A cache of files counts as used, and is given up when asked for.
+        cached = re.search(rf"^{files} (\d+)", told(folder / "memory.stat") or "", re.MULTILINE)
+        used -= int(cached[1]) if cached else 0
+        left += [int(limit) - used for name in limits if (limit := told(folder / name) or "").isdigit()]
     return left
+
+
+def quota() -> float:
+    """How many processors' time this process gets at most, as containers limit it; infinity without such a limit."""
+    least = math.inf
+    for folder, old in _cgroups("cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if old else ("cpu.max",)
+        with suppress(ValueError):  # "max", or there are no such files
+            time, period = map(int, " ".join(told(folder / name) or "" for name in names).split())
+            least = min(least, time / period) if time > 0 < period else least
+    return least
 
 
 def _left_to_a_slurm_job() -> list[int]:
@@ -244,5 +261,6 @@ def slug(name: str, memory: int, cpu: bool = False) -> str:
         " ",
         name.lower(),
     )
-    words = re.findall(r"[a-z0-9.]+", f"cpu {name} {os.cpu_count()}c" if cpu else name)
+    processors = min(os.cpu_count() or 1, quota())  # another limit is another device
+    words = re.findall(r"[a-z0-9.]+", f"cpu {name} {math.ceil(processors)}c" if cpu else name)
     return "-".join([*words, f"{math.ceil(memory / 2**30)}gb"])

@@ -227,6 +227,16 @@ def test_a_cpu_is_shared(witness, monkeypatch, wall, own, queued, others, slowdo
     assert [told.most for told in one.read()] == [pytest.approx(slowdown, rel=0.01)]
 
 
+def test_a_run_that_its_container_holds_up_is_not_disturbed(witness, monkeypatch):
+    """64 threads in the time of four processors: the system counts them as queued while the container's time is up."""
+    counters = [np.array([i, 4.0 * i, 60.0 * i, 0.0]) for i in range(3)]
+    told(monkeypatch, *counters)
+    monkeypatch.setattr(disturbance, "cores", lambda: 4.0)
+    one = witness(backend())
+    one.start()
+    assert one.read()[0].most == 1
+
+
 @pytest.mark.parametrize("before, now, slowdown", [(1e-4, 1.5e-4, 1.5), (1e-4, 1.03e-4, 1.0), (2e-4, 1e-4, 0.5)])
 def test_a_cpu_that_clocks_lower_is_slower(witness, monkeypatch, before, now, slowdown):
     told(monkeypatch, *[np.array([i, 2.0 * i, 0.0, 0.0]) for i in range(9)])

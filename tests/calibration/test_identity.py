@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 import backends
+import disturbance
 from backends import machine
 from backends.interface import Hardware
 from calibration import identity
@@ -103,6 +105,34 @@ def cgroups(monkeypatch, tmp_path):
     for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "tree", lambda text: own.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+@pytest.mark.parametrize(
+    "lines, limits, processors",
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000"}, math.inf),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2.5),  # of the slice around it
+        ("0::/\n", {"cpu.max": "20000 100000"}, 0.2),  # a container with a namespace of its own
+        (
+            "4:cpu,cpuacct:/docker/x\n0::/\n",
+            {"cpu/docker/x/cpu.cfs_quota_us": "400000", "cpu/docker/x/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("4:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, math.inf),
+        ("", {}, math.inf),
+    ],
+)
+def test_a_container_may_limit_the_processors_time(cgroups, monkeypatch, lines, limits, processors):
+    tree, own = cgroups
+    own(lines)
+    for name, text in limits.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(f"{text}\n")
+    assert machine.quota() == processors
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert disturbance.cores() == min(64, processors)
+    assert f"-{math.ceil(min(64, processors))}c-" in machine.slug("EPYC", 2**34, cpu=True)
 
 
 def test_without_any_cgroup_what_is_free_counts(cgroups):
