@@ -264,9 +264,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
 
 
-def lasts(results: dict) -> bool:
-    """Whether trials found what will hold: not that something else had filled the memory."""
-    return "'out of memory'" not in str(results)
+def lasts(*trials: dict) -> bool:
+    """Whether trials of one kind or more found what will hold: not that something else had filled the memory, nor that
+    nothing of a kind works at all, as where a driver has failed."""
+    works = (any(not isinstance(found, str) for found in tried.values()) for tried in trials)
+    return "'out of memory'" not in str(trials) and all(works)
 
 
 def product_rates(bench: Bench, precision: str, n: int, repeats: int = 9) -> list[float]:

@@ -213,7 +213,7 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def rehearse(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Two of `accumulate` and one `step`, finished, and undone, also when they fail."""
+        """Two of `accumulate` and one `step`, or that several times, finished, and undone, also when they fail."""
 
     @abc.abstractmethod
     def step(self, schedule: list[dict[str, float]]) -> None:
@@ -320,7 +320,7 @@ class Backend(abc.ABC):
         return None
 
     def read_later(self, scalar):
-        """What `float` makes this scalar of, waiting for it and for nothing that the device is given after it."""
+        """What `float` makes this scalar of, without waiting, except on MPS, for what the device is given after it."""
         return scalar
 
     @abc.abstractmethod
@@ -468,7 +468,10 @@ def check_transformed(given: dict, transformed: dict) -> None:
         )
 
 
-CHANGING = "a step reads Python values that change all the time: it runs uncompiled, slower"  # what a run prints then
+def turned_uncompiled() -> None:
+    """Says that a step, which was compiled, is not from here on, in what the run prints and in its result."""
+    print("a step reads Python values that change all the time: it runs uncompiled, slower", flush=True)
+    WARMED_UP.update(compiled=False, captured=WARMED_UP.get("captured") and False)
 
 
 def check_updated(parameter, state: dict, updated, new_state: dict) -> None:

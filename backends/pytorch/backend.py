@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from backends import bench as benches
-from backends import interface, trials
+from backends import interface, machine, trials
+from backends.interface import BackendError
 from backends.pytorch import device as devices
 from backends.pytorch import nn, runtime
 from backends.pytorch.bench import Bench
@@ -101,6 +102,8 @@ def open_backend(
     devices.keep_to_itself(runtime.device)
     if runtime.device.type == "cpu":
         devices.keep_freed_memory()
+        if (quota := machine.quota()) < torch.get_num_threads():  # more threads would wait for one another
+            torch.set_num_threads(max(1, int(quota)))
     title, slug, kind, memory = _named(runtime.device)
     versions, bench = devices.versions(runtime.device), Bench(runtime.device, memory)
     key = " ".join([slug, str(runtime.device), *(f"{k} {v}" for k, v in versions.items())])
@@ -144,7 +147,10 @@ def _choose_precision(bench, key, precision, calibrated) -> tuple[str, float | N
         runtime.dtype = devices.PRECISIONS[calibrated.precision]
         return calibrated.precision, calibrated.product_rate, []
     tried = trials.remember(f"{key}: products", lambda: benches.try_precisions(bench), benches.lasts)
-    precision, rates = precision or benches.choose_precision(tried), benches.products(tried)
+    try:
+        precision, rates = precision or benches.choose_precision(tried), benches.products(tried)
+    except BackendError as error:
+        raise BackendError(f"{error}. {devices.OTHER_BUILD}") from None
     runtime.dtype = devices.PRECISIONS[precision]
     peak = None if isinstance(rates[precision], str) else rates[precision]
     return precision, peak, [f"precision {precision}: " + ", ".join(f"{k} {benches.rate(v)}" for k, v in rates.items())]
@@ -181,7 +187,9 @@ def _choose_attention(bench, key, precision, calibrated, further) -> list[str]:
     else:
         key += f" {bench.attention_provider}" if bench.attention_provider else ""
         tried = trials.remember(
-            f"{key}: attention seconds", lambda: benches.try_attention(bench, precision), benches.lasts
+            f"{key}: attention seconds",
+            lambda: benches.try_attention(bench, precision),
+            lambda tried: benches.lasts(*tried.values()),
         )
         runtime.attention = benches.choose_attention(tried, bench.memory)
         runtime.uncompiled_attention = benches.choose_attention(tried, bench.memory, compiled=False)
@@ -195,7 +203,7 @@ def _choose_kernels(key, calibrated) -> tuple[dict[str, int], str]:
     elif calibrated and calibrated.kernels is not None and kernels.known(calibrated.kernels):
         chosen, how = calibrated.kernels, ", ".join(calibrated.kernels) or "none, as calibrated"
     else:
-        tried = trials.remember(f"{key}: kernels {kernels.digest()}", kernels.try_apart, benches.lasts)
+        tried = trials.remember(f"{key}: kernels {kernels.digest()}", kernels.try_apart, kernels.lasts)
         chosen, how = kernels.choose(tried), kernels.described(tried)
     kernels.load(chosen)
     return chosen, f"kernels of this project: {how}"

@@ -21,6 +21,10 @@ from backends.interface import BackendError
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OTHER_BUILD = (
+    "Install the build for your driver: pip install uv, then uv pip install --torch-backend=auto --reinstall-package "
+    "torch torch; or update the driver. To run on the CPU instead, set AUTORESEARCH_DEVICE=cpu"
+)
 
 
 def pick() -> torch.device:
@@ -43,9 +47,7 @@ def pick() -> torch.device:
     if available == ["cpu"] and (gpu := nvidia_gpu()):
         raise BackendError(
             f"this machine has a GPU ({gpu}), but PyTorch {torch.__version__} cannot use it ({without_cuda()}). "
-            "Install the build for your driver: pip install uv, then uv pip install --torch-backend=auto "
-            "--reinstall-package torch torch; or update the driver. To run on the CPU instead, set "
-            "AUTORESEARCH_DEVICE=cpu"
+            f"{OTHER_BUILD}"
         )
     return torch.device(available[-1])
 

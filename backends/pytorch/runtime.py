@@ -98,6 +98,7 @@ def _skips() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    said = ("out of memory", "can't allocate", "ALLOC_FAILED")  # the last by cuBLAS and cuDNN
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error))
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
     )

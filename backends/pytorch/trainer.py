@@ -96,7 +96,7 @@ class Trainer(interface.Trainer):
         except Exception as error:
             if not (runtime.compiled and type(error).__name__ == "FailOnRecompileLimitHit"):
                 raise
-        print(interface.CHANGING, flush=True)
+        interface.turned_uncompiled()
         runtime.leave_uncompiled()
         self._prepare()
         return getattr(self, name)(*arguments)

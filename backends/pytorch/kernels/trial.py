@@ -19,6 +19,7 @@ WIDTH, HEAD_DIM, VOCABULARY = 512, 128, 8192
 LENGTH, ROWS = 2048, 64  # of the timing: so many that it is not the host that is timed; fewer of the check
 BYTES_PER_TOKEN = 2**16  # that the widest case may take, with gradients
 BASE, SOFTCAP = 10000, 15.0
+LONGEST, ENDED = 600, "their trial ended"  # seconds
 
 
 def _mlp(x):
@@ -88,17 +89,25 @@ def try_apart() -> dict:
         str(int(runtime.compiled)),
         str(runtime.logits_at_once),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *runs_on],
-        cwd=Path(__file__).resolve().parents[3],
-        capture_output=True,
-        text=True,
-    )
     try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, *runs_on],
+            cwd=Path(__file__).resolve().parents[3],
+            capture_output=True,
+            text=True,
+            timeout=LONGEST,
+        )
         return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(CASES, f"their trial took more than {LONGEST} s")
     except (IndexError, ValueError):
         lines = done.stderr.strip().splitlines() or [""]
-        return dict.fromkeys(CASES, f"their trial ended with status {done.returncode}: {lines[-1][:120]}")
+        return dict.fromkeys(CASES, f"{ENDED} with status {done.returncode}: {lines[-1][:120]}")
+
+
+def lasts(tried: dict) -> bool:
+    """Whether this will hold: not that memory was full, nor that the trial was ended, by whatever."""
+    return not any(isinstance(found, str) and found.startswith((ENDED, "out of memory")) for found in tried.values())
 
 
 def try_all(names) -> dict:
