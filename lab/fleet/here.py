@@ -77,7 +77,7 @@ def name_of(device: str, local: bool, called: str | None = None) -> str:
     return f"{called or hashlib.sha256(machine.host().encode()).hexdigest()[:4]}/{device}"
 
 
-def unlike(facts: dict, device: str, settings: dict[str, str]) -> str | None:
+def unlike(facts: dict, settings: dict[str, str]) -> str | None:
     """Why runs of this device can't be compared with those of a session, if so: another device, other versions, another
     source of attention, or another speed than its tag's.
 

@@ -247,11 +247,9 @@ class Pool:
 
     def _is_lost(self, name: str) -> bool:
         """Whether a worker does not come back."""
-        device = self.devices.get(name)
         if name in self.hub.members:
             return False
-        if device is None:
-            device = self.devices[name] = Device(name)
+        device = self.devices.setdefault(name, Device(name))
         if device.gone is None:
             device.gone = time.monotonic()
         dead = name in self._started and not processes.runs(self._started[name])

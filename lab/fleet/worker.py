@@ -99,6 +99,7 @@ class Worker:
         self.judge, self.leaving, self.session, self.facts = self.root / "judge", "", "", {}
         self.doing: dict[int, Doing] = {}
         self._lock: filelock.BaseFileLock | None = None
+        self._box: str | None = None
         self._guard, self._work, self._measuring = threading.Lock(), threading.Lock(), threading.Lock()
         self._seen, self._token = time.monotonic(), os.urandom(8).hex()
         self._version = version(sources(Path(__file__).resolve().parents[2]))
@@ -149,7 +150,7 @@ class Worker:
         self.session, self.facts = facts["session"], facts
         with self._measuring:  # the head asks again if the connection was lost meanwhile
             self._take_device(facts["device"])
-            if not self.local and (problem := here.unlike(facts, self.device, self.settings)):
+            if not self.local and (problem := here.unlike(facts, self.settings)):
                 raise LabError(problem)
         missing = [ARCHIVE] if differing(self.judge, facts["judge"]) else []
         folder = storage.home() / "data" / facts["dataset"]
@@ -207,9 +208,10 @@ class Worker:
         """The sandbox of runs here. LabError if there is none, and the head is elsewhere."""
         if self.local:
             return self.facts["sandbox"]
-        if (box := sandbox.probe()) is None:
+        self._box = self._box or sandbox.probe()  # which starts processes: once is enough
+        if self._box is None:
             raise LabError("this machine offers no sandbox, and runs for another machine need one (docs/sandbox.md)")
-        return box
+        return self._box
 
     def _restore_judge(self) -> list[str]:
         """Unpacks the judge where files of it are not as the head lists them, and names these. LabError if what was

@@ -14,7 +14,7 @@ from lab.fleet.pool import Device, Pool
 from lab.fleet.wire import Alive, begun
 from lab.fleet.worker import ARCHIVE, Worker, archive_of, files_of
 from lab.errors import LabError
-from lab.run import runner
+from lab.run import runner, sandbox
 from lab.run.outcome import Outcome
 from lab.session.session import Session, fingerprints
 from lab.verdict import executor
@@ -89,6 +89,15 @@ def test_a_run_names_its_gpu_and_so_its_energy_is_read(tmp_path, monkeypatch):
     facts = dict(seed=42, budget=1.0, timeout=9.0, run_id="1", reference={}, keeps_caches=False)
     assert worker.do_run(1, b"", **facts).result(10)["status"] == "lost"
     assert requests[0].gpu == "GPU-abc" and requests[0].settings["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+
+
+def test_a_worker_tries_its_sandbox_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    worker, boxes = Worker("there/cpu", "cpu", {}, None, local=False), iter([None, "bwrap"])
+    monkeypatch.setattr(sandbox, "probe", lambda: next(boxes))
+    with pytest.raises(LabError, match="offers no sandbox"):
+        worker._sandbox()
+    assert [worker._sandbox() for _ in range(2)] == ["bwrap", "bwrap"]
 
 
 def test_a_device_that_was_not_yet_asked_for_the_run_it_makes_gets_no_other(tmp_path):
