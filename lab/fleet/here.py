@@ -14,6 +14,7 @@ from pathlib import Path
 
 import storage
 from backends import machine
+from backends.interface import Hardware
 from calibration import profile as profiles
 from lab.errors import LabError
 from lab.session import events
@@ -132,10 +133,11 @@ def _identified(environment: dict[str, str]) -> dict:
 
 
 def _calibrated(hardware: dict, environment: dict[str, str]) -> dict:
-    """This machine's profile of a device; made if there is none of these versions. LabError if that can't be."""
-    path = storage.home() / "profiles" / f"{hardware['slug']}-{hardware['backend']}.json"
+    """This machine's profile of a device; made if there is none, or other versions that matter to it are installed now.
+    LabError if that can't be."""
+    path = profiles.path_of(Hardware(**hardware))
     profile = storage.read_json(path)
-    if profile is None or profile["versions"] != hardware["versions"]:
+    if profile is None or profiles.other_versions(profile["versions"], hardware["versions"]):
         _asked(environment, TO_CALIBRATE, "-m", "calibration")
         profile = storage.read_json(path)
     if profile is None:

@@ -30,7 +30,14 @@ from lab.verdict import opening
 ADDRESS = "127.0.0.2"  # of the head, as others see it
 TRIAL = {"depth": 2, "rows": 4, "total_batch_size": 8192, "window_pattern": "L", "precision": "float32"}
 OTHER_PYTHON = os.environ.get("AUTORESEARCH_OTHER_PYTHON", "")
-IDENTITY = {"slug": "fake-1gb", "backend": "fake", "versions": {"framework": "1.0"}}
+IDENTITY = {
+    "backend": "fake",
+    "name": "Fake",
+    "slug": "fake-1gb",
+    "kind": "cpu",
+    "memory": 2**30,
+    "versions": {"framework": "1.0"},
+}
 JOIN = """import json, sys
 sys.path.insert(0, sys.argv.pop(1))
 from lab.fleet import here, join
@@ -191,7 +198,7 @@ def test_one_forwarded_port_is_enough(project, tmp_path, join, invited):
 
 def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, monkeypatch):
     known = json.loads((sessions.ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
-    identity = {"slug": known["device"], "backend": "sdpa", "versions": known["versions"]}
+    identity = {**IDENTITY, "slug": known["device"], "backend": "sdpa", "versions": known["versions"]}
     monkeypatch.setattr(here, "IDENTIFY", f"print({json.dumps(identity)!r})")
     storage.write_json(isolated_home / "profiles" / f"{known['device']}-sdpa.json", known)
     here.describe(tmp_path / "device.json")
@@ -201,6 +208,16 @@ def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, mon
     storage.write_json(tmp_path / "other.json", {"hardware": {**identity, "slug": "x-1gb"}, "profile": known})
     with pytest.raises(LabError, match="its profile was measured on another device"):
         here.described(tmp_path / "other.json")
+
+
+def test_another_python_or_system_is_no_reason_to_measure_a_device_again(isolated_home, monkeypatch):
+    measured, own = [], profile(versions={"framework": "1.0", "python": "3.12.1", "system": "Linux 6.1"})
+    monkeypatch.setattr(here, "_asked", lambda environment, seconds, *what: measured.append(what))
+    storage.write_json(isolated_home / "profiles" / "fake-1gb-fake.json", own)
+    versions = {"framework": "1.0", "python": "3.12.2", "system": "Linux 6.2"}
+    assert here._calibrated({**IDENTITY, "versions": versions}, {}) == own and not measured
+    here._calibrated({**IDENTITY, "versions": {**versions, "framework": "2.0"}}, {})
+    assert measured == [("-m", "calibration")]
 
 
 def test_a_device_that_is_given_back_loses_its_run_to_another(project, isolated_home, join):
