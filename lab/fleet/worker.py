@@ -85,7 +85,7 @@ class Worker:
     Args:
         name: of the device in the fleet. device: "cpu", "cpu:1", "cuda:0": which one of this machine.
         settings: of its runs, by which they find the device. expected: digests that an invitation names: of the judge
-            ("judge") and of the dataset's manifest ("data"); none where the head is this machine's own.
+            ("judge") and of the dataset ("data"); none where the head is this machine's own.
         local: a head on this machine started it: without that head and a run it ends after a while.
 
     Attributes:
@@ -155,9 +155,9 @@ class Worker:
         missing = [ARCHIVE] if differing(self.judge, facts["judge"]) else []
         folder = storage.home() / "data" / facts["dataset"]
         with suppress(OSError):
-            if (folder / "manifest.json").read_text(encoding="utf-8") != facts["manifest"]:
-                if not self.local and any(folder.iterdir()):
-                    raise LabError(f"{folder} is another dataset of that name: move it, or set AUTORESEARCH_HOME")
+            own = (folder / "manifest.json").read_text(encoding="utf-8", errors="replace")
+            if not self.local and content_of(own) != content_of(facts["manifest"]):
+                raise LabError(f"{folder} is another dataset of that name: move it, or set AUTORESEARCH_HOME")
         for name, known in files_of(facts).items():
             path = storage.home() / name
             if not path.is_file() or known and path.stat().st_size != known["size"]:
@@ -370,8 +370,19 @@ def files_of(facts: dict) -> dict[str, dict | None]:
 
 
 def digests_of(judge: dict[str, str], manifest: str) -> dict[str, str]:
-    """What an invitation names of a session: digests of the judge's files, and of the dataset's manifest."""
-    return {"judge": storage.digest_of(sorted(judge.items())), "data": storage.digest_of(manifest)}
+    """What an invitation names of a session: digests of the judge's files, and of what its dataset holds."""
+    return {"judge": storage.digest_of(sorted(judge.items())), "data": storage.digest_of(content_of(manifest))}
+
+
+def content_of(manifest: str) -> list | None:
+    """What makes two datasets equal: their files, and how they are scored. Where they are from, and the command that
+    makes them, differ between machines. None if that can't be read."""
+    try:
+        known = json.loads(manifest)
+        files = {name: (file["size"], file["sha256"]) for name, file in dataset.known_files(known).items()}
+        return [sorted(files.items()), known.get("eval_rows"), known.get("eval_tag")]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def archive_of(judge: Path, pinned: dict[str, str]) -> bytes:

@@ -22,6 +22,7 @@ from lab.cli import commands
 from lab.errors import LabError
 from lab.fleet import here, invitation, settings
 from lab.fleet.pool import Pool
+from lab.fleet.worker import ARCHIVE, Worker
 from lab.run import sandbox
 from lab.run.processes import end
 from lab.session.session import Session
@@ -287,6 +288,28 @@ def test_a_dataset_with_another_content_is_refused(project, join, isolated_home)
     content[-1] ^= 1
     path.write_bytes(content)
     assert "validation.npy is not the session's" in refused(project, join())
+
+
+def test_a_dataset_that_was_prepared_by_another_command_is_the_same(project, invited, tmp_path, monkeypatch):
+    """It holds the same files. Preparing it again on the head changes the manifest's text, too."""
+    folder, expected = storage.home() / "data" / "tiny", invitation.Invitation.read(invited)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "command": "python prepare.py --dataset text", "origin": "text"}))
+    with Pool(Session(project.folder)) as pool:
+        facts = pool.facts
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(here, "unlike", lambda *_: None)
+    shutil.copytree(folder, tmp_path / "other" / "data" / "tiny")
+    own = tmp_path / "other" / "data" / "tiny" / "manifest.json"
+    worker = Worker("there/cpu", "cpu", {}, {"judge": expected.judge or "", "data": expected.data or ""}, local=False)
+    for command in ("python prepare.py --dataset text", "python prepare.py --dataset ../text --name tiny"):
+        own.write_text(json.dumps({**manifest, "command": command}))
+        assert worker.do_prepare(**facts) == {"missing": [ARCHIVE]}
+    for other in (json.dumps({**manifest, "eval_rows": 1}), "{"):
+        own.write_text(other)
+        with pytest.raises(LabError, match="is another dataset of that name"):
+            worker.do_prepare(**facts)
 
 
 def test_a_session_without_a_sandbox_invites_nobody(tmp_path, runner):
