@@ -102,9 +102,12 @@ class Pool:
         session.restore_judge()
         self.version, self.archive = version(session.local.judge), archive_of(session.judge, session.local.judge)
         self.facts = self._facts()
-        path, asked = self.folder / "address.json", known.get("listen") or LOOPBACK
-        before = storage.read_json(path) or {}
-        address = before["address"] if before.get("asked") == asked else asked  # where workers look for it
+        found = {name: processes.noted(self._path(name, "json")) for name in self.wanted}  # an earlier head's
+        self._started = {name: process for name, process in found.items() if process}
+        path, address = self.folder / "address.json", known.get("listen") or LOOPBACK
+        asked, before = address, storage.read_json(path) or {}
+        if self._started and before.get("asked") == asked:  # they look for it there; else its port may be another's now
+            address = before["address"]
         keys = invitation.keys(session, invitation.HEAD, invitation.AUTHORITY_DAYS)
         try:
             self.hub = Hub(address, keys, self._admit)
@@ -112,8 +115,6 @@ class Pool:
             raise LabError(f"can't listen at {address} ({error}): is another head running here?") from error
         self.address = f"{address.rpartition(':')[0]}:{self.hub.address.rpartition(':')[2]}"  # with its port
         storage.write_json(path, {"asked": asked, "address": self.address})
-        found = {name: processes.noted(self._path(name, "json")) for name in self.wanted}  # an earlier head's
-        self._started = {name: process for name, process in found.items() if process}
         return self
 
     def __exit__(self, kind, *_) -> None:

@@ -1,7 +1,9 @@
 """Several devices of one machine work on one session."""
 
 import json
+import os
 import signal
+import socket
 import time
 from types import SimpleNamespace
 
@@ -9,13 +11,14 @@ import pytest
 from nights import begin, impatient, processes, state_of, until
 from sessions import check, make
 
-from lab.fleet import here, settings
+from lab.fleet import here, settings, wire
 from lab.fleet.pool import Device, Pool
 from lab.fleet.wire import Alive, begun
 from lab.fleet.worker import ARCHIVE, Worker, archive_of, files_of
 from lab.errors import LabError
 from lab.run import runner, sandbox
 from lab.run.outcome import Outcome
+from lab.run.processes import note
 from lab.session.session import Session, fingerprints
 from lab.verdict import executor
 from lab.verdict.plan import orders
@@ -137,6 +140,19 @@ def test_a_head_ends_where_another_night_has_other_devices(project, monkeypatch)
         assert pool.wait() and not pool.begin(orders(session.state))
         pool._give_up(pool.devices["cpu"])
         assert not pool.wait()
+
+
+def test_a_port_that_the_system_gave_is_taken_again_only_where_workers_look_for_it(project):
+    settings.choose(project, ["cpu"])
+    with Pool(project) as pool:
+        before = pool.address
+    with socket.create_server(wire.host_and_port(before)):  # another program's now
+        with Pool(project) as pool:
+            later = pool.address
+    assert before != later
+    note(project.folder / "fleet" / "cpu.json", os.getpid())  # a worker that was left
+    with Pool(project) as pool:
+        assert pool.address == later
 
 
 def test_a_device_with_a_full_disk_gets_no_other_run(tmp_path):
