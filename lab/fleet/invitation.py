@@ -19,7 +19,7 @@ import msgspec
 
 import storage
 from lab.errors import LabError
-from lab.fleet.wire import Keys, host_and_port
+from lab.fleet.wire import Keys, host_and_port, try_to_listen
 from lab.fleet.worker import digests_of
 from lab.session.session import Session
 
@@ -78,7 +78,7 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
             addresses, of IPv6 if `address` is one, and that port.
 
     Raises:
-        LabError: the session has no sandbox, or an address is not HOST:PORT.
+        LabError: the session has no sandbox, an address is not HOST:PORT, or this machine can't listen there.
     """
     if session.started.sandbox is None:
         raise LabError("this session was begun with --unsandboxed: its runs may not be made on other machines")
@@ -90,11 +90,15 @@ def invite(session: Session, path: Path, address: str, listen: str | None, days:
             f"{text} is not HOST:PORT: write a port above 0, and an IPv6 address in brackets, as in head.local:8786 "
             "and [fd00::1]:8786"
         )
+    everywhere = "[::]" if address.startswith("[") else "0.0.0.0"
+    listen = f"tls://{listen or everywhere + ':' + address.rpartition(':')[2]}"
+    certified = keys(session, "worker", days)
+    if not session.supervised:  # else its head may listen there
+        try_to_listen(listen)
     manifest = (session.dataset / "manifest.json").read_text(encoding="utf-8")
     digests = digests_of(session.local.judge, manifest)
-    Invitation(f"tls://{address}", session.name, keys(session, "worker", days), **digests).write(path)
-    everywhere = "[::]" if address.startswith("[") else "0.0.0.0"
-    return f"tls://{listen or everywhere + ':' + address.rpartition(':')[2]}"
+    Invitation(f"tls://{address}", session.name, certified, **digests).write(path)
+    return listen
 
 
 def require() -> None:

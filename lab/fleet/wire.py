@@ -9,7 +9,9 @@ is executed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
+import socket
 import ssl
 import struct
 import tempfile
@@ -170,6 +172,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     with suppress(ValueError):
         known = urlsplit(address)
         if known.scheme == "tls" and known.hostname and known.port is not None:
+            known.hostname.encode("idna")  # as a look-up does, where an empty label would be no OSError
             return known.hostname, known.port
     raise LabError(f"{address} is not tls://HOST:PORT: connections are encrypted, and need a port")
 
@@ -190,6 +193,28 @@ def begun(do: Callable[..., Any], *arguments: Any) -> Future:
 
 
 # --- The head's end ---
+
+
+async def _listening(address: str, connected: Callable[..., Any], **more: Any) -> asyncio.Server:
+    """LabError if one can't listen there."""
+    try:
+        return await asyncio.start_server(connected, *host_and_port(address), **more)
+    except OSError as error:
+        hint, elsewhere = "", (errno.EADDRNOTAVAIL, None)  # later Pythons name none where a host has several addresses
+        if isinstance(error, socket.gaierror) or error.errno in elsewhere:
+            hint = ": it is no address of this machine; python -m lab invite has --listen for one that is"
+        elif error.errno == errno.EADDRINUSE:
+            hint = ": is another head running here?"
+        raise LabError(f"can't listen at {address} ({error}){hint}") from error
+
+
+def try_to_listen(address: str) -> None:
+    """LabError if a head could not listen there now."""
+
+    async def listen() -> None:
+        (await _listening(address, lambda *_: None)).close()
+
+    asyncio.run(listen())
 
 
 @dataclass
@@ -214,11 +239,11 @@ class Hub:
         stir: set whenever something has happened.
 
     Raises:
-        OSError: it can't listen there. LabError: the address is not one of tls://.
+        LabError: it can't listen there, or the address is not one of tls://.
     """
 
     def __init__(self, address: str, keys: Keys, admit: Callable[[Hello], dict]):
-        where, context = host_and_port(address), keys.context(listening=True)
+        context = keys.context(listening=True)
         self.members: dict[str, Member] = {}
         self.left: dict[str, str] = {}
         self.stir = threading.Event()
@@ -226,7 +251,7 @@ class Hub:
         self._handlers: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
         try:
-            listening = asyncio.start_server(self._connected, *where, ssl=context, ssl_handshake_timeout=CONNECT)
+            listening = _listening(address, self._connected, ssl=context, ssl_handshake_timeout=CONNECT)
             self._listener = self._loop.run_until_complete(listening)
         except BaseException:
             self._loop.close()

@@ -21,7 +21,7 @@ from calibration import identity
 from calibration.profile import ProfileError
 from lab.compare import published
 from lab.errors import LabError
-from lab.fleet import here, invitation
+from lab.fleet import here, invitation, wire
 from lab.genome.syntax import TRAIN
 from lab.night import agent, limits, serve
 from lab.night.view import clock, lasting
@@ -299,6 +299,9 @@ def provide(plan: Plan, options, say) -> None:
     if options.page is not None and not (plan.session and plan.session.owned_by_night):  # else that night is told
         serve.listening(options.page).server_close()
     if plan.session:
+        listen = (plan.session.fleet or {}).get("listen")
+        if listen and not plan.session.supervised:  # else its head may listen there
+            wire.try_to_listen(listen)
         return
     sandbox.refuse_without(plan.box, options.unsandboxed)
     if plan.disk >= plan.free:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from lab.errors import LabError
 from lab.fleet import here, invitation, settings
 from lab.fleet.pool import Pool
 from lab.fleet.worker import ARCHIVE, Worker
+from lab.night import plan
 from lab.run import sandbox
 from lab.run.processes import end
 from lab.session.session import Session
@@ -327,9 +329,41 @@ def test_an_address_has_a_port_and_brackets(project, tmp_path, address):
     assert not (tmp_path / "x").exists()
 
 
-def test_for_an_address_of_ipv6_the_head_listens_there(project, tmp_path):
+def test_for_an_address_of_ipv6_the_head_listens_there(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(invitation, "try_to_listen", lambda address: None)  # there may be no IPv6 here
     listen = invitation.invite(project, tmp_path / "x", "[::1]:8786", None, 1.0)
     assert listen == "tls://[::]:8786" and invitation.Invitation.read(tmp_path / "x").address == "tls://[::1]:8786"
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["invite", "night"])
+def test_where_the_head_can_not_listen_is_told_at_once(project, tmp_path, monkeypatch, begins):
+    """By who invites, and by a night before anything is proposed: its head begins later, in another process."""
+
+    def told(listen: str) -> str:
+        with pytest.raises(LabError) as told:
+            if begins:
+                settings.listen(project, f"tls://{listen}")
+                plan.provide(SimpleNamespace(session=project), night, print)  # pyright: ignore[reportArgumentType]
+            else:
+                invitation.invite(project, tmp_path / "x", "host:1", listen, 1.0)
+        assert not (tmp_path / "x").exists()
+        return str(told.value)
+
+    night = options(agent=None, page=None)
+    with socket.create_server((ADDRESS, 0)) as taken:
+        address = f"{ADDRESS}:{taken.getsockname()[1]}"
+        assert "in use" in (text := told(address)) and text.endswith("is another head running here?")
+        with project.lock:  # it is this session's own
+            settings.listen(project, f"tls://{address}")
+            plan.provide(SimpleNamespace(session=project), night, print)  # pyright: ignore[reportArgumentType]
+            invitation.invite(project, tmp_path / "own", address, address, 1.0)
+
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    for host in ("192.0.2.1", "head.local"):
+        assert "it is no address of this machine" in (text := told(f"{host}:8786")) and "another head" not in text
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)  # of the second
 
 
 def test_there_is_one_head(project, invited, isolated_home):
