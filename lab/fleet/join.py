@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from lab.fleet.wire import serve
 from lab.fleet.worker import Worker
 from lab.run import processes
 
-PATIENCE = 60.0  # seconds for the head to answer for the first time
+PATIENCE = 60.0  # seconds for a head of this machine, which has started a worker, to answer for the first time
 GIVEN_BACK, OVER = "it was given back", "the night is over"  # why a worker leaves
 PROGRAM = Path(__file__).resolve().parents[1] / "__main__.py"
 
@@ -49,7 +50,9 @@ def join(path: Path, asked: str, called: str | None, local: bool) -> int:
         processes.note(worker.root / "worker.json", os.getpid())
     print(f"{worker.name} works for {invitation.session} at {invitation.address}", flush=True)
     try:
-        serve(invitation.address, invitation.keys, worker, PATIENCE)
+        # A head elsewhere listens once its night has something to run, and the night may begin hours later.
+        patience = PATIENCE if local else math.inf
+        serve(invitation.address, invitation.keys, worker, patience, lambda text: print(text, flush=True))
     finally:
         worker.do_stop("stopped")
         processes.end(processes.below)  # also a calibration

@@ -34,6 +34,8 @@ SILENCE = 30.0  # seconds without one, after which the other end is given up
 CONNECT = 5.0  # seconds for a connection to be made
 LOOK = 0.2  # seconds between looks whether it is to leave
 AGAIN = 0.5  # seconds until that is tried again
+AGAIN_AT_FIRST = 2.0  # ... where there was no head yet, which may take hours
+CLOSED = 3  # connections in a row that a head ends without a word: that is how it refuses a certificate
 PIECE = 4 * 2**20  # bytes of a file in one message
 LONGEST = 4 * PIECE  # bytes of a message
 PART = 2**18  # bytes of it that are waited for at a time
@@ -381,20 +383,27 @@ class Operations(Protocol):
         ...
 
 
-def serve(address: str, keys: Keys, operations: Operations, patience: float = float("inf")) -> None:
+def serve(
+    address: str,
+    keys: Keys,
+    operations: Operations,
+    patience: float = float("inf"),
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
     """Connects to the head, and does what it asks for, until `operations.leaving`; comes back whenever it was lost.
 
     Args:
-        patience: seconds for the first connection.
+        patience: seconds for the first connection. say: is told, once, that a head is waited for that is not there yet.
 
     Raises:
         Refused: the head says no, or is not the one that these keys are for, or there was none.
     """
-    asyncio.run(_serve(address, keys, operations, time.monotonic() + patience))
+    asyncio.run(_serve(address, keys, operations, time.monotonic() + patience, say))
 
 
-async def _serve(address: str, keys: Keys, operations: Operations, deadline: float) -> None:
+async def _serve(address: str, keys: Keys, operations: Operations, deadline: float, say: Callable[[str], None]) -> None:
     (host, port), context, met = host_and_port(address), keys.context(listening=False), False
+    told, closed = False, 0
     while not operations.leaving:
         if keys.until is not None and time.time() > keys.until:  # a head only closes the connection then
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(keys.until))
@@ -402,10 +411,11 @@ async def _serve(address: str, keys: Keys, operations: Operations, deadline: flo
                 f"this invitation expired on {when}: have a new one made on the head: python -m lab invite FILE "
                 "--address HOST:PORT"
             )
-        problem = "it does not answer"
+        problem, connected, refused = "it does not answer", False, False
         try:
             connecting = asyncio.open_connection(host, port, ssl=context)
             line = _Line(*await asyncio.wait_for(connecting, CONNECT))
+            connected = True
             try:
                 await line.write(Message(hello=operations.hello()))
                 first = await asyncio.wait_for(line.read(), SILENCE)
@@ -417,11 +427,17 @@ async def _serve(address: str, keys: Keys, operations: Operations, deadline: flo
             finally:
                 line.abort()
         except (OSError, asyncio.TimeoutError) as error:
-            problem = str(error) or type(error).__name__
-        if not met and time.monotonic() > deadline:
+            problem = str(error) or problem
+            # A forwarded port that leads to no head ends the handshake, too, but says nothing of what is wrong with it.
+            refused = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
+        closed = closed + 1 if connected else 0
+        if not met and (refused or closed == CLOSED or time.monotonic() > deadline):
             raise Refused(f"there is no head at {address}, or it does not accept this invitation: {problem}")
+        if not (met or connected or told or operations.leaving):
+            told = True
+            say(f"waiting for the head at {address}; Ctrl-C ends it ({problem})")
         operations.alone()
-        await asyncio.sleep(AGAIN)
+        await asyncio.sleep(AGAIN_AT_FIRST if told and not met else AGAIN)
 
 
 async def _talk(line: _Line, operations: Operations) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ JOIN = """import json, sys
 sys.path.insert(0, sys.argv.pop(1))
 from lab.fleet import here, join
 here.IDENTIFY = "print('''" + sys.argv.pop(1) + "''')"
-join.PATIENCE = 10.0
+join.PATIENCE = 1.0
 if sys.argv[1] == "unboxed":
     sys.argv.pop(1)
     from lab.run import sandbox
@@ -197,6 +198,16 @@ def test_one_forwarded_port_is_enough(project, tmp_path, join, invited):
         with Pool(Session(project.folder)) as pool:
             join()
             until(lambda: pool.wait() and pool.devices.get("there/cpu") and pool.devices["there/cpu"].ready, 30)
+
+
+def test_a_worker_waits_for_the_night_to_begin(project, join):
+    """Longer than one that a head has started would."""
+    worker = join()
+    lines = [worker.stdout.readline() for _ in range(2)]
+    assert lines[1].startswith("waiting for the head at tls://127.0.0.2:"), lines
+    time.sleep(2.0)
+    with Pool(Session(project.folder)) as pool:
+        until(lambda: pool.wait() and pool.devices.get("there/cpu") and pool.devices["there/cpu"].ready, 30)
 
 
 def test_a_device_is_described_for_a_head_elsewhere(tmp_path, isolated_home, monkeypatch):

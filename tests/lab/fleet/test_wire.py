@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -80,12 +81,12 @@ def connect(keys):
     """connect(address, operations, keys=...): a worker in a thread; what it ended with is in `ended`."""
     served = []
 
-    def run(address, operations, own=keys[1], patience=20.0):
+    def run(address, operations, own=keys[1], say=lambda text: None):
         ended = []
 
         def work():
             try:
-                wire.serve(address, own, operations, patience)
+                wire.serve(address, own, operations, say=say)
             except BaseException as error:
                 ended.append(error)
 
@@ -166,6 +167,51 @@ def test_it_comes_back_to_the_next_head_with_what_it_has(hub, keys, connect):
         again.close()
 
 
+@pytest.mark.parametrize("forwarded", [False, True], ids=["nothing-listens", "forwarded"])
+def test_a_head_that_is_not_there_yet_is_waited_for(keys, connect, monkeypatch, forwarded):
+    """Where ssh forwards the port, it accepts connections, and ends them."""
+    monkeypatch.setattr(wire, "AGAIN_AT_FIRST", 0.1)
+    said, worker, ending = [], Echo(), threading.Event()
+
+    def forward(listening):
+        while not ending.is_set():
+            with suppress(OSError):
+                listening.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = "tls://127.0.0.1:{}".format(listening.getsockname()[1])
+        listening.settimeout(0.1)
+        if forwarded:
+            forwarding = threading.Thread(target=forward, args=(listening,))
+            forwarding.start()
+            ended, _ = connect(address, worker, say=said.append)
+            until(lambda: worker.tries > 5)
+            ending.set()
+            forwarding.join()
+    if not forwarded:
+        ended, _ = connect(address, worker, say=said.append)
+        until(lambda: worker.tries > 5)
+    assert not ended and len(said) == 1 and said[0].startswith(f"waiting for the head at {address}; Ctrl-C ends it (")
+    hub = Hub(address, keys[0], lambda hello: {})
+    try:
+        until(lambda: "a" in hub.members)
+    finally:
+        hub.close()
+
+
+def test_what_is_no_head_is_not_waited_for(connect):
+    def answer():
+        with listening.accept()[0] as plain:
+            plain.recv(1000)
+            plain.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, daemon=True).start()
+        ended, thread = connect("tls://127.0.0.1:{}".format(listening.getsockname()[1]), Echo())
+        thread.join(5)
+        assert ended and isinstance(ended[0], Refused)
+
+
 def test_who_is_silent_is_given_up(hub, connect, monkeypatch):
     monkeypatch.setattr(wire, "SILENCE", 0.5)
     monkeypatch.setattr(wire, "ALIVE_EVERY", 0.1)
@@ -200,9 +246,9 @@ def test_of_two_workers_of_one_name_the_first_stays(hub, dial):
 
 
 def refused(hub, connect, keys):
-    ended, thread = connect(hub.address, Echo(), keys, patience=1.0)
-    thread.join(20)
-    assert isinstance(ended[0], Refused) and "does not accept this invitation" in str(ended[0])
+    ended, thread = connect(hub.address, Echo(), keys)
+    thread.join(5)  # at once, though a head that is not there is waited for
+    assert ended and isinstance(ended[0], Refused) and "does not accept this invitation" in str(ended[0])
     assert not hub.members
     return str(ended[0])
 
@@ -237,7 +283,7 @@ def test_an_expired_certificate_is_refused(hub, connect, session):
     expired = invitation.keys(session, "worker", days=-1.0)
     refused(hub, connect, replace(expired, until=None))  # by the head, whatever the invitation says
     ended, thread = connect(hub.address, Echo(), expired)
-    thread.join(10)  # without its patience of 20 s
+    thread.join(10)
     assert re.match(r"this invitation expired on 20.*python -m lab invite FILE", str(ended[0]))
 
 
@@ -251,8 +297,8 @@ def test_plain_tcp_is_refused(hub, connect, keys):
         except ConnectionResetError:
             said = b""
     assert b"welcome" not in said and not hub.members
-    ended, thread = connect(hub.address.replace("tls://", "tcp://"), Echo(), patience=1.0)
-    thread.join(20)
+    ended, thread = connect(hub.address.replace("tls://", "tcp://"), Echo())
+    thread.join(5)
     assert isinstance(ended[0], LabError) and not hub.members
     with pytest.raises(LabError, match="connections are encrypted"):
         Hub("tcp://127.0.0.1:0", keys[0], lambda hello: {})
