@@ -17,6 +17,9 @@ EXCLUSIVE = [  # of two one would be ignored
     ("--describe", "invitation"),
     ("--describe", "--devices"),
     ("--describe", "--name"),
+    ("--none", "target"),
+    ("--none", "--address"),
+    ("--none", "--listen"),
 ]
 RANGES = [
     ("wait", 0, math.inf),
@@ -166,10 +169,11 @@ def parser() -> argparse.ArgumentParser:
     night("--planned", argparse.SUPPRESS, "DEADLINE", type=float)
 
     invite = command("invite", "write an invitation for another machine's devices to work for this session", json=False)
-    invite("target", "where to write it; whoever has this file can join", "FILE", type=Path)
-    invite("--address", "HOST:PORT at which other machines reach this one", required=True)
+    invite("target", "where to write it; whoever has this file can join", "FILE", type=Path, nargs="?")
+    invite("--address", "HOST:PORT at which other machines reach this one")
     invite("--listen", "where to listen, if not at that address (default: all addresses, the same port)", "HOST:PORT")
     invite("--days", "how long it can be used (default 30)", type=float, default=30.0)
+    invite("--none", "write none: nights don't wait for other machines' devices any more", action="store_true")
     join = command("join", "let this machine's devices work for the session that an invitation names", json=False)
     join("invitation", "invitation, written by lab invite on the head", "FILE", type=Path, nargs="?")
     join("--describe", "only write a description of this device, for lab start --for on the head", "FILE", type=Path)
@@ -191,6 +195,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
             whole.error(f"{' and '.join(both)} don't go together: give one of them")
     if options.command == "export" and options.replace and not options.publish:
         whole.error("--replace is for a branch: give --publish, too")
+    if options.command == "invite" and not options.none and not (options.target and options.address):
+        whole.error("give FILE and --address HOST:PORT, or --none to invite nobody any more")
     for name, low, high in RANGES:
         if (value := getattr(options, name, None)) is not None and not low <= value <= high:
             limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"

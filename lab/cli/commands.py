@@ -364,6 +364,17 @@ def do_supervise(session: Session, options) -> int:
 def do_invite(session: Session, options) -> int:
     from lab.fleet import invitation, settings
 
+    if options.none:
+        if session.owned_by_night:
+            raise LabError(
+                "the night that is running may use workers: end it with Ctrl-C, then: python -m lab invite --none"
+            )
+        settings.listen(session, None)
+        print(
+            f"{session.name} listens for no other machine any more. Invitations that were written can be used again "
+            "once you invite again"
+        )
+        return 0
     if not 0 < options.days <= MOST_DAYS:
         raise LabError(f"--days has to be a number above 0, and at most {MOST_DAYS}")
     if session.fleet is None and (session.owned_by_night or session.supervised):
@@ -406,7 +417,7 @@ def do_fleet(session: Session, options) -> int:
     from lab.fleet import settings
 
     known = settings.status(session)
-    print(json.dumps(known, indent=1) if options.json else render.fleet(known))
+    print(json.dumps(known, indent=1) if options.json else render.fleet(session, known))
     return 0
 
 

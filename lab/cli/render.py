@@ -303,10 +303,14 @@ def status(session: Session) -> str:
     return "\n".join(lines)
 
 
-def fleet(devices: list[dict]) -> str:
+def fleet(session: Session, devices: list[dict]) -> str:
     """One line for each device: its name, tokens per second, heat, what it does."""
     if not devices:
-        return "no night with several devices is running"
+        known = session.fleet
+        if known is None or not session.owned_by_night:
+            return "no night with several devices is running"
+        where = f"; workers can join at {known['listen']}" if "listen" in known else ""
+        return f"a night is running, and no device works for it now{where}"
     lines = ["device            tokens/s  what"]
     for device in devices:
         tokens, heat = device["tokens_per_second"], device["heat"]

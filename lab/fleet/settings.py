@@ -14,16 +14,21 @@ STALE = 30.0  # seconds after which a status says nothing
 def choose(session: Session, devices: list[str]) -> None:
     """Stores the devices of this machine that take part; none if only the session's own is used, and no others are
     invited."""
-    known = {**(session.fleet or {}), "devices": devices}
-    if devices or len(known) > 1:
+    _note(session, devices=devices)
+
+
+def listen(session: Session, address: str | None) -> None:
+    """Notes at which address workers of other machines are listened for; None: they are no more."""
+    _note(session, listen=address)
+
+
+def _note(session: Session, **changes) -> None:
+    known = {"devices": [], **(session.fleet or {}), **changes}
+    known = {name: value for name, value in known.items() if value is not None}
+    if known["devices"] or len(known) > 1:
         storage.write_json(session.folder / FLEET, known)
     else:
         (session.folder / FLEET).unlink(missing_ok=True)
-
-
-def listen(session: Session, address: str) -> None:
-    """Notes at which address workers of other machines are listened for."""
-    storage.write_json(session.folder / FLEET, {**(session.fleet or {"devices": []}), "listen": address})
 
 
 def is_pooled(session: Session) -> bool:

@@ -60,7 +60,8 @@ class Plan:
         each: seconds of an experiment. basis: where that is from. first: seconds until the first one can begin. last:
             seconds for the baseline's runs for other times, at the end.
         deadline: seconds as of time.time(), or None. most: experiments that are wanted, or None. box: the sandbox, or
-            None. findings: whether what was found elsewhere comes first.
+            None. findings: whether what was found elsewhere comes first. workers: whose devices make the runs,
+            where other machines' may; else "".
     """
 
     repository: Repository
@@ -81,6 +82,7 @@ class Plan:
     last: float = 0.0
     box: str | None = None
     findings: bool = False
+    workers: str = ""
 
     @property
     def experiments(self) -> int | None:
@@ -119,6 +121,7 @@ def plan(path: Path, options) -> Plan:
             )
         made.dataset, made.box, runs = session.started.dataset, session.started.sandbox, session.started.baseline_runs
         made.missing = [] if session.state.baseline.applied else ["baseline"]
+        made.workers = workers(session.fleet or {}, options.devices)
     else:
         hardware = identified()
         refuse_if_taken(repository, f"{hardware.slug}/{tag}")
@@ -209,6 +212,26 @@ def has_profile(hardware, repository: Repository) -> bool:
     return True
 
 
+def workers(fleet: dict, devices: str | None) -> str:
+    """Whose devices make a session's runs, in words, where other machines' may; else "".
+
+    Args:
+        fleet: the session's. devices: of this machine, as they were asked for.
+    """
+    if "listen" not in fleet:
+        lacking = "none was invited yet, and the session's device is another machine's: python -m lab invite FILE ..."
+        return lacking if fleet.get("elsewhere") and not devices else ""
+    others = f"those of other machines, at {fleet['listen']}"
+    if devices:
+        return f"{devices} of this machine, and {others}"
+    if fleet.get("elsewhere"):
+        return others
+    return (
+        f"{others}; no device of this machine takes part unless --devices all is given (to invite nobody any more: "
+        "python -m lab invite --none)"
+    )
+
+
 # --- What it takes ---
 
 
@@ -269,6 +292,7 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
         *[f"at the end: the baseline for other times, about {lasting(plan.last)}"] * (plan.last > 0),
         f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free{room}",
         f"changes are proposed by the {plan.by}" + ", after the published findings" * plan.findings,
+        *[f"workers: {plan.workers}"] * bool(plan.workers),
         f"sandbox: {plan.box}" if plan.box else sandbox.describe(None),
         *([awake] if awake else []),
         f"power: {power.get(identity.power_source() or '', 'unknown')}",

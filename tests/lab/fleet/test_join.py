@@ -21,6 +21,7 @@ from sessions import check, options
 import dataset
 import storage
 from lab.cli import commands
+from lab.cli.arguments import parsed
 from lab.errors import LabError
 from lab.fleet import here, invitation, settings
 from lab.fleet.pool import Pool
@@ -96,7 +97,7 @@ def invited(project, tmp_path):
     with socket.create_server((ADDRESS, 0)) as free:
         port = free.getsockname()[1]
     path = tmp_path / "worker.invitation"
-    asked = {"target": path, "address": f"{ADDRESS}:{port}", "listen": f"{ADDRESS}:{port}", "days": 1.0}
+    asked = {"target": path, "address": f"{ADDRESS}:{port}", "listen": f"{ADDRESS}:{port}", "days": 1.0, "none": False}
     assert commands.do_invite(project, options(**asked)) == 0
     return path
 
@@ -443,16 +444,45 @@ def test_who_is_only_invited_concerns_nights(project):
     assert settings.is_pooled(project)
 
 
+def test_a_night_for_which_no_worker_has_come_says_where_it_listens(project, capsys):
+    settings.listen(project, "tls://0.0.0.0:1")
+    assert "no night with several devices is running" in sessions.said(capsys, commands.do_fleet, project)
+    with project.night_lock:
+        told = sessions.said(capsys, commands.do_fleet, project)
+    assert told == "a night is running, and no device works for it now; workers can join at tls://0.0.0.0:1\n"
+
+
+def test_inviting_can_be_ended(project, capsys):
+    settings.listen(project, "tls://0.0.0.0:1")
+    settings.choose(project, [])
+    with project.night_lock, pytest.raises(LabError, match="end it with Ctrl-C"):
+        commands.do_invite(project, options(none=True))
+    assert project.fleet == {"devices": [], "listen": "tls://0.0.0.0:1"}
+    assert "no other machine any more" in sessions.said(capsys, commands.do_invite, project, none=True)
+    assert project.fleet is None
+    storage.write_json(project.folder / "fleet.json", {"devices": [], "elsewhere": True, "listen": "tls://0.0.0.0:1"})
+    sessions.said(capsys, commands.do_invite, project, none=True)
+    assert project.fleet == {"devices": [], "elsewhere": True}
+
+
+@pytest.mark.parametrize("given", ["", "x", "--address a:1", "x --none", "--none --address a:1", "--none --listen a:1"])
+def test_who_invites_says_whom(given, capsys):
+    with pytest.raises(SystemExit):
+        parsed(["invite", *given.split()])
+    assert "--none" in capsys.readouterr().err
+    assert parsed(["invite", "--none"]).none and not parsed(["invite", "x", "--address", "a:1"]).none
+
+
 def test_nobody_is_invited_beside_what_one_device_runs(project, tmp_path):
     with project.night_lock, pytest.raises(LabError, match="then invite"):
-        commands.do_invite(project, options(target=tmp_path / "x", address="a:1", listen=None, days=30))
+        commands.do_invite(project, options(target=tmp_path / "x", address="a:1", listen=None, days=30, none=False))
     assert project.fleet is None
 
 
 def test_the_package_that_is_missing_is_named(project, tmp_path, monkeypatch):
     monkeypatch.setattr(invitation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LabError, match="pip install .*fleet"):
-        commands.do_invite(project, options(target=tmp_path / "x", address="a:1", listen=None, days=30))
+        commands.do_invite(project, options(target=tmp_path / "x", address="a:1", listen=None, days=30, none=False))
 
 
 def test_runs_of_workers_are_left_to_the_next_head(project):

@@ -17,6 +17,7 @@ from backends.interface import BackendError, Hardware
 from calibration import identity, profile
 from lab.compare import published
 from lab.errors import LabError
+from lab.fleet import settings
 from lab.night import plan as plans
 from lab.reasons import because
 from lab.run import sandbox
@@ -269,6 +270,22 @@ def test_too_little_room_is_said(tree, data, calibrated, monkeypatch):
     assert "NOT ENOUGH" in told(tree)
     with pytest.raises(LabError, match="free some space"):
         plans.provide(planned(tree), options(), print)
+
+
+def test_a_night_that_waits_for_workers_says_so(tmp_path, runner):
+    session = sessions.make(tmp_path / "project")
+    assert "workers" not in told(session.repository)
+    settings.listen(session, "tls://0.0.0.0:8786")
+    assert (
+        "\nworkers: those of other machines, at tls://0.0.0.0:8786; no device of this machine takes part unless "
+        "--devices all is given (to invite nobody any more: python -m lab invite --none)\n"
+    ) in told(session.repository)
+    own = "\nworkers: cpu of this machine, and those of other machines, at tls://0.0.0.0:8786\n"
+    assert own in told(session.repository, devices="cpu")
+    storage.write_json(session.folder / "fleet.json", {**(session.fleet or {}), "elsewhere": True})
+    assert "\nworkers: those of other machines, at tls://0.0.0.0:8786\n" in told(session.repository)
+    settings.listen(session, None)
+    assert "\nworkers: none was invited yet" in told(session.repository)
 
 
 def test_power_and_sleep_are_told(tree, monkeypatch):
