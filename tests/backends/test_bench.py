@@ -165,6 +165,15 @@ def test_what_lacks_memory_is_named_and_does_not_last(backend, monkeypatch):
     assert bench.lasts({"float32": {"product": 1.0}})
 
 
+def test_a_driver_that_failed_may_be_well_again():
+    broken, works = (
+        dict.fromkeys(bench.PRECISIONS, "RuntimeError: unspecified launch failure"),
+        {"flex": {"both": [1.0]}},
+    )
+    assert not bench.lasts(broken) and bench.lasts(broken | {"float32": {"product": 1.0}})
+    assert bench.lasts(works, works) and not bench.lasts(works, {"flex": "wrong: relative error 1"})
+
+
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_a_calibrated_backend_tries_nothing(name, isolated_home, monkeypatch):
     plain = opened(name, "float32")

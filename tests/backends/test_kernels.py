@@ -11,7 +11,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from backends import bench  # noqa: E402
 from backends.pytorch import cross_entropy, mlp, rotary, runtime  # noqa: E402
 from backends.pytorch.kernels import trial  # noqa: E402
 
@@ -200,6 +199,17 @@ def test_a_trial_that_dies_refuses_all(monkeypatch):
     found = trial.try_apart()
     assert found.keys() == trial.CASES.keys() and trial.choose(found) == {}
     assert all(reason.startswith("their trial ended with status 1") for reason in found.values())
+    assert not trial.lasts(found)
+
+
+def test_a_kernel_that_hangs_is_given_up_for_good(monkeypatch):
+    def hangs(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(trial.subprocess, "run", hangs)
+    found = trial.try_apart()
+    assert trial.lasts(found) and trial.choose(found) == {}
+    assert set(found.values()) == {"their trial took more than 600 s"}
 
 
 def test_memory_that_something_else_has_taken_is_not_remembered(monkeypatch):
@@ -207,7 +217,7 @@ def test_memory_that_something_else_has_taken_is_not_remembered(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(trial, "load", full)
-    assert trial._try("mlp", 0) == "out of memory" and not bench.lasts({"mlp": trial._try("mlp", 0)})
+    assert trial._try("mlp", 0) == "out of memory" and not trial.lasts({"mlp": trial._try("mlp", 0)})
 
 
 @kernels
