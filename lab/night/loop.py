@@ -255,6 +255,8 @@ class Night:
             self._tell(f"{what}; it is tried again: {one_line(str(error))}", "trouble")
         until = time.monotonic() + AGAIN_AFTER[self._failures]
         self._failures += 1
+        if self._failures == len(AGAIN_AFTER):  # the last attempt is made without the edit, which may be the cause
+            self._unopened = None
         while time.monotonic() < until:
             self._check()
             self._show("trying again soon")
@@ -283,11 +285,11 @@ class Night:
                     elif not self._take_turn(resting=not due):
                         return
         if turn := self._unopened:
-            self._unopened = None
             if content := self._on_best(turn.blob, turn.parent):
                 self._open(turn.description, content, {"origin": turn.origin})
             else:
                 self.view.say(f"not run, as it can't be merged with the best, or is part of it: {turn.description}")
+            self._unopened = None  # where that failed it is tried again
 
     def _rebase(self) -> bool:
         """Makes a superseded change again on the best. Returns whether there was one. It is dropped if both changed

@@ -548,6 +548,23 @@ def test_a_night_killed_after_a_turn_runs_what_it_gave(session, proposals, turns
     assert [turn.outcome for turn in one.turns] == ["edited"] and statuses(session)[1] == ("keep", "the agent's idea")
 
 
+def test_an_edit_that_can_not_be_opened_at_once_is_opened_later(session, proposals, turns, monkeypatch):
+    night(session, max_experiments=0).run()
+    turns += [edited(LOSS=0.9)]
+    failing, begin = [LabError("git is in use")], loop.open_change
+
+    def open_change(*arguments, **named):
+        if failing:
+            raise failing.pop()
+        return begin(*arguments, **named)
+
+    monkeypatch.setattr(loop, "open_change", open_change)
+    one = night(session, agent="clever", max_experiments=1)
+    one.run()
+    assert statuses(session)[1] == ("keep", "the agent's idea") and len(one.turns) == 1
+    assert "it is tried again: git is in use" in one.view.lines[0]
+
+
 def test_the_checkout_follows_what_is_kept_and_nothing_else_touches_it(session, proposals):
     night(session, max_experiments=0).run()
     train, seen = session.repository.path / "train.py", []
