@@ -58,6 +58,10 @@ class Enough(Over):
     """It ends because no other experiment is wanted, or there is no time for one."""
 
 
+class Moved(Exception):
+    """Another change was kept while something was chosen to be opened, or that is not in git yet: it is chosen anew."""
+
+
 class Night:
     """One night of a session.
 
@@ -93,7 +97,6 @@ class Night:
             self.journal.append(began)
         self._turns = Turns(session, options.agents)
         self._skipped: set[str] = set()  # offers that don't apply here
-        self._parent = ""  # blob of the best when what is proposed was begun
         self._process = None  # that runs the experiments
         self._heard = len(session.state.done)  # verdicts that were told
         self._apart: set[int] = set()  # experiments that can't be made again, or tested, on the best
@@ -243,6 +246,8 @@ class Night:
             sound_baseline(session)
         try:
             return self._follow() if experiment else self._propose()
+        except Moved:
+            return
         except Over:
             raise
         except (storage.Stop, Exception) as error:
@@ -266,7 +271,6 @@ class Night:
         """Opens an experiment: with what a killed night had not opened, what a person has edited, near misses, what was
         found elsewhere, or what the agent or the proposer makes in its turn, if anything."""
         if self._unopened is None:
-            self._parent = best_of(self.session).blob
             if self._rebase() or self._offer():
                 return
             if (content := self._edit_of_a_person()) is not None:
@@ -484,7 +488,7 @@ class Night:
 
     def _journal(self, turn: TurnTaken) -> None:
         if turn.blob:
-            turn.parent = turn.parent or self._parent
+            turn.parent = turn.parent or best_of(self.session).blob  # nobody has refreshed since it was begun
             turn.experiment, self._unopened = self.session.state.last.number + 1, turn
         self.journal.append(turn)
         self.turns.append(turn)
@@ -503,9 +507,13 @@ class Night:
 
     @contextmanager
     def _alone(self):
-        """The session to oneself; with several devices beside what runs, as only a night opens experiments then."""
+        """The session to oneself; with several devices beside what runs, as only a night opens experiments then. Raises
+        Moved where the best is not what was known: what was made on that would undo what was kept since."""
+        best = best_of(self.session)
         with exclusive(self.session, PATIENCE, self.view.say) if self.session.fleet is None else nullcontext():
             self.session.refresh()
+            if best_of(self.session) is not best or not best.applied:
+                raise Moved
             yield
 
     def _follow(self) -> None:

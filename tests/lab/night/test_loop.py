@@ -8,14 +8,16 @@ import pytest
 import sessions
 from sessions import Alive, edited
 
+import storage
 from lab.errors import LabError
+from lab.fleet import settings
 from lab.night import agent, limits, loop, notify, proposer
 from lab.reasons import because
 from lab.run.outcome import Outcome
 from lab.session.session import Session
-from lab.session.events import NIGHT_EVENTS, NightEnded, TurnTaken
+from lab.session.events import NIGHT_EVENTS, ExperimentDecided, NightEnded, TurnTaken, Verdict
 from lab.verdict import executor
-from lab.verdict.opening import facts_of_change
+from lab.verdict.opening import facts_of_change, open_change
 
 
 class Killed(BaseException):
@@ -608,3 +610,49 @@ def test_a_night_with_too_little_time_for_the_scale_says_so(session, proposals):
     one.run()
     session.refresh()
     assert session.state.last.kind != "scale" and any("no time is left for --scale" in s for s in one.view.lines)
+
+
+# --- With several devices ---
+
+
+@pytest.fixture
+def fleet(session):
+    """The session after its baseline, with two devices that nobody uses."""
+    executor.supervise(session)
+    settings.choose(session, ["a", "b"])
+    (session.folder / "fleet").mkdir()
+    rows = [{"name": name, "usable": True} for name in "ab"]
+    storage.write_json(session.folder / "fleet" / settings.STATUS, {"time": time.time() + 1000, "devices": rows})
+    return session
+
+
+def kept(session, number, applied=True):
+    """The head keeps an experiment, or has decided to."""
+    there = Session(session.folder)
+    experiment = there.state.experiments[number]
+    if experiment.decided is None:
+        there.log(ExperimentDecided(experiment=number, verdict=Verdict("keep", because("baseline"), 0.9, 1.0)))
+    if applied:
+        executor.apply(there, experiment)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_an_edit_is_made_on_what_was_kept_during_the_turn(fleet, monkeypatch, applied):
+    mine, other = edited() + b"LOSS = LOSS - 0.05\n", edited(LOSS=0.9)
+    open_change(fleet, "of another device", content=other)
+
+    def take_turn(session, *arguments, **named):
+        kept(session, 1, applied)
+        blob = session.repository.store(mine)
+        return TurnTaken(by="agent", outcome="edited", description="the agent's idea", blob=blob)
+
+    monkeypatch.setattr(agent, "take_turn", take_turn)
+    one = night(fleet, agent="slow")
+    one._go_on()
+    assert fleet.state.last.number == 1 and one._room() is applied and not one.view.lines
+    kept(fleet, 1)
+    fleet.refresh()
+    one._go_on()
+    last = fleet.state.last
+    assert (last.onto, last.description, len(one.turns)) == (1, "the agent's idea", 1)
+    assert fleet.repository.content(last.blob) == other + b"LOSS = LOSS - 0.05\n"
