@@ -232,9 +232,11 @@ class Night:
             return
         if self.now.deadline and time.time() + takes > self.now.deadline:
             return self.view.say("no time is left for --scale: python -m lab confirm --scale runs it")
+        self._turns.end()
         with self._alone():
             open_scale(self.session, SCALE_RUNS)
-        self._follow()
+        while state.open:  # not _follow(): on several devices there is room for more
+            self._attend("training")
 
     # --- An experiment, from the proposal to the verdict ---
 

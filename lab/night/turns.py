@@ -75,9 +75,10 @@ class Turns:
             agent.discard(self.at(clone))
 
     def end(self) -> None:
-        """Ends running turns. Their edits are lost."""
+        """Ends running turns, whose edits are lost. No other one begins."""
         self._over.set()
         for thread in self._going.values():
             thread.join(agent.GRACE * 2)
         if self.count:  # the clone of a single turn is the next night's to look at, if an error left it
             self.discard()
+        self.count = 0

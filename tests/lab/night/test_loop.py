@@ -18,6 +18,7 @@ from lab.session.session import Session
 from lab.session.events import NIGHT_EVENTS, ExperimentDecided, NightEnded, TurnTaken, Verdict
 from lab.verdict import executor
 from lab.verdict.opening import facts_of_change, open_change
+from lab.verdict.plan import orders
 
 
 class Killed(BaseException):
@@ -656,3 +657,25 @@ def test_an_edit_is_made_on_what_was_kept_during_the_turn(fleet, monkeypatch, ap
     last = fleet.state.last
     assert (last.onto, last.description, len(one.turns)) == (1, "the agent's idea", 1)
     assert fleet.repository.content(last.blob) == other + b"LOSS = LOSS - 0.05\n"
+
+
+def test_several_devices_run_the_scale_to_its_end(fleet, monkeypatch):
+    class Head:
+        """In place of the process that runs the experiments: makes a run each time it is looked at."""
+
+        def __init__(self, session):
+            self.session = Session(session.folder)
+
+        def poll(self):
+            if wanted := orders(self.session.state):
+                executor.carry_out(self.session, wanted[0])
+            for experiment in self.session.state.open:
+                executor.settle(self.session, experiment)
+
+    monkeypatch.setattr(executor, "launch", Head)
+    one = night(fleet, scale=True, hours=2.0, max_experiments=None)
+    one.now.deadline = time.time() + one._scale_takes() + 60
+    assert "not enough for another experiment" in one.run()
+    fleet.refresh()
+    assert fleet.state.last.kind == "scale" and budgets(fleet) == [75.0, 150.0, 600.0] * 3
+    assert fleet.state.last.status == "keep" and fleet.held is None
