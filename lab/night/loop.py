@@ -84,7 +84,6 @@ class Night:
         # The turn whose experiment is to be opened.
         self._unopened = last if last and last.experiment == session.state.last.number + 1 else None
         self.stopping: str | None = None
-        self._began_at: dict[str, float] = {}  # troubles by kind
         self._told: set[str] = set()  # kinds of what is said once
         self._looked, self._blind = 0.0, False
         self._failures = self._events = 0  # in a row, and how many events there were at the last
@@ -131,15 +130,17 @@ class Night:
 
     def _between(self) -> None:
         """Before anything is begun: waits until the device is free and not too hot, say. Raises Over."""
-        begun, told, self._looked = time.time(), set(), 0.0  # what training made hot may be so no more
+        begun, told, hot_since = time.time(), set(), None
+        self._looked = 0.0  # what training made hot may be so no more
         while True:
             self.session.refresh()
             self._check(LOOK_AGAIN)
             if (obstacle := self._in_the_way()) is None:
                 return
             kind, text = obstacle
-            if kind == "hot" and self._waited(kind) > LONGEST_WAIT:
-                raise Over(f"the device stays too hot: {text}")
+            hot_since = (hot_since or time.time()) if kind == "hot" else None
+            if hot_since and time.time() > hot_since + LONGEST_WAIT:
+                raise Over(next(f"the device stays too hot: {t.text}" for t in self.now.troubles if t.kind == kind))
             if kind in ("paused", "elsewhere") or time.time() > begun + 1.5 * LOOK_AGAIN:  # it was seen twice
                 if kind not in told and kind != "ending":
                     told.add(kind)
@@ -163,10 +164,6 @@ class Night:
                 return trouble.kind, f"waiting: {trouble.text}"
         return None
 
-    def _waited(self, kind: str) -> float:
-        """Seconds since a trouble began that is there still."""
-        return time.time() - self._began_at.get(kind, time.time())
-
     def _check(self, every: float = LOOK_EVERY) -> None:
         """Raises Over if a limit is reached or a trouble says stop; looks for troubles every so many seconds."""
         now = self.now
@@ -176,8 +173,6 @@ class Night:
             raise Over("the time is up")
         if time.monotonic() >= self._looked + every:
             self._looked, now.troubles = time.monotonic(), limits.troubles(self.session)
-            still = self._began_at if self.session.supervised else {}  # what can't be seen now may be there still
-            self._began_at = still | {t.kind: self._began_at.get(t.kind, time.time()) for t in now.troubles}
         for trouble in now.troubles:
             if trouble.action == "say" and trouble.kind not in self._told:
                 self._told.add(trouble.kind)

@@ -237,7 +237,8 @@ def test_what_the_last_run_leaves_for_a_moment_is_not_waited_for_aloud(session, 
 def test_heat_that_stays_ends_the_night(session, proposals, monkeypatch):
     monkeypatch.setattr(limits, "troubles", lambda session: [limits.Trouble("hot", "it stays", "wait")])
     monkeypatch.setattr(loop, "LONGEST_WAIT", 0.0)
-    assert "too hot" in night(session, max_experiments=1).run() and len(statuses(session)) == 1
+    assert night(session, max_experiments=1).run() == "the device stays too hot: it stays"
+    assert len(statuses(session)) == 1
 
 
 def test_a_busy_machine_is_told_once_and_not_waited_for(session, proposals, monkeypatch):
@@ -437,7 +438,7 @@ def test_a_hot_device_rests_between_the_runs_of_an_experiment(session, proposals
     night(session, max_experiments=0).run()
     one, waited = night(session, max_experiments=1), []
     one._between()
-    one._began_at, one.now.troubles = {}, [limits.Trouble("hot", "97 degrees", "wait")]
+    one.now.troubles = [limits.Trouble("hot", "97 degrees", "wait")]
     one._looked = float("inf")
     best = session.state.best
     session.open_experiment(
@@ -679,3 +680,24 @@ def test_several_devices_run_the_scale_to_its_end(fleet, monkeypatch):
     fleet.refresh()
     assert fleet.state.last.kind == "scale" and budgets(fleet) == [75.0, 150.0, 600.0] * 3
     assert fleet.state.last.status == "keep" and fleet.held is None
+
+
+def test_each_heat_is_waited_out_by_itself(fleet, monkeypatch):
+    """Also while the head is at work, as it is all night."""
+    hot_from = now = time.time()
+    hot = limits.Trouble("hot", "97 degrees", "wait")
+
+    def sleep(seconds):
+        nonlocal now
+        now += 5.0
+
+    clock = SimpleNamespace(time=lambda: now, monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(limits, "troubles", lambda session: [hot] if 0 <= now - hot_from < 60 else [])
+    monkeypatch.setattr(Session, "supervised", True)
+    one = night(fleet)
+    for hot_from in (now, now + 2 * loop.LONGEST_WAIT):
+        now = hot_from
+        one._check()
+        one._between()
+        assert now >= hot_from + 60
