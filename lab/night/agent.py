@@ -362,7 +362,7 @@ def _flaw(session: Session, content: bytes | None) -> tuple[str, str]:
     if digest == best.digest:
         return "", "" if session.repository.store(content) == best.blob else f"changed only comments of {TRAIN}"
     if equal := session.state.equal(digest):
-        what = f"experiment {equal.number}, {one_line(equal.description)}, which was a {equal.status}"
+        what = f"experiment {equal.number}, {one_line(equal.description)}, which {equal.became}"
         return "again", f"made a {TRAIN} that is equal to {what}"
     return "edited", ""
 

@@ -271,6 +271,7 @@ class Night:
             if self._rebase() or self._offer():
                 return
             if (content := self._edit_of_a_person()) is not None:
+                self.now.by = "user"
                 self._open(f"the edit that {TRAIN} had already", content)
                 return
             if near_misses.ready(self.session):
@@ -344,7 +345,9 @@ class Night:
                 return None  # the best until now: the one after it is about to be put there
             if (equal := session.state.equal(digest)) is None:
                 return content
-            why = f"{TRAIN} is equal to experiment {equal.number}, which was a {equal.status}"
+            if equal.applied is None:
+                return None  # it was opened with this edit, which stays there until then
+            why = f"{TRAIN} is equal to experiment {equal.number}, which {equal.became}"
         except LabError as error:
             why = str(error)
         path = session.repository.path / TRAIN
@@ -499,7 +502,7 @@ class Night:
         with self._alone():
             equal = open_change(session, description, near_misses_together=together, content=content, more=more)
         if equal:
-            self.view.say(f"not run: it is equal to experiment {equal.number}, which was a {equal.status}")
+            self.view.say(f"not run: it is equal to experiment {equal.number}, which {equal.became}")
         return equal
 
     @contextmanager

@@ -57,7 +57,7 @@ class Now:
     Attributes:
         begun: when the night began. first: number of its first experiment.
         deadline: of the night, or None. most: experiments of this night, or None.
-        phase: in words. since: when that began. by: who proposes, "agent", "findings" or "proposer".
+        phase: in words. since: when that began. by: who proposes, "agent", "findings", "proposer" or "user".
         troubles: that there are.
     """
 

@@ -33,6 +33,15 @@ APART = ("confirm", "scale", "transfer")  # kinds whose runs no verdict on a cha
 BESIDE = ("baseline", "replay", "repeat", "shared", *APART)  # kinds that never move the branch
 MEASURING = ("repeat", "shared", *APART)  # kinds that try nothing new
 UNJUDGED = 2  # times that something from elsewhere is tried, at most, if it is not judged
+# Statuses in words.
+BECAME = {
+    "running": "is running",
+    "keep": "was kept",
+    "discard": "was discarded",
+    "crash": "crashed",
+    "invalid": "was found invalid",
+    "superseded": "was superseded",
+}
 FEWEST, MOST = 1e-9, 1e15  # of anything that a run can have measured
 USUAL, SHORT = 3, 0.1  # runs that tell how many tokens are usual, and the factors of e that one may be off by chance
 
@@ -137,6 +146,11 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
     @property
     def status(self) -> str:
         return self.decided.status if self.decided else "running"
+
+    @property
+    def became(self) -> str:
+        """What became of it, to be said after "which"."""
+        return BECAME[self.status]
 
     @property
     def verdict(self) -> Verdict:

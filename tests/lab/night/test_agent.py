@@ -248,7 +248,7 @@ def test_a_link_in_place_of_the_users_train_py_is_no_matter(take, night, tmp_pat
 
 def test_an_older_train_py_is_no_edit(take, night):
     turn = take("git checkout -q main && echo CHANGE: went back")
-    assert turn.outcome == "again" and "is equal to experiment 0, baseline, which was a keep" in turn.said
+    assert turn.outcome == "again" and "is equal to experiment 0, baseline, which was kept" in turn.said
     turn = take("git checkout -q main && echo '# NOISE' >> train.py")
     assert turn.outcome == "again"
     turn = take("git checkout -q main && echo 'NOISE = 0.002' >> train.py")

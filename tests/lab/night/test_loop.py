@@ -701,3 +701,24 @@ def test_each_heat_is_waited_out_by_itself(fleet, monkeypatch):
         one._check()
         one._between()
         assert now >= hot_from + 60
+
+
+def test_an_edit_of_a_person_stays_while_it_is_run(fleet, proposals):
+    train = fleet.repository.path / "train.py"
+    train.write_bytes(edited(LOSS=0.8))
+    one = night(fleet)
+    one._go_on()
+    assert fleet.state.last.description == "the edit that train.py had already" and one.now.by == "user"
+    one._go_on()
+    assert fleet.state.last.description == "proposal 2" and one.now.by == "proposer"
+    assert train.read_bytes() == edited(LOSS=0.8) and not one.view.lines
+
+
+def test_what_became_of_an_equal_train_py_is_told(session, proposals):
+    night(session, max_experiments=0).run()
+    proposals.append(edited(FAILS="crash"))
+    night(session, max_experiments=1).run()
+    (session.repository.path / "train.py").write_bytes(edited(FAILS="crash"))
+    one = night(session, max_experiments=1)
+    one.run()
+    assert "train.py is equal to experiment 1, which crashed. It was put back" in one.view.lines[0]
