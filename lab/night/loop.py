@@ -182,12 +182,12 @@ class Night:
         if not self.session.state.open and (why := self._enough()):
             raise Enough(why)
 
-    def _enough(self) -> str:
-        """Why no more is begun; "" if something may be."""
-        now, most = self.now, self.options.max_experiments
+    def _enough(self, turn: bool = False) -> str:
+        """Why no more is begun, or no turn of an agent before it; "" if something may be."""
+        now, most = self.now, self.now.most
         if most is not None and self.session.state.last.number - now.first + 1 >= most:
             return f"{counted(most, 'experiment')}, as many as --max-experiments allows"
-        if now.deadline and time.time() + self._needed() > now.deadline:
+        if now.deadline and time.time() + self._needed(turn) > now.deadline:
             return "the time that is left is not enough for another experiment"
         return ""
 
@@ -203,10 +203,12 @@ class Night:
         present = [device["name"] for device in settings.status(self.session) if device["usable"]]
         return bool(present) and not spread.supplied(orders(state), state, busy, present)
 
-    def _needed(self) -> float:
-        """Seconds for an experiment of one run, and for the turn before it unless that is under way."""
+    def _needed(self, turn: bool) -> float:
+        """Seconds for an experiment of one run, and for the turn before it unless that is under way: a `turn` that is
+        to begin never is."""
         needed = self._run_takes()
-        if self.now.phase != THINKING and self.options.agent and self._agent_is_due():
+        under_way = self._turns.under_way if self._turns.count else self.now.phase == THINKING
+        if (turn or not under_way) and self.options.agent and self._agent_is_due():
             turns = [turn.seconds for turn in self.turns if turn.seconds]
             needed += min(statistics.median(turns) if turns else GUESSED_TURN, self.options.turn_seconds)
         return needed + self._scale_takes()
@@ -372,7 +374,7 @@ class Night:
             self.view.say(f"none of the findings that block {block.number} chose applies to the best any more")
         if not blocks.suit(session.state) or findings.plainly_good(session):
             return False
-        if (most := self.options.max_experiments) is not None:  # who wants few experiments wants no more runs
+        if (most := self.now.most) is not None:  # who wants few experiments wants no more runs
             runs = min(runs, self.now.first + most - 1 - session.state.last.number)
         if self.now.deadline:
             left = self.now.deadline - time.time() - self._scale_takes()
@@ -430,10 +432,12 @@ class Night:
         return prompt.write(self.session, program, self.turns, self.options.turn_seconds)
 
     def _think(self, resting: bool = False) -> None:
-        """Has agents begin turns beside what runs, as many at once as were asked for; also if the agent is `resting`,
-        where nothing else is left."""
+        """Has agents begin turns beside what runs, as many at once as were asked for, unless their edits could not be
+        run any more; also if the agent is `resting`, where nothing else is left."""
         turns, state = self._turns, self.session.state
         while state.best and state.best.applied and (slot := turns.free()) and (resting or self._agent_is_due()):
+            if self._enough(turn=True):
+                break
             log = self._turn_log()
             log = log.with_name(f"{log.stem}-{turns.begun + 1}.log")
             turns.begin(slot, self.options.agent, self._prompt(), log, self.options.turn_seconds)

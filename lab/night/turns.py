@@ -39,6 +39,11 @@ class Turns:
         there.turn = clone
         return there
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a turn goes on, or one that is over was not taken yet."""
+        return bool(self.ended) or any(thread.is_alive() for thread in self._going.values())
+
     def free(self) -> int | None:
         """A slot in which a turn may begin: running turns and finished ones that wait to be run each hold a slot."""
         self._going = {slot: thread for slot, thread in self._going.items() if thread.is_alive()}

@@ -14,9 +14,11 @@ from test_loop import Seen, options
 
 from lab.errors import LabError
 from lab.night import agent, loop
+from lab.night.turns import Turns
 from lab.session.events import TurnTaken
 from lab.session.session import Session
 
+Going = type("Going", (), {"is_alive": lambda self: True})  # in place of a thread
 STUB = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('stub_agent.py')))}"
 
 
@@ -95,6 +97,26 @@ def test_what_was_made_on_an_older_best_is_made_on_the_best(session, thinking, m
 def test_a_turn_that_can_not_be_begun_is_tried_again_and_ends_the_night(session, thinking):
     with pytest.raises(LabError, match="git is in use"):
         night(session, agent="failing", agents=2, max_experiments=2)
+
+
+def test_no_turn_begins_whose_edit_could_not_be_run(session, monkeypatch):
+    night(session, max_experiments=0)
+    begun = []
+    monkeypatch.setattr(
+        Turns, "begin", lambda self, slot, *_: begun.append(slot) or self._going.update({slot: Going()})
+    )
+    last = loop.Night(Session(session.folder), options(agent="x", agents=2, max_experiments=0), Seen())
+    last._think()
+    late = loop.Night(Session(session.folder), options(agent="x", agents=2, hours=1.0, max_experiments=None), Seen())
+    late.now.deadline = time.time() + late._run_takes() + 30  # enough for a run, and not for a turn before it
+    late.now.phase = loop.THINKING
+    late._think()
+    assert begun == [] and late._enough() and not late._turns.under_way
+    late.now.deadline += 60
+    late._think()
+    assert begun == [1, 2] and late._turns.under_way
+    late.now.deadline -= 60
+    assert not late._enough()  # as a turn is under way
 
 
 def test_real_turns_leave_nothing_behind(session):
