@@ -38,7 +38,7 @@ from lab.verdict.opening import best_of, exclusive, last_words, open_change, ope
 from lab.verdict.plan import noise_of, orders
 
 POLL = 0.25  # seconds
-LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat
+LOOK_EVERY = 10.0  # seconds between looks at battery, disk and heat, and at what to do while agents think
 LOOK_AGAIN = 2.0  # ... while they are waited for; what is gone by then was the last run's own
 LONGEST_WAIT = 1200.0  # seconds for a device that is too hot
 AGAIN_AFTER = (2.0, 15.0, 60.0)  # seconds, after which what failed is tried again: a supervisor, a proposal
@@ -443,19 +443,22 @@ class Night:
             turns.begin(slot, self.options.agent, self._prompt(), log, self.options.turn_seconds)
 
     def _take_turn(self, resting: bool) -> bool:
-        """Takes what an agent has made meanwhile; False if none is done, after a moment."""
+        """Takes what an agent has made, once a turn is over; False if before that there may be something else to do:
+        something was journalled, or it is time to look around again."""
         self.now.by = "agent"
         self._think(resting)
-        if self._turns.troubles:
-            raise self._turns.troubles.pop()
-        if not self._turns.ended:
+        events = len(self.session.journal.events)
+        while not (self._turns.ended or self._turns.troubles):
             if self.session.state.open:
                 self._attend(THINKING)
             else:
                 self._check()
                 self._show(THINKING)
                 time.sleep(POLL)
-            return False
+            if len(self.session.journal.events) > events or time.monotonic() >= self._looked + LOOK_EVERY:
+                return False
+        if self._turns.troubles:
+            raise self._turns.troubles.pop()
         self._took(self._turns.ended.pop(0))
         self._think()
         return True

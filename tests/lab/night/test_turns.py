@@ -13,7 +13,7 @@ from sessions import check, edited
 from test_loop import Seen, options
 
 from lab.errors import LabError
-from lab.night import agent, loop
+from lab.night import agent, limits, loop
 from lab.night.turns import Turns
 from lab.session.events import TurnTaken
 from lab.session.session import Session
@@ -117,6 +117,30 @@ def test_no_turn_begins_whose_edit_could_not_be_run(session, monkeypatch):
     assert begun == [1, 2] and late._turns.under_way
     late.now.deadline -= 60
     assert not late._enough()  # as a turn is under way
+
+
+def test_while_agents_think_the_night_looks_around_now_and_then(session, monkeypatch):
+    night(session, max_experiments=0)
+    monkeypatch.setattr(Turns, "begin", lambda self, slot, *_: self._going.update({slot: Going()}))
+    one = loop.Night(Session(session.folder), options(agent="x", agents=2, max_experiments=1), Seen())
+    looks, seen = [], []
+    monkeypatch.setattr(limits, "troubles", lambda session: looks.append("troubles") or [])
+    monkeypatch.setattr(loop.near_misses, "ready", lambda session: looks.append("near misses"))
+
+    def update(now):
+        seen.append(now.phase)
+        if seen.count(loop.THINKING) == 20:
+            one._turns._going.clear()
+            blob = session.repository.store(edited(LOSS=0.9))
+            one._turns.ended.append(TurnTaken(by="agent", outcome="edited", description="the idea", blob=blob))
+        elif len(seen) == 10:
+            one._looked -= loop.LOOK_EVERY
+
+    monkeypatch.setattr(one.view, "update", update)
+    while not one.session.state.open:
+        one._between()
+        one._go_on()
+    assert looks == 2 * ["troubles", "near misses"] and one.session.state.last.description == "the idea"
 
 
 def test_real_turns_leave_nothing_behind(session):
