@@ -240,7 +240,7 @@ def duration(session: Session | None, by: str) -> tuple[float, float, str]:
     took = session.state.took() if session else []
     run = statistics.fmean(took) if took else (session.budget if session else prepare.budget()) + OVERHEAD
     decided = session.state.decided if session else []
-    starts = [e.runs[0].time for e in decided if e.kind not in BESIDE and e.runs]
+    starts = sorted(e.runs[0].time for e in decided if e.kind not in BESIDE and e.runs)
     if len(starts) > ENOUGH:  # the median: there are days between two nights
         each = statistics.median(later - earlier for earlier, later in zip(starts, starts[1:]))
         return run, each, f"measured on {len(starts)} of this session"
@@ -289,7 +289,8 @@ def tell(plan: Plan, awake: str = "") -> list[str]:
     return [
         *lines,
         each + many,
-        *[f"at the end: the baseline for other times, about {lasting(plan.last)}"] * (plan.last > 0),
+        *[f"at the end (--scale): the baseline with shorter and longer training, about {lasting(plan.last)}"]
+        * (plan.last > 0),
         f"disk: about {plan.disk:.1f} GB of the {plan.free:.0f} GB that are free{room}",
         f"changes are proposed by the {plan.by}" + ", after the published findings" * plan.findings,
         *[f"workers: {plan.workers}"] * bool(plan.workers),

@@ -107,8 +107,8 @@ def test_the_baseline_for_other_times_takes_its_part_of_the_night(tree, data, ca
     without, made = planned(tree, hours=8), planned(tree, hours=8, scale=True)
     assert made.last == 3 * ((0.25 + 0.5 + 2) * 300 + 3 * plans.OVERHEAD)
     assert without.experiments - made.experiments == pytest.approx(made.last / made.each, abs=1)
-    assert "at the end: the baseline for other times, about" in "\n".join(plans.tell(made))
-    assert "other times" not in "\n".join(plans.tell(without))
+    assert "at the end (--scale): the baseline with shorter and longer training, about" in "\n".join(plans.tell(made))
+    assert "--scale" not in "\n".join(plans.tell(without))
 
 
 def test_what_is_there_is_not_missing(tree, data, calibrated):
@@ -258,9 +258,10 @@ def test_a_session_is_asked_how_long_its_experiments_take(tmp_path, runner):
             session.log(RunStarted(number=run, experiment=number, blob=blob, seed=42 + i, budget=300.0, time=begun))
             result = {"training_seconds": 300.0, "val_bpb": 1.0}
             session.log(RunEnded(run=run, status="ok", seconds=320.0, result=result))
+        at += 640 + 40 + 86_400 * (number == 2)  # a day's rest is no pause between two experiments
+    for number in (2, 1, 4, 3):  # as several devices may
         session.log(ExperimentDecided(experiment=number, verdict=Verdict("discard", because("not_run"))))
         session.log(ExperimentApplied(experiment=number, commit="c" * 40))
-        at += 640 + 40 + 86_400 * (number == 2)  # a day's rest is no pause between two experiments
     made = planned(session.repository)
     assert made.each == pytest.approx(680, abs=1) and made.basis == "measured on 4 of this session"
 
