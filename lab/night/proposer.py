@@ -82,8 +82,10 @@ def _arms(state: State, rng: np.random.Generator) -> list[str]:
 
 
 def _steps(state: State) -> list[Experiment]:
-    """The search's own steps with a verdict: an agent's edits say nothing of them."""
-    return [e for e in state.decided if e.description.endswith(MARK) and not e.origin and e.verdict.judged]
+    """The search's own steps with a verdict: an agent's edits say nothing of them, nor do near misses together, whose
+    description ends with that of the last."""
+    own = (e for e in state.decided if e.kind == "change" and e.description.endswith(MARK))
+    return [e for e in own if not e.origin and e.verdict.judged]
 
 
 def _reach(state: State) -> float:
@@ -107,8 +109,7 @@ def _new(session: Session, trained: set, text: str) -> bool:
         return False
     if block.too_small(text, calibrated) or block.model(text, calibrated) in trained:
         return False
-    known = {e.digest for e in (*state.open, state.best) if e}
-    return digest not in known and not state.equal(digest)
+    return not state.equal(digest)
 
 
 def _numbers(session: Session, text: str, rng: np.random.Generator) -> tuple[str, str] | None:

@@ -190,9 +190,10 @@ def test_first_steps_stay_near_home(ours, monkeypatch):
 
 
 def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
-    def decided(t, status="discard", origin="", by=proposer.MARK):
+    def decided(t, status="discard", origin="", by=proposer.MARK, kind="change"):
         verdict = SimpleNamespace(judged=status != "superseded")
-        return SimpleNamespace(description=f"x{by}", status=status, t=t, origin=origin, verdict=verdict)
+        facts = {"description": f"x{by}", "status": status, "t": t, "origin": origin, "kind": kind}
+        return SimpleNamespace(**facts, verdict=verdict)
 
     def reach(*experiments):
         return proposer._reach(SimpleNamespace(decided=experiments))
@@ -201,6 +202,7 @@ def test_the_trust_region_narrows_and_widens(valley, monkeypatch):
     assert reach(decided(-9.0)) == reach(decided(None, "crash")) < 1.0
     assert reach(decided(-9.0, origin="published/x/00")) == reach(decided(2.0, "superseded")) == 1.0
     assert reach(*[decided(0.5, by="")] * 9) == 1.0  # an agent's edits
+    assert reach(decided(3.0, "keep", kind="near misses")) == 1.0  # end with the last one's description
     seen = SimpleNamespace(beta=lambda better, worse: better + worse)  # of what was superseded nothing is known
     arms = [proposer._arms(SimpleNamespace(decided=tried), seen) for tried in ([], [decided(1.0, "superseded")] * 99)]
     assert arms[0] == arms[1]
