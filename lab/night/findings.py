@@ -41,7 +41,7 @@ class Idea:
 
 def tried(state: State) -> dict[str, Experiment]:
     """What became of changes from elsewhere: the last experiment with each, by the id that its origin ends with."""
-    return {_key(e.origin): e for e in state.attempts if e.origin and e.kind not in MEASURING}
+    return {e.key: e for e in state.attempts if e.origin and e.kind not in MEASURING}
 
 
 def _key(origin: str) -> str:
@@ -84,7 +84,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     known = {*tried(state), *(_key(origin) for origin in blocks.screened(state) if origin != first)}
     for one in untried(session, MOST_TRIED):
         gain = one.change.gain or 0.0
-        if gain >= least and _key(one.origin) not in known:
+        if gain >= least and one.change.key not in known:
             found.append((gain, one.origin, one.description, functools.partial(with_ends_of, best, one.content or b"")))
     known |= {_key(origin) for _, origin, *_ in found}
     for finding in published.library():
@@ -207,7 +207,7 @@ def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
             digest = describe(content).digest
         except LabError:
             continue
-        if digest not in seen and digest != describe(best).digest and not state.equal(digest):
+        if digest not in seen and not state.equal(digest):
             seen.add(digest)
             chosen.append(replace(one, content=content))
             if len(chosen) == most:

@@ -371,7 +371,8 @@ class Night:
                 if blocks.open_joint(session, block):
                     return True
             self._apart.add(block.number)
-            self.view.say(f"none of the findings that block {block.number} chose applies to the best any more")
+            chosen = f"the findings that the shared runs of experiment {block.number} chose"
+            self.view.say(f"none of {chosen} applies to the best any more")
         if not blocks.suit(session.state) or findings.plainly_good(session):
             return False
         if (most := self.now.most) is not None:  # who wants few experiments wants no more runs

@@ -24,6 +24,7 @@ from lab.session.events import TurnTaken
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment, State
 from lab.untrusted import counted, fenced, one_line
+from lab.verdict.opening import best_of
 from lab.verdict.plan import said_of_noise
 
 MOST = 12_000  # bytes, beside train.py
@@ -51,7 +52,7 @@ def write(session: Session, program: str, turns: list[TurnTaken], seconds: float
 
     Args:
         program: what program.md says now, "" if it is gone.
-        turns: of the night, in order. seconds: the time limit of the turn.
+        turns: of all nights, in order. seconds: the time limit of the turn.
     """
     state = session.state
     fixed = {
@@ -133,7 +134,7 @@ deleted after it. What `{TRAIN}` holds at the end is taken, and nothing else.
 
 def _train(session: Session) -> str:
     """train.py as it is, unless it is too long for that."""
-    content = session.repository.content(agent.best_of(session).blob)
+    content = session.repository.content(best_of(session).blob)
     if len(content) > LONGEST_TRAIN:
         return _section(TRAIN, f"It has {len(content):,} bytes, too many for this prompt: read it in parts.")
     text = untrusted.visible(content.decode("utf-8-sig", errors="replace"))
