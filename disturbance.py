@@ -39,8 +39,6 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from backends import machine
-
 WINDOW = 0.5, 2.0  # seconds of training, at least and at most, that are charged together
 WINDOWS = 150  # of a run that is long enough
 KNOWN = 3  # windows with steps of a kind, after which their cost is known
@@ -406,6 +404,8 @@ def _has_own_threads() -> bool:
 
 def cores() -> float:
     """Processors that this process may use; a container may limit their time to a part of one."""
+    from backends import machine  # here, as prepare.py is imported without a backend, too
+
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(count, machine.quota())
 

@@ -151,7 +151,7 @@ def do_check(options) -> int:
             raise LabError(opening.RUNNING)
         refuse_if_busy(session.device_lock)
         if equal := session.state.equal(digest):
-            remarks.append(f"it is equal to experiment {equal.number}, which was a {equal.status}")
+            remarks.append(f"it is equal to experiment {equal.number}, which {equal.became}")
     tried = check.tried(train, session.local.settings if session else {})
     facts = {**asdict(tried), "remarks": remarks}
     print(json.dumps(facts, indent=1) if options.json else render.tried(tried, remarks))

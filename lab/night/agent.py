@@ -206,7 +206,7 @@ def _unlocked(session: Session) -> list[str]:
             readable = 0o500 if stat.S_ISDIR(mode) else 0o400
             if mode & readable != readable and not stat.S_ISLNK(mode):
                 path.chmod(stat.S_IMODE(mode) | readable | 0o200)
-                found.append(str(path.relative_to(clone) if path.is_relative_to(clone) else path))
+                found.append(str(path.relative_to(clone if path.is_relative_to(clone) else checkout.parent)))
     return sorted(found)
 
 

@@ -36,7 +36,7 @@ def said(capsys, **values):
 def test_a_sound_edit_and_what_is_remarked_of_it(here, capsys):
     train = here.repository.path / "train.py"
     status, text = said(capsys)
-    assert status == 0 and "it is equal to experiment 0, which was a keep" in text
+    assert status == 0 and "it is equal to experiment 0, which was kept" in text
     train.write_bytes(sessions.edited(LOSS=0.9) + b"import torch\n")
     status, text = said(capsys)
     assert status == 0 and "remark: line 5: import torch: use nn and ops" in text

@@ -129,7 +129,10 @@ def test_what_it_makes_unreadable_is_read_all_the_same(take, word, outcome, lock
 def test_what_it_makes_unreadable_of_the_users_checkout_is_read_all_the_same(take, night, name):
     path = night.repository.path / name
     turn = take(f"chmod 000 {shlex.quote(str(path))}")
-    assert turn.outcome == "nothing" and f"it made {path} unreadable, which was undone" in turn.said
+    assert (
+        turn.outcome == "nothing"
+        and f"it made {path.relative_to(night.repository.path.parent)} unreadable, which was undone" in turn.said
+    )
     assert take("edit").outcome == "edited" and path.stat().st_mode & 0o400
 
 
