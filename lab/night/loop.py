@@ -336,30 +336,40 @@ class Night:
 
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
-        session, equal = self.session, None
+        session, equal, made = self.session, None, None
+        path, saved = session.repository.path / TRAIN, self._turn_log().with_suffix(".yours.py")
         try:
             content = session.repository.train()
             digest = describe(content).digest
             session.refresh()  # a keep puts another one there, and says so before
             if digest == best_of(session).digest:
                 return None
-            if session.repository.store(content) in {kept.blob for kept in session.state.kept}:
+            blob, kept = session.repository.store(content), {kept.blob for kept in session.state.kept}
+            if blob in kept:
                 return None  # the best until now: the one after it is about to be put there
             if (equal := session.state.equal(digest)) is None:
-                return content
-            if equal.applied is None:
+                begun = session.repository.settled_blob()
+                if begun not in kept - {best_of(session).blob}:
+                    return content
+                made = self._on_best(blob, begun)  # another change was kept since
+                why = f"{TRAIN} was edited while another change was kept"
+                why += ", and is merged with it now" if made else ", and both changed the same lines"
+            elif equal.applied is None:
                 return None  # it was opened with this edit, which stays there until then
-            why = f"{TRAIN} is equal to experiment {equal.number}, which {equal.became}"
+            else:
+                why = f"{TRAIN} is equal to experiment {equal.number}, which {equal.became}"
         except LabError as error:
             why = str(error)
-        path = session.repository.path / TRAIN
-        saved = self._turn_log().with_suffix(".yours.py")
         if path.is_file():
             shutil.copyfile(path, saved)
-            why += f". It was put back; the edit is saved in {saved}"
+            why += f". {'It' if made else 'It was put back; the edit'} is saved in {saved}"
         session.repository.put_back(session.branch)
-        self._tell(why, "trouble")
-        return None
+        if made:
+            path.write_bytes(made)
+            self.view.say(f"{why} as it was")
+        else:
+            self._tell(why, "trouble")
+        return made
 
     def _open_block(self) -> bool:
         """On a noisy device: a block of shared runs of findings, or the test of what the last one chose. False where

@@ -114,6 +114,10 @@ class Repository:
         """The id of a commit's train.py."""
         return self.git("rev-parse", "--verify", "--quiet", f"{commit}:{TRAIN}", check=False) or None
 
+    def settled_blob(self) -> str | None:
+        """The id of the train.py that was put there last, on which an edit in the working tree was begun."""
+        return self.git("rev-parse", "--verify", "--quiet", f":{TRAIN}", check=False) or None
+
     def content(self, blob: str) -> bytes:
         """The content as git would check it out as train.py."""
         done = self._run(("cat-file", "--filters", f"--path={TRAIN}", blob))

@@ -424,6 +424,33 @@ def test_what_a_person_writes_while_experiments_run_is_the_next_one(session, pro
     assert train.read_bytes() == edited(LOSS=0.8)
 
 
+@pytest.mark.parametrize("edit", [b"# more\nEXTRA = 1\n", None])
+def test_what_a_person_writes_while_a_change_is_kept_does_not_undo_it(session, proposals, monkeypatch, edit):
+    night(session, max_experiments=0).run()
+    train, proposals[:] = session.repository.path / "train.py", [edited(LOSS=0.9)]
+    mine = edited() + edit if edit else edited(LOSS=0.7)
+    edits = [mine]
+
+    def launch(session):
+        if edits:
+            train.write_bytes(edits.pop())
+        return Alive(session)
+
+    monkeypatch.setattr(executor, "launch", launch)
+    one = night(session, max_experiments=2)
+    one.run()
+    kept, own = session.state.experiments[1], session.state.experiments[2]
+    assert kept.status == "keep" and own.onto == kept.number
+    assert [path.read_bytes() for path in (session.folder / "turns").glob("*.yours.py")] == [mine]
+    if edit:
+        assert session.repository.content(own.blob) == edited(LOSS=0.9) + edit
+        assert any(
+            "was edited while another change was kept, and is merged with it now" in line for line in one.view.lines
+        )
+    else:
+        assert own.description == "proposal 2" and any("both changed the same lines" in line for line in one.view.lines)
+
+
 def test_a_view_that_fails_costs_the_picture_alone(session, proposals):
     def broken(now):
         raise KeyError("of the view's")
