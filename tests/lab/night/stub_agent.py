@@ -23,10 +23,12 @@ TRAIN = Path("train.py")
 
 
 def edit(prompt, say=True):
-    """Another value for one of the rates in train.py, as the prompt has it: the same prompt gives the same edit."""
+    """Another value for one of the rates in train.py, as the prompt has it. The same prompt, but for the speed that it
+    tells of, gives the same edit."""
     source = TRAIN.read_text()
     places = list(re.finditer(r"^([A-Z0-9_]*(?:_LR|LEARNING|LOSS|_DECAY))( *= *)(\d+\.?\d*)", source, re.M))
-    chance = random.Random(hashlib.sha256(prompt.encode()).digest())
+    without_speed = re.sub("^- a run of the best: .*", "", prompt, flags=re.MULTILINE)
+    chance = random.Random(hashlib.sha256(without_speed.encode()).digest())
     name, equals, value = (place := chance.choice(places)).groups()
     new = f"{float(value) * chance.uniform(0.9, 1.1):.6g}"
     TRAIN.write_text(source[: place.start()] + name + equals + new + source[place.end() :])
