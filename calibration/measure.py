@@ -403,7 +403,7 @@ class Measurement:
 
     def _busy(self) -> list[str]:
         """What other programs did meanwhile, where that was much."""
-        share = (disturbance.others() - self.others) / ((time.monotonic() - self.begun) * disturbance.cores())
+        share = (disturbance.others() - self.others) / ((time.monotonic() - self.begun) * (os.cpu_count() or 1))
         if share < BUSY:
             return []
         return [

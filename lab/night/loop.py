@@ -336,7 +336,7 @@ class Night:
 
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
-        session, equal, made = self.session, None, None
+        session, made = self.session, None
         path, saved = session.repository.path / TRAIN, self._turn_log().with_suffix(".yours.py")
         try:
             content = session.repository.train()
@@ -365,7 +365,7 @@ class Night:
             why += f". {'It' if made else 'It was put back; the edit'} is saved in {saved}"
         session.repository.put_back(session.branch)
         if made:
-            path.write_bytes(made)
+            path.write_bytes(made)  # in place: a link stays one, and a mode what it is
             self.view.say(f"{why} as it was")
         else:
             self._tell(why, "trouble")
