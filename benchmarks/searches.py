@@ -128,10 +128,11 @@ class Place(NamedTuple):
     gpu: int | None
 
 
-def places(sessions: int, gpus: int) -> list[Place]:
-    """A place for each session: cores in equal parts, GPUs in turn."""
+def places(sessions: int, gpus: int, turns: bool) -> list[Place]:
+    """A place for each session: cores in equal parts, GPUs in turn. With `turns` two share a part twice as large, since
+    most of a session's time is then spent waiting, and a compiler can use more."""
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // sessions)
+    share = min(len(cores), max(1, (1 + turns) * len(cores) // sessions))
     shares = [cores[i * share % len(cores) :][:share] for i in range(sessions)]
     return [Place(own, i % gpus if gpus else None) for i, own in enumerate(shares)]
 
@@ -238,7 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(begun)) as pool:
         under_way = {
             pool.submit(night, one, tag, place, Path(folder), options): one.name
-            for (one, tag), place in zip(begun, places(len(begun), options.gpus))
+            for (one, tag), place in zip(begun, places(len(begun), options.gpus, options.turns))
         }
         for done in as_completed(under_way):
             gain, line = done.result()
