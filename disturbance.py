@@ -46,6 +46,7 @@ SLACK = 1.5  # of what the device was slowed by, as far as its witness is wrong
 SAMPLED_SLACK = 2.0  # the same where it sees moments
 MOST = 2.1  # times as long as undisturbed: two programs that share a GPU in turns take 2.05 times as long each
 BAND = 0.05  # of the probe, that is chance
+WORD = 0.05, 0.5  # how far a run's word on its steps may be off, in factors of e: undisturbed; and of its correction
 PROBES = 20  # around a window, that are looked at together
 TRIES = 3  # of the work that is a probe, on a CPU
 PROBE = 1e-3  # seconds that a product on a GPU takes, about
@@ -66,21 +67,15 @@ def reference(
     baseline: Sequence[Mapping], own: Iterable[Mapping], calibrated: Mapping[str, float] | None = None
 ) -> dict:
     """What the clock of a run compares with, for AUTORESEARCH_REFERENCE: medians, as how disturbed a single run was may
-    have been misjudged either way. What steps cost tells the less disturbed half of the runs. But a probe takes a GPU
-    as many cycles as ever, and another program only adds to them: where fewer are known they count, lest a baseline
-    that was disturbed all the time passes for undisturbed.
+    have been misjudged either way. But a probe takes a GPU as many cycles as ever, and another program only adds to
+    them: where fewer are known they count, lest a baseline that was disturbed all the time passes for undisturbed.
 
     Args:
         baseline: results of the session's baseline, which tell of the device. own: of the same train.py, which tell of
             its steps. calibrated: "probe" and "clock_rate", as below, by the device's calibration.
     """
-    steps: dict[str, list[float]] = {}
-    disturbed = [(result.get("disturbance") or 0.0, result) for result in own]
-    limit = statistics.median_low(how for how, _ in disturbed) if disturbed else 0.0
-    for how, result in disturbed:
-        for kind, seconds in (result.get("step_seconds") or {}).items() if how <= limit else ():
-            steps.setdefault(kind, []).append(seconds)
-    found: dict = {"steps": {kind: statistics.median(seconds) for kind, seconds in steps.items()}} if steps else {}
+    costs = _costs(own)
+    found: dict = {"steps": costs} if costs else {}
     for name, measure in (("probe", "probe_seconds"), ("clock_rate", "clock_rate")):
         if told := [result[measure] for result in baseline if result.get(measure)]:
             found[name] = statistics.median(told)
@@ -92,6 +87,25 @@ def reference(
         least = min((probe * its_rate / rate for probe, its_rate in told if probe and its_rate), default=math.inf)
         if least < (1 - BAND) * found["probe"]:
             found["probe"] = least
+    return found
+
+
+def _costs(runs: Iterable[Mapping]) -> dict[str, float]:
+    """Seconds that steps of each kind take undisturbed: the weighted median of what runs of one train.py told. The more
+    a run corrected what its steps took, the less its word counts, as WORD says."""
+    told: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        costs, steps = run.get("step_seconds") or {}, run.get("num_steps")
+        slower = 1 + (run.get("disturbance") or 0.0)
+        if len(costs) == 1 and steps:  # by its own word, which may not be what it was charged by
+            slower *= run["training_seconds"] / (steps * sum(costs.values()))
+        weight = 1 / (WORD[0] ** 2 + (WORD[1] * math.log(max(1.0, slower))) ** 2)
+        for kind, cost in costs.items():
+            told.setdefault(kind, []).append((cost, weight))
+    found = {}
+    for kind, words in told.items():
+        seconds, weights = np.array(sorted(words)).T
+        found[kind] = float(np.interp(weights.sum() / 2, np.cumsum(weights) - weights / 2, seconds))
     return found
 
 

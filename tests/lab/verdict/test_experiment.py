@@ -162,7 +162,7 @@ def test_a_run_is_timed_by_those_of_its_train_before(session, runner):
     assert told == {"probe": 1e-4, "steps": {"1.1x2048+1.step": 0.1}}
     assert executor.reference(session, "0" * 40) == {"probe": 1e-4}
     for run, (step, probe) in zip(session.state.runs_of(blob), ((3.0, 1.0), (2.0, 5.0), (4.0, 2.0)), strict=True):
-        run.result.update(probe_seconds=probe, step_seconds={"step": step})
+        run.result.update(probe_seconds=probe, step_seconds={"step": step}, num_steps=None)
     assert executor.reference(session, blob) == {"probe": 2.0, "steps": {"step": 3.0}}
 
 
