@@ -128,8 +128,11 @@ def parser() -> argparse.ArgumentParser:
     report("--price", "price of a kWh, to show what training cost where its energy was measured", "X", type=float)
     report("--png", "also write a picture of the progress", "FILE", type=Path)
 
-    replay = command("replay", "try another machine's kept changes here, one experiment each")
-    replay("source", "a folder or archive from lab export, DEVICE/TAG, or a published branch", "SESSION")
+    replay = command("replay", "try another machine's kept changes here, or published ones, one experiment each")
+    text = (
+        "a folder or archive from lab export, DEVICE/TAG, a published branch; or findings/NAME.txt, or findings for all"
+    )
+    replay("source", text, "SESSION")
     replay("--all", "try its near misses, too", action="store_true")
     replay("--each", "try each on the baseline, without moving the branch (the default)", action="store_true")
     replay("--stack", "try them in order on the best so far; a kept one moves the branch", action="store_true")

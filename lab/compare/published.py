@@ -26,8 +26,9 @@ from lab.compare import classify
 from lab.compare.analysis import sort_of
 from lab.compare.effects import Effect
 from lab.errors import LabError
-from lab.genome import edits
+from lab.genome import block, edits
 from lab.genome.change import ID
+from lab.genome.syntax import text_of, with_ends_of
 from lab.verdict.gate import t_tail
 
 FOLDER = Path(__file__).resolve().parents[2] / "findings"
@@ -87,6 +88,19 @@ class Finding:
     def title(self) -> str:
         return f"{self.name.replace('-', ' ')}: {self.why}"
 
+    def apply(self, content: bytes, calibrated: dict) -> bytes:
+        """A train.py with it, its line ends as they were. edits.NotHere where it does not apply, or leaves nothing to
+        train or changes nothing where these are `defaults`."""
+        text = text_of(content)
+        edited = self.edit.apply(text, calibrated)
+        names = {part.name if isinstance(part, edits.Step) else part.definition for part in self.edit.parts}
+        unused = {variable.name for variable in block.read(text)} - block.effective(text, calibrated).keys()
+        if names <= unused or block.model(text, calibrated) == block.model(edited, calibrated):
+            raise edits.NotHere("it changes nothing on this device")
+        if name := block.too_small(edited, calibrated):
+            raise edits.NotHere(f"{name} would be too small on this device")
+        return with_ends_of(content, edited.encode())
+
     def expected(self, device: str, budget: float) -> float:
         """The expected gain in bits per byte on a device after so many seconds: for ranking, not a forecast."""
         total, weight = 0.0, DOUBT
@@ -116,13 +130,25 @@ class Finding:
 @functools.lru_cache(maxsize=8)
 def library(folder: Path = FOLDER) -> tuple[Finding, ...]:
     """All findings of a folder, by name. LabError, with the file, for one that can't be read."""
-    found = []
-    for path in sorted(folder.glob("*.txt")):
-        try:
-            found.append(read(path.stem, path.read_text(encoding="utf-8-sig")))
-        except (LabError, UnicodeDecodeError, OSError) as error:
-            raise LabError(f"{path}: {error}") from None
-    return tuple(found)
+    return tuple(map(_of_file, sorted(folder.glob("*.txt"))))
+
+
+def _of_file(path: Path) -> Finding:
+    try:
+        return read(path.stem, path.read_text(encoding="utf-8-sig"))
+    except (LabError, UnicodeDecodeError, OSError) as error:
+        raise LabError(f"{path}: {error}") from None
+
+
+def named(what: str) -> list[Finding] | None:
+    """The finding of this name, or of this file, or all of a folder; None if it is none of these. LabError for one that
+    can't be read."""
+    given = Path(what).expanduser()
+    if not given.exists():
+        given = FOLDER / f"{what}.txt"
+    if given.suffix == ".txt" and given.is_file():
+        return [_of_file(given)]
+    return list(library(given)) if given.is_dir() and any(given.glob("*.txt")) else None
 
 
 def read(name: str, text: str) -> Finding:

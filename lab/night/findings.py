@@ -49,20 +49,6 @@ def _key(origin: str) -> str:
     return origin.rpartition("/")[2]
 
 
-def apply(finding: Finding, content: bytes, calibrated: dict) -> bytes:
-    """A train.py with the finding, its line ends as they were. edits.NotHere where it does not apply, or leaves nothing
-    to train or changes nothing where these are `defaults`."""
-    text = text_of(content)
-    edited = finding.edit.apply(text, calibrated)
-    names = {part.name if isinstance(part, edits.Step) else part.definition for part in finding.edit.parts}
-    unused = {variable.name for variable in block.read(text)} - block.effective(text, calibrated).keys()
-    if names <= unused or block.model(text, calibrated) == block.model(edited, calibrated):
-        raise edits.NotHere("it changes nothing on this device")
-    if name := block.too_small(edited, calibrated):
-        raise edits.NotHere(f"{name} would be too small on this device")
-    return with_ends_of(content, edited.encode())
-
-
 def models(session: Session) -> set:
     """What was trained and judged here, or is to be, however it is spelt: values that `block.model` gives."""
     contents = session.repository.contents([e.blob for e in session.state.told])
@@ -81,7 +67,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
-    known = {*tried(state), *(_key(origin) for origin in blocks.screened(state) if origin != first)}
+    alone = {key for key, e in tried(state).items() if e.kind == "replay" and e.status == "keep"}  # not on the best yet
+    known = {*tried(state).keys() - alone, *(_key(origin) for origin in blocks.screened(state) if origin != first)}
     for one in untried(session, MOST_TRIED):
         gain = one.change.gain or 0.0
         if gain >= least and one.change.key not in known:
@@ -90,7 +77,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     for finding in published.library():
         gain = finding.expected(state.started.device, session.budget)
         if gain >= least and finding.key not in known:
-            found.append((gain, finding.origin, finding.title, functools.partial(apply, finding, best, calibrated)))
+            found.append((gain, finding.origin, finding.title, functools.partial(finding.apply, best, calibrated)))
     trained = models(session) if found else set()
     for gain, origin, description, make in sorted(found, key=lambda one: -drawn(one[0])):
         try:
@@ -155,7 +142,7 @@ def rows(session: Session | None) -> list[Row]:
             here += "" if effect else ": they failed with it, or were far worse"
         else:
             try:
-                content = apply(finding, best, session.profile["settings"])
+                content = finding.apply(best, session.profile["settings"])
                 equal = session.state.equal(describe(content).digest)
                 here = f"experiment {equal.number}, {equal.status}, was equal to it" if equal else "not tried"
             except edits.NotHere as error:
@@ -177,7 +164,7 @@ def patches(session: Session) -> list[Patch]:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(folder: Path, written: int) -> tuple[str, list[replay.Candidate]]:
+def _kept(folder: Path, written: int) -> tuple[str, list[replay.Kept]]:
     """(backend, what was kept) of a session; nothing of one that can't be read. `written`: when it was changed."""
     try:
         record = sources.read(folder)
@@ -186,7 +173,7 @@ def _kept(folder: Path, written: int) -> tuple[str, list[replay.Candidate]]:
         return "", []
 
 
-def untried(session: Session, most: int = 3) -> list[replay.Candidate]:
+def untried(session: Session, most: int = 3) -> list[replay.Kept]:
     """The kept changes of other sessions that are likeliest to help here: from this device before its backend before
     others, the clearest first, each with its train.py on the best."""
     state, home, found = session.state, storage.home(), []

@@ -1,9 +1,10 @@
-"""Tries here what another machine kept: each of its changes is made on this train.py, run, and judged as any other.
+"""Tries here what another machine kept, or what was published: each change is made on this train.py, run, and judged
+as any other.
 
-A change is made three ways: what it changed there is changed here (genome/merge.py). Where the same lines are others
-here, it does not apply; that is said, and nothing is forced. Each is made on the baseline's train.py and judged against
-the baseline, beside the branch, which stays where it is; or, stacked, they are made one after the other on the best so
-far, and what is kept moves the branch.
+A session's change is made three ways: what it changed there is changed here (genome/merge.py). Where the same lines are
+others here, it does not apply; that is said, and nothing is forced. Each is made on the baseline's train.py and judged
+against the baseline, beside the branch, which stays where it is; or, stacked, they are made one after the other on the
+best so far, and what is kept moves the branch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lab import untrusted
-from lab.compare import effects
+from lab.compare import effects, published
+from lab.compare.published import Finding
 from lab.errors import LabError
+from lab.genome import edits
 from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
 from lab.genome.syntax import describe, normalised, with_ends_of
@@ -34,10 +37,9 @@ EFFECT = "{value:+.6f} against its parent (90 % interval {low:+.6f} to {high:+.6
 
 @dataclass
 class Candidate:
-    """A change from another session, and its result here."""
+    """A change from elsewhere, and its result here."""
 
-    change: Experiment  # there
-    description: str  # of it, a clean line
+    description: str  # a clean line
     origin: str  # "DEVICE/TAG/ID" of who made it first
     before: bytes = b""  # train.py there
     after: bytes = b""
@@ -49,7 +51,21 @@ class Candidate:
     conflicts: list[Conflict] = field(default_factory=list)  # the lines where it does not apply
 
 
-def candidates(record: Record, more: bool = False) -> list[Candidate]:
+@dataclass
+class Kept(Candidate):
+    """What another session kept, or nearly. `change`: its experiment there."""
+
+    change: Experiment = field(kw_only=True)
+
+
+@dataclass
+class Published(Candidate):
+    """A published finding, which changes any train.py: what is here is what was before."""
+
+    finding: Finding = field(kw_only=True)
+
+
+def candidates(record: Record, more: bool = False) -> list[Kept]:
     """The changes that a session kept, in order.
 
     Args:
@@ -73,7 +89,7 @@ def candidates(record: Record, more: bool = False) -> list[Candidate]:
     found = []
     for change in sorted(changes, key=lambda change: change.number):
         description = untrusted.one_line(change.description, WIDTH) or f"change {change.number} of {record.name}"
-        candidate = Candidate(change, description, change.origin or f"{record.name}/{change.change}")
+        candidate = Kept(description, change.origin or f"{record.name}/{change.change}", change=change)
         if not change.key:
             candidate.why = "it changes only comments or layout"
         try:
@@ -97,6 +113,12 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
     decided = [e for e in reversed(state.decided) if e.kind not in MEASURING and e.verdict.judged]
     known = next((e for e in decided if e.origin == candidate.origin and (e.kind == "replay") != stack), None)
     if known is None:
+        if isinstance(candidate, Published):
+            try:
+                candidate.before, candidate.after = here, candidate.finding.apply(here, session.profile["settings"])
+            except edits.NotHere as error:
+                candidate.why = f"does not apply: {error}"
+                return
         content, candidate.conflicts = merged(here, candidate.before, candidate.after)
         if candidate.conflicts:
             candidate.why = "does not apply: these lines differ here"
@@ -131,10 +153,14 @@ def go(session: Session, options) -> int:
     """Replays a session's changes; see cli/arguments.py for the options."""
     if not 1 <= options.runs <= MOST_RUNS:
         raise LabError(f"--runs has to be from 1 to {MOST_RUNS}")
-    record = sources.read(options.source)
-    if record.name == session.name:
-        raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
-    changes = candidates(record, options.all)
+    record, changes = None, []
+    if (found := published.named(options.source)) is not None:
+        changes += [Published(one.title, one.origin, finding=one) for one in found]
+    else:
+        record = sources.read(options.source)
+        if record.name == session.name:
+            raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
+        changes += candidates(record, options.all)
 
     def say(text: str) -> None:
         if not options.json:
@@ -142,12 +168,13 @@ def go(session: Session, options) -> int:
 
     onto = "best so far" if options.stack else "baseline"
     runs = f"at least {counted(options.runs, 'run')} of {session.budget:g} s"
-    say(f"{counted(len(changes), 'change')} of {record.name}, each on the {onto}, {runs}")
+    say(f"{counted(len(changes), 'change')} of {record.name if record else options.source}, each on the {onto}, {runs}")
     for name in ("eval", "budget"):
-        there, here = getattr(record.started, name), getattr(session.started, name)
+        here = getattr(session.started, name)
+        there = getattr(record.started, name) if record else here
         if there and there != here:
             say(f"its {name} is {there}, and here it is {here}: effects can be compared, scores can not")
-    if not options.dry_run:
+    if record and not options.dry_run:
         say("these changes are another person's code. To read it first: --dry-run")
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
@@ -155,6 +182,8 @@ def go(session: Session, options) -> int:
             say(f"         {line}")
     if options.json:
         print(json.dumps([_facts(session, candidate) for candidate in changes], indent=1))
+    elif record is None:
+        say("all of them: python -m lab findings")
     elif not options.dry_run:
         from lab.compare import comparison, tables  # here, because what only replays shall start fast
         from lab.compare.analysis import Analysis
@@ -281,12 +310,16 @@ def _conflicts(candidate: Candidate) -> list[str]:
 
 def _facts(session: Session, candidate: Candidate) -> dict:
     """A candidate for machines."""
-    done = candidate.done
+    done, number, gain = candidate.done, None, None
+    if isinstance(candidate, Kept):
+        number, gain = candidate.change.number, candidate.change.gain
+    elif isinstance(candidate, Published) and (moved := candidate.finding.effect(session.started.device)) is not None:
+        gain = -moved
     return {
-        "number": candidate.change.number,
+        "number": number,
         "origin": candidate.origin,
         "description": candidate.description,
-        "gain_there": candidate.change.gain,
+        "gain_there": gain,
         "experiment": done and done.number,
         "status": done and done.status,
         "effect": done and effect(session, done),

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import exports
 import pytest
 import sessions
 from test_loop import Seen, options
@@ -18,8 +19,8 @@ from lab.night import findings, loop, prompt, proposer
 from lab.session.events import HarnessFailed
 from lab.session.session import Session
 from lab.share import sources
-from lab.share.replay import Candidate
-from lab.verdict import blocks, opening, plan
+from lab.share.replay import Kept
+from lab.verdict import blocks, executor, opening, plan
 from lab.verdict.executor import supervise
 
 FILE = "What {0} does.\ntime: holds\nevidence: {1} | 300 | {2} bpb | said | https://somewhere\n\n{3}\n"
@@ -133,8 +134,16 @@ def test_a_killed_night_keeps_the_origin(searched, library, monkeypatch):
 def run(session, library, name, status_runs=4):
     """A finding, tried to its verdict."""
     finding = library[name]
-    content = findings.apply(finding, session.repository.content(session.state.best.blob), session.profile["settings"])
+    content = finding.apply(session.repository.content(session.state.best.blob), session.profile["settings"])
     return sessions.attempt(session, content, finding.title, more={"origin": finding.origin})
+
+
+def test_a_replay_that_helps_is_still_tried_on_the_best(searched, library, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(executor, "launch", lambda session: supervise(session))
+    for name, status in (("lower-loss", "KEEP"), ("warm-up", "DISCARD")):
+        assert status in exports.replayed(searched, tmp_path / "findings" / f"{name}.txt", capsys)
+        ideas = {idea.origin for idea in findings.ideas(searched, -1.0)}
+        assert (library[name].origin in ideas) == (status == "KEEP")
 
 
 def test_what_was_not_judged_is_tried_once_more(searched, library, tmp_path):
@@ -282,7 +291,7 @@ def test_those_that_conflict_hide_no_others(searched, tmp_path, monkeypatch):
 
     def candidate(name, before, after, t):
         change = SimpleNamespace(t=t, key=name, gain=None)
-        return Candidate(change, name, f"cpu/x/{name}", before, after)
+        return Kept(name, f"cpu/x/{name}", before, after, change=change)
 
     other = b"# other\n" + b"".join(rest)
     conflicts = [candidate(f"c{i}", other, b"# %d\n" % i + b"".join(rest), 9.0) for i in range(40)]
@@ -303,14 +312,14 @@ def test_a_finding_that_changes_nothing_here_is_no_idea():
     content = (sessions.ROOT / "train.py").read_bytes()
     known = {one.name: one for one in published.library()}
     for name in "narrower", "short-window", "longer-short-window":
-        assert findings.apply(known[name], content, {"depth": 8, "window_pattern": "SSSL"}) != content
+        assert known[name].apply(content, {"depth": 8, "window_pattern": "SSSL"}) != content
         with pytest.raises(NotHere, match="it changes nothing on this device"):
-            findings.apply(known[name], content, {"depth": 2, "window_pattern": "L"})
+            known[name].apply(content, {"depth": 2, "window_pattern": "L"})
 
 
 def test_a_finding_that_leaves_nothing_to_train_is_no_idea(searched):
     finding = next(one for one in published.library() if one.name == "fewer-layers")
     content = (sessions.ROOT / "train.py").read_bytes()
-    assert b"DEPTH = defaults.depth - 2" in findings.apply(finding, content, {"depth": 4})
+    assert b"DEPTH = defaults.depth - 2" in finding.apply(content, {"depth": 4})
     with pytest.raises(NotHere, match="DEPTH would be too small on this device"):
-        findings.apply(finding, content, {"depth": 2})
+        finding.apply(content, {"depth": 2})

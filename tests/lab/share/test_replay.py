@@ -141,6 +141,27 @@ def test_a_kept_replay_does_not_stand_in_the_way_of_the_change_itself(session, t
     assert found.status == "keep" and found.number == 2 and session.state.best is found
 
 
+def test_published_findings_are_replayed_by_file_or_folder(session, tmp_path, capsys, runner):
+    folder = tmp_path / "published"
+    folder.mkdir()
+    evidence = "time: holds\nevidence: nvidia-h100-80gb | 300 | -0.1 bpb | what was said | https://example.org\n\n"
+    (folder / "better.txt").write_text(f"A lower loss.\n{evidence}A: 0.0 -> 0.1\n")
+    (folder / "elsewhere.txt").write_text(f"What is not here.\n{evidence}NOWHERE: 1 -> 2\n")
+    told = replayed(session, str(folder / "better.txt"), capsys, runs=3)
+    found = session.state.last
+    assert (found.kind, found.status) == ("replay", "keep") and found.origin.startswith("published/better/")
+    assert "against its parent" in told and "python -m lab findings" in told
+    assert len(session.state.results(found.blob)) == 3 and session.state.best is session.state.baseline
+    runs = len(runner.runs)
+    facts = json.loads(replayed(session, str(folder), capsys, json=True))
+    assert [one["number"] for one in facts] == [None, None] and facts[0]["gain_there"] == 0.1
+    assert "was replayed here before" in facts[0]["why"] and facts[0]["effect"]["runs"] == 3
+    assert "does not apply" in facts[1]["why"] and len(runner.runs) == runs
+    assert "half batch" in replayed(session, "half-batch", capsys, dry_run=True)
+    with pytest.raises(LabError, match="no session third-batch"):
+        replayed(session, "third-batch", capsys)
+
+
 def test_near_misses_come_along_when_asked(session, tmp_path, capsys):
     source = foreign(
         tmp_path,
