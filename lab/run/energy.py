@@ -24,7 +24,7 @@ UPDATE = 0.2  # seconds, within which a counter tells what it counted
 Read = Callable[[], float]  # joules, or watts
 
 
-class Meter:
+class EnergyMeter:
     """Reads a counter again and again. To be used as a context.
 
     Args:
@@ -42,7 +42,7 @@ class Meter:
         self._powers: list[Read] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> EnergyMeter:
         with suppress(Exception):  # a meter is no reason to fail
             self._find()
             self.look()

@@ -33,7 +33,7 @@ import storage
 from lab.errors import LabError
 from lab.reasons import Reason, because
 from lab.run import child, guard, outcome, processes, sandbox
-from lab.run.energy import Meter
+from lab.run.energy import EnergyMeter
 from lab.run.exam import Exam
 from lab.run.log import FLOOD, Log
 from lab.run.outcome import Ended, Outcome
@@ -142,7 +142,7 @@ def run(request: Request) -> Outcome:
     result = request.folder / "result.json"
     weights = result.with_suffix(".safetensors")
     with (
-        Meter(request.gpu or None) as meter,
+        EnergyMeter(request.gpu or None) as meter,
         Exam(request, weights, {"validation": "val"}, trains=True, untrained=partial(keep_compiled, request)) as exam,
     ):
         log = request.folder / "run.log"

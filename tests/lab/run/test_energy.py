@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lab.run import energy
-from lab.run.energy import Meter
+from lab.run.energy import EnergyMeter
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def readings(meter, clock, counter, values, seconds=1.0):
 def test_packages_are_added_and_times_between_readings_interpolated(tmp_path, clock):
     first, second = package(tmp_path), package(tmp_path, 1, "package-1")
     package(tmp_path, 2, "psys")
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         for step in range(1, 5):
             clock.at += 1
             first.write_text(f"{30_000_000 * step}")
@@ -53,7 +53,7 @@ def test_packages_are_added_and_times_between_readings_interpolated(tmp_path, cl
 def test_a_counter_that_wraps_goes_on(tmp_path, clock):
     counter = package(tmp_path, most=100_000_000)
     counter.write_text("90000000")
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [95_000_000, 3_000_000, 10_000_000])
     assert meter.joules(100.0, 103.0) == pytest.approx(20.0)
 
@@ -61,7 +61,7 @@ def test_a_counter_that_wraps_goes_on(tmp_path, clock):
 def test_a_counter_that_is_reset_tells_nothing(tmp_path, clock):
     counter = package(tmp_path, most=0)
     counter.write_text("90000000")
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [95_000_000, 3_000_000, 10_000_000])
     assert meter.broken and meter.joules(102.0, 103.0) is None
 
@@ -69,21 +69,21 @@ def test_a_counter_that_is_reset_tells_nothing(tmp_path, clock):
 def test_a_counter_that_is_reset_near_its_end_has_not_wrapped(tmp_path, clock):
     counter = package(tmp_path, most=262_143_328_850)
     counter.write_text("250000000000")
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [250_100_000_000, 5_000_000, 105_000_000])
     assert meter.broken and meter.joules(100.0, 103.0) is None
 
 
 def test_a_counter_that_leaps_tells_nothing(tmp_path, clock):
     counter = package(tmp_path)
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [10_000_000, 10**15])
     assert meter.joules(100.0, 101.0) is None
 
 
 def test_a_counter_that_is_gone_tells_nothing(tmp_path, clock):
     counter = package(tmp_path)
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [10_000_000])
         counter.unlink()
         clock.at += 1
@@ -94,7 +94,7 @@ def test_a_counter_that_is_gone_tells_nothing(tmp_path, clock):
 def test_where_there_is_no_meter_the_energy_is_unknown_and_not_zero(clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     for gpu in (None, "GPU-abc"):
-        with Meter(gpu) as meter:
+        with EnergyMeter(gpu) as meter:
             clock.at += 10
             meter.look()
         assert meter.joules(100.0, 110.0) is None
@@ -102,14 +102,14 @@ def test_where_there_is_no_meter_the_energy_is_unknown_and_not_zero(clock, monke
 
 def test_a_counter_that_stands_still_is_unknown_too(tmp_path, clock):
     counter = package(tmp_path)
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [0, 0, 0])
     assert meter.joules(100.0, 103.0) is None
 
 
 def test_over_a_gap_without_readings_and_outside_of_them_nothing_is_told(tmp_path, clock):
     counter = package(tmp_path)
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         readings(meter, clock, counter, [10_000_000, 20_000_000])
         readings(meter, clock, counter, [400_000_000], seconds=60.0)
     assert meter.joules(100.5, 101.5) == pytest.approx(10.0)
@@ -142,7 +142,7 @@ def test_a_gpus_own_counter_and_not_the_cpus(tmp_path, clock, monkeypatch):
     package(tmp_path)
     card = Card(5_000_000)
     on_a_gpu(monkeypatch, card)
-    with Meter("GPU-abc") as meter:
+    with EnergyMeter("GPU-abc") as meter:
         for _ in range(4):
             clock.at += 1
             card.millijoules += 350_000
@@ -153,7 +153,7 @@ def test_a_gpus_own_counter_and_not_the_cpus(tmp_path, clock, monkeypatch):
 def test_a_card_without_a_counter_tells_nothing(tmp_path, clock, monkeypatch):
     package(tmp_path)
     on_a_gpu(monkeypatch, Card(0, works=False))
-    with Meter("MIG-abc") as meter:
+    with EnergyMeter("MIG-abc") as meter:
         clock.at += 1
     assert meter.joules(100.0, 101.0) is None and not meter.readings
 
@@ -169,7 +169,7 @@ def test_a_jetsons_board_power_is_integrated(tmp_path, clock, monkeypatch):
         "in2_label": "VDD_CPU",
     }.items():
         (rails / name).write_text(text)
-    with Meter("orin") as meter:
+    with EnergyMeter("orin") as meter:
         clock.at += 1
         meter.look()
         (rails / "curr1_input").write_text("4000")
@@ -180,7 +180,7 @@ def test_a_jetsons_board_power_is_integrated(tmp_path, clock, monkeypatch):
 
 def test_a_look_costs_little(tmp_path, monkeypatch):
     package(tmp_path)
-    with Meter() as meter:
+    with EnergyMeter() as meter:
         begun = time.perf_counter()
         for _ in range(100):
             meter.look()
