@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from backends.bench import Bench
 
 
-class BackendError(RuntimeError):
+class BackendError(storage.Stop, RuntimeError):
     """A backend that cannot run here; the message says why and what to install or set."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -258,3 +260,7 @@ def test_out_of_memory_is_told_apart(backend, error, answer):
 def test_unknown_backend():
     with pytest.raises(BackendError, match="choose one of"):
         backends.load("abacus")
+    ended = subprocess.run(
+        [sys.executable, "-c", "import backends; backends.load('abacus')"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1 and "choose one of" in ended.stderr and "Traceback" not in ended.stderr
