@@ -118,7 +118,7 @@ def take_turn(
     turn.left = left  # compilers' and language servers, too: no fault of the model's
     turn.saved = "" if turn.blob else _saved(session, log.with_suffix(".train.py"))
     elsewhere = f"; it changed {listed(others, 3)}, which has no effect" if others else ""
-    elsewhere += f"; it made {listed(locked, 3)} unreadable, which was undone" if locked else ""
+    elsewhere += f"; it made {listed(locked, 3)} unreadable or read-only, which was undone" if locked else ""
     turn.said = one_line(turn.said + elsewhere, 500)
     turn.others = [one_line(name) for name in others[:MOST_NAMED]]
     turn.reproached, turn.seconds = bool(others or locked), time.monotonic() - begun
@@ -196,16 +196,18 @@ def _git(session: Session, *arguments: str) -> str:
 
 def _unlocked(session: Session) -> list[str]:
     """Lets this user read again what an agent has made unreadable, as chmod 000 does: all of its clone and, lest the
-    night end there, what it needs of the user's checkout. The names of that."""
+    night end there, what it needs of the user's checkout, where it writes, too. The names of that."""
     clone, checkout, found = session.turn, Path(session.local.repository), []
     walked = chain.from_iterable(map(os.walk, (checkout / ".git", clone)))  # lists a folder after it was allowed
     below = (Path(place, name) for place, folders, files in walked for name in (*folders, *files))
     for path in chain([checkout, checkout / TRAIN, checkout / ".git", clone], below):
         with suppress(OSError):
             mode = path.lstat().st_mode
-            readable = 0o500 if stat.S_ISDIR(mode) else 0o400
-            if mode & readable != readable and not stat.S_ISLNK(mode):
-                path.chmod(stat.S_IMODE(mode) | readable | 0o200)
+            needed = 0o500 if stat.S_ISDIR(mode) else 0o400
+            if not path.is_relative_to(clone) and (stat.S_ISDIR(mode) or path.name == TRAIN):
+                needed |= 0o200
+            if mode & needed != needed and not stat.S_ISLNK(mode):
+                path.chmod(stat.S_IMODE(mode) | needed | 0o200)
                 found.append(str(path.relative_to(clone if path.is_relative_to(clone) else checkout.parent)))
     return sorted(found)
 

@@ -120,20 +120,29 @@ def test_an_outcome(take, night, word, outcome, said):
 )
 def test_what_it_makes_unreadable_is_read_all_the_same(take, word, outcome, locked):
     turn = take(word)
-    assert turn.outcome == outcome and f"it made {locked}" in turn.said and "unreadable, which was undone" in turn.said
+    assert (
+        turn.outcome == outcome
+        and f"it made {locked}" in turn.said
+        and "unreadable or read-only, which was undone" in turn.said
+    )
     assert turn.others == (["new/file"] if "new" in word else []) and turn.reproached
     assert take("edit").outcome == "edited"
 
 
-@pytest.mark.parametrize("name", ["train.py", ".git", ".git/index", ".git/objects", ""])
-def test_what_it_makes_unreadable_of_the_users_checkout_is_read_all_the_same(take, night, name):
+@pytest.mark.parametrize(
+    "rights, name",
+    [("000", name) for name in ("train.py", ".git", ".git/index", ".git/objects", "")]
+    + [("a-w", name) for name in ("train.py", ".git", ".git/refs/heads", "")],
+)
+def test_what_it_takes_away_of_the_users_checkout_is_given_back(take, night, rights, name):
     path = night.repository.path / name
-    turn = take(f"chmod 000 {shlex.quote(str(path))}")
+    turn = take(f"chmod {rights} {shlex.quote(str(path))}")
     assert (
         turn.outcome == "nothing"
-        and f"it made {path.relative_to(night.repository.path.parent)} unreadable, which was undone" in turn.said
+        and f"it made {path.relative_to(night.repository.path.parent)} unreadable or read-only, which was undone"
+        in turn.said
     )
-    assert take("edit").outcome == "edited" and path.stat().st_mode & 0o400
+    assert take("edit").outcome == "edited" and path.stat().st_mode & 0o600 == 0o600
 
 
 def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
