@@ -7,7 +7,6 @@ killed goes on from there: what was being proposed is proposed again, what was b
 
 from __future__ import annotations
 
-import shutil
 import signal
 import statistics
 import time
@@ -20,9 +19,8 @@ import filelock
 import storage
 from lab.errors import LabError
 from lab.fleet import here, settings, spread
-from lab.genome.merge import merged
-from lab.genome.syntax import TRAIN, describe, is_python
-from lab.night import agent, findings, limits, notify, offers, prompt, proposer, serve
+from lab.genome.syntax import TRAIN
+from lab.night import agent, findings, limits, notify, offers, prompt, proposer, serve, user
 from lab.night.plan import SCALE_RUNS, scale_takes
 from lab.night.turns import Turns
 from lab.night.view import Now, View
@@ -34,7 +32,7 @@ from lab.session.state import APART, BESIDE, Experiment
 from lab.share import replay
 from lab.untrusted import counted, one_line
 from lab.verdict import blocks, executor, near_misses, sample, shared
-from lab.verdict.opening import best_of, exclusive, last_words, open_change, open_scale, sound_baseline
+from lab.verdict.opening import best_of, exclusive, last_words, on_best, open_change, open_scale, sound_baseline
 from lab.verdict.plan import noise_of, orders
 
 POLL = 0.25  # seconds
@@ -289,7 +287,7 @@ class Night:
                     elif not self._take_turn(resting=not due):
                         return
         if turn := self._unopened:
-            if content := self._on_best(turn.blob, turn.parent):
+            if content := on_best(self.session, turn.blob, turn.parent):
                 self._open(turn.description, content, {"origin": turn.origin})
             else:
                 self.view.say(f"not run, as it can't be merged with the best, or is part of it: {turn.description}")
@@ -302,7 +300,7 @@ class Night:
         again = {experiment.rebased for experiment in state.experiments.values()} | self._apart
         for old in [e for e in state.decided if e.status == "superseded" and e.number not in again]:
             said = f"experiment {old.number} was made on an earlier best, and can't be merged with the best"
-            if content := self._on_best(old.blob, old.parent or ""):
+            if content := on_best(self.session, old.blob, old.parent or ""):
                 more = {"rebased": old.number} | {name: getattr(old, name) for name in kept}
                 if (equal := self._open(old.description, content, more)) is None:
                     return True
@@ -322,54 +320,14 @@ class Night:
             replay.opened(session, offer, session.state.baseline, offers.RUNS)
         return True
 
-    def _on_best(self, blob: str, parent: str) -> bytes | None:
-        """A train.py that was made on another one, made on the best; None if both changed the same lines, the result
-        is no Python or the best itself, or git has let go of one."""
-        best = best_of(self.session)
-        known = self.session.repository.contents([blob, parent or best.blob, best.blob])
-        if len(known) < len({blob, parent or best.blob, best.blob}):
-            return None
-        if parent in ("", best.blob):
-            return known[blob]
-        made, conflicts = merged(known[best.blob], known[parent], known[blob])
-        return made if not conflicts and is_python(made) and describe(made).digest != best.digest else None
-
     def _edit_of_a_person(self) -> bytes | None:
         """What is in the user's train.py, if it is to be run."""
-        session, made = self.session, None
-        path, saved = session.repository.path / TRAIN, self._turn_log().with_suffix(".yours.py")
-        try:
-            content = session.repository.train()
-            digest = describe(content).digest
-            session.refresh()  # a keep puts another one there, and says so before
-            if digest == best_of(session).digest:
-                return None
-            blob, kept = session.repository.store(content), {kept.blob for kept in session.state.kept}
-            if blob in kept:
-                return None  # the best until now: the one after it is about to be put there
-            if (equal := session.state.equal(digest)) is None:
-                begun = session.repository.settled_blob()
-                if begun not in kept - {best_of(session).blob}:
-                    return content
-                made = self._on_best(blob, begun)  # another change was kept since
-                why = f"{TRAIN} was edited while another change was kept"
-                why += ", and is merged with it now" if made else ", and both changed the same lines"
-            elif equal.applied is None:
-                return None  # it was opened with this edit, which stays there until then
-            else:
-                why = f"{TRAIN} is equal to experiment {equal.number}, which {equal.became}"
-        except LabError as error:
-            why = str(error)
-        if path.is_file():
-            shutil.copyfile(path, saved)
-            why += f". {'It' if made else 'It was put back; the edit'} is saved in {saved}"
-        session.repository.put_back(session.branch)
-        if made:
-            path.write_bytes(made)  # in place: a link stays one, and a mode what it is
-            self.view.say(f"{why} as it was")
-        else:
-            self._tell(why, "trouble")
-        return made
+        edit = user.edit(self.session, self._turn_log().with_suffix(".yours.py"))
+        if edit.told and edit.content:
+            self.view.say(edit.told)
+        elif edit.told:
+            self._tell(edit.told, "trouble")
+        return edit.content
 
     def _open_block(self) -> bool:
         """On a noisy device: a block of shared runs of findings, or the test of what the last one chose. False where

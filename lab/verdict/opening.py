@@ -18,7 +18,8 @@ from lab import untrusted
 from lab.errors import LabError
 from lab.genome.change import diff, identify
 from lab.genome.kinds import of_change
-from lab.genome.syntax import TRAIN, describe
+from lab.genome.merge import merged
+from lab.genome.syntax import TRAIN, describe, is_python
 from lab.reasons import because, sentence
 from lab.run import log, runner
 from lab.session.events import ExperimentApplied, ExperimentDecided, Verdict
@@ -98,6 +99,19 @@ def best_of(session: Session) -> Experiment:
     if session.state.best is None:
         raise LabError("the baseline is not done yet: python -m lab wait")
     return session.state.best
+
+
+def on_best(session: Session, blob: str, parent: str) -> bytes | None:
+    """A train.py that was made on another one, made on the best; None if both changed the same lines, the result is no
+    Python or the best itself, or git has let go of one."""
+    best = best_of(session)
+    known = session.repository.contents([blob, parent or best.blob, best.blob])
+    if len(known) < len({blob, parent or best.blob, best.blob}):
+        return None
+    if parent in ("", best.blob):
+        return known[blob]
+    made, conflicts = merged(known[best.blob], known[parent], known[blob])
+    return made if not conflicts and is_python(made) and describe(made).digest != best.digest else None
 
 
 def head_of_best(session: Session) -> str:
