@@ -27,7 +27,7 @@ import backends
 import demo
 import storage
 import terminal
-from backends.interface import BackendError, Hardware
+from backends.interface import Hardware
 from calibration import profile as profiles
 from lab.genome.syntax import TRAIN
 from lab.session.repository import Repository
@@ -51,7 +51,7 @@ def contribute(target: Path | None, quick: bool, budget: float) -> Path:
         target: of the archive; by default DEVICE-BACKEND.tar.gz here. budget: seconds of training of each run.
 
     Raises:
-        Stop, BackendError, CalledProcessError: something of it failed, and said why.
+        Stop, CalledProcessError: something of it failed, and said why.
     """
     hardware = backends.identify()
     target = target or Path(f"{hardware.slug}-{hardware.backend}.tar.gz")
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"\nthe last command failed, with exit status {error.returncode}; nothing was written", file=sys.stderr)
         return 1
-    except (storage.Stop, BackendError) as error:
+    except storage.Stop as error:
         print(error, file=sys.stderr)
         return 1
     return 0

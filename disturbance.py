@@ -92,14 +92,17 @@ def reference(
 
 def _costs(runs: Iterable[Mapping]) -> dict[str, float]:
     """Seconds that steps of each kind take undisturbed: the weighted median of what runs of one train.py told. The more
-    a run corrected what its steps took, the less its word counts, as WORD says."""
+    a run corrected what its steps took, the less its word counts, as WORD says. Of one with several kinds of steps it
+    is what the run was charged that tells how much."""
     told: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        costs, steps = run.get("step_seconds") or {}, run.get("num_steps")
-        slower = 1 + (run.get("disturbance") or 0.0)
-        if len(costs) == 1 and steps:  # by its own word, which may not be what it was charged by
-            slower *= run["training_seconds"] / (steps * sum(costs.values()))
-        weight = 1 / (WORD[0] ** 2 + (WORD[1] * math.log(max(1.0, slower))) ** 2)
+        costs, steps, trained = run.get("step_seconds") or {}, run.get("num_steps"), run.get("training_seconds")
+        slower = 1 + max(0.0, run.get("disturbance") or 0.0)
+        if len(costs) == 1 and steps and trained and steps > 0 < trained:
+            slower *= trained / (
+                steps * sum(costs.values())
+            )  # by its own word, which may not be what it was charged by
+        weight = 1 / (WORD[0] ** 2 + (WORD[1] * math.log(slower)) ** 2)
         for kind, cost in costs.items():
             told.setdefault(kind, []).append((cost, weight))
     found = {}

@@ -17,6 +17,7 @@ import csv
 import math
 import statistics
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -45,50 +46,57 @@ def sources(names: list[str], calibrated: dict) -> dict[str, str]:
     return found
 
 
-def read(path: Path) -> dict[str, dict[int, float | None]]:
-    """val_bpb by name and seed; None of a run that failed."""
-    runs: dict[str, dict[int, float | None]] = {}
+def read(path: Path, texts: dict[str, str], device: str) -> dict[str, dict[int, float | None]]:
+    """val_bpb by name and seed, of these train.py on this device; None of a run that failed."""
+    runs: dict[str, dict[int, float | None]] = {name: {} for name in texts}
     if path.exists():
         with open(path, newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
-                bpb = None if row["val_bpb"] == "crash" else float(row["val_bpb"])
-                runs.setdefault(row["finding"], {})[int(row["seed"])] = bpb
+                if row["device"] == device and row["train"] == digest(texts.get(row["finding"], "")):
+                    bpb = None if row["val_bpb"] == "crash" else float(row["val_bpb"])
+                    runs[row["finding"]][int(row["seed"])] = bpb
     return runs
 
 
-def run(options, wanted: dict[str, int], texts: dict[str, str]) -> None:
+def digest(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def run(options, wanted: dict[str, int], texts: dict[str, str], device: str) -> None:
     """Runs what the file lacks."""
-    made = read(options.out)
+    made = read(options.out, texts, device)
     missing = [
         (name, gate.seed(round))
         for round in range(max(wanted.values()))
         for name in texts
-        if round < wanted[name] and gate.seed(round) not in made.get(name, {})
+        if round < wanted[name] and gate.seed(round) not in made[name]
     ]
     new = not options.out.exists()
     with open(options.out, "a", newline="") as file, ThreadPoolExecutor(options.together) as pool:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         if new:
-            out.writerow(["finding", "seed", "val_bpb", "steps"])
+            out.writerow(["device", "finding", "train", "seed", "val_bpb", "steps"])
         under_way = {
             pool.submit(trial, texts[name], seed, i % options.gpus): (name, seed)
             for i, (name, seed) in enumerate(missing)
         }
         for done in as_completed(under_way):
-            out.writerow([*under_way[done], *done.result()])
+            name, seed = under_way[done]
+            out.writerow([device, name, digest(texts[name]), seed, *done.result()])
             file.flush()
 
 
-def tell(path: Path, device: str) -> None:
+def tell(runs: dict[str, dict[int, float | None]], device: str) -> None:
     """Prints a line for each finding, the best first."""
-    runs = read(path)
-    base = runs.pop(DEFAULT, {})
+    base = runs.pop(DEFAULT)
     pairs = {
         name: [bpb - start for seed, bpb in scores.items() if bpb is not None and (start := base.get(seed)) is not None]
         for name, scores in runs.items()
     }
     df = sum(len(each) - 1 for each in pairs.values() if len(each) > 1)
     squares = sum((len(each) - 1) * statistics.variance(each) for each in pairs.values() if len(each) > 1)
+    if not df:
+        raise SystemExit("nothing was repeated, so nothing is known of chance: at least two seeds are needed")
     start, sd = statistics.fmean(bpb for bpb in base.values() if bpb is not None), math.sqrt(squares / df)
     print(f"default: {start:.4f} ({len(base)} runs); pairs differ by {sd:.4f}, {df} degrees of freedom")
     known = {finding.name: finding for finding in published.library()}
@@ -114,14 +122,20 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="that they share")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    seeds = {name: int(count or options.seeds) for name, _, count in (each.partition(":") for each in options.findings)}
+    try:
+        parts = (each.partition(":") for each in options.findings)
+        seeds = {name: int(count or options.seeds) for name, _, count in parts}
+    except ValueError:
+        parser.error("the number of seeds after a finding's name has to be a whole number, as in half-batch:8")
+    if min([*seeds.values(), options.seeds]) < 1 or not options.out.absolute().parent.is_dir():
+        parser.error("at least one seed is needed, and a folder for --out that exists")
     hardware = backends.identify()
     texts = sources(list(seeds), dict(zip(SIZES, COUNTED[hardware.kind].sizes)))
     if unknown := seeds.keys() - {finding.name for finding in published.library()}:
         parser.error(f"no finding is named {', '.join(sorted(unknown))}: python -m lab findings lists them")
     wanted = {name: seeds.get(name, options.seeds) for name in texts}
-    run(options, wanted | {DEFAULT: max(wanted.values())}, texts)
-    tell(options.out, hardware.slug)
+    run(options, wanted | {DEFAULT: max(wanted.values())}, texts, hardware.slug)
+    tell(read(options.out, texts, hardware.slug), hardware.slug)
 
 
 if __name__ == "__main__":

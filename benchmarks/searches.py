@@ -133,7 +133,7 @@ def places(sessions: int, gpus: int, turns: bool) -> list[Place]:
     most of a session's time is then spent waiting, and a compiler can use more."""
     cores = sorted(os.sched_getaffinity(0))
     share = min(len(cores), max(1, (1 + turns) * len(cores) // sessions))
-    shares = [cores[i * share % len(cores) :][:share] for i in range(sessions)]
+    shares = [[cores[(i * share + j) % len(cores)] for j in range(share)] for i in range(sessions)]
     return [Place(own, i % gpus if gpus else None) for i, own in enumerate(shares)]
 
 

@@ -148,6 +148,9 @@ def test_runs_are_compared_with_the_median_of_those_before():
     assert 8 < disturbance.reference([], runs)["steps"]["a"] < 9  # the word of the undisturbed counts most
     assert disturbance.reference(runs[1:2], [{}]) == {"probe": 5}
     assert disturbance.reference([{"probe_seconds": None}], [{"step_seconds": None}]) == {}
+    odd = {"step_seconds": {"a": 1.0}, "num_steps": 3}
+    for more in ({}, {"training_seconds": None}, {"training_seconds": 0.0}, {"training_seconds": 9.0, "num_steps": 0}):
+        assert disturbance.reference([], [{**odd, **more}]) == {"steps": {"a": 1.0}}
 
 
 def test_the_more_a_run_corrected_its_steps_the_less_it_says_of_them():

@@ -129,11 +129,9 @@ def parser() -> argparse.ArgumentParser:
     report("--png", "also write a picture of the progress", "FILE", type=Path)
 
     replay = command("replay", "try another machine's kept changes here, or published ones, one experiment each")
-    text = (
-        "a folder or archive from lab export, DEVICE/TAG, a published branch; or findings/NAME.txt, or findings for all"
-    )
-    replay("source", text, "SESSION")
-    replay("--all", "try its near misses, too", action="store_true")
+    text = "a folder or archive from lab export, DEVICE/TAG, a published branch; or a finding, by its name or file, or "
+    replay("source", f"{text}findings for all of them", "SESSION")
+    replay("--all", "try the session's near misses, too", action="store_true")
     replay("--each", "try each on the baseline, without moving the branch (the default)", action="store_true")
     replay("--stack", "try them in order on the best so far; a kept one moves the branch", action="store_true")
     text = "at least this many runs of change and baseline each (default 1); a later call with more adds runs"

@@ -29,10 +29,12 @@ from lab.errors import LabError
 from lab.genome import block, edits
 from lab.genome.change import ID
 from lab.genome.syntax import text_of, with_ends_of
+from lab.untrusted import one_line
 from lab.verdict.gate import t_tail
 
 FOLDER = Path(__file__).resolve().parents[2] / "findings"
 PUBLISHED = "published"  # in place of a device, in the origin of an experiment
+NAME, LONGEST_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*"), 60
 TIMES = ("fades", "holds", "grows")  # the effect, with the seconds of training
 UNITS = {"bpb": 1.0, "nats": 0.3, "% time": 0.001}  # bits per byte for each: val_bpb is 0.3 of a loss in nats by token
 WORDS = {"better": -0.0002, "worse": 0.0003}
@@ -141,14 +143,14 @@ def _of_file(path: Path) -> Finding:
 
 
 def named(what: str) -> list[Finding] | None:
-    """The finding of this name, or of this file, or all of a folder; None if it is none of these. LabError for one that
-    can't be read."""
+    """The finding of this name, or of this file, or all of a folder named as FOLDER is; None if it is none of these.
+    LabError for one that can't be read."""
     given = Path(what).expanduser()
-    if not given.exists():
+    if NAME.fullmatch(what) and (FOLDER / f"{what}.txt").is_file():
         given = FOLDER / f"{what}.txt"
     if given.suffix == ".txt" and given.is_file():
         return [_of_file(given)]
-    return list(library(given)) if given.is_dir() and any(given.glob("*.txt")) else None
+    return list(library(given)) if given.is_dir() and given.resolve().name == FOLDER.name else None
 
 
 def read(name: str, text: str) -> Finding:
@@ -156,8 +158,10 @@ def read(name: str, text: str) -> Finding:
     head, _, edit = text.partition("\n\n")
     why, *facts = head.split("\n")
     time, evidence = "", []
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or not why.strip():
-        raise LabError("its name has to be small letters, digits and dashes, and its first line say what it does")
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise LabError(f"the name of a finding has to be small letters, digits and dashes, {LONGEST_NAME} at most")
+    if not why.strip():
+        raise LabError("the first line of a finding has to say what it does")
     for line in facts:
         key, _, value = line.partition(": ")
         if key == "time":
@@ -165,7 +169,7 @@ def read(name: str, text: str) -> Finding:
         elif key == "evidence":
             evidence.append(_evidence(value))
         else:
-            raise LabError(f"{line!r} is neither 'time: ...' nor 'evidence: ...'")
+            raise LabError(f"{one_line(line, 100)!r} is neither 'time: ...' nor 'evidence: ...' (docs/findings.md)")
     if time not in TIMES:
         raise LabError(f"'time:' has to be one of {', '.join(TIMES)}: what is expected of the effect in longer runs")
     if not evidence:

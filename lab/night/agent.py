@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from itertools import accumulate, chain
 from pathlib import Path
@@ -102,9 +102,10 @@ def take_turn(
     log.parent.mkdir(parents=True, exist_ok=True)
     discard(session)
     _prepare(session)
+    before = {path for path, _ in _locked(session)}
     log.with_suffix(".prompt").write_text(prompt, encoding="utf-8", errors="replace")
     status, problem, left = _run(session, command, log, seconds, most_bytes, stop)
-    locked = _unlocked(session)
+    locked = _unlocked(session, before)
     how = {
         "hung": f"reached its time limit of {seconds:g} s",
         "flooded": f"printed more than {most_bytes / 2**20:g} MB",
@@ -142,7 +143,7 @@ def recover(session: Session, log: Path) -> str:
     done = []
     if left := _end(session):
         done.append(f"left {_processes(left)} of an interrupted turn running; the harness ended them")
-    _unlocked(session)
+    _unlocked(session, set())
     if session.turn.exists() and log.with_suffix(".prompt").exists():
         done.append("was interrupted")
         if saved := _saved(session, log.with_suffix(".interrupted.py")):
@@ -194,20 +195,29 @@ def _git(session: Session, *arguments: str) -> str:
     return git(*arguments, check=False, GIT_DIR=clone / ".git", GIT_WORK_TREE=clone, GIT_INDEX_FILE=clone / BEGUN)
 
 
-def _unlocked(session: Session) -> list[str]:
-    """Lets this user read again what an agent has made unreadable, as chmod 000 does: all of its clone and, lest the
-    night end there, what it needs of the user's checkout, where it writes, too. The names of that."""
-    clone, checkout, found = session.turn, Path(session.local.repository), []
+def _locked(session: Session) -> Iterator[tuple[Path, int]]:
+    """What this user can't read, as after chmod 000, with the rights that are needed: of the clone and, lest the night
+    end there, of what it needs in the user's checkout, where it writes, too."""
+    clone, checkout = session.turn, Path(session.local.repository)
     walked = chain.from_iterable(map(os.walk, (checkout / ".git", clone)))  # lists a folder after it was allowed
     below = (Path(place, name) for place, folders, files in walked for name in (*folders, *files))
     for path in chain([checkout, checkout / TRAIN, checkout / ".git", clone], below):
         with suppress(OSError):
             mode = path.lstat().st_mode
             needed = 0o500 if stat.S_ISDIR(mode) else 0o400
-            if not path.is_relative_to(clone) and (stat.S_ISDIR(mode) or path.name == TRAIN):
+            if not path.is_relative_to(clone) and (stat.S_ISDIR(mode) or path == checkout / TRAIN):
                 needed |= 0o200
             if mode & needed != needed and not stat.S_ISLNK(mode):
-                path.chmod(stat.S_IMODE(mode) | needed | 0o200)
+                yield path, stat.S_IMODE(mode) | needed
+
+
+def _unlocked(session: Session, before: set[Path]) -> list[str]:
+    """Gives back the rights that an agent took. The names of what lacked them, and did not before its turn."""
+    clone, checkout, found = session.turn, Path(session.local.repository), []
+    for path, rights in _locked(session):
+        with suppress(OSError):
+            if path not in before:
+                path.chmod(rights | 0o200)
                 found.append(str(path.relative_to(clone if path.is_relative_to(clone) else checkout.parent)))
     return sorted(found)
 

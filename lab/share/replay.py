@@ -115,7 +115,10 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
     if known is None:
         if isinstance(candidate, Published):
             try:
-                candidate.before, candidate.after = here, candidate.finding.apply(here, session.profile["settings"])
+                candidate.before = here
+                candidate.after = candidate.finding.apply(here, session.profile["settings"])
+            except edits.Already:
+                candidate.after = here
             except edits.NotHere as error:
                 candidate.why = f"does not apply: {error}"
                 return
@@ -155,9 +158,14 @@ def go(session: Session, options) -> int:
         raise LabError(f"--runs has to be from 1 to {MOST_RUNS}")
     record, changes = None, []
     if (found := published.named(options.source)) is not None:
-        changes += [Published(one.title, one.origin, finding=one) for one in found]
+        changes += [Published(untrusted.one_line(one.title, WIDTH), one.origin, finding=one) for one in found]
     else:
-        record = sources.read(options.source)
+        try:
+            record = sources.read(options.source)
+        except LabError as error:
+            if not published.NAME.fullmatch(options.source):
+                raise
+            raise LabError(f"{error}. It is no finding either; to list those: python -m lab findings") from error
         if record.name == session.name:
             raise LabError(f"{record.name} is this session itself; replay it in another one: python -m lab start TAG")
         changes += candidates(record, options.all)
@@ -174,7 +182,8 @@ def go(session: Session, options) -> int:
         there = getattr(record.started, name) if record else here
         if there and there != here:
             say(f"its {name} is {there}, and here it is {here}: effects can be compared, scores can not")
-    if record and not options.dry_run:
+    known = {one.origin for one in published.library()}
+    if not options.dry_run and not {candidate.origin for candidate in changes} <= known:
         say("these changes are another person's code. To read it first: --dry-run")
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
@@ -182,9 +191,7 @@ def go(session: Session, options) -> int:
             say(f"         {line}")
     if options.json:
         print(json.dumps([_facts(session, candidate) for candidate in changes], indent=1))
-    elif record is None:
-        say("all of them: python -m lab findings")
-    elif not options.dry_run:
+    elif record and not options.dry_run:
         from lab.compare import comparison, tables  # here, because what only replays shall start fast
         from lab.compare.analysis import Analysis
 
@@ -267,14 +274,17 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
 # --- Telling ---
 
 
-def effect(session: Session, experiment: Experiment) -> dict | None:
-    """How much it moved val_bpb, by all runs of it and of its parent, in bits per byte, with the 90 % interval; None if
-    they have no scores."""
+def effect(session: Session, experiment: Experiment) -> effects.Effect | None:
+    """How much it moved val_bpb, by all runs of it and of its parent; None if they have no scores."""
     own, parent = (list(session.state.believed(blob or "").values()) for blob in (experiment.blob, experiment.parent))
     if not own or not parent or experiment.status not in ("keep", "discard"):
         return None
-    found = effects.between(own, parent, noise_of(session.state))
-    return {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
+    return effects.between(own, parent, noise_of(session.state))
+
+
+def _figures(found: effects.Effect | None) -> dict | None:
+    """In bits per byte, with the 90 % interval."""
+    return found and {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
 
 
 def _told(session: Session, candidate: Candidate) -> str:
@@ -282,7 +292,10 @@ def _told(session: Session, candidate: Candidate) -> str:
     if done is None:
         return f"{why or 'applies'}{', and would be run again' * bool(candidate.again)}: {description}"
     moved = effect(session, done)
-    numbers = f", {EFFECT.format_map(moved)}" if moved else ""
+    numbers = f", {EFFECT.format_map(_figures(moved) or {})}" if moved else ""
+    if isinstance(candidate, Published) and moved:
+        said, share = published.verdict(candidate.finding.effect(session.started.device), moved)
+        numbers += f"; {said}, {share}"
     if not candidate.content and not candidate.again:
         return f"{why}{numbers}: {description}"
     reason = "" if moved else f" ({untrusted.one_line(done.verdict.said, WIDTH)})"
@@ -322,7 +335,7 @@ def _facts(session: Session, candidate: Candidate) -> dict:
         "gain_there": gain,
         "experiment": done and done.number,
         "status": done and done.status,
-        "effect": done and effect(session, done),
+        "effect": done and _figures(effect(session, done)),
         "why": candidate.why,
         "conflicts": _conflicts(candidate),
     }

@@ -217,9 +217,8 @@ def test_one_of_two_equal_ones_is_made_again(session):
 def test_what_was_made_on_an_earlier_best_is_merged_if_it_can_be(session, other, why):
     opened(session, edited(LOSS=0.9))
     executor.supervise(session, Many(session, ["a"]))
-    one = loop.Night(session, options(), Seen())
     blob = session.repository.store(other)
-    assert bool(one._on_best(blob, session.state.baseline.blob)) is not bool(why)
+    assert bool(opening.on_best(session, blob, session.state.baseline.blob)) is not bool(why)
 
 
 def test_a_night_keeps_devices_supplied_and_proposes_nothing_twice(night):

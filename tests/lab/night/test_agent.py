@@ -145,6 +145,13 @@ def test_what_it_takes_away_of_the_users_checkout_is_given_back(take, night, rig
     assert take("edit").outcome == "edited" and path.stat().st_mode & 0o600 == 0o600
 
 
+def test_what_was_read_only_before_the_turn_is_left_so(take, night):
+    folder = night.repository.path / ".git" / "info"
+    folder.chmod(0o555)
+    turn = take("edit")
+    assert turn.outcome == "edited" and not turn.reproached and folder.stat().st_mode & 0o777 == 0o555
+
+
 def test_what_was_no_python_is_kept_beside_the_log(take, tmp_path):
     turn = take("nopython")
     saved = tmp_path / "turns" / "0.train.py"

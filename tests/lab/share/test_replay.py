@@ -142,7 +142,7 @@ def test_a_kept_replay_does_not_stand_in_the_way_of_the_change_itself(session, t
 
 
 def test_published_findings_are_replayed_by_file_or_folder(session, tmp_path, capsys, runner):
-    folder = tmp_path / "published"
+    folder = tmp_path / "findings"
     folder.mkdir()
     evidence = "time: holds\nevidence: nvidia-h100-80gb | 300 | -0.1 bpb | what was said | https://example.org\n\n"
     (folder / "better.txt").write_text(f"A lower loss.\n{evidence}A: 0.0 -> 0.1\n")
@@ -150,7 +150,8 @@ def test_published_findings_are_replayed_by_file_or_folder(session, tmp_path, ca
     told = replayed(session, str(folder / "better.txt"), capsys, runs=3)
     found = session.state.last
     assert (found.kind, found.status) == ("replay", "keep") and found.origin.startswith("published/better/")
-    assert "against its parent" in told and "python -m lab findings" in told
+    assert "against its parent" in told and "holds, +100% of the published effect" in told
+    assert "another person's code" in told  # it is none of the project's
     assert len(session.state.results(found.blob)) == 3 and session.state.best is session.state.baseline
     runs = len(runner.runs)
     facts = json.loads(replayed(session, str(folder), capsys, json=True))
@@ -158,8 +159,23 @@ def test_published_findings_are_replayed_by_file_or_folder(session, tmp_path, ca
     assert "was replayed here before" in facts[0]["why"] and facts[0]["effect"]["runs"] == 3
     assert "does not apply" in facts[1]["why"] and len(runner.runs) == runs
     assert "half batch" in replayed(session, "half-batch", capsys, dry_run=True)
-    with pytest.raises(LabError, match="no session third-batch"):
+    with pytest.raises(LabError, match="no session third-batch.* no finding either"):
         replayed(session, "third-batch", capsys)
+    for name, text, match in (
+        ("long", f"\033[31m{'long ' * 200}\n{evidence}A: 0.0 -> 0.1\n", ""),
+        ("n" * 61, f"A lower loss.\n{evidence}A: 0.0 -> 0.1\n", "60 at most"),
+        ("Name", f"A lower loss.\n{evidence}A: 0.0 -> 0.1\n", "small letters"),
+        ("bare", "x" * 10_000, "bare.txt"),
+        ("note", "first\n" + "x" * 10_000, "neither 'time: ...'"),
+    ):
+        (tmp_path / f"{name}.txt").write_text(text)
+        if match:
+            with pytest.raises(LabError, match=match) as error:
+                replayed(session, str(tmp_path / f"{name}.txt"), capsys)
+            assert len(str(error.value)) < 500
+        else:
+            told = replayed(session, str(tmp_path / f"{name}.txt"), capsys, dry_run=True)
+            assert "\033" not in told and len(told) < 1000
 
 
 def test_near_misses_come_along_when_asked(session, tmp_path, capsys):
@@ -296,8 +312,8 @@ def test_further_runs_estimate_and_do_not_judge(session, tmp_path, capsys, runne
     assert sorted(session.state.results(found.blob)) == [gate.seed(i) for i in range(5)]
     assert sorted(session.state.results(found.parent)) == [gate.seed(i) for i in range(5)]
     effect = replay.effect(session, found)
-    assert (effect["runs"], effect["parent_runs"]) == (5, 5) and effect["low"] < effect["value"] < effect["high"]
-    assert effect["value"] == pytest.approx(0.1, abs=0.003)
+    assert (effect.runs, effect.parent_runs) == (5, 5) and effect.low < effect.value < effect.high
+    assert effect.value == pytest.approx(0.1, abs=0.003)
     before = len(runner.runs)
     again = foreign(
         tmp_path, (with_(BASE, A=-0.1), "keep", False), (with_(BASE, A=-0.1, B=-0.1), "keep", False), name="again"
@@ -362,7 +378,7 @@ def test_what_was_killed_between_verdict_and_further_runs_goes_on(session, tmp_p
     assert "experiment 1 was interrupted, and is finished first" in replayed(again, source, capsys, runs=4)
     first, second = of(again)
     effect = replay.effect(again, first)
-    assert first.status == second.status == "keep" and (effect["runs"], effect["parent_runs"]) == (4, 4)
+    assert first.status == second.status == "keep" and (effect.runs, effect.parent_runs) == (4, 4)
     assert account_of(again.state).keeps == 2
 
 
