@@ -183,7 +183,7 @@ def go(session: Session, options) -> int:
         if there and there != here:
             say(f"its {name} is {there}, and here it is {here}: effects can be compared, scores can not")
     known = {one.origin for one in published.library()}
-    if not options.dry_run and not {candidate.origin for candidate in changes} <= known:
+    if not options.dry_run and (record or not {candidate.origin for candidate in changes} <= known):
         say("these changes are another person's code. To read it first: --dry-run")
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
