@@ -282,17 +282,12 @@ def effect(session: Session, experiment: Experiment) -> effects.Effect | None:
     return effects.between(own, parent, noise_of(session.state))
 
 
-def _figures(found: effects.Effect | None) -> dict | None:
-    """In bits per byte, with the 90 % interval."""
-    return found and {name: getattr(found, name) for name in ("value", "low", "high", "runs", "parent_runs")}
-
-
 def _told(session: Session, candidate: Candidate) -> str:
     done, why, description = candidate.done, candidate.why, candidate.description
     if done is None:
         return f"{why or 'applies'}{', and would be run again' * bool(candidate.again)}: {description}"
     moved = effect(session, done)
-    numbers = f", {EFFECT.format_map(_figures(moved) or {})}" if moved else ""
+    numbers = f", {EFFECT.format_map(vars(moved))}" if moved else ""
     if isinstance(candidate, Published) and moved:
         said, share = published.verdict(candidate.finding.effect(session.started.device), moved)
         numbers += f"; {said}, {share}"
@@ -323,11 +318,12 @@ def _conflicts(candidate: Candidate) -> list[str]:
 
 def _facts(session: Session, candidate: Candidate) -> dict:
     """A candidate for machines."""
-    done, number, gain = candidate.done, None, None
+    done, number, gain, figures = candidate.done, None, None, ("value", "low", "high", "runs", "parent_runs")
+    moved = effect(session, done) if done else None
     if isinstance(candidate, Kept):
         number, gain = candidate.change.number, candidate.change.gain
-    elif isinstance(candidate, Published) and (moved := candidate.finding.effect(session.started.device)) is not None:
-        gain = -moved
+    elif isinstance(candidate, Published) and (told := candidate.finding.effect(session.started.device)) is not None:
+        gain = -told
     return {
         "number": number,
         "origin": candidate.origin,
@@ -335,7 +331,7 @@ def _facts(session: Session, candidate: Candidate) -> dict:
         "gain_there": gain,
         "experiment": done and done.number,
         "status": done and done.status,
-        "effect": done and _figures(effect(session, done)),
+        "effect": moved and {name: getattr(moved, name) for name in figures},
         "why": candidate.why,
         "conflicts": _conflicts(candidate),
     }
