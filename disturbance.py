@@ -96,12 +96,11 @@ def _costs(runs: Iterable[Mapping]) -> dict[str, float]:
     is what the run was charged that tells how much."""
     told: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        costs, steps, trained = run.get("step_seconds") or {}, run.get("num_steps"), run.get("training_seconds")
+        costs = run.get("step_seconds") or {}
+        steps, trained = run.get("num_steps") or 0, run.get("training_seconds") or 0.0
         slower = 1 + max(0.0, run.get("disturbance") or 0.0)
-        if len(costs) == 1 and steps and trained and steps > 0 < trained:
-            slower *= trained / (
-                steps * sum(costs.values())
-            )  # by its own word, which may not be what it was charged by
+        if len(costs) == 1 and min(steps, trained) > 0:  # by its own word, which may not be what it was charged by
+            slower *= trained / (steps * sum(costs.values()))
         weight = 1 / (WORD[0] ** 2 + (WORD[1] * math.log(slower)) ** 2)
         for kind, cost in costs.items():
             told.setdefault(kind, []).append((cost, weight))

@@ -107,10 +107,8 @@ def tell(runs: dict[str, dict[int, float | None]], device: str) -> None:
         if told:
             value = statistics.fmean(told)
             effect = Effect(value, value / start, sd / math.sqrt(len(told)), df, runs=len(told))
-            here, verdict = (
-                f"{value:+.4f} ({effect.low:+.4f} to {effect.high:+.4f})",
-                published.verdict(expected, effect)[0],
-            )
+            here = f"{value:+.4f} ({effect.low:+.4f} to {effect.high:+.4f})"
+            verdict, _ = published.verdict(expected, effect)
         print(f"{name} | {len(told)} of {len(runs[name])} | {there} | {here} | {verdict}")
 
 

@@ -67,8 +67,8 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
-    alone = {key for key, e in tried(state).items() if e.kind == "replay" and e.status == "keep"}  # not on the best yet
-    known = {*tried(state).keys() - alone, *(_key(origin) for origin in blocks.screened(state) if origin != first)}
+    known = {key for key, e in tried(state).items() if not e.kept_beside}
+    known |= {_key(origin) for origin in blocks.screened(state) if origin != first}
     for one in untried(session, MOST_TRIED):
         gain = one.change.gain or 0.0
         if gain >= least and one.change.key not in known:

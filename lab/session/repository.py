@@ -116,7 +116,7 @@ class Repository:
 
     def settled_blob(self) -> str | None:
         """The id of the train.py that was put there last, on which an edit in the working tree was begun."""
-        return self.git("rev-parse", "--verify", "--quiet", f":{TRAIN}", check=False) or None
+        return self.blob_of("")  # of no commit: git's index
 
     def content(self, blob: str) -> bytes:
         """The content as git would check it out as train.py."""

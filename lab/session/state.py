@@ -148,6 +148,11 @@ class Experiment(ExperimentOpened, tag="experiment", kw_only=True):
         return self.decided.status if self.decided else "running"
 
     @property
+    def kept_beside(self) -> bool:
+        """Whether it is a replay that was better than the baseline. That says nothing of the best."""
+        return self.kind == "replay" and self.status == "keep"
+
+    @property
     def became(self) -> str:
         """What became of it, to be said after "which"."""
         return BECAME[self.status]
@@ -419,13 +424,12 @@ class State:
 
     @property
     def told(self) -> list[Experiment]:
-        """The experiments that were decided on their train.py, or are open with one. A replay that was better than the
-        baseline says nothing of the best."""
+        """The experiments that were decided on their train.py, or are open with one."""
         return [
             e
             for e in self.experiments.values()
             if e.kind not in MEASURING and (e.decided is None or e.decided.judged)
-            if e.kind != "replay" or e.status != "keep"
+            if not e.kept_beside
         ]
 
     def equal(self, digest: str) -> Experiment | None:

@@ -81,7 +81,7 @@ def candidates(record: Record, more: bool = False) -> list[Kept]:
         )
     state = record.state
     near = [e for e in state.decided if e.near_miss and e.status == "discard" and e.kind not in MEASURING]
-    beside = [e for e in state.decided if e.kind == "replay" and e.status == "keep"]
+    beside = [e for e in state.decided if e.kept_beside]
     changes = [e for e in state.kept if e.number] + (near + beside) * more
     if not changes:
         hint = "; --all tries its near misses" * bool(near)
@@ -153,7 +153,7 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
 
 
 def go(session: Session, options) -> int:
-    """Replays a session's changes; see cli/arguments.py for the options."""
+    """Replays a session's changes, or findings; see cli/arguments.py for the options."""
     if not 1 <= options.runs <= MOST_RUNS:
         raise LabError(f"--runs has to be from 1 to {MOST_RUNS}")
     record, changes = None, []
@@ -182,8 +182,9 @@ def go(session: Session, options) -> int:
         there = getattr(record.started, name) if record else here
         if there and there != here:
             say(f"its {name} is {there}, and here it is {here}: effects can be compared, scores can not")
-    known = {one.origin for one in published.library()}
-    if not options.dry_run and (record or not {candidate.origin for candidate in changes} <= known):
+    if not options.dry_run and (
+        record or {one.origin for one in changes} - {one.origin for one in published.library()}
+    ):
         say("these changes are another person's code. To read it first: --dry-run")
     for place, candidate in enumerate(_carried_out(session, changes, options, say), 1):
         say(f"{place:3d}/{len(changes)}  {_told(session, candidate)}")
