@@ -5,9 +5,9 @@
 Runs are those of proposer.py's recorded trials: floating-point operations and updates are counted instead of seconds,
 so no other program matters, nor another run on the same device (--together, --gpus); but neither does how fast the
 operations of a finding are here. Without names, all that apply are tried. After a colon: how many seeds. The file
-gets a line for each run, the seeds in turn; what it holds is not run again. An effect is the mean over pairs of one
-seed, its 90 % interval is Student's with the variance of such differences, pooled over the findings, and the verdict
-is that of `lab findings`.
+gets a line for each run; what it holds is not run again. An effect is the mean over pairs of one seed. Its 90 %
+interval is Student's, with the variance of the finding's own differences: what hardly changes a run leaves it close to
+the default's run with that seed, other changes do not. The verdict is that of `lab findings`.
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ def run(options, wanted: dict[str, int], texts: dict[str, str], device: str) -> 
     made = read(options.out, texts, device)
     missing = [
         (name, gate.seed(round))
-        for round in range(max(wanted.values()))
-        for name in texts
-        if round < wanted[name] and gate.seed(round) not in made[name]
+        for name, round in sorted(
+            ((name, round) for name in texts for round in range(wanted[name])),
+            key=lambda each: (each[1] + 0.5) / wanted[each[0]],  # whenever it ends, each has its share of the runs
+        )
+        if gate.seed(round) not in made[name]
     ]
     new = not options.out.exists()
     with open(options.out, "a", newline="") as file, ThreadPoolExecutor(options.together) as pool:
@@ -93,23 +95,21 @@ def tell(runs: dict[str, dict[int, float | None]], device: str) -> None:
         name: [bpb - start for seed, bpb in scores.items() if bpb is not None and (start := base.get(seed)) is not None]
         for name, scores in runs.items()
     }
-    df = sum(len(each) - 1 for each in pairs.values() if len(each) > 1)
-    squares = sum((len(each) - 1) * statistics.variance(each) for each in pairs.values() if len(each) > 1)
-    if not df:
-        raise SystemExit("nothing was repeated, so nothing is known of chance: at least two seeds are needed")
-    start, sd = statistics.fmean(bpb for bpb in base.values() if bpb is not None), math.sqrt(squares / df)
-    print(f"default: {start:.4f} ({len(base)} runs); pairs differ by {sd:.4f}, {df} degrees of freedom")
+    scores = [bpb for bpb in base.values() if bpb is not None]
+    start, spread = statistics.fmean(scores), f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "an unknown value"
+    print(f"default: {start:.4f} ({len(scores)} runs); seeds differ by {spread}")
     known = {finding.name: finding for finding in published.library()}
-    print("finding | runs | published | effect, 90 % interval | verdict")
+    print("finding | runs | published | effect, 90 % interval | pairs differ by | verdict")
     for name in sorted(pairs, key=lambda name: statistics.fmean(pairs[name] or [math.inf])):
         told, expected = pairs[name], known[name].effect(device)
-        there, here, verdict = "-" if expected is None else f"{expected:+.4f}", "fails", ""
+        there, here, differ, verdict = "-" if expected is None else f"{expected:+.4f}", "fails", "-", "-"
         if told:
-            value = statistics.fmean(told)
-            effect = Effect(value, value / start, sd / math.sqrt(len(told)), df, runs=len(told))
-            here = f"{value:+.4f} ({effect.low:+.4f} to {effect.high:+.4f})"
-            verdict, _ = published.verdict(expected, effect)
-        print(f"{name} | {len(told)} of {len(runs[name])} | {there} | {here} | {verdict}")
+            value, sd = statistics.fmean(told), statistics.stdev(told) if len(told) > 1 else None
+            effect = Effect(value, value / start, sd and sd / math.sqrt(len(told)), len(told) - 1, runs=len(told))
+            here, verdict = f"{value:+.4f}", published.verdict(expected, effect)[0] if sd else "can't be told"
+            if sd:
+                here, differ = f"{here} ({effect.low:+.4f} to {effect.high:+.4f})", f"{sd:.4f}"
+        print(f"{name} | {len(told)} of {len(runs[name])} | {there} | {here} | {differ} | {verdict}")
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ class Counted(NamedTuple):
 
 COUNTED = {
     "cpu": Counted((2, 8, 2048, "SL"), 256, 64, 7.0, 2e11, 2e-8),  # one core's
-    "cuda": Counted((4, 16, 2**15, "L"), 2048, 64, 7.0, 8e13, 3e-11),
+    "cuda": Counted((4, 32, 2**16, "L"), 2048, 256, 5.0, 3.8e14, 3e-11),  # an H200's
 }
 LONGEST = 300  # seconds of a trial, by the wall
 NOT_COUNTED = 77  # exit status of a trial whose time was not the counted one
