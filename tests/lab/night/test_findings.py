@@ -320,6 +320,6 @@ def test_a_finding_that_changes_nothing_here_is_no_idea():
 def test_a_finding_that_leaves_nothing_to_train_is_no_idea(searched):
     finding = next(one for one in published.library() if one.name == "fewer-layers")
     content = (sessions.ROOT / "train.py").read_bytes()
-    assert b"DEPTH = defaults.depth - 2" in finding.apply(content, {"depth": 4})
+    assert b"DEPTH = defaults.depth - 1" in finding.apply(content, {"depth": 2})
     with pytest.raises(NotHere, match="DEPTH would be too small on this device"):
-        finding.apply(content, {"depth": 2})
+        finding.apply(content, {"depth": 1})
