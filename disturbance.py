@@ -157,6 +157,12 @@ class Meter:
             self._charged = max(sum(charges), min(took, cost))
             self.slowdown = _seconds(windows[-1]) / max(charges[-1], 1e-9)
 
+    def paused(self, kind: str, seconds: float, paused: float) -> float:
+        """What a step counts that took so many seconds besides a pause, on a GPU, which goes on with what it was given:
+        at least what its kind costs. Of a kind like no other of this run it is not known how much that was."""
+        costs = self.costs | self.given
+        return max(seconds, costs[kind]) if kind in costs else seconds + (paused if costs else 0.0)
+
     @property
     def elapsed(self) -> float:
         """Seconds of the undisturbed device. It never goes back, when more is known of the steps before."""
@@ -231,7 +237,9 @@ class Witness:
             with suppress(Exception):  # as there is no memory left for it: then nothing is witnessed
                 self._work = _device_work(backend)
         self._before = np.full(4, np.nan)
-        self._cores = cores()
+        from backends import machine  # here, as prepare.py is imported without a backend, too
+
+        self._cores = machine.cores()
         self._waited: list[float] = []  # slowdown of each window by other programs on the same processors
         self._own_threads = False  # whether the file ever had some beside a probe of a GPU
         self._beating, self._ended = threading.Lock(), threading.Event()
@@ -280,9 +288,10 @@ class Witness:
     def usual_probe(self) -> float | None:
         """Seconds of a probe in the quietest quarter of this run, at the usual clock rate of a GPU that tells it."""
         usual, probes = self.usual_clock_rate, []
+        least = min(filter(None, self.probes), default=0.0)  # a low rate that made none longer is not believed
         for probe, rate in zip(self.probes, self.clock_rates):
             faster = rate / usual if rate and usual and rate > ASLEEP * usual else 1.0
-            probes += [probe * faster] if probe else []
+            probes += [max(probe * faster, least)] if probe else []
         probes.sort()
         return statistics.fmean(probes[: max(1, len(probes) // 4)]) if probes else None
 
@@ -416,14 +425,6 @@ def _has_own_threads() -> bool:
                 return True
             frame = frame.f_back
     return False
-
-
-def cores() -> float:
-    """Processors that this process may use; a container may limit their time to a part of one."""
-    from backends import machine  # here, as prepare.py is imported without a backend, too
-
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(count, machine.quota())
 
 
 def others() -> float:

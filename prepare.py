@@ -24,7 +24,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain
@@ -189,7 +189,7 @@ class Clock:
         self.seconds = budget() if seconds is None else seconds
         self.started: float | None = None  # times by time.perf_counter()
         self.stopped: float | None = None
-        self.ticked = self._last = self._window = 0.0  # ticked: by the witness's clock
+        self.ticked = self._last = self._window = self._paused = 0.0  # ticked: by the witness's clock
         self.steps, self.longest, self.in_step, self.took = 0, 0.0, False, []
         self.loss: float | None = None
         self.losses: list[float] = []  # of all steps
@@ -216,7 +216,7 @@ class Clock:
             self.backend.step_kind()  # of the warm-up
             self.witness.start()
             self.started = self._window = time.perf_counter()
-            self.ticked = self.witness.now()
+            self.ticked, self._paused = self.witness.now(), self.witness.paused
         self.in_step = True
 
     def tick(self, loss) -> float:
@@ -242,13 +242,15 @@ class Clock:
         if at_once or window:  # a probe would wait for the device, outside the training time
             self.backend.synchronize()
         self._read()  # of the step before
-        seconds, witnessed = self._since_tick(), None
+        seconds, witnessed, paused = self._since_tick(), None, self.witness.paused - self._paused
         if window:
             witnessed, self._window = self.witness.read(), time.perf_counter()
         kind = self.backend.step_kind()
+        if paused and not self.witness.is_cpu:
+            seconds = self.meter.paused(kind, seconds, paused)
         sys.audit("autoresearch.tick", self, kind, seconds, witnessed)
         self.meter.add(kind, seconds, witnessed)
-        self.ticked = self.witness.now()  # a probe is no training time
+        self.ticked, self._paused = self.witness.now(), self.witness.paused  # a probe is no training time
         self.steps, self.in_step = self.steps + 1, False
         self.longest = max(self.longest, seconds)
         self.took.append(seconds)
@@ -534,9 +536,16 @@ def measured(clock: Clock) -> dict:
 
 
 def plain(value) -> Any:
-    """A fact as JSON can hold it: an array of one number is that number, one that is not finite None."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A fact as JSON can hold it: arrays are lists, one of one number is that number, one that is not finite is None.
+    What JSON has no word for is told as text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int, **extra) -> dict:
@@ -550,9 +559,9 @@ def report(clock: Clock, *, num_params: int, flops_per_token: float, depth: int,
     facts = {"status": "ok", "val_bpb": clock.val_bpb, "val_rows": clock.val_rows, **measured(clock)}
     peak, trial = clock.backend.device.peak_flops, clock.seconds != TIME_BUDGET
     num_params, flops_per_token, depth = map(plain, (num_params, flops_per_token, depth))
-    rate = flops_per_token * facts["tokens_per_second"]
-    facts |= {"num_params_M": num_params / 1e6, "depth": depth, "flops_per_token": flops_per_token}
-    facts |= {"model_tflops": rate / 1e12, "mfu_percent": 100 * rate / peak if peak else None}
+    rate = flops_per_token and flops_per_token * facts["tokens_per_second"]
+    facts |= {"num_params_M": num_params and num_params / 1e6, "depth": depth, "flops_per_token": flops_per_token}
+    facts |= {"model_tflops": rate and rate / 1e12, "mfu_percent": 100 * rate / peak if rate and peak else None}
     extra = {name: plain(value) for name, value in extra.items() if name not in facts}  # what was measured stays
     facts |= extra
     formats = {measure.name: measure.summary for measure in MEASURES if measure.summary}

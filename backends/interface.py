@@ -59,6 +59,28 @@ if TYPE_CHECKING:
     from backends.bench import Bench
 
 
+# What frameworks, allocators and drivers say where memory is short, in lower case.
+NO_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "memoryerror",
+    "insufficient memory",
+    "memoryallocation",
+    "bad_alloc",
+    "can't allocate",
+    "unable to allocate",
+    "attempting to allocate",
+    "alloc_failed",  # cuBLAS and cuDNN
+    "nvml_success == r",  # PyTorch's allocator on a Jetson or a slice of a GPU (MIG), as it asks NVML how much is left
+    "invalid buffer size",  # MPS
+)
+
+
+def says_no_memory(message: str) -> bool:
+    """Whether this is said of too little memory."""
+    return any(sign in message.lower() for sign in NO_MEMORY)
+
+
 class BackendError(storage.Stop, RuntimeError):
     """A backend that cannot run here; the message says why and what to install or set."""
 

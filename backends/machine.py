@@ -14,7 +14,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -167,8 +167,15 @@ def nvml():
 
 
 def visible_gpus() -> list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES, indices or UUIDs, in the order that CUDA numbers them by."""
-    return [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    """The entries of CUDA_VISIBLE_DEVICES, indices or UUIDs, in the order that CUDA numbers them by. ROCm has another
+    name for it, HIP_VISIBLE_DEVICES, whose indices are those of what ROCR_VISIBLE_DEVICES leaves."""
+    cuda, hip, rocr = (
+        [entry.strip() for entry in os.environ.get(f"{name}_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+        for name in ("CUDA", "HIP", "ROCR")
+    )
+    chosen = hip or cuda
+    left = {str(index): entry for index, entry in enumerate(rocr)}
+    return [left.get(entry, entry) for entry in chosen] or rocr
 
 
 def gpu_name(index: int = 0) -> str:
@@ -250,8 +257,32 @@ def nvidia_memory(name: str | None = None, index: int = 0) -> int | None:
             return None
 
 
+def nvidia_clock_rate(name: str | None = None, index: int = 0) -> float | None:
+    """Hz of an NVIDIA GPU's processors now; None where NVML does not tell."""
+    if known := _lasting(name, index):
+        library, card, _ = known
+        with suppress(Exception):  # NVML raises by card, driver and permission
+            return 1e6 * library.nvmlDeviceGetClockInfo(card, library.NVML_CLOCK_SM)
+    return None
+
+
+@cache
+def _lasting(name: str | None, index: int):
+    """NVML, a card of its, and what keeps it started: that takes longer than a question. None without it."""
+    stack = ExitStack()
+    library = stack.enter_context(nvml())
+    handle = library and nvidia_handle(library, name, index)
+    return (library, card_of(library, handle), stack) if handle else None
+
+
 def text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def cores() -> float:
+    """Processors that this process may use; a container may limit their time to a part of one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, quota())
 
 
 def slug(name: str, memory: int, cpu: bool = False) -> str:
@@ -261,6 +292,5 @@ def slug(name: str, memory: int, cpu: bool = False) -> str:
         " ",
         name.lower(),
     )
-    processors = min(os.cpu_count() or 1, quota())  # another limit is another device
-    words = re.findall(r"[a-z0-9.]+", f"cpu {name} {math.ceil(processors)}c" if cpu else name)
+    words = re.findall(r"[a-z0-9.]+", f"cpu {name} {math.ceil(cores())}c" if cpu else name)
     return "-".join([*words, f"{math.ceil(memory / 2**30)}gb"])

@@ -96,8 +96,9 @@ def tell(runs: dict[str, dict[int, float | None]], device: str) -> None:
         for name, scores in runs.items()
     }
     scores = [bpb for bpb in base.values() if bpb is not None]
-    start, spread = statistics.fmean(scores), f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "an unknown value"
-    print(f"default: {start:.4f} ({len(scores)} runs); seeds differ by {spread}")
+    start = statistics.fmean(scores)
+    spread = f"; seeds differ by {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    print(f"default: {start:.4f} ({len(scores)} runs){spread}")
     known = {finding.name: finding for finding in published.library()}
     print("finding | runs | published | effect, 90 % interval | pairs differ by | verdict")
     for name in sorted(pairs, key=lambda name: statistics.fmean(pairs[name] or [math.inf])):

@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import disturbance
+from backends import machine
 from lab.verdict.gate import t_quantile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ PRODUCT = "x @ x; torch.cuda.synchronize()"
 STOPPED = 15.0  # seconds
 PROGRAMS = {  # beside a run: how many, seconds at work and seconds at rest, and whether on the GPU
     "quiet": (0, 0, 0, False), "half": (1, 0.05, 0.05, False), "full": (1, 1, 0, False), "three": (3, 1, 0, False),
-    "bursts": (2, 2, 3, False), "stop": (0, 0, 0, False), "cores": (disturbance.cores(), 1, 0, False),
+    "bursts": (2, 2, 3, False), "stop": (0, 0, 0, False), "cores": (machine.cores(), 1, 0, False),
     "gpu_half": (1, 0.05, 0.05, True), "gpu_full": (1, 1, 0, True), "gpu_bursts": (1, 2, 3, True),
 }  # fmt: skip
 TICK, UPDATE = "        seconds = clock.tick(loss)", "        trainer.step("

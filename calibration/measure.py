@@ -22,7 +22,7 @@ import backends
 import disturbance
 import prepare
 import storage
-from backends import bench
+from backends import bench, interface
 from calibration import identity, profile as profiles, rule
 from calibration.rule import Completed, Failed, Outcome, Settings, Spread, Trial
 
@@ -423,7 +423,7 @@ def environment(**values: str) -> dict[str, str]:
 
 def reason_of(done: subprocess.CompletedProcess) -> str:
     """The reason for which a trial failed, in one line."""
-    if "out of memory" in done.stderr.lower() or "OutOfMemory" in done.stderr or "MemoryError" in done.stderr:
+    if interface.says_no_memory(done.stderr):
         return "out of memory"
     if done.returncode in (-9, -6):  # -9 by the system; -6 by MLX on a CPU, which has no other way to say so
         return f"killed by signal {-done.returncode}: most likely out of memory"

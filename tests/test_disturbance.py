@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import disturbance
+from backends import machine
 from lab.run import processes
 from disturbance import KNOWN, MOST, SLACK, Meter, Slowdown, Witness
 
@@ -221,7 +222,7 @@ def told(monkeypatch, *counters):
     values = iter(counters)
     monkeypatch.setattr(Witness, "_counters", lambda self: next(values))
     monkeypatch.setattr(Witness, "_cpu_probe", lambda self: 1e-4)
-    monkeypatch.setattr(disturbance, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
 
 
 # Wall, own processor time, queued, processor time of all others: since the last reading.
@@ -246,7 +247,7 @@ def test_a_run_that_its_container_holds_up_is_not_disturbed(witness, monkeypatch
     """64 threads in the time of four processors: the system counts them as queued while the container's time is up."""
     counters = [np.array([i, 4.0 * i, 60.0 * i, 0.0]) for i in range(3)]
     told(monkeypatch, *counters)
-    monkeypatch.setattr(disturbance, "cores", lambda: 4.0)
+    monkeypatch.setattr(machine, "cores", lambda: 4.0)
     one = witness(backend())
     one.start()
     assert one.read()[0].most == 1
@@ -295,6 +296,14 @@ def test_a_gpu_is_probed(gpu):
     assert [one.read()[-1] for _ in range(8)] == [pytest.approx(Slowdown(1, 1, True))] * 8
     slower = [one.read() for _ in range(20)][-1]
     assert slower[-10:] == [pytest.approx(Slowdown(5, 5, True))] * 10 and one.usual_probe == pytest.approx(0.002)
+
+
+def test_a_low_clock_rate_that_made_no_probe_longer_makes_no_other_one_slow(gpu):
+    """A wrong one, of another card, say."""
+    one = gpu([0.002] * 40, clock_rates=[1.7e9, 1.7e9, 1e9, 1.7e9] * 10)
+    one.start()
+    assert [one.read() for _ in range(30)][-1] == [pytest.approx(Slowdown(1, 1, True))] * 30
+    assert one.usual_probe == pytest.approx(0.002)
 
 
 def test_one_slow_probe_of_a_gpu_counts_only_beside_it(gpu):

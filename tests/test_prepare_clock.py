@@ -52,6 +52,19 @@ def test_time_runs_from_the_first_batch(run):
     assert clock.elapsed == stopped
 
 
+@pytest.mark.parametrize("kind", ["step", "2.step"])
+def test_a_pause_is_no_time_in_which_a_gpu_works_for_nothing(run, kind):
+    """What it was given before goes on: a step costs what others of its kind do, or, of another kind, all that time."""
+    backend, model, loader, clock = run
+    backend.step_kind, clock.meter.given, charged = lambda: kind, {"step": 7.0}, []
+    for clock.witness.is_cpu in (True, False):
+        next(loader)
+        clock.witness.paused, clock.ticked, before = clock.witness.paused + 100, clock.ticked - 100, clock.meter.seconds
+        clock.tick(5.0)
+        charged.append(clock.meter.seconds - before)
+    assert charged == [pytest.approx(0, abs=3), pytest.approx(7 if kind == "step" else 100, abs=3)]
+
+
 def test_budget_ends_the_loop(tiny_data, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "0.2")
     backend, model = Backend(), Bigram(tiny_data)

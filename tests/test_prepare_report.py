@@ -134,6 +134,18 @@ def test_report_takes_numbers_of_any_framework(run, tiny_data, result, capsys):
     assert (told["rate"], told["layers"], told["worst"], told["kind"], told["depth"]) == (0.5, 3, None, "none", 2)
 
 
+def test_a_fact_that_is_none_is_no_reason_to_lose_the_run(run, tiny_data, result, capsys):
+    backend, model, loader, clock = run
+    next(loader)
+    evaluate_bpb(backend, model, tiny_data, clock=clock)
+    extra = {"rates": np.array([1.0, math.nan]), "by": {1: np.float32(2)}, "kind": backend.device.__class__}
+    report(clock, num_params=math.nan, flops_per_token=math.nan, depth=math.nan, **extra)
+    told = result()
+    assert told["status"] == "ok" and told["model_tflops"] is told["mfu_percent"] is told["num_params_M"] is None
+    assert told["rates"] == [1, None] and told["by"] == {"1": 2} and "SimpleNamespace" in told["kind"]
+    assert "num_params_M:     nan" in capsys.readouterr().out
+
+
 def test_report_replaces_nothing_measured(run, tiny_data, result, capsys):
     backend, model, loader, clock = run
     next(loader)

@@ -8,7 +8,7 @@ import platform
 
 import mlx.core as mx
 
-from backends import machine
+from backends import interface, machine
 from backends.interface import BackendError, Hardware
 
 
@@ -39,22 +39,8 @@ def working_set(kind: str) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """MLX has no error class of its own; these are what its allocators and the drivers say.
-
-    Its CPU build says nothing: there an array too large ends the process.
-    """
-    signs = (
-        "unable to allocate",
-        "attempting to allocate",
-        "out of memory",
-        "outofmemory",
-        "insufficient memory",
-        "memoryallocation",
-        "bad_alloc",
-    )
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-    )
+    """MLX has no error class of its own. Its CPU build says nothing: there an array too large ends the process."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and interface.says_no_memory(str(error)))
 
 
 def _choose_kind() -> str:

@@ -118,7 +118,7 @@ def open_backend(
     runtime.logits_at_once = 2**21 if kind == "cpu" else 2 ** int(math.log2(memory / 32 / 12))
     bench.forget()  # another process may need the memory
     chosen, note = _choose_kernels(key, calibrated)
-    notes += [note, compiler]
+    notes += [note, compiler, *devices.notes(runtime.device)]
     runtime.compiler = devices.load_compiler(runtime.device) if runtime.compiled else None
     speed = calibrated and benches.speed(bench, calibrated)
     bench.forget()

@@ -19,6 +19,9 @@ from backends import bench, machine, trials
 from backends.interface import BackendError
 
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
+KFD_NODES = Path(
+    "/sys/class/kfd/kfd/topology/nodes"
+)  # AMD's compute driver has one for each processor; a GPU has an id
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OTHER_BUILD = (
@@ -45,6 +48,12 @@ def pick() -> torch.device:
             )
         return torch.device(wanted)
     if available == ["cpu"] and (gpu := nvidia_gpu()):
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if shown is not None and torch.version.cuda:
+            raise BackendError(
+                f"CUDA_VISIBLE_DEVICES={shown} shows PyTorch no GPU of this machine ({gpu}): unset it, or set it to a "
+                "GPU's number or UUID (nvidia-smi -L). To run on the CPU, set AUTORESEARCH_DEVICE=cpu"
+            )
         raise BackendError(
             f"this machine has a GPU ({gpu}), but PyTorch {torch.__version__} cannot use it ({without_cuda()}). "
             f"{OTHER_BUILD}"
@@ -77,6 +86,19 @@ def nvidia_gpu() -> str | None:
     if any(GPUS_OF_THE_DRIVER.glob("*")):  # a container without the driver's tools, or tools of another version
         return "NVIDIA"
     return "NVIDIA Jetson" if Path("/etc/nv_tegra_release").exists() else None
+
+
+def notes(device: torch.device) -> list[str]:
+    """What to say of a CPU beside a GPU of AMD's. That is no error: the processor itself may hold one, too small."""
+    if device.type != "cpu" or os.environ.get("AUTORESEARCH_DEVICE") or torch.version.hip:
+        return []
+    with suppress(OSError):
+        if any(int(path.read_text() or 0) for path in KFD_NODES.glob("*/gpu_id")):
+            return [
+                f"WARNING: this runs on the CPU. There is an AMD GPU, too, but PyTorch {torch.__version__} was built "
+                "without ROCm: to use it, install PyTorch's build for ROCm, or set AUTORESEARCH_DEVICE=cpu"
+            ]
+    return []
 
 
 def identify(device: torch.device) -> tuple[str, str, int]:
@@ -152,9 +174,12 @@ def free_memory(device: torch.device) -> int:
 
 def clock_rate(device: torch.device) -> float | None:
     """Hz of a GPU's processors now; None without the vendor's library, and on a CPU."""
-    if device.type == "cuda":
-        with suppress(Exception):  # NVML raises by card, driver and permission
-            return 1e6 * torch.cuda.clock_rate(device)
+    if device.type != "cuda":
+        return None
+    if torch.version.cuda:  # PyTorch takes CUDA's index for NVML's, which numbers cards by the bus
+        return machine.nvidia_clock_rate(uuid(device), device.index or 0)
+    with suppress(Exception):  # AMD's library raises by card, driver and permission
+        return 1e6 * torch.cuda.clock_rate(device)
     return None
 
 
@@ -176,7 +201,8 @@ def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
-        torch.mps.synchronize()
+        # Not by `torch.mps.synchronize`: it waits with Python's lock held, which looks like a pause (disturbance.py).
+        torch.zeros((), device=device).item()
 
 
 def configure_compiler() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from backends import interface
+
 device = torch.device("cpu")
 dtype = torch.float32  # the compute precision; master weights are always float32
 compiled = False  # whether torch.compile works here and pays
@@ -98,7 +100,6 @@ def _skips() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    said = ("out of memory", "can't allocate", "ALLOC_FAILED")  # the last by cuBLAS and cuDNN
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+        isinstance(error, RuntimeError) and interface.says_no_memory(str(error))
     )

@@ -53,6 +53,28 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch, withou
     assert device.pick() == torch.device("cpu")
 
 
+def test_a_gpu_that_was_hidden_is_an_error_that_says_so(tmp_path, monkeypatch, without_cuda):
+    put_nvidia_smi(tmp_path, monkeypatch, "echo NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for shown in ("", "-1", "GPU-typo"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        with pytest.raises(BackendError, match=f"^CUDA_VISIBLE_DEVICES={shown} shows .*RTX 3090.*: unset it"):
+            device.pick()
+
+
+def test_an_amd_gpu_that_pytorch_cannot_use_is_told(tmp_path, monkeypatch, without_cuda):
+    monkeypatch.setattr(device, "KFD_NODES", tmp_path)
+    processor = torch.device("cpu")
+    assert device.notes(processor) == []
+    for node, gpu in enumerate((0, 50432)):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "gpu_id").write_text(f"{gpu}\n")
+        assert bool(device.notes(processor)) == bool(gpu)
+    assert "ROCm" in device.notes(processor)[0]
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
+    assert device.notes(processor) == []
+
+
 def test_a_driver_without_a_gpu_is_no_error(tmp_path, monkeypatch, without_cuda):
     put_nvidia_smi(tmp_path, monkeypatch, "echo No devices were found; exit 6")
     assert device.pick() == torch.device("cpu")

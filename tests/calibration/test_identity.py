@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 import backends
-import disturbance
 from backends import machine
 from backends.interface import Hardware
 from calibration import identity
@@ -57,7 +56,7 @@ def test_tags(name, memory, tag):
     ],
 )
 def test_tags_of_processors(monkeypatch, name, cores, tag):
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(machine, "cores", lambda: float(cores))
     assert machine.slug(name, 24 * GIB, cpu=True) == tag
 
 
@@ -131,8 +130,10 @@ def test_a_container_may_limit_the_processors_time(cgroups, monkeypatch, lines, 
     assert machine.quota() == processors
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert disturbance.cores() == min(64, processors)
+    assert machine.cores() == min(64, processors)
     assert f"-{math.ceil(min(64, processors))}c-" in machine.slug("EPYC", 2**34, cpu=True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)  # by taskset or a cpuset
+    assert f"-{math.ceil(min(1, processors))}c-" in machine.slug("EPYC", 2**34, cpu=True)
 
 
 def test_without_any_cgroup_what_is_free_counts(cgroups):
@@ -351,6 +352,11 @@ class TwoCards(Nvml):
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
         return 0x40 if handle == f"GPU-{DESKTOP}" else 0
 
+    NVML_CLOCK_SM = 1
+
+    def nvmlDeviceGetClockInfo(self, handle, domain):
+        return {f"GPU-{DESKTOP}": 1468, f"GPU-{FAST}": 1695}[handle] if domain == self.NVML_CLOCK_SM else 0
+
     def nvmlDeviceGetUtilizationRates(self, handle):
         if handle.startswith("MIG-"):
             raise RuntimeError("Not Supported")
@@ -391,7 +397,9 @@ def two_cards(monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", library)
 
     numbered()
-    return numbered
+    machine._lasting.cache_clear()
+    yield numbered
+    machine._lasting.cache_clear()
 
 
 def test_a_gpu_is_the_one_that_cuda_numbers_so(two_cards):
@@ -400,6 +408,34 @@ def test_a_gpu_is_the_one_that_cuda_numbers_so(two_cards):
     assert machine.nvidia_memory() == 24 * GIB and machine.nvidia_memory(index=1) == 8 * GIB
     assert identity.describe(hardware("cuda", cuda="13.0"))["throttled"] is False
     assert identity.now("cuda", machine.gpu_name())["in_use"] == 0.1
+
+
+def test_a_clock_rate_is_that_of_the_gpu_itself(two_cards, monkeypatch):
+    """The one that CUDA calls the first is the second one on the bus."""
+    two_cards(FAST, DESKTOP)
+    assert machine.nvidia_clock_rate() == machine.nvidia_clock_rate(FAST) == 1.695e9
+    assert machine.nvidia_clock_rate(index=1) == 1.468e9 and machine.nvidia_clock_rate("GPU-beef") is None
+    assert machine.nvidia_clock_rate(f"MIG-{SLICE}") == 1.695e9
+    machine._lasting.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert machine.nvidia_clock_rate(FAST) is None
+
+
+@pytest.mark.parametrize(
+    "cuda, hip, rocr, entries",
+    [
+        ("1", "", "", "1"),
+        ("", "1", "", "1"),
+        ("", "", "2,GPU-a", "2,GPU-a"),
+        ("1", "", "2,GPU-a", "GPU-a"),
+        ("", "0, 1", "3,2", "3,2"),
+        ("GPU-b", "", "", "GPU-b"),
+    ],
+)
+def test_rocm_has_other_names_for_what_is_visible(monkeypatch, cuda, hip, rocr, entries):
+    for name, value in zip(("CUDA", "HIP", "ROCR"), (cuda, hip, rocr)):
+        monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+    assert ",".join(machine.visible_gpus()) == entries
 
 
 @pytest.mark.parametrize("entry", [f"GPU-{FAST}", "GPU-de41a5c0", "GPU-de"])

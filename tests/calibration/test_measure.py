@@ -307,6 +307,7 @@ def test_after_a_failure_it_starts_again(device):
     "stderr, status, reason",
     [
         ("torch.OutOfMemoryError: CUDA out of memory.", 1, "out of memory"),
+        ("RuntimeError: NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp", 1, "out of memory"),
         ("", -9, "killed by signal 9"),
         ("Traceback\nValueError: no", 1, "ValueError: no"),
         ("", 3, "exit status 3"),

@@ -184,6 +184,11 @@ def test_training_before_the_first_batch_or_after_the_evaluation(refused, code):
     refused(WITH_TRAINER | {EVALUATION: f"{HONEST}    {code}\n"}, "after its evaluation")
 
 
+def test_only_warm_up_rehearses(refused):
+    code = "with fake_backend.interface.rehearsing(): trainer.backward(zeros, zeros); trainer.step()"
+    refused(WITH_TRAINER | edits(code, BEFORE_CLOCK, CLOCK), "before its first batch: .*warm_up")
+
+
 @pytest.mark.slow
 def test_saving_that_takes_long(refused, monkeypatch):
     from lab.run import exam
