@@ -85,7 +85,7 @@ def own_files(paths: list[str], suffixes: list[str], name: str | None) -> Source
 
     Raises DataError if a path is missing, files don't suit, or `name` (by default the first path's) can't be used.
     """
-    found = [Path(path).expanduser().resolve() for path in paths]
+    found = [Path(os.path.expanduser(path)).resolve() for path in paths]
     missing = [str(path) for path in found if not path.exists()]
     if missing:
         raise DataError(f"{', '.join(missing)}: no such path; --dataset takes climbmix, tinystories, stdlib or paths")

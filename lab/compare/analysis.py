@@ -197,7 +197,7 @@ class Analysis:
                 if block.runs and low < high:  # a record from elsewhere may say anything
                     error = (high - low) / (2 * effects.Z)
                     relative = value / self.scores.get(block.onto or BASELINE, mean)
-                    effect = Effect(value, relative, error, len(block.runs), low, high, known=True)
+                    effect = Effect(value, relative, error, len(block.runs), low, high, known=True, shrunk=True)
                     found.append((block.number, origin, effect))
         return found
 

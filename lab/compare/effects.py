@@ -94,6 +94,7 @@ class Effect:
     biased: bool = False  # it rests on runs that it, or its parent, was chosen for: nothing was measured since
     known: bool = False  # which way it goes was known before these runs, better that is: one side is enough to test
     picked: bool = False  # the change itself was chosen for its scores here; else, if biased, only its parent was
+    shrunk: bool = False  # a posterior mean: its prior has pulled it to 0
     tokens: float | None = None  # of the change relative to its parent's; None if unknown
     flops: float | None = None
     parent_bpb: float | None = None  # val_bpb of its parent; None if that is the baseline

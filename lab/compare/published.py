@@ -16,6 +16,7 @@ or a word of WORDS, what was said, and the source.
 from __future__ import annotations
 
 import functools
+import os
 import hashlib
 import re
 import statistics
@@ -132,7 +133,7 @@ class Finding:
 @functools.lru_cache(maxsize=8)
 def library(folder: Path = FOLDER) -> tuple[Finding, ...]:
     """All findings of a folder, by name. LabError, with the file, for one that can't be read."""
-    return tuple(map(_of_file, sorted(folder.glob("*.txt"))))
+    return tuple(map(_of_file, sorted(folder.glob("[!.]*.txt"))))  # a Mac leaves files with a dot on some disks
 
 
 def _of_file(path: Path) -> Finding:
@@ -145,9 +146,11 @@ def _of_file(path: Path) -> Finding:
 def named(what: str) -> list[Finding] | None:
     """The finding of this name, or of this file, or all of a folder named as FOLDER is; None if it is none of these.
     LabError for one that can't be read."""
-    given = Path(what).expanduser()
-    if NAME.fullmatch(what) and (FOLDER / f"{what}.txt").is_file():
-        given = FOLDER / f"{what}.txt"
+    given = Path(os.path.expanduser(what))
+    for folder in (FOLDER, Path(FOLDER.name)):  # the session's, and of a file that was added since
+        if NAME.fullmatch(what) and (folder / f"{what}.txt").is_file():
+            given = folder / f"{what}.txt"
+            break
     if given.suffix == ".txt" and given.is_file():
         return [_of_file(given)]
     return list(library(given)) if given.is_dir() and given.resolve().name == FOLDER.name else None
@@ -192,11 +195,14 @@ def _evidence(text: str) -> Evidence:
 
 def verdict(published: float | None, here: Effect | None) -> tuple[str, str]:
     """(one of classify.CLASSES, why) of a finding's effect here, as classify.classify has them; the published one is
-    taken for exact. That a parent was chosen for its scores makes a change look worse, so only "holds" stands then."""
+    taken for exact. That a parent was chosen for its scores makes a change look worse, and so does the prior of shared
+    runs: only "holds" stands then."""
     if here is None or here.error is None:
         return classify.OPEN, "nothing was repeated here"
     if published is None:
         return classify.OPEN, "no number was published"
+    if here.biased and here.picked:
+        return classify.OPEN, "biased by selection: it was chosen here for its scores"
     gain, size = -here.value, -published
     if size <= 0:
         return classify.OPEN, "it was no gain where it was tried"
@@ -208,6 +214,8 @@ def verdict(published: float | None, here: Effect | None) -> tuple[str, str]:
         return classify.HOLDS, share
     if here.biased:
         return classify.OPEN, "its parent here is biased by selection"
+    if here.shrunk:
+        return classify.OPEN, "an estimate from shared runs, which their prior pulls to 0"
     if t_tail(-gain / here.error, here.df) <= classify.LEVEL / 2:
         return classify.REVERSES, share
     if t_tail((classify.HALF * size - gain) / here.error, here.df) <= classify.LEVEL:

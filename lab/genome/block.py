@@ -41,6 +41,7 @@ FACTOR = 10.0  # from a value to its bounds
 LEAST = {"DEPTH": 1, "TOTAL_BATCH_SIZE": MAX_SEQ_LEN}  # with less nothing can be trained
 MOST = 1e15  # of a value
 WINDOWS = "WINDOW_PATTERN[i % len(WINDOW_PATTERN)]", "return sizes[:-1] + [None]"  # train.py's own lines
+DEEPEST = 1000  # layers whose windows are looked at
 WIDTH = "return -(-depth * ASPECT_RATIO // HEAD_DIM) * HEAD_DIM"
 HEADS = "return max(1, width // HEAD_DIM // KV_RATIO)"
 NEAR_ONE = 1e-4  # how near a decay may come to 1
@@ -331,7 +332,8 @@ def effective(text: str, calibrated: Mapping) -> dict[str, float | int | str | N
     values: dict = {variable.name: resolved(variable, calibrated) for variable in read(text)}
     depth, pattern = values.get("DEPTH"), values.get("WINDOW_PATTERN")
     if isinstance(depth, int) and pattern and all(line in text for line in WINDOWS):
-        values["WINDOW_PATTERN"] = "".join(str(pattern)[layer % len(str(pattern))] for layer in range(depth - 1))
+        layers = range(min(depth - 1, DEEPEST))
+        values["WINDOW_PATTERN"] = "".join(str(pattern)[layer % len(str(pattern))] for layer in layers)
         if "S" not in values["WINDOW_PATTERN"]:
             values.pop("SHORT_WINDOW", None)
     ratio, head = values.get("ASPECT_RATIO"), values.get("HEAD_DIM")

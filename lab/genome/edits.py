@@ -13,15 +13,18 @@ The text that is replaced has to stand in its definition once, and may be a part
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lab.errors import LabError
 from lab.genome import block
-from lab.genome.syntax import definitions
+from lab.genome.syntax import comments, definitions
 
 STEP = re.compile(r"(?P<name>(?P<base>[A-Z][A-Z0-9_]*)(?:\[\d\])?): (?P<old>.+) -> (?P<new>.+)")
+HEADS = ("def ", "async def ", "class ")
 WIDER = 30  # times, at most, that bounds are widened for a step: they are where a search begins
 
 
@@ -48,6 +51,8 @@ class Step:
             raise NotHere(f"{self.name} can't be read" if there else f"there is no hyperparameter {self.name}")
         old, new = (_variable(self.name, text) for text in (self.old, self.new))
         if here.kind == "choice":
+            if new.kind != "choice":
+                raise NotHere(f"{self.name} is written differently here: {here.written(here.value)}")
             if new.value == here.value or _beyond(*(block.resolved(one, calibrated) for one in (old, new, here))):
                 raise Already(f"{self.name} is {block.resolved(here, calibrated)}")
             return block.write(source, {self.name: new.value})
@@ -98,10 +103,17 @@ class Swap:
         text = "".join(lines[first:last])
         if self.new in text if self.old in self.new else self.new and f"\n{self.new}\n" in f"\n{text}":
             raise Already(f"{self.definition} has it")
-        if (times := text.count(self.old)) != 1:
-            where = "is not in" if not times else f"is {times} times in"
-            raise NotHere(f"{self.old.strip().splitlines()[0].strip()!r} {where} {self.definition}")
-        return "".join([*lines[:first], text.replace(self.old, self.new), *lines[last:]])
+        begins, head = len("".join(lines[:first])), self.old.strip().split("\n")[0]
+        places = [begins + found.start() for found in re.finditer(re.escape(self.old), text)]
+        if places and not head.startswith(("#", '"""')):
+            unread = comments(source)
+            places = [place for place in places if not any(low <= place < high for low, high in unread)]
+        if len(places) != 1:
+            where = f"is {len(places)} times in" if places else "is not in the code of"
+            raise NotHere(f"{head!r} {where} {self.definition}")
+        if text.lstrip().startswith("@") and head.startswith(HEADS) and not self.new.strip().startswith(head):
+            raise NotHere(f"{self.definition} has a decorator here, which would be another's")
+        return source[: places[0]] + self.new + source[places[0] + len(self.old) :]
 
     def meets(self, other: Step | Swap) -> bool:
         """Whether one removes what the other needs."""
@@ -115,6 +127,11 @@ class Swap:
             for gone in one._removed()
             for line in two.old.split("\n")
         )
+
+    def added(self) -> list[str]:
+        """The lines that it adds, or the parts of lines, without the blanks around them."""
+        before = self.old.split("\n")
+        return [line.strip() for line in self.new.split("\n") if line.strip() and line not in before]
 
     def _removed(self) -> list[str]:
         kept = self.new.split("\n")
@@ -139,10 +156,14 @@ class Edit:
         """
         from backends import surface  # here, because all the rest needs nothing but Python
 
-        already = []
+        already, added = [], [line for part in self.parts if isinstance(part, Swap) for line in part.added()]
+        lines = {line.strip() for line in source.split("\n")}
+        there = bool(added) and lines.issuperset(added)  # if with others in between
         try:
             for part in self.parts:
                 try:
+                    if there and isinstance(part, Swap):
+                        raise Already(f"{part.definition} has it")
                     source = part.apply(source, calibrated or {})
                 except Already as error:
                     already.append(error)
@@ -168,8 +189,9 @@ def read(text: str) -> Edit:
     for line in filter(None, places[0].split("\n")):
         if not (found := STEP.fullmatch(line)):
             raise LabError(f"{line!r} is neither 'NAME: VALUE -> VALUE' nor '@ DEFINITION'")
-        for side in ("old", "new"):
-            _variable(found["name"], found[side])
+        kinds = {_variable(found["name"], found[side]).kind == "choice" for side in ("old", "new")}
+        if len(kinds) > 1:
+            raise LabError(f"{line!r}: both values have to be numbers, or both a choice")
         parts.append(Step(found["name"], found["old"], found["new"]))
     for place in places[1:]:
         definition, *lines = place.strip("\n").split("\n")
@@ -196,6 +218,9 @@ def _beyond(before, after, now) -> bool:
 def _variable(name: str, text: str) -> block.Variable:
     """What a value of a variable is, read as the block would read it."""
     base = name.partition("[")[0]
-    for variable in block.read(f"{base} = {text}\n"):
-        return variable
+    with suppress(SyntaxError, ValueError):  # the latter of what no file may hold
+        ast.parse(text, mode="eval")
+        for variable in block.read(f"{base} = {text}\n"):
+            if variable.name == base:
+                return variable
     raise LabError(f"{name} can't be set to {text!r}")

@@ -9,6 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import io
+import itertools
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -144,6 +147,23 @@ def counted(tree: ast.AST) -> Iterator[ast.AST]:
 def _calibrated(node: ast.AST) -> bool:
     """Whether it is an attribute of `defaults`."""
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == CALIBRATED
+
+
+def comments(source: str) -> list[tuple[int, int]]:
+    """Where comments and docstrings are: their first characters, and those after them. SyntaxError if it is none."""
+    begins = [0, *itertools.accumulate(len(line) + 1 for line in source.split("\n"))]
+    found, before = [], tokenize.NEWLINE
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            alone = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            if token.type == tokenize.COMMENT or alone:
+                (line, column), (last, end) = token.start, token.end
+                found.append((begins[line - 1] + column, begins[last - 1] + end))
+            if token.type not in (tokenize.COMMENT, tokenize.NL):
+                before = token.type
+    except tokenize.TokenError as error:
+        raise SyntaxError(str(error)) from error
+    return found
 
 
 @functools.lru_cache(maxsize=256)

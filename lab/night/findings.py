@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
-    known = {key for key, e in tried(state).items() if not e.kept_beside}
+    known = {e.key for e in state.attempts if e.origin and e.kind not in MEASURING and not e.kept_beside}
     known |= {_key(origin) for origin in blocks.screened(state) if origin != first}
     for one in untried(session, MOST_TRIED):
         gain = one.change.gain or 0.0
@@ -128,6 +129,10 @@ def rows(session: Session | None) -> list[Row]:
         for e in session.state.decided
         for origin, effect in (e.verdict.effects or {}).items()
     }
+    joint: defaultdict[str, list[Experiment]] = defaultdict(list)
+    for e in session.state.attempts:
+        for patch in e.patches if e.kind == "joint" else ():
+            joint[patch.origin].append(e)
     found = []
     for finding in published.library():
         effect = None
@@ -140,6 +145,7 @@ def rows(session: Session | None) -> list[Row]:
             number, effect = estimates[finding.origin]
             here = f"in shared runs, experiment {number}"
             here += "" if effect else ": they failed with it, or were far worse"
+            here += "".join(f"; with others in experiment {e.number}, {e.status}" for e in joint[finding.origin])
         else:
             try:
                 content = finding.apply(best, session.profile["settings"])

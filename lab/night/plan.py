@@ -185,7 +185,7 @@ def dataset(asked: str | None) -> tuple[str, list[str]]:
     if not asked and (data / "current").is_file():
         asked = (data / "current").read_text(encoding="utf-8").strip()
     asked = asked or DEFAULT
-    origin = str(Path(asked).expanduser().resolve())
+    origin = str(Path(os.path.expanduser(asked)).resolve())
     for path in sorted(data.glob("*/manifest.json")):
         try:
             manifest = datasets.read_manifest(path.parent)

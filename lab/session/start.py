@@ -88,7 +88,7 @@ def start(
     passed_on = () if described else sessions.PASSED_ON
     settings = {name: os.environ[name] for name in passed_on if os.environ.get(name)}
     if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
-        settings["AUTORESEARCH_FA3_LIBRARY"] = str(Path(library).expanduser().absolute())
+        settings["AUTORESEARCH_FA3_LIBRARY"] = os.path.abspath(os.path.expanduser(library))
     settings |= {
         "AUTORESEARCH_HOME": str(storage.home().absolute()),
         "AUTORESEARCH_DATA": data.name,

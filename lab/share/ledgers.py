@@ -28,6 +28,7 @@ LARGEST, MOST_ROWS = 2**24, 100_000  # bytes and rows: a night has some hundred 
 MOST, MOST_MEASURED = 1e6, 1e12  # of a score and of gigabytes; of what else is measured
 NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?")
 STATUSES = ("keep", "discard", "crash", "invalid")
+OWN = {"experiment", "kind", "run", "seed"}  # columns of this project's
 COLUMNS = {"exp": "commit", "experiment_id": "commit", "peak_mem_gb": "memory_gb", "peak_vram_gb": "memory_gb"}
 NEEDED = ("val_bpb", "status", "description")
 KEPT = ("baseline", "best")  # statuses of other programs that mean keep
@@ -138,7 +139,7 @@ def parse(content: bytes, name: str) -> tuple[list[dict], list[str]]:
             aside.append(_set_aside(name, number, line, error))
     if tail.strip():
         aside.append(_set_aside(name, len(lines) + 1, tail, "it may be cut short; if not, end the line"))
-    if "experiment" in columns:
+    if OWN <= set(columns):
         raise Wrong("it is the ledger of a session of this project; take its export (python -m lab export X.tar.gz)")
     if not rows:
         raise Wrong(

@@ -27,7 +27,6 @@ from lab.session.state import MEASURING, Experiment
 from lab.share import sources
 from lab.untrusted import counted
 from lab.verdict import executor, gate, opening
-from lab.verdict.plan import noise_of
 
 WIDTH = 160  # characters of a description, or of a line
 MOST_SHOWN = 12  # lines of a conflict
@@ -277,10 +276,11 @@ def _made(session: Session, candidate: Candidate, onto: Experiment, stack: bool)
 
 def effect(session: Session, experiment: Experiment) -> effects.Effect | None:
     """How much it moved val_bpb, by all runs of it and of its parent; None if they have no scores."""
-    own, parent = (list(session.state.believed(blob or "").values()) for blob in (experiment.blob, experiment.parent))
-    if not own or not parent or experiment.status not in ("keep", "discard"):
-        return None
-    return effects.between(own, parent, noise_of(session.state))
+    from lab.compare.analysis import Analysis  # which has much to import
+
+    analysis = Analysis(sources.of_session(session))
+    same = [e for e in analysis.experiments.values() if (e.blob, e.onto) == (experiment.blob, experiment.onto)]
+    return analysis.effect(same[-1]) if same else None
 
 
 def _told(session: Session, candidate: Candidate) -> str:
@@ -288,7 +288,7 @@ def _told(session: Session, candidate: Candidate) -> str:
     if done is None:
         return f"{why or 'applies'}{', and would be run again' * bool(candidate.again)}: {description}"
     moved = effect(session, done)
-    numbers = f", {EFFECT.format_map(vars(moved))}" if moved else ""
+    numbers = f", {EFFECT.format_map(vars(moved))}" if moved and moved.error is not None else ""
     if isinstance(candidate, Published) and moved:
         said, share = published.verdict(candidate.finding.effect(session.started.device), moved)
         numbers += f"; {said}, {share}"

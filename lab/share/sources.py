@@ -6,6 +6,7 @@ Everything is only read, and no lock is taken, also while a night is at work on 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -113,6 +114,18 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
     )
 
 
+def _grown(journal: bytes, known: bytes) -> bool:
+    """Whether a journal goes on where another ends; what was noted of their ledgers may differ."""
+    if journal == known or journal.startswith(known):
+        return journal != known
+    firsts, rests = zip(*((first, rest) for first, _, rest in (each.partition(b"\n") for each in (journal, known))))
+    try:
+        begun, before = ({**json.loads(first), "notes": None} for first in firsts)
+    except ValueError:
+        return False
+    return begun == before and begun.get("source") == "ledger" and rests[0].startswith(rests[1])
+
+
 def import_session(source: str, device: str | None = None) -> Path:
     """Copies a session from elsewhere, checked, to AUTORESEARCH_HOME/imported/DEVICE/TAG, also in place of an earlier
     state of it. What was set aside or replaced is told on standard error.
@@ -138,10 +151,10 @@ def import_session(source: str, device: str | None = None) -> Path:
         before = archive.read(target)
     except (Wrong, OSError):
         before = {}
-    journal, known = files["journal.jsonl"], before.get("journal.jsonl")
+    journal, known = files["journal.jsonl"], before.get("journal.jsonl", b"")
     if before == files:
         print(f"{record.name} is imported already", file=sys.stderr)
-    elif known and journal != known and journal.startswith(known):
+    elif known and _grown(journal, known):
         archive.write(files, target, record.name, replace=True)
         print(f"{record.name} was imported when it was shorter; now it is as in {source}", file=sys.stderr)
     else:

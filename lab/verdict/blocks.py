@@ -85,6 +85,8 @@ def open_joint(session: Session, block: Experiment) -> Experiment | None:
     facts = opening.facts_of_change(session, best, content) | {"members": [block.number], "patches": patches}
     facts |= {"pairs": shared.tested(noise_of(state).sd)}
     facts["description"] = f"these {len(patches)} together: {names}"[: opening.LONGEST_DESCRIPTION]
+    if len(patches) == 1:
+        facts["origin"] = patches[0].origin
     commit = session.repository.commit(head, facts["blob"], names)
     return session.open_experiment(kind="joint", commit=commit, **facts)
 

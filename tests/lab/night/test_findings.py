@@ -317,6 +317,43 @@ def test_a_finding_that_changes_nothing_here_is_no_idea():
             known[name].apply(content, {"depth": 2, "window_pattern": "L"})
 
 
+def test_what_was_discarded_on_the_best_is_not_tried_there_again(
+    searched, library, at_once, monkeypatch, tmp_path, capsys
+):
+    """Though it helped on the baseline later, beside it."""
+    monkeypatch.setattr(executor, "launch", exports.AtOnce)
+    bpb = sessions.Runner._bpb
+
+    def helps_alone(content, facts, seed):
+        better = -0.01 if facts["LOSS"] == 1.0 else 0.01
+        return bpb(content, facts, seed) + better * (facts["WARMUP_RATIO"] == 0.1)
+
+    monkeypatch.setattr(sessions.Runner, "_bpb", staticmethod(helps_alone))
+    train = searched.repository.train()
+    sessions.attempt(searched, train.replace(b"LOSS = 1.0", b"LOSS = 0.9"), "own")
+    assert run(searched, library, "warm-up").status == "discard"
+    sessions.attempt(searched, searched.repository.train().replace(b"LOSS = 0.9", b"LOSS = 0.8"), "own")
+    assert not [idea for idea in findings.ideas(searched) if idea.name == "warm-up"]
+    exports.replayed(searched, tmp_path / "findings" / "warm-up.txt", capsys)
+    searched.refresh()
+    assert searched.state.last.kept_beside
+    assert not [idea for idea in findings.ideas(searched) if idea.name == "warm-up"]
+
+
+def test_a_replay_on_a_best_that_was_chosen_reverses_nothing(searched, library, at_once, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(executor, "launch", exports.AtOnce)
+    bpb = sessions.Runner._bpb
+    worse = staticmethod(lambda content, facts, seed: bpb(content, facts, seed) + 0.01 * (facts["WARMUP_RATIO"] == 0.1))
+    monkeypatch.setattr(sessions.Runner, "_bpb", worse)
+    train = searched.repository.train()
+    sessions.attempt(searched, train.replace(b"LOSS = 1.0", b"LOSS = 0.9"), "own")
+    said = exports.replayed(searched, tmp_path / "findings" / "warm-up.txt", capsys, stack=True)
+    assert "can't be told, its parent here is biased by selection" in said
+    searched.refresh()
+    (row,) = [row for row in findings.rows(searched) if row.name == "warm-up"]
+    assert "can't be told, its parent here is biased by selection" in row.here
+
+
 def test_a_finding_that_leaves_nothing_to_train_is_no_idea(searched):
     finding = next(one for one in published.library() if one.name == "fewer-layers")
     content = (sessions.ROOT / "train.py").read_bytes()

@@ -234,6 +234,47 @@ def test_a_swap_that_only_takes_away_and_lines_that_python_does_not_see():
     assert "return 3" in swap.apply("def g():\n    return '\x0c'\n\n\ndef f():\n    return 2\n")
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "def f(x):\n    # before: return x + 1\n    return x + 3\n",
+        "def f(x):\n    return x + 3  # not x + 1\n",
+        'def f(x):\n    """Returns x + 1."""\n    return x + 3\n',
+    ],
+)
+def test_an_edit_of_a_comment_is_none(before):
+    with pytest.raises(NotHere, match="'x \\+ 1' is not in the code of f"):
+        edits.read("@ f\n-x + 1\n+x + 2").apply(before)
+    after = edits.read("@ f\n-x + 1\n+x + 2").apply(before.replace("x + 3", "x + 1"))
+    assert after == before.replace("x + 3", "x + 2")
+
+
+def test_what_is_put_before_a_definition_takes_no_decorator_of_it():
+    edit = edits.read("@ f\n+def g():\n+    return 2\n+\n+\n def f(x):")
+    assert edit.apply("def f(x):\n    return x\n").startswith("def g():\n    return 2\n\n\ndef f(x):")
+    with pytest.raises(NotHere, match="f has a decorator here"):
+        edit.apply("@cache\ndef f(x):\n    return x\n")
+
+
+def test_no_finding_is_applied_again_after_another_at_its_place(monkeypatch):
+    monkeypatch.setattr(surface, "check", lambda _: [])  # takes most of the time, and was done for each
+    sizes = {"depth": 8, "window_pattern": "SSSL", "total_batch_size": 2**19, "device_batch_size": 16}
+    places = {
+        name: {one.definition for one in LIBRARY[name].edit.parts if isinstance(one, Swap)} for name in STRUCTURAL
+    }
+    once, tried = {name: LIBRARY[name].edit.apply(TRAIN, sizes) for name in STRUCTURAL}, 0
+    for first, second in itertools.permutations(STRUCTURAL, 2):
+        if places[first] & places[second]:
+            try:
+                both = LIBRARY[second].edit.apply(once[first], sizes)
+            except NotHere:
+                continue
+            tried += 1
+            with pytest.raises(NotHere):
+                LIBRARY[first].edit.apply(both, sizes)
+    assert tried > 100
+
+
 def test_what_is_there_already_is_told_from_what_does_not_apply():
     edit = edits.read("LR: 1.0 -> 2.0\n@ f\n+    y = 2\n     return")
     before = "LR = 1.0\n\n\ndef f(x):\n    return x\n"
@@ -249,6 +290,31 @@ def test_what_is_there_already_is_told_from_what_does_not_apply():
 # --- Files ---
 
 GOOD = "What it does.\ntime: holds\nevidence: cpu | 300 | -0.01 bpb | said | https://somewhere\n\nLR: 1.0 -> 2.0\n"
+
+
+def test_a_finding_that_was_added_is_found_by_its_name(tmp_path, monkeypatch):
+    """In the checkout, where the session's own copy of the project does not have it."""
+    monkeypatch.chdir(tmp_path)
+    assert published.named("a-name") is None and published.named("~nobody-of-that-name/a.tar.gz") is None
+    (tmp_path / "findings").mkdir()
+    (tmp_path / "findings" / "a-name.txt").write_text(GOOD)
+    (tmp_path / "findings" / "._a-name.txt").write_bytes(b"\0\5\x16\7")
+    found = published.named("a-name")
+    assert found and found[0].name == "a-name"
+    assert published.library(tmp_path / "findings") == tuple(found)
+
+
+@pytest.mark.parametrize(
+    "edit, match",
+    [
+        ('WINDOW_PATTERN: "SSSL" -> 5', "both values have to be numbers"),
+        ("MATRIX_LR: 0.04 -> (0.03, 0.02)", "can't be set to"),
+        ("MATRIX_LR: 0.04 -> 0.03; import os", "can't be set to"),
+    ],
+)
+def test_a_value_that_is_no_value_is_refused(edit, match):
+    with pytest.raises(LabError, match=match):
+        edits.read(edit)
 
 
 def test_a_file_is_read():

@@ -51,6 +51,17 @@ def test_the_originals_ledger_becomes_a_session(tmp_path):
     refused(source, elsewhere, "holds another session", "nvidia-h100-80gb")
 
 
+def test_a_ledger_whose_last_line_was_finished_is_imported_again(tmp_path):
+    """Though what was noted of it is no longer said."""
+    source, elsewhere, row = tmp_path / "night.tsv", tmp_path / "home", "bbbb222\t1.2\t1\tkeep\tmore"
+    source.write_text(FIVE + row)
+    there = imported(source, elsewhere, "nvidia-h100-80gb")
+    before = sources.read(there).started
+    source.write_text(FIVE + row + "\ncccc333\t1.1\t1\tkept\twhat?\n")
+    assert imported(source, elsewhere, "nvidia-h100-80gb") == there
+    assert sources.read(there).state.best.number == 2 and sources.read(there).started.notes != before.notes
+
+
 def test_a_row_of_five_columns_is_an_experiment_on_the_best_before_it(tmp_path):
     path = tmp_path / "mar8.tsv"
     path.write_text(ORIGINAL)
@@ -69,6 +80,12 @@ def test_a_row_of_five_columns_is_an_experiment_on_the_best_before_it(tmp_path):
     )
     assert "unconfirmed" in record.started.notes[-1] and record.started.source == "ledger"
     assert [row.get("val_bpb") for row in ledger.rows_of(record.state)] == [0.998, 0.986, 0.987, None, 0.981]
+
+
+def test_a_ledger_that_numbers_its_experiments_is_read(tmp_path):
+    path = tmp_path / "r.tsv"
+    path.write_text("experiment\tcommit\tval_bpb\tmemory_gb\tstatus\tdescription\n0\ta\t1.5\t1\tkeep\tbaseline\n")
+    assert sources.read(path, "nvidia-h100-80gb").state.runs[1].result["val_bpb"] == 1.5
 
 
 def test_a_sessions_own_ledger_is_refused_for_its_export(session, tmp_path):

@@ -370,6 +370,32 @@ def test_the_list_and_the_comparison_have_its_estimates(noisy, monkeypatch, tmp_
     (one,) = comparison.compare([Analysis(sources.of_session(noisy))]).published
     (cell,) = one.change.cells.values()
     assert cell.verdict == "holds" and cell.effect.value == row.effect[0]
+    # What the prior of shared runs pulls to 0 is no sign that less of the effect is left.
+    monkeypatch.setattr(published.Finding, "effect", lambda self, device="": 10 * row.effect[0])
+    (one,) = comparison.compare([Analysis(sources.of_session(noisy))]).published
+    (cell,) = one.change.cells.values()
+    assert cell.verdict == "can't be told" and "shared runs" in cell.why
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_became_of_the_chosen_is_told(noisy, monkeypatch, several):
+    first = block(noisy)
+    supervise(noisy)
+    origin, chosen = first.patches[0].origin, blocks.chosen_of(first)
+    monkeypatch.setattr(blocks, "chosen_of", lambda _: chosen if several else [origin])
+    with opening.exclusive(noisy):
+        joint = blocks.open_joint(noisy, first)
+    supervise(noisy)
+    text = "What v0 does.\ntime: holds\nevidence: fake | 300 | -0.03 bpb | said | somewhere\n\nV0: 1.0 -> 0.5\n"
+    finding = published.read("v0", text)
+    monkeypatch.setattr(published.Finding, "origin", origin)
+    monkeypatch.setattr(published.Finding, "key", origin.rpartition("/")[2])
+    monkeypatch.setattr(published, "library", lambda: (finding,))
+    (row,) = findings.rows(noisy)
+    assert joint.status == "keep" and joint.origin == ("" if several else origin)
+    assert row.here.startswith(
+        "in shared runs, experiment 1; with others in" if several else "experiment 2, keep: holds"
+    )
 
 
 def test_an_edit_that_is_none_is_refused():
