@@ -25,6 +25,7 @@ DEVICE_TREE = Path("/proc/device-tree/model")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")  # of its compute driver: one for each CPU and GPU
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CUDA_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 # Limit, what is used of it, and in memory.stat the files among that: by the files' names in a cgroup of each version.
@@ -173,9 +174,10 @@ def visible_gpus() -> list[str]:
         [entry.strip() for entry in os.environ.get(f"{name}_VISIBLE_DEVICES", "").split(",") if entry.strip()]
         for name in ("CUDA", "HIP", "ROCR")
     )
-    chosen = hip or cuda
+    if not AMD_NODES.exists():  # a scheduler may set them all
+        return cuda
     left = {str(index): entry for index, entry in enumerate(rocr)}
-    return [left.get(entry, entry) for entry in chosen] or rocr
+    return [left.get(entry, entry) for entry in cuda or hip] or rocr
 
 
 def gpu_name(index: int = 0) -> str:

@@ -19,9 +19,6 @@ from backends import bench, machine, trials
 from backends.interface import BackendError
 
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
-KFD_NODES = Path(
-    "/sys/class/kfd/kfd/topology/nodes"
-)  # AMD's compute driver has one for each processor; a GPU has an id
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OTHER_BUILD = (
@@ -93,7 +90,7 @@ def notes(device: torch.device) -> list[str]:
     if device.type != "cpu" or os.environ.get("AUTORESEARCH_DEVICE") or torch.version.hip:
         return []
     with suppress(OSError):
-        if any(int(path.read_text() or 0) for path in KFD_NODES.glob("*/gpu_id")):
+        if any(int(path.read_text() or 0) for path in machine.AMD_NODES.glob("*/gpu_id")):  # 0 for a CPU
             return [
                 f"WARNING: this runs on the CPU. There is an AMD GPU, too, but PyTorch {torch.__version__} was built "
                 "without ROCm: to use it, install PyTorch's build for ROCm, or set AUTORESEARCH_DEVICE=cpu"

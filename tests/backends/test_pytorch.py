@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 
-from backends import bench, trials  # noqa: E402
+from backends import bench, machine, trials  # noqa: E402
 from backends.interface import BackendError  # noqa: E402
 from backends.pytorch import attention, device, random, rotary, runtime, trainer  # noqa: E402
 from backends.pytorch.bench import Bench  # noqa: E402
@@ -63,7 +63,7 @@ def test_a_gpu_that_was_hidden_is_an_error_that_says_so(tmp_path, monkeypatch, w
 
 
 def test_an_amd_gpu_that_pytorch_cannot_use_is_told(tmp_path, monkeypatch, without_cuda):
-    monkeypatch.setattr(device, "KFD_NODES", tmp_path)
+    monkeypatch.setattr(machine, "AMD_NODES", tmp_path)
     processor = torch.device("cpu")
     assert device.notes(processor) == []
     for node, gpu in enumerate((0, 50432)):

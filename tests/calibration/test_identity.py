@@ -432,9 +432,11 @@ def test_a_clock_rate_is_that_of_the_gpu_itself(two_cards, monkeypatch):
         ("GPU-b", "", "", "GPU-b"),
     ],
 )
-def test_rocm_has_other_names_for_what_is_visible(monkeypatch, cuda, hip, rocr, entries):
+def test_rocm_has_other_names_for_what_is_visible(monkeypatch, tmp_path, cuda, hip, rocr, entries):
     for name, value in zip(("CUDA", "HIP", "ROCR"), (cuda, hip, rocr)):
         monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+    assert ",".join(machine.visible_gpus()) == cuda  # NVIDIA's know of no other name
+    monkeypatch.setattr(machine, "AMD_NODES", tmp_path)
     assert ",".join(machine.visible_gpus()) == entries
 
 
