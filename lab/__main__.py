@@ -56,8 +56,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the experiment itself continues. To follow it: python -m lab wait", file=sys.stderr)
+        goes_on = "; the experiment itself continues. To follow it: python -m lab wait" * experimenting()
+        print(f"\ninterrupted{goes_on}", file=sys.stderr)
         return 130
+
+
+def experimenting() -> bool:
+    """Whether an experiment of the session here is under way."""
+    from lab.session.session import at
+    from storage import Stop
+
+    try:
+        return at(Path.cwd()).supervised
+    except (Stop, OSError):  # there is no session
+        return False
 
 
 def judges() -> Path | None:

@@ -102,6 +102,7 @@ TEXTS: dict[str, str] = {
     "weights_lost": "the device that had its weights was lost",
     "device_differs": "the device does not measure as the session's does: {what}",
     "killed": "the harness was killed",
+    "not_begun": "the run could not be begun",
     "disk_full": "the disk was full",
     "paused": "the session was paused",
     "stopped": "the night ended",

@@ -63,19 +63,23 @@ def do_start(options) -> int:
 def do_run(session: Session, options) -> int:
     opening.refuse_if_not_ours(session)
     with opening.exclusive(session, device=True):
-        interrupted = session.state.oldest_open
+        interrupted, own = session.state.oldest_open, False
         if interrupted:
-            options.note = _finished_first(interrupted, f"Your {TRAIN}")
+            own = session.repository.content(interrupted.blob) == session.repository.train()
+            options.note = _finished_first(interrupted, "" if own else f"Your {TRAIN}")
         elif answer := opening.open_change(session, options.message, options.near_misses, options.again):
             options.note = "this was tried before, so the ledger answers; --again runs it all the same"
             return tell(session, options, answer)
         elif others := session.repository.changed():
             print(f"not part of the experiment, and left as they are: {untrusted.listed(others)}", file=sys.stderr)
         process = launch(session)
-    return follow(session, options, process) or ANOTHER * bool(interrupted)
+    return follow(session, options, process) or ANOTHER * bool(interrupted and not own)
 
 
 def _finished_first(interrupted: Experiment, left: str) -> str:
+    """What to say of an experiment that was open, and of what was `left`, if anything."""
+    if not left:
+        return f"experiment {interrupted.number}, this edit, had been interrupted, and was finished"
     return (
         f"experiment {interrupted.number} had been interrupted, and was finished first. {left} was not run: run the "
         "command again"

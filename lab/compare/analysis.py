@@ -161,12 +161,16 @@ class Analysis:
         """The mean of a figure of its runs, see effects.quantity."""
         return effects.mean(self.counted[experiment.number], name) if experiment else None
 
-    def step(self, experiment: Experiment) -> float | None:
-        """val_bpb minus the parent's, as the session saw them, as a share of the parent's: below 0 is better."""
+    def difference(self, experiment: Experiment) -> float | None:
+        """val_bpb minus the parent's, as the session saw them: below 0 is better."""
         if experiment.onto not in self.scores or experiment.number not in self.scores:
             return None
-        score, before = self.scores[experiment.number], self.scores[experiment.onto]
-        return (score - before) / before
+        return self.scores[experiment.number] - self.scores[experiment.onto]
+
+    def step(self, experiment: Experiment) -> float | None:
+        """The difference as a share of the parent's val_bpb."""
+        difference = self.difference(experiment)
+        return None if difference is None or experiment.onto is None else difference / self.scores[experiment.onto]
 
     def effect(self, experiment: Experiment) -> Effect | None:
         """The effect of a change on its parent, in its own session; None where one of them has no score."""

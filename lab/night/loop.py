@@ -24,7 +24,6 @@ from lab.night import agent, findings, limits, notify, offers, prompt, proposer,
 from lab.night.plan import SCALE_RUNS, scale_takes
 from lab.night.turns import Turns
 from lab.night.view import Now, View
-from lab.reasons import because
 from lab.session.events import NIGHT_EVENTS, NightBegan, NightEnded, TurnTaken
 from lab.session.journal import Journal
 from lab.session.session import Session
@@ -249,7 +248,8 @@ class Night:
             raise
         except (storage.Stop, Exception) as error:
             events, ended = len(session.journal.events), [run for run in session.state.runs.values() if run.ended]
-            stuck = events == self._events or bool(ended) and ended[-1].reason == because("disk_full")
+            last = ended[-1].reason if ended else None
+            stuck = events == self._events or last is not None and last.code in ("disk_full", "not_begun")
             self._failures, self._events = self._failures if stuck else 0, events
             if self.stopping or self._failures == len(AGAIN_AFTER):
                 raise

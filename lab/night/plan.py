@@ -30,7 +30,7 @@ from lab.session.events import NIGHT_EVENTS
 from lab.session.journal import Journal
 from lab.session.repository import Repository
 from lab.session.session import PREFIX, Session, at, folder_of
-from lab.session.start import checked_profile, identified, start
+from lab.session.start import checked_profile, identified, refuse_leftover, refuse_tag, start
 from lab.session.state import BESIDE
 from lab.untrusted import counted
 from lab.verdict.plan import SCALES
@@ -161,7 +161,9 @@ def checked_out(repository: Repository, asked: str | None) -> tuple[Session | No
             )
         return session, session.started.tag
     repository.refuse_uncommitted()
-    return None, asked or time.strftime("%b%d").lower()
+    tag = asked or time.strftime("%b%d").lower()
+    refuse_tag(tag)
+    return None, tag
 
 
 def refuse_if_taken(repository: Repository, name: str) -> None:
@@ -172,6 +174,7 @@ def refuse_if_taken(repository: Repository, name: str) -> None:
         if session.local.repository == str(repository.path):
             there = f"to continue it: git switch {session.branch}, then the same command"
         raise LabError(f"there is a session {session.started.tag} already: {there}. To begin another: --tag NAME")
+    refuse_leftover(repository, f"{PREFIX}{name}")
 
 
 def dataset(asked: str | None) -> tuple[str, list[str]]:

@@ -330,7 +330,7 @@ def _columns(analysis: Analysis, experiments: list[Experiment]) -> list[tuple[st
     tokens = [analysis.mean(e, "tokens") for e in experiments]
     return [
         ("val_bpb", "n", shown([analysis.scores.get(e.number) for e in experiments], ".6f")),
-        ("against parent", "n", shown(list(map(analysis.step, experiments)), "+.6f")),
+        ("against parent", "n", shown(list(map(analysis.difference, experiments)), "+.6f")),
         ("runs", "n few more", [str(len(analysis.judged[e.number]) or "–") for e in experiments]),
         ("kind", "more", [kind_of(e) for e in experiments]),
         ("tokens, M", "n more", shown([None if value is None else value / 1e6 for value in tokens])),

@@ -53,8 +53,7 @@ def start(
     """
     if runs < 1:
         raise LabError("the baseline needs at least one run")
-    if not is_tag(tag):
-        raise LabError(f"{tag!r} can't be a tag: use letters, digits, dots, dashes and underscores, such as nov21")
+    refuse_tag(tag)
     repository = Repository(path)
     repository.some_branch()
     commit = repository.commit_of("HEAD")
@@ -81,10 +80,7 @@ def start(
     gpu = "" if described else which_gpu(hardware.kind)
     if not described:
         refuse_if_busy(device_lock(hardware.slug, gpu))
-    if repository.commit_of(f"refs/heads/{branch}") not in (None, commit):
-        raise LabError(
-            f"there is a branch {branch} already, without its session; delete or rename it, or choose another tag"
-        )
+    refuse_leftover(repository, branch)
     passed_on = () if described else sessions.PASSED_ON
     settings = {name: os.environ[name] for name in passed_on if os.environ.get(name)}
     if library := settings.get("AUTORESEARCH_FA3_LIBRARY"):  # runs have a home and a working folder of their own
@@ -150,6 +146,20 @@ def identified() -> Hardware:
         return backends.identify()
     except BackendError as error:
         raise LabError(str(error)) from error
+
+
+def refuse_tag(tag: str) -> None:
+    """LabError if a session can't be called so."""
+    if not is_tag(tag):
+        raise LabError(f"{tag!r} can't be a tag: use letters, digits, dots, dashes and underscores, such as nov21")
+
+
+def refuse_leftover(repository: Repository, branch: str) -> None:
+    """LabError if there is such a branch, which a session without its folder has left, with commits of its own."""
+    if repository.commit_of(f"refs/heads/{branch}") not in (None, repository.commit_of("HEAD")):
+        raise LabError(
+            f"there is a branch {branch} already, without its session; delete or rename it, or choose another tag"
+        )
 
 
 def which_gpu(kind: str) -> str:

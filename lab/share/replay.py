@@ -17,10 +17,10 @@ from lab import untrusted
 from lab.compare import effects, published
 from lab.compare.published import Finding
 from lab.errors import LabError
-from lab.genome import edits
+from lab.genome import block, edits
 from lab.genome.change import diff
 from lab.genome.merge import Conflict, merged
-from lab.genome.syntax import describe, normalised, with_ends_of
+from lab.genome.syntax import describe, normalised, text_of, with_ends_of
 from lab.session.record import Record
 from lab.session.session import Session
 from lab.session.state import MEASURING, Experiment
@@ -129,6 +129,9 @@ def look(session: Session, candidate: Candidate, onto: Experiment, here: bytes, 
             digest = describe(content).digest
         except LabError as error:
             candidate.why = f"it would make train.py here invalid Python: {error}"
+            return
+        if name := block.too_small(text_of(content), session.profile["settings"]):
+            candidate.why = f"does not apply: {name} would be too small on this device"
             return
         if digest == describe(here).digest:
             candidate.why = "changes nothing: train.py here has it already"

@@ -192,7 +192,8 @@ def carry_out(session: Session, order: Order) -> None:
     try:
         made = runner.run(request(session, run))
     except (Exception, storage.Stop) as error:  # the next attempt makes another run
-        ended(session, run, Outcome("lost", because("disk_full" if storage.disk_full(error) else "killed")))
+        why = "not_begun" if isinstance(error, storage.Stop) else "killed"
+        ended(session, run, Outcome("lost", because("disk_full" if storage.disk_full(error) else why)))
         raise
     if changed := session.restore_judge():
         made.status, made.reason = "invalid", because("changed_judge", files=", ".join(changed[:3]))

@@ -27,7 +27,7 @@ FAILED = ("crash", "invalid")
 TRIES = 3  # of a parent that fails, of a harness that does
 AGREES = 1e-4  # bits per byte between a run's own score and that of its weights in another process
 MOST_LOST = 5  # runs of one experiment that the harness did not survive
-BLAMELESS = (*HELD, "disk_full")  # reasons of lost runs that are none of those
+BLAMELESS = (*HELD, "disk_full", "not_begun")  # reasons of lost runs that are none of those
 SUSPECT = 2  # devices that are lost while they run an experiment
 # Kinds with many runs, of files that are proven or differ: what was lost since the last sound one counts.
 PROVEN = ("baseline", "confirm", "scale", "shared")

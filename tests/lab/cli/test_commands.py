@@ -189,10 +189,21 @@ def test_what_was_not_run_has_another_exit_status(session, capsys, monkeypatch):
     with opening.exclusive(session):
         opening.open_change(session, "m")
     monkeypatch.setattr(commands, "launch", executor.supervise)
+    (session.repository.path / "train.py").write_bytes(edited(LOSS=0.8))
     assert commands.do_run(session, parsed(["run", "-m", "x"])) == commands.ANOTHER
     assert "run the command again" in capsys.readouterr().out
     (session.repository.path / "train.py").write_bytes(edited(LOSS=0.8))
     assert commands.do_run(session, parsed(["run", "-m", "x"])) == 0
+
+
+def test_an_interrupted_run_that_is_asked_for_again_is_finished(session, capsys, monkeypatch):
+    (session.repository.path / "train.py").write_bytes(edited(LOSS=0.9))
+    with opening.exclusive(session):
+        opening.open_change(session, "m")
+    monkeypatch.setattr(commands, "launch", executor.supervise)
+    assert commands.do_run(session, parsed(["run", "-m", "m"])) == 0
+    out = capsys.readouterr().out
+    assert "experiment 1, this edit, had been interrupted, and was finished" in out and "again" not in out
 
 
 def test_a_check_during_ones_own_run_says_to_wait_for_it(session, monkeypatch):

@@ -18,7 +18,7 @@ from lab.session.session import Session
 from lab.session.events import NIGHT_EVENTS, ExperimentDecided, NightEnded, TurnTaken, Verdict
 from lab.verdict import executor
 from lab.verdict.opening import facts_of_change, open_change
-from lab.verdict.plan import orders
+from lab.verdict.plan import MOST_LOST, orders
 
 
 class Killed(BaseException):
@@ -293,6 +293,25 @@ def test_a_disk_that_stays_full_ends_the_night_and_no_experiment(session, propos
         with pytest.raises(LabError, match="free some space"):
             one.run()
     assert one.journal.events[-1].why.startswith("trouble: the disk of ") and session.state.last.decided is None
+    executor.supervise(session)
+    assert session.state.last.status == "keep"
+
+
+def test_data_that_is_gone_ends_the_night_and_no_experiment(session, proposals, monkeypatch):
+    proposals.append(edited(LOSS=0.9))
+
+    def gone(request):
+        raise storage.DataError("dataset tiny is not there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.run.runner.run", gone)
+        one = night(session)
+        with pytest.raises(storage.DataError, match="is not there"):
+            one.run()
+        for _ in range(MOST_LOST):  # asked for again by hand
+            with pytest.raises(storage.DataError, match="is not there"):
+                executor.supervise(session)
+    assert session.state.last.decided is None and session.state.last.runs[-1].reason == because("not_begun")
     executor.supervise(session)
     assert session.state.last.status == "keep"
 

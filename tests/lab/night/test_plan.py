@@ -22,7 +22,7 @@ from lab.night import plan as plans
 from lab.reasons import because
 from lab.run import sandbox
 from lab.session.events import ExperimentApplied, ExperimentDecided, ExperimentOpened, RunEnded, RunStarted, Verdict
-from lab.session.session import Session
+from lab.session.session import PREFIX, Session
 from lab.verdict.executor import supervise
 
 PROFILE = json.loads((ROOT / "calibration" / "profiles" / "cpu-amd-epyc-2c-24gb-sdpa.json").read_text())
@@ -171,6 +171,17 @@ def test_it_does_not_begin_another_beside_a_session_unasked(tmp_path, runner, tr
     elsewhere = sessions.repository(tmp_path / "elsewhere")
     with pytest.raises(LabError, match=f"belongs to {tree.path}"):
         planned(elsewhere, tag="mine")
+
+
+def test_a_tag_that_can_not_be_is_refused_before_anything_is_made(tree, data, calibrated):
+    with pytest.raises(LabError, match="'a tag' can't be a tag: use letters"):
+        planned(tree, tag="a tag")
+    assert planned(tree, tag="mine").session is None
+    git(tree.path, "switch", "-qc", f"{PREFIX}{backends.identify().slug}/mine")
+    git(tree.path, "commit", "-q", "--allow-empty", "-m", "of a session whose folder is gone")
+    git(tree.path, "switch", "-q", "main")
+    with pytest.raises(LabError, match="without its session; delete or rename it"):
+        planned(tree, tag="mine")
 
 
 def test_a_start_that_was_interrupted_is_begun_again(tree, data, calibrated, commands):

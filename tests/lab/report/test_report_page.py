@@ -69,6 +69,14 @@ def data_of(found):
     return json.loads(next(text for text in found.texts["script"] if text.startswith("{")))
 
 
+def test_differences_to_the_parent_are_in_bits_per_byte():
+    one = session(6)
+    columns = {head: texts for head, _, texts in page._columns(one, list(one.experiments.values())[1:])}
+    first = one.scores[1] - one.scores[0]
+    assert columns["against parent"][0] == f"{first:+.6f}".replace("-", "−") and abs(first) > 0.001
+    assert one.step(one.experiments[1]) == pytest.approx(first / one.scores[0])
+
+
 # --- Nothing hostile gets out ---
 
 

@@ -301,6 +301,14 @@ def test_an_edit_of_the_users_is_left_alone(session, tmp_path, capsys):
     assert (session.repository.path / "train.py").read_bytes() == mine and of(session)[0].status == "keep"
 
 
+def test_what_would_leave_nothing_to_train_does_not_apply(tmp_path, capsys, runner):
+    base = b"DEPTH = 2\n" + BASE
+    session = begun(tmp_path / "here", base)
+    source = foreign(tmp_path, (base.replace(b"DEPTH = 2", b"DEPTH = 0"), "keep", False), base=base)
+    assert "does not apply: DEPTH would be too small on this device" in replayed(session, source, capsys)
+    assert not of(session)
+
+
 # --- More runs ---
 
 
