@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -238,6 +240,8 @@ def intact_parts(folder: Path, source: Source, keys: dict[str, str], pool: Threa
     if old["origin"] != source.origin:
         raise DataError(f"{source.name} was prepared from {old['origin']}; choose another name with --name")
     try:
+        if any(stem in keys and part["key"] != keys[stem] for stem, part in old["parts"].items()):
+            refuse_if_used(old)
         parts = {stem: part for stem, part in old["parts"].items() if part["key"] == keys.get(stem)}
         stems, paths, known = [], [], []
         for stem, part in parts.items():
@@ -253,6 +257,22 @@ def intact_parts(folder: Path, source: Source, keys: dict[str, str], pool: Threa
         print(f"{folder / 'manifest.json'} is damaged; all is made again")
         return {}
     return parts if "tokenizer" in parts else {}  # its tokens are in all other parts
+
+
+def refuse_if_used(manifest: dict) -> None:
+    """DataError if a session of this home rests on a dataset, which would be replaced by what its folders hold now."""
+    used = []
+    for journal in sorted(home().glob("sessions/*/*/journal.jsonl")):
+        with suppress(OSError, ValueError), open(journal, encoding="utf-8") as file:
+            begun = json.loads(file.readline())
+            if (begun.get("dataset"), begun.get("eval")) == (manifest["name"], manifest.get("eval_tag")):
+                used.append("/".join(journal.parts[-3:-1]))
+    if used:
+        raise DataError(
+            f"{manifest['name']} was prepared from other text than there is now, and this rests on it: "
+            f"{', '.join(used[:3])}{', ...' * (len(used) > 3)}. Choose another name with --name; to replace it all the "
+            f"same, after which these sessions can't go on, first remove {home() / 'data' / manifest['name']}"
+        )
 
 
 def finish(folder: Path, manifest: dict, eval_rows: tuple[int, ...], full: bool) -> None:

@@ -17,7 +17,7 @@ import corpus
 import dataset
 import prepare
 import sources
-from storage import DataError
+from storage import DataError, home
 
 ROOT = os.path.dirname(corpus.__file__)
 
@@ -152,6 +152,22 @@ def test_two_datasets_of_one_name(tmp_path, texts, capsys):
     prepared("--dataset", write_files(tmp_path / "a" / "notes", texts))
     assert "choose another name with --name" in fails(capsys, "--dataset", write_files(tmp_path / "b" / "notes", texts))
     assert "--name" in fails(capsys, "--dataset", tmp_path / "a" / "notes", "--name", "stdlib")
+
+
+def test_what_a_session_rests_on_is_not_replaced_by_a_folder_that_has_changed(tmp_path, texts, capsys):
+    folder = write_files(tmp_path / "notes", texts)
+    data = prepared("--dataset", folder)
+    session = home() / "sessions" / "cpu" / "night"
+    session.mkdir(parents=True)
+    begun = {"event": "session", "dataset": "notes", "eval": data.eval_tag}
+    (session / "journal.jsonl").write_text(f"{json.dumps(begun)}\n")
+    prepared("--dataset", folder)  # nothing has changed
+    (folder / "another.txt").write_text(texts[0] * 2)
+    assert "this rests on it: cpu/night. Choose another name" in fails(capsys, "--dataset", folder)
+    assert dataset.open_data("notes").eval_tag == data.eval_tag
+    prepared("--dataset", folder, "--name", "newer")
+    (session / "journal.jsonl").write_text("no journal\n")
+    assert prepared("--dataset", folder).eval_tag != data.eval_tag
 
 
 # ---- parquet ----
