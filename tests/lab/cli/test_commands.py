@@ -212,6 +212,20 @@ def test_a_check_during_ones_own_run_says_to_wait_for_it(session, monkeypatch):
         commands.do_check(parsed(["check"]))
 
 
+def test_a_check_in_a_turn_beside_a_run_only_reads(session, monkeypatch, capsys):
+    """`lab wait` is nothing that an agent may ask for."""
+    monkeypatch.chdir(session.repository.path)
+    monkeypatch.setenv("LAB_TURN", "1")
+    (session.repository.path / "train.py").write_bytes(edited(LOSS=0.9) + b"import torch\n")
+    with session.lock:
+        assert commands.do_check(parsed(["check"])) == 0
+        out = capsys.readouterr().out
+        assert "torch" in out and "it was only read, and not tried" in out
+        (session.repository.path / "train.py").write_bytes(b"def\n")
+        with pytest.raises(LabError, match="line 1"):
+            commands.do_check(parsed(["check"]))
+
+
 def test_one_run_at_a_time_on_a_device(session, tmp_path):
     with session.device_lock, pytest.raises(LabError, match="another session"):
         refuse_if_busy(Session(session.folder).device_lock)
