@@ -89,7 +89,13 @@ def reproduce(record: Record, number: int, pairs: int, say: Callable[[str], None
         shutil.rmtree(folder, ignore_errors=True)  # nothing was run there
         raise
     say(f"the parent of experiment {number}, as a baseline")
-    step(*lab, "start", tag, "--baseline-runs", "1", "--wait", "1e9", *["--unsandboxed"] * (not record.started.sandbox))
+    unsandboxed = ["--unsandboxed"] * (not record.started.sandbox)
+    try:
+        step(*lab, "start", tag, "--baseline-runs", "1", "--wait", "1e9", *unsandboxed)
+    except LabError:
+        if not any(storage.home().glob(f"sessions/*/{tag}/session.json")):  # none began: the device was busy, say
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     change = folder.with_suffix(".py")
     change.write_bytes(after)
     say(f"the change against it, {pairs} pairs of runs: {one_line(experiment.description, 80)}")

@@ -125,3 +125,15 @@ def test_a_clone_that_fails_is_removed_and_it_is_the_sessions_repository_that_is
         with pytest.raises(LabError, match="git clone --quiet --no-checkout failed"):
             reproduce.reproduce(record, 1, 2, lambda line: None)
     assert own and cloned[0][4] == own.local.repository != str(elsewhere.path)
+
+
+def test_what_could_not_be_begun_can_be_asked_for_again(record, monkeypatch):
+    """As the device is busy, say."""
+    run = subprocess.run
+    busy = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(
+        reproduce.subprocess, "run", lambda command, **more: busy if "lab" in command else run(command, **more)
+    )
+    for _ in range(2):
+        with pytest.raises(LabError, match="lab start failed"):
+            reproduce.reproduce(record, 1, 2, lambda line: None)
