@@ -24,7 +24,7 @@ from lab.genome import block
 from lab.genome.syntax import comments, definitions
 
 STEP = re.compile(r"(?P<name>(?P<base>[A-Z][A-Z0-9_]*)(?:\[\d\])?): (?P<old>.+) -> (?P<new>.+)")
-HEADS = ("def ", "async def ", "class ")
+BEGINNINGS = ("def ", "async def ", "class ")
 WIDER = 30  # times, at most, that bounds are widened for a step: they are where a search begins
 
 
@@ -111,7 +111,7 @@ class Swap:
         if len(places) != 1:
             where = f"is {len(places)} times in" if places else "is not in the code of"
             raise NotHere(f"{head!r} {where} {self.definition}")
-        if text.lstrip().startswith("@") and head.startswith(HEADS) and not self.new.strip().startswith(head):
+        if text.lstrip().startswith("@") and head.startswith(BEGINNINGS) and not self.new.strip().startswith(head):
             raise NotHere(f"{self.definition} has a decorator here, which would be another's")
         return source[: places[0]] + self.new + source[places[0] + len(self.old) :]
 
