@@ -536,8 +536,8 @@ def measured(clock: Clock) -> dict:
 
 
 def plain(value) -> Any:
-    """A fact as JSON can hold it: arrays are lists, one of one number is that number, one that is not finite is None.
-    What JSON has no word for is told as text."""
+    """A fact as JSON can hold it: arrays are lists, those without dimensions their number, and None is one that is not
+    finite. What JSON has no word for is told as text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]

@@ -42,7 +42,12 @@ class Idea:
 
 def tried(state: State) -> dict[str, Experiment]:
     """What became of changes from elsewhere: the last experiment with each, by the id that its origin ends with."""
-    return {e.key: e for e in state.attempts if e.origin and e.kind not in MEASURING}
+    return {e.key: e for e in _attempts(state)}
+
+
+def _attempts(state: State) -> list[Experiment]:
+    """Experiments with changes from elsewhere."""
+    return [e for e in state.attempts if e.origin and e.kind not in MEASURING]
 
 
 def _key(origin: str) -> str:
@@ -68,7 +73,7 @@ def ideas(session: Session, least: float = LIKELY, drawn: Callable[[float], floa
     calibrated = session.profile["settings"]
     found: list[tuple[float, str, str, Callable[[], bytes]]] = []
     first = blocks.plainly_good(state)  # a block has tried it, and said that it is worth its own experiment
-    known = {e.key for e in state.attempts if e.origin and e.kind not in MEASURING and not e.kept_beside}
+    known = {e.key for e in _attempts(state) if not e.kept_beside}
     known |= {_key(origin) for origin in blocks.screened(state) if origin != first}
     for one in untried(session, MOST_TRIED):
         gain = one.change.gain or 0.0

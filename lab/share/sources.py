@@ -116,14 +116,14 @@ def find(source: str, device: str | None = None) -> tuple[Files, Record]:
 
 def _grown(journal: bytes, known: bytes) -> bool:
     """Whether a journal goes on where another ends; what was noted of their ledgers may differ."""
-    if journal == known or journal.startswith(known):
+    if journal.startswith(known):
         return journal != known
-    firsts, rests = zip(*((first, rest) for first, _, rest in (each.partition(b"\n") for each in (journal, known))))
+    (first, _, rest), (first_before, _, rest_before) = journal.partition(b"\n"), known.partition(b"\n")
     try:
-        begun, before = ({**json.loads(first), "notes": None} for first in firsts)
+        begun, before = ({**json.loads(line), "notes": None} for line in (first, first_before))
     except ValueError:
         return False
-    return begun == before and begun.get("source") == "ledger" and rests[0].startswith(rests[1])
+    return begun == before and begun.get("source") == "ledger" and rest.startswith(rest_before)
 
 
 def import_session(source: str, device: str | None = None) -> Path:
