@@ -1,10 +1,10 @@
 """What to try next, from few trials of many parameters around something good: small steps, which a model ranks.
 
-Steps from the best point are drawn as large as those that helped in published ledgers (findings/steps.tsv, fitted by
-benchmarks/steps.py), one parameter at a time at first, several once there are trials to learn from. How far they reach
-is a trust region, which the caller widens and narrows; some are drawn from anywhere, more of them the more trials
-there are. A Gaussian process through all trials says how much each is expected to improve. benchmarks/proposer.py
-compares it with random search.
+Steps from the best point are drawn in one to three parameters, as large as those that helped in published ledgers
+(findings/steps.tsv, fitted by benchmarks/steps.py). How far they reach is a trust region, which the caller widens and
+narrows. More and more of them, in the end almost half, are drawn from anywhere: these tell the model of the whole. A
+Gaussian process through all trials says how much each is expected to improve. benchmarks/proposer.py compares it with
+random search.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ NAMED = (
     (r"BATCH", "batch"),
 )
 SHAPES = re.compile(r"ASPECT_RATIO|MLP_RATIO|KV_RATIO")
-AT_ONCE = 3  # parameters that change, at most
-ALONE = 6  # trials, before more than one does
+AT_ONCE = 3  # parameters that change, at most. What one of them does by itself, noise would hide
 FURTHEST = 1.5  # median steps: how far one goes where the trust region is as it begins
-ANYWHERE, SURE = 0.35, 200.0  # share of steps to anywhere, at most; one for as many trials
+ANYWHERE, AFTER = 0.45, 20  # share of steps to anywhere, at most, and after how many trials
 DRAWN = 300  # steps
 LENGTH = 0.35  # of the distance between bounds, over which scores are alike
 MOST = 200  # trials that are looked at: the best half, and the latest
@@ -117,14 +116,13 @@ def ranked(
 
 
 def _step(best: Point, good: list[Point], choices: dict, steps: dict, reach: float, trials: int, rng) -> Point:
-    """The best point with one parameter changed, or with up to three: by a step, or to what another good trial has."""
+    """The best point with one to three parameters changed: by a step, or to what another good trial has."""
     step, names = dict(best), list(choices)
     chances = np.array([steps[name].helped for name in names])
-    several = trials > ALONE
-    count = min(len(names), rng.integers(1, AT_ONCE + 1) if several else 1)
-    anywhere = min(ANYWHERE, trials / SURE)
+    count = min(len(names), rng.integers(1, AT_ONCE + 1))
+    anywhere = ANYWHERE * min(1.0, trials / AFTER)
     for name in map(str, rng.choice(names, count, replace=False, p=chances / chances.sum())):
-        if several and rng.random() < 0.25:
+        if rng.random() < 0.25:
             step[name] = good[rng.integers(len(good))][name]
         elif choices[name]:
             step[name] = int(rng.integers(choices[name]))

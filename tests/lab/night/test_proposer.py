@@ -175,14 +175,14 @@ def test_a_model_is_not_trained_again_under_another_spelling(ours, monkeypatch):
 
 
 def test_first_steps_stay_near_home(ours, monkeypatch):
-    """One variable at a time, by no more than published steps that helped."""
+    """Each variable by no more than published steps that helped."""
     monkeypatch.setattr(proposer.findings, "ideas", lambda *_, **__: iter(()))
     for _ in range(3):
         proposal = proposer.propose(ours)
         before = {v.name: v for v in proposer.read(ours, ours.repository.content(ours.state.best.blob).decode())}
         after = {v.name: v for v in proposer.read(ours, proposal.content.decode())}
         changed = [v for v in before.values() if after[v.name].value != v.value]
-        assert len(changed) == 1
+        assert 1 <= len(changed) <= sampler.AT_ONCE
         for v in changed:
             most = sampler.FURTHEST * proposer.step_of(v).size
             assert v.kind == "choice" or abs(v.place(after[v.name].value) - v.place(v.value)) < 1.5 * most + 0.02
