@@ -180,7 +180,7 @@ def test_what_a_graph_makes_is_not_kept(backend, monkeypatch):
     monkeypatch.setattr(attention, "_masks", {})
     monkeypatch.setattr(attention, "_distances_made", {})
     monkeypatch.setattr(rotary, "_tables", {})
-    x, bias = torch.randn(2, 80, 4, 32), torch.randn(4, 20)
+    x, bias = (torch.randn(shape, device=runtime.device) for shape in ((2, 80, 4, 32), (4, 20)))
 
     def call(x):
         q = backend.ops.rope(x, 1234)
