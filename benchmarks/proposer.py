@@ -4,15 +4,15 @@
     python benchmarks/proposer.py --record MINUTES [--trials FILE] [--together 8 --gpus 2]    # on the dataset in use
 
 Recorded are short trials of train.py with configurations drawn at random from its block: an eighth of them everywhere
-within the bounds (of the first ones a quarter), the others in one to eight variables; on a CPU with rows of 256 tokens.
-Time is counted, not measured, so that other work on the machine, other trials too, doesn't matter: so much for each
-floating-point operation, and for each parameter updated. In the first trials of recorded_trials.tsv (clock:
-"processor") it was 6 s of processor time instead; they only say how much better or worse than the default, under the
-same clock, another configuration is.
+within the bounds, an eighth the default, the others in one to eight variables. Time is counted, not measured, so that
+other work on the machine, other trials too, doesn't matter: so much for each floating-point operation, and for each
+parameter updated.
 
 A Gaussian process through the trials stands for training: its mean is a configuration's true score, to which a run adds
-normal noise with the standard deviation between recorded seeds. The verdict is the lab's: gate.next_step asks for runs,
-keeps or discards; the proposer sees a session's state, as in a real night. Its opponents:
+normal noise with the standard deviation between recorded seeds. It is fitted to asinh of how much worse than the
+default a configuration is, in units of WARP: far from the default only the order of magnitude counts, and seeds differ
+by more. The verdict is the lab's: gate.next_step asks for runs, keeps or discards; the proposer sees a session's state,
+as in a real night. Its opponents:
 
     random search   draws every variable of each experiment anew, uniformly within the same bounds
     random steps    changes one to three variables of the best, as the proposer does, but at random
@@ -79,11 +79,12 @@ COUNTED = {
     "cpu": Counted((2, 8, 2048, "SL"), 256, 64, 7.0, 2e11, 2e-8),  # one core's
     "cuda": Counted((4, 32, 2**16, "L"), 2048, 256, 5.0, 3.8e14, 3e-11),  # an H200's
 }
-LONGEST = 300  # seconds of a trial, by the wall
+LONGEST = 600  # seconds of a trial, by the wall, with what it compiles
 NOT_COUNTED = 77  # exit status of a trial whose time was not the counted one
 BASELINE_RUNS = 3
 STEPS = 3  # variables that change at once, at most
 FAR_WORSE = 1.05  # times the default's score
+WARP = 0.05  # bits per byte beside the default's score, where its scale goes over from linear to logarithmic
 ARMS = ("proposer", "random search", "random steps")
 
 
@@ -101,7 +102,7 @@ def record(options) -> None:
     with open(options.trials, "a", newline="") as file, ThreadPoolExecutor(options.together) as pool:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         if new:
-            out.writerow(["clock", "val_bpb", "steps", "seed", *(variable.name for variable in variables)])
+            out.writerow(["val_bpb", "steps", "seed", *(variable.name for variable in variables)])
         under_way, numbers = {}, itertools.count(first)
         while under_way or time.monotonic() < end:
             while len(under_way) < options.together and time.monotonic() < end:
@@ -114,7 +115,7 @@ def record(options) -> None:
                     under_way[pool.submit(trial, block.write(text, values), seed, number % options.gpus)] = seed, values
             for done in wait(under_way, return_when=FIRST_COMPLETED).done:
                 (bpb, steps), (seed, values) = done.result(), under_way.pop(done)
-                out.writerow(["counted", bpb, steps, seed, *(values.get(one.name, one.value) for one in variables)])
+                out.writerow([bpb, steps, seed, *(values.get(one.name, one.value) for one in variables)])
                 file.flush()
 
 
@@ -223,8 +224,9 @@ class Surrogate:
 
     Attributes:
         variables: of the block. start: val_bpb of the default. noise: standard deviation between seeds of one
-            configuration, known with `df` degrees of freedom. trials: how many were recorded.
-        x, y, variances: of each configuration, its coordinates, how much worse than the default it is, how well known.
+            configuration as good as that, known with `df` degrees of freedom. trials: how many were recorded.
+        x, y, variances: of each configuration, its coordinates, how much worse than the default it is (asinh, in units
+            of WARP), how well known.
         r2: of what is predicted for configurations left out, a tenth at a time. kernel: (length, share of the sum).
     """
 
@@ -237,19 +239,15 @@ class Surrogate:
             places = tuple(
                 one.place(row[one.name] if one.kind == "choice" else float(row[one.name])) for one in variables
             )
-            groups.setdefault((row["clock"], places), []).append(float(row["val_bpb"]))
-        default = tuple(one.place(one.value) for one in variables)
-        starts = {clock: statistics.fmean(group) for (clock, places), group in groups.items() if places == default}
-        self.start, self.trials, variance = starts["counted"], len(rows), {}
-        for clock in starts:
-            repeats = [group for (one, _), group in groups.items() if one == clock and len(group) > 1]
-            df = sum(len(group) - 1 for group in repeats)
-            variance[clock] = sum(statistics.variance(group) * (len(group) - 1) for group in repeats) / df
-            if clock == "counted":
-                self.noise, self.df = math.sqrt(variance[clock]), df
-        self.x = self.spread(np.array([places for _, places in groups]))
-        self.y = np.array([statistics.fmean(group) - starts[clock] for (clock, _), group in groups.items()])
-        self.variances = np.array([variance[clock] / len(group) for (clock, _), group in groups.items()])
+            groups.setdefault(places, []).append(float(row["val_bpb"]))
+        self.start, self.trials = statistics.fmean(groups[tuple(one.place(one.value) for one in variables)]), len(rows)
+        warped = [np.arcsinh((np.array(group) - self.start) / WARP) for group in groups.values()]
+        self.df = sum(len(group) - 1 for group in warped)
+        variance = sum(((group - group.mean()) ** 2).sum() for group in warped) / self.df
+        self.noise = WARP * math.sqrt(variance)
+        self.x = self.spread(np.array(list(groups)))
+        self.y = np.array([group.mean() for group in warped])
+        self.variances = np.array([variance / len(group) for group in warped])
         self.mean, self.sd = self.y.mean(), self.y.std()
         self.r2, self.kernel = max(
             (self.held_out(kernel), kernel)
@@ -286,7 +284,9 @@ class Surrogate:
         """The score of a train.py."""
         values = {one.name: one.value for one in block.read(text)}
         x = self.spread(np.array([[one.place(values[one.name]) for one in self.variables]]))
-        return self.start + float(self.mean + self.sd * (self.covariance(x, self.x) @ self.weights)[0])
+        return self.start + WARP * math.sinh(
+            self.mean + self.sd * float((self.covariance(x, self.x) @ self.weights)[0])
+        )
 
 
 # --- Nights ---
@@ -439,7 +439,8 @@ def main() -> None:
     print(
         f"{surrogate.trials} trials of {len(surrogate.y)} configurations; held-out R2 {surrogate.r2:.3f}, kernel "
         f"{surrogate.kernel}; noise {surrogate.noise:.4f} ({surrogate.df} degrees of freedom); the default has "
-        f"{start:.4f}, others {surrogate.y.min():+.4f} to {surrogate.y.max():+.4f} beside it"
+        f"{start:.4f} ({surrogate.start:.4f} recorded), others {WARP * math.sinh(surrogate.y.min()):+.4f} to "
+        f"{WARP * math.sinh(surrogate.y.max()):+.4f} beside it"
     )
     surrogate.noise *= options.noise
     began, ends = time.monotonic(), {}
@@ -461,7 +462,7 @@ def main() -> None:
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
-    for arm in options.arms[1:]:
+    for arm in options.arms[1:] if options.arms[0] == ARMS[0] else ():
         difference = ends["proposer"] - ends[arm]
         wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
         print(
