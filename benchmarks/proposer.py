@@ -219,6 +219,15 @@ def drawn(variable: block.Variable, rng):
 # --- What stands for training ---
 
 
+def warp(worse):
+    """Differences in bits per byte, on the scale of the fit."""
+    return np.arcsinh(worse / WARP)
+
+
+def unwarp(warped):
+    return WARP * np.sinh(warped)
+
+
 class Surrogate:
     """A Gaussian process through recorded trials: a sum of one smooth function of each variable, and one of all.
 
@@ -241,7 +250,7 @@ class Surrogate:
             )
             groups.setdefault(places, []).append(float(row["val_bpb"]))
         self.start, self.trials = statistics.fmean(groups[tuple(one.place(one.value) for one in variables)]), len(rows)
-        warped = [np.arcsinh((np.array(group) - self.start) / WARP) for group in groups.values()]
+        warped = [warp(np.array(group) - self.start) for group in groups.values()]
         self.df = sum(len(group) - 1 for group in warped)
         variance = sum(((group - group.mean()) ** 2).sum() for group in warped) / self.df
         self.noise = WARP * math.sqrt(variance)
@@ -284,9 +293,7 @@ class Surrogate:
         """The score of a train.py."""
         values = {one.name: one.value for one in block.read(text)}
         x = self.spread(np.array([[one.place(values[one.name]) for one in self.variables]]))
-        return self.start + WARP * math.sinh(
-            self.mean + self.sd * float((self.covariance(x, self.x) @ self.weights)[0])
-        )
+        return self.start + float(unwarp(self.mean + self.sd * (self.covariance(x, self.x) @ self.weights)[0]))
 
 
 # --- Nights ---
@@ -439,8 +446,8 @@ def main() -> None:
     print(
         f"{surrogate.trials} trials of {len(surrogate.y)} configurations; held-out R2 {surrogate.r2:.3f}, kernel "
         f"{surrogate.kernel}; noise {surrogate.noise:.4f} ({surrogate.df} degrees of freedom); the default has "
-        f"{start:.4f} ({surrogate.start:.4f} recorded), others {WARP * math.sinh(surrogate.y.min()):+.4f} to "
-        f"{WARP * math.sinh(surrogate.y.max()):+.4f} beside it"
+        f"{start:.4f} ({surrogate.start:.4f} recorded), others {unwarp(surrogate.y.min()):+.4f} to "
+        f"{unwarp(surrogate.y.max()):+.4f} beside it"
     )
     surrogate.noise *= options.noise
     began, ends = time.monotonic(), {}
@@ -462,8 +469,9 @@ def main() -> None:
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
-    for arm in options.arms[1:] if options.arms[0] == ARMS[0] else ():
-        difference = ends["proposer"] - ends[arm]
+    own = ends.pop("proposer", None)
+    for arm in ends if own is not None else ():
+        difference = own - ends[arm]
         wins, losses = int((difference > 1e-12).sum()), int((difference < -1e-12).sum())
         print(
             f"proposer against {arm}: better in {wins} of {options.pairs} pairs, worse in {losses}; one-sided sign "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import math
+import os
 import subprocess
 import sys
 import time
